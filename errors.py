@@ -1,0 +1,51 @@
+"""The errors users see: what was wrong, where, what was expected, what to do. Exit codes: 1 parity, 2 user, 3 machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ArrieroError(Exception):
+    """A user's mistake, told in full. `exit_code` is what the command returns for it."""
+
+    exit_code = 2
+
+    def __init__(
+        self, what: str, *, where: str | None = None, expected: str | None = None, remedy: str | None = None
+    ) -> None:
+        """Hold one problem: `what` was wrong, `where` (file:key or tensor name), `expected`, and the `remedy`."""
+        self.what, self.where, self.expected, self.remedy = what, where, expected, remedy
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        if self.expected:
+            text += f"; expected {self.expected}"
+        if self.remedy:
+            text += f". {self.remedy}"
+        return text if text.endswith((".", "?", "!")) else text + "."
+
+
+class MachineLacks(ArrieroError):
+    """The machine lacks something: memory, disk, a library, an instruction set, the network."""
+
+    exit_code = 3
+
+
+class BelowThreshold(ArrieroError):
+    """A parity or quality row is below its threshold."""
+
+    exit_code = 1
+
+
+class Problems(ArrieroError):
+    """Several problems found in one go, listed together."""
+
+    def __init__(self, headline: str, problems: Sequence[ArrieroError]) -> None:
+        """Hold `problems` (at least one) under `headline`."""
+        self.headline, self.problems = headline, list(problems)
+        super().__init__(headline)
+
+    def __str__(self) -> str:
+        lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
+        return f"{self.headline}: {len(self.problems)} problem{'s' * (len(self.problems) != 1)}\n{lines}"

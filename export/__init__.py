@@ -1,0 +1,1 @@
+"""From a build file to finished bundles."""

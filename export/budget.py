@@ -1,0 +1,180 @@
+"""Bytes: read from text and shown to people, what this machine has free, and whether a build fits."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+
+from arriero.errors import ArrieroError, MachineLacks
+
+UNITS = {"B": 1} | {
+    f"{prefix}{infix}B": base**power
+    for power, prefix in enumerate("KMGTP", 1)
+    for infix, base in (("", 1000), ("i", 1024))
+}
+SMALLEST_BUDGET = 1 << 20
+
+
+def parse_bytes(value: int | str) -> int:
+    """Read a size: `8GiB` (2^30), `8 GB` (10^9), or a plain number of bytes. Raises `ArrieroError` without `where`."""
+    remedy = "Write a number and a unit: B, KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (powers of 1024)"
+    units = {unit.lower(): factor for unit, factor in UNITS.items()}
+    if isinstance(value, int) and not isinstance(value, bool):
+        size: float = value
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+        unit = match.group(2).lower() if match else ""
+        if isinstance(value, bool) or match is None or (unit and unit not in units):
+            raise ArrieroError(f"{value!r} is not a size", expected="a size such as 8GiB", remedy=remedy)
+        size = float(match.group(1)) * (units[unit] if unit else 1)
+    if size < SMALLEST_BUDGET:
+        what = f"{value} is less than {human_bytes(SMALLEST_BUDGET)}; is the unit missing?"
+        raise ArrieroError(what, expected="a size such as 8GiB", remedy=remedy)
+    return int(size)
+
+
+def human_bytes(count: float) -> str:
+    """Show bytes in the largest binary unit that leaves at least 1: 1536 -> `1.5 KiB`; three significant digits."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1023.5 or unit == "TiB":
+            break
+        count /= 1024
+    if unit == "B" or abs(count) >= 100:
+        return f"{count:,.0f} {unit}"
+    return f"{count:.3g} {unit}"
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes this process may still take: the kernel's MemAvailable, or less where a cgroup limits it (v1 and v2).
+
+    `root` is where proc and sys are looked up. None on systems without them.
+    """
+    found = [_meminfo(root, "MemAvailable"), *_cgroup_headroom(root)]
+    return min((size for size in found if size is not None), default=None)
+
+
+def total_memory(root: Path = Path("/")) -> int | None:
+    """Bytes this machine or its cgroup has at all, or None where that is not known."""
+    limits = [limit for limit, _ in _cgroup_limits(root)]
+    return min((size for size in (_meminfo(root, "MemTotal"), *limits) if size is not None), default=None)
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes a user may still write under `folder`, which need not exist yet."""
+    for parent in (folder.absolute(), *folder.absolute().parents):
+        if parent.exists():
+            return shutil.disk_usage(parent).free
+    raise FileNotFoundError(folder)
+
+
+def check_budget(
+    what: str, needed: int, *, budget: int | None, available: int | None, where: str, place: str = "this machine"
+) -> None:
+    """Refuse a build that needs more `what` ("memory", "disk space") than the build file or the machine gives it.
+
+    `budget` is what the build file allows (None: no limit), named by `where`; `available` is what `place` has
+    (None: not known).
+    """
+    if budget is not None and needed > budget:
+        raise ArrieroError(
+            f"the build needs about {human_bytes(needed)} of {what}, {human_bytes(needed - budget)} more than allowed",
+            where=where,
+            expected=f"at most {human_bytes(budget)}",
+            remedy=f"Raise {where.rpartition(' ')[2]}, or choose a smaller profile, context or batch",
+        )
+    if available is not None and needed > available:
+        raise MachineLacks(
+            f"{place} has {human_bytes(available)} of {what} free, {human_bytes(needed - available)} too little",
+            expected=f"about {human_bytes(needed)}",
+            remedy=f"Free some {what}, build on a larger machine, or choose a smaller profile, context or batch",
+        )
+
+
+class PeakMemory:
+    """Measures the peak memory of what runs inside `with`: `anonymous` (sampled RssAnon) and `resident` (VmHWM), bytes.
+
+    Mapped weight files count in `resident`, never in `anonymous`; the kernel takes them back when memory is short.
+    `resident` is the peak since the process began, because the kernel keeps one mark only.
+    """
+
+    def __init__(self, interval: float = 0.02) -> None:
+        self.anonymous = self.resident = 0
+        self._interval = interval
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._sample()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._sample()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._interval):
+            self._sample()
+
+    def _sample(self) -> None:
+        try:
+            status = Path("/proc/self/status").read_text()
+        except OSError:
+            return
+        sizes = {key: int(kib) * 1024 for key, kib in re.findall(r"^(RssAnon|VmHWM):\s+(\d+) kB$", status, re.M)}
+        self.anonymous = max(self.anonymous, sizes.get("RssAnon", 0))
+        self.resident = max(self.resident, sizes.get("VmHWM", 0))
+
+
+def _meminfo(root: Path, key: str) -> int | None:
+    found = re.search(rf"^{key}:\s+(\d+) kB$", _text(root / "proc/meminfo"), re.M)
+    return int(found.group(1)) * 1024 if found else None
+
+
+def _cgroup_headroom(root: Path) -> list[int]:
+    """Limit minus usage per level; file pages that the kernel would drop first do not count as used."""
+    headroom = []
+    for limit, folder in _cgroup_limits(root):
+        usage = _text(folder / "memory.current") or _text(folder / "memory.usage_in_bytes") or "0"
+        droppable = re.search(r"^(?:total_)?inactive_file (\d+)$", _text(folder / "memory.stat"), re.M)
+        headroom.append(max(0, limit - int(usage) + (int(droppable.group(1)) if droppable else 0)))
+    return headroom
+
+
+def _cgroup_limits(root: Path) -> list[tuple[int, Path]]:
+    """Each memory limit that holds for this process, with the cgroup folder that sets it."""
+    limits = []
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        mount = root / "sys/fs/cgroup"
+        if controllers:
+            if "memory" not in controllers.split(","):
+                continue
+            mount = mount / "memory"
+        folder = mount / path.lstrip("/")
+        # Inside a container the path is often the host's and not visible; the mount's root is then this group itself.
+        for level in (folder, *folder.parents):
+            for file in ("memory.max", "memory.limit_in_bytes"):
+                text = _text(level / file).strip()
+                # v1 says "no limit" with a number near 2^63.
+                if text.isdigit() and int(text) < 1 << 60:
+                    limits.append((int(text), level))
+            if level == mount:
+                break
+    return limits
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def cpu_count() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,1 @@
+"""Compilers: one file per backend, from a lowered graph to what the runtime loads."""

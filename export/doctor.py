@@ -1,0 +1,201 @@
+"""What this machine has and lacks for each backend, and how to get what is missing."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arriero.errors import ArrieroError
+from arriero.export.budget import available_memory, cpu_count, free_disk, human_bytes, total_memory
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BUILD, RUN = "build", "run"
+LEAST_MEMORY, LEAST_DISK = 2 << 30, 1 << 30
+PYTHON = (3, 11)
+
+# Distribution -> lowest version, for what, how to get it. The lowest versions are those of pyproject.toml.
+NEEDS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "numpy": ("2", (BUILD, RUN), "arriero"),
+    "tokenizers": ("0.21", (BUILD, RUN), "arriero"),
+    "jinja2": ("3.1", (BUILD, RUN), "arriero"),
+    "pillow": ("11", (BUILD, RUN), "arriero"),
+    "torch": ("2.13", (BUILD,), "arriero[export]"),
+    "onnx": ("1.23", (BUILD,), "arriero[export]"),
+    "onnx-ir": ("1.1", (BUILD,), "arriero[export]"),
+    "onnxscript": ("0.7.2", (BUILD,), "arriero[export]"),
+    "av": ("14", (), "arriero[video]"),
+}
+BACKEND_NEEDS: dict[str, dict[str, tuple[str, tuple[str, ...], str]]] = {
+    "onnxruntime": {"onnxruntime": ("1.32", (BUILD, RUN), "arriero[onnxruntime]")},
+}
+# Instruction sets that the CPU kernels of quantised products choose between, best first, per architecture.
+VECTOR_SETS = {
+    "x86": ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2"),
+    "arm": ("i8mm", "asimddp", "asimd"),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: `status` is ok or missing; `needed_for` says what stops without it (nothing: it is optional)."""
+
+    name: str
+    status: str
+    found: str
+    needed_for: tuple[str, ...]
+    remedy: str | None = None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All checks, those of the machine and those of each backend."""
+
+    machine: tuple[Check, ...]
+    backends: dict[str, tuple[Check, ...]]
+
+    def can(self, action: str, backend: str) -> bool:
+        """Whether `action` ("build" or "run") is possible for `backend` here."""
+        checks = (*self.machine, *self.backends[backend])
+        return all(check.status == "ok" or action not in check.needed_for for check in checks)
+
+    def exit_code(self, backend: str | None = None) -> int:
+        """Give 3 when a build is impossible for `backend`, or for every backend when none is given; else 0."""
+        asked = [backend] if backend else list(self.backends)
+        return 0 if any(self.can(BUILD, name) for name in asked) else 3
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the diagnosis as JSON values."""
+        can = {name: {BUILD: self.can(BUILD, name), RUN: self.can(RUN, name)} for name in self.backends}
+        return {**asdict(self), "can": can}
+
+    def render(self, console: Console) -> None:
+        """Print the diagnosis for people."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("what", "found", "status", "how to get it")
+        for title, checks in (("machine", self.machine), *self.backends.items()):
+            table.add_section()
+            if title != "machine":
+                table.add_row(f"[bold]{title}[/]", "", "", "")
+            for check in checks:
+                colour = "green" if check.status == "ok" else "red" if check.needed_for else "yellow"
+                # Text, because remedies hold `[extra]`, which rich would take for a style.
+                table.add_row(check.name, check.found, Text(check.status, colour), Text(check.remedy or ""))
+        console.print(table)
+        for name in self.backends:
+            build, run = ("yes" if self.can(action, name) else "no" for action in (BUILD, RUN))
+            console.print(f"{name}: build {build}, run {run}", highlight=False)
+
+
+def diagnose(folder: Path, backend: str | None = None) -> Diagnosis:
+    """Look at this machine, with the disk under `folder`, for one backend or all.
+
+    Raises `ArrieroError` for a backend we do not have.
+    """
+    if backend is not None and backend not in BACKEND_NEEDS:
+        known = ", ".join(BACKEND_NEEDS)
+        raise ArrieroError(f"there is no backend {backend!r}", expected=f"one of {known}", remedy="Choose one of these")
+    machine = (_python(), *_hardware(), _memory(), _disk(folder), *(_library(name, NEEDS[name]) for name in NEEDS))
+    asked = [backend] if backend else list(BACKEND_NEEDS)
+    return Diagnosis(machine, {name: _backend(name) for name in asked})
+
+
+@functools.cache
+def version_of(distribution: str) -> str | None:
+    """Give the installed version of a distribution, or None; imports nothing of it."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _python() -> Check:
+    found, wanted = platform.python_version(), ".".join(map(str, PYTHON))
+    ok = sys.version_info >= PYTHON
+    return Check("python", _status(ok), found, (BUILD, RUN), None if ok else f"Install Python {wanted} or newer")
+
+
+def _hardware() -> tuple[Check, Check]:
+    info = _text("/proc/cpuinfo")
+    model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", info, re.M)
+    name = model.group(1) if model else platform.processor() or platform.machine()
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.M)
+    have = set(flags.group(1).split()) if flags else set()
+    family = "arm" if platform.machine().lower() in ("aarch64", "arm64") else "x86"
+    found = [feature for feature in VECTOR_SETS[family] if feature in have]
+    cores = Check("cpu", "ok", f"{name}, {cpu_count()} cores, {platform.machine()}", ())
+    least = VECTOR_SETS[family][-1]
+    ok = least in have or not flags
+    remedy = None if ok else f"Without {least} quantised models run, but slowly: use a newer processor"
+    listed = ", ".join(found) if flags else "not known on this system"
+    return cores, Check("cpu features", _status(ok), listed or "none", (), remedy)
+
+
+def _memory() -> Check:
+    free, total = available_memory(), total_memory()
+    if free is None or total is None:
+        return Check("memory", "ok", "not known on this system", ())
+    ok = free >= LEAST_MEMORY
+    remedy = None if ok else f"Free some: a build needs at least {human_bytes(LEAST_MEMORY)}"
+    return Check("memory", _status(ok), f"{human_bytes(free)} free of {human_bytes(total)}", (BUILD,), remedy)
+
+
+def _disk(folder: Path) -> Check:
+    free = free_disk(folder)
+    ok = free >= LEAST_DISK
+    remedy = None if ok else f"Free some: a build needs at least {human_bytes(LEAST_DISK)}"
+    return Check("disk", _status(ok), f"{human_bytes(free)} free in {folder.absolute()}", (BUILD,), remedy)
+
+
+def _library(name: str, need: tuple[str, tuple[str, ...], str]) -> Check:
+    least, needed_for, package = need
+    found = version_of(name)
+    ok = found is not None and _numbers(found) >= _numbers(least)
+    remedy = None if ok else f"pip install '{package}'"
+    return Check(name, _status(ok), found or "not installed", needed_for, remedy or None)
+
+
+def _backend(name: str) -> tuple[Check, ...]:
+    checks = tuple(_library(library, need) for library, need in BACKEND_NEEDS[name].items())
+    if any(check.status != "ok" for check in checks):
+        return checks
+    return (*checks, _onnxruntime_providers())
+
+
+def _onnxruntime_providers() -> Check:
+    """Import ONNX Runtime for real: a library that is installed may still not load."""
+    try:
+        import onnxruntime
+    except Exception as error:  # whatever a broken native library raises is the finding
+        remedy = "Reinstall it: pip install --force-reinstall 'arriero[onnxruntime]'"
+        return Check("onnxruntime loads", "missing", f"import fails: {error}", (BUILD, RUN), remedy)
+    providers = onnxruntime.get_available_providers()
+    ok = "CPUExecutionProvider" in providers
+    remedy = None if ok else "Install an ONNX Runtime with the CPU provider: pip install 'arriero[onnxruntime]'"
+    return Check("providers", _status(ok), ", ".join(providers), (BUILD, RUN), remedy)
+
+
+def _status(ok: bool) -> str:
+    return "ok" if ok else "missing"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: 2.13.0+cpu -> (2, 13, 0)."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in found.group().split(".")) if found else ()
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

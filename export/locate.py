@@ -1,0 +1,64 @@
+"""Finds the checkpoint folder that a build file means: a path, or `hf://` in the local Hugging Face cache."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+from arriero.errors import ArrieroError, MachineLacks
+
+HUB = re.compile(r"hf://(?P<org>[\w.-]+)/(?P<name>[\w.-]+?)(?:@(?P<revision>[\w./-]+))?")
+
+
+def resolve_model(model: str, folder: Path) -> Path:
+    """Give the checkpoint folder of `model`; relative paths start at `folder`. Never downloads.
+
+    Raises `ArrieroError` for what cannot be right, `MachineLacks` for a model that is not in the cache.
+    """
+    if model.startswith("hf:"):
+        return _in_cache(model)
+    path = (folder / Path(model).expanduser()).absolute()
+    if path.is_dir():
+        return path
+    if path.exists():
+        remedy = f"Write the folder: {Path(model).parent}"
+        raise ArrieroError(f"{model} is a file", expected="the folder of a checkpoint", remedy=remedy)
+    siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    remedy = f"Did you mean {Path(model).with_name(near[0])}?" if near else "Relative paths start at the build file"
+    raise ArrieroError(f"there is no folder {path}", expected="a folder, or hf://organisation/name", remedy=remedy)
+
+
+def hub_cache() -> Path:
+    """The folder in which Hugging Face tools keep downloaded models, by their own rules."""
+    if cache := os.environ.get("HF_HUB_CACHE"):
+        return Path(cache).expanduser()
+    if home := os.environ.get("HF_HOME"):
+        return Path(home).expanduser() / "hub"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
+
+
+def _in_cache(model: str) -> Path:
+    match = HUB.fullmatch(model)
+    if match is None:
+        remedy = "For example hf://meta-llama/Llama-4-Scout-17B-16E-Instruct"
+        raise ArrieroError(f"{model!r} is malformed", expected="hf://organisation/name[@revision]", remedy=remedy)
+    org, name, revision = match.group("org", "name", "revision")
+    repository = hub_cache() / f"models--{org}--{name}"
+    command = f"hf download {org}/{name}" + (f" --revision {revision}" if revision else "")
+    remedy = f"With a network, run `{command}`, then build again"
+    if not repository.is_dir():
+        raise MachineLacks(f"{model} is not in the Hugging Face cache {repository.parent}", remedy=remedy)
+    reference = repository / "refs" / (revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else revision or "main"
+    snapshot = repository / "snapshots" / commit
+    if not snapshot.is_dir():
+        held = sorted(p.name for p in (repository / "snapshots").glob("*"))
+        seen = f"; it holds {', '.join(held)}" if held else ""
+        what = f"the Hugging Face cache {repository} does not hold revision {revision or 'main'}{seen}"
+        raise MachineLacks(what, remedy=remedy)
+    if not (snapshot / "config.json").exists():
+        raise MachineLacks(f"the download of {model} in {snapshot} is incomplete: no config.json", remedy=remedy)
+    return snapshot

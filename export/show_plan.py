@@ -1,0 +1,71 @@
+"""Shows a plan on a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from arriero.export.budget import human_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from arriero.export.plan import Plan
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Print model, stages, bundles, context prices, and the needs against what there is."""
+    model = plan.model
+    layers = ", ".join(f"{count} {kind}" for kind, count in model["layers"].items())
+    console.print(Text(model["folder"], style="bold"), soft_wrap=True)
+    console.print(
+        f"{model['model_type']}: {model['parameters']:,} parameters in {model['tensors']} tensors, {model['size']}; "
+        f"layers: {layers}; {model['experts']} experts, {model['experts_per_token']} per token; chunk {model['chunk']:,}"
+    )
+    console.print(_stages(plan))
+    console.print(_targets(plan))
+    console.print(_prices(plan))
+    for name, need, budget, there in (
+        ("memory", plan.peak_memory, plan.memory_budget, plan.memory_available),
+        ("disk", plan.disk, plan.disk_budget, plan.disk_available),
+    ):
+        limit = "no budget set" if budget is None else f"budget {human_bytes(budget)}"
+        room = "free: unknown" if there is None else f"free {human_bytes(there)}"
+        fits = need <= min(size for size in (budget, there, need) if size is not None)
+        need_text = f"about {human_bytes(need)}" if need else "nothing to do"
+        verdict = "" if fits else " [bold red]too little[/]"
+        console.print(f"{name:>6}: {need_text} ({limit}, {room}){verdict}", highlight=False)
+
+
+def _stages(plan: Plan) -> Table:
+    table = Table("stage", "key", "state", title="Stages", title_justify="left")
+    for stage in plan.stages:
+        table.add_row(stage.name, stage.key or "-", "[green]done[/]" if stage.done else "to do")
+    return table
+
+
+def _targets(plan: Plan) -> Table:
+    table = Table(title="Bundles", title_justify="left")
+    for column in ("name", "backend", "profile"):
+        table.add_column(column)
+    for column in ("context", "batch", "weights", "KV cache f32"):
+        table.add_column(column, justify="right")
+    for target in plan.targets:
+        parts = ", ".join(f"{label} {human_bytes(size)}" for label, size in target.weights.items())
+        weights = f"{human_bytes(target.weights_bytes)} ({parts})"
+        cells = (target.name, target.backend, target.profile, f"{target.context:,}", str(target.batch))
+        table.add_row(*cells, weights, human_bytes(target.kv_bytes))
+    return table
+
+
+def _prices(plan: Plan) -> Table:
+    table = Table("context", title="KV cache of one sequence", title_justify="left")
+    kinds = [key for key in plan.context_prices[0] if key not in ("context", "tokens", "within_model")]
+    for kind in kinds:
+        table.add_column(kind, justify="right")
+    for price in plan.context_prices:
+        beyond = "" if price["within_model"] else " (beyond the model)"
+        table.add_row(f"{price['context']}{beyond}", *(human_bytes(price[kind]) for kind in kinds))
+    return table

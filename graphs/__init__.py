@@ -1,0 +1,1 @@
+"""The model as graphs: the torch reference, its trace, and what is done to it."""

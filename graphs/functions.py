@@ -1,0 +1,179 @@
+"""The custom operators of domain `ai.arriero` as ONNX: schema for the exporter, function body for a plain runtime.
+
+A runtime that has a kernel for a node uses it; any other inlines the body, which is written for correctness on ONNX
+Runtime's CPU kernels: only routed experts are computed, one at a time, and widened from the checkpoint's dtype.
+Legend: B batch, S new tokens, P past slots, H hidden, N query heads, K key/value heads, D head size, T tokens (B*S),
+k experts per token, E experts, F expert width, R rows routed to one expert.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+from onnx.defs import OpSchema
+from onnxscript import FLOAT, INT64
+from onnxscript.values import Op
+
+DOMAIN = "ai.arriero"
+VERSION = 1
+OPSET = 23
+EXPERT_DISPATCH = "ExpertDispatch"
+CACHED_ATTENTION = "CachedAttention"
+
+_EXPERT_DISPATCH_BODY = """
+<domain: "ai.arriero", opset_import: ["" : 23]>
+ExpertDispatch (x, expert_id, score, w_gate_up, w_down) => (y)
+{
+    zero = Constant <value_int: int = 0> ()
+    one = Constant <value_int: int = 1> ()
+    last = Constant <value_ints: ints = [1]> ()
+    experts = Shape <start: int = 0, end: int = 1> (w_gate_up)
+    count = Squeeze (experts)
+    expert_range = Range (zero, count, one)
+    shape = Shape (x)
+    zeros = ConstantOfShape (shape)
+    start = CastLike (zeros, x)
+    y = Scan <num_scan_inputs: int = 3, body: graph = one_expert (sum, gate_up, down, expert) => (next)
+    {
+        chosen = Equal (expert_id, expert)
+        found = NonZero (chosen)
+        rows = Shape <start: int = 1, end: int = 2> (found)
+        row_count = Squeeze (rows)
+        routed = Greater (row_count, zero)
+        next = If (routed) <
+            then_branch: graph = compute () => (added)
+            {
+                pairs = Transpose <perm: ints = [1, 0]> (found)
+                token = Gather <axis: int = 0> (found, zero)
+                scale = GatherND (score, pairs)
+                scale_column = Unsqueeze (scale, last)
+                scale_like = CastLike (scale_column, x)
+                token_rows = Gather <axis: int = 0> (x, token)
+                scaled = Mul (token_rows, scale_like)
+                gate_up_wide = CastLike (gate_up, x)
+                both = MatMul (scaled, gate_up_wide)
+                gate, up = Split <axis: int = -1, num_outputs: int = 2> (both)
+                gate_sigmoid = Sigmoid (gate)
+                gate_silu = Mul (gate, gate_sigmoid)
+                inner = Mul (gate_silu, up)
+                down_wide = CastLike (down, x)
+                outer = MatMul (inner, down_wide)
+                token_column = Unsqueeze (token, last)
+                added = ScatterND <reduction: string = "add"> (sum, token_column, outer)
+            },
+            else_branch: graph = skip () => (kept) { kept = Identity (sum) }
+        >
+    }> (start, w_gate_up, w_down, expert_range)
+}
+"""
+
+_CACHED_ATTENTION_BODY = """
+<domain: "ai.arriero", opset_import: ["" : 23]>
+CachedAttention <num_heads, kv_heads, chunk>
+    (q, k, v, past_key, past_value, positions, past_positions) => (out, present_key, present_value)
+{
+    zero = Constant <value_int: int = 0> ()
+    one = Constant <value_int: int = 1> ()
+    key_axes = Constant <value_ints: ints = [1, 2]> ()
+    query_axes = Constant <value_ints: ints = [1, 3]> ()
+    key_flat = Concat <axis: int = 1> (past_positions, positions)
+    key_position = Unsqueeze (key_flat, key_axes)
+    query_position = Unsqueeze (positions, query_axes)
+    filled = GreaterOrEqual (key_position, zero)
+    causal = LessOrEqual (key_position, query_position)
+    past_or_now = And (filled, causal)
+    chunk_size = Constant <value_int: int = @chunk> ()
+    divisor = Max (chunk_size, one)
+    key_chunk = Div (key_position, divisor)
+    query_chunk = Div (query_position, divisor)
+    same_chunk = Equal (key_chunk, query_chunk)
+    unchunked = Equal (chunk_size, zero)
+    near = Or (same_chunk, unchunked)
+    seen = And (past_or_now, near)
+    out, present_key, present_value = Attention <q_num_heads: int = @num_heads, kv_num_heads: int = @kv_heads>
+        (q, k, v, seen, past_key, past_value)
+}
+"""
+
+
+def bodies() -> list[ir.Function]:
+    """The function bodies that an exported model carries."""
+    return [
+        ir.from_proto(onnx.parser.parse_function(text)) for text in (_EXPERT_DISPATCH_BODY, _CACHED_ATTENTION_BODY)
+    ]
+
+
+def _parameter(name: str, kind: str) -> OpSchema.FormalParameter:
+    return OpSchema.FormalParameter(name, kind)
+
+
+_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+_OPSET = onnxscript.values.Opset(DOMAIN, VERSION)
+
+expert_dispatch = Op(
+    _OPSET,
+    EXPERT_DISPATCH,
+    OpSchema(
+        EXPERT_DISPATCH,
+        DOMAIN,
+        VERSION,
+        doc="y[t] = sum_k down_e(silu(gate_e(s x)) * up_e(s x)), e = expert_id[t,k], s = score[t,k].",
+        inputs=[
+            _parameter("x", "T"),
+            _parameter("expert_id", "tensor(int64)"),
+            _parameter("score", "T"),
+            _parameter("w_gate_up", "W"),
+            _parameter("w_down", "W"),
+        ],
+        outputs=[_parameter("y", "T")],
+        type_constraints=[("T", _FLOATS, "activations"), ("W", _FLOATS, "stored weights")],
+    ),
+)
+
+cached_attention = Op(
+    _OPSET,
+    CACHED_ATTENTION,
+    OpSchema(
+        CACHED_ATTENTION,
+        DOMAIN,
+        VERSION,
+        doc="Causal grouped-query attention over past and new keys by explicit positions; chunk 0 is global.",
+        inputs=[
+            *(_parameter(name, "T") for name in ("q", "k", "v", "past_key", "past_value")),
+            *(_parameter(name, "tensor(int64)") for name in ("positions", "past_positions")),
+        ],
+        outputs=[_parameter(name, "T") for name in ("out", "present_key", "present_value")],
+        type_constraints=[("T", _FLOATS, "activations")],
+        attributes=[
+            OpSchema.Attribute(name, OpSchema.AttrType.INT, "", required=True)
+            for name in ("num_heads", "kv_heads", "chunk")
+        ],
+    ),
+)
+
+def translate_attention(
+    q: FLOAT,
+    k: FLOAT,
+    v: FLOAT,
+    past_key: FLOAT,
+    past_value: FLOAT,
+    positions: INT64,
+    past_positions: INT64,
+    num_heads: int,
+    kv_heads: int,
+    chunk: int,
+) -> tuple[FLOAT, FLOAT, FLOAT]:
+    """Emit one CachedAttention node. The exporter would map arguments to a bare schema's attributes by the alphabet."""
+    return cached_attention(
+        q,
+        k,
+        v,
+        past_key,
+        past_value,
+        positions,
+        past_positions,
+        num_heads=num_heads,
+        kv_heads=kv_heads,
+        chunk=chunk,
+    )

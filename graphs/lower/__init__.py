@@ -1,0 +1,1 @@
+"""Lowering to a backend, one file each."""

@@ -1,0 +1,104 @@
+"""Lowers canonical graphs for ONNX Runtime's CPU kernels: its operators, and weights in the layouts they read.
+
+Each function writes `<part>.onnx` and `weights/<part>.safetensors` into `out_dir` and gives the weight table of the
+manifest: initialiser name -> file, dtype, shape, scheme. The canonical model is left as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes import Sequential
+from onnx_ir.passes import common as tidy
+
+from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.config import ModelConfig
+from arriero.graphs.passes.become import CONTRIB
+from arriero.graphs.passes.replace_attention_with_gqa import replace_attention_with_gqa
+from arriero.graphs.passes.replace_dispatch_with_moe import replace_dispatch_with_moe
+from arriero.graphs.passes.replace_linear import replace_linear
+from arriero.graphs.passes.store_weights import WeightStore
+from arriero.graphs.passes.widen_weights import keep_weights, widen_weights
+from arriero.graphs.weights import Progress
+from arriero.profiles.recipe import Scheme
+
+WeightTable = dict[str, dict[str, Any]]
+
+
+def lower_text(
+    canonical: ir.Model,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    assignment: Mapping[str, Scheme],
+    out_dir: Path,
+    progress: Progress | None = None,
+) -> WeightTable:
+    """Lower the text decoder. `assignment` is `Profile.assign` over the checkpoint's tensors.
+
+    Inputs: `inputs_embeds`, `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` [B, K, C, D] and, for the
+    chunked and the global layers, `{chunk,global}_seqlens_k` i32 [B] and `{chunk,global}_total` i32 [1]. Outputs as in
+    the canonical graph; present buffers are to be bound to the past buffers' memory. One step holds either one row
+    within one chunk, or one token per row.
+    """
+    def rewrite(model: ir.Model, store: WeightStore) -> None:
+        _expect("GroupQueryAttention", replace_attention_with_gqa(model), len(config.text.layers))
+        _expect("MoE", replace_dispatch_with_moe(model, store), len(config.text.moe_layers))
+        replace_linear(model, store)
+
+    return _lower("text", canonical, rewrite, checkpoint, assignment, out_dir, progress)
+
+
+def lower_vision(
+    canonical: ir.Model,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    assignment: Mapping[str, Scheme],
+    out_dir: Path,
+    progress: Progress | None = None,
+) -> WeightTable:
+    """Lower the vision tower and projector; the signature stays."""
+    return _lower("vision", canonical, replace_linear, checkpoint, assignment, out_dir, progress)
+
+
+def lower_embed(
+    canonical: ir.Model,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    assignment: Mapping[str, Scheme],
+    out_dir: Path,
+    progress: Progress | None = None,
+) -> WeightTable:
+    """Lower the embedding merge; the signature stays, and the table keeps the checkpoint's dtype."""
+    return _lower("embed", canonical, lambda model, store: None, checkpoint, assignment, out_dir, progress)
+
+
+def _lower(
+    part: str,
+    canonical: ir.Model,
+    rewrite: Callable[[ir.Model, WeightStore], object],
+    checkpoint: Checkpoint,
+    assignment: Mapping[str, Scheme],
+    out_dir: Path,
+    progress: Progress | None,
+) -> WeightTable:
+    model = canonical.clone()
+    store = WeightStore(model.graph, checkpoint, assignment)
+    rewrite(model, store)
+    Sequential(tidy.RemoveUnusedNodesPass())(model)
+    widen_weights(model, store)
+    keep_weights(model, store)
+    model.functions.clear()
+    model.opset_imports[CONTRIB] = 1
+    passes = (tidy.RemoveUnusedNodesPass(), tidy.TopologicalSortPass(), tidy.RemoveUnusedOpsetsPass())
+    Sequential(*passes)(model)
+    table = store.write(out_dir, f"weights/{part}.safetensors", progress)
+    ir.save(model, out_dir / f"{part}.onnx")
+    return table
+
+
+def _expect(op_type: str, made: int, wanted: int) -> None:
+    if made != wanted:
+        raise AssertionError(f"{made} {op_type} nodes were made where the config has {wanted} layers for them")

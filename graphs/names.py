@@ -1,0 +1,26 @@
+"""The only file that knows checkpoint tensor names: Hugging Face's, in their multimodal form."""
+
+from __future__ import annotations
+
+import torch
+from arriero.graphs.config import ModelConfig
+from arriero.graphs.model import Llama4
+
+TEXT_PREFIX = "language_model."
+
+
+def canonical_name(raw: str, text_only: bool) -> str:
+    """The multimodal name of a tensor; a text-only checkpoint's names gain the `language_model.` prefix."""
+    return TEXT_PREFIX + raw if text_only else raw
+
+
+def raw_name(canonical: str, text_only: bool) -> str:
+    """The name in the checkpoint's own files; inverse of `canonical_name`."""
+    return canonical.removeprefix(TEXT_PREFIX) if text_only else canonical
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every tensor that a checkpoint of `config` must hold, once each."""
+    with torch.device("meta"):
+        model = Llama4(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

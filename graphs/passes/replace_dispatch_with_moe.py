@@ -1,0 +1,116 @@
+"""Replaces ExpertDispatch by com.microsoft MoE (exact) or QMoE (integers), with Llama 4's semantics kept.
+
+Those kernels scale an expert's output by a softmax of router logits; Llama 4 scales its input. So the input is scaled
+ahead of the node, and the logits it gets are the one-hot choice, which normalises to a weight of exactly 1.
+Case 1, k = 1: Mul, OneHot, node. Case 2, k > 1: each token is repeated k times, and the k results are summed.
+Legend: T tokens, k experts per token, E experts, H hidden, F expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from arriero.errors import ArrieroError
+from arriero.graphs.functions import EXPERT_DISPATCH
+from arriero.graphs.passes.become import CONTRIB, become, constant, insert
+from arriero.graphs.passes.store_weights import WeightStore
+
+# Defaults of these have changed between ONNX Runtime versions: gate*sigmoid(1*gate) * (up + 0), no limit.
+SWIGLU = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
+ROUTING = {"k": 1, "normalize_routing_weights": 1}
+
+
+def replace_dispatch_with_moe(model: ir.Model, store: WeightStore) -> int:
+    """Rewrite every ExpertDispatch node, storing its weights as one row per output feature; give how many."""
+    nodes = [node for node in model.graph if node.op_type == EXPERT_DISPATCH]
+    for node in nodes:
+        x, expert_id, score, gate_up, down = node.inputs
+        assert expert_id is not None
+        assert expert_id.shape is not None
+        assert gate_up is not None
+        assert gate_up.name is not None
+        assert down is not None
+        assert down.name is not None
+        per_token = int(expert_id.shape[1])
+        op_type, weights, extra = _weights(store, gate_up.name, down.name)
+        experts, hidden = store.checkpoint.tensors[gate_up.name].shape[:2]
+        if per_token == 1:  # case 1
+            scaled = insert(node, "Mul", [x, score])
+        else:  # case 2
+            rows = insert(node, "Unsqueeze", [x, constant(node, [1])])
+            column = insert(node, "Unsqueeze", [score, constant(node, [2])])
+            scaled = insert(
+                node, "Reshape", [insert(node, "Mul", [rows, column]), constant(node, [-1, hidden])]
+            )
+        chosen = insert(node, "Reshape", [expert_id, constant(node, [-1])])
+        levels = constant(node, ir.tensor(np.array([0, 1], np.float32)))
+        logits = insert(node, "OneHot", [chosen, constant(node, experts), levels], axis=-1)
+        inputs = [scaled, logits, *weights]
+        if per_token == 1:
+            become(node, op_type, inputs, {**ROUTING, **SWIGLU, **extra})
+        else:
+            mixed = ir.node(op_type, inputs, {**ROUTING, **SWIGLU, **extra}, domain=CONTRIB)
+            model.graph.insert_before(node, mixed)
+            grouped = insert(node, "Reshape", [mixed.outputs[0], constant(node, [-1, per_token, hidden])])
+            become(node, "ReduceSum", [grouped, constant(node, [1])], {"keepdims": 0}, domain="")
+    return len(nodes)
+
+
+def _weights(store: WeightStore, gate_up: str, down: str) -> tuple[str, list[ir.Value | None], dict[str, int]]:
+    """The operator, its weight inputs and its attributes for the scheme of these two tensors."""
+    tensors = store.checkpoint.tensors
+    experts, hidden, double = tensors[gate_up].shape
+    fc1, fc2 = (experts, double, hidden), (experts, hidden, double // 2)
+    fc1_rows, fc2_rows = _rows(store, gate_up, _interleave), _rows(store, down, _transpose)
+    schemes = store.quantized_scheme(gate_up), store.quantized_scheme(down)
+    if schemes == (None, None):
+        values = [
+            store.exact_rows(f"{gate_up}.rows", gate_up, fc1, fc1_rows),
+            None,
+            store.exact_rows(f"{down}.rows", down, fc2, fc2_rows),
+        ]
+        return "MoE", values, {}
+    first, second = schemes
+    if first is None or second is None or (first.block, first.accuracy_level) != (second.block, second.accuracy_level):
+        raise ArrieroError(
+            "the profile gives gate_up and down of one layer's experts schemes that no single kernel takes",
+            where=down,
+            expected="both exact, or both with one block and accuracy_level",
+        )
+    packed = [(*shape[:2], shape[2] * scheme.bits // 8) for shape, scheme in ((fc1, first), (fc2, second))]
+    fc1_values = store.quantized_rows(gate_up, first, fc1, packed[0], fc1_rows)
+    fc2_values = store.quantized_rows(down, second, fc2, packed[1], fc2_rows)
+    attributes = {
+        "expert_weight_bits": first.bits,
+        "fc1_expert_weight_bits": first.bits,
+        "fc2_expert_weight_bits": second.bits,
+        "block_size": first.block,
+        "accuracy_level": first.accuracy_level,
+    }
+    return "QMoE", [*fc1_values, None, *fc2_values], attributes
+
+
+def _rows(
+    store: WeightStore, name: str, arrange: Callable[[np.ndarray], np.ndarray]
+) -> Callable[[], Iterator[np.ndarray]]:
+    """Pieces of one expert each, [1, N, K]."""
+
+    def pieces() -> Iterator[np.ndarray]:
+        for expert in range(store.checkpoint.tensors[name].shape[0]):
+            yield arrange(store.checkpoint.read_float32(name, expert, expert + 1)[0])[None]
+
+    return pieces
+
+
+def _transpose(weight: np.ndarray) -> np.ndarray:
+    """[K, N] -> [N, K]."""
+    return np.ascontiguousarray(weight.T)
+
+
+def _interleave(weight: np.ndarray) -> np.ndarray:
+    """gate|up [H, 2F] -> rows g0, u0, g1, u1, ... [2F, H]."""
+    hidden, double = weight.shape
+    return np.ascontiguousarray(weight.reshape(hidden, 2, double // 2).transpose(2, 1, 0).reshape(double, hidden))

@@ -1,0 +1,53 @@
+"""Gives every product with a checkpoint matrix the kernel that its scheme asks for.
+
+Case 1, exact: FusedMatMul with transB over the checkpoint's own [N, K] rows, so that no transpose is ever made.
+Case 2, integers: MatMulNBits over packed rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+import onnx_ir as ir
+
+from arriero.graphs.passes.become import become
+from arriero.graphs.passes.find_weight import find_weight
+from arriero.graphs.passes.store_weights import WeightStore
+
+
+def replace_linear(model: ir.Model, store: WeightStore) -> int:
+    """Rewrite each MatMul and transposed, bias-free Gemm over a matrix of the checkpoint; give how many."""
+    count = 0
+    for node in list(model.graph):
+        name = _linear_weight(node, store.checkpoint.tensors)
+        if name is None:
+            continue
+        shape = store.checkpoint.tensors[name].shape
+        scheme = store.quantized_scheme(name)
+        if scheme is None:  # case 1
+            become(node, "FusedMatMul", [node.inputs[0], store.exact(name)], {"transB": 1})
+        else:  # case 2
+            blob = (shape[0], shape[1] // scheme.block, scheme.block * scheme.bits // 8)
+            packed, scales = store.quantized_rows(name, scheme, shape, blob)
+            attributes = {
+                "N": shape[0],
+                "K": shape[1],
+                "bits": scheme.bits,
+                "block_size": scheme.block,
+                "accuracy_level": scheme.accuracy_level,
+            }
+            become(node, "MatMulNBits", [node.inputs[0], packed, scales], attributes)
+        count += 1
+    return count
+
+
+def _linear_weight(node: ir.Node, names: Container[str]) -> str | None:
+    """The matrix [N, K] of a linear layer, or None for any other node."""
+    if node.op_type == "MatMul":
+        transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
+        if transpose is None or transpose.op_type != "Transpose":
+            return None
+        return find_weight(transpose.inputs[0], names)
+    if node.op_type == "Gemm" and len(node.inputs) == 2 and node.attributes.get_int("transB", 0) == 1:
+        return find_weight(node.inputs[1], names)
+    return None

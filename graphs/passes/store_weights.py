@@ -1,0 +1,144 @@
+"""Collects the weights a lowered graph asks for, in the layouts its kernels read, and writes them in one stream.
+
+Legend: N output features, K input features, J = K / block, E experts, H hidden, F expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from arriero.errors import ArrieroError
+from arriero.graphs import weights
+from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.weights import Group, Progress, Spec
+from arriero.profiles.quantize import quantize
+from arriero.profiles.recipe import IntBlock, Scheme
+
+DTYPES = {
+    "F32": ir.DataType.FLOAT,
+    "F16": ir.DataType.FLOAT16,
+    "BF16": ir.DataType.BFLOAT16,
+    "U8": ir.DataType.UINT8,
+}
+Rows = Callable[[], Iterable[np.ndarray]]
+
+
+class WeightStore:
+    """New initialisers of `graph`, promised now, written by `write`; `schemes` says how each tensor is stored."""
+
+    def __init__(self, graph: ir.Graph, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> None:
+        self.graph, self.checkpoint, self.schemes = graph, checkpoint, schemes
+        self.table: dict[str, dict[str, Any]] = {}
+        self._groups: list[Group] = []
+
+    def quantized_scheme(self, name: str) -> IntBlock | None:
+        """The integer scheme of tensor `name`, or None when it stays exact."""
+        scheme = self.schemes[name]
+        return scheme if isinstance(scheme, IntBlock) else None
+
+    def exact(self, name: str) -> ir.Value:
+        """Tensor `name` as f32, in the checkpoint's layout. Raises ArrieroError if the profile wants it quantised."""
+        self._refuse_quantized(name)
+        return self.exact_rows(name, name, self.checkpoint.tensors[name].shape, lambda: self._rows(name))
+
+    def stored(self, name: str) -> ir.Value:
+        """Tensor `name` byte for byte, in the checkpoint's dtype and layout. Raises as `exact` does."""
+        self._refuse_quantized(name)
+        info = self.checkpoint.tensors[name]
+
+        def pieces() -> Iterator[tuple[np.ndarray]]:
+            for start, stop in self._spans(name):
+                yield (self.checkpoint.read_rows(name, start, stop),)
+
+        return self._promise([Spec(name, info.dtype, info.shape)], "exact", pieces)[0]
+
+    def exact_rows(self, new_name: str, name: str, shape: tuple[int, ...], rows: Rows) -> ir.Value:
+        """An f32 initialiser `new_name` of `shape` made of `rows()`, a new layout of tensor `name`."""
+        return self._promise([Spec(new_name, "F32", shape)], "exact", lambda: ((piece,) for piece in rows()))[0]
+
+    def quantized_rows(
+        self,
+        name: str,
+        scheme: IntBlock,
+        shape: tuple[int, ...],
+        packed_shape: tuple[int, ...],
+        rows: Rows | None = None,
+    ) -> tuple[ir.Value, ir.Value]:
+        """Initialisers `name.packed` u8 `packed_shape` and `name.scales` f32 [..., N, J] of a matrix `shape` [..., N, K].
+
+        `rows()` gives f32 pieces [..., K] in order; by default the rows of the checkpoint's own layout.
+        """
+        bits, block = scheme.bits, scheme.block
+        if shape[-1] % block:
+            quantize(np.zeros((1, shape[-1]), np.float32), bits=bits, block=block, name=name)  # raises, early
+
+        def pieces() -> Iterator[tuple[np.ndarray, ...]]:
+            for piece in (rows or (lambda: self._rows(name)))():
+                result = quantize(piece, bits=bits, block=block, name=name)
+                yield result.packed, result.scales
+
+        specs = [
+            Spec(f"{name}.packed", "U8", packed_shape),
+            Spec(f"{name}.scales", "F32", (*shape[:-1], shape[-1] // block)),
+        ]
+        packed, scales = self._promise(specs, f"int{bits} block {block}", pieces)
+        return packed, scales
+
+    def write(self, folder: Path, location: str, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
+        """Write everything promised to `folder/location`, bind the initialisers to it, and give the weight table."""
+        layout = weights.write(folder / location, self._groups, progress)
+        for group in self._groups:
+            for spec in group.specs:
+                self.graph.initializers[spec.name].const_value = ir.ExternalTensor(
+                    location=location,
+                    offset=layout.offsets[spec.name],
+                    length=spec.nbytes,
+                    dtype=DTYPES[spec.dtype],
+                    shape=ir.Shape(spec.shape),
+                    name=spec.name,
+                    base_dir=folder,
+                )
+                self.table[spec.name]["file"] = location
+        return self.table
+
+    def _refuse_quantized(self, name: str) -> None:
+        scheme = self.quantized_scheme(name)
+        if scheme:
+            raise ArrieroError(
+                f"the profile stores it as int{scheme.bits}, and no ONNX Runtime CPU kernel reads it so",
+                where=name,
+                expected="a matrix of attention, an MLP or the experts",
+                remedy="Put it under `keep` in the profile",
+            )
+
+    def _promise(
+        self, specs: list[Spec], scheme: str, pieces: Callable[[], Iterable[tuple[np.ndarray, ...]]]
+    ) -> list[ir.Value]:
+        if specs[0].name in self.table:  # a second consumer of the same weight
+            return [self.graph.initializers[spec.name] for spec in specs]
+        values = []
+        for spec in specs:
+            old = self.graph.initializers.pop(spec.name, None)
+            value = ir.Value(
+                name=spec.name, shape=ir.Shape(spec.shape), type=ir.TensorType(DTYPES[spec.dtype])
+            )
+            if old is not None:
+                old.replace_all_uses_with(value)
+            self.graph.initializers[spec.name] = value
+            self.table[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "scheme": scheme}
+            values.append(value)
+        self._groups.append(Group(tuple(specs), pieces))
+        return values
+
+    def _rows(self, name: str) -> Iterator[np.ndarray]:
+        for start, stop in self._spans(name):
+            yield self.checkpoint.read_float32(name, start, stop)
+
+    def _spans(self, name: str) -> Iterator[tuple[int, int]]:
+        shape = self.checkpoint.tensors[name].shape
+        yield from weights.row_slices(shape[0], 4 * int(np.prod(shape[1:], dtype=np.int64)))

@@ -1,0 +1,125 @@
+"""Writes a safetensors file piece by piece, without ever holding more than one piece in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ALIGNMENT = 4096  # the data section starts on a page, so that a memory map of it is aligned
+PIECE_BYTES = 32 * 2**20  # what producers aim at
+ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One tensor to come."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors made together: `pieces()` yields, in order, the next array of each of `specs` (say packed and scales)."""
+
+    specs: tuple[Spec, ...]
+    pieces: Callable[[], Iterable[tuple[np.ndarray, ...]]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The file's `head` bytes, the absolute offset of every tensor by name, and the file's size."""
+
+    head: bytes
+    offsets: dict[str, int]
+    size: int
+
+
+def plan_layout(groups: Sequence[Group]) -> Layout:
+    """Place every tensor; wide dtypes come first, so that each one is aligned to its items. Names must be unique."""
+    header: dict[str, object] = {}
+    offsets: dict[str, int] = {}
+    cursor = 0
+    specs = [spec for group in groups for spec in group.specs]
+    for spec in sorted(specs, key=lambda spec: -ITEM_BYTES[spec.dtype]):
+        if spec.name in header:
+            raise ValueError(f"two tensors are called {spec.name}")
+        span = [cursor, cursor + spec.nbytes]
+        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": span}
+        offsets[spec.name], cursor = span
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    start = len(text) + 8
+    head = len(text).to_bytes(8, "little") + text
+    return Layout(head, {name: start + offset for name, offset in offsets.items()}, start + cursor)
+
+
+def write(path: Path, groups: Sequence[Group], progress: Progress | None = None) -> Layout:
+    """Write all tensors of `groups` to `path` and say where they lie; the file appears whole or not at all.
+
+    `progress(bytes_done, bytes_total)` is called after every piece. A killed call leaves `<path>.partial` and its
+    journal; the next call with the same layout goes on after the last finished group. Raises ValueError when the
+    pieces are not the bytes that were planned.
+    """
+    layout = plan_layout(groups)
+    total = layout.size - len(layout.head)
+    partial, journal = path.with_name(path.name + ".partial"), path.with_name(path.name + ".journal")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    finished = _finished_groups(partial, journal, layout.head)
+    with open(partial, "r+b" if finished is not None else "w+b") as file, open(journal, "ab") as log:
+        if finished is None:
+            log.truncate(0)
+            file.write(layout.head)
+        done = sum(spec.nbytes for group in groups[: finished or 0] for spec in group.specs)
+        for group in groups[finished or 0 :]:
+            cursors = [layout.offsets[spec.name] for spec in group.specs]
+            for arrays in group.pieces():
+                for number, array in enumerate(arrays):
+                    file.seek(cursors[number])
+                    cursors[number] += file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                    done += array.nbytes
+                if progress:
+                    progress(done, total)
+            for spec, cursor in zip(group.specs, cursors, strict=True):
+                if cursor != layout.offsets[spec.name] + spec.nbytes:
+                    came = cursor - layout.offsets[spec.name]
+                    raise ValueError(f"{spec.name}: {came} bytes came where {spec.nbytes} were planned")
+            _flush(file.fileno(), file.flush)
+            log.write(b"\n")
+            _flush(log.fileno(), log.flush)
+    os.replace(partial, path)
+    journal.unlink()
+    return layout
+
+
+def _flush(descriptor: int, flush: Callable[[], None]) -> None:
+    flush()
+    os.fsync(descriptor)
+
+
+def _finished_groups(partial: Path, journal: Path, head: bytes) -> int | None:
+    """How many groups an interrupted `write` of the same layout has finished; None when there is nothing to go on."""
+    if not (partial.is_file() and journal.is_file()):
+        return None
+    with open(partial, "rb") as file:
+        return journal.stat().st_size if file.read(len(head)) == head else None
+
+
+def row_slices(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) ranges covering `rows`, each of about PIECE_BYTES."""
+    step = max(1, PIECE_BYTES // max(1, row_bytes))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)

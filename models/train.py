@@ -1,0 +1,210 @@
+"""Train the embedded model from scratch on generated data: seeded and resumable.
+
+    python -m arriero.models.train --out models/chasqui
+
+Every step draws one small batch per group of families, so that short and long prompts do not pad each other. The loss
+is cross-entropy on the answers, plus two router terms: load balance (Switch Transformer, Fedus et al. 2021) and a pull
+of the router logits towards zero, which keeps their sigmoid away from saturation. The run's state is saved every
+`SAVE_EVERY` steps next to the output; the same command goes on from there and gives the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from arriero.graphs.config import ModelConfig
+from arriero.graphs.model import Llama4, MoE
+from arriero.models.batches import IGNORED, Batch, collate, encode
+from arriero.models.chasqui import write_skeleton
+from arriero.profiles.data import make
+from arriero.runtimes.processor import Processor
+from arriero.runtimes.torch import model_spec
+
+# Samples per step of each family; families of one group share a batch.
+GROUPS: tuple[dict[str, int], ...] = (
+    {"arithmetic": 12, "sorting": 4},
+    {"recall": 6},
+    {"shape": 2, "colour": 2, "count": 4, "position": 3, "describe": 5},
+    {"several": 3, "video": 3},
+)
+POOL = 16  # steps whose samples are drawn together, so that batches hold prompts of like length
+WARMUP = 200
+PEAK_RATE = 2e-3
+WEIGHT_DECAY = 0.05
+CLIP = 1.0
+BALANCE = 0.01
+LOGIT_PULL = 1e-3
+SAVE_EVERY = 250
+LOG_EVERY = 25
+
+
+def initialise(model: Llama4, seed: int) -> None:
+    """Draw the weights: fan-in scaled, residual outputs scaled down by depth, routers small, norms one."""
+    generator = torch.Generator().manual_seed(seed)
+    depth = (2 * len(model.config.text.layers)) ** -0.5
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if "norm" in name and name.endswith("weight"):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() == 1 or ("embed" in name and "patch" not in name):
+                parameter.normal_(0.0, 0.02 if parameter.dim() == 1 else 0.1, generator=generator)
+            else:
+                fan_in = parameter.shape[-2] if parameter.dim() == 3 else parameter.shape[-1]
+                std = fan_in**-0.5
+                if "router" in name or "lm_head" in name:
+                    std *= 0.25
+                elif name.endswith(("o_proj.weight", "down_proj.weight", "fc2.weight", "experts.down_proj")):
+                    std *= depth
+                parameter.normal_(0.0, std, generator=generator)
+
+
+class RouterTerms:
+    """Collects the router logits of a forward pass and gives their load-balance and size terms."""
+
+    def __init__(self, model: Llama4) -> None:
+        self.logits: list[Tensor] = []
+        for module in model.modules():
+            if isinstance(module, MoE):
+                module.router.register_forward_hook(lambda _module, _inputs, output: self.logits.append(output))
+
+    def take(self, real: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The loss term over tokens where `real` [T], and per layer the tokens per expert [E]; forgets the pass."""
+        loss, loads = torch.zeros(()), []
+        for logits in self.logits:
+            kept = logits[real]
+            load = F.one_hot(kept.argmax(-1), kept.shape[-1]).float().mean(0)  # [E]
+            balance = kept.shape[-1] * (load * kept.softmax(-1).mean(0)).sum()
+            loss = loss + BALANCE * balance + LOGIT_PULL * kept.square().mean()
+            loads.append(load)
+        self.logits.clear()
+        return loss / max(len(loads), 1), loads
+
+
+def answer_logits(model: Llama4, batch: Batch) -> Tensor:
+    """Logits [A, V] of the A answer tokens of a batch of whole conversations."""
+    rows, length = batch.input_ids.shape
+    features = torch.zeros(0, model.config.text.hidden_size)
+    if batch.pixel_values is not None:
+        features = model.image_features(batch.pixel_values)
+    embeds = model.embed(batch.input_ids, features)
+    positions = torch.arange(length).expand(rows, -1)
+    nothing = positions[:, :0]
+    decoder = model.language_model
+    hidden = decoder(embeds, positions, nothing, nothing, nothing[0], decoder.empty_cache(rows)).hiddens[-1]
+    return decoder.lm_head(decoder.model.norm(hidden[batch.targets != IGNORED]))
+
+
+def draw_pool(group: dict[str, int], processor: Processor, seed: int, pool: int) -> list[Batch]:
+    """The batches of one group for the steps of pool number `pool`, each of conversations of like length."""
+    samples = [
+        sample
+        for family, count in group.items()
+        for sample in make(family, count * POOL, seed * 1_000_003 + pool, "train")
+    ]
+    rows = sorted((encode(sample, processor) for sample in samples), key=lambda row: len(row.input_ids))
+    size = sum(group.values())
+    order = np.random.default_rng([seed, pool]).permutation(POOL)
+    return [collate(rows[index * size : (index + 1) * size]) for index in order]
+
+
+def optimiser(model: Llama4) -> torch.optim.Optimizer:
+    """AdamW; gains, biases and embeddings do not decay."""
+    decayed = [p for n, p in model.named_parameters() if p.dim() >= 2 and "embed" not in n]
+    kept = [p for n, p in model.named_parameters() if p.dim() < 2 or "embed" in n]
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98), eps=1e-9, fused=True)
+
+
+def rate(step: int, steps: int) -> float:
+    """Learning rate: linear warm-up, then a cosine down to a hundredth."""
+    if step < WARMUP:
+        return PEAK_RATE * (step + 1) / WARMUP
+    share = (step - WARMUP) / max(steps - WARMUP, 1)
+    return PEAK_RATE * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
+
+
+def train_step(model: Llama4, routers: RouterTerms, batches: Sequence[Batch]) -> dict[str, float]:
+    """Accumulate the gradients of one step; gives the answer loss and the share of right tokens of each group."""
+    told: dict[str, float] = {}
+    for number, batch in enumerate(batches):
+        wanted = batch.targets[batch.targets != IGNORED]
+        logits = answer_logits(model, batch)
+        loss = F.cross_entropy(logits, wanted)
+        terms, loads = routers.take(batch.real.flatten())
+        (loss + terms).backward()
+        told[f"loss{number}"] = float(loss.detach())
+        told[f"right{number}"] = float((logits.argmax(-1) == wanted).float().mean())
+        told["least"] = min(told.get("least", 1.0), *(float(load.min()) for load in loads))
+    return told
+
+
+def save_weights(model: Llama4, folder: Path) -> None:
+    """Write the checkpoint's model.safetensors in bfloat16, by atomic rename."""
+    tensors = {name: p.detach().to(torch.bfloat16).contiguous() for name, p in model.named_parameters()}
+    partial = folder / "model.safetensors.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    os.replace(partial, folder / "model.safetensors")
+
+
+def train(out: Path, steps: int, seed: int) -> None:
+    """Run or resume the training until `steps`; weights land in `out`, the run's state beside it."""
+    write_skeleton(out)
+    config = ModelConfig.load(out)
+    processor = Processor(out, model_spec(config))
+    model = Llama4(config)
+    initialise(model, seed)
+    routers, adam = RouterTerms(model), optimiser(model)
+    state_file = out.with_name(out.name + ".training.pt")
+    first = 0
+    if state_file.exists():
+        state = torch.load(state_file)
+        model.load_state_dict(state["model"])
+        adam.load_state_dict(state["adam"])
+        first = state["step"]
+    pools: list[list[Batch]] = []
+    started = time.monotonic()
+    for step in range(first, steps):
+        for group in adam.param_groups:
+            group["lr"] = rate(step, steps)
+        if step % POOL == 0 or not pools:
+            pools = [draw_pool(group, processor, seed, step // POOL) for group in GROUPS]
+        told = train_step(model, routers, [pool[step % POOL] for pool in pools])
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP * len(GROUPS))
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+        if step % LOG_EVERY == 0 or step == steps - 1:
+            seconds = round((time.monotonic() - started) / (step - first + 1), 3)
+            print(json.dumps({"step": step, "s": seconds, **{k: round(v, 4) for k, v in told.items()}}), flush=True)
+        if (step + 1) % SAVE_EVERY == 0 or step == steps - 1:
+            partial = state_file.with_suffix(".partial")
+            torch.save({"model": model.state_dict(), "adam": adam.state_dict(), "step": step + 1}, partial)
+            os.replace(partial, state_file)
+            save_weights(model, out)
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("models/chasqui"), help="checkpoint folder to write")
+    parser.add_argument("--steps", type=int, default=5000, help="optimiser steps in all")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
+    arguments = parser.parse_args()
+    train(arguments.out, arguments.steps, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()

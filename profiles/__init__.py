@@ -1,0 +1,1 @@
+"""Quantisation profiles, calibration data and quantisers."""

@@ -1,0 +1,73 @@
+"""The named families, drawing from them, and the one scoring function."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from arriero.errors import ArrieroError
+from arriero.profiles.data import pictures, text
+from arriero.profiles.data.sample import Sample
+
+Generator = Callable[[np.random.Generator, bool], Sample]
+
+TEXT_FAMILIES: dict[str, Generator] = {
+    "recall": text.recall,
+    "arithmetic": text.arithmetic,
+    "sorting": text.sorting,
+}
+IMAGE_FAMILIES: dict[str, Generator] = {
+    "shape": pictures.shape,
+    "colour": pictures.colour,
+    "count": pictures.count,
+    "position": pictures.position,
+    "describe": pictures.describe,
+    "several": pictures.several,
+    "video": pictures.video,
+}
+FAMILIES = {**TEXT_FAMILIES, **IMAGE_FAMILIES}
+HELD_OUT_SHARE = 8  # one text prompt in eight is never trained on
+
+
+def make(family: str, count: int, seed: int, split: str = "held-out") -> list[Sample]:
+    """Draw `count` samples of a family from `split` ("train" or "held-out"); the same arguments give the same samples.
+
+    Raises `ArrieroError` for an unknown family.
+    """
+    if family not in FAMILIES:
+        raise ArrieroError(f"there is no task family {family!r}", expected=f"one of {', '.join(FAMILIES)}")
+    rng = np.random.default_rng([seed, zlib.crc32(family.encode()), split == "train"])
+    samples: list[Sample] = []
+    while len(samples) < count:
+        sample = FAMILIES[family](rng, split == "train")
+        if sample.images or all(is_held_out(turn.question) == (split != "train") for turn in scored(sample, split)):
+            samples.append(sample)
+    return samples
+
+
+def scored(sample: Sample, split: str) -> Sequence:
+    """The turns whose questions decide the split: all in training, the first one when held out; none of recall's."""
+    if sample.family == "recall":
+        return ()
+    return sample.turns if split == "train" else sample.turns[:1]
+
+
+def is_held_out(question: str) -> bool:
+    """Whether a text question belongs to the held-out split, by its checksum."""
+    return zlib.crc32(question.encode()) % HELD_OUT_SHARE == 0
+
+
+def score(sample: Sample, answer: str) -> bool:
+    """Whether `answer` is the sample's right answer, blind to case, spacing and a final full stop."""
+    return _plain(answer) == _plain(sample.answer)
+
+
+def accuracy(samples: Sequence[Sample], answers: Sequence[str]) -> float:
+    """Share of right answers: task accuracy."""
+    return float(np.mean([score(sample, answer) for sample, answer in zip(samples, answers, strict=True)]))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().strip().rstrip(".").split())

@@ -1,0 +1,67 @@
+"""Block-wise symmetric integers in the byte layout that MatMulNBits and QMoE read.
+
+N output features, K input features, J = K / block. An integer q in [-2^(bits-1) + 1, 2^(bits-1) - 1] is stored as
+q + 2^(bits-1) (offset binary); with 4 bits the even element is the low nibble.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arriero.errors import ArrieroError
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """`packed` u8 [..., N, K*bits/8], `scales` f32 [..., N, J]; every scale is finite and positive."""
+
+    packed: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    bits: int
+    block: int
+
+
+def quantize(weight: NDArray[np.float32], *, bits: int, block: int, name: str) -> Quantized:
+    """Round `weight` f32 [..., N, K] to the nearest integer multiple of its block's scale, largest magnitude / 2^(bits-1)-1.
+
+    An all-zero block (or one too small for a normal float32 scale) gets scale 1 and zeros.
+    Raises ArrieroError naming the tensor when K is not a multiple of `block` or a value is not finite.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"bits must be 4 or 8, not {bits}")
+    features = weight.shape[-1]
+    if features % block:
+        raise ArrieroError(
+            f"{features} input features do not divide into blocks of {block}",
+            where=name,
+            remedy="Choose a smaller `block` for it in the profile, or keep it exact",
+        )
+    blocks = weight.reshape(*weight.shape[:-1], features // block, block)
+    largest = np.abs(blocks).max(-1)
+    if not np.isfinite(largest).all():
+        raise ArrieroError(
+            f"{int(np.count_nonzero(~np.isfinite(weight)))} of {weight.size} values are NaN or infinite",
+            where=name,
+            remedy="The checkpoint is damaged: fetch it again",
+        )
+    top = 2 ** (bits - 1) - 1
+    scales = (largest / np.float32(top)).astype(np.float32)
+    scales[scales < np.finfo(np.float32).tiny] = 1.0
+    offset = (np.clip(np.rint(blocks / scales[..., None]), -top, top) + (top + 1)).astype(np.uint8)
+    flat = offset.reshape(weight.shape)
+    if bits == 4:
+        flat = flat[..., 0::2] | (flat[..., 1::2] << 4)
+    return Quantized(np.ascontiguousarray(flat), scales, bits, block)
+
+
+def dequantize(quantized: Quantized) -> NDArray[np.float32]:
+    """The float32 values [..., N, K] that `quantized` stands for."""
+    packed, half = quantized.packed, 2 ** (quantized.bits - 1)
+    if quantized.bits == 4:
+        packed = np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], packed.shape[-1] * 2)
+    integers = packed.astype(np.float32) - np.float32(half)
+    blocks = integers.reshape(*quantized.scales.shape, quantized.block) * quantized.scales[..., None]
+    return blocks.reshape(packed.shape)

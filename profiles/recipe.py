@@ -1,0 +1,144 @@
+"""A profile as data: which tensor is stored in which scheme, why, and the thresholds the result must meet."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from arriero.errors import ArrieroError, Problems
+
+SHIPPED = Path(__file__).parent
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Exact(_Record):
+    """The tensor's values stay exact: stored as float32, or in the checkpoint's own dtype where a kernel reads it."""
+
+    kind: Literal["exact"] = "exact"
+
+
+class IntBlock(_Record):
+    """Block-wise symmetric integers along the input features, one float32 scale per block.
+
+    `accuracy_level` is ONNX Runtime's: 4 rounds activations to int8 as well, 0 keeps them in float32.
+    """
+
+    kind: Literal["int_block"]
+    bits: Literal[4, 8]
+    block: Literal[16, 32, 64, 128, 256]
+    accuracy_level: Literal[0, 4]
+
+
+Scheme = Annotated[Exact | IntBlock, Field(discriminator="kind")]
+
+
+class _Selector(_Record):
+    match: Text
+    reason: Text
+    optional: bool = False
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        if value.startswith("re:"):
+            try:
+                re.compile(value[3:])
+            except re.error as error:
+                raise ValueError(f"`{value}` is not a regular expression: {error}") from error
+        return value
+
+    def hits(self, name: str) -> bool:
+        """Whether this selector takes the whole of `name`: a `re:` pattern, or the name itself."""
+        return bool(re.fullmatch(self.match[3:], name)) if self.match.startswith("re:") else self.match == name
+
+
+class Keep(_Selector):
+    """Tensors that stay exact, and the reason."""
+
+
+class Rule(_Selector):
+    """Tensors that are stored in `scheme`, and the reason."""
+
+    scheme: Scheme
+
+
+class Profile(_Record):
+    """One profile. `keep` is asked before `rules`, each in order, and the first selector that matches wins."""
+
+    name: Text
+    version: int = Field(ge=1)
+    description: Text
+    thresholds: dict[str, float]
+    keep: list[Keep] = []
+    rules: list[Rule] = []
+
+    def assign(self, names: Iterable[str]) -> dict[str, Scheme]:
+        """Give the scheme of every tensor in `names`; raise Problems for idle selectors and undecided tensors."""
+        selectors: list[Keep | Rule] = [*self.keep, *self.rules]
+        idle = set(range(len(selectors)))
+        assigned: dict[str, Scheme] = {}
+        problems: list[ArrieroError] = []
+        for name in names:
+            hits = [position for position, selector in enumerate(selectors) if selector.hits(name)]
+            idle.difference_update(hits)
+            if not hits:
+                problems.append(
+                    ArrieroError(
+                        "no selector of the profile decides this tensor",
+                        where=name,
+                        remedy=f"Name it under `keep` or `rules` of profile `{self.name}`",
+                    )
+                )
+                continue
+            first = selectors[hits[0]]
+            assigned[name] = first.scheme if isinstance(first, Rule) else Exact()
+        problems += [
+            ArrieroError(
+                f"selector `{selectors[position].match}` matches no tensor",
+                where=f"profile {self.name}",
+                remedy="Correct it, or mark it `optional: true` and say so in its reason",
+            )
+            for position in sorted(idle)
+            if not selectors[position].optional
+        ]
+        if problems:
+            raise Problems(f"profile `{self.name}` does not fit this checkpoint", problems)
+        return assigned
+
+
+def shipped() -> dict[str, Path]:
+    """The profiles that come with the package, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def load_profile(name_or_path: str | Path) -> Profile:
+    """Read a shipped profile by its name, or any profile by its path; all mistakes in it are listed at once."""
+    path = shipped().get(str(name_or_path), Path(name_or_path))
+    if not path.is_file():
+        raise ArrieroError(
+            f"there is no profile `{name_or_path}`", expected=f"one of {', '.join(shipped())}, or the path of a YAML file"
+        )
+    try:
+        data: Any = YAML(typ="safe").load(path)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ArrieroError(f"is not readable as YAML: {error}", where=str(path)) from error
+    try:
+        return Profile.model_validate(data)
+    except ValidationError as error:
+        raise Problems(
+            f"profile {path} is not valid",
+            [
+                ArrieroError(problem["msg"], where=".".join(map(str, problem["loc"])) or str(path))
+                for problem in error.errors()
+            ],
+        ) from error

@@ -1,0 +1,35 @@
+"""Bundles in, sessions out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from arriero.errors import ArrieroError
+from arriero.runtimes.manifest import Manifest
+from arriero.runtimes.onnxruntime import OrtBackend
+from arriero.runtimes.processor import Processor
+from arriero.runtimes.session import Session
+
+
+def load(bundle: str | os.PathLike[str], threads: int | None = None, verify: bool = False) -> Session:
+    """Open a bundle directory and give a `Session` that answers from it.
+
+    The manifest and the files are checked first; with `verify` every file is hashed, however large the bundle.
+    `threads` None uses every core this process may run on. Raises `ArrieroError` with what is wrong and what to do.
+    """
+    if threads is not None and threads < 1:
+        raise ArrieroError(f"threads is {threads}", expected="at least 1")
+    manifest = Manifest.read(Path(bundle))
+    manifest.check_arch()
+    if manifest.target.backend != "onnxruntime":
+        raise ArrieroError(
+            f"the backend {manifest.target.backend!r} is unknown",
+            where=f"{manifest.bundle / 'manifest.json'}:target.backend",
+            expected="onnxruntime",
+            remedy="Use the arriero that built the bundle, or build a target with backend onnxruntime",
+        )
+    manifest.check_files(full=verify or None)
+    processor = Processor(manifest.bundle / "tokenizer", manifest.model)
+    backend = OrtBackend(manifest.bundle, manifest.model, threads)
+    return Session(backend, processor, manifest.target.context, manifest.target.batch)

@@ -1,0 +1,171 @@
+"""What a session asks of a backend: five methods over numpy arrays, and the model facts they share.
+
+Shapes: B batch rows, S new tokens per row, H hidden, V vocabulary, L slots that get logits, k experts per token,
+M image placeholder tokens, n image tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, Self, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arriero.errors import ArrieroError
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer: which keys it may see, and what follows its attention."""
+
+    attention: Literal["chunked", "global"]
+    ffn: Literal["moe", "dense"]
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """The vision tower's square input, its patches, and the text tokens that one tile becomes."""
+
+    image_size: int
+    patch_size: int
+    tokens_per_tile: int
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The facts of one model that a runtime needs, as the manifest's `model` entry states them."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_local_experts: int
+    num_experts_per_tok: int
+    attention_chunk_size: int
+    max_position_embeddings: int
+    layers: tuple[LayerSpec, ...]
+    vision: VisionSpec | None
+    image_token_id: int | None
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, model: Mapping[str, Any], where: str = "manifest.json:model") -> Self:
+        """Read a manifest's `model` entry; a missing or misshapen key is an `ArrieroError` that names it."""
+        try:
+            text = model["text"]
+            layers = tuple(_layer(entry, f"{where}.text.layers[{i}]") for i, entry in enumerate(text["layers"]))
+            vision, image_token, bos = model["vision"], model["image_token_id"], model["bos_token_id"]
+            spec = cls(
+                model_type=str(model["model_type"]),
+                vocab_size=int(text["vocab_size"]),
+                hidden_size=int(text["hidden_size"]),
+                num_attention_heads=int(text["num_attention_heads"]),
+                num_key_value_heads=int(text["num_key_value_heads"]),
+                head_dim=int(text["head_dim"]),
+                num_local_experts=int(text["num_local_experts"]),
+                num_experts_per_tok=int(text["num_experts_per_tok"]),
+                attention_chunk_size=int(text["attention_chunk_size"]),
+                max_position_embeddings=int(text["max_position_embeddings"]),
+                layers=layers,
+                vision=None
+                if vision is None
+                else VisionSpec(int(vision["image_size"]), int(vision["patch_size"]), int(vision["tokens_per_tile"])),
+                image_token_id=None if image_token is None else int(image_token),
+                bos_token_id=None if bos is None else int(bos),
+                eos_token_ids=tuple(int(token) for token in model["eos_token_ids"]),
+            )
+        except KeyError as missing:
+            raise ArrieroError(f"the key {missing} is missing", where=where, remedy=_REBUILD) from None
+        except (TypeError, ValueError) as error:
+            raise ArrieroError(f"an entry has the wrong shape ({error})", where=where, remedy=_REBUILD) from None
+        if len(layers) != int(text.get("num_hidden_layers", len(layers))):
+            raise ArrieroError(
+                f"{len(layers)} layers are listed",
+                where=f"{where}.text.layers",
+                expected=f"{text['num_hidden_layers']} as num_hidden_layers says",
+                remedy=_REBUILD,
+            )
+        return spec
+
+
+_REBUILD = "Rebuild the bundle with `arriero build`"
+
+
+def _layer(entry: Mapping[str, str], where: str) -> LayerSpec:
+    attention, ffn = entry["attention"], entry["ffn"]
+    if attention not in ("chunked", "global") or ffn not in ("moe", "dense"):
+        raise ArrieroError(
+            f"attention {attention!r} with ffn {ffn!r} is unknown",
+            where=where,
+            expected="attention chunked or global, ffn moe or dense",
+            remedy="The bundle was made for another version of arriero: rebuild it or upgrade",
+        )
+    return LayerSpec(cast(Literal["chunked", "global"], attention), cast(Literal["moe", "dense"], ffn))
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one forward gives; the two dictionaries are keyed by layer number and empty unless taps were asked for."""
+
+    logits: Floats  # [B, L, V]
+    expert_ids: dict[int, Ints] = field(default_factory=dict)  # MoE layers: [B, S, k]
+    hiddens: dict[int, Floats] = field(default_factory=dict)  # residual stream after the layer: [B, S, H]
+
+
+class Cache(Protocol):
+    """The keys and values of B rows; a backend's `forward` extends it in place."""
+
+    lengths: Ints  # [B] tokens held per row, which is also the position of the row's next token
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens a row may hold."""
+        ...
+
+    def rows(self, start: int, stop: int) -> Cache:
+        """Rows `start` to `stop` as a cache of their own that shares this one's memory and lengths."""
+        ...
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make row `target` equal to row `source`."""
+        ...
+
+
+class Backend(Protocol):
+    """The model behind one set of weights. Every method may be called from several threads at once."""
+
+    spec: ModelSpec
+
+    def vision(self, pixel_values: Floats) -> Floats:
+        """Turn tiles f32 [n, 3, h, w] into text-space features f32 [n * tokens_per_tile, H]."""
+        ...
+
+    def embed(self, input_ids: Ints, image_features: Floats) -> Floats:
+        """Embed ids i64 [B, S]; image placeholders take `image_features` f32 [M, H] in order. Gives f32 [B, S, H]."""
+        ...
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """Give an empty cache for `batch` rows of at most `capacity` tokens."""
+        ...
+
+    def forward(
+        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, taps: bool = False
+    ) -> StepOutput:
+        """Run `inputs_embeds` [B, S, H] at `positions` [B, S] after `cache`; logits for the slots `logits_index` [L].
+
+        A session keeps to B == 1 with all S positions inside one attention chunk, or S == 1 with any B, and to
+        positions that continue each row's `cache.lengths`, which grow by S.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the backend holds; it is not used afterwards."""
+        ...

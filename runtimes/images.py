@@ -1,0 +1,221 @@
+"""Images of any size to Llama 4's tiles, pixel for pixel as its Hugging Face processor makes them.
+
+An image is fitted on a canvas of whole tiles (at most `max_patches`), padded right and below, cut into tiles, and
+followed by a global tile (the whole image squeezed into one) when the canvas has more than one.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from arriero.errors import ArrieroError, MachineLacks
+from arriero.runtimes.backend import Floats
+
+ImageLike = Image.Image | NDArray[np.uint8] | str | os.PathLike[str] | bytes
+Images = ImageLike | Sequence[ImageLike] | None
+Size = tuple[int, int]  # height, width
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One image as tiles f32 [rows * columns (+ 1 global when more than one), 3, h, w]."""
+
+    pixel_values: Floats
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Tiler:
+    """The image settings of a checkpoint's preprocessor_config.json, applied."""
+
+    size: int = 336
+    max_patches: int = 16
+    resize_to_max_canvas: bool = False
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    rescale_factor: float = 1 / 255
+
+    @classmethod
+    def parse(cls, settings: Mapping[str, Any], where: str) -> Tiler:
+        """Read preprocessor settings; a value this runtime cannot honour is an `ArrieroError`."""
+        size = settings.get("size", {"height": cls.size, "width": cls.size})
+        refused = [
+            (size.get("height") != size.get("width") or not size.get("height"), f"size is {size}", "a square"),
+            (settings.get("resample", 2) != 2, f"resample is {settings.get('resample')}", "2 (bilinear)"),
+            *(
+                (settings.get(key, True) is not True, f"{key} is {settings.get(key)}", "true")
+                for key in ("do_resize", "do_rescale", "do_normalize")
+            ),
+        ]
+        for wrong, what, expected in refused:
+            if wrong:
+                raise ArrieroError(
+                    what, where=where, expected=expected, remedy="Use the image settings Llama 4 was trained with"
+                )
+        return cls(
+            size=int(size["height"]),
+            max_patches=int(settings.get("max_patches", cls.max_patches)),
+            resize_to_max_canvas=bool(settings.get("resize_to_max_canvas", cls.resize_to_max_canvas)),
+            image_mean=tuple(settings.get("image_mean", cls.image_mean)),
+            image_std=tuple(settings.get("image_std", cls.image_std)),
+            rescale_factor=float(settings.get("rescale_factor", cls.rescale_factor)),
+        )
+
+    def tile(self, image: Image.Image) -> Tiles:
+        """Cut an RGB `image` into tiles."""
+        height, width = image.height, image.width
+        rows, columns = self._grid(height, width)
+        canvas = rows * self.size, columns * self.size
+        room = canvas
+        if not self.resize_to_max_canvas:
+            # small images are enlarged to one tile's size at most, whatever the canvas
+            room = (
+                min(max(height, self.size), canvas[0]),
+                min(max(width, self.size), canvas[1]),
+            )
+        fitted = _resize(image, _fit(height, width, room))
+        padded = np.zeros((*canvas, 3), np.uint8)
+        padded[: fitted.shape[0], : fitted.shape[1]] = fitted
+        tiles = padded.reshape(rows, self.size, columns, self.size, 3).transpose(0, 2, 4, 1, 3)
+        tiles = tiles.reshape(rows * columns, 3, self.size, self.size)
+        if rows * columns > 1:
+            whole = _resize(image, (self.size, self.size)).transpose(2, 0, 1)
+            tiles = np.concatenate([tiles, whole[None]])
+        channels = np.arange(3)[:, None, None]
+        return Tiles(self._levels[channels, tiles], rows, columns)
+
+    @cached_property
+    def _levels(self) -> Floats:
+        """What each channel's 256 byte values become [3, 256]: rescaled and normalised in bfloat16, as in training."""
+        scale = np.float32(self.rescale_factor)
+        values = _bfloat16(np.arange(256, dtype=np.float32) * scale)
+        mean, std = (_bfloat16(np.asarray(x, np.float32))[:, None] for x in (self.image_mean, self.image_std))
+        return _bfloat16(_bfloat16(values[None] - mean) / std)
+
+    def _grid(self, height: int, width: int) -> Size:
+        """Choose the canvas, in tiles: enlarge as little as possible, else shrink as little as possible.
+
+        Among canvases of the same scale the smallest wins, and then the one met first in the processor's order
+        (aspect ratios as met while the tile count falls from `max_patches`, rows ascending).
+        """
+        by_ratio: dict[Fraction, list[Size]] = {}
+        for count in range(self.max_patches, 0, -1):
+            for rows in (r for r in range(1, count + 1) if count % r == 0):
+                by_ratio.setdefault(Fraction(rows, count // rows), []).append((rows, count // rows))
+        grids = [grid for same_ratio in by_ratio.values() for grid in same_ratio]
+        # float32, since the processor compares scales in that precision and ties there must be ties here
+        scales = [
+            min(
+                np.float32(rows * self.size) / np.float32(height),
+                np.float32(columns * self.size) / np.float32(width),
+            )
+            for rows, columns in grids
+        ]
+        enlarging = [scale for scale in scales if scale >= 1]
+        chosen = min(enlarging) if enlarging and not self.resize_to_max_canvas else max(scales)
+        return min((g for g, s in zip(grids, scales, strict=True) if s == chosen), key=lambda g: g[0] * g[1])
+
+
+def as_list(images: Images) -> list[ImageLike]:
+    """Take one image, several, or none."""
+    if isinstance(images, str | bytes | os.PathLike | Image.Image | np.ndarray):
+        return [images]
+    return list(images or ())
+
+
+def read_image(image: ImageLike) -> Image.Image:
+    """Give `image` as RGB: a Pillow image, a path, encoded bytes, or an array uint8 [h, w, 3]."""
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ArrieroError(
+                f"an image array is {image.dtype} {list(image.shape)}",
+                expected="uint8 [height, width, 3], red first",
+            )
+        return Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        return _loaded(image, "the image")
+    name = "the image bytes" if isinstance(image, bytes) else str(image)
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            return _loaded(opened, name)
+    except FileNotFoundError:
+        raise ArrieroError("there is no such image file", where=name, remedy="Check the path") from None
+    except (OSError, TypeError, AttributeError, Image.DecompressionBombError) as error:
+        raise ArrieroError(
+            f"this is not a readable image ({error})",
+            where=name,
+            expected="a picture that Pillow reads, such as PNG or JPEG",
+            remedy="Check that the file is complete and is an image",
+        ) from None
+
+
+def _loaded(image: Image.Image, name: str) -> Image.Image:
+    try:
+        image.load()
+        turned = ImageOps.exif_transpose(image)
+        return turned.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ArrieroError(
+            f"the image is truncated or corrupt ({error})", where=name, remedy="Get a complete copy of the file"
+        ) from None
+
+
+def read_video(path: str | os.PathLike[str], num_frames: int) -> list[Image.Image]:
+    """Give `num_frames` frames of a video, the middles of as many equal parts of it (fewer if it has fewer)."""
+    if num_frames < 1:
+        raise ArrieroError(f"num_frames is {num_frames}", where=str(path), expected="at least 1")
+    try:
+        import av
+    except ImportError:
+        raise MachineLacks(
+            "reading a video file needs the package av",
+            where=str(path),
+            remedy="Install it with `pip install 'arriero[video]'`, or pass the frames as images",
+        ) from None
+    if not Path(path).is_file():
+        raise ArrieroError("there is no such video file", where=str(path), remedy="Check the path")
+    try:
+        # two passes, since many containers do not state their frame count and all frames at once may not fit memory
+        with av.open(str(path)) as video:
+            total = sum(1 for _ in video.decode(video=0))
+        wanted = {(2 * i + 1) * total // (2 * num_frames) for i in range(num_frames)}
+        with av.open(str(path)) as video:
+            frames = [frame.to_image() for i, frame in enumerate(video.decode(video=0)) if i in wanted]
+    except (av.FFmpegError, IndexError) as error:
+        raise ArrieroError(
+            f"the video cannot be decoded ({error})", where=str(path), remedy="Get a complete copy of the file"
+        ) from None
+    if not frames:
+        raise ArrieroError("the video has no frames", where=str(path), remedy="Get a complete copy of the file")
+    return frames
+
+
+def _fit(height: int, width: int, room: Size) -> Size:
+    """Give the largest size of the same aspect ratio inside `room`; the free side is rounded down, 1 at least."""
+    scale_h, scale_w = room[0] / height, room[1] / width
+    if scale_w < scale_h:
+        return max(min(int(height * scale_w), room[0]), 1), max(room[1], 1)
+    return max(room[0], 1), max(min(int(width * scale_h), room[1]), 1)
+
+
+def _resize(image: Image.Image, size: Size) -> NDArray[np.uint8]:
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+
+def _bfloat16(values: Floats) -> Floats:
+    """Round f32 to the nearest bfloat16, ties to even, kept as f32."""
+    bits = np.asarray(values, np.float32).view(np.uint32)
+    rounded = bits + 0x7FFF + ((bits >> np.uint32(16)) & 1)
+    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)

@@ -1,0 +1,110 @@
+"""Key and value buffers in numpy: chunked layers keep the current chunk only, global layers grow by doubling.
+
+Shapes: B batch rows, K key/value heads, P slots of a buffer, D head dimension, C attention chunk.
+A token at position p lies in slot p % C of a chunked layer and in slot p of a global one, so the lengths alone say
+which slots are valid: starting a new chunk moves nothing and clears nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from arriero.errors import ArrieroError
+from arriero.runtimes.backend import Floats, Ints, ModelSpec
+
+FIRST_SLOTS = 256
+
+
+class KVCache:
+    """The f32 [B, K, P, D] buffers of every layer, and how many tokens each row holds."""
+
+    def __init__(self, spec: ModelSpec, batch: int, capacity: int) -> None:
+        """Make empty buffers for `batch` rows of at most `capacity` tokens; slots are added as tokens come."""
+        self.spec, self.capacity = spec, capacity
+        self.lengths: Ints = np.zeros(batch, np.int64)
+        self.chunked_limit = min(spec.attention_chunk_size, capacity)
+        self.keys: list[Floats] = []
+        self.values: list[Floats] = []
+        for layer in spec.layers:
+            slots = min(FIRST_SLOTS, self.chunked_limit if layer.attention == "chunked" else capacity)
+            shape = (batch, spec.num_key_value_heads, slots, spec.head_dim)
+            self.keys.append(np.zeros(shape, np.float32))
+            self.values.append(np.zeros(shape, np.float32))
+
+    def rows(self, start: int, stop: int) -> RowView:
+        """Rows `start` to `stop` as a cache that shares this one's memory and lengths."""
+        return RowView(self, start, stop)
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make row `target` hold what row `source` holds."""
+        for buffer in (*self.keys, *self.values):
+            buffer[target] = buffer[source]
+        self.lengths[target] = self.lengths[source]
+
+    def reserve(self, tokens: int) -> None:
+        """Make sure every layer has slots for rows of `tokens` tokens; refuses more than `capacity`."""
+        if tokens > self.capacity:
+            raise ArrieroError(
+                f"{tokens} tokens do not fit a cache of {self.capacity}",
+                remedy="Shorten the prompt, ask for fewer tokens, or build the bundle with a larger `context`",
+            )
+        for number, layer in enumerate(self.spec.layers):
+            limit = self.chunked_limit if layer.attention == "chunked" else self.capacity
+            have = self.keys[number].shape[2]
+            if min(tokens, limit) > have:
+                slots = have
+                while slots < min(tokens, limit):
+                    slots = min(2 * slots, limit)
+                self.keys[number] = _grown(self.keys[number], slots)
+                self.values[number] = _grown(self.values[number], slots)
+
+    def layer(self, number: int) -> tuple[Floats, Floats]:
+        """Give layer `number`'s key and value buffers [B, K, P, D], contiguous, in place."""
+        return self.keys[number], self.values[number]
+
+    def valid(self, attention: str) -> Ints:
+        """Give how many slots of each row [B] hold tokens that the row's next token may see."""
+        return valid_slots(self.lengths, attention, self.spec.attention_chunk_size)
+
+
+class RowView:
+    """Some neighbouring rows of a `KVCache`, with the same methods."""
+
+    def __init__(self, whole: KVCache, start: int, stop: int) -> None:
+        """View rows `start` to `stop` of `whole`."""
+        self._whole, self._start, self._stop = whole, start, stop
+        self.spec, self.capacity = whole.spec, whole.capacity
+        self.lengths: Ints = whole.lengths[start:stop]
+
+    def rows(self, start: int, stop: int) -> RowView:
+        """Rows `start` to `stop` of these rows."""
+        return RowView(self._whole, self._start + start, self._start + stop)
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make row `target` of these rows hold what row `source` of them holds."""
+        self._whole.copy_row(self._start + source, self._start + target)
+
+    def reserve(self, tokens: int) -> None:
+        """Make sure every layer has slots for rows of `tokens` tokens."""
+        self._whole.reserve(tokens)
+
+    def layer(self, number: int) -> tuple[Floats, Floats]:
+        """Give these rows of layer `number`'s key and value buffers, contiguous, in place."""
+        keys, values = self._whole.layer(number)
+        return keys[self._start : self._stop], values[self._start : self._stop]
+
+    def valid(self, attention: str) -> Ints:
+        """Give how many slots of each row hold tokens that the row's next token may see."""
+        return valid_slots(self.lengths, attention, self.spec.attention_chunk_size)
+
+
+def valid_slots(lengths: Ints, attention: str, chunk: int) -> Ints:
+    """How many past slots [B] the next token of each row may see: since its chunk's start, or all of them."""
+    return lengths % chunk if attention == "chunked" else lengths.copy()
+
+
+def _grown(buffer: Floats, slots: int) -> Floats:
+    batch, heads, have, dim = buffer.shape
+    larger = np.zeros((batch, heads, slots, dim), np.float32)
+    larger[:, :, :have] = buffer
+    return larger

@@ -1,0 +1,189 @@
+"""The ONNX Runtime backend: text, vision and embedding graphs of a bundle, with key/value buffers updated in place.
+
+Shapes: B batch rows, S new tokens per row, H hidden, K key/value heads, D head dimension, L slots that get logits,
+k experts per token, M image placeholder tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from arriero.errors import ArrieroError, MachineLacks
+from arriero.runtimes.backend import Cache, Floats, Ints, ModelSpec, StepOutput
+from arriero.runtimes.kvcache import KVCache, RowView
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+# A vision tower's activations are per tile, so tiles go through in groups and peak memory does not grow with them.
+TILES_AT_ONCE = 4
+
+
+class OrtBackend:
+    """The three graphs of a bundle directory on ONNX Runtime's CPU provider."""
+
+    def __init__(self, bundle: Path, spec: ModelSpec, threads: int | None = None) -> None:
+        """Open the graphs in `bundle` for the model `spec`; `threads` None means every core we may use."""
+        self.spec = spec
+        self.threads = threads or _usable_cores()
+        self._bundle = bundle
+        self._text = _open(bundle / "text.onnx", self.threads)
+        self._embed = _open(bundle / "embed.onnx", self.threads)
+        # a text-only model's graph has no input for image features
+        self._embed_inputs = [entry.name for entry in self._embed.get_inputs()]
+        self._vision: onnxruntime.InferenceSession | None = None
+        self._vision_lock = threading.Lock()
+        self._check_signature()
+
+    def _check_signature(self) -> None:
+        layers = range(len(self.spec.layers))
+        caches = [f"past_{kind}.{i}" for i in layers for kind in ("key", "value")]
+        needs = {"inputs_embeds", "positions", "logits_index", *caches}
+        for attention in {layer.attention for layer in self.spec.layers}:
+            name = _prefix(attention)
+            needs |= {f"{name}_seqlens_k", f"{name}_total"}
+        has = {entry.name for entry in self._text.get_inputs()}
+        # the other class's counters may stand in the signature unused, so only what is missing or unknown is refused
+        unknown = has - needs - {f"{name}_{kind}" for name in ("chunk", "global") for kind in ("seqlens_k", "total")}
+        if needs - has or unknown:
+            raise ArrieroError(
+                f"the graph's inputs do not fit the manifest's model (missing {sorted(needs - has)[:4]}, "
+                f"unknown {sorted(unknown)[:4]})",
+                where=str(self._bundle / "text.onnx"),
+                remedy="The bundle mixes files of two builds: rebuild it with `arriero build`",
+            )
+        self._counters = [name for name in ("chunk", "global") if f"{name}_total" in has]
+
+    def vision(self, pixel_values: Floats) -> Floats:
+        """Turn tiles f32 [n, 3, h, w] into features f32 [n * tokens_per_tile, H]."""
+        if self.spec.vision is None:
+            raise ArrieroError(
+                "this bundle has no vision tower, so it cannot read images",
+                remedy="Build it with `modalities: [text, image]`",
+            )
+        with self._vision_lock:
+            if self._vision is None:
+                # opened on the first image: a text-only app never pays for the tower's memory
+                self._vision = _open(self._bundle / "vision.onnx", self.threads)
+        groups = range(0, len(pixel_values), TILES_AT_ONCE)
+        parts = [
+            self._vision.run(["image_features"], {"pixel_values": pixel_values[i : i + TILES_AT_ONCE]})[0]
+            for i in groups
+        ]
+        return np.concatenate(parts)
+
+    def embed(self, input_ids: Ints, image_features: Floats) -> Floats:
+        """Embed ids i64 [B, S], image placeholders taking `image_features` f32 [M, H] in order: f32 [B, S, H]."""
+        feeds = {"input_ids": input_ids, "image_features": image_features}
+        embeds = self._embed.run(["inputs_embeds"], {name: feeds[name] for name in self._embed_inputs})[0]
+        return np.asarray(embeds)
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """Give an empty cache for `batch` rows of at most `capacity` tokens."""
+        return KVCache(self.spec, batch, capacity)
+
+    def forward(
+        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, taps: bool = False
+    ) -> StepOutput:
+        """Run `inputs_embeds` [B, S, H]; see `Backend.forward`. The cache must come from `new_cache`."""
+        import onnxruntime
+
+        assert isinstance(cache, KVCache | RowView)
+        batch, steps, _ = inputs_embeds.shape
+        self._check_step(positions, cache)
+        cache.reserve(int(cache.lengths.max()) + steps)
+        tensor = onnxruntime.OrtValue.ortvalue_from_numpy
+        feeds = {"inputs_embeds": inputs_embeds, "positions": positions, "logits_index": logits_index}
+        for name in self._counters:
+            held = cache.valid("chunked" if name == "chunk" else "global") + steps
+            feeds[f"{name}_seqlens_k"] = (held - 1).astype(np.int32)
+            feeds[f"{name}_total"] = held.max(keepdims=True).astype(np.int32)
+        binding = self._text.io_binding()
+        # `kept` holds every array and OrtValue until the run is over: a bound CPU tensor borrows numpy's memory
+        kept = [tensor(np.ascontiguousarray(array)) for array in feeds.values()]
+        for name, value in zip(feeds, kept, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        outputs = ["logits", *(self._tap_names() if taps else ())]
+        for name in outputs:
+            binding.bind_output(name)
+        for number in range(len(self.spec.layers)):
+            for kind, buffer in zip(("key", "value"), cache.layer(number), strict=True):
+                value = tensor(buffer)
+                kept.append(value)
+                binding.bind_ortvalue_input(f"past_{kind}.{number}", value)
+                # present is past's own memory: the step writes its S slots and copies nothing
+                binding.bind_ortvalue_output(f"present_{kind}.{number}", value)
+        self._text.run_with_iobinding(binding)
+        cache.lengths += steps
+        results = binding.get_outputs()[: len(outputs)]
+        named = dict(zip(outputs, (result.numpy() for result in results), strict=True))
+        return StepOutput(
+            logits=named["logits"],
+            expert_ids={
+                number: named[name].reshape(batch, steps, -1)
+                for number in range(len(self.spec.layers))
+                if (name := f"expert_id.{number}") in named
+            },
+            hiddens={
+                number: named[name] for number in range(len(self.spec.layers)) if (name := f"hidden.{number}") in named
+            },
+        )
+
+    def _check_step(self, positions: Ints, cache: KVCache | RowView) -> None:
+        batch, steps = positions.shape
+        chunk = self.spec.attention_chunk_size
+        first = cache.lengths
+        crosses = bool(np.any(first // chunk != (first + steps - 1) // chunk))
+        if (batch > 1 and steps > 1) or crosses:
+            raise ValueError("a step is one row inside one attention chunk, or one token per row")
+        if not np.array_equal(positions, first[:, None] + np.arange(steps)):
+            raise ValueError("positions must continue the cache")
+
+    def _tap_names(self) -> Iterable[str]:
+        has = {entry.name for entry in self._text.get_outputs()}
+        for number in range(len(self.spec.layers)):
+            yield from (name for name in (f"hidden.{number}", f"expert_id.{number}") if name in has)
+
+    def close(self) -> None:
+        """Drop the graphs and their memory."""
+        del self._text, self._embed
+        self._vision = None
+
+
+def _prefix(attention: str) -> str:
+    return "chunk" if attention == "chunked" else "global"
+
+
+def _usable_cores() -> int:
+    # the affinity mask, not the machine: inside a container they differ
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _open(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MachineLacks(
+            "the package onnxruntime is not installed", remedy="Install it with `pip install 'arriero[onnxruntime]'`"
+        ) from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # A spinning pool keeps its cores busy while it waits. On an edge device those are the app's cores too, and beside
+    # other work a step with two spinning threads was measured several times slower than with sleeping ones.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ArrieroError(
+            f"ONNX Runtime {onnxruntime.__version__} refuses the graph: {str(error).splitlines()[0]}",
+            where=str(path),
+            remedy="Rebuild the bundle with `arriero build`, or install the ONNX Runtime its manifest names",
+        ) from error

@@ -1,0 +1,319 @@
+"""A toy model with every feature that sessions deal with: once in plain numpy, once as ONNX graphs in a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from arriero.runtimes.backend import Floats, Ints, ModelSpec, StepOutput
+from arriero.runtimes.manifest import file_sha256
+from arriero.runtimes.processor import IMAGE_TOKENS, PATCH, Processor
+
+HIDDEN, HEADS, KV_HEADS, DIM, EXPERTS, CHUNK, CONTEXT = 16, 4, 2, 8, 4, 8, 64
+IMAGE_SIZE, PATCH_SIZE, TILE_TOKENS = 28, 7, 4
+SPECIALS = ["<|begin_of_text|>", "<|eot|>", "<|header_start|>", "<|header_end|>", *IMAGE_TOKENS]
+VOCAB = 256 + len(SPECIALS)
+TEMPLATE = """{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|header_start|>' + message['role'] + '<|header_end|>' }}
+    {%- if message['content'] is string %}
+        {{- message['content'] }}
+    {%- else %}
+        {%- for entry in message['content'] %}
+            {{- '<|image|>' if entry['type'] == 'image' else entry['text'] }}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|eot|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|header_start|>assistant<|header_end|>' }}
+{%- endif %}
+"""
+
+
+def model_entry(**changes: Any) -> dict[str, Any]:
+    """Give the manifest's `model` entry of the toy: a chunked MoE layer, then a global dense one."""
+    text = {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": 2,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": DIM,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 1,
+        "attention_chunk_size": CHUNK,
+        "max_position_embeddings": 1024,
+        "layers": [{"attention": "chunked", "ffn": "moe"}, {"attention": "global", "ffn": "dense"}],
+    }
+    entry = {
+        "model_type": "llama4",
+        "text": text,
+        "vision": {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "tokens_per_tile": TILE_TOKENS},
+        "image_token_id": 256 + SPECIALS.index(PATCH),
+        "bos_token_id": 256,
+        "eos_token_ids": [257],
+    }
+    return entry | changes
+
+
+class Weights:
+    """The toy's weights: random, but large enough that attention and answers depend on the whole past."""
+
+    def __init__(self) -> None:
+        random = np.random.default_rng(5)
+
+        def draw(*shape: int) -> Floats:
+            return (random.standard_normal(shape) * 1.4 / np.sqrt(shape[0])).astype(np.float32)
+
+        self.embedding = random.standard_normal((VOCAB, HIDDEN)).astype(np.float32)
+        self.head = draw(HIDDEN, VOCAB)
+        self.head[:, 256:] = 0  # the toy prefers plain bytes, so that answers run on
+        self.frequencies = random.uniform(0.1, 2.0, HIDDEN).astype(np.float32)
+        self.layers = [
+            {
+                "q": draw(HIDDEN, HEADS * DIM),
+                "k": draw(HIDDEN, KV_HEADS * DIM),
+                "v": draw(HIDDEN, KV_HEADS * DIM),
+                "o": draw(HEADS * DIM, HIDDEN),
+                "router": draw(HIDDEN, EXPERTS),
+            }
+            for _ in range(2)
+        ]
+        self.vision = draw(3 * IMAGE_SIZE * IMAGE_SIZE // TILE_TOKENS, HIDDEN)
+
+
+class ToyCache:
+    """Every key, value and position ever seen, row by row: nothing is restarted, so masks must be explicit."""
+
+    def __init__(self, store: list[list[tuple[Floats, Floats]]], lengths: Ints, capacity: int) -> None:
+        self.store, self.lengths, self.capacity = store, lengths, capacity
+
+    def rows(self, start: int, stop: int) -> ToyCache:
+        return ToyCache(self.store[start:stop], self.lengths[start:stop], self.capacity)
+
+    def copy_row(self, source: int, target: int) -> None:
+        self.store[target][:] = self.store[source]
+        self.lengths[target] = self.lengths[source]
+
+
+class ToyBackend:
+    """The toy in numpy: any number of rows with any number of steps, attention by explicit masks."""
+
+    def __init__(self) -> None:
+        self.spec = ModelSpec.parse(model_entry())
+        self.weights = Weights()
+        self.steps: list[tuple[int, int]] = []
+        self.images_seen = 0
+
+    def vision(self, pixel_values: Floats) -> Floats:
+        self.images_seen += 1
+        return pixel_values.reshape(len(pixel_values) * TILE_TOKENS, -1) @ self.weights.vision
+
+    def embed(self, input_ids: Ints, image_features: Floats) -> Floats:
+        embeds = self.weights.embedding[input_ids]
+        embeds[input_ids == self.spec.image_token_id] = image_features
+        return embeds
+
+    def new_cache(self, batch: int, capacity: int) -> ToyCache:
+        empty = np.zeros((0, KV_HEADS, DIM), np.float32)
+        return ToyCache([[(empty, empty)] * 2 for _ in range(batch)], np.zeros(batch, np.int64), capacity)
+
+    def forward(
+        self, inputs_embeds: Floats, positions: Ints, cache: Any, logits_index: Ints, taps: bool = False
+    ) -> StepOutput:
+        batch, steps, _ = inputs_embeds.shape
+        self.steps.append((batch, steps))
+        assert np.array_equal(positions, cache.lengths[:, None] + np.arange(steps))
+        assert int(cache.lengths.max()) + steps <= cache.capacity
+        rows = [self._row(inputs_embeds[b], positions[b], cache.store[b]) for b in range(batch)]
+        cache.lengths += steps
+        logits = np.stack([hiddens[-1][logits_index] @ self.weights.head for hiddens, _ in rows])
+        if not taps:
+            return StepOutput(logits)
+        return StepOutput(
+            logits, {0: np.stack([ids for _, ids in rows])}, {i: np.stack([h[i] for h, _ in rows]) for i in range(2)}
+        )
+
+    def _row(self, x: Floats, positions: Ints, store: list[tuple[Floats, Floats]]) -> tuple[list[Floats], Ints]:
+        w = self.weights
+        x = x + np.sin(positions[:, None].astype(np.float32) * w.frequencies)
+        hiddens = []
+        for number, layer in enumerate(w.layers):
+            keys = np.concatenate([store[number][0], (x @ layer["k"]).reshape(-1, KV_HEADS, DIM)])
+            values = np.concatenate([store[number][1], (x @ layer["v"]).reshape(-1, KV_HEADS, DIM)])
+            store[number] = keys, values
+            q = (x @ layer["q"]).reshape(-1, HEADS, DIM)
+            held = np.arange(len(keys))
+            seen = held <= positions[:, None]
+            if number == 0:
+                seen &= held // CHUNK == positions[:, None] // CHUNK
+            shared = [kv for kv in range(KV_HEADS) for _ in range(HEADS // KV_HEADS)]
+            scores = np.einsum("snd,pnd->nsp", q, keys[:, shared]) * DIM**-0.5
+            scores = np.where(seen, scores, -np.inf)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            weights /= weights.sum(-1, keepdims=True)
+            x = x + np.einsum("nsp,pnd->snd", weights, values[:, shared]).reshape(len(x), -1) @ layer["o"]
+            hiddens.append(x)
+        return hiddens, np.argmax(hiddens[0] @ w.layers[0]["router"], -1)[:, None]
+
+    def close(self) -> None:
+        pass
+
+
+def _value(name: str, shape: list[Any], kind: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def _save(
+    path: Path,
+    nodes: list[onnx.NodeProto],
+    inputs: list[onnx.ValueInfoProto],
+    outputs: list[onnx.ValueInfoProto],
+    constants: dict[str, np.ndarray],
+) -> None:
+    tensors = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+    graph = helper.make_graph(nodes, path.stem, inputs, outputs, tensors)
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+
+
+def write_graphs(folder: Path) -> None:
+    """Write text.onnx with the lowered signature, vision.onnx and embed.onnx of the toy."""
+    node, w = helper.make_node, Weights()
+    i64, i32 = TensorProto.INT64, TensorProto.INT32
+    inputs = [
+        _value("inputs_embeds", ["B", "S", HIDDEN]),
+        _value("positions", ["B", "S"], i64),
+        _value("logits_index", ["L"], i64),
+    ]
+    for name in ("chunk", "global"):
+        inputs += [_value(f"{name}_seqlens_k", ["B"], i32), _value(f"{name}_total", [1], i32)]
+    outputs = [_value("logits", ["B", "L", VOCAB])]
+    constants = {"frequencies": w.frequencies, "head": w.head, "last": np.array([-1]), "one": np.array([1])}
+    constants |= {"flat": np.array([-1, HIDDEN])}
+    nodes = [
+        node("Cast", ["positions"], ["p"], to=TensorProto.FLOAT),
+        node("Unsqueeze", ["p", "last"], ["p1"]),
+        node("Mul", ["p1", "frequencies"], ["pf"]),
+        node("Sin", ["pf"], ["ps"]),
+        node("Add", ["inputs_embeds", "ps"], ["x0"]),
+    ]
+    for i, layer in enumerate(w.layers):
+        constants |= {f"{name}{i}": array for name, array in layer.items() if name != "router" or i == 0}
+        kind = "chunk" if i == 0 else "global"
+        for name in ("key", "value"):
+            slots = [f"{kind}_capacity"]
+            inputs.append(_value(f"past_{name}.{i}", ["B", KV_HEADS, *slots, DIM]))
+            outputs.append(_value(f"present_{name}.{i}", ["B", KV_HEADS, *slots, DIM]))
+        outputs.append(_value(f"hidden.{i}", ["B", "S", HIDDEN]))
+        nodes += [node("MatMul", [f"x{i}", f"{name}{i}"], [f"{name}_{i}"]) for name in "qkv"]
+        attention_inputs = [f"q_{i}", f"k_{i}", f"v_{i}", f"past_key.{i}", f"past_value.{i}"]
+        nodes += [
+            node(
+                "GroupQueryAttention",
+                [*attention_inputs, f"{kind}_seqlens_k", f"{kind}_total"],
+                [f"a_{i}", f"present_key.{i}", f"present_value.{i}"],
+                domain="com.microsoft",
+                num_heads=HEADS,
+                kv_num_heads=KV_HEADS,
+                scale=DIM**-0.5,
+            ),
+            node("MatMul", [f"a_{i}", f"o{i}"], [f"ao_{i}"]),
+            node("Add", [f"x{i}", f"ao_{i}"], [f"x{i + 1}"]),
+            node("Identity", [f"x{i + 1}"], [f"hidden.{i}"]),
+        ]
+    outputs.append(_value("expert_id.0", ["T", 1], i64))
+    nodes += [
+        node("Reshape", ["x1", "flat"], ["t"]),
+        node("MatMul", ["t", "router0"], ["r"]),
+        node("TopK", ["r", "one"], ["score", "expert_id.0"]),
+        node("Gather", ["x2", "logits_index"], ["picked"], axis=1),
+        node("MatMul", ["picked", "head"], ["logits"]),
+    ]
+    _save(folder / "text.onnx", nodes, inputs, outputs, constants)
+
+    rows = 3 * IMAGE_SIZE * IMAGE_SIZE // TILE_TOKENS
+    nodes = [node("Reshape", ["pixel_values", "shape"], ["flat"]), node("MatMul", ["flat", "w"], ["image_features"])]
+    pixels = [_value("pixel_values", ["n", 3, IMAGE_SIZE, IMAGE_SIZE])]
+    features = _value("image_features", ["M", HIDDEN])
+    _save(folder / "vision.onnx", nodes, pixels, [features], {"shape": np.array([-1, rows]), "w": w.vision})
+
+    nodes = [
+        node("Gather", ["table", "input_ids"], ["plain"]),
+        node("Equal", ["input_ids", "image"], ["is_image"]),
+        node("NonZero", ["is_image"], ["found"]),
+        node("Transpose", ["found"], ["where"]),
+        node("ScatterND", ["plain", "where", "image_features"], ["inputs_embeds"]),
+    ]
+    image = np.array(ModelSpec.parse(model_entry()).image_token_id)
+    ids, embeds = _value("input_ids", ["B", "S"], i64), _value("inputs_embeds", ["B", "S", HIDDEN])
+    _save(folder / "embed.onnx", nodes, [ids, features], [embeds], {"table": w.embedding, "image": image})
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a byte-level tokenizer (256 bytes, then the special tokens) with its configs and chat template."""
+    folder.mkdir()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIALS)
+    tokenizer.enable_truncation(5)  # as left behind by a training run; a runtime must not obey it
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": SPECIALS[0], "eos_token": SPECIALS[1]}))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    settings = {"size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, "max_patches": 4}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+
+
+def write_manifest(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Write a manifest that fits the files in `folder`."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json"]
+    manifest = {
+        "format": 1,
+        "arriero": "0.1.0",
+        "name": "toy",
+        "model": model_entry(),
+        "target": {
+            "name": "toy",
+            "backend": "onnxruntime",
+            "profile": "fp32",
+            "context": CONTEXT,
+            "batch": 2,
+            "arch": "any",
+        },
+        "chain": {},
+        "files": {
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files
+        },
+    } | changes
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return manifest
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a bundle of the toy; read-only, copy it to change it."""
+    folder = tmp_path_factory.mktemp("toy")
+    write_tokenizer(folder / "tokenizer")
+    write_graphs(folder)
+    write_manifest(folder)
+    return folder
+
+
+@pytest.fixture
+def toy() -> ToyBackend:
+    return ToyBackend()
+
+
+@pytest.fixture
+def processor(bundle: Path, toy: ToyBackend) -> Processor:
+    return Processor(bundle / "tokenizer", toy.spec)

@@ -1,0 +1,185 @@
+"""Broken bundles: each is refused with the sentence that names what is broken and what to do."""
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import arriero
+from arriero.errors import ArrieroError, MachineLacks
+from arriero.runtimes import manifest as manifest_module
+from arriero.runtimes.manifest import Manifest
+from tests.runtimes.conftest import write_manifest
+
+
+@pytest.fixture
+def copy(bundle, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle, folder)
+    return folder
+
+
+def edit(folder, change):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def drop(*keys):
+    def change(manifest):
+        for key in keys[:-1]:
+            manifest = manifest[key]
+        del manifest[keys[-1]]
+
+    return change
+
+
+def put(value, *keys):
+    def change(manifest):
+        for key in keys[:-1]:
+            manifest = manifest[key]
+        manifest[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (put(2, "format"), r"format 2; expected format 1\. Use the arriero that built it"),
+        (put("1", "format"), "has format '1'"),
+        (drop("files"), "keys are missing: files"),
+        (drop("format"), "keys are missing: format"),
+        (drop("target", "context"), "manifest.json:target: the key 'context' is missing"),
+        (put("much", "target", "context"), "manifest.json:target: an entry has the wrong shape"),
+        (put(0, "target", "batch"), "batch 0; expected at least 1"),
+        (put("tvm", "target", "backend"), "the backend 'tvm' is unknown; expected onnxruntime"),
+        (drop("model", "text", "head_dim"), "manifest.json:model: the key 'head_dim' is missing"),
+        (put("many", "model", "text", "head_dim"), "manifest.json:model: an entry has the wrong shape"),
+        (put(3, "model", "text", "num_hidden_layers"), "2 layers are listed; expected 3"),
+        (put("sliding", "model", "text", "layers", 0, "attention"), r"layers\[0\]: attention 'sliding'"),
+        (put({}, "files"), "no files are recorded"),
+        (put({"bytes": 1}, "files", "text.onnx"), "the record of text.onnx is malformed"),
+        (put({"bytes": 1, "sha256": ""}, "files", "../x"), "'../x' points outside the bundle"),
+        (put({"bytes": 1, "sha256": ""}, "files", "/etc/x"), "'/etc/x' points outside the bundle"),
+        (put(100, "model", "text", "vocab_size"), "the tokenizer knows 266 tokens, the model 100"),
+        (put(7, "model", "image_token_id"), r"<\|patch\|> has id 261; expected 7"),
+        (put(56, "model", "vision", "image_size"), "tiles are 28 pixels wide; expected 56"),
+    ],
+)
+def test_a_wrong_manifest_is_refused(copy, change, sentence):
+    edit(copy, change)
+    with pytest.raises(ArrieroError, match=sentence):
+        arriero.load(copy)
+
+
+def test_missing_and_unreadable_manifests(copy, tmp_path):
+    with pytest.raises(ArrieroError, match="no such bundle directory"):
+        arriero.load(tmp_path / "nowhere")
+    path = copy / "manifest.json"
+    whole = path.read_text()
+    path.write_text(whole[: len(whole) // 2])
+    with pytest.raises(ArrieroError, match=r"manifest is not valid JSON.*Copy the bundle again"):
+        arriero.load(copy)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ArrieroError, match="manifest is not valid JSON"):
+        arriero.load(copy)
+    path.write_text("[1]")
+    with pytest.raises(ArrieroError, match="not a JSON object"):
+        arriero.load(copy)
+    path.unlink()
+    with pytest.raises(ArrieroError, match=r"has no manifest.json.*arriero build"):
+        arriero.load(copy)
+    (tmp_path / "x.partial").mkdir()
+    with pytest.raises(ArrieroError, match="build was not finished"):
+        arriero.load(tmp_path / "x.partial")
+
+
+@pytest.mark.parametrize("name", ["text.onnx", "embed.onnx", "tokenizer/tokenizer.json"])
+def test_damaged_files_are_refused(copy, name):
+    path = copy / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    with pytest.raises(ArrieroError, match=rf"{name}: the file has {len(whole) - 10} bytes.*Copy the bundle again"):
+        arriero.load(copy)
+    path.write_bytes(whole[:-10] + bytes(10))
+    with pytest.raises(ArrieroError, match=f"{name}: the file's content was changed"):
+        arriero.load(copy)
+    path.unlink()
+    with pytest.raises(ArrieroError, match=f"{name}: the file is missing"):
+        arriero.load(copy)
+
+
+def test_all_damage_is_told_at_once(copy):
+    (copy / "text.onnx").unlink()
+    (copy / "embed.onnx").write_bytes(b"")
+    with pytest.raises(ArrieroError, match="2 problems") as caught:
+        arriero.load(copy)
+    assert "text.onnx" in str(caught.value)
+    assert "embed.onnx" in str(caught.value)
+
+
+def test_large_files_of_large_bundles_are_hashed_on_request(copy, monkeypatch):
+    monkeypatch.setattr(manifest_module, "FULL_HASH_BYTES", 10)
+    monkeypatch.setattr(manifest_module, "QUICK_HASH_BYTES", (copy / "text.onnx").stat().st_size)
+    vision = copy / "vision.onnx"  # the largest file
+    vision.write_bytes(bytes(vision.stat().st_size))
+    Manifest.read(copy).check_files()
+    with pytest.raises(ArrieroError, match=r"vision\.onnx: the file's content was changed"):
+        Manifest.read(copy).check_files(full=True)
+    with pytest.raises(ArrieroError, match=r"vision\.onnx"):
+        arriero.load(copy, verify=True)
+
+
+def test_another_processor_is_refused_and_its_synonym_is_not(copy, monkeypatch):
+    edit(copy, put("riscv64", "target", "arch"))
+    with pytest.raises(MachineLacks, match="built for riscv64 and this machine is"):
+        arriero.load(copy)
+    monkeypatch.setattr(platform, "machine", lambda: "AMD64")
+    edit(copy, put("x86_64", "target", "arch"))
+    arriero.load(copy, threads=1).close()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("tokenizer.json", "{}", "the tokenizer cannot be read"),
+        ("tokenizer_config.json", "{", "not valid JSON"),
+        ("tokenizer_config.json", "[]", "no mapping"),
+        ("chat_template.jinja", "{% if %}", "chat template is broken at line 1"),
+        (
+            "processor_config.json",
+            '{"patch_size": 7, "pixel_shuffle_ratio": 1.0}',
+            "make 16 tokens per tile; expected 4",
+        ),
+        ("preprocessor_config.json", "{}", "image settings are missing"),
+        ("preprocessor_config.json", '{"size": {"height": 28, "width": 56}}', "expected a square"),
+        ("preprocessor_config.json", '{"size": {"height": 28, "width": 28}, "resample": 3}', "resample is 3"),
+        ("preprocessor_config.json", '{"size": {"height": 28, "width": 28}, "do_resize": false}', "do_resize is False"),
+    ],
+)
+def test_a_wrong_tokenizer_folder_is_refused(copy, name, content, sentence):
+    (copy / "tokenizer" / name).write_text(content)
+    write_manifest(copy)
+    with pytest.raises(ArrieroError, match=sentence):
+        arriero.load(copy)
+
+
+def test_threads_are_checked(bundle):
+    with pytest.raises(ArrieroError, match="threads is 0"):
+        arriero.load(bundle, threads=0)
+
+
+def test_the_runtime_answers_without_the_export_libraries(bundle):
+    script = f"""
+import sys, arriero
+print(len(arriero.load({str(bundle)!r}, threads=1).generate("hi", max_tokens=3).token_ids))
+heavy = {{"torch", "onnx", "transformers", "safetensors", "pydantic", "av", "typer"}}
+print(sorted(heavy & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["3", "[]"]
