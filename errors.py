@@ -1,4 +1,4 @@
-"""The errors users see: what was wrong, where, what was expected, what to do. Exit codes: 1 parity, 2 user, 3 machine."""
+"""The errors users see: what was wrong, where, what was expected, what to do; and the exit code of each kind."""
 
 from __future__ import annotations
 

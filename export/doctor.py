@@ -85,15 +85,15 @@ class Diagnosis:
         for title, checks in (("machine", self.machine), *self.backends.items()):
             table.add_section()
             if title != "machine":
-                table.add_row(f"[bold]{title}[/]", "", "", "")
+                table.add_row(f"[bold]backend {title}[/]", "", "", "")
             for check in checks:
                 colour = "green" if check.status == "ok" else "red" if check.needed_for else "yellow"
                 # Text, because remedies hold `[extra]`, which rich would take for a style.
                 table.add_row(check.name, check.found, Text(check.status, colour), Text(check.remedy or ""))
         console.print(table)
         for name in self.backends:
-            build, run = ("yes" if self.can(action, name) else "no" for action in (BUILD, RUN))
-            console.print(f"{name}: build {build}, run {run}", highlight=False)
+            can = ", ".join(f"{action} {'yes' if self.can(action, name) else 'no'}" for action in (BUILD, RUN))
+            console.print(f"{name}: {can}", highlight=False)
 
 
 def diagnose(folder: Path, backend: str | None = None) -> Diagnosis:
@@ -119,9 +119,10 @@ def version_of(distribution: str) -> str | None:
 
 
 def _python() -> Check:
-    found, wanted = platform.python_version(), ".".join(map(str, PYTHON))
+    wanted = ".".join(map(str, PYTHON))
     ok = sys.version_info >= PYTHON
-    return Check("python", _status(ok), found, (BUILD, RUN), None if ok else f"Install Python {wanted} or newer")
+    remedy = None if ok else f"Install Python {wanted} or newer"
+    return Check("python", _status(ok), platform.python_version(), (BUILD, RUN), remedy)
 
 
 def _hardware() -> tuple[Check, Check]:
@@ -158,10 +159,10 @@ def _disk(folder: Path) -> Check:
 
 def _library(name: str, need: tuple[str, tuple[str, ...], str]) -> Check:
     least, needed_for, package = need
-    found = version_of(name)
-    ok = found is not None and _numbers(found) >= _numbers(least)
-    remedy = None if ok else f"pip install '{package}'"
-    return Check(name, _status(ok), found or "not installed", needed_for, remedy or None)
+    installed = version_of(name)
+    ok = installed is not None and _numbers(installed) >= _numbers(least)
+    remedy = None if ok else f"pip install '{package}' (it needs {name} {least} or newer)"
+    return Check(name, _status(ok), installed or "not installed", needed_for, remedy)
 
 
 def _backend(name: str) -> tuple[Check, ...]:
@@ -180,8 +181,8 @@ def _onnxruntime_providers() -> Check:
         return Check("onnxruntime loads", "missing", f"import fails: {error}", (BUILD, RUN), remedy)
     providers = onnxruntime.get_available_providers()
     ok = "CPUExecutionProvider" in providers
-    remedy = None if ok else "Install an ONNX Runtime with the CPU provider: pip install 'arriero[onnxruntime]'"
-    return Check("providers", _status(ok), ", ".join(providers), (BUILD, RUN), remedy)
+    advice = None if ok else "Install an ONNX Runtime with the CPU provider: pip install 'arriero[onnxruntime]'"
+    return Check("providers", _status(ok), ", ".join(providers), (BUILD, RUN), advice)
 
 
 def _status(ok: bool) -> str:

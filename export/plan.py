@@ -82,9 +82,7 @@ class Plan:
     def check_budgets(self, file: str) -> None:
         """Refuse a plan that needs more memory or disk than the build file `file` or the machine gives it."""
         where, room = f"{file}: budgets.", self.memory_available
-        check_budget(
-            "memory", self.peak_memory, budget=self.memory_budget, available=room, where=f"{where}host_memory"
-        )
+        check_budget("memory", self.peak_memory, budget=self.memory_budget, available=room, where=f"{where}host_memory")
         room = self.disk_available
         check_budget("disk space", self.disk, budget=self.disk_budget, available=room, where=f"{where}disk")
 

@@ -19,10 +19,11 @@ def show_plan(plan: Plan, console: Console) -> None:
     """Print model, stages, bundles, context prices, and the needs against what there is."""
     model = plan.model
     layers = ", ".join(f"{count} {kind}" for kind, count in model["layers"].items())
+    experts = f"{model['experts']} experts, {model['experts_per_token']} per token"
     console.print(Text(model["folder"], style="bold"), soft_wrap=True)
     console.print(
         f"{model['model_type']}: {model['parameters']:,} parameters in {model['tensors']} tensors, {model['size']}; "
-        f"layers: {layers}; {model['experts']} experts, {model['experts_per_token']} per token; chunk {model['chunk']:,}"
+        f"layers: {layers}; {experts}; chunk {model['chunk']:,}"
     )
     console.print(_stages(plan))
     console.print(_targets(plan))

@@ -21,7 +21,7 @@ LARGEST_CONSTANT = 2**20  # bytes that may lie inside the proto
 EMBEDDING = "language_model.model.embed_tokens.weight"
 
 # Each graph's inputs and outputs besides the caches: name -> axes that must stay dynamic.
-DYNAMIC_AXES = {
+DYNAMIC_AXES: dict[Part, dict[str, tuple[str, ...]]] = {
     "text": {
         "inputs_embeds": ("batch", "seq"),
         "positions": ("batch", "seq"),
@@ -89,7 +89,7 @@ def _signature(part: Part, model: ir.Model, config: ModelConfig) -> Iterator[Arr
 
 
 def _dynamic_axes(part: Part, model: ir.Model, config: ModelConfig) -> Iterator[ArrieroError]:
-    wanted: dict[str, tuple[str | int, ...]] = dict(DYNAMIC_AXES[part])
+    wanted: dict[str, tuple[str | int, ...]] = {**DYNAMIC_AXES[part]}
     text = config.text
     if part == "text":
         for index, layer in enumerate(text.layers):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,7 +122,7 @@ class ModelConfig:
         if generation.is_file():
             ids = _ids(_read_json(generation).get("eos_token_id"))
             if ids:
-                config = ModelConfig(**{**config.__dict__, "eos_token_ids": ids})
+                config = replace(config, eos_token_ids=ids)
         return config
 
     @classmethod
@@ -157,6 +157,11 @@ class ModelConfig:
             eos_token_ids=_ids(raw.get("eos_token_id", data.get("eos_token_id", 2))),
             text_only=text_only,
         )
+
+
+    def without_vision(self) -> ModelConfig:
+        """The same model for text alone: no vision tower, and no token stands for an image."""
+        return replace(self, vision=None, image_token_id=None)
 
 
 class _Reader:

@@ -100,7 +100,8 @@ CachedAttention <num_heads, kv_heads, chunk>
 def bodies() -> list[ir.Function]:
     """The function bodies that an exported model carries."""
     return [
-        ir.from_proto(onnx.parser.parse_function(text)) for text in (_EXPERT_DISPATCH_BODY, _CACHED_ATTENTION_BODY)
+        ir.serde.deserialize_function(onnx.parser.parse_function(text))
+        for text in (_EXPERT_DISPATCH_BODY, _CACHED_ATTENTION_BODY)
     ]
 
 
@@ -151,6 +152,7 @@ cached_attention = Op(
         ],
     ),
 )
+
 
 def translate_attention(
     q: FLOAT,

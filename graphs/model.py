@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from arriero.graphs.config import Layer, ModelConfig, Rope, TextConfig
 from arriero.graphs.ops import cached_attention, expert_dispatch
 from arriero.graphs.vision import Projector, VisionModel
-from torch import Tensor, nn
 
 KeyValue = tuple[Tensor, Tensor]
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
 from arriero.graphs.config import ModelConfig
-from arriero.graphs.model import Llama4
 
 TEXT_PREFIX = "language_model."
 
@@ -21,6 +19,11 @@ def raw_name(canonical: str, text_only: bool) -> str:
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape of every tensor that a checkpoint of `config` must hold, once each."""
+    # Imported here because reading names and headers must not cost the second that importing torch takes.
+    import torch
+
+    from arriero.graphs.model import Llama4
+
     with torch.device("meta"):
         model = Llama4(config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

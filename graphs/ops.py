@@ -48,16 +48,16 @@ def cached_attention(
 
 
 def _expert_dispatch(x: Tensor, expert_id: Tensor, score: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
-    experts, per_token = w_gate_up.shape[0], expert_id.shape[1]
+    per_token = expert_id.shape[1]
     order = expert_id.reshape(-1).argsort(stable=True)  # [T*k], rows grouped by expert
-    counts = torch.bincount(expert_id.reshape(-1), minlength=experts).tolist()
+    counts = torch.bincount(expert_id.reshape(-1), minlength=len(w_gate_up)).tolist()
     token = order // per_token
     scaled = x[token] * score.reshape(-1)[order].to(x.dtype)[:, None]  # [T*k, H]
     outputs = []
-    for expert, rows in enumerate(scaled.split(counts)):
+    for rows, gate_up, down in zip(scaled.split(counts), w_gate_up.unbind(), w_down.unbind(), strict=True):
         if len(rows):
-            gate, up = (rows @ w_gate_up[expert].to(x.dtype)).chunk(2, dim=-1)
-            outputs.append((F.silu(gate) * up) @ w_down[expert].to(x.dtype))
+            gate, up = (rows @ gate_up.to(x.dtype)).chunk(2, dim=-1)
+            outputs.append((F.silu(gate) * up) @ down.to(x.dtype))
     if not outputs:
         return torch.zeros_like(x)
     return torch.zeros_like(x).index_add(0, token, torch.cat(outputs).to(x.dtype))

@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -23,10 +24,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from arriero.graphs import functions
-from arriero.graphs.checkpoint import Checkpoint, TensorInfo
+from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.model import Llama4
 from arriero.graphs.passes.anchor_sizes import anchor_sizes
+from arriero.graphs.safetensors_header import TensorInfo
 
 DTYPES = {"BF16": ir.DataType.BFLOAT16, "F16": ir.DataType.FLOAT16, "F32": ir.DataType.FLOAT}
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -103,13 +105,10 @@ def trace_text(config: ModelConfig, checkpoint: Checkpoint, path: Path) -> ir.Mo
         # Two tensors, not one twice: the exporter takes an argument given twice for one input.
         past += [torch.empty(batch, text.kv_heads, slots, text.head_dim, device="meta") for _ in range(2)]
         past_dims += [{0: dims["batch"], 2: dims[slots_dim]}] * 2
-    integers = {"dtype": torch.int64, "device": "meta"}
     arguments = (
         torch.empty(batch, new, text.hidden_size, device="meta"),
-        torch.empty(batch, new, **integers),
-        torch.empty(batch, chunk_past, **integers),
-        torch.empty(batch, global_past, **integers),
-        torch.empty(wanted, **integers),
+        *(torch.empty(batch, slots, dtype=torch.int64, device="meta") for slots in (new, chunk_past, global_past)),
+        torch.empty(wanted, dtype=torch.int64, device="meta"),
         past,
     )
     shapes = (
@@ -158,10 +157,8 @@ def _meta_model(config: ModelConfig, checkpoint: Checkpoint) -> Llama4:
     return model.eval()
 
 
-def _export(
-    module: nn.Module, arguments: tuple, shapes: tuple, names: tuple[list[str], list[str]]
-) -> ir.Model:
-    table = {
+def _export(module: nn.Module, arguments: tuple, shapes: tuple, names: tuple[list[str], list[str]]) -> ir.Model:
+    table: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.arriero.expert_dispatch.default: functions.expert_dispatch,
         torch.ops.arriero.cached_attention.default: functions.translate_attention,
     }
@@ -236,8 +233,9 @@ def _finish(model: ir.Model, checkpoint: Checkpoint, path: Path) -> ir.Model:
 def external_tensor(info: TensorInfo, folder: Path) -> ir.ExternalTensor:
     """A tensor of the checkpoint as an initialiser of a graph in `folder`, into which its file is linked.
 
-    A hard link, because ONNX Runtime refuses external data that resolves to another folder; a symbolic link, which
-    our own lowering reads as well, where the file system cannot make one.
+    A hard link, because ONNX Runtime refuses external data that resolves to another folder (onnx.checker, on the other
+    hand, refuses hard links). Where the file system cannot make one, a symbolic link only tells where the weights are:
+    lowering works all the same, as it reads them from the checkpoint.
     """
     source, link = info.file.resolve(), folder / info.file.name
     if not link.exists():

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from arriero.graphs.config import VisionConfig
 from torch import Tensor, nn
+
+from arriero.graphs.config import VisionConfig
 
 NORM_EPS = 1e-5
 

@@ -71,11 +71,14 @@ def write(path: Path, groups: Sequence[Group], progress: Progress | None = None)
     """Write all tensors of `groups` to `path` and say where they lie; the file appears whole or not at all.
 
     `progress(bytes_done, bytes_total)` is called after every piece. A killed call leaves `<path>.partial` and its
-    journal; the next call with the same layout goes on after the last finished group. Raises ValueError when the
-    pieces are not the bytes that were planned.
+    journal; the next call goes on after the last finished group, and one after a finished call does nothing. Both take
+    one layout at one path for one content, so `path` must lie in a folder that is keyed by content. Raises ValueError
+    when the pieces are not the bytes that were planned.
     """
     layout = plan_layout(groups)
     total = layout.size - len(layout.head)
+    if _is_whole(path, layout):
+        return layout
     partial, journal = path.with_name(path.name + ".partial"), path.with_name(path.name + ".journal")
     path.parent.mkdir(parents=True, exist_ok=True)
     finished = _finished_groups(partial, journal, layout.head)
@@ -103,6 +106,13 @@ def write(path: Path, groups: Sequence[Group], progress: Progress | None = None)
     os.replace(partial, path)
     journal.unlink()
     return layout
+
+
+def _is_whole(path: Path, layout: Layout) -> bool:
+    if not path.is_file() or path.stat().st_size != layout.size:
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(layout.head)) == layout.head
 
 
 def _flush(descriptor: int, flush: Callable[[], None]) -> None:

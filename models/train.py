@@ -200,7 +200,7 @@ def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/chasqui"), help="checkpoint folder to write")
-    parser.add_argument("--steps", type=int, default=5000, help="optimiser steps in all")
+    parser.add_argument("--steps", type=int, default=4200, help="optimiser steps in all")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     arguments = parser.parse_args()
     train(arguments.out, arguments.steps, arguments.seed)

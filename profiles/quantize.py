@@ -25,7 +25,7 @@ class Quantized:
 
 
 def quantize(weight: NDArray[np.float32], *, bits: int, block: int, name: str) -> Quantized:
-    """Round `weight` f32 [..., N, K] to the nearest integer multiple of its block's scale, largest magnitude / 2^(bits-1)-1.
+    """Round `weight` f32 [..., N, K] to integers times a scale per block, largest magnitude / (2^(bits-1) - 1).
 
     An all-zero block (or one too small for a normal float32 scale) gets scale 1 and zeros.
     Raises ArrieroError naming the tensor when K is not a multiple of `block` or a value is not finite.
@@ -48,7 +48,9 @@ def quantize(weight: NDArray[np.float32], *, bits: int, block: int, name: str) -
             remedy="The checkpoint is damaged: fetch it again",
         )
     top = 2 ** (bits - 1) - 1
-    scales = (largest / np.float32(top)).astype(np.float32)
+    # The bound keeps top * scale finite where the division rounded up.
+    bound = np.nextafter(np.finfo(np.float32).max / np.float32(top), np.float32(0))
+    scales = np.minimum(largest / np.float32(top), bound).astype(np.float32)
     scales[scales < np.finfo(np.float32).tiny] = 1.0
     offset = (np.clip(np.rint(blocks / scales[..., None]), -top, top) + (top + 1)).astype(np.uint8)
     flat = offset.reshape(weight.shape)

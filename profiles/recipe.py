@@ -126,7 +126,8 @@ def load_profile(name_or_path: str | Path) -> Profile:
     path = shipped().get(str(name_or_path), Path(name_or_path))
     if not path.is_file():
         raise ArrieroError(
-            f"there is no profile `{name_or_path}`", expected=f"one of {', '.join(shipped())}, or the path of a YAML file"
+            f"there is no profile `{name_or_path}`",
+            expected=f"one of {', '.join(shipped())}, or the path of a YAML file",
         )
     try:
         data: Any = YAML(typ="safe").load(path)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.manifest import Manifest
+from arriero.runtimes.manifest import open_manifest
 from arriero.runtimes.onnxruntime import OrtBackend
 from arriero.runtimes.processor import Processor
 from arriero.runtimes.session import Session
@@ -20,8 +20,7 @@ def load(bundle: str | os.PathLike[str], threads: int | None = None, verify: boo
     """
     if threads is not None and threads < 1:
         raise ArrieroError(f"threads is {threads}", expected="at least 1")
-    manifest = Manifest.read(Path(bundle))
-    manifest.check_arch()
+    manifest = open_manifest(Path(bundle), verify or None)
     if manifest.target.backend != "onnxruntime":
         raise ArrieroError(
             f"the backend {manifest.target.backend!r} is unknown",
@@ -29,7 +28,6 @@ def load(bundle: str | os.PathLike[str], threads: int | None = None, verify: boo
             expected="onnxruntime",
             remedy="Use the arriero that built the bundle, or build a target with backend onnxruntime",
         )
-    manifest.check_files(full=verify or None)
     processor = Processor(manifest.bundle / "tokenizer", manifest.model)
     backend = OrtBackend(manifest.bundle, manifest.model, threads)
     return Session(backend, processor, manifest.target.context, manifest.target.batch)

@@ -7,7 +7,7 @@ M image placeholder tokens, n image tiles.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, Self, cast
 
 import numpy as np
@@ -94,6 +94,13 @@ class ModelSpec:
                 remedy=_REBUILD,
             )
         return spec
+
+    def entry(self) -> dict[str, Any]:
+        """Give the manifest's `model` entry, the inverse of `parse`."""
+        whole = asdict(self)
+        outside = ("model_type", "vision", "image_token_id", "bos_token_id", "eos_token_ids")
+        text = {key: value for key, value in whole.items() if key not in outside}
+        return {key: whole[key] for key in outside} | {"text": {"num_hidden_layers": len(self.layers), **text}}
 
 
 _REBUILD = "Rebuild the bundle with `arriero build`"

@@ -88,6 +88,20 @@ class Manifest:
                 remedy="Build a target for this machine, or one with arch any",
             )
 
+    def check_chain(self) -> None:
+        """Refuse a bundle whose graphs or weights are not those that this checkpoint and profile led to."""
+        chain = self.raw["chain"]
+        if not isinstance(chain, Mapping) or "profile" not in chain or "artifact" not in chain:
+            raise ArrieroError(
+                "the hash chain is incomplete", where=f"{self.bundle / 'manifest.json'}:chain", remedy=_COPY
+            )
+        if chain["artifact"] != link(str(chain["profile"]), artifact_digest(self.raw["files"])):
+            raise ArrieroError(
+                "the link profile -> artifact is broken: the recorded files are not the ones that were built",
+                where=f"{self.bundle / 'manifest.json'}:chain.artifact",
+                remedy=_COPY,
+            )
+
     def check_files(self, full: bool | None = None) -> None:
         """Compare the files with their records; all differences are raised together.
 
@@ -123,6 +137,26 @@ class Manifest:
                     )
         if problems:
             raise Problems(f"{self.bundle}: the bundle's files do not match its manifest", problems)
+
+
+def open_manifest(bundle: Path, full: bool | None = None) -> Manifest:
+    """Read a bundle's manifest and check what it says: arch, hash chain, files (`full` as in `check_files`)."""
+    manifest = Manifest.read(bundle)
+    manifest.check_arch()
+    manifest.check_chain()
+    manifest.check_files(full)
+    return manifest
+
+
+def link(previous: str, digest: str) -> str:
+    """Give the next link of the hash chain: what came before and what this step adds, both sha256 in hexadecimal."""
+    return hashlib.sha256(f"{previous} {digest}".encode()).hexdigest()
+
+
+def artifact_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """Give the sha256 over the manifest's file records, the parity reports left out."""
+    lines = [f"{name} {record['sha256']}" for name, record in sorted(files.items()) if not name.startswith("parity.")]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -89,13 +89,19 @@ class TorchCache:
 class TorchBackend:
     """The reference in `graphs/model.py` behind the backend's methods. Weights keep the checkpoint's dtype."""
 
-    def __init__(self, checkpoint: str | Path) -> None:
-        """Open a Hugging Face Llama 4 checkpoint folder; weights are memory-mapped. Raises ArrieroError."""
+    def __init__(self, checkpoint: str | Path, text_only: bool = False) -> None:
+        """Open a Hugging Face Llama 4 checkpoint folder; weights are memory-mapped. Raises ArrieroError.
+
+        `text_only` leaves the vision tower of a multimodal checkpoint out.
+        """
         folder = Path(checkpoint)
         opened = Checkpoint.open(folder)
         config = ModelConfig.load(folder)
         expected = expected_tensors(config)
         check_ledger(opened.tensors.values(), expected)
+        if text_only:
+            config = config.without_vision()
+            expected = expected_tensors(config)
         with torch.device("meta"):
             model = Llama4(config)
         model.load_state_dict({name: opened.torch_tensor(name) for name in expected}, strict=True, assign=True)

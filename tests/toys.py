@@ -10,16 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arriero.graphs.config import ModelConfig
-from arriero.graphs.names import expected_tensors, raw_name
 from safetensors.torch import save_file
+
+from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.config import ModelConfig
+from arriero.graphs.model import Llama4
+from arriero.graphs.names import expected_tensors, raw_name
 
 VOCABULARY = 160
 IMAGE_TOKEN = 159
 
 
-def make_scout_toy(folder: Path, seed: int, vision: bool = True) -> Path:
-    """Scout's shape: all MoE, QK-norm, llama3 RoPE scaling, 3 chunked + 1 global layers, temperature tuning."""
+def make_scout_toy(folder: Path, seed: int, vision: bool = True, **changes: Any) -> Path:
+    """Scout's shape: all MoE, QK-norm, llama3 RoPE scaling, 3 chunked + 1 global layers, temperature tuning.
+
+    `changes` override keys of the text config.
+    """
     text = {
         **_text(),
         "num_local_experts": 4,
@@ -32,6 +38,7 @@ def make_scout_toy(folder: Path, seed: int, vision: bool = True) -> Path:
             "high_freq_factor": 1.0,
             "original_max_position_embeddings": 64,
         },
+        **changes,
     }
     if not vision:
         return _write(folder, {**text, "model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"]}, seed)
@@ -61,8 +68,11 @@ def make_scout_toy(folder: Path, seed: int, vision: bool = True) -> Path:
     return _write(folder, config, seed)
 
 
-def make_maverick_toy(folder: Path, seed: int) -> Path:
-    """Maverick's shape: dense and MoE layers interleaved, 128 experts, no QK-norm, unscaled RoPE; text only."""
+def make_maverick_toy(folder: Path, seed: int, **changes: Any) -> Path:
+    """Maverick's shape: dense and MoE layers interleaved, 128 experts, no QK-norm, unscaled RoPE; text only.
+
+    `changes` override keys of the config.
+    """
     config = {
         **_text(),
         "model_type": "llama4_text",
@@ -71,8 +81,18 @@ def make_maverick_toy(folder: Path, seed: int) -> Path:
         "interleave_moe_layer_step": 2,
         "use_qk_norm": False,
         "rope_scaling": None,
+        **changes,
     }
     return _write(folder, config, seed)
+
+
+def load_reference(folder: Path) -> Llama4:
+    """The torch reference of a toy, with its stored bf16 weights widened on the fly."""
+    checkpoint = Checkpoint.open(folder)
+    with torch.device("meta"):
+        model = Llama4(ModelConfig.load(folder))
+    model.load_state_dict({name: checkpoint.torch_tensor(name) for name in checkpoint.tensors}, assign=True)
+    return model.eval().requires_grad_(False)
 
 
 def _text() -> dict[str, Any]:
@@ -96,6 +116,7 @@ def _text() -> dict[str, Any]:
         "max_position_embeddings": 256,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
+        "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
     }

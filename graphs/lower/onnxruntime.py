@@ -17,6 +17,7 @@ from onnx_ir.passes import common as tidy
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.passes.become import CONTRIB
+from arriero.graphs.passes.fuse_rotary import fuse_rotary
 from arriero.graphs.passes.replace_attention_with_gqa import replace_attention_with_gqa
 from arriero.graphs.passes.replace_dispatch_with_moe import replace_dispatch_with_moe
 from arriero.graphs.passes.replace_linear import replace_linear
@@ -43,7 +44,9 @@ def lower_text(
     the canonical graph; present buffers are to be bound to the past buffers' memory. One step holds either one row
     within one chunk, or one token per row.
     """
+
     def rewrite(model: ir.Model, store: WeightStore) -> None:
+        _expect("RotaryEmbedding", fuse_rotary(model), 2 * sum(layer.rope for layer in config.text.layers))
         _expect("GroupQueryAttention", replace_attention_with_gqa(model), len(config.text.layers))
         _expect("MoE", replace_dispatch_with_moe(model, store), len(config.text.moe_layers))
         replace_linear(model, store)
@@ -101,4 +104,4 @@ def _lower(
 
 def _expect(op_type: str, made: int, wanted: int) -> None:
     if made != wanted:
-        raise AssertionError(f"{made} {op_type} nodes were made where the config has {wanted} layers for them")
+        raise AssertionError(f"{made} {op_type} nodes were made where the config asks for {wanted}")

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 
 def anchor_sizes(model: ir.Model) -> int:
-    """Re-point each one-axis Shape of a graph input to the first input that has the same symbolic size; give how many."""
+    """Re-point each one-axis Shape of a graph input to the first input with the same symbolic size; give how many."""
     home: dict[str, tuple[ir.Value, int]] = {}
     for value in model.graph.inputs:
         for axis, size in enumerate(value.shape or ()):

@@ -18,9 +18,10 @@ from arriero.graphs.functions import EXPERT_DISPATCH
 from arriero.graphs.passes.become import CONTRIB, become, constant, insert
 from arriero.graphs.passes.store_weights import WeightStore
 
+Attributes = dict[str, int | float | str]
 # Defaults of these have changed between ONNX Runtime versions: gate*sigmoid(1*gate) * (up + 0), no limit.
-SWIGLU = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
-ROUTING = {"k": 1, "normalize_routing_weights": 1}
+SWIGLU: Attributes = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
+ROUTING: Attributes = {"k": 1, "normalize_routing_weights": 1}
 
 
 def replace_dispatch_with_moe(model: ir.Model, store: WeightStore) -> int:
@@ -34,7 +35,8 @@ def replace_dispatch_with_moe(model: ir.Model, store: WeightStore) -> int:
         assert gate_up.name is not None
         assert down is not None
         assert down.name is not None
-        per_token = int(expert_id.shape[1])
+        per_token = expert_id.shape[1]
+        assert isinstance(per_token, int)
         op_type, weights, extra = _weights(store, gate_up.name, down.name)
         experts, hidden = store.checkpoint.tensors[gate_up.name].shape[:2]
         if per_token == 1:  # case 1
@@ -42,9 +44,7 @@ def replace_dispatch_with_moe(model: ir.Model, store: WeightStore) -> int:
         else:  # case 2
             rows = insert(node, "Unsqueeze", [x, constant(node, [1])])
             column = insert(node, "Unsqueeze", [score, constant(node, [2])])
-            scaled = insert(
-                node, "Reshape", [insert(node, "Mul", [rows, column]), constant(node, [-1, hidden])]
-            )
+            scaled = insert(node, "Reshape", [insert(node, "Mul", [rows, column]), constant(node, [-1, hidden])])
         chosen = insert(node, "Reshape", [expert_id, constant(node, [-1])])
         levels = constant(node, ir.tensor(np.array([0, 1], np.float32)))
         logits = insert(node, "OneHot", [chosen, constant(node, experts), levels], axis=-1)
@@ -59,7 +59,7 @@ def replace_dispatch_with_moe(model: ir.Model, store: WeightStore) -> int:
     return len(nodes)
 
 
-def _weights(store: WeightStore, gate_up: str, down: str) -> tuple[str, list[ir.Value | None], dict[str, int]]:
+def _weights(store: WeightStore, gate_up: str, down: str) -> tuple[str, list[ir.Value | None], Attributes]:
     """The operator, its weight inputs and its attributes for the scheme of these two tensors."""
     tensors = store.checkpoint.tensors
     experts, hidden, double = tensors[gate_up].shape
@@ -68,9 +68,9 @@ def _weights(store: WeightStore, gate_up: str, down: str) -> tuple[str, list[ir.
     schemes = store.quantized_scheme(gate_up), store.quantized_scheme(down)
     if schemes == (None, None):
         values = [
-            store.exact_rows(f"{gate_up}.rows", gate_up, fc1, fc1_rows),
+            store.exact_rows(f"{gate_up}.rows", fc1, fc1_rows),
             None,
-            store.exact_rows(f"{down}.rows", down, fc2, fc2_rows),
+            store.exact_rows(f"{down}.rows", fc2, fc2_rows),
         ]
         return "MoE", values, {}
     first, second = schemes
@@ -83,7 +83,7 @@ def _weights(store: WeightStore, gate_up: str, down: str) -> tuple[str, list[ir.
     packed = [(*shape[:2], shape[2] * scheme.bits // 8) for shape, scheme in ((fc1, first), (fc2, second))]
     fc1_values = store.quantized_rows(gate_up, first, fc1, packed[0], fc1_rows)
     fc2_values = store.quantized_rows(down, second, fc2, packed[1], fc2_rows)
-    attributes = {
+    attributes: Attributes = {
         "expert_weight_bits": first.bits,
         "fc1_expert_weight_bits": first.bits,
         "fc2_expert_weight_bits": second.bits,

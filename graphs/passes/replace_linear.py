@@ -14,6 +14,9 @@ from arriero.graphs.passes.become import become
 from arriero.graphs.passes.find_weight import find_weight
 from arriero.graphs.passes.store_weights import WeightStore
 
+# With tied embeddings the head gets a name of its own: the embedding graph stores the table under its name, as it is.
+TIED = {"language_model.model.embed_tokens.weight": "language_model.lm_head.weight"}
+
 
 def replace_linear(model: ir.Model, store: WeightStore) -> int:
     """Rewrite each MatMul and transposed, bias-free Gemm over a matrix of the checkpoint; give how many."""
@@ -25,7 +28,7 @@ def replace_linear(model: ir.Model, store: WeightStore) -> int:
         shape = store.checkpoint.tensors[name].shape
         scheme = store.quantized_scheme(name)
         if scheme is None:  # case 1
-            become(node, "FusedMatMul", [node.inputs[0], store.exact(name)], {"transB": 1})
+            become(node, "FusedMatMul", [node.inputs[0], store.exact(name, TIED.get(name))], {"transB": 1})
         else:  # case 2
             blob = (shape[0], shape[1] // scheme.block, scheme.block * scheme.bits // 8)
             packed, scales = store.quantized_rows(name, scheme, shape, blob)

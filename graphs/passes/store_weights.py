@@ -41,10 +41,10 @@ class WeightStore:
         scheme = self.schemes[name]
         return scheme if isinstance(scheme, IntBlock) else None
 
-    def exact(self, name: str) -> ir.Value:
+    def exact(self, name: str, new_name: str | None = None) -> ir.Value:
         """Tensor `name` as f32, in the checkpoint's layout. Raises ArrieroError if the profile wants it quantised."""
         self._refuse_quantized(name)
-        return self.exact_rows(name, name, self.checkpoint.tensors[name].shape, lambda: self._rows(name))
+        return self.exact_rows(new_name or name, self.checkpoint.tensors[name].shape, lambda: self._rows(name))
 
     def stored(self, name: str) -> ir.Value:
         """Tensor `name` byte for byte, in the checkpoint's dtype and layout. Raises as `exact` does."""
@@ -57,8 +57,8 @@ class WeightStore:
 
         return self._promise([Spec(name, info.dtype, info.shape)], "exact", pieces)[0]
 
-    def exact_rows(self, new_name: str, name: str, shape: tuple[int, ...], rows: Rows) -> ir.Value:
-        """An f32 initialiser `new_name` of `shape` made of `rows()`, a new layout of tensor `name`."""
+    def exact_rows(self, new_name: str, shape: tuple[int, ...], rows: Rows) -> ir.Value:
+        """An f32 initialiser `new_name` of `shape`, made of `rows()`."""
         return self._promise([Spec(new_name, "F32", shape)], "exact", lambda: ((piece,) for piece in rows()))[0]
 
     def quantized_rows(
@@ -69,9 +69,9 @@ class WeightStore:
         packed_shape: tuple[int, ...],
         rows: Rows | None = None,
     ) -> tuple[ir.Value, ir.Value]:
-        """Initialisers `name.packed` u8 `packed_shape` and `name.scales` f32 [..., N, J] of a matrix `shape` [..., N, K].
+        """Initialisers `name.packed` u8 `packed_shape` and `name.scales` f32 [..., N, J] of a matrix of `shape`.
 
-        `rows()` gives f32 pieces [..., K] in order; by default the rows of the checkpoint's own layout.
+        `shape` is [..., N, K]; `rows()` gives f32 pieces [..., K] in order, by default the checkpoint's own rows.
         """
         bits, block = scheme.bits, scheme.block
         if shape[-1] % block:
@@ -124,9 +124,7 @@ class WeightStore:
         values = []
         for spec in specs:
             old = self.graph.initializers.pop(spec.name, None)
-            value = ir.Value(
-                name=spec.name, shape=ir.Shape(spec.shape), type=ir.TensorType(DTYPES[spec.dtype])
-            )
+            value = ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=ir.TensorType(DTYPES[spec.dtype]))
             if old is not None:
                 old.replace_all_uses_with(value)
             self.graph.initializers[spec.name] = value

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from arriero.errors import ArrieroError
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.model import Llama4, StepTensors

@@ -1,0 +1,192 @@
+"""The build on one page: checkpoint, graph, calibration, then per target lowering, compilation, parity, publication.
+
+Every step is a content-keyed stage (`stages.py`), so that a killed build goes on where it stopped and an unchanged one
+does nothing. A bundle appears under its name only after its parity passed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from arriero.errors import BelowThreshold
+from arriero.export.bundle import assemble, copy_tokenizer, is_current, write_manifest
+from arriero.export.plan import KV_BYTES, make_plan, stage_inputs
+from arriero.export.schema import BuildConfig, Target
+from arriero.export.stages import Stage, WorkDir, key_of, read_record
+from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.config import ModelConfig
+from arriero.profiles.recipe import load_profile
+from arriero.runtimes.manifest import link
+
+# What a watcher is told: the step, how much of it is done, of how much, and in which unit ("bytes" or "samples").
+Watch = Callable[[str, int, int, str], None]
+
+
+class Build:
+    """One build file at work."""
+
+    def __init__(self, config: BuildConfig, file: str, watch: Watch) -> None:
+        """Prepare to build `config`, read from `file`; `watch` is told of progress."""
+        self.config, self.file, self.watch = config, file, watch
+        self.work = WorkDir(config.output)
+        self.profiles = {target.profile: load_profile(target.profile) for target in config.targets}
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint's headers."""
+        return Checkpoint.open(self.config.model)
+
+    @cached_property
+    def model(self) -> ModelConfig:
+        """The model as far as the build's modalities need it."""
+        config = ModelConfig.load(self.config.model)
+        return config if "image" in self.config.modalities else config.without_vision()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The graphs of a bundle."""
+        return ("embed", "text") if self.model.vision is None else ("embed", "vision", "text")
+
+    def run(self) -> list[Path]:
+        """Build every target and give the bundle folders. Raises `ArrieroError` with what stopped it."""
+        plan = make_plan(self.config)
+        plan.check_budgets(self.file)
+        with self.work.locked():
+            self.watch("hash checkpoint", 0, 0, "bytes")
+            self.content = self.checkpoint.content_hash(self.work.hash_memo)
+            self.inputs = stage_inputs(self.config, self.content, self.profiles)
+            bundles = [self.build_target(target) for target in self.config.targets]
+            self.work.prune((name, key_of(name, values)) for name, values in self.inputs.items())
+        return bundles
+
+    def build_target(self, target: Target) -> Path:
+        """Lower, prove and publish one target; at once when its bundle is current."""
+        bundle = self.config.output / target.name
+        lower, parity = f"lower-{target.name}", f"parity-{target.name}"
+        build = {name: key_of(name, self.inputs[name]) for name in ("graph", "calibrate", lower, parity)}
+        if is_current(bundle, build):
+            self.watch(f"{target.name}: up to date", 1, 1, "samples")
+            return bundle
+        graph = self.stage("graph", self.trace)
+        coverage = self.stage("calibrate", self.calibrate)
+        lowered = self.stage(lower, partial(self.lower, target, graph), resumes=True)
+        partial_bundle = bundle.with_name(f"{bundle.name}.partial")
+        assemble(lowered, partial_bundle)
+        self.manifest(target, build, lowered, coverage, partial_bundle)
+        proof = self.stage(parity, partial(self.prove, target, partial_bundle))
+        for report in ("parity.json", "parity.html"):
+            (partial_bundle / report).write_bytes((proof / report).read_bytes())
+        self.manifest(target, build, lowered, coverage, partial_bundle)
+        self.work.publish(partial_bundle, bundle)
+        return bundle
+
+    def stage(self, name: str, run: Callable[[Path], None], resumes: bool = False) -> Path:
+        """Run a planned stage unless it is done."""
+        return self.work.run_stage(Stage(name, self.inputs[name], run, resumes))
+
+    def trace(self, folder: Path) -> None:
+        """Stage `graph`: the canonical ONNX graphs, weights linked from the checkpoint, invariants checked."""
+        from arriero.graphs import check, trace
+
+        for number, part in enumerate(self.parts):
+            self.watch(f"trace {part}", number, len(self.parts), "graphs")
+            model = getattr(trace, f"trace_{part}")(self.model, self.checkpoint, folder / f"{part}.onnx")
+            check.check(part, model, self.model)
+        self.watch("trace", len(self.parts), len(self.parts), "graphs")
+
+    def calibrate(self, folder: Path) -> None:
+        """Stage `calibrate`: tokens per expert over the calibration set, by the reference."""
+        from arriero.export.cases import draw_samples
+        from arriero.export.coverage import count_experts
+        from arriero.export.prove import open_reference
+
+        settings = self.config.calibration
+        samples = draw_samples(self.config.modalities, settings.samples, settings.seed, "train")
+        reference = open_reference(self.config.model, self.model.vision is None)
+        watch = partial(self.watch, "count tokens per expert")
+        coverage = count_experts(reference, samples, lambda done, total: watch(done, total, "samples"))
+        (folder / "coverage.json").write_text(json.dumps(coverage))
+
+    def lower(self, target: Target, graph: Path, folder: Path) -> None:
+        """Stage `lower-*`: the backend's graphs and weights, the tokenizer, and proof that the backend loads them."""
+        import onnx_ir as ir
+
+        from arriero.graphs.check import part_tensors
+
+        lowering = import_module(f"arriero.graphs.lower.{target.backend}")
+        compiler = import_module(f"arriero.export.compile.{target.backend}")
+        tensors = {name: part for part in self.parts for name in part_tensors(part, self.model)}
+        schemes = self.profiles[target.profile].assign(tensors)
+        weights: dict[str, Any] = {}
+        for part in self.parts:
+            watch = partial(self.watch, f"{target.name}: write {part} weights")
+            weights |= getattr(lowering, f"lower_{part}")(
+                ir.load(graph / f"{part}.onnx"),
+                self.model,
+                self.checkpoint,
+                schemes,
+                folder,
+                lambda done, total, watch=watch: watch(done, total, "bytes"),
+            )
+        copy_tokenizer(self.config.model, folder / "tokenizer")
+        tools = compiler.compile_graphs(folder, self.parts)
+        (folder / "lowering.json").write_text(json.dumps({"weights": weights, "tools": tools}))
+
+    def manifest(self, target: Target, build: Mapping[str, str], lowered: Path, coverage: Path, bundle: Path) -> None:
+        """Write the bundle's manifest from what the stages recorded."""
+        from arriero.runtimes.torch import model_spec
+
+        graph = self.work.folder("graph", build["graph"])
+        records = {name: read_record(folder) for name, folder in (("graph", graph), ("lower", lowered))}
+        made = json.loads((lowered / "lowering.json").read_text())
+        text = self.model.text
+        per_layer = 2 * text.kv_heads * text.head_dim * KV_BYTES["f32"]
+        kinds = {"chunked" if layer.chunked else "global" for layer in text.layers}
+        tools = {name: version for name, version in self.inputs["graph"]["tools"].items() if version}
+        linked = link(self.content, build["graph"])
+        write_manifest(
+            bundle,
+            target,
+            model_spec(self.model),
+            {
+                "tools": {**tools, **made["tools"]},
+                "weights": made["weights"],
+                "coverage": json.loads((coverage / "coverage.json").read_text()),
+                "calibration": self.config.calibration.model_dump(),
+                "kv_bytes_per_token": dict.fromkeys(sorted(kinds), per_layer),
+                "measured": {
+                    "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records.values()),
+                    "seconds": {name: record["seconds"] for name, record in records.items()},
+                },
+            },
+            {"checkpoint": self.content, "graph": linked, "profile": link(linked, self.profile_digest(target))},
+            build,
+        )
+
+    def profile_digest(self, target: Target) -> str:
+        """The profile's own hash in the chain."""
+        return key_of("profile", self.profiles[target.profile].model_dump(mode="json"))
+
+    def prove(self, target: Target, bundle: Path, folder: Path) -> None:
+        """Stage `parity-*`: the bundle against the reference. Raises `BelowThreshold`; the report page stays."""
+        from arriero.export.prove import measure
+        from arriero.runtimes.report import write_html, write_json
+
+        cases = self.config.parity.cases
+        thresholds = self.profiles[target.profile].thresholds | self.config.parity.thresholds
+        report = measure(bundle, self.config.model, cases.samples, cases.seed, thresholds, self.watch)
+        write_json(report, folder / "parity.json")
+        write_html(report, folder / "parity.html")
+        if report.failed:
+            page = bundle.with_name(f"{target.name}.failed-parity.html")
+            write_html(report, page)
+            raise BelowThreshold(
+                f"target {target.name} is below its parity thresholds: {', '.join(row.title for row in report.failed)}",
+                where=str(page),
+                remedy="The page shows where it differs; choose a finer profile, or lower the threshold knowingly",
+            )

@@ -1,0 +1,108 @@
+"""Assembles a bundle folder from finished stages and writes its manifest, the last file of all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from arriero.errors import ArrieroError
+from arriero.export.schema import Target
+from arriero.runtimes.backend import ModelSpec
+from arriero.runtimes.manifest import FORMAT, artifact_digest, file_sha256, link
+from arriero.version import __version__
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+REPORTS = ("parity.json", "parity.html")
+
+
+def copy_tokenizer(checkpoint: Path, folder: Path) -> None:
+    """Copy what the processor needs from the checkpoint folder. Raises `ArrieroError` without a tokenizer.json."""
+    if not (checkpoint / "tokenizer.json").is_file():
+        raise ArrieroError(
+            "the checkpoint has no tokenizer.json",
+            where=str(checkpoint),
+            expected="the fast tokenizer file of a Hugging Face checkpoint",
+            remedy="Fetch it from where the checkpoint came from",
+        )
+    folder.mkdir(exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, folder / name)
+
+
+def assemble(lowered: Path, partial: Path) -> None:
+    """Fill `partial` anew with the files of a finished lowering stage: hard links where possible, else copies."""
+    if partial.exists():
+        shutil.rmtree(partial)
+    for file in sorted(lowered.rglob("*")):
+        if file.is_file() and file.name not in ("stage.json", "lowering.json"):
+            target = partial / file.relative_to(lowered)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(file, target)
+            except OSError:
+                shutil.copyfile(file, target)
+
+
+def write_manifest(
+    partial: Path,
+    target: Target,
+    spec: ModelSpec,
+    kept: Mapping[str, Any],
+    chain: Mapping[str, str],
+    build: Mapping[str, str],
+) -> None:
+    """Write `manifest.json` over the files that are in `partial` now.
+
+    `kept` are the entries that come as they are (weights, coverage, measured, tools, kv_bytes_per_token), `chain` the
+    links up to the profile, `build` the keys of the stages that made the bundle.
+    """
+    names = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file())
+    files = {
+        name: {"bytes": (partial / name).stat().st_size, "sha256": file_sha256(partial / name)}
+        for name in names
+        if name != "manifest.json"
+    }
+    artifact = link(chain["profile"], artifact_digest(files))
+    reports = {name: files[name]["sha256"] for name in REPORTS if name in files}
+    parity = link(artifact, hashlib.sha256(json.dumps(reports, sort_keys=True).encode()).hexdigest())
+    manifest = {
+        "format": FORMAT,
+        "arriero": __version__,
+        "name": target.name,
+        "model": spec.entry(),
+        "target": {**target.model_dump(), "arch": "any"},
+        "chain": {**chain, "artifact": artifact, "parity": parity},
+        "build": dict(build),
+        "files": files,
+        **kept,
+    }
+    path = partial / "manifest.json.partial"
+    path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    os.replace(path, partial / "manifest.json")
+
+
+def is_current(bundle: Path, build: Mapping[str, str]) -> bool:
+    """Whether the published `bundle` was made by the stages named in `build` and its files still have their sizes."""
+    try:
+        manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+        sizes = {name: (bundle / name).stat().st_size for name in manifest["files"]}
+        return manifest["build"] == dict(build) and all(
+            manifest["files"][name]["bytes"] == size for name, size in sizes.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

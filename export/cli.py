@@ -1,0 +1,264 @@
+"""The `arriero` command: a thin skin over library calls. Exit codes: 0 ok, 1 parity failed, 2 user, 3 machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from arriero.errors import ArrieroError
+from arriero.version import __version__
+
+if TYPE_CHECKING:
+    from arriero.runtimes.report import ParityReport
+
+app = typer.Typer(
+    name="arriero",
+    help=(
+        "Takes Llama 4 mixture-of-experts checkpoints to bundles that run at the edge, with measured proof that they "
+        "still compute what the PyTorch reference computes.\n\n"
+        "A first session: [bold]arriero doctor[/] says what this machine can do, [bold]arriero plan[/] what a build "
+        "would do and cost, [bold]arriero build[/] does it, and "
+        "[bold]arriero run bundles/portable-int8 'What is 17 + 25?'[/] "
+        "asks the result a question.\n\n"
+        "Exit codes: 0 ok, 1 parity or quality below its threshold, 2 a mistake in what was given, 3 the machine lacks "
+        "something."
+    ),
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out, err = Console(), Console(stderr=True)
+
+BuildFile = Annotated[Path, typer.Argument(help="The build file.", show_default=True)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of text for people.")]
+BundleFolder = Annotated[Path, typer.Argument(help="A bundle folder that `arriero build` published.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads to use; every core when left out.", min=1)]
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2))
+
+
+@app.command()
+def plan(build_file: BuildFile = Path("build.yaml"), as_json: Json = False) -> None:
+    """Say what a build would do and cost, without touching anything.
+
+    Shows the stages (done or to do), the bytes of each bundle by number format, peak memory and disk against the
+    budgets, and what context costs: KV cache bytes at 8k, 128k, 1M and 10M tokens for each cache format.
+    """
+    from arriero.export.config import load_build
+    from arriero.export.plan import make_plan
+
+    planned = make_plan(load_build(build_file))
+    if as_json:
+        _print_json(planned.to_json())
+    else:
+        planned.render(out)
+    planned.check_budgets(str(build_file))
+
+
+@app.command()
+def build(build_file: BuildFile = Path("build.yaml"), as_json: Json = False) -> None:
+    """Build every bundle that the build file names, and publish those that pass parity.
+
+    Steps that are done are not done again: kill a build at any point and give the same command to go on; an unchanged
+    build does nothing. A bundle appears under its name only once its parity against the PyTorch reference has passed;
+    otherwise the report stays beside it as an HTML page and the exit code is 1.
+    """
+    from arriero.export.build import Build
+    from arriero.export.config import load_build
+    from arriero.export.watch import ProgressBars
+
+    config = load_build(build_file)
+    with ProgressBars(err) as watch:
+        bundles = Build(config, str(build_file), watch).run()
+    if as_json:
+        _print_json({"bundles": [str(bundle) for bundle in bundles]})
+        return
+    for bundle in bundles:
+        out.print(f"[green]published[/] {bundle}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def parity(
+    bundle: BundleFolder,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="The checkpoint folder: measure again, on this machine, against its PyTorch reference."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Held-out prompts to measure on, with --against.", min=1)] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the held-out prompts, with --against.", min=0)] = 29,
+    junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML here, one test case per row.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a bundle's parity report and judge it; exit code 1 when a row is below its threshold.
+
+    Without --against, the report that was measured when the bundle was built is checked for integrity and shown. With
+    --against CHECKPOINT, everything is measured again here: router agreement per layer, logits, top tokens, greedy
+    answers and task accuracy on held-out text and image prompts. In CI:
+
+        arriero parity bundles/portable-int8 --against models/chasqui --junit parity.xml
+    """
+    from arriero.runtimes.report import read_json, render_table, write_html, write_junit
+
+    if against is None:
+        from arriero.runtimes.manifest import open_manifest
+
+        open_manifest(bundle)
+        report = read_json(bundle / "parity.json")
+    else:
+        report = _measure(bundle, against, samples, seed)
+    if junit:
+        write_junit(report, junit)
+    if html:
+        write_html(report, html)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        render_table(report, out)
+    if report.failed:
+        raise typer.Exit(1)
+
+
+def _measure(bundle: Path, checkpoint: Path, samples: int, seed: int) -> ParityReport:
+    from arriero.export.prove import prove_bundle
+    from arriero.export.watch import ProgressBars
+
+    with ProgressBars(err) as watch:
+        return prove_bundle(bundle, checkpoint, samples, seed, watch)
+
+
+@app.command()
+def run(
+    bundle: BundleFolder,
+    prompt: Annotated[str, typer.Argument(help="What to ask; - reads it from standard input.")],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="An image to ask about; give the option again for more images.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="End the answer after so many tokens.", min=1)] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; higher draws more freely.", min=0.0)] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens only.", min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens up to this share.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text.")] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Ask a bundle and stream its answer.
+
+    arriero run bundles/portable-int8 "What is 17 + 25?"
+
+    arriero run bundles/portable-int8 "Describe the image." --image models/example.png
+    """
+    from arriero.runtimes.api import load
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with load(bundle, threads) as session:
+        stream = session.generate(
+            text,
+            [str(path) for path in image or ()],
+            stream=True,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=stop or (),
+        )
+        for piece in stream:
+            if not as_json:
+                print(piece, end="", flush=True)
+        result = stream.result
+    if as_json:
+        _print_json(result.__dict__)
+        return
+    print()
+    rate = f", {(len(result.token_ids) - 1) / result.decode_s:.1f} tokens/s" if result.decode_s > 0 else ""
+    told = f"{result.prompt_tokens} prompt tokens, TTFT {1000 * result.ttft_s:.0f} ms, {len(result.token_ids)} tokens"
+    err.print(f"[dim]{told}{rate}, ended by {result.finish_reason}[/]", highlight=False)
+
+
+@app.command()
+def inspect(bundle: BundleFolder, as_json: Json = False) -> None:
+    """Say what a bundle holds: model, target, hash chain, weights by scheme, expert coverage, parity.
+
+    Every file is hashed and compared with the manifest on the way.
+    """
+    from arriero.export.inspect import describe_bundle, show_bundle
+
+    described = describe_bundle(bundle)
+    if as_json:
+        _print_json(described)
+    else:
+        show_bundle(described, out)
+
+
+@app.command()
+def doctor(
+    backend: Annotated[str | None, typer.Option(help="Look at what this backend needs only.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine has and lacks for each backend, and how to get it; exit code 3 if no build is possible."""
+    from arriero.export.doctor import diagnose
+
+    diagnosis = diagnose(Path.cwd(), backend)
+    if as_json:
+        _print_json(diagnosis.to_json())
+    else:
+        diagnosis.render(out)
+    raise typer.Exit(diagnosis.exit_code(backend))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of build files, for editors.
+
+    arriero schema > build.schema.json
+    """
+    from arriero.export.schema import json_schema
+
+    _print_json(json_schema())
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"arriero {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command; one of our errors becomes one message and its exit code."""
+    try:
+        app()
+    except ArrieroError as error:
+        err.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("stopped; the same command goes on from here")
+        sys.exit(130)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

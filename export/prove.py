@@ -1,0 +1,71 @@
+"""Parity of a bundle against the checkpoint it was made from: what a build does before publishing, and CI after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from arriero.errors import ArrieroError
+from arriero.export.cases import parity_cases
+from arriero.graphs.checkpoint import Checkpoint
+from arriero.runtimes.api import load
+from arriero.runtimes.manifest import Manifest
+from arriero.runtimes.parity import compare
+from arriero.runtimes.report import ParityReport, read_json
+
+if TYPE_CHECKING:
+    from arriero.runtimes.session import Session
+
+Watch = Callable[[str, int, int, str], None]
+
+
+def open_reference(checkpoint: Path, text_only: bool) -> Session:
+    """The PyTorch reference of a checkpoint folder, as a session. Raises `ArrieroError` when it is not sound."""
+    # Imported here: an unchanged build never gets this far, and torch takes a second to import.
+    from arriero.runtimes.processor import Processor
+    from arriero.runtimes.session import Session
+    from arriero.runtimes.torch import TorchBackend
+
+    backend = TorchBackend(checkpoint, text_only)
+    return Session(backend, Processor(checkpoint, backend.spec))
+
+
+def measure(
+    bundle: Path, checkpoint: Path, samples: int, seed: int, thresholds: Mapping[str, float], watch: Watch
+) -> ParityReport:
+    """Compare the bundle with the reference on `samples` held-out prompts, text and, if it sees, images."""
+    with load(bundle) as candidate:
+        text_only = candidate.spec.vision is None
+        cases = parity_cases(("text",) if text_only else ("text", "image"), samples, seed)
+        target = Manifest.read(bundle).target
+        step = f"{target.name}: prove parity"
+        report = compare(
+            open_reference(checkpoint, text_only),
+            candidate,
+            cases,
+            thresholds,
+            lambda done, total, _case: watch(step, done, total, "samples"),
+        )
+    labels = {"bundle": target.name, "profile": target.profile, "backend": target.backend, "seed": str(seed)}
+    return replace(report, labels=labels)
+
+
+def prove_bundle(bundle: Path, checkpoint: Path, samples: int, seed: int, watch: Watch) -> ParityReport:
+    """Measure a published bundle again, with the thresholds it was published under.
+
+    Raises `ArrieroError` when the bundle was made from another checkpoint.
+    """
+    manifest = Manifest.read(bundle)
+    found = Checkpoint.open(checkpoint).content_hash()
+    if manifest.raw["chain"].get("checkpoint") != found:
+        raise ArrieroError(
+            "the bundle was not made from this checkpoint",
+            where=str(checkpoint),
+            expected=f"a checkpoint with hash {str(manifest.raw['chain'].get('checkpoint'))[:12]}...",
+            remedy="Give the checkpoint that the bundle was built from, or build a bundle from this one",
+        )
+    recorded = read_json(bundle / "parity.json")
+    thresholds = {row.metric: row.threshold for row in recorded.rows if row.threshold is not None}
+    return measure(bundle, checkpoint, samples, seed, thresholds, watch)
