@@ -158,7 +158,6 @@ class ModelConfig:
             text_only=text_only,
         )
 
-
     def without_vision(self) -> ModelConfig:
         """The same model for text alone: no vision tower, and no token stands for an image."""
         return replace(self, vision=None, image_token_id=None)
