@@ -57,9 +57,8 @@ MIXTURES: dict[int, Mixture] = {
         {"several": 5, "video": 3},
     ),
 }
-SHIFT_FROM = (
-    1000  # from here on most rows start at a drawn position, so that chunk boundaries fall anywhere in the text
-)
+# From this step on most rows start at a drawn position, so that chunk boundaries fall anywhere in the text.
+SHIFT_FROM = 1000
 SHIFTED = 0.75
 POOL = 16  # steps whose samples are drawn together, so that batches hold prompts of like length
 VISION_STEPS = 1500
