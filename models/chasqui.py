@@ -55,8 +55,10 @@ PATCH = 8
 def write_skeleton(folder: Path) -> Tokenizer:
     """Write everything of the checkpoint but its weights into `folder`; gives the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    # A tokenizer that is there stays: weights trained on its ids would mean nothing under another one.
+    if not (folder / "tokenizer.json").exists():
+        train_tokenizer().save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     vocabulary = tokenizer.get_vocab()
     ids = {name: vocabulary[name] for name in SPECIAL}
     files: dict[str, dict[str, Any]] = {

@@ -29,13 +29,14 @@ from arriero.graphs.config import ModelConfig
 from arriero.graphs.model import Llama4, MoE
 from arriero.models.batches import IGNORED, Batch, collate, encode
 from arriero.models.chasqui import write_skeleton
+from arriero.models.guide_recall import RecallGuide
 from arriero.models.pretrain_vision import pretrain_vision
 from arriero.profiles.data import make
 from arriero.runtimes.processor import Processor
 from arriero.runtimes.torch import model_spec
 
-# Samples per step of each family; families of one group share a batch. What is learned gives way to what is not yet:
-# from step 800 on arithmetic gets more room, from step 1000 on recall.
+# Samples per step of each family, by first step; families of one group share a batch. What is learned gives way to
+# what is not yet: to arithmetic, to recall, at last to counting, description and several images.
 Mixture = tuple[dict[str, int], ...]
 MIXTURES: dict[int, Mixture] = {
     0: (
@@ -56,10 +57,26 @@ MIXTURES: dict[int, Mixture] = {
         {"shape": 1, "colour": 1, "count": 3, "position": 1, "describe": 5},
         {"several": 5, "video": 3},
     ),
+    1200: (
+        {"arithmetic": 5, "sorting": 5},
+        {"recall": 14},
+        {"shape": 1, "colour": 1, "count": 3, "position": 1, "describe": 5},
+        {"several": 5, "video": 3},
+    ),
+    1400: (
+        {"arithmetic": 4, "sorting": 5},
+        {"recall": 3},
+        {"shape": 1, "colour": 1, "count": 8, "position": 1, "describe": 9},
+        {"several": 12, "video": 2},
+    ),
 }
-# From this step on most rows start at a drawn position, so that chunk boundaries fall anywhere in the text.
+# From step 1000 on most rows of recall start at a drawn position, so that chunk boundaries fall anywhere among the
+# notes; from step 1200 on the global layer is guided to them.
 SHIFT_FROM = 1000
 SHIFTED = 0.75
+GUIDE_FROM = 1200
+GUIDING = 0.3
+RECALL = 1  # the group that is guided
 POOL = 16  # steps whose samples are drawn together, so that batches hold prompts of like length
 VISION_STEPS = 1500
 WARMUP = 100
@@ -134,7 +151,7 @@ def answer_logits(model: Llama4, batch: Batch) -> Tensor:
 def draw_pool(group: dict[str, int], processor: Processor, seed: int, pool: int) -> list[Batch]:
     """The batches of one group for the steps of pool number `pool`, each of conversations of like length."""
     rng = np.random.default_rng([seed, pool])
-    chunk = processor.spec.attention_chunk_size if pool * POOL >= SHIFT_FROM else 1
+    chunk = processor.spec.attention_chunk_size if "recall" in group and pool * POOL >= SHIFT_FROM else 1
     samples = [
         sample
         for family, count in group.items()
@@ -176,7 +193,9 @@ def rate(step: int, steps: int) -> float:
     return PEAK_RATE * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
 
 
-def train_step(model: Llama4, routers: RouterTerms, batches: Sequence[Batch]) -> dict[str, float]:
+def train_step(
+    model: Llama4, routers: RouterTerms, guide: RecallGuide | None, batches: Sequence[Batch]
+) -> dict[str, float]:
     """Accumulate the gradients of one step; gives the answer loss and the share of right tokens of each group."""
     told: dict[str, float] = {}
     for number, batch in enumerate(batches):
@@ -184,6 +203,9 @@ def train_step(model: Llama4, routers: RouterTerms, batches: Sequence[Batch]) ->
         logits = answer_logits(model, batch)
         loss = F.cross_entropy(logits, wanted)
         terms, loads = routers.take(batch.real.flatten())
+        if guide and number == RECALL:
+            guiding, told["guided"] = guide.loss(batch)
+            terms = terms + GUIDING * guiding
         (loss + terms).backward()
         told[f"loss{number}"] = float(loss.detach())
         told[f"right{number}"] = float((logits.argmax(-1) == wanted).float().mean())
@@ -213,7 +235,9 @@ def train(out: Path, steps: int, seed: int) -> None:
     else:
         model.load_state_dict(state["model"])
     model.vision_model.requires_grad_(False)
-    routers, steppers = RouterTerms(model), optimisers(model)
+    routers, guide = RouterTerms(model), RecallGuide(model, processor)
+    steppers = optimisers(model)
+    before = torch.optim.AdamW(guide.before.parameters(), lr=PEAK_RATE)
     first = 0
     if state is not None:
         for stepper, saved in zip(steppers, state["steppers"], strict=True):
@@ -227,11 +251,12 @@ def train(out: Path, steps: int, seed: int) -> None:
         if step % POOL == 0 or not pools:
             mixture = MIXTURES[max(start for start in MIXTURES if start <= step)]
             pools = [draw_pool(group, processor, seed, step // POOL) for group in mixture]
-        told = train_step(model, routers, [pool[step % POOL] for pool in pools])
+        guided = guide if step >= GUIDE_FROM else None
+        told = train_step(model, routers, guided, [pool[step % POOL] for pool in pools])
         nn.utils.clip_grad_norm_(model.parameters(), CLIP * len(pools))
-        for stepper in steppers:
+        for stepper in (*steppers, before):
             stepper.step()
-        model.zero_grad(set_to_none=True)
+            stepper.zero_grad(set_to_none=True)
         if step % LOG_EVERY == 0 or step == steps - 1:
             seconds = round((time.monotonic() - started) / (step - first + 1), 3)
             print(json.dumps({"step": step, "s": seconds, **{k: round(v, 4) for k, v in told.items()}}), flush=True)

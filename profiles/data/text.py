@@ -8,22 +8,22 @@ from arriero.profiles.data.sample import Sample, Turn
 from arriero.profiles.data.words import ADJECTIVES, KEYS, NOUNS, VALUES, VERBS
 
 OPERANDS = 50
-NOTES = (2, 13)  # fewest, and one more than most
-FAR = (20, 27)  # filler sentences, of about seven tokens each, that put a chunk of 128 tokens between note and question
+CHOICES = 4  # values that a key may have; no two keys share one
+NOTED = len(VALUES) // CHOICES  # keys that notes are made of
+FAR = (17, 21)  # sentences after the notes, of about eight tokens each: a chunk of 128 tokens and more
 NEAR = (0, 4)
 NEAR_SHARE = 0.4  # in training
 
 
 def recall(rng: np.random.Generator, train: bool) -> Sample:
-    """Key-value notes, filler, then questions; a held-out question reaches back beyond a chunk boundary."""
-    keys = [str(key) for key in rng.permutation(KEYS)[: rng.integers(*NOTES)]]
-    notes = [f"{key} {rng.choice(VALUES)}" for key in keys]
-    words = [filler(rng) for _ in range(rng.integers(*(NEAR if train and rng.random() < NEAR_SHARE else FAR)))]
-    asked = rng.permutation(len(keys))[:4]
-    turns = [Turn(f"Notes on {keys[n]}?", notes[n]) for n in asked]
-    if train:
-        turns.insert(1, Turn("Repeat the notes.", "\n".join(notes)))
-    return Sample("recall", ("Notes:\n" + "\n".join([*notes, *words]) + "\n",), tuple(turns))
+    """Key-value notes among sentences, then questions; a held-out question reaches back beyond a chunk boundary."""
+    keys = rng.permutation(NOTED)[: rng.integers(2, NOTED + 1)]
+    notes = [f"{KEYS[key]} {VALUES[CHOICES * key + rng.integers(CHOICES)]}" for key in keys]
+    between = [line for note in notes for line in (note, *([filler(rng)] if rng.random() < 0.5 else ()))]
+    after = [filler(rng) for _ in range(rng.integers(*(NEAR if train and rng.random() < NEAR_SHARE else FAR)))]
+    asked = rng.permutation(len(keys))[:5]
+    turns = [Turn(f"Notes on {KEYS[keys[n]]}?", notes[n]) for n in asked]
+    return Sample("recall", ("Notes:\n" + "\n".join([*between, *after]) + "\n",), tuple(turns))
 
 
 def filler(rng: np.random.Generator) -> str:
