@@ -17,7 +17,7 @@ from arriero.export.schema import BuildConfig, Target
 from arriero.export.stages import WorkDir, key_of, source_hash
 from arriero.graphs.checkpoint import Checkpoint, TensorInfo, check_ledger
 from arriero.graphs.config import ModelConfig, TextConfig
-from arriero.profiles.recipe import IntBlock, Profile, Scheme, load_profile
+from arriero.profiles.recipe import IntBlock, Profile, Scheme, check_shapes, load_profile
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -146,7 +146,12 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
     stages: dict[str, KeyInputs] = {
         # The traced graph's weights point into the checkpoint's files, so where these are matters too.
         "graph": {**seen, "folder": str(build.model), "source": source_hash("graphs")},
-        "calibrate": {**seen, "set": build.calibration.model_dump(), "source": source_hash()},
+        "calibrate": {
+            **seen,
+            "set": build.calibration.model_dump(),
+            "profiles": [rounding_folder(profile) for profile in calibrating(profiles)],
+            "source": source_hash(),
+        },
     }
     graph = key_of("graph", stages["graph"])
     coverage = key_of("calibrate", stages["calibrate"])
@@ -166,6 +171,18 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
             "source": source_hash(),
         }
     return stages
+
+
+def calibrating(profiles: Mapping[str, Profile]) -> list[Profile]:
+    """The profiles that calibrate, each once, in a fixed order."""
+    unique = {rounding_folder(profile): profile for profile in profiles.values() if profile.calibration is not None}
+    return [unique[key] for key in sorted(unique)]
+
+
+def rounding_folder(profile: Profile) -> str:
+    """The folder of a profile's roundings in the stage `calibrate`: its name, and a hash of what decides them."""
+    kept = profile.model_dump(mode="json", include={"keep", "rules", "calibration"})
+    return f"{profile.name}-{key_of('roundings', kept)}"
 
 
 def kv_bytes(text: TextConfig, tokens: int, item_bytes: int) -> int:
@@ -213,6 +230,7 @@ def _plan_target(
     state: Mapping[str, bool],
 ) -> PlannedTarget:
     schemes = profile.assign(checkpoint.tensors)
+    check_shapes(profile, {name: info.shape for name, info in checkpoint.tensors.items()})
     sizes: dict[str, int] = {}
     for info in used:
         scheme = schemes[info.name]

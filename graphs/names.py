@@ -5,6 +5,8 @@ from __future__ import annotations
 from arriero.graphs.config import ModelConfig
 
 TEXT_PREFIX = "language_model."
+EXPERTS_GATE_UP = "language_model.model.layers.{layer}.feed_forward.experts.gate_up_proj"
+EXPERTS_DOWN = "language_model.model.layers.{layer}.feed_forward.experts.down_proj"
 
 
 def canonical_name(raw: str, text_only: bool) -> str:

@@ -44,6 +44,12 @@ METRICS: dict[str, Metric] = {
     "logits_max_abs_error": Metric("Logits, largest error", "max", "", "max |candidate - reference| over all logits."),
     "logits_relative_l2": Metric("Logits, relative error", "max", "", "|candidate - reference| / |reference|, L2."),
     "logits_kl_mean": Metric("Logits, mean KL", "max", "nat", "KL(reference || candidate), mean over tokens."),
+    "naive_kl_mean": Metric(
+        "Logits, mean KL of the naive form", "max", "nat", "The same for the profile's own form without calibration."
+    ),
+    "kl_over_naive": Metric(
+        "KL over the naive form's", "max", "share", "Mean KL over that of the profile's own form without calibration."
+    ),
     "same_top_token": Metric("Same top token", "min", "share", "Tokens with the same largest logit, near ties apart."),
     "router_agreement": Metric(
         "Router agreement", "min", "share", "Tokens sent to the same experts over all MoE layers, near ties apart."
