@@ -70,6 +70,15 @@ def prove_bundle(bundle: Path, checkpoint: Path, samples: int, seed: int, watch:
 
     Raises `ArrieroError` when the bundle was made from another checkpoint.
     """
+    check_origin(bundle, checkpoint)
+    recorded = read_json(bundle / "parity.json")
+    thresholds = {row.metric: row.threshold for row in recorded.rows if row.threshold is not None}
+    report = measure(bundle, checkpoint, samples, seed, thresholds, watch)
+    return replace(report, rows=(*report.rows, *recorded_rows(recorded)))
+
+
+def check_origin(bundle: Path, checkpoint: Path) -> None:
+    """Refuse a bundle that was not made from this checkpoint."""
     manifest = Manifest.read(bundle)
     found = Checkpoint.open(checkpoint).content_hash()
     if manifest.raw["chain"].get("checkpoint") != found:
@@ -79,7 +88,3 @@ def prove_bundle(bundle: Path, checkpoint: Path, samples: int, seed: int, watch:
             expected=f"a checkpoint with hash {str(manifest.raw['chain'].get('checkpoint'))[:12]}...",
             remedy="Give the checkpoint that the bundle was built from, or build a bundle from this one",
         )
-    recorded = read_json(bundle / "parity.json")
-    thresholds = {row.metric: row.threshold for row in recorded.rows if row.threshold is not None}
-    report = measure(bundle, checkpoint, samples, seed, thresholds, watch)
-    return replace(report, rows=(*report.rows, *recorded_rows(recorded)))
