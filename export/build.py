@@ -111,7 +111,8 @@ class Build:
         samples = draw_samples(self.config.modalities, settings.samples, settings.seed, "train")
         reference = open_reference(self.config.model, self.model.vision is None)
         profiles = {rounding_folder(profile): profile for profile in calibrating(self.profiles)}
-        Calibration(Walk(reference, samples, folder), self.checkpoint, profiles, folder, self.watch).run()
+        walk = Walk(reference, samples, folder, second=bool(profiles))
+        Calibration(walk, self.checkpoint, profiles, folder, self.watch).run()
 
     def lower(self, target: Target, graph: Path, calibrated: Path, folder: Path) -> None:
         """Stage `lower-*`: the backend's graphs and weights, the tokenizer, and proof that the backend loads them."""

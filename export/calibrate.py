@@ -107,11 +107,11 @@ class Calibration:
             rows, samples = routed.of(expert)
             check_finite(rows, f"layer {layer}, expert {expert}, input", samples)
             first = self._expert_weight(gate_up, expert)
-            yield gate_up, expert, partial(_same, first), _moments(rows)
+            yield gate_up, expert, partial(_same, first), _moments(rows, self.walk.second)
             inner = _activation(rows @ first.T)
             check_finite(inner, f"layer {layer}, expert {expert}, input of down_proj", samples)
             second = self._expert_weight(down, expert)
-            yield down, expert, partial(_same, second), _moments(inner)
+            yield down, expert, partial(_same, second), _moments(inner, self.walk.second)
 
     def _expert_weight(self, tensor: str, expert: int) -> NDArray[np.float32]:
         """[N, K] of one expert."""
@@ -176,8 +176,8 @@ def _same(weight: NDArray[np.float32]) -> NDArray[np.float32]:
     return weight
 
 
-def _moments(rows: NDArray[np.float32]) -> Moments:
-    seen = Moments(rows.shape[1])
+def _moments(rows: NDArray[np.float32], second: bool) -> Moments:
+    seen = Moments(rows.shape[1], second)
     seen.add(rows)
     return seen
 

@@ -71,8 +71,12 @@ class LayerInputs:
 class Walk:
     """The samples' way through the decoder. `bounds` [samples + 1] says which rows of a hidden file are whose."""
 
-    def __init__(self, session: Session, samples: Sequence[Sample], folder: Path) -> None:
-        """Encode `samples`, prompt and answer, as the reference `session` does; its files will lie in `folder`."""
+    def __init__(self, session: Session, samples: Sequence[Sample], folder: Path, second: bool = True) -> None:
+        """Encode `samples`, prompt and answer, as the reference `session` does; its files will lie in `folder`.
+
+        `second`: whether second moments are wanted, or counts and ranges only.
+        """
+        self.second = second
         self.model: Any = session.backend.model.language_model  # type: ignore[attr-defined]
         self.session, self.folder = session, folder
         self.text: TextConfig = self.model.config
@@ -127,7 +131,9 @@ class Walk:
                 check_finite(x, f"layer {layer}, input of {site}", number)
                 for name in WATCHED[site]:
                     tensor = f"language_model.model.layers.{layer}.{name}.weight"
-                    moments.setdefault(tensor, moments.get(self._shared(layer, site)) or Moments(x.shape[-1]))
+                    moments.setdefault(
+                        tensor, moments.get(self._shared(layer, site)) or Moments(x.shape[-1], self.second)
+                    )
                 moments[self._shared(layer, site)].add(x)
             if moe:
                 x, logits = seen["feed_forward.router"]

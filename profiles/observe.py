@@ -12,19 +12,30 @@ from arriero.errors import ArrieroError
 
 
 class Moments:
-    """Running statistics of rows [n, K]: `count`, `largest` f32 [K] (absmax), and `moment` f64 [K, K] = sum of x xᵀ."""
+    """Running statistics of rows [n, K]: `count`, `largest` f32 [K] (absmax), and `moment` f64 [K, K] = sum of x xᵀ.
 
-    def __init__(self, features: int) -> None:
+    Without `second` there is no moment, only count and range: nothing of K x K is held.
+    """
+
+    def __init__(self, features: int, second: bool = True) -> None:
         self.count = 0
         self.largest = np.zeros(features, np.float32)
-        self.moment = np.zeros((features, features), np.float64)
+        self._moment = np.zeros((features, features), np.float64) if second else None
+
+    @property
+    def moment(self) -> NDArray[np.float64]:
+        """The second moments [K, K]."""
+        if self._moment is None:
+            raise ValueError("second moments were not asked for")
+        return self._moment
 
     def add(self, rows: NDArray[np.float32]) -> None:
         """Take in `rows` [n, K], which must be finite (see `check_finite`)."""
         self.count += len(rows)
         if len(rows):
             self.largest = np.maximum(self.largest, np.abs(rows).max(0))
-            self.moment += rows.T @ rows
+            if self._moment is not None:
+                self._moment += rows.T @ rows
 
 
 def check_finite(rows: NDArray[np.float32], where: str, samples: NDArray[np.int64] | int) -> None:

@@ -19,6 +19,14 @@ def test_moments_in_pieces_are_those_of_the_whole() -> None:
     np.testing.assert_allclose(seen.moment, rows.T.astype(np.float64) @ rows, rtol=1e-5, atol=1e-5)
 
 
+def test_without_second_moments_only_count_and_range_are_kept() -> None:
+    seen = Moments(4, second=False)
+    seen.add(np.array([[1, -2, 0, 3]], np.float32))
+    assert (seen.count, seen.largest.tolist()) == (1, [1, 2, 0, 3])
+    with pytest.raises(ValueError, match="not asked for"):
+        _ = seen.moment
+
+
 @pytest.mark.parametrize(("bad", "kind"), [(np.nan, "NaN"), (np.inf, "infinite")])
 def test_what_is_not_finite_is_named_with_its_sample(bad: float, kind: str) -> None:
     rows = np.ones((4, 8), np.float32)
