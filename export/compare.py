@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,9 +58,8 @@ def compare_bundles(
     lines = []
     for bundle in bundles:
         manifest = Manifest.read(bundle)
-        speed = _tokens_per_second(
-            bundle, threads, lambda done, name=manifest.name: watch(f"{name}: speed", done, SPEED_RUNS, "runs")
-        )
+        step = partial(watch, f"{manifest.name}: speed")
+        speed = _tokens_per_second(bundle, threads, step)
         lines.append(_line(bundle, manifest, measure(bundle, checkpoint, samples, seed, {}, watch), speed))
     return lines
 
@@ -70,16 +70,17 @@ def to_json(lines: Sequence[Compared], settings: Mapping[str, Any]) -> dict[str,
 
 
 def show(lines: Sequence[Compared], console: Console) -> None:
-    """Print the comparison as a table."""
+    """Print the comparison as a table, one column per bundle."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    table.add_column("bundle")
-    for head in HEADS[1:]:
-        table.add_column(head, justify="right")
-    for line in lines:
-        table.add_row(*cells(line))
+    table.add_column("")
+    columns = [cells(line) for line in lines]
+    for column in columns:
+        table.add_column(column[0], justify="right", overflow="fold")
+    for number, head in enumerate(HEADS[1:], 1):
+        table.add_row(head, *(column[number] for column in columns))
     console.print(table)
 
 
@@ -179,7 +180,7 @@ def _line(bundle: Path, manifest: Manifest, measured: ParityReport, speed: float
     )
 
 
-def _tokens_per_second(bundle: Path, threads: int | None, progress: Callable[[int], None]) -> float:
+def _tokens_per_second(bundle: Path, threads: int | None, progress: Callable[[int, int, str], None]) -> float:
     """Decoding rate of the best of `SPEED_RUNS` runs of `SPEED_TOKENS` greedy steps, one sequence."""
     import time
 
@@ -193,7 +194,7 @@ def _tokens_per_second(bundle: Path, threads: int | None, progress: Callable[[in
                 token = int(state.logits.argmax())
                 session.decode(state, 0 if token == session.spec.image_token_id else token)
             best = max(best, steps / (time.perf_counter() - start))
-            progress(run + 1)
+            progress(run + 1, SPEED_RUNS, "runs")
     if not best:
         raise ArrieroError("the context leaves no room to decode", where=str(bundle))
     return best

@@ -40,7 +40,7 @@ def explain(profile: Profile, tensor: str) -> dict[str, Any]:
 
     Raises ArrieroError when no selector does.
     """
-    hits = [selector for selector in (*profile.keep, *profile.rules) if selector.hits(tensor)]
+    hits = [selector for selector in profile.selectors if selector.hits(tensor)]
     if not hits:
         raise ArrieroError(
             f"no selector of profile `{profile.name}` decides this tensor",
@@ -85,7 +85,7 @@ def show_profile(profile: Profile, console: Console) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("selector", "stored", "reason"):
         table.add_column(column, overflow="fold")
-    for selector in (*profile.keep, *profile.rules):
+    for selector in profile.selectors:
         table.add_row(_escape(selector.match), tell_scheme(_scheme(selector)), " ".join(selector.reason.split()))
     console.print(table)
 
@@ -121,7 +121,7 @@ def _facts(profile: Profile) -> dict[str, str]:
     facts |= {f"thresholds.{name}": f"{value:g}" for name, value in profile.thresholds.items()}
     if profile.calibration is not None:
         facts |= {f"calibration.{name}": str(value) for name, value in profile.calibration.model_dump().items()}
-    for selector in (*profile.keep, *profile.rules):
+    for selector in profile.selectors:
         facts[selector.match] = f"{tell_scheme(_scheme(selector))}: {' '.join(selector.reason.split())}"
     return facts
 

@@ -126,14 +126,14 @@ class Profile(_Record):
         ]
         return self.model_copy(update={"rules": rules, "calibration": None})
 
-    def decide(self, name: str) -> Keep | Rule | None:
-        """The selector that decides tensor `name`, or None."""
-        selectors: list[Keep | Rule] = [*self.keep, *self.rules]
-        return next((selector for selector in selectors if selector.hits(name)), None)
+    @property
+    def selectors(self) -> list[Keep | Rule]:
+        """`keep`, then `rules`: the order in which they are asked."""
+        return [*self.keep, *self.rules]
 
     def assign(self, names: Iterable[str]) -> dict[str, Scheme]:
         """Give the scheme of every tensor in `names`; raise Problems for idle selectors and undecided tensors."""
-        selectors: list[Keep | Rule] = [*self.keep, *self.rules]
+        selectors = self.selectors
         idle = set(range(len(selectors)))
         assigned: dict[str, Scheme] = {}
         problems: list[ArrieroError] = []

@@ -42,7 +42,7 @@ def test_the_page_stands_alone_and_shows_every_bundle(tmp_path: Path) -> None:
     for banned in ("<script", "http://", "https://", "{%"):
         assert banned not in page
     assert len(to_json(lines, {"seed": 1})["bundles"]) == 2
-    console = Console(width=200, record=True)
+    console = Console(width=80, record=True)
     show(lines, console)
     assert "31.4" in console.export_text()
 
