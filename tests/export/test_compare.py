@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from rich.console import Console
@@ -45,6 +46,17 @@ def test_the_page_stands_alone_and_shows_every_bundle(tmp_path: Path) -> None:
     console = Console(width=80, record=True)
     show(lines, console)
     assert "31.4" in console.export_text()
+
+
+def test_labels_of_bundles_that_are_close_do_not_cover_each_other() -> None:
+    plot = size_and_error({"one": (9.0, 0.02), "two": (9.1, 0.02), "exact": (33.0, 0.0)})
+    assert plot is not None
+    heights = {
+        text.text: float(text.attrib["y"])
+        for text in ET.fromstring(plot.svg).iter("text")
+        if text.text in ("one", "two")
+    }
+    assert abs(heights["one"] - heights["two"]) >= 12.9
 
 
 def test_no_points_no_plot() -> None:
