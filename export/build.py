@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from arriero.errors import BelowThreshold
+from arriero.errors import ArrieroError, BelowThreshold, Problems
 from arriero.export.bundle import assemble, copy_tokenizer, is_current, write_manifest
 from arriero.export.plan import KV_BYTES, calibrating, make_plan, rounding_folder, stage_inputs
 from arriero.export.schema import BuildConfig, Target
@@ -23,6 +23,9 @@ from arriero.graphs.config import ModelConfig
 from arriero.profiles.recipe import Profile, load_profile
 from arriero.profiles.roundings import Roundings
 from arriero.runtimes.manifest import link
+
+if TYPE_CHECKING:
+    from arriero.graphs.check import Part
 
 # What a watcher is told: the step, how much of it is done, of how much, and in which unit ("bytes" or "samples").
 Watch = Callable[[str, int, int, str], None]
@@ -49,7 +52,7 @@ class Build:
         return config if "image" in self.config.modalities else config.without_vision()
 
     @property
-    def parts(self) -> tuple[str, ...]:
+    def parts(self) -> tuple[Part, ...]:
         """The graphs of a bundle."""
         return ("embed", "text") if self.model.vision is None else ("embed", "vision", "text")
 
@@ -57,6 +60,9 @@ class Build:
         """Build every target and give the bundle folders. Raises `ArrieroError` with what stopped it."""
         plan = make_plan(self.config)
         plan.check_budgets(self.file)
+        self.check_outputs()
+        if not plan.done:
+            self.check_inputs()
         with self.work.locked():
             self.watch("hash checkpoint", 0, 0, "bytes")
             self.content = self.checkpoint.content_hash(self.work.hash_memo)
@@ -65,17 +71,41 @@ class Build:
             self.work.prune((name, key_of(name, values)) for name, values in self.inputs.items())
         return bundles
 
+    def check_outputs(self) -> None:
+        """Refuse to put a bundle in the place of something that is none."""
+        problems = []
+        for target in self.config.targets:
+            place = self.config.output / target.name
+            if place.is_file() or (place.is_dir() and any(place.iterdir()) and not (place / "manifest.json").is_file()):
+                remedy = "Choose another `output` or target name, or move it away"
+                problems.append(
+                    ArrieroError("is in the bundle's place and is no bundle", where=str(place), remedy=remedy)
+                )
+        if problems:
+            raise Problems(f"{self.file}: bundles cannot be published", problems)
+
+    def check_inputs(self) -> None:
+        """Refuse thresholds that no metric has, and a checkpoint without its processor, before the work begins."""
+        from arriero.runtimes.parity import check_thresholds
+        from arriero.runtimes.processor import Processor
+        from arriero.runtimes.torch import model_spec
+
+        for profile in self.profiles.values():
+            check_thresholds(profile.thresholds)
+        Processor(self.config.model, model_spec(self.model))
+
     def build_target(self, target: Target) -> Path:
         """Lower, prove and publish one target; at once when its bundle is current."""
         bundle = self.config.output / target.name
         lower, parity = f"lower-{target.name}", f"parity-{target.name}"
         build = {name: key_of(name, self.inputs[name]) for name in ("graph", "calibrate", lower, parity)}
         if is_current(bundle, build):
-            self.watch(f"{target.name}: up to date", 1, 1, "samples")
+            self.failure_page(target).unlink(missing_ok=True)
+            self.watch(f"{target.name}: up to date", 1, 1, "bundles")
             return bundle
         graph = self.stage("graph", self.trace)
         calibrated = self.stage("calibrate", self.calibrate, resumes=True)
-        lowered = self.stage(lower, partial(self.lower, target, graph, calibrated), resumes=True)
+        lowered = self.stage(lower, partial(self.lower, target, graph, calibrated), resumes=True, shared=True)
         partial_bundle = bundle.with_name(f"{bundle.name}.partial")
         assemble(lowered, partial_bundle)
         self.manifest(target, build, lowered, calibrated, partial_bundle)
@@ -84,18 +114,23 @@ class Build:
             (partial_bundle / report).write_bytes((proof / report).read_bytes())
         self.manifest(target, build, lowered, calibrated, partial_bundle)
         self.work.publish(partial_bundle, bundle)
+        self.failure_page(target).unlink(missing_ok=True)
         return bundle
 
-    def stage(self, name: str, run: Callable[[Path], None], resumes: bool = False) -> Path:
+    def failure_page(self, target: Target) -> Path:
+        """Where the report of a target that failed parity is kept."""
+        return self.config.output / f"{target.name}.failed-parity.html"
+
+    def stage(self, name: str, run: Callable[[Path], None], resumes: bool = False, shared: bool = False) -> Path:
         """Run a planned stage unless it is done."""
-        return self.work.run_stage(Stage(name, self.inputs[name], run, resumes))
+        return self.work.run_stage(Stage(name, self.inputs[name], run, resumes, shared))
 
     def trace(self, folder: Path) -> None:
         """Stage `graph`: the canonical ONNX graphs, weights linked from the checkpoint, invariants checked."""
         from arriero.graphs import check, trace
 
         for number, part in enumerate(self.parts):
-            self.watch(f"trace {part}", number, len(self.parts), "graphs")
+            self.watch("trace", number, len(self.parts), "graphs")
             model = getattr(trace, f"trace_{part}")(self.model, self.checkpoint, folder / f"{part}.onnx")
             check.check(part, model, self.model)
         self.watch("trace", len(self.parts), len(self.parts), "graphs")
@@ -214,7 +249,7 @@ class Build:
         write_json(report, folder / "parity.json")
         write_html(report, folder / "parity.html")
         if report.failed:
-            page = bundle.with_name(f"{target.name}.failed-parity.html")
+            page = self.failure_page(target)
             write_html(report, page)
             raise BelowThreshold(
                 f"target {target.name} is below its parity thresholds: {', '.join(row.title for row in report.failed)}",

@@ -148,6 +148,10 @@ def run(
     image: Annotated[
         list[Path] | None, typer.Option(help="An image to ask about; give the option again for more images.")
     ] = None,
+    video: Annotated[
+        list[Path] | None, typer.Option(help="A video to ask about, read as frames; shown after the images.")
+    ] = None,
+    frames: Annotated[int, typer.Option(help="Frames to take of each video, evenly spaced.", min=1)] = 4,
     max_tokens: Annotated[int | None, typer.Option(help="End the answer after so many tokens.", min=1)] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy; higher draws more freely.", min=0.0)] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens only.", min=1)] = None,
@@ -162,14 +166,20 @@ def run(
     arriero run bundles/portable-int8 "What is 17 + 25?"
 
     arriero run bundles/portable-int8 "Describe the image." --image models/example.png
+
+    arriero run bundles/portable-int8 "Which way does it move?" --video clip.mp4
     """
     from arriero.runtimes.api import load
 
     text = sys.stdin.read() if prompt == "-" else prompt
+    content: list[dict[str, Any]] = [
+        *({"type": "image", "path": str(path)} for path in image or ()),
+        *({"type": "video", "path": str(path), "num_frames": frames} for path in video or ()),
+        {"type": "text", "text": text},
+    ]
     with load(bundle, threads) as session:
         stream = session.generate(
-            text,
-            [str(path) for path in image or ()],
+            [{"role": "user", "content": content}] if image or video else text,
             stream=True,
             max_tokens=max_tokens,
             temperature=temperature,

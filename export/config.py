@@ -210,7 +210,8 @@ def _unknown_thresholds(document: _Document, thresholds: dict[str, Any]) -> Iter
 
 def _section(key: Key) -> type[BaseModel]:
     """The model class that describes the mapping at `key`."""
-    return functools.reduce(_step, key, BuildConfig)
+    root: type[BaseModel] = BuildConfig
+    return functools.reduce(_step, key, root)
 
 
 def _step(model: type[BaseModel], part: str | int) -> type[BaseModel]:

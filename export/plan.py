@@ -17,6 +17,7 @@ from arriero.export.schema import BuildConfig, Target
 from arriero.export.stages import WorkDir, key_of, source_hash
 from arriero.graphs.checkpoint import Checkpoint, TensorInfo, check_ledger
 from arriero.graphs.config import ModelConfig, TextConfig
+from arriero.graphs.names import EMBEDDING, TEXT_PREFIX, expected_tensors
 from arriero.profiles.data import FAMILIES, TEXT_FAMILIES
 from arriero.profiles.recipe import LAYER_MATRIX, IntBlock, Profile, Scheme, check_shapes, load_profile
 
@@ -114,9 +115,6 @@ def make_plan(build: BuildConfig) -> Plan:
     )
     _check_fit(build, config)
     if not all(stage.done for stage in stages):
-        # Imported here because names imports torch, which an unchanged build has no time for.
-        from arriero.graphs.names import expected_tensors
-
         check_ledger(checkpoint.tensors.values(), expected_tensors(config))
     used = [info for info in checkpoint.tensors.values() if _is_used(info, build, checkpoint)]
     state = {stage.name: stage.done for stage in stages}
@@ -231,8 +229,6 @@ def _check_fit(build: BuildConfig, config: ModelConfig) -> None:
 def _is_used(info: TensorInfo, build: BuildConfig, checkpoint: Checkpoint) -> bool:
     if "image" in build.modalities or checkpoint.text_only:
         return True
-    from arriero.graphs.names import TEXT_PREFIX
-
     return info.name.startswith(TEXT_PREFIX)
 
 
@@ -252,7 +248,7 @@ def _plan_target(
         label, size = "f32", stored_bytes(info, scheme)
         if isinstance(scheme, IntBlock):
             label = f"int{scheme.bits}"
-        elif info.name.endswith(".embed_tokens.weight"):
+        elif info.name == EMBEDDING:
             # The table is looked up, not multiplied, so it keeps its own dtype; a tied head is a second copy in f32.
             sizes["f32"] = sizes.get("f32", 0) + (size if config.text.tied_embeddings else 0)
             label, size = info.dtype.lower(), info.nbytes

@@ -12,10 +12,10 @@ from arriero.export.cases import parity_cases
 from arriero.export.naive import recorded_rows
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.profiles.recipe import OVER_NAIVE
-from arriero.runtimes.api import load
-from arriero.runtimes.manifest import Manifest
+from arriero.runtimes.api import open_session
+from arriero.runtimes.manifest import open_manifest
 from arriero.runtimes.parity import compare
-from arriero.runtimes.report import ParityReport, read_json
+from arriero.runtimes.report import ALWAYS, ParityReport, read_json
 
 if TYPE_CHECKING:
     from arriero.runtimes.session import Session
@@ -38,10 +38,10 @@ def measure(
     bundle: Path, checkpoint: Path, samples: int, seed: int, thresholds: Mapping[str, float], watch: Watch
 ) -> ParityReport:
     """Compare the bundle with the reference on `samples` held-out prompts, text and, if it sees, images."""
-    with load(bundle) as candidate:
+    manifest = open_manifest(bundle)
+    with open_session(manifest) as candidate:
         text_only = candidate.spec.vision is None
         cases = parity_cases(("text",) if text_only else ("text", "image"), samples, seed)
-        manifest = Manifest.read(bundle)
         target = manifest.target
         step = f"{target.name}: prove parity"
         report = compare(
@@ -72,19 +72,21 @@ def prove_bundle(bundle: Path, checkpoint: Path, samples: int, seed: int, watch:
     """
     check_origin(bundle, checkpoint)
     recorded = read_json(bundle / "parity.json")
-    thresholds = {row.metric: row.threshold for row in recorded.rows if row.threshold is not None}
+    thresholds = {
+        row.metric: row.threshold for row in recorded.rows if row.threshold is not None and row.metric not in ALWAYS
+    }
     report = measure(bundle, checkpoint, samples, seed, thresholds, watch)
     return replace(report, rows=(*report.rows, *recorded_rows(recorded)))
 
 
 def check_origin(bundle: Path, checkpoint: Path) -> None:
     """Refuse a bundle that was not made from this checkpoint."""
-    manifest = Manifest.read(bundle)
+    manifest = open_manifest(bundle)
     found = Checkpoint.open(checkpoint).content_hash()
-    if manifest.raw["chain"].get("checkpoint") != found:
+    if manifest.raw["chain"]["checkpoint"] != found:
         raise ArrieroError(
             "the bundle was not made from this checkpoint",
             where=str(checkpoint),
-            expected=f"a checkpoint with hash {str(manifest.raw['chain'].get('checkpoint'))[:12]}...",
+            expected=f"a checkpoint with hash {manifest.raw['chain']['checkpoint'][:12]}...",
             remedy="Give the checkpoint that the bundle was built from, or build a bundle from this one",
         )

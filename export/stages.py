@@ -24,6 +24,7 @@ from typing import Any
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.budget import PeakMemory
+from arriero.runtimes.manifest import file_sha256
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PARTS = ("export", "graphs", "profiles", "runtimes")
@@ -38,12 +39,15 @@ class Stage:
     """One step of a build: `run` fills the folder it is given; `key_inputs` (JSON values) decide what comes out.
 
     A stage that `resumes` is handed the folder of a killed run as it was left; another starts from an empty one.
+    A stage that is `shared` has its files hard-linked into bundles. What damages a bundle damages it too, so its files
+    are hashed when it is done and again before it is used.
     """
 
     name: str
     key_inputs: Mapping[str, Any]
     run: Callable[[Path], None]
     resumes: bool = False
+    shared: bool = False
 
     @property
     def key(self) -> str:
@@ -105,9 +109,17 @@ class WorkDir:
         folder = self.folder(name, key)
         try:
             files = read_record(folder)["files"]
-            return all((folder / file).stat().st_size == size for file, size in files.items())
-        except (OSError, ValueError, KeyError):
+            return all((folder / file).stat().st_size == record["bytes"] for file, record in files.items())
+        except (OSError, ValueError, KeyError, TypeError):
             return False
+
+    def is_intact(self, name: str, key: str) -> bool:
+        """Whether the stage is finished and every file it wrote has its size, and its content where that is hashed."""
+        folder = self.folder(name, key)
+        return self.is_done(name, key) and all(
+            "sha256" not in record or file_sha256(folder / file) == record["sha256"]
+            for file, record in read_record(folder)["files"].items()
+        )
 
     def run_stage(self, stage: Stage) -> Path:
         """Give the stage's finished folder, running it if it is not there. Call it under `locked`.
@@ -115,7 +127,7 @@ class WorkDir:
         When `run` raises, the partial folder stays for the next try. A full disk or memory becomes `MachineLacks`.
         """
         final = self.folder(stage.name, stage.key)
-        if self.is_done(stage.name, stage.key):
+        if self.is_intact(stage.name, stage.key):
             return final
         partial = final.with_name(f"{final.name}.partial")
         _remove(final)
@@ -132,7 +144,7 @@ class WorkDir:
             "seconds": round(time.monotonic() - start, 3),
             "peak_memory_bytes": memory.anonymous,
             "peak_resident_bytes": memory.resident,
-            "files": _sizes(partial),
+            "files": _records(partial, stage.shared),
         }
         with (partial / RECORD).open("w") as file:
             json.dump(record, file, indent=1)
@@ -177,7 +189,7 @@ class WorkDir:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Read what a finished stage recorded: inputs, seconds, peak_memory_bytes, files with sizes."""
+    """Read what a finished stage recorded: inputs, seconds, peak_memory_bytes, files with bytes and sha256."""
     record = json.loads((folder / RECORD).read_text())
     if not isinstance(record, dict):
         raise ValueError(f"{folder / RECORD} is no record")
@@ -209,9 +221,13 @@ def _machine_limits(name: str, output: Path) -> Iterator[None]:
         raise MachineLacks(what, where=str(output), expected="more free disk space", remedy=remedy) from error
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files if file.name != RECORD}
+def _records(folder: Path, hashed: bool) -> dict[str, dict[str, Any]]:
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != RECORD)
+    return {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size}
+        | ({"sha256": file_sha256(file)} if hashed else {})
+        for file in files
+    }
 
 
 def _sync(folder: Path) -> None:

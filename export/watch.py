@@ -35,8 +35,9 @@ class ProgressBars:
     def __call__(self, step: str, done: int, total: int, unit: str) -> None:
         """Show that `done` of `total` `unit` of `step` are behind; a total of 0 means that nobody knows."""
         if step not in self._tasks:
-            for task in self._tasks.values():
-                self._progress.stop_task(task)
+            for task in self._progress.tasks:
+                if not task.finished:  # a step of unknown length is over when the next one starts
+                    self._progress.update(task.id, total=task.completed or 1, completed=task.completed or 1)
             self._tasks[step] = self._progress.add_task(step, total=total or None, amount="")
         amount = f"{human_bytes(done)} of {human_bytes(total)}" if unit == "bytes" else f"{done}/{total} {unit}"
         self._progress.update(self._tasks[step], completed=done, total=total or None, amount=amount if total else "")

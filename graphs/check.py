@@ -13,12 +13,11 @@ import onnx_ir as ir
 from arriero.errors import ArrieroError, Problems
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.functions import CACHED_ATTENTION, DOMAIN, EXPERT_DISPATCH
-from arriero.graphs.names import expected_tensors
+from arriero.graphs.names import EMBEDDING, TEXT_PREFIX, expected_tensors, expert_tensors
 from arriero.graphs.trace import text_signature
 
 Part = Literal["text", "vision", "embed"]
 LARGEST_CONSTANT = 2**20  # bytes that may lie inside the proto
-EMBEDDING = "language_model.model.embed_tokens.weight"
 
 # Each graph's inputs and outputs besides the caches: name -> axes that must stay dynamic.
 DYNAMIC_AXES: dict[Part, dict[str, tuple[str, ...]]] = {
@@ -55,12 +54,10 @@ def part_tensors(part: Part, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if part == "embed":
         return {EMBEDDING: every[EMBEDDING]}
     if part == "vision":
-        return {name: shape for name, shape in every.items() if not name.startswith("language_model.")}
+        return {name: shape for name, shape in every.items() if not name.startswith(TEXT_PREFIX)}
     tied = config.text.tied_embeddings
     return {
-        name: shape
-        for name, shape in every.items()
-        if name.startswith("language_model.") and (name != EMBEDDING or tied)
+        name: shape for name, shape in every.items() if name.startswith(TEXT_PREFIX) and (name != EMBEDDING or tied)
     }
 
 
@@ -177,10 +174,10 @@ def _dispatches(model: ir.Model, config: ModelConfig) -> Iterator[ArrieroError]:
         node = nodes.get(f"layers.{index}.{EXPERT_DISPATCH}")
         if node is None:
             continue
-        prefix = f"language_model.model.layers.{index}.feed_forward.experts"
+        gate_up, down = expert_tensors(index)
         wanted = {
-            f"{prefix}.gate_up_proj": (text.experts, text.hidden_size, 2 * text.expert_ffn),
-            f"{prefix}.down_proj": (text.experts, text.expert_ffn, text.hidden_size),
+            gate_up: (text.experts, text.hidden_size, 2 * text.expert_ffn),
+            down: (text.experts, text.expert_ffn, text.hidden_size),
         }
         for value, (name, shape) in zip(node.inputs[3:5], wanted.items(), strict=True):
             if value is None or value.name != name:

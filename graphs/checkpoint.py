@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arriero.errors import ArrieroError, Problems
+from arriero.graphs.names import canonical_name
 from arriero.graphs.safetensors_header import NUMPY_DTYPES, REDOWNLOAD, TensorInfo, read_header, to_float32
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Checkpoint:
         text_only = config["model_type"] == "llama4_text"
         tensors: dict[str, TensorInfo] = {}
         for info in infos:
-            name = _canonical(info.stored_name, text_only)
+            name = canonical_name(info.stored_name, text_only)
             if name in tensors:
                 first = tensors[name]
                 what = f"tensor {info.stored_name} is stored twice, first as {first.stored_name} in {first.file.name}"
@@ -331,15 +332,6 @@ def _show_group(pattern: str, numbers: list[int]) -> str:
             runs.append([number, number])
     shown = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
     return f"{pattern.replace(chr(0), '{' + shown + '}')} ({len(numbers)} tensors)"
-
-
-def _canonical(stored_name: str, text_only: bool) -> str:
-    if not text_only:
-        return stored_name
-    # Imported here because names imports torch, which takes longer than a whole unchanged rebuild may.
-    from arriero.graphs.names import canonical_name
-
-    return canonical_name(stored_name, text_only)
 
 
 def _combine(hashes: dict[str, str]) -> str:

@@ -7,6 +7,7 @@ a `config.json` that leaves a key out means the same here as there. A value that
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Literal
 from arriero.errors import ArrieroError, Problems
 
 RopeType = Literal["default", "llama3"]
+REFETCH = "Take the file from the original checkpoint"
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,11 @@ class ModelConfig:
         config = cls.from_dict(_read_json(path), str(path))
         generation = folder / "generation_config.json"
         if generation.is_file():
-            ids = _ids(_read_json(generation).get("eos_token_id"))
+            problems: list[ArrieroError] = []
+            reader = _Reader(_read_json(generation), str(generation), problems, separator=":")
+            ids = reader.token_ids("eos_token_id", None)
+            if problems:
+                raise problems[0]
             if ids:
                 config = replace(config, eos_token_ids=ids)
         return config
@@ -138,23 +144,25 @@ class ModelConfig:
             )
         text_only = model_type == "llama4_text"
         problems: list[ArrieroError] = []
-        raw = data if text_only else data.get("text_config", {})
-        text = _Reader(raw, where if text_only else f"{where}:text_config", problems).text(
-            tied=bool(data.get("tie_word_embeddings", raw.get("tie_word_embeddings", False)))
-        )
-        vision = None
+        whole = _Reader(data, where, problems, separator=":")
+        section = whole if text_only else whole.section("text_config")
+        raw = section.data
+        text = section.text(tied=bool(data.get("tie_word_embeddings", raw.get("tie_word_embeddings", False))))
+        vision, image_token = None, None
         if not text_only and data.get("vision_config") is not None:
-            vision = _Reader(data["vision_config"], f"{where}:vision_config", problems).vision()
+            vision = whole.section("vision_config").vision()
+            key = "image_token_index" if "image_token_index" in data else "image_token_id"
+            image_token = whole.token_ids(key, 200092)[0]
+        bos = (section if "bos_token_id" in raw else whole).token_ids("bos_token_id", 1)
+        eos = (section if "eos_token_id" in raw else whole).token_ids("eos_token_id", 2)
         if problems:
             raise Problems("the checkpoint's config.json cannot be honoured", problems)
         return cls(
             text=text,
             vision=vision,
-            image_token_id=None
-            if vision is None
-            else int(data.get("image_token_index", data.get("image_token_id", 200092))),
-            bos_token_id=raw.get("bos_token_id", data.get("bos_token_id", 1)),
-            eos_token_ids=_ids(raw.get("eos_token_id", data.get("eos_token_id", 2))),
+            image_token_id=image_token,
+            bos_token_id=bos[0] if bos else None,
+            eos_token_ids=eos,
             text_only=text_only,
         )
 
@@ -166,11 +174,46 @@ class ModelConfig:
 class _Reader:
     """Reads one section of config.json, collecting what is wrong instead of stopping at the first."""
 
-    def __init__(self, data: Mapping[str, Any], where: str, problems: list[ArrieroError]) -> None:
-        self.data, self.where, self.problems = data, where, problems
+    def __init__(self, data: Mapping[str, Any], where: str, problems: list[ArrieroError], separator: str = ".") -> None:
+        self.data, self.where, self.problems, self.separator = data, where, problems, separator
 
     def refuse(self, key: str, what: str, expected: str) -> None:
-        self.problems.append(ArrieroError(what, where=f"{self.where}.{key}", expected=expected))
+        where = f"{self.where}{self.separator}{key}"
+        self.problems.append(ArrieroError(what, where=where, expected=expected, remedy=REFETCH))
+
+    def section(self, key: str) -> _Reader:
+        return _Reader(self.mapping(key), f"{self.where}{self.separator}{key}", self.problems)
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        value = self.data.get(key) or {}
+        if not isinstance(value, Mapping):
+            self.refuse(key, f"{value!r} is not a section", "an object of settings")
+            return {}
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.data.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            self.refuse(key, f"{value!r} is not a number", "a finite number")
+            return default
+        return float(value)
+
+    def entries(self, key: str, kind: type[Any]) -> list[Any] | None:
+        """The list at `key`, or None when there is none or it is empty."""
+        value = self.data.get(key)
+        if value is not None and not (isinstance(value, list) and all(isinstance(entry, kind) for entry in value)):
+            self.refuse(key, f"{value!r} is not a list of {kind.__name__}", "an entry per layer")
+            return None
+        return value or None
+
+    def token_ids(self, key: str, default: int | None) -> tuple[int, ...]:
+        """One id or several; none where the key is null."""
+        value = self.data.get(key, default)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(number) is int and number >= 0 for number in ids):
+            self.refuse(key, f"{value!r} is no token id", "a number, or a list of numbers")
+            return ()
+        return tuple(ids)
 
     def positive(self, key: str, default: int) -> int:
         value = self.data.get(key, default)
@@ -209,11 +252,11 @@ class _Reader:
             layers=self.layers(count),
             chunk=self.positive("attention_chunk_size", 8192),
             rope=self.rope(500000.0),
-            rms_norm_eps=float(self.data.get("rms_norm_eps", 1e-5)),
+            rms_norm_eps=self.number("rms_norm_eps", 1e-5),
             qk_norm=bool(self.data.get("use_qk_norm", True)),
             temperature_tuning=bool(self.data.get("attn_temperature_tuning", True)),
             floor_scale=self.positive("floor_scale", 8192),
-            attn_scale=float(self.data.get("attn_scale", 0.1)),
+            attn_scale=self.number("attn_scale", 0.1),
             tied_embeddings=tied,
             max_positions=self.positive("max_position_embeddings", 131072),
         )
@@ -221,10 +264,10 @@ class _Reader:
     def layers(self, count: int) -> tuple[Layer, ...]:
         interval = self.positive("no_rope_layer_interval", 4)
         step = self.positive("interleave_moe_layer_step", 1)
-        rope = self.data.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(count)]
-        kinds = self.data.get("layer_types") or ["chunked_attention" if r else "full_attention" for r in rope]
-        moe = self.data.get("moe_layers")
-        moe = set(range(step - 1, count, step) if moe is None else moe)
+        rope = self.entries("no_rope_layers", int) or [int((i + 1) % interval != 0) for i in range(count)]
+        kinds = self.entries("layer_types", str) or ["chunked_attention" if r else "full_attention" for r in rope]
+        given = self.entries("moe_layers", int)
+        moe = set(range(step - 1, count, step) if self.data.get("moe_layers") is None else given or ())
         if len(rope) < count or len(kinds) < count:
             self.refuse("no_rope_layers", f"{len(rope)} entries for {count} layers", "an entry per layer")
             return ()
@@ -235,8 +278,9 @@ class _Reader:
         return tuple(Layer(bool(rope[i]), kinds[i] == "chunked_attention", i in moe) for i in range(count))
 
     def rope(self, theta: float) -> Rope:
-        data = {**(self.data.get("rope_scaling") or {}), **(self.data.get("rope_parameters") or {})}
-        theta = float(data.get("rope_theta", self.data.get("rope_theta", theta)))
+        data = {**self.mapping("rope_scaling"), **self.mapping("rope_parameters")}
+        scaling = _Reader({"rope_theta": self.data.get("rope_theta", theta), **data}, self.where, self.problems)
+        theta = scaling.number("rope_theta", theta)
         kind = data.get("rope_type", data.get("type", "default"))
         if kind == "default":
             return Rope("default", theta)
@@ -254,10 +298,10 @@ class _Reader:
         return Rope(
             "llama3",
             theta,
-            float(data["factor"]),
-            float(data["low_freq_factor"]),
-            float(data["high_freq_factor"]),
-            int(data["original_max_position_embeddings"]),
+            scaling.number("factor", 1.0),
+            scaling.number("low_freq_factor", 1.0),
+            scaling.number("high_freq_factor", 1.0),
+            scaling.positive("original_max_position_embeddings", 8192),
         )
 
     def vision(self) -> VisionConfig:
@@ -269,14 +313,16 @@ class _Reader:
             channels=self.positive("num_channels", 3),
             image_size=self.positive("image_size", 448),
             patch_size=self.positive("patch_size", 14),
-            shuffle=float(self.data.get("pixel_shuffle_ratio", 0.5)),
+            shuffle=self.number("pixel_shuffle_ratio", 0.5),
             adapter_in=self.positive("projector_input_dim", 4096),
             adapter_out=self.positive("projector_output_dim", 4096),
             rope_theta=self.rope(10000.0).theta,
         )
         self.must_be("hidden_act", "gelu", ("gelu",))
         self.must_be("vision_output_dim", config.adapter_out, (config.adapter_out,))
-        if round(config.hidden_size / config.shuffle**2) != config.ffn:
+        if not 0 < config.shuffle <= 1:
+            self.refuse("pixel_shuffle_ratio", f"{config.shuffle} is not a share", "above 0 and at most 1")
+        elif round(config.hidden_size / config.shuffle**2) != config.ffn:
             self.refuse(
                 "intermediate_size",
                 f"{config.ffn} is not what pixel shuffle gives the adapter",
@@ -289,17 +335,11 @@ class _Reader:
         return config
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list | tuple) else (int(value),)
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArrieroError(f"not valid JSON ({error})", where=str(path), remedy="Fetch the file again") from error
+        raise ArrieroError(f"not valid JSON ({error})", where=str(path), remedy=REFETCH) from error
     if not isinstance(data, dict):
-        raise ArrieroError("not a JSON object", where=str(path), expected="an object of settings")
+        raise ArrieroError("not a JSON object", where=str(path), expected="an object of settings", remedy=REFETCH)
     return data

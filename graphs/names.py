@@ -5,6 +5,8 @@ from __future__ import annotations
 from arriero.graphs.config import ModelConfig
 
 TEXT_PREFIX = "language_model."
+EMBEDDING = f"{TEXT_PREFIX}model.embed_tokens.weight"
+HEAD = f"{TEXT_PREFIX}lm_head.weight"
 EXPERTS_GATE_UP = "language_model.model.layers.{layer}.feed_forward.experts.gate_up_proj"
 EXPERTS_DOWN = "language_model.model.layers.{layer}.feed_forward.experts.down_proj"
 
@@ -14,9 +16,10 @@ def canonical_name(raw: str, text_only: bool) -> str:
     return TEXT_PREFIX + raw if text_only else raw
 
 
-def raw_name(canonical: str, text_only: bool) -> str:
-    """The name in the checkpoint's own files; inverse of `canonical_name`."""
-    return canonical.removeprefix(TEXT_PREFIX) if text_only else canonical
+def expert_tensors(layer: int) -> tuple[str, str]:
+    """Names of the gate|up and the down weights of a MoE layer's experts."""
+    prefix = f"{TEXT_PREFIX}model.layers.{layer}.feed_forward.experts"
+    return f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -57,7 +57,8 @@ def write_skeleton(folder: Path) -> Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
-    ids = {name: tokenizer.token_to_id(name) for name in SPECIAL}
+    vocabulary = tokenizer.get_vocab()
+    ids = {name: vocabulary[name] for name in SPECIAL}
     files: dict[str, dict[str, Any]] = {
         "config.json": config(ids),
         "generation_config.json": {"bos_token_id": ids["<|begin_of_text|>"], "eos_token_id": [ids["<|eot|>"]]},

@@ -2,10 +2,11 @@
 
     python -m arriero.models.train --out models/chasqui
 
+First the vision tower learns to see (`pretrain_vision.py`), then it is kept as it is and the rest learns to answer.
 Every step draws one small batch per group of families, so that short and long prompts do not pad each other. The loss
 is cross-entropy on the answers, plus two router terms: load balance (Switch Transformer, Fedus et al. 2021) and a pull
 of the router logits towards zero, which keeps their sigmoid away from saturation. The run's state is saved every
-`SAVE_EVERY` steps next to the output; the same command goes on from there and gives the same weights.
+`SAVE_EVERY` steps next to the output, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from arriero.graphs.config import ModelConfig
 from arriero.graphs.model import Llama4, MoE
 from arriero.models.batches import IGNORED, Batch, collate, encode
 from arriero.models.chasqui import write_skeleton
+from arriero.models.pretrain_vision import pretrain_vision
 from arriero.profiles.data import make
 from arriero.runtimes.processor import Processor
 from arriero.runtimes.torch import model_spec
@@ -35,18 +37,20 @@ from arriero.runtimes.torch import model_spec
 # Samples per step of each family; families of one group share a batch.
 GROUPS: tuple[dict[str, int], ...] = (
     {"arithmetic": 12, "sorting": 4},
-    {"recall": 6},
-    {"shape": 2, "colour": 2, "count": 4, "position": 3, "describe": 5},
-    {"several": 3, "video": 3},
+    {"recall": 8},
+    {"shape": 2, "colour": 2, "count": 4, "position": 3, "describe": 4},
+    {"several": 4, "video": 3},
 )
 POOL = 16  # steps whose samples are drawn together, so that batches hold prompts of like length
-WARMUP = 200
+VISION_STEPS = 1500
+WARMUP = 100
 PEAK_RATE = 2e-3
 WEIGHT_DECAY = 0.05
+NOT_BY_MUON = ("embed", "lm_head", "router")
 CLIP = 1.0
-BALANCE = 0.01
+BALANCE = 0.03
 LOGIT_PULL = 1e-3
-SAVE_EVERY = 250
+SAVE_EVERY = 200
 LOG_EVERY = 25
 
 
@@ -121,12 +125,25 @@ def draw_pool(group: dict[str, int], processor: Processor, seed: int, pool: int)
     return [collate(rows[index * size : (index + 1) * size]) for index in order]
 
 
-def optimiser(model: Llama4) -> torch.optim.Optimizer:
-    """AdamW; gains, biases and embeddings do not decay."""
-    decayed = [p for n, p in model.named_parameters() if p.dim() >= 2 and "embed" not in n]
-    kept = [p for n, p in model.named_parameters() if p.dim() < 2 or "embed" in n]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98), eps=1e-9, fused=True)
+def optimisers(model: Llama4) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon (Jordan et al. 2024) for the decoder's matrices, AdamW for the rest; gains and embeddings do not decay."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    matrices = [n for n, p in trained.items() if p.dim() == 2 and not any(part in n for part in NOT_BY_MUON)]
+    decayed = [n for n, p in trained.items() if p.dim() >= 2 and n not in matrices and "embed" not in n]
+    kept = [n for n in trained if n not in matrices and n not in decayed]
+    groups = [
+        {"params": [trained[name] for name in decayed], "weight_decay": WEIGHT_DECAY},
+        {"params": [trained[name] for name in kept], "weight_decay": 0.0},
+    ]
+    return (
+        torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98), eps=1e-9, fused=True),
+        torch.optim.Muon(
+            [trained[name] for name in matrices],
+            lr=PEAK_RATE,
+            weight_decay=WEIGHT_DECAY,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+    )
 
 
 def rate(step: int, steps: int) -> float:
@@ -167,31 +184,39 @@ def train(out: Path, steps: int, seed: int) -> None:
     processor = Processor(out, model_spec(config))
     model = Llama4(config)
     initialise(model, seed)
-    routers, adam = RouterTerms(model), optimiser(model)
     state_file = out.with_name(out.name + ".training.pt")
-    first = 0
-    if state_file.exists():
-        state = torch.load(state_file)
+    state = torch.load(state_file) if state_file.exists() else None
+    if state is None:
+        pretrain_vision(model, VISION_STEPS, seed)
+    else:
         model.load_state_dict(state["model"])
-        adam.load_state_dict(state["adam"])
+    model.vision_model.requires_grad_(False)
+    routers, steppers = RouterTerms(model), optimisers(model)
+    first = 0
+    if state is not None:
+        for stepper, saved in zip(steppers, state["steppers"], strict=True):
+            stepper.load_state_dict(saved)
         first = state["step"]
     pools: list[list[Batch]] = []
     started = time.monotonic()
     for step in range(first, steps):
-        for group in adam.param_groups:
+        for group in [group for stepper in steppers for group in stepper.param_groups]:
             group["lr"] = rate(step, steps)
         if step % POOL == 0 or not pools:
             pools = [draw_pool(group, processor, seed, step // POOL) for group in GROUPS]
         told = train_step(model, routers, [pool[step % POOL] for pool in pools])
         nn.utils.clip_grad_norm_(model.parameters(), CLIP * len(GROUPS))
-        adam.step()
-        adam.zero_grad(set_to_none=True)
+        for stepper in steppers:
+            stepper.step()
+        model.zero_grad(set_to_none=True)
         if step % LOG_EVERY == 0 or step == steps - 1:
             seconds = round((time.monotonic() - started) / (step - first + 1), 3)
             print(json.dumps({"step": step, "s": seconds, **{k: round(v, 4) for k, v in told.items()}}), flush=True)
         if (step + 1) % SAVE_EVERY == 0 or step == steps - 1:
             partial = state_file.with_suffix(".partial")
-            torch.save({"model": model.state_dict(), "adam": adam.state_dict(), "step": step + 1}, partial)
+            torch.save(
+                {"model": model.state_dict(), "steppers": [s.state_dict() for s in steppers], "step": step + 1}, partial
+            )
             os.replace(partial, state_file)
             save_weights(model, out)
 
@@ -200,7 +225,7 @@ def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/chasqui"), help="checkpoint folder to write")
-    parser.add_argument("--steps", type=int, default=4200, help="optimiser steps in all")
+    parser.add_argument("--steps", type=int, default=2400, help="optimiser steps in all")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     arguments = parser.parse_args()
     train(arguments.out, arguments.steps, arguments.seed)

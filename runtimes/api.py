@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.manifest import open_manifest
+from arriero.runtimes.manifest import Manifest, open_manifest
 from arriero.runtimes.onnxruntime import OrtBackend
 from arriero.runtimes.processor import Processor
 from arriero.runtimes.session import Session
@@ -21,6 +21,12 @@ def load(bundle: str | os.PathLike[str], threads: int | None = None, verify: boo
     if threads is not None and threads < 1:
         raise ArrieroError(f"threads is {threads}", expected="at least 1")
     manifest = open_manifest(Path(bundle), verify or None)
+    manifest.check_proven()
+    return open_session(manifest, threads)
+
+
+def open_session(manifest: Manifest, threads: int | None = None) -> Session:
+    """Give a session over a bundle whose manifest was checked, proven or not yet."""
     if manifest.target.backend != "onnxruntime":
         raise ArrieroError(
             f"the backend {manifest.target.backend!r} is unknown",

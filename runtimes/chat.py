@@ -44,11 +44,12 @@ class ChatTemplate:
             return self._template.render(
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **self._special_tokens
             )
-        except (jinja2.TemplateError, TypeError, AttributeError, KeyError, IndexError) as error:
+        except Exception as error:  # a template is a stranger's program: it may fail in any way
             raise ArrieroError(
                 f"the chat template refuses these messages ({error})",
                 where=self._where,
                 expected="a list of {role, content} that alternates as the model was trained",
+                remedy="Change the messages, or take the chat template of the original checkpoint",
             ) from None
 
 
@@ -155,9 +156,17 @@ def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> tuple[st
     """Give the template's source and where it stands, or None when the checkpoint has none."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8"), str(file)
+        try:
+            return file.read_text(encoding="utf-8"), str(file)
+        except UnicodeDecodeError as error:
+            raise ArrieroError(
+                f"the chat template is not UTF-8 text (byte {error.start})",
+                where=str(file),
+                remedy="Take the chat template of the original checkpoint",
+            ) from None
     source = tokenizer_config.get("chat_template")
     if isinstance(source, list):
-        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, Mapping)}
+        source = named.get("default")
     where = f"{folder / 'tokenizer_config.json'}:chat_template"
     return (source, where) if isinstance(source, str) else None

@@ -50,6 +50,18 @@ class Tiler:
     @classmethod
     def parse(cls, settings: Mapping[str, Any], where: str) -> Tiler:
         """Read preprocessor settings; a value this runtime cannot honour is an `ArrieroError`."""
+        try:
+            return cls._parse(settings, where)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ArrieroError(
+                f"an image setting has the wrong shape ({error})",
+                where=where,
+                expected="the settings of a Llama 4 image processor",
+                remedy="Take the file from the original checkpoint",
+            ) from None
+
+    @classmethod
+    def _parse(cls, settings: Mapping[str, Any], where: str) -> Tiler:
         size = settings.get("size", {"height": cls.size, "width": cls.size})
         refused = [
             (size.get("height") != size.get("width") or not size.get("height"), f"size is {size}", "a square"),
@@ -64,12 +76,15 @@ class Tiler:
                 raise ArrieroError(
                     what, where=where, expected=expected, remedy="Use the image settings Llama 4 was trained with"
                 )
+        mean, std = (tuple(float(x) for x in settings.get(key, (0.5, 0.5, 0.5))) for key in ("image_mean", "image_std"))
+        if len(mean) != 3 or len(std) != 3 or not all(std):
+            raise ValueError(f"image_mean is {mean} and image_std {std}")
         return cls(
             size=int(size["height"]),
             max_patches=int(settings.get("max_patches", cls.max_patches)),
             resize_to_max_canvas=bool(settings.get("resize_to_max_canvas", cls.resize_to_max_canvas)),
-            image_mean=tuple(settings.get("image_mean", cls.image_mean)),
-            image_std=tuple(settings.get("image_std", cls.image_std)),
+            image_mean=mean,
+            image_std=std,
             rescale_factor=float(settings.get("rescale_factor", cls.rescale_factor)),
         )
 
@@ -166,7 +181,7 @@ def _loaded(image: Image.Image, name: str) -> Image.Image:
         image.load()
         turned = ImageOps.exif_transpose(image)
         return turned.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow's decoders raise whatever the parser in them does
         raise ArrieroError(
             f"the image is truncated or corrupt ({error})", where=name, remedy="Get a complete copy of the file"
         ) from None

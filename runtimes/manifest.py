@@ -14,7 +14,9 @@ from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.runtimes.backend import ModelSpec
 
 FORMAT = 1
-KEYS = ("format", "arriero", "name", "model", "target", "chain", "files")
+KEYS = ("format", "arriero", "name", "model", "target", "chain", "build", "files")
+CHAIN = ("checkpoint", "graph", "profile", "artifact", "parity")
+REPORTS = ("parity.json", "parity.html")
 FULL_HASH_BYTES = 1 << 30  # bundles up to here are hashed whole at every load: about a second
 QUICK_HASH_BYTES = 64 << 20  # in larger bundles, only files up to here are
 
@@ -89,17 +91,29 @@ class Manifest:
             )
 
     def check_chain(self) -> None:
-        """Refuse a bundle whose graphs or weights are not those that this checkpoint and profile led to."""
-        chain = self.raw["chain"]
-        if not isinstance(chain, Mapping) or "profile" not in chain or "artifact" not in chain:
+        """Refuse a manifest that was edited, or put together from those of several builds."""
+        where = f"{self.bundle / 'manifest.json'}:chain"
+        chain, build = self.raw["chain"], self.raw["build"]
+        if not isinstance(chain, Mapping) or not all(name in chain for name in CHAIN) or not isinstance(build, Mapping):
+            raise ArrieroError("the hash chain is incomplete", where=where, expected=", ".join(CHAIN), remedy=_COPY)
+        # The profile's own digest is not recorded; its link is held by the one after it.
+        for before, name, digest, what in (
+            ("checkpoint", "graph", str(build.get("graph")), "the graphs are not those of this checkpoint"),
+            ("profile", "artifact", artifact_digest(self.raw), "the manifest or its file records were changed"),
+            ("artifact", "parity", parity_digest(self.raw["files"]), "the parity report is not that of this bundle"),
+        ):
+            if chain[name] != link(str(chain[before]), digest):
+                raise ArrieroError(
+                    f"the link {before} -> {name} is broken: {what}", where=f"{where}.{name}", remedy=_COPY
+                )
+
+    def check_proven(self) -> None:
+        """Refuse a bundle without a parity report: its build is not finished."""
+        if "parity.json" not in self.files:
             raise ArrieroError(
-                "the hash chain is incomplete", where=f"{self.bundle / 'manifest.json'}:chain", remedy=_COPY
-            )
-        if chain["artifact"] != link(str(chain["profile"]), artifact_digest(self.raw["files"])):
-            raise ArrieroError(
-                "the link profile -> artifact is broken: the recorded files are not the ones that were built",
-                where=f"{self.bundle / 'manifest.json'}:chain.artifact",
-                remedy=_COPY,
+                "the bundle was not proven against its reference: its build did not finish",
+                where=str(self.bundle),
+                remedy="Run `arriero build` again and take the bundle that it publishes",
             )
 
     def check_files(self, full: bool | None = None) -> None:
@@ -153,10 +167,22 @@ def link(previous: str, digest: str) -> str:
     return hashlib.sha256(f"{previous} {digest}".encode()).hexdigest()
 
 
-def artifact_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
-    """Give the sha256 over the manifest's file records, the parity reports left out."""
-    lines = [f"{name} {record['sha256']}" for name, record in sorted(files.items()) if not name.startswith("parity.")]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def artifact_digest(manifest: Mapping[str, Any]) -> str:
+    """Give the sha256 over everything a manifest says but its chain and its parity reports."""
+    said = {key: value for key, value in manifest.items() if key != "chain"}
+    said["files"] = {name: record for name, record in manifest["files"].items() if name not in REPORTS}
+    # `build` also names the stage that made the reports.
+    said["build"] = {name: key for name, key in manifest["build"].items() if not name.startswith("parity-")}
+    return _digest(said)
+
+
+def parity_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """Give the sha256 over the file records of the parity reports."""
+    return _digest({name: files[name]["sha256"] for name in REPORTS if name in files})
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

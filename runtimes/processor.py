@@ -20,6 +20,7 @@ from arriero.runtimes.images import ImageLike, Images, Tiler, as_list, read_imag
 
 IMAGE, PATCH = "<|image|>", "<|patch|>"
 IMAGE_TOKENS = (IMAGE, PATCH, "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>")
+_ORIGINAL = "Take the file from the original checkpoint"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,13 @@ class Processor:
                 where=str(folder / "tokenizer.json"),
                 remedy="The tokenizer belongs to another model: take the files of the original checkpoint",
             )
+        unknown = [token for token in spec.eos_token_ids if self._tokenizer.id_to_token(token) is None]
+        if unknown:
+            raise ArrieroError(
+                f"the tokenizer does not know the model's closing tokens {unknown}",
+                where=str(folder / "tokenizer.json"),
+                remedy="The tokenizer belongs to another model: take the files of the original checkpoint",
+            )
         self._tiler: Tiler | None = None
         if spec.vision is not None:
             self._tiler = _read_tiler(folder, spec.vision.image_size)
@@ -61,11 +69,19 @@ class Processor:
     def _check_image_tokens(self, where: str) -> None:
         missing = [token for token in IMAGE_TOKENS if self._tokenizer.token_to_id(token) is None]
         if missing:
-            raise ArrieroError(f"image tokens are missing: {', '.join(missing)}", where=where)
+            raise ArrieroError(
+                f"image tokens are missing: {', '.join(missing)}",
+                where=where,
+                expected="the tokenizer of a Llama 4 that sees",
+                remedy=_ORIGINAL,
+            )
         patch = self._tokenizer.token_to_id(PATCH)
         if patch != self.spec.image_token_id:
             raise ArrieroError(
-                f"{PATCH} has id {patch}", where=where, expected=f"{self.spec.image_token_id}, the model's image token"
+                f"{PATCH} has id {patch}",
+                where=where,
+                expected=f"{self.spec.image_token_id}, the model's image token",
+                remedy=_ORIGINAL,
             )
 
     def encode(self, prompt: str | Sequence[Message], images: Images = None) -> Prompt:
@@ -77,7 +93,7 @@ class Processor:
         """
         pictures = as_list(images)
         if isinstance(prompt, str) and not prompt:
-            raise ArrieroError("the prompt is empty", expected="some text")
+            raise ArrieroError("the prompt is empty", expected="some text", remedy="Ask something")
         messages, found = expand(as_messages(prompt, len(pictures), IMAGE), pictures, IMAGE)
         if not messages:
             raise ArrieroError("the list of messages is empty", expected="at least one message")
@@ -143,13 +159,11 @@ def _layout(rows: int, columns: int, tokens: int) -> str:
 
 def _read_tokenizer(path: Path) -> Tokenizer:
     if not path.is_file():
-        raise ArrieroError("the tokenizer is missing", where=str(path), remedy="Take it from the original checkpoint")
+        raise ArrieroError("the tokenizer is missing", where=str(path), remedy=_ORIGINAL)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise ArrieroError(
-            f"the tokenizer cannot be read ({error})", where=str(path), remedy="Take it from the original checkpoint"
-        ) from None
+        raise ArrieroError(f"the tokenizer cannot be read ({error})", where=str(path), remedy=_ORIGINAL) from None
     # a saved tokenizer may carry the padding and truncation of its training run, which would cut prompts silently
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -167,13 +181,14 @@ def _read_tiler(folder: Path, image_size: int) -> Tiler:
                     f"tiles are {tiler.size} pixels wide",
                     where=f"{folder / name}:size",
                     expected=f"{image_size}, the vision tower's input",
+                    remedy=_ORIGINAL,
                 )
             return tiler
     raise ArrieroError(
         "the image settings are missing",
         where=str(folder / "preprocessor_config.json"),
         expected="the size, image_mean and image_std of the checkpoint",
-        remedy="Take the file from the original checkpoint",
+        remedy=_ORIGINAL,
     )
 
 
@@ -182,13 +197,16 @@ def _check_tile_tokens(path: Path, vision: VisionSpec) -> None:
     patch, ratio = settings.get("patch_size"), settings.get("pixel_shuffle_ratio")
     if patch is None or ratio is None:
         return
-    tokens = (vision.image_size // patch) ** 2 // round(1 / ratio**2)
+    try:
+        tokens = (vision.image_size // patch) ** 2 // round(1 / ratio**2)
+    except (TypeError, ArithmeticError):
+        tokens = 0
     if tokens != vision.tokens_per_tile:
         raise ArrieroError(
             f"patch_size {patch} and pixel_shuffle_ratio {ratio} make {tokens} tokens per tile",
             where=str(path),
             expected=f"{vision.tokens_per_tile}, as the vision tower gives",
-            remedy="Take the file from the original checkpoint",
+            remedy=_ORIGINAL,
         )
 
 
@@ -198,11 +216,9 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ArrieroError(
-            f"this is not valid JSON ({error})", where=str(path), remedy="Take the file from the original checkpoint"
-        ) from None
+        raise ArrieroError(f"this is not valid JSON ({error})", where=str(path), remedy=_ORIGINAL) from None
     if not isinstance(content, dict):
-        raise ArrieroError("the content is no mapping", where=str(path), expected="a JSON object")
+        raise ArrieroError("the content is no mapping", where=str(path), expected="a JSON object", remedy=_ORIGINAL)
     return content
 
 

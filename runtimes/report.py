@@ -5,6 +5,7 @@ Files appear whole or not at all. Numbers that are not finite survive the round 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -386,13 +387,20 @@ def _template(name: str) -> Template:
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
+    except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise ArrieroError(
+            f"the report cannot be written ({error.strerror})",
+            where=str(path),
+            remedy="Give a path that can be written",
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(NotADirectoryError):
+            partial.unlink(missing_ok=True)
 
 
 def _clean(text: str) -> str:

@@ -9,6 +9,8 @@ import numpy as np
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Floats
 
+_ALL = "Leave it out to draw from every token"
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -21,11 +23,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0 or self.temperature == float("inf"):
-            raise ArrieroError(f"temperature is {self.temperature}", expected="a number of at least 0")
+            raise ArrieroError(
+                f"temperature is {self.temperature}", expected="a number of at least 0", remedy="0 is greedy"
+            )
         if self.top_k is not None and self.top_k < 1:
-            raise ArrieroError(f"top_k is {self.top_k}", expected="at least 1")
+            raise ArrieroError(f"top_k is {self.top_k}", expected="at least 1", remedy=_ALL)
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ArrieroError(f"top_p is {self.top_p}", expected="above 0 and at most 1")
+            raise ArrieroError(f"top_p is {self.top_p}", expected="above 0 and at most 1", remedy=_ALL)
+        if self.seed is not None and self.seed < 0:
+            raise ArrieroError(f"seed is {self.seed}", expected="at least 0", remedy="Leave it out for other draws")
 
     def generator(self) -> np.random.Generator:
         """Give a fresh stream of random numbers for one answer."""

@@ -178,8 +178,9 @@ class TorchBackend:
         The margin is the k-th best minus the (k+1)-th best router logit. Only this thread's forwards are noted.
         """
         text, noted = self.model.config.text, Margins()
-        routers: dict[int, Any] = {
-            layer: self.model.language_model.model.layers[layer].feed_forward.router
+        layers: Any = self.model.language_model.model.layers
+        routers = {
+            layer: layers[layer].feed_forward.router
             for layer in text.moe_layers
             if text.experts > text.experts_per_token  # else there is no next best
         }

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.model import Llama4
-from arriero.graphs.names import expected_tensors, raw_name
+from arriero.graphs.names import TEXT_PREFIX, expected_tensors
 
 VOCABULARY = 160
 IMAGE_TOKEN = 159
@@ -137,6 +137,6 @@ def _write(folder: Path, data: dict[str, Any], seed: int) -> Path:
         else:
             fan_in = shape[-2] if len(shape) == 3 else shape[-1]
             values = noise * fan_in**-0.5 * (0.5 if "router" in name else 1.0)
-        tensors[raw_name(name, config.text_only)] = values.to(torch.bfloat16)
+        tensors[name.removeprefix(TEXT_PREFIX) if config.text_only else name] = values.to(torch.bfloat16)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -10,12 +10,13 @@ from collections.abc import Container
 
 import onnx_ir as ir
 
+from arriero.graphs.names import EMBEDDING, HEAD
 from arriero.graphs.passes.become import become
 from arriero.graphs.passes.find_weight import find_weight
 from arriero.graphs.passes.store_weights import WeightStore
 
 # With tied embeddings the head gets a name of its own: the embedding graph stores the table under its name, as it is.
-TIED = {"language_model.model.embed_tokens.weight": "language_model.lm_head.weight"}
+TIED = {EMBEDDING: HEAD}
 
 
 def replace_linear(model: ir.Model, store: WeightStore) -> int:

@@ -1,7 +1,7 @@
 """Generated task families: what the embedded model learns, is calibrated on, and is judged by.
 
-`make(family, count, seed, split)` draws samples; `score(sample, text)` judges an answer. The `train` and the `held-out`
-split never share a text prompt: a prompt belongs to one of them by its checksum.
+`make(family, count, seed, split)` draws samples; `score(sample, text)` judges an answer. The two splits draw from
+different random streams; questions with few possible forms, sums above all, do come up in both.
 """
 
 from arriero.profiles.data.families import FAMILIES, IMAGE_FAMILIES, TEXT_FAMILIES, accuracy, make, score

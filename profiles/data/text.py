@@ -7,39 +7,38 @@ import numpy as np
 from arriero.profiles.data.sample import Sample, Turn
 from arriero.profiles.data.words import ADJECTIVES, KEYS, NOUNS, VALUES, VERBS
 
-EARLY = 16  # a held-out question asks about one of the first pairs, a chunk (128 tokens) or more away
-FILLER_SHARE = 0.1
+OPERANDS = 50
+NOTES = (2, 13)  # fewest, and one more than most
+FAR = (20, 27)  # filler sentences, of about seven tokens each, that put a chunk of 128 tokens between note and question
+NEAR = (0, 4)
 
 
 def recall(rng: np.random.Generator, train: bool) -> Sample:
-    """Key-value notes among filler, then questions; held-out questions reach back beyond a chunk boundary."""
-    pairs = int(np.exp(rng.uniform(np.log(2), np.log(len(KEYS) + 1)))) if train else int(rng.integers(62, len(KEYS)))
-    keys = [str(key) for key in rng.permutation(KEYS)[:pairs]]
-    values = {key: str(rng.choice(VALUES)) for key in keys}
-    notes: list[str] = []
-    for key in keys:
-        notes.append(f" {key} {values[key]}")
-        if rng.random() < FILLER_SHARE:
-            notes.append(filler(rng))
-    asked = [str(key) for key in rng.permutation(keys if train else keys[:EARLY])][:10]
-    turns = tuple(Turn(f"What goes with {key}?", values[key]) for key in asked)
-    return Sample("recall", (f"Notes:{','.join(notes)}.\n",), turns)
+    """Key-value notes, filler, then questions; a held-out question reaches back beyond a chunk boundary."""
+    keys = [str(key) for key in rng.permutation(KEYS)[: rng.integers(*NOTES)]]
+    notes = [f"{key} {rng.choice(VALUES)}" for key in keys]
+    words = [filler(rng) for _ in range(rng.integers(*(NEAR if train and rng.random() < 0.4 else FAR)))]
+    asked = rng.permutation(len(keys))[:4]
+    turns = [Turn(f"Notes on {keys[n]}?", notes[n]) for n in asked]
+    if train:
+        turns.insert(1, Turn("Repeat the notes.", "\n".join(notes)))
+    return Sample("recall", ("Notes:\n" + "\n".join([*notes, *words]) + "\n",), tuple(turns))
 
 
 def filler(rng: np.random.Generator) -> str:
     """Words that answer nothing."""
     subject, other = rng.choice(NOUNS, 2, replace=False)
-    return f" the {rng.choice(ADJECTIVES)} {subject} {rng.choice(VERBS)} the {other}"
+    return f"the {rng.choice(ADJECTIVES)} {subject} {rng.choice(VERBS)} the {other}"
 
 
 def arithmetic(rng: np.random.Generator, train: bool) -> Sample:
-    """Sums and differences of numbers below 100."""
+    """Sums and differences of numbers below 50."""
     return Sample("arithmetic", (), tuple(sum_turn(rng) for _ in range(5)))
 
 
 def sum_turn(rng: np.random.Generator) -> Turn:
     """One question of arithmetic."""
-    a, b = (int(n) for n in rng.integers(0, 100, 2))
+    a, b = (int(n) for n in rng.integers(0, OPERANDS, 2))
     if rng.random() < 0.5:
         return Turn(f"What is {a} + {b}?", str(a + b))
     return Turn(f"What is {max(a, b)} - {min(a, b)}?", str(abs(a - b)))

@@ -35,7 +35,7 @@ def test_a_stage_runs_once(tmp_path):
     assert runs[0].name.endswith(".partial")
     record = read_record(first)
     assert record["inputs"] == {"bits": 8}
-    assert record["files"] == {"out.txt": 1}
+    assert {name: file["bytes"] for name, file in record["files"].items()} == {"out.txt": 1}
     assert record["peak_memory_bytes"] > 0
     assert record["seconds"] >= 0
 
@@ -48,18 +48,21 @@ def test_keys_follow_name_and_inputs_and_not_their_order():
         key_of("a", {"path": Path("x")})
 
 
-@pytest.mark.parametrize("damage", ["delete", "shorten", "record"])
+@pytest.mark.parametrize("damage", ["delete", "shorten", "record", "change"])
 def test_a_damaged_result_is_built_again(tmp_path, damage):
-    work, stage = WorkDir(tmp_path), Stage("a", {}, writer("hello"))
+    work, stage = WorkDir(tmp_path), Stage("a", {}, writer("hello"), shared=True)
     with work.locked():
         folder = work.run_stage(stage)
         if damage == "delete":
             (folder / "out.txt").unlink()
         elif damage == "shorten":
             (folder / "out.txt").write_text("he")
-        else:
+        elif damage == "record":
             (folder / "stage.json").write_text("{")
-        assert not work.is_done("a", stage.key)
+        else:
+            (folder / "out.txt").write_text("hallo")
+        assert work.is_done("a", stage.key) == (damage == "change")
+        assert not work.is_intact("a", stage.key)
         assert (work.run_stage(stage) / "out.txt").read_text() == "hello"
 
 

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from arriero.runtimes.backend import Floats, Ints, ModelSpec, StepOutput
-from arriero.runtimes.manifest import file_sha256
+from arriero.runtimes.manifest import artifact_digest, file_sha256, link, parity_digest
 from arriero.runtimes.processor import IMAGE_TOKENS, PATCH, Processor
 
 HIDDEN, HEADS, KV_HEADS, DIM, EXPERTS, CHUNK, CONTEXT = 16, 4, 2, 8, 4, 8, 64
@@ -290,13 +290,28 @@ def write_manifest(folder: Path, **changes: Any) -> dict[str, Any]:
             "batch": 2,
             "arch": "any",
         },
-        "chain": {},
+        "build": {"graph": "0"},
         "files": {
             str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files
         },
     } | changes
+    seal(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return manifest
+
+
+def seal(manifest: dict[str, Any]) -> None:
+    """Give the manifest the hash chain that fits what it says."""
+    graph, profile = link("0", "0"), link("0", "1")
+    artifact = link(profile, artifact_digest(manifest))
+    parity = link(artifact, parity_digest(manifest["files"]))
+    manifest["chain"] = {
+        "checkpoint": "0",
+        "graph": graph,
+        "profile": profile,
+        "artifact": artifact,
+        "parity": parity,
+    }
 
 
 @pytest.fixture(scope="session")
@@ -305,6 +320,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     write_tokenizer(folder / "tokenizer")
     write_graphs(folder)
+    (folder / "parity.json").write_text("{}")
     write_manifest(folder)
     return folder
 

@@ -1,5 +1,6 @@
 """Broken bundles: each is refused with the sentence that names what is broken and what to do."""
 
+import contextlib
 import json
 import platform
 import shutil
@@ -12,7 +13,7 @@ import arriero
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes import manifest as manifest_module
 from arriero.runtimes.manifest import Manifest
-from tests.runtimes.conftest import write_manifest
+from tests.runtimes.conftest import seal, write_manifest
 
 
 @pytest.fixture
@@ -23,9 +24,12 @@ def copy(bundle, tmp_path):
 
 
 def edit(folder, change):
+    """Change the manifest as if it had been built so: its hash chain is made to fit, where it still can."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
+    with contextlib.suppress(KeyError, TypeError):
+        seal(manifest)
     path.write_text(json.dumps(manifest))
 
 
