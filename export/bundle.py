@@ -11,20 +11,10 @@ from typing import Any
 
 from arriero.errors import ArrieroError
 from arriero.export.schema import Target
+from arriero.graphs.checkpoint import SIDE_FILES
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.manifest import FORMAT, artifact_digest, file_sha256, link, open_manifest, parity_digest
 from arriero.version import __version__
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-)
 
 
 def copy_tokenizer(checkpoint: Path, folder: Path) -> None:
@@ -37,7 +27,7 @@ def copy_tokenizer(checkpoint: Path, folder: Path) -> None:
             remedy="Fetch it from where the checkpoint came from",
         )
     folder.mkdir(exist_ok=True)
-    for name in TOKENIZER_FILES:
+    for name in SIDE_FILES:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, folder / name)
 

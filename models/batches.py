@@ -31,11 +31,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """`input_ids`, `targets` and `real` (not padding) [B, S], and the tiles [n, 3, h, w] of all rows or None."""
+    """`input_ids`, `targets`, `real` (not padding) [B, S], first positions `starts` [B], tiles [n, 3, h, w] or None."""
 
     input_ids: Tensor
     targets: Tensor
     real: Tensor
+    starts: Tensor
     pixel_values: Tensor | None
 
 
@@ -49,13 +50,14 @@ def encode(sample: Sample, processor: Processor) -> Row:
     return Row(ids, torch.cat([targets[1:], torch.tensor([IGNORED])]), tiles)
 
 
-def collate(rows: Sequence[Row]) -> Batch:
-    """Rows right-padded to the longest, as one batch."""
+def collate(rows: Sequence[Row], starts: np.ndarray) -> Batch:
+    """Rows right-padded to the longest, as one batch; `starts` are their first positions."""
     tiles = [row.pixel_values for row in rows if row.pixel_values is not None]
     return Batch(
         pad_sequence([row.input_ids for row in rows], batch_first=True),
         pad_sequence([row.targets for row in rows], batch_first=True, padding_value=IGNORED),
         pad_sequence([torch.ones_like(row.input_ids, dtype=torch.bool) for row in rows], batch_first=True),
+        torch.from_numpy(starts),
         torch.cat(tiles) if tiles else None,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import sys
@@ -65,9 +66,9 @@ def write_build(
     thresholds: str = "{}",
     output: str = "bundles",
 ) -> Path:
-    """Write a build file with one target per profile, named after it."""
+    """Write a build file with one target per profile (a shipped one, or a file), named after it."""
     targets = "\n".join(
-        f"  - {{name: {profile}, backend: onnxruntime, profile: {profile}, context: 1024, batch: 2}}"
+        f"  - {{name: {Path(profile).stem}, backend: onnxruntime, profile: {profile}, context: 1024, batch: 2}}"
         for profile in profiles
     )
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -77,3 +78,12 @@ def write_build(
         )
     )
     return file
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The sha256 of every file in a folder, by its path."""
+    return {
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }

@@ -53,16 +53,16 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 @functools.cache
-def _skeleton() -> Path:
+def _skeleton() -> tempfile.TemporaryDirectory[str]:
     """The embedded model's folder without weights; the tokenizer is trained once per run."""
-    folder = Path(tempfile.mkdtemp(prefix="skeleton-"))
-    write_skeleton(folder)
+    folder = tempfile.TemporaryDirectory(prefix="skeleton-")
+    write_skeleton(Path(folder.name))
     return folder
 
 
 def _copy_skeleton(folder: Path, vision: bool) -> dict[str, Any]:
     """Copy everything but the weights; gives the config.json, from which token ids are taken."""
-    shutil.copytree(_skeleton(), folder, dirs_exist_ok=True)
+    shutil.copytree(_skeleton().name, folder, dirs_exist_ok=True)
     if vision:
         edit_json(folder / "preprocessor_config.json", size=IMAGE_SIZE)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import resource
 import shutil
@@ -20,7 +19,8 @@ from PIL import Image
 
 import arriero as package
 from arriero.runtimes.manifest import open_manifest
-from tests.command import arriero, write_build
+from tests.command import arriero, contents, write_build
+from tests.conftest import workshop_profiles
 from tests.small import small_maverick, small_scout
 
 COMMAND = [sys.executable, "-m", "arriero.export.cli"]
@@ -33,7 +33,7 @@ PROVEN = {"router_agreement": 1.0, "same_top_token": 1.0, "logits_max_abs_error"
 def copy(workshop: Path, tmp_path: Path) -> Path:
     """The workshop with bundles and finished stages, to change. The checkpoint keeps its place, and so its stages."""
     shutil.copytree(workshop / "bundles", tmp_path / "bundles")
-    write_build(tmp_path / "build.yaml", workshop / "scout", profiles=("fp32", "int8"), samples=8)
+    write_build(tmp_path / "build.yaml", workshop / "scout", profiles=workshop_profiles(workshop), samples=8)
     return tmp_path
 
 
@@ -42,14 +42,6 @@ def picture(tmp_path: Path) -> Path:
     pixels = np.random.default_rng(3).integers(0, 256, (40, 70, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "picture.png")
     return tmp_path / "picture.png"
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {
-        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
 
 
 def stages(output: Path) -> dict[str, int]:

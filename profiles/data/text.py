@@ -11,13 +11,14 @@ OPERANDS = 50
 NOTES = (2, 13)  # fewest, and one more than most
 FAR = (20, 27)  # filler sentences, of about seven tokens each, that put a chunk of 128 tokens between note and question
 NEAR = (0, 4)
+NEAR_SHARE = 0.4  # in training
 
 
 def recall(rng: np.random.Generator, train: bool) -> Sample:
     """Key-value notes, filler, then questions; a held-out question reaches back beyond a chunk boundary."""
     keys = [str(key) for key in rng.permutation(KEYS)[: rng.integers(*NOTES)]]
     notes = [f"{key} {rng.choice(VALUES)}" for key in keys]
-    words = [filler(rng) for _ in range(rng.integers(*(NEAR if train and rng.random() < 0.4 else FAR)))]
+    words = [filler(rng) for _ in range(rng.integers(*(NEAR if train and rng.random() < NEAR_SHARE else FAR)))]
     asked = rng.permutation(len(keys))[:4]
     turns = [Turn(f"Notes on {keys[n]}?", notes[n]) for n in asked]
     if train:
