@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError, BelowThreshold, Problems
 from arriero.export.bundle import assemble, copy_tokenizer, is_current, write_manifest
-from arriero.export.plan import KV_BYTES, make_plan, stage_inputs
+from arriero.export.plan import KV_BYTES, calibrating, make_plan, rounding_folder, stage_inputs
 from arriero.export.schema import BuildConfig, Target
 from arriero.export.stages import Stage, WorkDir, key_of, read_record
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
-from arriero.profiles.recipe import load_profile
+from arriero.profiles.recipe import Profile, load_profile
+from arriero.profiles.roundings import Roundings
 from arriero.runtimes.manifest import link
 
 if TYPE_CHECKING:
@@ -103,15 +104,15 @@ class Build:
             self.watch(f"{target.name}: up to date", 1, 1, "bundles")
             return bundle
         graph = self.stage("graph", self.trace)
-        coverage = self.stage("calibrate", self.calibrate)
-        lowered = self.stage(lower, partial(self.lower, target, graph), resumes=True, shared=True)
+        calibrated = self.stage("calibrate", self.calibrate, resumes=True)
+        lowered = self.stage(lower, partial(self.lower, target, graph, calibrated), resumes=True, shared=True)
         partial_bundle = bundle.with_name(f"{bundle.name}.partial")
         assemble(lowered, partial_bundle)
-        self.manifest(target, build, lowered, coverage, partial_bundle)
-        proof = self.stage(parity, partial(self.prove, target, partial_bundle))
+        self.manifest(target, build, lowered, calibrated, partial_bundle)
+        proof = self.stage(parity, partial(self.prove, target, graph, lowered, partial_bundle))
         for report in ("parity.json", "parity.html"):
             (partial_bundle / report).write_bytes((proof / report).read_bytes())
-        self.manifest(target, build, lowered, coverage, partial_bundle)
+        self.manifest(target, build, lowered, calibrated, partial_bundle)
         self.work.publish(partial_bundle, bundle)
         self.failure_page(target).unlink(missing_ok=True)
         return bundle
@@ -135,30 +136,47 @@ class Build:
         self.watch("trace", len(self.parts), len(self.parts), "graphs")
 
     def calibrate(self, folder: Path) -> None:
-        """Stage `calibrate`: tokens per expert over the calibration set, by the reference."""
+        """Stage `calibrate`: tokens per expert, ranges, and the roundings of every profile that calibrates."""
+        from arriero.export.calibrate import Calibration
         from arriero.export.cases import draw_samples
-        from arriero.export.coverage import count_experts
+        from arriero.export.observe import Walk
         from arriero.export.prove import open_reference
 
         settings = self.config.calibration
         samples = draw_samples(self.config.modalities, settings.samples, settings.seed, "train")
         reference = open_reference(self.config.model, self.model.vision is None)
-        watch = partial(self.watch, "count tokens per expert")
-        coverage = count_experts(reference, samples, lambda done, total: watch(done, total, "samples"))
-        (folder / "coverage.json").write_text(json.dumps(coverage))
+        profiles = {rounding_folder(profile): profile for profile in calibrating(self.profiles)}
+        walk = Walk(reference, samples, folder, second=bool(profiles))
+        Calibration(walk, self.checkpoint, profiles, folder, self.watch).run()
 
-    def lower(self, target: Target, graph: Path, folder: Path) -> None:
+    def lower(self, target: Target, graph: Path, calibrated: Path, folder: Path) -> None:
         """Stage `lower-*`: the backend's graphs and weights, the tokenizer, and proof that the backend loads them."""
+        compiler = import_module(f"arriero.export.compile.{target.backend}")
+        profile = self.profiles[target.profile]
+        roundings = Roundings(calibrated / rounding_folder(profile))
+        weights = self.lower_parts(target, self.parts, profile, roundings, graph, folder)
+        copy_tokenizer(self.config.model, folder / "tokenizer")
+        tools = compiler.compile_graphs(folder, self.parts)
+        (folder / "lowering.json").write_text(json.dumps({"weights": weights, "tools": tools}))
+
+    def lower_parts(
+        self,
+        target: Target,
+        parts: tuple[str, ...],
+        profile: Profile,
+        roundings: Roundings | None,
+        graph: Path,
+        folder: Path,
+    ) -> dict[str, Any]:
+        """Write the backend's form of `parts` under `profile` into `folder`; give the manifest's weight table."""
         import onnx_ir as ir
 
         from arriero.graphs.check import part_tensors
 
         lowering = import_module(f"arriero.graphs.lower.{target.backend}")
-        compiler = import_module(f"arriero.export.compile.{target.backend}")
-        tensors = {name: part for part in self.parts for name in part_tensors(part, self.model)}
-        schemes = self.profiles[target.profile].assign(tensors)
+        schemes = profile.assign([name for part in self.parts for name in part_tensors(part, self.model)])
         weights: dict[str, Any] = {}
-        for part in self.parts:
+        for part in parts:
             watch = partial(self.watch, f"{target.name}: write {part} weights")
             weights |= getattr(lowering, f"lower_{part}")(
                 ir.load(graph / f"{part}.onnx"),
@@ -167,17 +185,17 @@ class Build:
                 schemes,
                 folder,
                 lambda done, total, watch=watch: watch(done, total, "bytes"),
+                roundings,
             )
-        copy_tokenizer(self.config.model, folder / "tokenizer")
-        tools = compiler.compile_graphs(folder, self.parts)
-        (folder / "lowering.json").write_text(json.dumps({"weights": weights, "tools": tools}))
+        return weights
 
-    def manifest(self, target: Target, build: Mapping[str, str], lowered: Path, coverage: Path, bundle: Path) -> None:
+    def manifest(self, target: Target, build: Mapping[str, str], lowered: Path, calibrated: Path, bundle: Path) -> None:
         """Write the bundle's manifest from what the stages recorded."""
         from arriero.runtimes.torch import model_spec
 
         graph = self.work.folder("graph", build["graph"])
-        records = {name: read_record(folder) for name, folder in (("graph", graph), ("lower", lowered))}
+        stages = (("graph", graph), ("calibrate", calibrated), ("lower", lowered))
+        records = {name: read_record(folder) for name, folder in stages}
         made = json.loads((lowered / "lowering.json").read_text())
         text = self.model.text
         per_layer = 2 * text.kv_heads * text.head_dim * KV_BYTES["f32"]
@@ -191,7 +209,8 @@ class Build:
             {
                 "tools": {**tools, **made["tools"]},
                 "weights": made["weights"],
-                "coverage": json.loads((coverage / "coverage.json").read_text()),
+                "coverage": json.loads((calibrated / "coverage.json").read_text()),
+                "fallback": self.fallback(target, calibrated),
                 "calibration": self.config.calibration.model_dump(),
                 "kv_bytes_per_token": dict.fromkeys(sorted(kinds), per_layer),
                 "measured": {
@@ -203,18 +222,30 @@ class Build:
             build,
         )
 
+    def fallback(self, target: Target, calibrated: Path) -> list[dict[str, Any]]:
+        """The experts that fell back by the profile's rule, because too few calibration tokens reached them."""
+        from arriero.export.calibrate import fallbacks
+
+        profile = self.profiles[target.profile]
+        return fallbacks(profile, Roundings(calibrated / rounding_folder(profile)).notes())
+
     def profile_digest(self, target: Target) -> str:
         """The profile's own hash in the chain."""
         return key_of("profile", self.profiles[target.profile].model_dump(mode="json"))
 
-    def prove(self, target: Target, bundle: Path, folder: Path) -> None:
-        """Stage `parity-*`: the bundle against the reference. Raises `BelowThreshold`; the report page stays."""
+    def prove(self, target: Target, graph: Path, lowered: Path, bundle: Path, folder: Path) -> None:
+        """Stage `parity-*`: the bundle against the reference and, if its profile calibrates, against its naive form.
+
+        Raises `BelowThreshold`; the report page stays.
+        """
+        from arriero.export.naive import with_naive
         from arriero.export.prove import measure
         from arriero.runtimes.report import write_html, write_json
 
         cases = self.config.parity.cases
         thresholds = self.profiles[target.profile].thresholds | self.config.parity.thresholds
         report = measure(bundle, self.config.model, cases.samples, cases.seed, thresholds, self.watch)
+        report = with_naive(report, self.naive_kl(target, graph, lowered, folder), thresholds)
         write_json(report, folder / "parity.json")
         write_html(report, folder / "parity.html")
         if report.failed:
@@ -225,3 +256,23 @@ class Build:
                 where=str(page),
                 remedy="The page shows where it differs; choose a finer profile, or lower the threshold knowingly",
             )
+
+    def naive_kl(self, target: Target, graph: Path, lowered: Path, folder: Path) -> float | None:
+        """Mean KL of the naive form of the target's profile on the parity cases; None if the profile is that form."""
+        from arriero.export.cases import parity_cases
+        from arriero.export.naive import measure_naive
+        from arriero.export.prove import open_reference
+
+        profile = self.profiles[target.profile]
+        if profile.calibration is None:
+            return None
+        settings, step = self.config.parity.cases, f"{target.name}: measure the naive form"
+        cases = parity_cases(self.config.modalities, settings.samples, settings.seed)
+        return measure_naive(
+            open_reference(self.config.model, self.model.vision is None),
+            lowered,
+            lambda naive: self.lower_parts(target, ("text",), profile.naive(), None, graph, naive),
+            cases,
+            folder,
+            lambda done, total: self.watch(step, done, total, "samples"),
+        )

@@ -35,6 +35,12 @@ app = typer.Typer(
 )
 out, err = Console(), Console(stderr=True)
 
+profiles_app = typer.Typer(
+    name="profiles", help="Say what number formats there are, and why each tensor has its own.", no_args_is_help=True
+)
+app.add_typer(profiles_app)
+
+ProfileName = Annotated[str, typer.Argument(help="A shipped profile, a profile file, or a published bundle.")]
 BuildFile = Annotated[Path, typer.Argument(help="The build file.", show_default=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of text for people.")]
 BundleFolder = Annotated[Path, typer.Argument(help="A bundle folder that `arriero build` published.")]
@@ -224,6 +230,91 @@ def doctor(
     else:
         diagnosis.render(out)
     raise typer.Exit(diagnosis.exit_code(backend))
+
+
+@app.command()
+def compare(
+    bundles: Annotated[list[Path], typer.Argument(help="Bundle folders, all made from one checkpoint.")],
+    against: Annotated[Path, typer.Option(help="The checkpoint folder that they were made from.")],
+    samples: Annotated[int, typer.Option(help="Held-out prompts to measure on.", min=1)] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the held-out prompts.", min=0)] = 29,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with a plot of quality against size.")] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure bundles side by side: size, tokens/s, KL, top tokens, routers, task accuracy with its standard error.
+
+    arriero compare bundles/portable-fp32 bundles/portable-int4 --against models/chasqui --html compare.html
+    """
+    from arriero.export import compare as comparison
+    from arriero.export.watch import ProgressBars
+
+    with ProgressBars(err) as watch:
+        lines = comparison.compare_bundles(bundles, against, samples, seed, threads, watch)
+    if html:
+        comparison.write_page(
+            lines, {"checkpoint": str(against), "held-out prompts": str(samples), "seed": str(seed)}, html
+        )
+    if as_json:
+        _print_json(comparison.to_json(lines, {"against": str(against), "samples": samples, "seed": seed}))
+    else:
+        comparison.show(lines, out)
+
+
+@profiles_app.command("list")
+def profiles_list(as_json: Json = False) -> None:
+    """List the shipped profiles."""
+    from arriero.export.profiles import list_profiles, show_rows
+
+    found = list_profiles()
+    if as_json:
+        _print_json(found)
+    else:
+        show_rows(found, out)
+
+
+@profiles_app.command("show")
+def profiles_show(profile: ProfileName, as_json: Json = False) -> None:
+    """Show one profile: thresholds, calibration, and every selector with its scheme and reason."""
+    from arriero.export.profiles import open_profile, show_profile
+
+    found = open_profile(profile)
+    if as_json:
+        _print_json(found.model_dump(mode="json"))
+    else:
+        show_profile(found, out)
+
+
+@profiles_app.command("explain")
+def profiles_explain(
+    profile: ProfileName,
+    tensor: Annotated[str, typer.Argument(help="A tensor's name in the checkpoint.")],
+    as_json: Json = False,
+) -> None:
+    """Say how a profile stores one tensor, which selector decides it, and why."""
+    from arriero.export.profiles import explain, open_profile
+
+    told = explain(open_profile(profile), tensor)
+    if as_json:
+        _print_json(told)
+        return
+    for key, value in told.items():
+        shown = ", ".join(value) or "nothing" if isinstance(value, list) else value
+        out.print(f"[dim]{key:>9}[/] {_escape(shown)}", highlight=False, soft_wrap=True)
+
+
+@profiles_app.command("diff")
+def profiles_diff(left: ProfileName, right: ProfileName, as_json: Json = False) -> None:
+    """Show what differs between two profiles: thresholds, calibration, schemes, reasons."""
+    from arriero.export.profiles import diff, open_profile, show_rows
+
+    found = diff(open_profile(left), open_profile(right))
+    if as_json:
+        _print_json(found)
+    elif found:
+        show_rows(found, out)
+    else:
+        out.print("no difference")
 
 
 @app.command()

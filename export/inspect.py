@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from arriero.export.budget import human_bytes
+from arriero.export.prove import tell_fallback
 from arriero.runtimes.manifest import open_manifest
 from arriero.runtimes.report import read_json
 
@@ -34,6 +35,7 @@ def describe_bundle(bundle: Path) -> dict[str, Any]:
         "files": {name: record.bytes for name, record in manifest.files.items()},
         "weights": dict(schemes),
         "coverage": raw["coverage"],
+        "fallback": raw.get("fallback", []),
         "kv_bytes_per_token": raw["kv_bytes_per_token"],
         "measured": raw["measured"],
         "tools": raw["tools"],
@@ -62,12 +64,20 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
             f"{human_bytes(size)} per token and {kind} layer" for kind, size in described["kv_bytes_per_token"].items()
         ),
         "coverage": _coverage(described["coverage"]),
+        "fallback": _fallback(described["fallback"]),
         "parity": f"[red]failed: {', '.join(failed)}[/]" if failed else "[green]passed[/], see `arriero parity`",
         "built with": ", ".join(f"{name} {version}" for name, version in described["tools"].items()),
     }
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def _fallback(entries: list[dict[str, Any]]) -> str:
+    if not entries:
+        return "none: no matrix of an expert was rounded for lack of calibration tokens"
+    told = ", ".join(map(tell_fallback, entries))
+    return f"[yellow]too few calibration tokens, so scales from the weights alone:[/] {told}"
 
 
 def _coverage(coverage: dict[str, list[int]]) -> str:

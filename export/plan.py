@@ -18,7 +18,8 @@ from arriero.export.stages import WorkDir, key_of, source_hash
 from arriero.graphs.checkpoint import Checkpoint, TensorInfo, check_ledger
 from arriero.graphs.config import ModelConfig, TextConfig
 from arriero.graphs.names import EMBEDDING, TEXT_PREFIX, expected_tensors
-from arriero.profiles.recipe import IntBlock, Profile, Scheme, load_profile
+from arriero.profiles.data import FAMILIES, TEXT_FAMILIES
+from arriero.profiles.recipe import LAYER_MATRIX, IntBlock, Profile, Scheme, check_shapes, load_profile
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +33,8 @@ TOOLS_MEMORY = 1 << 30  # Python with torch, onnx and ONNX Runtime loaded, and t
 GRAPH_DISK = 64 << 20  # traced and lowered graphs without weights, tokenizer, reports
 LARGEST_PIECE = 256 << 20  # a matrix is rounded in pieces of rows; an expert is rounded whole
 PIECE_COPIES = 4  # the piece in float32, over its scales, rounded, and packed
+MOMENT_COPIES = 5  # second moments in float64: as seen, damped, in GPTQ's order, inverted, factored
+SAMPLE_TOKENS = 256  # tokens of a calibration sample
 
 KeyInputs = dict[str, Any]
 
@@ -120,15 +123,18 @@ def make_plan(build: BuildConfig) -> Plan:
     )
     open_targets = [target for target in targets if not target.done]
     open_weights = sum(target.weights_bytes for target in targets if not state[f"lower-{target.name}"])
+    calibrates = [] if state["calibrate"] else calibrating(profiles)
+    moments = _moments_memory(used) if calibrates else 0
+    calibration_disk = 0 if state["calibrate"] else _walk_disk(build, config.text) + _roundings_disk(calibrates, used)
     return Plan(
         model=_describe(build, checkpoint, config),
         stages=stages,
         targets=targets,
         context_prices=tuple(_price(config.text, label, tokens) for label, tokens in CONTEXTS.items()),
-        peak_memory=max((_peak_memory(target, used) for target in open_targets), default=0),
+        peak_memory=max((max(_peak_memory(target, used), moments) for target in open_targets), default=0),
         memory_available=available_memory(),
         memory_budget=build.budgets.host_memory,
-        disk=open_weights + GRAPH_DISK * len(open_targets),
+        disk=open_weights + GRAPH_DISK * len(open_targets) + (calibration_disk if open_targets else 0),
         disk_available=free_disk(build.output),
         disk_budget=build.budgets.disk,
     )
@@ -144,7 +150,12 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
     stages: dict[str, KeyInputs] = {
         # The traced graph's weights point into the checkpoint's files, so where these are matters too.
         "graph": {**seen, "folder": str(build.model), "source": source_hash("graphs")},
-        "calibrate": {**seen, "set": build.calibration.model_dump(), "source": source_hash()},
+        "calibrate": {
+            **seen,
+            "set": build.calibration.model_dump(),
+            "profiles": [rounding_folder(profile) for profile in calibrating(profiles)],
+            "source": source_hash(),
+        },
     }
     graph = key_of("graph", stages["graph"])
     coverage = key_of("calibrate", stages["calibrate"])
@@ -166,6 +177,18 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
     return stages
 
 
+def calibrating(profiles: Mapping[str, Profile]) -> list[Profile]:
+    """The profiles that calibrate, each once, in a fixed order."""
+    unique = {rounding_folder(profile): profile for profile in profiles.values() if profile.calibration is not None}
+    return [unique[key] for key in sorted(unique)]
+
+
+def rounding_folder(profile: Profile) -> str:
+    """The folder of a profile's roundings in the stage `calibrate`: its name, and a hash of what decides them."""
+    kept = profile.model_dump(mode="json", include={"keep", "rules", "calibration"})
+    return f"{profile.name}-{key_of('roundings', kept)}"
+
+
 def kv_bytes(text: TextConfig, tokens: int, item_bytes: int) -> int:
     """Bytes of the KV cache of one sequence of `tokens`; a chunked layer never holds more than its chunk."""
     slots = sum(min(tokens, text.chunk) if layer.chunked else tokens for layer in text.layers)
@@ -182,6 +205,15 @@ def stored_bytes(info: TensorInfo, scheme: Scheme) -> int:
 
 def _check_fit(build: BuildConfig, config: ModelConfig) -> None:
     problems = []
+    if "image" in build.modalities and build.calibration.samples <= len(TEXT_FAMILIES):
+        # Samples are drawn from the families in turn, those of text first.
+        problems.append(
+            ArrieroError(
+                f"a calibration set of {build.calibration.samples} samples holds no images",
+                where="calibration.samples",
+                expected=f"more than {len(TEXT_FAMILIES)}, better a multiple of the {len(FAMILIES)} task families",
+            )
+        )
     if "image" in build.modalities and config.vision is None:
         remedy = "Write `modalities: [text]`, or use a multimodal checkpoint"
         problems.append(ArrieroError("the checkpoint has no vision tower", where="modalities", remedy=remedy))
@@ -208,6 +240,7 @@ def _plan_target(
     config: ModelConfig,
     state: Mapping[str, bool],
 ) -> PlannedTarget:
+    check_shapes(profile, {name: info.shape for name, info in checkpoint.tensors.items()})
     schemes = profile.assign(checkpoint.tensors)
     sizes: dict[str, int] = {}
     for info in used:
@@ -244,6 +277,33 @@ def _peak_memory(target: PlannedTarget, used: Iterable[TensorInfo]) -> int:
     piece = max([min(max(matrices, default=0), LARGEST_PIECE), *experts])
     parity = target.weights_bytes + max(matrices, default=0) + 2 * target.kv_bytes
     return TOOLS_MEMORY + max(PIECE_COPIES * piece, parity)
+
+
+def _moments_memory(used: Iterable[TensorInfo]) -> int:
+    """Estimate what calibration holds: moments of one layer's inputs, and of one matrix what GPTQ makes of it."""
+    layers = [info for info in used if LAYER_MATRIX.fullmatch(info.name)]
+    features = [info.shape[1] for info in layers]
+    widest = max(features, default=0)
+    pieces = max((4 * math.prod(info.shape[-2:]) for info in layers), default=0)
+    inputs_of_a_layer = 4  # attention, its output, feed-forward, its inner activation
+    return TOOLS_MEMORY + 8 * (inputs_of_a_layer + MOMENT_COPIES) * widest**2 + PIECE_COPIES * pieces
+
+
+def _walk_disk(build: BuildConfig, text: TextConfig) -> int:
+    """Hidden states before and after a layer, and the rows that its experts read, of all calibration samples."""
+    rows = build.calibration.samples * SAMPLE_TOKENS
+    return 4 * rows * text.hidden_size * (2 + text.experts_per_token)
+
+
+def _roundings_disk(profiles: Iterable[Profile], used: Iterable[TensorInfo]) -> int:
+    """The calibrated integers and scales, which lie in their stage until the bundle is written."""
+    infos = {info.name: info for info in used}
+    total = 0
+    for profile in profiles:
+        for name, scheme in profile.assign(infos).items():
+            if isinstance(scheme, IntBlock) and scheme.rounding != "nearest":
+                total += stored_bytes(infos[name], scheme)
+    return total
 
 
 def _price(text: TextConfig, label: str, tokens: int) -> dict[str, Any]:

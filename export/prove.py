@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError
 from arriero.export.cases import parity_cases
+from arriero.export.naive import recorded_rows
 from arriero.graphs.checkpoint import Checkpoint
+from arriero.profiles.recipe import OVER_NAIVE
 from arriero.runtimes.api import open_session
 from arriero.runtimes.manifest import open_manifest
 from arriero.runtimes.parity import compare
@@ -46,18 +48,39 @@ def measure(
             open_reference(checkpoint, text_only),
             candidate,
             cases,
-            thresholds,
+            {name: value for name, value in thresholds.items() if name != OVER_NAIVE},  # only a build can measure it
             lambda done, total, _case: watch(step, done, total, "samples"),
         )
     labels = {"bundle": target.name, "profile": target.profile, "backend": target.backend, "seed": str(seed)}
+    fallback = manifest.raw.get("fallback") or ()
+    if fallback:
+        labels["experts rounded without calibration"] = "; ".join(map(tell_fallback, fallback))
     return replace(report, labels=labels)
+
+
+def tell_fallback(entry: Mapping[str, Any]) -> str:
+    """One entry of the manifest's `fallback` for people."""
+    return f"layer {entry['layer']} expert {entry['expert']} ({entry['tokens']} tokens)"
 
 
 def prove_bundle(bundle: Path, checkpoint: Path, samples: int, seed: int, watch: Watch) -> ParityReport:
     """Measure a published bundle again, with the thresholds it was published under.
 
+    What only a build can measure, the naive form's KL, is taken over from the recorded report.
+
     Raises `ArrieroError` when the bundle was made from another checkpoint.
     """
+    check_origin(bundle, checkpoint)
+    recorded = read_json(bundle / "parity.json")
+    thresholds = {
+        row.metric: row.threshold for row in recorded.rows if row.threshold is not None and row.metric not in ALWAYS
+    }
+    report = measure(bundle, checkpoint, samples, seed, thresholds, watch)
+    return replace(report, rows=(*report.rows, *recorded_rows(recorded)))
+
+
+def check_origin(bundle: Path, checkpoint: Path) -> None:
+    """Refuse a bundle that was not made from this checkpoint."""
     manifest = open_manifest(bundle)
     found = Checkpoint.open(checkpoint).content_hash()
     if manifest.raw["chain"]["checkpoint"] != found:
@@ -67,8 +90,3 @@ def prove_bundle(bundle: Path, checkpoint: Path, samples: int, seed: int, watch:
             expected=f"a checkpoint with hash {manifest.raw['chain']['checkpoint'][:12]}...",
             remedy="Give the checkpoint that the bundle was built from, or build a bundle from this one",
         )
-    recorded = read_json(bundle / "parity.json")
-    thresholds = {
-        row.metric: row.threshold for row in recorded.rows if row.threshold is not None and row.metric not in ALWAYS
-    }
-    return measure(bundle, checkpoint, samples, seed, thresholds, watch)

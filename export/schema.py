@@ -71,7 +71,7 @@ class Target(_Section):
     )
     backend: Backend = Field(description="The runtime that will execute the bundle.")
     profile: str = Field(
-        description="How weights are stored: the name of a shipped profile (fp32, int8) or the path of a profile file."
+        description="How weights are stored: a shipped profile (`arriero profiles list`) or the path of a profile file."
     )
     context: Count = Field(default=4096, description="Tokens that one sequence may hold, prompt and answer together.")
     batch: Count = Field(default=1, description="Sequences decoded together.")

@@ -1,7 +1,7 @@
 """Block-wise symmetric integers in the byte layout that MatMulNBits and QMoE read.
 
-N output features, K input features, J = K / block. An integer q in [-2^(bits-1) + 1, 2^(bits-1) - 1] is stored as
-q + 2^(bits-1) (offset binary); with 4 bits the even element is the low nibble.
+N output features, K input features, J = K / block. An integer q in [-2^(bits-1), 2^(bits-1) - 1] is stored as
+q + 2^(bits-1) (offset binary); with 4 bits the even element is the low nibble. `quantize` never uses the lowest one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from arriero.errors import ArrieroError
 
 @dataclass(frozen=True)
 class Quantized:
-    """`packed` u8 [..., N, K*bits/8], `scales` f32 [..., N, J]; every scale is finite and positive."""
+    """`packed` u8 [..., N, K*bits/8], `scales` f32 [..., N, J]; every scale is finite and not zero."""
 
     packed: NDArray[np.uint8]
     scales: NDArray[np.float32]
@@ -30,30 +30,45 @@ def quantize(weight: NDArray[np.float32], *, bits: int, block: int, name: str) -
     An all-zero block (or one too small for a normal float32 scale) gets scale 1 and zeros.
     Raises ArrieroError naming the tensor when K is not a multiple of `block` or a value is not finite.
     """
+    largest = check_weight(weight, bits=bits, block=block, name=name)
+    top = 2 ** (bits - 1) - 1
+    # The bound keeps top * scale finite where the division rounded up.
+    bound = np.nextafter(np.finfo(np.float32).max / np.float32(top), np.float32(0))
+    scales = np.minimum(largest / np.float32(top), bound).astype(np.float32)
+    scales[scales < np.finfo(np.float32).tiny] = 1.0
+    blocks = weight.reshape(*scales.shape, block)
+    integers = np.clip(np.rint(blocks / scales[..., None]), -top, top)
+    return pack(integers.reshape(weight.shape), scales, bits=bits, block=block)
+
+
+def check_weight(weight: NDArray[np.float32], *, bits: int, block: int, name: str) -> NDArray[np.float32]:
+    """The largest magnitude of each block [..., N, J]. Raises ArrieroError as `quantize` does."""
     if bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, not {bits}")
-    features = weight.shape[-1]
-    if features % block:
-        raise ArrieroError(
-            f"{features} input features do not divide into blocks of {block}",
-            where=name,
-            remedy="Choose a smaller `block` for it in the profile, or keep it exact",
-        )
-    blocks = weight.reshape(*weight.shape[:-1], features // block, block)
-    largest = np.abs(blocks).max(-1)
+    check_block(weight.shape[-1], block, name)
+    largest = np.abs(weight.reshape(*weight.shape[:-1], weight.shape[-1] // block, block)).max(-1)
     if not np.isfinite(largest).all():
         raise ArrieroError(
             f"{int(np.count_nonzero(~np.isfinite(weight)))} of {weight.size} values are NaN or infinite",
             where=name,
             remedy="The checkpoint is damaged: fetch it again",
         )
-    top = 2 ** (bits - 1) - 1
-    # The bound keeps top * scale finite where the division rounded up.
-    bound = np.nextafter(np.finfo(np.float32).max / np.float32(top), np.float32(0))
-    scales = np.minimum(largest / np.float32(top), bound).astype(np.float32)
-    scales[scales < np.finfo(np.float32).tiny] = 1.0
-    offset = (np.clip(np.rint(blocks / scales[..., None]), -top, top) + (top + 1)).astype(np.uint8)
-    flat = offset.reshape(weight.shape)
+    return largest
+
+
+def check_block(features: int, block: int, name: str) -> None:
+    """Refuse a block size that does not divide the input features of tensor `name`."""
+    if features % block:
+        raise ArrieroError(
+            f"{features} input features do not divide into blocks of {block}",
+            where=name,
+            remedy="Choose a smaller `block` for it in the profile, or keep it exact",
+        )
+
+
+def pack(integers: NDArray[np.float32], scales: NDArray[np.float32], *, bits: int, block: int) -> Quantized:
+    """Pack integers [..., N, K] (held as floats) of at most `bits` bits, with their scales [..., N, J]."""
+    flat = (integers + 2 ** (bits - 1)).astype(np.uint8)
     if bits == 4:
         flat = flat[..., 0::2] | (flat[..., 1::2] << 4)
     return Quantized(np.ascontiguousarray(flat), scales, bits, block)

@@ -145,6 +145,41 @@ def family_bars(scores: Mapping[str, tuple[int, int, int]]) -> Plot | None:
     )
 
 
+def size_and_error(points: Mapping[str, tuple[float, float]]) -> Plot | None:
+    """Quality against size: name -> (MiB, mean KL in nats), KL on a logarithmic axis; None without points.
+
+    A KL below 1e-6, which no one can tell from none, is drawn on the lowest line.
+    """
+    if not points:
+        return None
+    floor = 1e-6
+    errors = {name: max(kl, floor) for name, (_, kl) in points.items()}
+    low = math.floor(math.log10(min(errors.values())))
+    high = max(math.ceil(math.log10(max(errors.values()))), low + 1)
+    widest = 1.12 * max(size for size, _ in points.values())
+    svg = _canvas("Quality against size", TOP + DEEP + BOTTOM)
+    for decade in range(low, high + 1, max(1, (high - low) // 6)):
+        _grid(svg, TOP + DEEP * (high - decade) / (high - low), f"1e{decade}")
+    for part in range(5):
+        x = LEFT + (WIDTH - LEFT - RIGHT) * part / 4
+        _text(svg, x, TOP + DEEP + 15, f"{widest * part / 4:.3g}", "middle")
+    labels: list[tuple[float, float]] = []
+    for name, (size, kl) in points.items():
+        x = LEFT + (WIDTH - LEFT - RIGHT) * size / widest
+        y = TOP + DEEP * (high - math.log10(errors[name])) / (high - low)
+        dot = ET.SubElement(svg, "circle", {"cx": _n(x), "cy": _n(y), "r": "5", "class": "a"})
+        _hover(dot, f"{name}: {size:.3g} MiB, mean KL {kl:.3g} nat")
+        right = x > WIDTH / 2
+        beside = y + 4
+        while any(abs(x - other) < 120 and abs(beside - height) < 13 for other, height in labels):
+            beside += 13
+        labels.append((x, beside))
+        _text(svg, x - 9 if right else x + 9, beside, name, "end" if right else "start", "strong")
+    _axis_title(svg, "MiB")
+    caption = "Mean KL of the logits, logarithmic, over the bundle's bytes: the lower and the further left, the better."
+    return Plot("Quality against size", caption, (), _done(svg))
+
+
 def _canvas(label: str, height: float) -> ET.Element:
     return ET.Element("svg", {"viewBox": f"0 0 {WIDTH} {_n(height)}", "role": "img", "aria-label": label})
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -45,6 +45,12 @@ METRICS: dict[str, Metric] = {
     "logits_max_abs_error": Metric("Logits, largest error", "max", "", "max |candidate - reference| over all logits."),
     "logits_relative_l2": Metric("Logits, relative error", "max", "", "|candidate - reference| / |reference|, L2."),
     "logits_kl_mean": Metric("Logits, mean KL", "max", "nat", "KL(reference || candidate), mean over tokens."),
+    "naive_kl_mean": Metric(
+        "Logits, mean KL of the naive form", "max", "nat", "The same for the profile's own form without calibration."
+    ),
+    "kl_over_naive": Metric(
+        "KL over the naive form's", "max", "share", "Mean KL over that of the profile's own form without calibration."
+    ),
     "same_top_token": Metric("Same top token", "min", "share", "Tokens with the same largest logit, near ties apart."),
     "router_agreement": Metric(
         "Router agreement", "min", "share", "Tokens sent to the same experts over all MoE layers, near ties apart."
@@ -248,7 +254,7 @@ def write_html(report: ParityReport, path: Path) -> None:
 def render_html(report: ParityReport) -> str:
     """The HTML page as text."""
     order = {"fail": 0, "pass": 1, "info": 2}
-    page = _template().render(
+    page = _template("parity.html.jinja").render(
         report=report,
         rows=sorted(_told(report), key=lambda row: order[row.status]),  # stable: the report's order within a status
         counts={status: sum(row.status == status for row in report.rows) for status in order},
@@ -259,6 +265,20 @@ def render_html(report: ParityReport) -> str:
         plots=[plot for plot in _plots(report) if plot],
     )
     return _clean(page)
+
+
+def write_page(
+    path: Path,
+    title: str,
+    labels: Mapping[str, str],
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    notes: Sequence[str],
+    plots: Sequence[plots.Plot],
+) -> None:
+    """Write one HTML page of the same kind with one table, `notes` under it and `plots`."""
+    values = {"title": title, "labels": labels, "heads": heads, "rows": rows, "notes": notes, "plots": plots}
+    _write(path, _clean(_template("page.html.jinja").render(values)))
 
 
 def render_table(report: ParityReport, console: Console) -> None:
@@ -353,14 +373,17 @@ def _plots(report: ParityReport) -> list[plots.Plot | None]:
 
 
 @cache
-def _template() -> Template:
+def _template(name: str) -> Template:
     import jinja2
 
-    source = Path(__file__).with_name("parity.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return environment.from_string(source)
+    return environment.get_template(name)
 
 
 def _write(path: Path, text: str) -> None:

@@ -25,6 +25,7 @@ from arriero.graphs.passes.store_weights import WeightStore
 from arriero.graphs.passes.widen_weights import keep_weights, widen_weights
 from arriero.graphs.weights import Progress
 from arriero.profiles.recipe import Scheme
+from arriero.profiles.roundings import Roundings
 
 WeightTable = dict[str, dict[str, Any]]
 
@@ -36,8 +37,10 @@ def lower_text(
     assignment: Mapping[str, Scheme],
     out_dir: Path,
     progress: Progress | None = None,
+    roundings: Roundings | None = None,
 ) -> WeightTable:
-    """Lower the text decoder. `assignment` is `Profile.assign` over the checkpoint's tensors.
+    """Lower the text decoder. `assignment` is `Profile.assign` over the checkpoint's tensors, `roundings` what
+    calibration found for those that round by gptq.
 
     Inputs: `inputs_embeds`, `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` [B, K, C, D] and, for the
     chunked and the global layers, `{chunk,global}_seqlens_k` i32 [B] and `{chunk,global}_total` i32 [1]. Outputs as in
@@ -51,7 +54,7 @@ def lower_text(
         _expect("MoE", replace_dispatch_with_moe(model, store), len(config.text.moe_layers))
         replace_linear(model, store)
 
-    return _lower("text", canonical, rewrite, checkpoint, assignment, out_dir, progress)
+    return _lower("text", canonical, rewrite, checkpoint, assignment, out_dir, progress, roundings)
 
 
 def lower_vision(
@@ -61,9 +64,10 @@ def lower_vision(
     assignment: Mapping[str, Scheme],
     out_dir: Path,
     progress: Progress | None = None,
+    roundings: Roundings | None = None,
 ) -> WeightTable:
     """Lower the vision tower and projector; the signature stays."""
-    return _lower("vision", canonical, replace_linear, checkpoint, assignment, out_dir, progress)
+    return _lower("vision", canonical, replace_linear, checkpoint, assignment, out_dir, progress, roundings)
 
 
 def lower_embed(
@@ -73,9 +77,10 @@ def lower_embed(
     assignment: Mapping[str, Scheme],
     out_dir: Path,
     progress: Progress | None = None,
+    roundings: Roundings | None = None,
 ) -> WeightTable:
     """Lower the embedding merge; the signature stays, and the table keeps the checkpoint's dtype."""
-    return _lower("embed", canonical, lambda model, store: None, checkpoint, assignment, out_dir, progress)
+    return _lower("embed", canonical, lambda model, store: None, checkpoint, assignment, out_dir, progress, roundings)
 
 
 def _lower(
@@ -86,9 +91,10 @@ def _lower(
     assignment: Mapping[str, Scheme],
     out_dir: Path,
     progress: Progress | None,
+    roundings: Roundings | None,
 ) -> WeightTable:
     model = canonical.clone()
-    store = WeightStore(model.graph, checkpoint, assignment)
+    store = WeightStore(model.graph, checkpoint, assignment, roundings)
     rewrite(model, store)
     Sequential(tidy.RemoveUnusedNodesPass())(model)
     widen_weights(model, store)

@@ -81,7 +81,8 @@ def _weights(store: WeightStore, gate_up: str, down: str) -> tuple[str, list[ir.
             expected="both exact, or both with one block and accuracy_level",
         )
     packed = [(*shape[:2], shape[2] * scheme.bits // 8) for shape, scheme in ((fc1, first), (fc2, second))]
-    fc1_values = store.quantized_rows(gate_up, first, fc1, packed[0], fc1_rows)
+    order = np.arange(double).reshape(2, -1).T.reshape(-1)  # as `_interleave` orders rows
+    fc1_values = store.quantized_rows(gate_up, first, fc1, packed[0], fc1_rows, order)
     fc2_values = store.quantized_rows(down, second, fc2, packed[1], fc2_rows)
     attributes: Attributes = {
         "expert_weight_bits": first.bits,

@@ -16,8 +16,9 @@ from arriero.errors import ArrieroError
 from arriero.graphs import weights
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.weights import Group, Progress, Spec
-from arriero.profiles.quantize import quantize
+from arriero.profiles.quantize import check_block, quantize
 from arriero.profiles.recipe import IntBlock, Scheme
+from arriero.profiles.roundings import Roundings
 
 DTYPES = {
     "F32": ir.DataType.FLOAT,
@@ -29,10 +30,19 @@ Rows = Callable[[], Iterable[np.ndarray]]
 
 
 class WeightStore:
-    """New initialisers of `graph`, promised now, written by `write`; `schemes` says how each tensor is stored."""
+    """New initialisers of `graph`, promised now, written by `write`; `schemes` says how each tensor is stored.
 
-    def __init__(self, graph: ir.Graph, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> None:
-        self.graph, self.checkpoint, self.schemes = graph, checkpoint, schemes
+    Tensors whose scheme rounds by calibration are taken from `roundings`.
+    """
+
+    def __init__(
+        self,
+        graph: ir.Graph,
+        checkpoint: Checkpoint,
+        schemes: Mapping[str, Scheme],
+        roundings: Roundings | None = None,
+    ) -> None:
+        self.graph, self.checkpoint, self.schemes, self.roundings = graph, checkpoint, schemes, roundings
         self.table: dict[str, dict[str, Any]] = {}
         self._groups: list[Group] = []
 
@@ -68,16 +78,20 @@ class WeightStore:
         shape: tuple[int, ...],
         packed_shape: tuple[int, ...],
         rows: Rows | None = None,
+        order: np.ndarray | None = None,
     ) -> tuple[ir.Value, ir.Value]:
         """Initialisers `name.packed` u8 `packed_shape` and `name.scales` f32 [..., N, J] of a matrix of `shape`.
 
         `shape` is [..., N, K]; `rows()` gives f32 pieces [..., K] in order, by default the checkpoint's own rows.
+        `order` [N] is the order in which `rows` gives them; calibrated roundings are stored in the checkpoint's.
         """
         bits, block = scheme.bits, scheme.block
-        if shape[-1] % block:
-            quantize(np.zeros((1, shape[-1]), np.float32), bits=bits, block=block, name=name)  # raises, early
+        check_block(shape[-1], block, name)
 
         def pieces() -> Iterator[tuple[np.ndarray, ...]]:
+            if scheme.rounding != "nearest":
+                yield from self._calibrated(name, scheme, order)
+                return
             for piece in (rows or (lambda: self._rows(name)))():
                 result = quantize(piece, bits=bits, block=block, name=name)
                 yield result.packed, result.scales
@@ -86,7 +100,8 @@ class WeightStore:
             Spec(f"{name}.packed", "U8", packed_shape),
             Spec(f"{name}.scales", "F32", (*shape[:-1], shape[-1] // block)),
         ]
-        packed, scales = self._promise(specs, f"int{bits} block {block}", pieces)
+        label = f"int{bits} block {block}" + ("" if scheme.rounding == "nearest" else f" {scheme.rounding}")
+        packed, scales = self._promise(specs, label, pieces)
         return packed, scales
 
     def write(self, folder: Path, location: str, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
@@ -132,6 +147,17 @@ class WeightStore:
             values.append(value)
         self._groups.append(Group(tuple(specs), pieces))
         return values
+
+    def _calibrated(
+        self, name: str, scheme: IntBlock, order: np.ndarray | None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        if self.roundings is None or name not in self.roundings:
+            raise ArrieroError("calibration gave no rounding for this tensor", where=name, remedy="Build it again")
+        found = self.roundings.read(name, scheme.bits, scheme.block)
+        stacked = found.packed.ndim == 3
+        for number in range(len(found.packed)) if stacked else (slice(None),):
+            packed, scales = found.packed[number], found.scales[number]
+            yield (packed, scales) if order is None else (packed[order], scales[order])
 
     def _rows(self, name: str) -> Iterator[np.ndarray]:
         for start, stop in self._spans(name):

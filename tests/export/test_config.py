@@ -109,7 +109,11 @@ BAD = {
         "onnxruntim\n",
         r":7: targets\[0\].backend: 'onnxruntim' .*Did you mean 'onnxruntime'",
     ),
-    "profile": ("profile: int8", "profile: in8", r":8: .*no profile 'in8'; expected one of fp32, int8.*mean 'int8'\?"),
+    "profile": (
+        "profile: int8",
+        "profile: in8",
+        r":8: .*no profile 'in8'; expected one of fp32, .*int8, .*mean 'int8'\?",
+    ),
     "profile path": (
         "profile: int8",
         "profile: a/b.yaml",

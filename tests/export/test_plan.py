@@ -15,10 +15,10 @@ from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.export.config import load_build
 from arriero.export.plan import GRAPH_DISK, Plan, kv_bytes, make_plan, stage_inputs
 from arriero.export.schema import BuildConfig
-from arriero.export.stages import Stage, WorkDir
+from arriero.export.stages import Stage, WorkDir, key_of
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
-from arriero.profiles.recipe import load_profile
+from arriero.profiles.recipe import load_profile, shipped
 from tests.toys import make_maverick_toy, make_scout_toy
 
 BUILD = """\
@@ -265,3 +265,29 @@ def test_keys_do_not_depend_on_the_process(folder):
     command = [sys.executable, "-c", code, str(folder / "build.yaml")]
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     assert subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.strip() == mine
+
+
+def test_a_calibration_set_without_images_is_refused(folder):
+    few = BUILD + "calibration: {set: embedded, samples: 3, seed: 11}\n"
+    with pytest.raises(Problems, match=r"calibration\.samples: a calibration set of 3 samples holds no images"):
+        make_plan(load(folder, few))
+    make_plan(load(folder, few.replace("[text, image]", "[text]")))
+
+
+def test_a_profile_that_calibrates_is_part_of_the_calibration_and_of_its_costs(folder):
+    rules = Path(shipped()["int4"]).read_text().replace("block: 64", "block: 32")
+    (folder / "small4.yaml").write_text(rules.replace("name: int4", "name: small4"))
+    plain, changed = load(folder), load(folder, BUILD.replace("profile: int8", "profile: small4.yaml"))
+    keys = []
+    for build in (plain, changed):
+        profiles = {target.profile: load_profile(target.profile) for target in build.targets}
+        keys.append(key_of("calibrate", stage_inputs(build, "content", profiles)["calibrate"]))
+    assert keys[0] != keys[1]
+    plan = make_plan(changed)
+    assert plan.targets[0].weights["int4"] > 0
+    assert plan.disk - 2 * GRAPH_DISK > sum(target.weights_bytes for target in plan.targets)
+
+
+def test_a_block_that_does_not_divide_is_refused_before_anything_is_built(folder):
+    with pytest.raises(Problems, match="32 input features do not divide into blocks of 64"):
+        make_plan(load(folder, BUILD.replace("profile: int8", "profile: int4")))

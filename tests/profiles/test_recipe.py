@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from arriero.errors import ArrieroError, Problems
-from arriero.profiles.recipe import Exact, IntBlock, Profile, load_profile, shipped
+from arriero.profiles.recipe import Exact, IntBlock, Profile, check_shapes, load_profile, shipped
 from tests.toys import make_maverick_toy, make_scout_toy
 
 LAYER = "language_model.model.layers.0"
@@ -117,5 +117,68 @@ def test_a_wrong_file_is_refused_with_its_place(tmp_path: Path, text: str, words
 
 
 def test_an_unknown_profile_names_the_shipped_ones() -> None:
-    with pytest.raises(ArrieroError, match="fp32, int8"):
+    with pytest.raises(ArrieroError, match=r"one of fp32, int4.*, int8, or the path"):
         load_profile("int9")
+
+
+GPTQ = {"kind": "int_block", "bits": 4, "block": 32, "accuracy_level": 0, "rounding": "gptq"}
+CALIBRATION = {"damping": 0.03, "minimum_tokens": 8, "below": "nearest", "reason": "because"}
+
+
+def calibrated(**changes: object) -> dict[str, object]:
+    rules = [selector(f"{LAYER}.self_attn.q_proj.weight", scheme=GPTQ)]
+    return {**MINIMAL, "rules": rules, "calibration": CALIBRATION, "thresholds": {"kl_over_naive": 0.5}, **changes}
+
+
+def test_a_profile_that_calibrates_says_how_and_what_it_must_beat() -> None:
+    assert Profile.model_validate(calibrated()).calibration is not None
+    with pytest.raises(ValueError, match="needs a `calibration` section"):
+        Profile.model_validate(calibrated(calibration=None))
+    for thresholds in ({}, {"kl_over_naive": 1.0}):
+        with pytest.raises(ValueError, match="must beat its naive form"):
+            Profile.model_validate(calibrated(thresholds=thresholds))
+    with pytest.raises(ValueError, match="the `calibration` section would do nothing"):
+        Profile.model_validate(calibrated(rules=[]))
+
+
+def test_the_naive_form_differs_in_nothing_but_rounding() -> None:
+    profile = Profile.model_validate(calibrated())
+    naive = profile.naive()
+    name = f"{LAYER}.self_attn.q_proj.weight"
+    scheme, plain = profile.assign([name])[name], naive.assign([name])[name]
+    assert isinstance(scheme, IntBlock)
+    assert plain == scheme.model_copy(update={"rounding": "nearest"})
+    assert naive.calibration is None
+    assert naive.naive() == naive
+
+
+@pytest.mark.parametrize("name", [name for name in shipped() if "int4" in name])
+def test_shipped_int4_profiles_calibrate_every_matrix_and_leave_nothing_else(name: str) -> None:
+    profile = load_profile(name)
+    assert profile.thresholds["kl_over_naive"] == 0.5
+    assert profile.thresholds["task_accuracy_drop"] == 0.02
+    tensors = [f"{LAYER}.self_attn.k_proj.weight", f"{LAYER}.feed_forward.experts.down_proj"]
+    others = ["language_model.model.norm.weight", "language_model.model.embed_tokens.weight"]
+    schemes = profile.assign([*tensors, *others])
+    found = [schemes[one] for one in tensors]
+    assert all(isinstance(scheme, IntBlock) and scheme.rounding == "gptq" for scheme in found)
+    assert all(isinstance(schemes[one], Exact) for one in others)
+
+
+def test_what_cannot_be_done_is_refused_before_anything_runs() -> None:
+    rules = [selector("re:.*", scheme={**GPTQ, "block": 64})]
+    profile = Profile.model_validate(calibrated(rules=rules))
+    shapes = {
+        f"{LAYER}.self_attn.q_proj.weight": (64, 96),
+        f"{LAYER}.feed_forward.experts.down_proj": (4, 32, 64),
+        "language_model.lm_head.weight": (160, 64),
+        "language_model.model.norm.weight": (64,),
+    }
+    with pytest.raises(Problems) as caught:
+        check_shapes(profile, shapes)
+    told = str(caught.value)
+    assert f"{LAYER}.self_attn.q_proj.weight: 96 input features do not divide into blocks of 64" in told
+    assert f"{LAYER}.feed_forward.experts.down_proj: 32 input features do not divide into blocks of 64" in told
+    assert "language_model.lm_head.weight: calibration sees no inputs of this tensor" in told
+    assert "language_model.model.norm.weight: a vector has no blocks" in told
+    check_shapes(Profile.model_validate(calibrated()), {f"{LAYER}.self_attn.q_proj.weight": (64, 96)})

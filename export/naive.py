@@ -1,0 +1,95 @@
+"""A calibrated bundle against its own naive form: what calibration is worth, measured before the bundle may ship."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from arriero.profiles.recipe import OVER_NAIVE
+from arriero.runtimes.metrics import kl_per_token
+from arriero.runtimes.onnxruntime import OrtBackend
+from arriero.runtimes.processor import Processor
+from arriero.runtimes.report import ParityReport, Row, judge
+from arriero.runtimes.session import Session
+
+if TYPE_CHECKING:
+    from arriero.runtimes.parity import ParityCase
+
+
+def measure_naive(
+    reference: Session,
+    lowered: Path,
+    lower_text: Callable[[Path], object],
+    cases: Sequence[ParityCase],
+    folder: Path,
+    progress: Callable[[int, int], None],
+) -> float:
+    """Mean KL over the tokens of `cases`, prompt and answer, of the naive form: `lowered` with another text graph.
+
+    `lower_text` writes that graph with its weights into the folder it is given, which lies in `folder` and is gone
+    afterwards. The ids are the ones that parity forces through the calibrated form.
+    """
+    naive = folder / "naive"
+    shutil.rmtree(naive, ignore_errors=True)
+    naive.mkdir()
+    lower_text(naive)
+    for part in ("embed", "vision"):
+        for name in (f"{part}.onnx", f"weights/{part}.safetensors"):
+            if (lowered / name).is_file():
+                _link(lowered / name, naive / name)
+    spec = reference.spec
+    with Session(OrtBackend(naive, spec), Processor(lowered / "tokenizer", spec)) as session:
+        kl = mean_kl(reference, session, cases, progress)
+    shutil.rmtree(naive)
+    return kl
+
+
+def mean_kl(
+    reference: Session, candidate: Session, cases: Sequence[ParityCase], progress: Callable[[int, int], None]
+) -> float:
+    """Mean KL(reference || candidate) in nats over every token of prompt and answer of `cases`."""
+    total, tokens = 0.0, 0
+    for done, case in enumerate(cases, 1):
+        prompt = reference.encode(case.prompt, list(case.images))
+        ids = np.concatenate([prompt.input_ids, reference.processor.tokenize(case.answer)])
+        left, right = (side.logits(ids, prompt.pixel_values).logits[0] for side in (reference, candidate))
+        total, tokens = total + float(kl_per_token(left, right).sum()), tokens + len(ids)
+        progress(done, len(cases))
+    return total / tokens
+
+
+def with_naive(report: ParityReport, naive_kl: float | None, thresholds: Mapping[str, float]) -> ParityReport:
+    """`report` with the rows that say by how much it beats its naive form, whose mean KL is `naive_kl`.
+
+    None: the profile does not calibrate, so it is its own naive form and has nothing to beat. A threshold above 1
+    counts as 1: what is worse than its naive form does not ship.
+    """
+    if naive_kl is None:
+        return report
+    kl = next(row.value for row in report.rows if row.metric == "logits_kl_mean")
+    assert kl is not None
+    over = kl / naive_kl if naive_kl > 0 else float(kl > 0)
+    detail = f"calibrated {kl:.3g} nat, naive {naive_kl:.3g} nat: {1 / over:.3g} times closer" if over else "both exact"
+    rows = (
+        judge("naive_kl_mean", naive_kl, None, "the same tensors, bits and blocks, rounded to nearest"),
+        judge(OVER_NAIVE, over, min(1.0, thresholds.get(OVER_NAIVE, 1.0)), detail),
+    )
+    return replace(report, rows=(*report.rows, *rows))
+
+
+def recorded_rows(report: ParityReport) -> tuple[Row, ...]:
+    """The rows of a recorded report that only a build can measure."""
+    return tuple(row for row in report.rows if row.metric in (OVER_NAIVE, "naive_kl_mean"))
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,138 @@
+"""What profiles say, for people and machines: the list, one in full, why a tensor is stored so, two compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arriero.errors import ArrieroError
+from arriero.profiles.recipe import Exact, IntBlock, Keep, Profile, Rule, Scheme, load_profile, shipped
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def list_profiles() -> list[dict[str, Any]]:
+    """Every shipped profile: name, version, description, whether it calibrates."""
+    profiles = [load_profile(name) for name in shipped()]
+    return [
+        {
+            "name": profile.name,
+            "version": profile.version,
+            "description": profile.description,
+            "calibrates": profile.calibration is not None,
+        }
+        for profile in profiles
+    ]
+
+
+def tell_scheme(scheme: Scheme) -> str:
+    """A scheme in one phrase."""
+    if not isinstance(scheme, IntBlock):
+        return "exact"
+    activations = "int8 activations" if scheme.accuracy_level == 4 else "float32 activations"
+    rounding = "" if scheme.rounding == "nearest" else f", {scheme.rounding}"
+    return f"int{scheme.bits} in blocks of {scheme.block}, {activations}{rounding}"
+
+
+def explain(profile: Profile, tensor: str) -> dict[str, Any]:
+    """Which selector of `profile` decides `tensor`, its reason, and the selectors after it that would match too.
+
+    Raises ArrieroError when no selector does.
+    """
+    hits = [selector for selector in profile.selectors if selector.hits(tensor)]
+    if not hits:
+        raise ArrieroError(
+            f"no selector of profile `{profile.name}` decides this tensor",
+            where=tensor,
+            expected="a tensor's whole name, such as language_model.model.layers.0.self_attn.q_proj.weight",
+        )
+    first = hits[0]
+    return {
+        "profile": profile.name,
+        "tensor": tensor,
+        "stored": tell_scheme(_scheme(first)),
+        "selector": first.match,
+        "reason": " ".join(first.reason.split()),
+        "overruled": [selector.match for selector in hits[1:]],
+    }
+
+
+def diff(left: Profile, right: Profile) -> list[dict[str, str | None]]:
+    """What differs: thresholds, calibration, and each selector's scheme; the side that lacks it is None."""
+    a, b = _facts(left), _facts(right)
+    return [
+        {"what": what, "left": a.get(what), "right": b.get(what)}
+        for what in dict.fromkeys([*a, *b])
+        if a.get(what) != b.get(what)
+    ]
+
+
+def show_profile(profile: Profile, console: Console) -> None:
+    """Print a profile with every selector's reason."""
+    from rich.table import Table
+
+    console.print(f"[bold]{profile.name}[/] version {profile.version}: {profile.description}", highlight=False)
+    limits = ", ".join(f"{name} {value:g}" for name, value in profile.thresholds.items())
+    console.print(f"[dim]thresholds[/] {limits or 'none'}", highlight=False)
+    if profile.calibration is not None:
+        rule = profile.calibration
+        console.print(
+            f"[dim]calibration[/] damping {rule.damping:g}; experts below {rule.minimum_tokens} tokens: {rule.below}. "
+            f"{' '.join(rule.reason.split())}",
+            highlight=False,
+        )
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("selector", "stored", "reason"):
+        table.add_column(column, overflow="fold")
+    for selector in profile.selectors:
+        table.add_row(_escape(selector.match), tell_scheme(_scheme(selector)), " ".join(selector.reason.split()))
+    console.print(table)
+
+
+def show_rows(rows: list[dict[str, Any]], console: Console) -> None:
+    """Print dictionaries of the same keys as a table."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in rows[0] if rows else ():
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(_escape(_cell(value)) for value in row.values()))
+    console.print(table)
+
+
+def open_profile(name: str) -> Profile:
+    """A shipped profile, one from a file, or the one that a published bundle's manifest names."""
+    manifest = Path(name) / "manifest.json"
+    if not manifest.is_file():
+        return load_profile(name)
+    from arriero.runtimes.manifest import Manifest
+
+    return load_profile(Manifest.read(Path(name)).target.profile)
+
+
+def _scheme(selector: Keep | Rule) -> Scheme:
+    return selector.scheme if isinstance(selector, Rule) else Exact()
+
+
+def _facts(profile: Profile) -> dict[str, str]:
+    facts = {"version": str(profile.version), "description": profile.description}
+    facts |= {f"thresholds.{name}": f"{value:g}" for name, value in profile.thresholds.items()}
+    if profile.calibration is not None:
+        facts |= {f"calibration.{name}": str(value) for name, value in profile.calibration.model_dump().items()}
+    for selector in profile.selectors:
+        facts[selector.match] = f"{tell_scheme(_scheme(selector))}: {' '.join(selector.reason.split())}"
+    return facts
+
+
+def _cell(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "–", True: "yes", False: "no"}[value]
+    return str(value)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
