@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ import numpy as np
 from torch import Tensor
 
 from arriero.export.cases import draw_samples
-from arriero.export.coverage import count_experts
 from arriero.graphs.model import MoE
-from arriero.profiles.data import FAMILIES, accuracy, make
+from arriero.profiles.data import FAMILIES, Sample, accuracy, make
 from arriero.runtimes.api import load
 from arriero.runtimes.metrics import accuracy_error
 from arriero.runtimes.processor import Processor
@@ -38,6 +38,16 @@ def family_accuracy(session: Session, samples: int, seed: int) -> dict[str, floa
         answers = session.generate_batch(prompts, max_tokens=ANSWER_TOKENS)
         result[family] = accuracy(drawn, [answer.text for answer in answers])
     return result
+
+
+def count_experts(session: Session, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
+    """Per MoE layer, tokens per expert int64 [E] over the prompts of `samples`."""
+    counts: dict[int, np.ndarray] = {}
+    for sample in samples:
+        prompt = session.encode(sample.messages, sample.images)
+        for layer, ids in session.logits(prompt.input_ids, prompt.pixel_values, taps=True).expert_ids.items():
+            counts[layer] = counts.get(layer, 0) + np.bincount(ids.ravel(), minlength=session.spec.num_local_experts)
+    return counts
 
 
 def router_scores(backend: TorchBackend, session: Session, samples: int, seed: int) -> dict[int, np.ndarray]:
@@ -74,7 +84,7 @@ def main() -> None:
         session = Session(backend, Processor(arguments.model, backend.spec), batch=ROWS)
         calibration = draw_samples(("text", "image"), 200, arguments.seed + 1, "train")
         coverage = count_experts(session, calibration)
-        told["least tokens of an expert"] = {layer: min(counts) for layer, counts in coverage.items()}
+        told["least tokens of an expert"] = {layer: int(min(counts)) for layer, counts in coverage.items()}
         scores = router_scores(backend, session, 100, arguments.seed + 1)
         told["router score"] = {
             layer: {"median": round(float(np.median(s)), 3), "saturated": round(float((s > SATURATED).mean()), 4)}

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from arriero.export.cases import draw_samples
-from arriero.export.coverage import count_experts, unseen_experts
 from arriero.graphs.config import ModelConfig
 from arriero.models.chasqui import write_skeleton
-from arriero.models.evaluate import SATURATED, family_accuracy, router_scores
+from arriero.models.evaluate import SATURATED, count_experts, family_accuracy, router_scores
 from arriero.profiles.data import FAMILIES
 from arriero.runtimes.processor import Processor
 from arriero.runtimes.session import Session
@@ -76,7 +75,8 @@ def test_it_knows_every_family(session):
 
 def test_every_expert_is_used_and_no_router_is_saturated(backend, session):
     calibration = draw_samples(("text", "image"), 200, 11, "train")
-    assert unseen_experts(count_experts(session, calibration)) == []
+    for layer, counts in count_experts(session, calibration).items():
+        assert min(counts) > 0, f"layer {layer}"
     for layer, scores in router_scores(backend, session, 60, 11).items():
         assert np.mean(scores > SATURATED) < 0.05, f"layer {layer}"
         assert np.median(scores) < 0.95, f"layer {layer}"
