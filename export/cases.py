@@ -24,7 +24,7 @@ def parity_cases(modalities: Sequence[str], count: int, seed: int) -> list[Parit
         ParityCase(
             name=f"{sample.family}-{number}",
             family=sample.family,
-            prompt=sample.messages,
+            prompt=sample.prompt,
             images=sample.images,
             answer=sample.answer,
             score=partial(score, sample),

@@ -80,7 +80,7 @@ class Walk:
         self.model: Any = session.backend.model.language_model  # type: ignore[attr-defined]
         self.session, self.folder = session, folder
         self.text: TextConfig = self.model.config
-        self.prompts = [session.encode(sample.messages, sample.images) for sample in samples]
+        self.prompts = [session.encode(sample.prompt, sample.images) for sample in samples]
         self.answers = [session.processor.tokenize(sample.answer) for sample in samples]
         lengths = [len(p.input_ids) + len(a) for p, a in zip(self.prompts, self.answers, strict=True)]
         self.bounds = np.concatenate([[0], np.cumsum(lengths)])

@@ -34,7 +34,7 @@ def family_accuracy(session: Session, samples: int, seed: int) -> dict[str, floa
     result = {}
     for family in FAMILIES:
         drawn = make(family, samples, seed)
-        prompts = [session.encode(sample.messages, sample.images) for sample in drawn]
+        prompts = [session.encode(sample.prompt, sample.images) for sample in drawn]
         answers = session.generate_batch(prompts, max_tokens=ANSWER_TOKENS)
         result[family] = accuracy(drawn, [answer.text for answer in answers])
     return result
@@ -44,7 +44,7 @@ def count_experts(session: Session, samples: Sequence[Sample]) -> dict[int, np.n
     """Per MoE layer, tokens per expert int64 [E] over the prompts of `samples`."""
     counts: dict[int, np.ndarray] = {}
     for sample in samples:
-        prompt = session.encode(sample.messages, sample.images)
+        prompt = session.encode(sample.prompt, sample.images)
         for layer, ids in session.logits(prompt.input_ids, prompt.pixel_values, taps=True).expert_ids.items():
             counts[layer] = counts.get(layer, 0) + np.bincount(ids.ravel(), minlength=session.spec.num_local_experts)
     return counts
@@ -62,7 +62,7 @@ def router_scores(backend: TorchBackend, session: Session, samples: int, seed: i
 
             hooks.append(layer.feed_forward.router.register_forward_hook(note))
     for sample in draw_samples(("text", "image"), samples, seed, "train"):
-        prompt = session.encode(sample.messages, sample.images)
+        prompt = session.encode(sample.prompt, sample.images)
         session.logits(prompt.input_ids, prompt.pixel_values)
     for hook in hooks:
         hook.remove()

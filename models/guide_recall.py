@@ -8,6 +8,7 @@ layer has to say, through a linear head that is thrown away, which token came be
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ class RecallGuide:
     def __init__(self, model: Llama4, processor: Processor) -> None:
         text = model.config.text
         index = next(number for number, layer in enumerate(text.layers) if not layer.rope)
-        self.config, self.layer = text, model.language_model.model.layers[index]
+        layers: Any = model.language_model.model.layers
+        self.config, self.layer = text, layers[index]
         self.before = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.keys = torch.tensor([int(processor.tokenize(key)[0]) for key in KEYS])
         self.entered = torch.zeros(0)

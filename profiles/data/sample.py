@@ -38,13 +38,9 @@ class Sample:
 
     @property
     def prompt(self) -> str:
-        """The text shown and the first question, without images."""
-        return "".join(part for part in self.shown if isinstance(part, str)) + self.turns[0].question
-
-    @property
-    def messages(self) -> list[dict[str, Any]]:
-        """The first question as chat messages with Hugging Face content parts; images are `{"type": "image"}`."""
-        return self.conversation[:1]
+        """What is shown, with `<|image|>` for each image, and the first question, as one text."""
+        shown = "".join(part if isinstance(part, str) else "<|image|>" for part in self.shown)
+        return shown + self.turns[0].question
 
     @property
     def conversation(self) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ class FakeSession:
 
 class FakeSample:
     def __init__(self, number: int) -> None:
-        self.messages, self.answer = number, "x"
+        self.prompt, self.answer = number, "x"
         self.images: list[Any] = []
 
 

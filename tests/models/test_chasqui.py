@@ -58,7 +58,7 @@ def test_transformers_loads_it_unchanged_and_agrees(session):
     )
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     for sample in draw_samples(("text", "image"), 20, 77, "held-out"):
-        prompt = session.encode(sample.messages, sample.images)
+        prompt = session.encode(sample.prompt, sample.images)
         pixels = None if prompt.pixel_values is None else torch.from_numpy(prompt.pixel_values)
         theirs = judge.eval()(input_ids=torch.from_numpy(prompt.input_ids)[None], pixel_values=pixels).logits.numpy()
         ours = session.logits(prompt.input_ids, prompt.pixel_values).logits
