@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from arriero.export.build import Build
+from arriero.export.cli import app
 from arriero.export.config import load_build
+from arriero.profiles.data import make, score
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,3 +36,11 @@ def test_the_embedding_example_answers(workplace, monkeypatch, capsys):
     first, second = capsys.readouterr().out.split(" s to the first token\n")
     assert first.startswith("42 stop")
     assert re.fullmatch(r"a \w+ \w+ at the [\w ]+\.?", second.strip())
+
+
+def test_a_held_out_image_question_is_answered_by_the_command(workplace, tmp_path, capsys):
+    sample = make("colour", 1, 4242)[0]
+    Image.fromarray(sample.images[0]).save(tmp_path / "scene.png")
+    question, bundle = sample.turns[0].question, str(workplace / "bundles" / "portable-int8")
+    app(["run", bundle, question, "--image", str(tmp_path / "scene.png")], standalone_mode=False)
+    assert score(sample, capsys.readouterr().out)
