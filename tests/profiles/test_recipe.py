@@ -35,7 +35,7 @@ def test_a_shipped_profile_decides_every_tensor_of_every_shape(tmp_path: Path, t
     if name == "fp32":
         assert not quantized
         return
-    kept = ("router", "norm", "embed", "lm_head", "vision_model", "multi_modal_projector")
+    kept = ("router", "self_attn", "norm", "embed", "lm_head", "vision_model", "multi_modal_projector")
     assert quantized == {tensor for tensor in names if not any(word in tensor for word in kept)}
     assert all(scheme.accuracy_level == 4 for scheme in assigned.values() if isinstance(scheme, IntBlock))
 
