@@ -93,7 +93,7 @@ def test_the_plan_of_a_finished_build_says_so(workshop):
     assert planned["done"]
     assert [target["name"] for target in planned["targets"]] == ["fp32", "int8"]
     exact, rounded = (target["weights_bytes"] for target in planned["targets"])
-    assert rounded < 0.65 * exact  # the vision tower and the embedding table stay as they are
+    assert rounded < 0.75 * exact  # attention, the vision tower and the embedding table stay as they are
     assert "fp32" in arriero("plan", workshop / "build.yaml").out
 
 
