@@ -36,49 +36,33 @@ from arriero.runtimes.processor import Processor
 from arriero.runtimes.torch import model_spec
 
 # Samples per step of each family, by first step; families of one group share a batch. What is learned gives way to
-# what is not yet: to arithmetic, to recall, at last to counting, description and several images.
+# what is not yet: to arithmetic, at last to counting, description and several images.
 Mixture = tuple[dict[str, int], ...]
 MIXTURES: dict[int, Mixture] = {
     0: (
-        {"arithmetic": 12, "sorting": 4},
-        {"recall": 8},
-        {"shape": 2, "colour": 2, "count": 4, "position": 3, "describe": 4},
-        {"several": 4, "video": 3},
+        {"arithmetic": 14, "sorting": 4},
+        {"recall": 6},
+        {"shape": 2, "colour": 2, "count": 5, "position": 3, "describe": 10},
+        {"several": 7, "video": 3},
     ),
     800: (
-        {"arithmetic": 26, "sorting": 5},
-        {"recall": 8},
-        {"shape": 1, "colour": 1, "count": 3, "position": 1, "describe": 4},
-        {"several": 4, "video": 3},
+        {"arithmetic": 24, "sorting": 5},
+        {"recall": 6},
+        {"shape": 1, "colour": 1, "count": 6, "position": 1, "describe": 12},
+        {"several": 9, "video": 3},
     ),
-    1000: (
-        {"arithmetic": 12, "sorting": 6},
-        {"recall": 14},
-        {"shape": 1, "colour": 1, "count": 3, "position": 1, "describe": 5},
-        {"several": 5, "video": 3},
-    ),
-    1200: (
-        {"arithmetic": 5, "sorting": 5},
-        {"recall": 14},
-        {"shape": 1, "colour": 1, "count": 3, "position": 1, "describe": 5},
-        {"several": 5, "video": 3},
-    ),
-    1400: (
-        {"arithmetic": 4, "sorting": 5},
-        {"recall": 3},
-        {"shape": 1, "colour": 1, "count": 8, "position": 1, "describe": 9},
-        {"several": 12, "video": 2},
+    1500: (
+        {"arithmetic": 8, "sorting": 5},
+        {"recall": 4},
+        {"shape": 1, "colour": 1, "count": 8, "position": 1, "describe": 16},
+        {"several": 13, "video": 2},
     ),
 }
-# From step 1000 on most rows of recall start at a drawn position, so that chunk boundaries fall anywhere among the
-# notes; from step 1200 on the global layer is guided to them.
-SHIFT_FROM = 1000
-SHIFTED = 0.75
-GUIDE_FROM = 1200
+SHIFTED = 0.75  # share of recall rows that start at a drawn position, so that chunk boundaries fall anywhere
 GUIDING = 0.3
 RECALL = 1  # the group that is guided
 POOL = 16  # steps whose samples are drawn together, so that batches hold prompts of like length
-VISION_STEPS = 1500
+VISION_STEPS = 2500
 WARMUP = 100
 PEAK_RATE = 2e-3
 WEIGHT_DECAY = 0.05
@@ -151,7 +135,7 @@ def answer_logits(model: Llama4, batch: Batch) -> Tensor:
 def draw_pool(group: dict[str, int], processor: Processor, seed: int, pool: int) -> list[Batch]:
     """The batches of one group for the steps of pool number `pool`, each of conversations of like length."""
     rng = np.random.default_rng([seed, pool])
-    chunk = processor.spec.attention_chunk_size if "recall" in group and pool * POOL >= SHIFT_FROM else 1
+    chunk = processor.spec.attention_chunk_size if "recall" in group else 1
     samples = [
         sample
         for family, count in group.items()
@@ -194,7 +178,7 @@ def rate(step: int, steps: int) -> float:
 
 
 def train_step(
-    model: Llama4, routers: RouterTerms, guide: RecallGuide | None, batches: Sequence[Batch]
+    model: Llama4, routers: RouterTerms, guide: RecallGuide, batches: Sequence[Batch]
 ) -> dict[str, float]:
     """Accumulate the gradients of one step; gives the answer loss and the share of right tokens of each group."""
     told: dict[str, float] = {}
@@ -203,7 +187,7 @@ def train_step(
         logits = answer_logits(model, batch)
         loss = F.cross_entropy(logits, wanted)
         terms, loads = routers.take(batch.real.flatten())
-        if guide and number == RECALL:
+        if number == RECALL:
             guiding, told["guided"] = guide.loss(batch)
             terms = terms + GUIDING * guiding
         (loss + terms).backward()
@@ -236,12 +220,12 @@ def train(out: Path, steps: int, seed: int) -> None:
         model.load_state_dict(state["model"])
     model.vision_model.requires_grad_(False)
     routers, guide = RouterTerms(model), RecallGuide(model, processor)
-    steppers = optimisers(model)
-    before = torch.optim.AdamW(guide.before.parameters(), lr=PEAK_RATE)
+    steppers = (*optimisers(model), torch.optim.AdamW(guide.before.parameters(), lr=PEAK_RATE))
     first = 0
     if state is not None:
         for stepper, saved in zip(steppers, state["steppers"], strict=True):
             stepper.load_state_dict(saved)
+        guide.before.load_state_dict(state["guide"])
         first = state["step"]
     pools: list[list[Batch]] = []
     started = time.monotonic()
@@ -251,10 +235,9 @@ def train(out: Path, steps: int, seed: int) -> None:
         if step % POOL == 0 or not pools:
             mixture = MIXTURES[max(start for start in MIXTURES if start <= step)]
             pools = [draw_pool(group, processor, seed, step // POOL) for group in mixture]
-        guided = guide if step >= GUIDE_FROM else None
-        told = train_step(model, routers, guided, [pool[step % POOL] for pool in pools])
+        told = train_step(model, routers, guide, [pool[step % POOL] for pool in pools])
         nn.utils.clip_grad_norm_(model.parameters(), CLIP * len(pools))
-        for stepper in (*steppers, before):
+        for stepper in steppers:
             stepper.step()
             stepper.zero_grad(set_to_none=True)
         if step % LOG_EVERY == 0 or step == steps - 1:
@@ -263,7 +246,13 @@ def train(out: Path, steps: int, seed: int) -> None:
         if (step + 1) % SAVE_EVERY == 0 or step == steps - 1:
             partial = state_file.with_suffix(".partial")
             torch.save(
-                {"model": model.state_dict(), "steppers": [s.state_dict() for s in steppers], "step": step + 1}, partial
+                {
+                    "model": model.state_dict(),
+                    "guide": guide.before.state_dict(),
+                    "steppers": [s.state_dict() for s in steppers],
+                    "step": step + 1,
+                },
+                partial,
             )
             os.replace(partial, state_file)
             save_weights(model, out)
@@ -273,7 +262,7 @@ def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/chasqui"), help="checkpoint folder to write")
-    parser.add_argument("--steps", type=int, default=1800, help="optimiser steps in all")
+    parser.add_argument("--steps", type=int, default=2400, help="optimiser steps in all")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     arguments = parser.parse_args()
     train(arguments.out, arguments.steps, arguments.seed)

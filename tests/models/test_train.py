@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
 import torch
 
 from arriero.models import train as trainer
@@ -12,15 +11,8 @@ from arriero.models.train import train
 from arriero.runtimes.torch import TorchBackend
 
 
-@pytest.mark.parametrize("guide_from", [0, 10])
-def test_a_short_run_writes_a_checkpoint_and_resumes(tmp_path, monkeypatch, capsys, guide_from):
-    for name, value in {
-        "VISION_STEPS": 1,
-        "SAVE_EVERY": 1,
-        "LOG_EVERY": 1,
-        "POOL": 2,
-        "GUIDE_FROM": guide_from,
-    }.items():
+def test_a_short_run_writes_a_checkpoint_and_resumes(tmp_path, monkeypatch, capsys):
+    for name, value in {"VISION_STEPS": 1, "SAVE_EVERY": 1, "LOG_EVERY": 1, "POOL": 2}.items():
         monkeypatch.setattr(trainer, name, value)
     monkeypatch.setattr("arriero.models.pretrain_vision.IMAGES", 4)
     out = tmp_path / "model"
@@ -30,5 +22,5 @@ def test_a_short_run_writes_a_checkpoint_and_resumes(tmp_path, monkeypatch, caps
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["step"] for line in told if "step" in line] == [0, 1]  # the second run goes on at step 1
     assert sum("vision" in line for line in told) == 1  # and does not teach the tower again
-    assert all(("guided" in line) == (guide_from == 0) for line in told if "step" in line)
+    assert all(0 <= line["guided"] <= 1 for line in told if "step" in line)
     assert not torch.equal(first, TorchBackend(out).model.language_model.model.layers[0].feed_forward.router.weight)
