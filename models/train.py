@@ -177,9 +177,7 @@ def rate(step: int, steps: int) -> float:
     return PEAK_RATE * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
 
 
-def train_step(
-    model: Llama4, routers: RouterTerms, guide: RecallGuide, batches: Sequence[Batch]
-) -> dict[str, float]:
+def train_step(model: Llama4, routers: RouterTerms, guide: RecallGuide, batches: Sequence[Batch]) -> dict[str, float]:
     """Accumulate the gradients of one step; gives the answer loss and the share of right tokens of each group."""
     told: dict[str, float] = {}
     for number, batch in enumerate(batches):
