@@ -1,0 +1,197 @@
+"""Prefill and decode speed of bundles, and of llama.cpp beside them: interleaved, and held against the roofline.
+
+    python benchmarks/speed.py int8=bundles/portable-int8 int4=bundles/portable-int4
+    python benchmarks/speed.py int8=out/mini-int8 --llama-bench llama-bench --gguf Q8_0=mini-Q8_0.gguf
+
+Every contender lives in a process of its own and answers one round at a time, so that no two ever compute together;
+the order turns from round to round. What counts are ratios within a round: their median is printed, not the best. The
+roofline of decode is the bandwidth with which the same threads read a large buffer, measured in every round too, over
+the bytes of weights that one token touches (all of the decoder's matrices, and k of E experts).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1, "I8": 1, "I32": 4, "I64": 8}
+READ = 1 << 30  # bytes of the buffer whose reading is the roofline, beyond any cache
+
+
+class Bundle:
+    """A bundle in a worker process."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        command = [sys.executable, __file__, "--worker", str(path), "--threads", str(threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.ready = self._answer()
+        self.bytes_per_token = touched_bytes(json.loads((path / "manifest.json").read_text()))
+
+    def measure(self, prefill: int, decode: int) -> dict[str, float]:
+        """Tokens per second of one round."""
+        assert self.process.stdin is not None
+        print(json.dumps([prefill, decode]), file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, float]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the worker of {self.process.args} ended")
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+
+class LlamaCpp:
+    """A GGUF file under llama.cpp's own `llama-bench`, one process per round."""
+
+    def __init__(self, program: str, gguf: Path, threads: int, options: Sequence[str]) -> None:
+        self.command = [program, "-m", str(gguf), "-t", str(threads), "-r", "1", "-o", "jsonl", *options]
+        self.bytes_per_token = None
+        self.ready = {"load_s": math.nan, "rss_mib": math.nan}
+
+    def measure(self, prefill: int, decode: int) -> dict[str, float]:
+        """Tokens per second of one round."""
+        lines = subprocess.run(
+            [*self.command, "-p", str(prefill), "-n", str(decode)], check=True, capture_output=True, text=True
+        ).stdout.splitlines()
+        runs = [json.loads(line) for line in lines if line.startswith("{")]
+        return {"prefill" if run["n_prompt"] else "decode": float(run["avg_ts"]) for run in runs}
+
+
+def touched_bytes(manifest: dict[str, Any]) -> float:
+    """Bytes of weights that one token of decode reads."""
+    text = manifest["model"]["text"]
+    share = text["num_experts_per_tok"] / text["num_local_experts"] if text["num_local_experts"] else 1.0
+    return sum(
+        math.prod(entry["shape"]) * BYTES[entry["dtype"]] * (share if ".feed_forward.experts." in name else 1.0)
+        for name, entry in manifest["weights"].items()
+        if name.startswith("language_model.") and "embed_tokens" not in name
+    )
+
+
+def serve(bundle: Path, threads: int) -> None:
+    """The worker: opens the bundle, then answers a line `[prefill, decode]` with tokens per second."""
+    from arriero import load
+    from arriero.runtimes.processor import Prompt
+
+    started = time.perf_counter()
+    session = load(bundle, threads)
+    loaded = time.perf_counter() - started
+    rng = np.random.default_rng(0)
+    special = {session.spec.image_token_id, *session.spec.eos_token_ids}
+    ordinary = np.array([token for token in range(session.spec.vocab_size) if token not in special])
+
+    def round_of(prefill: int, decode: int) -> dict[str, float]:
+        start = time.perf_counter()
+        session.prefill(Prompt(rng.choice(ordinary, prefill), None))
+        prefilled = time.perf_counter() - start
+        state = session.prefill(Prompt(rng.choice(ordinary, 1), None))
+        start = time.perf_counter()
+        for token in rng.choice(ordinary, decode):
+            session.decode(state, int(token))
+        return {"prefill": prefill / prefilled, "decode": decode / (time.perf_counter() - start)}
+
+    round_of(16, 4)
+    print(json.dumps({"load_s": loaded, "rss_mib": resident_mib()}), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(round_of(*json.loads(line))), flush=True)
+
+
+def resident_mib() -> float:
+    """Resident memory of this process, in MiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def read_bandwidth(buffer: np.ndarray, threads: int) -> float:
+    """Bytes per second with which `threads` read `buffer` u64 [n] once."""
+    parts = np.array_split(buffer, threads)
+    workers = [threading.Thread(target=part.sum) for part in parts]
+    start = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return buffer.nbytes / (time.perf_counter() - start)
+
+
+def table(rounds: list[dict[str, dict[str, float]]], contenders: dict[str, Any], bandwidth: list[float]) -> Table:
+    """Medians over the rounds; ratios are taken round by round against the first contender."""
+    base = next(iter(contenders))
+    shown = Table(title=f"{len(rounds)} rounds; read bandwidth {statistics.median(bandwidth) / 1e9:.1f} GB/s")
+    columns = ("", "prefill tok/s", f"÷ {base}", "decode tok/s", f"÷ {base}", "of the roofline", "load s", "RSS MiB")
+    for column in columns:
+        shown.add_column(column, justify="left" if not column else "right")
+
+    def median(value: Callable[[int], float]) -> float:
+        return statistics.median(value(number) for number in range(len(rounds)))
+
+    for name, contender in contenders.items():
+        cells = [name]
+        for kind in ("prefill", "decode"):
+            cells.append(f"{median(lambda n, kind=kind, name=name: rounds[n][name][kind]):.1f}")
+            cells.append(f"{median(lambda n, kind=kind, name=name: rounds[n][name][kind] / rounds[n][base][kind]):.2f}")
+        touched = contender.bytes_per_token
+        share = None if touched is None else median(lambda n: rounds[n][name]["decode"] * touched / bandwidth[n])  # noqa: B023
+        cells.append("" if share is None else f"{100 * share:.0f} %")
+        cells += [f"{contender.ready['load_s']:.2f}", f"{contender.ready['rss_mib']:.0f}"]
+        shown.add_row(*cells)
+    return shown
+
+
+def main() -> None:
+    """Parse the command line, measure, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundles", nargs="*", metavar="NAME=BUNDLE", help="bundles; the first contender is the base")
+    parser.add_argument("--gguf", action="append", default=[], metavar="NAME=FILE", help="a peer's file for llama.cpp")
+    parser.add_argument("--llama-bench", default="llama-bench", help="llama.cpp's program")
+    parser.add_argument("--no-repack", action="store_true", help="also run every GGUF without llama.cpp's repacking")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of every contender")
+    parser.add_argument("--prefill", type=int, default=512, help="prompt tokens")
+    parser.add_argument("--decode", type=int, default=64, help="tokens decoded")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds")
+    parser.add_argument("--json", type=Path, help="also write every round there")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        serve(arguments.worker, arguments.threads)
+        return
+    contenders: dict[str, Any] = {}
+    for text in arguments.bundles:
+        name, _, path = text.partition("=")
+        contenders[name] = Bundle(Path(path), arguments.threads)
+    for text in arguments.gguf:
+        name, _, path = text.partition("=")
+        for suffix, options in [("", []), *([(" no repack", ["--no-repack"])] if arguments.no_repack else [])]:
+            contenders[name + suffix] = LlamaCpp(arguments.llama_bench, Path(path), arguments.threads, options)
+    if not contenders:
+        parser.error("name at least one bundle or --gguf")
+    buffer = np.ones(READ // 8, np.uint64)
+    rounds, bandwidth = [], []
+    for number in range(arguments.rounds):
+        bandwidth.append(read_bandwidth(buffer, arguments.threads))
+        names = list(contenders)
+        turned = names[number % len(names) :] + names[: number % len(names)]
+        rounds.append({name: contenders[name].measure(arguments.prefill, arguments.decode) for name in turned})
+    Console().print(table(rounds, contenders, bandwidth))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"bandwidth": bandwidth, "rounds": rounds}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
