@@ -76,6 +76,22 @@ def test_tiles_are_those_of_the_reference_processor(height, width, canvas, room)
     assert np.abs(tiles.pixel_values - expected).max() <= 2 / 255 + 2**-7
 
 
+@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize("size", [64, 336])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (128, 64), (100, 37), (37, 300), (337, 672), (1000, 700)])
+def test_tiles_are_those_of_hugging_faces_own_processor(height, width, size, largest):
+    try:
+        from transformers.models.llama4.image_processing_llama4 import Llama4ImageProcessor
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"needs a torchvision built for the CPU build of torch {torch.__version__}: {error}")
+    pixels = photo(height, width)
+    settings = {"size": {"height": size, "width": size}, "max_patches": 16, "resize_to_max_canvas": largest}
+    expected = Llama4ImageProcessor(**settings)(images=Image.fromarray(pixels), return_tensors="pt")
+    tiles = Tiler.parse({"image_processor_type": "Llama4ImageProcessor", **settings}, "test").tile(read_image(pixels))
+    assert [[tiles.rows, tiles.columns]] == expected["aspect_ratios"].tolist()
+    assert np.abs(tiles.pixel_values - expected["pixel_values"].float().numpy()).max() <= 2 / 255 + 2**-7
+
+
 def test_equal_pixels_where_nothing_is_resized():
     pixels = photo(56, 84)
     tiles = Tiler(size=28, max_patches=6).tile(read_image(pixels))
