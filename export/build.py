@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError, BelowThreshold, Problems
 from arriero.export.bundle import assemble, copy_tokenizer, is_current, write_manifest
-from arriero.export.plan import KV_BYTES, calibrating, make_plan, rounding_folder, stage_inputs
+from arriero.export.plan import calibrating, make_plan, rounding_folder, stage_inputs, thresholds
 from arriero.export.schema import BuildConfig, Target
 from arriero.export.stages import Stage, WorkDir, key_of, read_record
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
+from arriero.profiles.kv_cache import ITEM_BYTES, CacheScales, cache_scales, check_tokens
 from arriero.profiles.recipe import Profile, load_profile
 from arriero.profiles.roundings import Roundings
 from arriero.runtimes.manifest import link
@@ -109,7 +110,7 @@ class Build:
         partial_bundle = bundle.with_name(f"{bundle.name}.partial")
         assemble(lowered, partial_bundle)
         self.manifest(target, build, lowered, calibrated, partial_bundle)
-        proof = self.stage(parity, partial(self.prove, target, graph, lowered, partial_bundle))
+        proof = self.stage(parity, partial(self.prove, target, graph, calibrated, lowered, partial_bundle))
         for report in ("parity.json", "parity.html"):
             (partial_bundle / report).write_bytes((proof / report).read_bytes())
         self.manifest(target, build, lowered, calibrated, partial_bundle)
@@ -147,6 +148,8 @@ class Build:
         reference = open_reference(self.config.model, self.model.vision is None)
         profiles = {rounding_folder(profile): profile for profile in calibrating(self.profiles)}
         walk = Walk(reference, samples, folder, second=bool(profiles))
+        if any(target.kv_cache == "int8" for target in self.config.targets):
+            check_tokens(walk.tokens)
         Calibration(walk, self.checkpoint, profiles, folder, self.watch).run()
 
     def lower(self, target: Target, graph: Path, calibrated: Path, folder: Path) -> None:
@@ -154,10 +157,17 @@ class Build:
         compiler = import_module(f"arriero.export.compile.{target.backend}")
         profile = self.profiles[target.profile]
         roundings = Roundings(calibrated / rounding_folder(profile))
-        weights = self.lower_parts(target, self.parts, profile, roundings, graph, folder)
+        cache = self.cache_scales(target, calibrated)
+        weights = self.lower_parts(target, self.parts, profile, roundings, cache, graph, folder)
         copy_tokenizer(self.config.model, folder / "tokenizer")
         tools = compiler.compile_graphs(folder, self.parts)
         (folder / "lowering.json").write_text(json.dumps({"weights": weights, "tools": tools}))
+
+    def cache_scales(self, target: Target, calibrated: Path) -> list[CacheScales] | None:
+        """Each layer's scales where the target keeps keys and values in int8."""
+        if target.kv_cache != "int8":
+            return None
+        return cache_scales(json.loads((calibrated / "cache.json").read_text()))
 
     def lower_parts(
         self,
@@ -165,6 +175,7 @@ class Build:
         parts: tuple[str, ...],
         profile: Profile,
         roundings: Roundings | None,
+        cache: list[CacheScales] | None,
         graph: Path,
         folder: Path,
     ) -> dict[str, Any]:
@@ -186,6 +197,7 @@ class Build:
                 folder,
                 lambda done, total, watch=watch: watch(done, total, "bytes"),
                 roundings,
+                **({"cache": cache} if part == "text" else {}),
             )
         return weights
 
@@ -198,7 +210,7 @@ class Build:
         records = {name: read_record(folder) for name, folder in stages}
         made = json.loads((lowered / "lowering.json").read_text())
         text = self.model.text
-        per_layer = 2 * text.kv_heads * text.head_dim * KV_BYTES["f32"]
+        per_layer = 2 * text.kv_heads * text.head_dim * ITEM_BYTES[target.kv_cache]
         kinds = {"chunked" if layer.chunked else "global" for layer in text.layers}
         tools = {name: version for name, version in self.inputs["graph"]["tools"].items() if version}
         linked = link(self.content, build["graph"])
@@ -233,7 +245,7 @@ class Build:
         """The profile's own hash in the chain."""
         return key_of("profile", self.profiles[target.profile].model_dump(mode="json"))
 
-    def prove(self, target: Target, graph: Path, lowered: Path, bundle: Path, folder: Path) -> None:
+    def prove(self, target: Target, graph: Path, calibrated: Path, lowered: Path, bundle: Path, folder: Path) -> None:
         """Stage `parity-*`: the bundle against the reference and, if its profile calibrates, against its naive form.
 
         Raises `BelowThreshold`; the report page stays.
@@ -243,9 +255,9 @@ class Build:
         from arriero.runtimes.report import write_html, write_json
 
         cases = self.config.parity.cases
-        thresholds = self.profiles[target.profile].thresholds | self.config.parity.thresholds
-        report = measure(bundle, self.config.model, cases.samples, cases.seed, thresholds, self.watch)
-        report = with_naive(report, self.naive_kl(target, graph, lowered, folder), thresholds)
+        limits = thresholds(self.config, target, self.profiles[target.profile])
+        report = measure(bundle, self.config.model, cases.samples, cases.seed, limits, self.watch)
+        report = with_naive(report, self.naive_kl(target, graph, calibrated, lowered, folder), limits)
         write_json(report, folder / "parity.json")
         write_html(report, folder / "parity.html")
         if report.failed:
@@ -257,8 +269,11 @@ class Build:
                 remedy="The page shows where it differs; choose a finer profile, or lower the threshold knowingly",
             )
 
-    def naive_kl(self, target: Target, graph: Path, lowered: Path, folder: Path) -> float | None:
-        """Mean KL of the naive form of the target's profile on the parity cases; None if the profile is that form."""
+    def naive_kl(self, target: Target, graph: Path, calibrated: Path, lowered: Path, folder: Path) -> float | None:
+        """Mean KL of the naive form of the target's profile on the parity cases; None if the profile is that form.
+
+        Its key/value cache is the target's own: it is the weights' calibration that is judged.
+        """
         from arriero.export.cases import parity_cases
         from arriero.export.naive import measure_naive
         from arriero.export.prove import open_reference
@@ -268,10 +283,11 @@ class Build:
             return None
         settings, step = self.config.parity.cases, f"{target.name}: measure the naive form"
         cases = parity_cases(self.config.modalities, settings.samples, settings.seed)
+        cache = self.cache_scales(target, calibrated)
         return measure_naive(
             open_reference(self.config.model, self.model.vision is None),
             lowered,
-            lambda naive: self.lower_parts(target, ("text",), profile.naive(), None, graph, naive),
+            lambda naive: self.lower_parts(target, ("text",), profile.naive(), None, cache, graph, naive),
             cases,
             folder,
             lambda done, total: self.watch(step, done, total, "samples"),

@@ -41,7 +41,8 @@ class Calibration:
         self.roundings = {key: Roundings(folder / key) for key in profiles}
 
     def run(self) -> None:
-        """Write `coverage.json` (MoE layer -> tokens per expert), `ranges.json` (tensor -> tokens, absmax), roundings.
+        """Write roundings, `coverage.json` (MoE layer -> tokens per expert), `ranges.json` (tensor -> tokens, absmax)
+        and `cache.json` (each layer's range of keys and values).
 
         Raises ArrieroError for activations that are not finite (layer, expert, sample), and for experts that too few
         tokens reached where a profile says `below: stop`.
@@ -54,6 +55,7 @@ class Calibration:
         (self.folder / "coverage.json").write_text(json.dumps(coverage))
         ranges = {tensor: entry for one in found for tensor, entry in one["ranges"].items()}
         (self.folder / "ranges.json").write_text(json.dumps(ranges))
+        (self.folder / "cache.json").write_text(json.dumps([one["cache"] for one in found]))
         for left in (*self.folder.glob("hidden-*"), *self.folder.glob("routed.*")):
             left.unlink()
 
@@ -90,7 +92,7 @@ class Calibration:
                     self._round(self.roundings[key], profile, scheme, tensor, expert, weight(), seen)
             self.watch(f"{step}, matrices", number, matrices, "matrices")
         partial = self._record(layer).with_suffix(".partial")
-        partial.write_text(json.dumps({"coverage": coverage, "ranges": ranges}))
+        partial.write_text(json.dumps({"coverage": coverage, "ranges": ranges, "cache": inputs.cache.to_json()}))
         partial.replace(self._record(layer))
         self.walk.hidden_file(layer).unlink()
 

@@ -29,7 +29,8 @@ ITEM_BITS = {"F32": 32, "BF16": 16, "F16": 16, "U8": 8}
 class Compared:
     """One bundle's line. Bytes are of files; shares lie in [0, 1]; KL is the mean over tokens, in nats.
 
-    `decoder_bits` are bits per weight of the decoder layers' matrices, scales counted, router and norms not.
+    `decoder_bits` are bits per weight of the decoder layers' matrices, scales counted, router and norms not;
+    `kv_bytes_per_token` those of all layers.
     """
 
     bundle: str
@@ -38,6 +39,8 @@ class Compared:
     bytes: int
     text_bytes: int
     decoder_bits: float
+    kv_cache: str
+    kv_bytes_per_token: int
     tokens_per_second: float
     logits_kl_mean: float | None
     kl_over_naive: float | None
@@ -85,8 +88,9 @@ def show(lines: Sequence[Compared], console: Console) -> None:
 
 
 NOTES = (
-    "Bits: per weight of the decoder layers' matrices, scales counted. Of naive: mean KL over that of the profile's "
-    "own form without calibration, as the build measured it. Tokens/s: decoding one sequence, the best of three runs.",
+    "Bits: per weight of the decoder layers' matrices, scales counted. KV cache: its type, and what one token takes in "
+    "all layers together. Tokens/s: decoding one sequence, the best of three runs.",
+    "Of naive: mean KL over that of the profile's own form without calibration, as the build measured it.",
     "Top token and Router: the share that agrees with the reference, its near ties apart. ± is one standard error.",
 )
 HEADS = (
@@ -95,6 +99,7 @@ HEADS = (
     "Size",
     "Text",
     "Bits",
+    "KV cache",
     "Tokens/s",
     "KL",
     "Of naive",
@@ -120,6 +125,7 @@ def cells(line: Compared) -> tuple[str, ...]:
         human_bytes(line.bytes),
         human_bytes(line.text_bytes),
         f"{line.decoder_bits:.2f}",
+        f"{line.kv_cache}, {human_bytes(line.kv_bytes_per_token)}",
         f"{line.tokens_per_second:.1f}",
         "–" if line.logits_kl_mean is None else f"{line.logits_kl_mean:.3g}",
         share(line.kl_over_naive),
@@ -168,6 +174,8 @@ def _line(bundle: Path, manifest: Manifest, measured: ParityReport, speed: float
         bytes=sum(record.bytes for record in manifest.files.values()),
         text_bytes=manifest.files["weights/text.safetensors"].bytes,
         decoder_bits=decoder_bits(manifest.raw["weights"]),
+        kv_cache=manifest.target.kv_cache,
+        kv_bytes_per_token=sum(manifest.raw["kv_bytes_per_token"][layer.attention] for layer in manifest.model.layers),
         tokens_per_second=speed,
         logits_kl_mean=values["logits_kl_mean"],
         kl_over_naive=recorded.get("kl_over_naive"),

@@ -36,6 +36,7 @@ def describe_bundle(bundle: Path) -> dict[str, Any]:
         "weights": dict(schemes),
         "coverage": raw["coverage"],
         "fallback": raw.get("fallback", []),
+        "kv_cache": manifest.target.kv_cache,
         "kv_bytes_per_token": raw["kv_bytes_per_token"],
         "measured": raw["measured"],
         "tools": raw["tools"],
@@ -60,7 +61,8 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
         f"{text['num_experts_per_tok']} per token; chunk {text['attention_chunk_size']:,}",
         "weights": ", ".join(f"{count} x {scheme}" for scheme, count in described["weights"].items()),
         "chain": " → ".join(f"{name} {value[:8]}" for name, value in described["chain"].items()),
-        "KV cache": ", ".join(
+        "KV cache": f"{described['kv_cache']}, "
+        + ", ".join(
             f"{human_bytes(size)} per token and {kind} layer" for kind, size in described["kv_bytes_per_token"].items()
         ),
         "coverage": _coverage(described["coverage"]),

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from arriero.graphs.config import TextConfig
-from arriero.graphs.model import MoE, rotation_table
+from arriero.graphs.model import KeyValue, MoE, rotation_table
+from arriero.profiles.kv_cache import CacheRange
 from arriero.profiles.observe import Moments, check_finite
 
 if TYPE_CHECKING:
@@ -61,11 +62,14 @@ class Routed:
 
 @dataclass
 class LayerInputs:
-    """One layer's inputs: moments by tensor name (matrices with one input share one), and the routed rows of a MoE."""
+    """One layer's inputs: moments by tensor name (matrices with one input share one), the routed rows of a MoE, and the
+    range of the keys and values that it caches.
+    """
 
     layer: int
     moments: dict[str, Moments]
     routed: Routed | None
+    cache: CacheRange
 
 
 class Walk:
@@ -122,9 +126,11 @@ class Walk:
             rows = _create(self.folder / "routed.npy", self.tokens * per_token, self.text.hidden_size)
             samples = np.repeat(np.arange(len(self.prompts)), np.diff(self.bounds) * per_token)
         moments: dict[str, Moments] = {}
+        cache = CacheRange(self.text.kv_heads, self.text.head_dim, self.text.layers[layer].rope)
         for number, (start, stop) in enumerate(zip(self.bounds[:-1], self.bounds[1:], strict=True)):
             with _watched(module) as seen:
-                after = self._step(layer, torch.from_numpy(np.array(hidden[start:stop]))[None])
+                after, present = self._step(layer, torch.from_numpy(np.array(hidden[start:stop]))[None])
+            cache.add(*(one[0].transpose(0, 1).numpy() for one in present))
             for site, (x, _) in seen.items():
                 if site == "feed_forward.router":
                     continue
@@ -147,17 +153,19 @@ class Walk:
         if moe:
             routed = Routed(rows, np.concatenate(choices), samples)
         _finish(out, self.hidden_file(layer + 1))
-        return LayerInputs(layer, moments, routed)
+        return LayerInputs(layer, moments, routed, cache)
 
     def _shared(self, layer: int, site: str) -> str:
         return f"language_model.model.layers.{layer}.{WATCHED[site][0]}.weight"
 
-    def _step(self, layer: int, x: Tensor) -> Floats:
+    def _step(self, layer: int, x: Tensor) -> tuple[Floats, KeyValue]:
+        """`layer` over one sample [1, S, H]: the hidden states after it [S, H], its keys and values [1, K, S, D]."""
         positions = torch.arange(x.shape[1])[None]
         rotation = rotation_table(positions, self.text.rope, self.text.head_dim)
         empty = torch.zeros(1, self.text.kv_heads, 0, self.text.head_dim)
         no_past = torch.zeros(1, 0, dtype=torch.int64)
-        return self.model.model.layers[layer](x, rotation, (empty, empty), positions, no_past)[0][0].numpy()
+        after, present, _ = self.model.model.layers[layer](x, rotation, (empty, empty), positions, no_past)
+        return after[0].numpy(), present
 
 
 @contextmanager

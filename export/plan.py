@@ -19,13 +19,13 @@ from arriero.graphs.checkpoint import Checkpoint, TensorInfo, check_ledger
 from arriero.graphs.config import ModelConfig, TextConfig
 from arriero.graphs.names import EMBEDDING, TEXT_PREFIX, expected_tensors
 from arriero.profiles.data import FAMILIES, TEXT_FAMILIES
+from arriero.profiles.kv_cache import ITEM_BYTES, widen_thresholds
 from arriero.profiles.recipe import LAYER_MATRIX, IntBlock, Profile, Scheme, check_shapes, load_profile
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 CONTEXTS = {"8k": 1 << 13, "128k": 1 << 17, "1M": 1 << 20, "10M": 10 << 20}
-KV_BYTES = {"f32": 4, "f16": 2, "int8": 1}
 TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 # The estimates' constants, rounded up from runs on small models.
@@ -50,13 +50,14 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class PlannedTarget:
-    """A bundle to be: bytes of its weights by scheme, and of the KV cache at its full context and batch (f32)."""
+    """A bundle to be: bytes of its weights by scheme, and of the KV cache at its full context and batch."""
 
     name: str
     backend: str
     profile: str
     context: int
     batch: int
+    kv_cache: str
     weights: dict[str, int]
     weights_bytes: int
     kv_bytes: int
@@ -171,10 +172,16 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
         stages[parity] = {
             "lower": key_of(lower, stages[lower]),
             "cases": build.parity.cases.model_dump(),
-            "thresholds": profiles[target.profile].thresholds | build.parity.thresholds,
+            "thresholds": thresholds(build, target, profiles[target.profile]),
             "source": source_hash(),
         }
     return stages
+
+
+def thresholds(build: BuildConfig, target: Target, profile: Profile) -> dict[str, float]:
+    """The parity thresholds of `target`: its profile's, with what an int8 cache may cost, and the build file's own."""
+    own = widen_thresholds(profile.thresholds) if target.kv_cache == "int8" else profile.thresholds
+    return own | build.parity.thresholds
 
 
 def calibrating(profiles: Mapping[str, Profile]) -> list[Profile]:
@@ -259,9 +266,10 @@ def _plan_target(
         profile=profile.name,
         context=target.context,
         batch=target.batch,
+        kv_cache=target.kv_cache,
         weights={label: size for label, size in sizes.items() if size},
         weights_bytes=sum(sizes.values()),
-        kv_bytes=target.batch * kv_bytes(config.text, target.context, KV_BYTES["f32"]),
+        kv_bytes=target.batch * kv_bytes(config.text, target.context, ITEM_BYTES[target.kv_cache]),
         done=state[f"lower-{target.name}"] and state[f"parity-{target.name}"],
     )
 
@@ -275,7 +283,8 @@ def _peak_memory(target: PlannedTarget, used: Iterable[TensorInfo]) -> int:
     matrices = [4 * math.prod(info.shape[-2:]) for info in used]
     experts = [4 * math.prod(info.shape[-2:]) for info in used if len(info.shape) > 2]
     piece = max([min(max(matrices, default=0), LARGEST_PIECE), *experts])
-    parity = target.weights_bytes + max(matrices, default=0) + 2 * target.kv_bytes
+    reference_cache = target.kv_bytes * ITEM_BYTES["float32"] // ITEM_BYTES[target.kv_cache]
+    parity = target.weights_bytes + max(matrices, default=0) + target.kv_bytes + reference_cache
     return TOOLS_MEMORY + max(PIECE_COPIES * piece, parity)
 
 
@@ -307,7 +316,7 @@ def _roundings_disk(profiles: Iterable[Profile], used: Iterable[TensorInfo]) -> 
 
 
 def _price(text: TextConfig, label: str, tokens: int) -> dict[str, Any]:
-    prices = {dtype: kv_bytes(text, tokens, size) for dtype, size in KV_BYTES.items()}
+    prices = {dtype: kv_bytes(text, tokens, size) for dtype, size in ITEM_BYTES.items()}
     return {"context": label, "tokens": tokens, **prices, "within_model": tokens <= text.max_positions}
 
 

@@ -51,7 +51,8 @@ def measure(
             {name: value for name, value in thresholds.items() if name != OVER_NAIVE},  # only a build can measure it
             lambda done, total, _case: watch(step, done, total, "samples"),
         )
-    labels = {"bundle": target.name, "profile": target.profile, "backend": target.backend, "seed": str(seed)}
+    labels = {"bundle": target.name, "profile": target.profile, "backend": target.backend}
+    labels |= {"KV cache": target.kv_cache, "seed": str(seed)}
     fallback = manifest.raw.get("fallback") or ()
     if fallback:
         labels["experts rounded without calibration"] = "; ".join(map(tell_fallback, fallback))

@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.budget import parse_bytes
 from arriero.export.locate import resolve_model
+from arriero.profiles.kv_cache import CacheType
 from arriero.profiles.recipe import shipped
 
 Backend = Literal["onnxruntime"]
@@ -75,6 +76,10 @@ class Target(_Section):
     )
     context: Count = Field(default=4096, description="Tokens that one sequence may hold, prompt and answer together.")
     batch: Count = Field(default=1, description="Sequences decoded together.")
+    kv_cache: CacheType = Field(
+        default="float32",
+        description="How keys and values are kept, beside any profile: `int8` takes a quarter of the memory.",
+    )
 
     @field_validator("name")
     @classmethod
@@ -94,9 +99,10 @@ class Target(_Section):
         if path.is_file():
             return str(path)
         known = f"one of {', '.join(shipped())}, or the path of a profile file"
-        raise refusal(
-            ArrieroError(f"there is no profile {profile!r}", expected=known, remedy=nearest(profile, list(shipped())))
-        )
+        remedy = nearest(profile, list(shipped()))
+        if re.search(r"(^|\W)kv8$", profile):
+            remedy = "A cache is no profile: name any profile here, and write `kv_cache: int8` beside it"
+        raise refusal(ArrieroError(f"there is no profile {profile!r}", expected=known, remedy=remedy))
 
 
 class Calibration(_Section):

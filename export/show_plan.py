@@ -51,13 +51,13 @@ def _targets(plan: Plan) -> Table:
     table = Table(title="Bundles", title_justify="left")
     for column in ("name", "backend", "profile"):
         table.add_column(column)
-    for column in ("context", "batch", "weights", "KV cache f32"):
+    for column in ("context", "batch", "weights", "KV cache"):
         table.add_column(column, justify="right")
     for target in plan.targets:
         parts = ", ".join(f"{label} {human_bytes(size)}" for label, size in target.weights.items())
         weights = f"{human_bytes(target.weights_bytes)} ({parts})"
         cells = (target.name, target.backend, target.profile, f"{target.context:,}", str(target.batch))
-        table.add_row(*cells, weights, human_bytes(target.kv_bytes))
+        table.add_row(*cells, weights, f"{human_bytes(target.kv_bytes)} ({target.kv_cache})")
     return table
 
 

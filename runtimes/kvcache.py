@@ -1,35 +1,40 @@
 """Key and value buffers in numpy: chunked layers keep the current chunk only, global layers grow by doubling.
 
 Shapes: B batch rows, K key/value heads, P slots of a buffer, D head dimension, C attention chunk.
+Buffers are f32, or i8 where the graph rounds keys and values: what a code stands for only the graph knows.
 A token at position p lies in slot p % C of a chunked layer and in slot p of a global one, so the lengths alone say
 which slots are valid: starting a new chunk moves nothing and clears nothing.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.backend import Floats, Ints, ModelSpec
+from arriero.runtimes.backend import Ints, ModelSpec
 
 FIRST_SLOTS = 256
+Buffer = NDArray[Any]
 
 
 class KVCache:
-    """The f32 [B, K, P, D] buffers of every layer, and how many tokens each row holds."""
+    """The [B, K, P, D] buffers of every layer, and how many tokens each row holds."""
 
-    def __init__(self, spec: ModelSpec, batch: int, capacity: int) -> None:
+    def __init__(self, spec: ModelSpec, batch: int, capacity: int, dtype: DTypeLike = np.float32) -> None:
         """Make empty buffers for `batch` rows of at most `capacity` tokens; slots are added as tokens come."""
         self.spec, self.capacity = spec, capacity
         self.lengths: Ints = np.zeros(batch, np.int64)
         self.chunked_limit = min(spec.attention_chunk_size, capacity)
-        self.keys: list[Floats] = []
-        self.values: list[Floats] = []
+        self.keys: list[Buffer] = []
+        self.values: list[Buffer] = []
         for layer in spec.layers:
             slots = min(FIRST_SLOTS, self.chunked_limit if layer.attention == "chunked" else capacity)
             shape = (batch, spec.num_key_value_heads, slots, spec.head_dim)
-            self.keys.append(np.zeros(shape, np.float32))
-            self.values.append(np.zeros(shape, np.float32))
+            self.keys.append(np.zeros(shape, dtype))
+            self.values.append(np.zeros(shape, dtype))
 
     def rows(self, start: int, stop: int) -> RowView:
         """Rows `start` to `stop` as a cache that shares this one's memory and lengths."""
@@ -58,7 +63,7 @@ class KVCache:
                 self.keys[number] = _grown(self.keys[number], slots)
                 self.values[number] = _grown(self.values[number], slots)
 
-    def layer(self, number: int) -> tuple[Floats, Floats]:
+    def layer(self, number: int) -> tuple[Buffer, Buffer]:
         """Give layer `number`'s key and value buffers [B, K, P, D], contiguous, in place."""
         return self.keys[number], self.values[number]
 
@@ -88,7 +93,7 @@ class RowView:
         """Make sure every layer has slots for rows of `tokens` tokens."""
         self._whole.reserve(tokens)
 
-    def layer(self, number: int) -> tuple[Floats, Floats]:
+    def layer(self, number: int) -> tuple[Buffer, Buffer]:
         """Give these rows of layer `number`'s key and value buffers, contiguous, in place."""
         keys, values = self._whole.layer(number)
         return keys[self._start : self._stop], values[self._start : self._stop]
@@ -103,8 +108,8 @@ def valid_slots(lengths: Ints, attention: str, chunk: int) -> Ints:
     return lengths % chunk if attention == "chunked" else lengths.copy()
 
 
-def _grown(buffer: Floats, slots: int) -> Floats:
+def _grown(buffer: Buffer, slots: int) -> Buffer:
     batch, heads, have, dim = buffer.shape
-    larger = np.zeros((batch, heads, slots, dim), np.float32)
+    larger = np.zeros((batch, heads, slots, dim), buffer.dtype)
     larger[:, :, :have] = buffer
     return larger

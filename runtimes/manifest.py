@@ -33,6 +33,7 @@ class Target:
     context: int
     batch: int
     arch: str
+    kv_cache: str
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,9 @@ def _target(entry: Any, where: str) -> Target:
             context=int(entry["context"]),
             batch=int(entry["batch"]),
             arch=str(entry["arch"]),
+            kv_cache=str(
+                entry.get("kv_cache", "float32")
+            ),  # bundles of this format were written before it was a choice
         )
     except KeyError as missing:
         raise ArrieroError(f"the key {missing} is missing", where=where, remedy=_COPY) from None

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # A vision tower's activations are per tile, so tiles go through in groups and peak memory does not grow with them.
 TILES_AT_ONCE = 4
+CACHE_TYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 
 
 class OrtBackend:
@@ -58,6 +59,15 @@ class OrtBackend:
                 where=str(self._bundle / "text.onnx"),
                 remedy="The bundle mixes files of two builds: rebuild it with `arriero build`",
             )
+        types = {entry.type for entry in self._text.get_inputs() if entry.name in caches}
+        if len(types) != 1 or not types <= CACHE_TYPES.keys():
+            raise ArrieroError(
+                f"the graph keeps keys and values as {', '.join(sorted(types))}",
+                where=str(self._bundle / "text.onnx"),
+                expected=f"one of {', '.join(CACHE_TYPES)} for all layers",
+                remedy="Use the arriero that built the bundle, or rebuild it with `arriero build`",
+            )
+        self._cache_type = CACHE_TYPES[types.pop()]
         self._counters = [name for name in ("chunk", "global") if f"{name}_total" in has]
 
     def vision(self, pixel_values: Floats) -> Floats:
@@ -86,7 +96,7 @@ class OrtBackend:
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """Give an empty cache for `batch` rows of at most `capacity` tokens."""
-        return KVCache(self.spec, batch, capacity)
+        return KVCache(self.spec, batch, capacity, self._cache_type)
 
     def forward(
         self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, taps: bool = False

@@ -6,7 +6,7 @@ manifest: initialiser name -> file, dtype, shape, scheme. The canonical model is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.passes.become import CONTRIB
 from arriero.graphs.passes.fuse_rotary import fuse_rotary
+from arriero.graphs.passes.quantize_cache import quantize_cache
 from arriero.graphs.passes.replace_attention_with_gqa import replace_attention_with_gqa
 from arriero.graphs.passes.replace_dispatch_with_moe import replace_dispatch_with_moe
 from arriero.graphs.passes.replace_linear import replace_linear
 from arriero.graphs.passes.store_weights import WeightStore
 from arriero.graphs.passes.widen_weights import keep_weights, widen_weights
 from arriero.graphs.weights import Progress
+from arriero.profiles.kv_cache import CacheScales
 from arriero.profiles.recipe import Scheme
 from arriero.profiles.roundings import Roundings
 
@@ -38,19 +40,22 @@ def lower_text(
     out_dir: Path,
     progress: Progress | None = None,
     roundings: Roundings | None = None,
+    cache: Sequence[CacheScales] | None = None,
 ) -> WeightTable:
     """Lower the text decoder. `assignment` is `Profile.assign` over the checkpoint's tensors, `roundings` what
-    calibration found for those that round by gptq.
+    calibration found for those that round by gptq. With `cache`, one entry per layer, keys and values are kept in int8.
 
-    Inputs: `inputs_embeds`, `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` [B, K, C, D] and, for the
-    chunked and the global layers, `{chunk,global}_seqlens_k` i32 [B] and `{chunk,global}_total` i32 [1]. Outputs as in
-    the canonical graph; present buffers are to be bound to the past buffers' memory. One step holds either one row
-    within one chunk, or one token per row.
+    Inputs: `inputs_embeds`, `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` f32 or i8 [B, K, C, D] and,
+    for the chunked and the global layers, `{chunk,global}_seqlens_k` i32 [B] and `{chunk,global}_total` i32 [1].
+    Outputs as in the canonical graph; present buffers are to be bound to the past buffers' memory. One step holds
+    either one row within one chunk, or one token per row.
     """
 
     def rewrite(model: ir.Model, store: WeightStore) -> None:
         _expect("RotaryEmbedding", fuse_rotary(model), 2 * sum(layer.rope for layer in config.text.layers))
         _expect("GroupQueryAttention", replace_attention_with_gqa(model), len(config.text.layers))
+        if cache is not None:
+            _expect("int8 cache", quantize_cache(model, cache), len(config.text.layers))
         _expect("MoE", replace_dispatch_with_moe(model, store), len(config.text.moe_layers))
         replace_linear(model, store)
 
