@@ -50,6 +50,12 @@ BUILD_FILES = [
         "build.yaml:6",
         "a whole number",
     ),
+    case(
+        line("unknown_cache", "profile: fp32", "profile: fp32, kv_cache: fp8"),
+        "'fp8' is not valid",
+        "build.yaml:6",
+        "'float32' or 'int8'",
+    ),
     case(line("two_of_one_name", "name: int8", "name: FP32"), "also the name", "build.yaml:7", "Rename one"),
     case(
         line("name_no_folder", "name: int8", "name: ../int8"), "cannot be a folder name", "build.yaml:7", "For example"

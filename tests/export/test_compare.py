@@ -14,7 +14,9 @@ LAYER = "language_model.model.layers.0"
 
 
 def line(name: str, size: int, kl: float) -> Compared:
-    return Compared(name, name, "int4", size, size // 2, 4.5, 31.4, kl, 0.4, 0.99, 0.98, 0.5, 0.48, 0.05, 100)
+    return Compared(
+        name, name, "int4", size, size // 2, 4.5, "int8", 512, 31.4, kl, 0.4, 0.99, 0.98, 0.5, 0.48, 0.05, 100
+    )
 
 
 def test_bits_count_scales_but_not_routers_and_tables() -> None:
@@ -38,7 +40,7 @@ def test_the_page_stands_alone_and_shows_every_bundle(tmp_path: Path) -> None:
     lines = [line("small", 5 << 20, 0.02), line("large <&>", 30 << 20, 1e-13)]
     write_page(lines, {"checkpoint": "c"}, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    for wanted in ("small", "large &lt;&amp;&gt;", "<svg", "48.0 ± 5.0 %", "40.00 %"):
+    for wanted in ("small", "large &lt;&amp;&gt;", "<svg", "48.0 ± 5.0 %", "40.00 %", "int8, 512 B"):
         assert wanted in page
     for banned in ("<script", "http://", "https://", "{%"):
         assert banned not in page

@@ -119,6 +119,16 @@ BAD = {
         "profile: a/b.yaml",
         r":8: .*there is no profile 'a/b.yaml'; .*path of a profile",
     ),
+    "cache type": (
+        "profile: int8",
+        "profile: int8\n    kv_cache: int4",
+        r":9: targets\[0\].kv_cache: 'int4' is not valid; expected 'float32' or 'int8'.*mean 'int8'",
+    ),
+    "cache as a profile": (
+        "profile: int8",
+        "profile: int8+kv8",
+        r":8: .*no profile 'int8\+kv8'; .* name any profile here, and write `kv_cache: int8` beside it",
+    ),
     "name twice": ("name: exact", "name: Portable-int8", r":11: targets\[1\].name: .*targets\[0\]; .*Rename one"),
     "name slash": ("name: exact", "name: a/b", r":11: targets\[1\].name: 'a/b' cannot be a folder.*example `a-b`"),
     "name dots": (

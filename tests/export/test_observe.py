@@ -135,6 +135,28 @@ def test_statistics_are_those_of_an_explicit_recomputation(tmp_path: Path, name:
             np.testing.assert_allclose(moments.moment, (want.T @ want).numpy(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", TOYS)
+def test_cache_ranges_are_those_of_the_references_own_cache(tmp_path: Path, name: str) -> None:
+    model = load_reference(TOYS[name](tmp_path / "toy"))
+    walk = walk_over(model, tmp_path / "walk")
+    walk.embed()
+    seen = [walk.observe(layer).cache for layer in range(4)]
+    backend: Any = walk.session.backend
+    held = []
+    for prompt, answer in zip(walk.prompts, walk.answers, strict=True):
+        ids = np.concatenate([prompt.input_ids, answer])[None]
+        cache = backend.new_cache(1, LENGTH)
+        backend.forward(backend.embed(ids, np.zeros((0, 64), np.float32)), np.arange(LENGTH)[None], cache, np.arange(1))
+        held.append(cache.padded()[0])
+    for layer, found in enumerate(seen):
+        keys, values = (torch.cat([past[layer][which] for past in held], 2)[0].numpy() for which in (0, 1))  # [K, T, D]
+        assert found.tokens == keys.shape[1] == SAMPLES * LENGTH
+        np.testing.assert_allclose(found.value, np.abs(values).max(1), rtol=1e-4)
+        if walk.text.layers[layer].rope:
+            keys = np.repeat(np.hypot(keys[..., 0::2], keys[..., 1::2]), 2, -1)
+        np.testing.assert_allclose(found.key, np.abs(keys).max(1), rtol=1e-4)
+
+
 def _attended(walk: Walk, layer: int, number: int) -> np.ndarray:
     """The residual stream between attention and feed-forward: the layer without what its feed-forward adds."""
     module: Any = walk.model.model.layers[layer]
@@ -142,7 +164,7 @@ def _attended(walk: Walk, layer: int, number: int) -> np.ndarray:
     kept = module.feed_forward.forward
     module.feed_forward.forward = lambda y: (torch.zeros_like(y), torch.zeros(len(y), 1, dtype=torch.int64))
     try:
-        return walk._step(layer, torch.from_numpy(hidden)[None])
+        return walk._step(layer, torch.from_numpy(hidden)[None])[0]
     finally:
         module.feed_forward.forward = kept
 
@@ -178,6 +200,7 @@ def test_every_expert_is_calibrated_or_listed_and_no_scale_is_made_up(tmp_path: 
                 np.testing.assert_array_equal(rounded.packed[expert], plain.packed)
     if name == "maverick":
         assert thin  # 200 tokens cannot fill 128 experts
+    assert [one["tokens"] for one in json.loads((stage / "cache.json").read_text())] == [SAMPLES * LENGTH] * 4
     assert not list(stage.glob("hidden-*")) + list(stage.glob("routed.*"))
 
 
@@ -199,7 +222,12 @@ def test_a_killed_calibration_goes_on_after_its_last_layer(tmp_path: Path) -> No
     )
     again.run()
     assert {step.split(",")[0] for step in steps} == {"calibrate: layer 2", "calibrate: layer 3"}
-    for file in ("coverage.json", "ranges.json", *(f"p/{path.name}" for path in (whole / "p").glob("*.npy"))):
+    for file in (
+        "coverage.json",
+        "ranges.json",
+        "cache.json",
+        *(f"p/{path.name}" for path in (whole / "p").glob("*.npy")),
+    ):
         assert (whole / file).read_bytes() == (parts / file).read_bytes()
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.export.config import load_build
-from arriero.export.plan import GRAPH_DISK, Plan, kv_bytes, make_plan, stage_inputs
+from arriero.export.plan import GRAPH_DISK, Plan, kv_bytes, make_plan, stage_inputs, thresholds
 from arriero.export.schema import BuildConfig
 from arriero.export.stages import Stage, WorkDir, key_of
 from arriero.graphs.checkpoint import Checkpoint
@@ -121,9 +121,36 @@ def test_chunked_layers_stop_growing_at_their_chunk(scout):
 def test_context_prices(folder, scout):
     plan = make_plan(load(folder))
     assert [price["tokens"] for price in plan.context_prices] == [8192, 131072, 1048576, 10485760]
-    assert plan.context_prices[2]["f16"] == kv_bytes(ModelConfig.load(scout).text, 1 << 20, 2)
+    assert plan.context_prices[2]["int8"] == kv_bytes(ModelConfig.load(scout).text, 1 << 20, 1)
+    assert plan.context_prices[2]["float32"] == 4 * plan.context_prices[2]["int8"]
     assert not plan.context_prices[0]["within_model"]
     assert plan.targets[0].kv_bytes == 2 * kv_bytes(ModelConfig.load(scout).text, 128, 4)
+
+
+def test_an_int8_cache_is_a_quarter_and_has_keys_and_thresholds_of_its_own(folder):
+    plain, other = load(folder), load(folder, BUILD.replace("profile: fp32", "profile: fp32, kv_cache: int8"))
+    before, after = make_plan(plain), make_plan(other)
+    assert after.targets[1].kv_bytes * 4 == before.targets[1].kv_bytes
+    assert (after.targets[1].kv_cache, after.targets[0]) == ("int8", before.targets[0])
+    assert after.peak_memory < before.peak_memory
+    profiles = {target.profile: load_profile(target.profile) for target in plain.targets}
+    keys = [
+        {name: key_of(name, inputs) for name, inputs in stage_inputs(build, "content", profiles).items()}
+        for build in (plain, other)
+    ]
+    changed = {name for name, key in keys[0].items() if keys[1][name] != key}
+    assert changed == {"lower-exact", "parity-exact"}  # calibration is done once for both
+    own = thresholds(other, other.targets[1], profiles["fp32"])
+    assert "logits_max_abs_error" not in own
+    assert own["task_accuracy_drop"] == 0.005
+    assert thresholds(plain, plain.targets[1], profiles["fp32"]) == profiles["fp32"].thresholds
+    strict = load(
+        folder, BUILD.replace("fp32", "fp32, kv_cache: int8") + "parity: {thresholds: {router_agreement: 0.5}}"
+    )
+    assert thresholds(strict, strict.targets[1], profiles["fp32"])["router_agreement"] == 0.5
+    console = Console(file=io.StringIO(), width=140)
+    after.render(console)
+    assert "(int8)" in console.file.getvalue()
 
 
 def test_maverick_and_text_only(tmp_path):

@@ -46,14 +46,21 @@ class Stepper:
     """Drives a lowered text graph with numpy buffers, as a runtime must: in place, chunked caches restarted."""
 
     def __init__(self, path: Path, config: ModelConfig, batch: int) -> None:
-        self.session, self.text = ort.InferenceSession(path), config.text
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1  # a second one would spin, on a core that something else may need
+        self.session, self.text = ort.InferenceSession(path, options), config.text
         self.names = [output.name for output in self.session.get_outputs()]
         self.lengths = np.zeros(batch, np.int64)
         self.cache = {}
         for index, layer in enumerate(self.text.layers):
             shape = (batch, self.text.kv_heads, self.text.chunk if layer.chunked else CAPACITY, self.text.head_dim)
             for kind in ("key", "value"):
-                self.cache[f"{kind}.{index}"] = np.full(shape, np.nan, np.float32)  # an unwritten slot must not matter
+                self.cache[f"{kind}.{index}"] = self.unwritten(f"past_{kind}.{index}", shape)
+
+    def unwritten(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A buffer full of what would be noticed: an unwritten slot must not matter."""
+        kind = {value.name: value.type for value in self.session.get_inputs()}[name]
+        return np.full(shape, 99, np.int8) if kind == "tensor(int8)" else np.full(shape, np.nan, np.float32)
 
     def step(self, embeds: np.ndarray) -> dict[str, np.ndarray]:
         batch, new, _ = embeds.shape
@@ -69,11 +76,11 @@ class Stepper:
         for name, value in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(value))
         for name, buffer in self.cache.items():
-            binding.bind_input(f"past_{name}", "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
+            binding.bind_input(f"past_{name}", "cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
         for name in self.names:
             if name.startswith("present_"):
                 buffer = self.cache[name.removeprefix("present_")]
-                binding.bind_output(name, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
+                binding.bind_output(name, "cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
             else:
                 binding.bind_output(name)
         self.session.run_with_iobinding(binding)

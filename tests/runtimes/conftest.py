@@ -87,6 +87,8 @@ class Weights:
             }
             for _ in range(2)
         ]
+        # the int8 cache's steps by layer: for keys, for values [K, D]; coarse enough to tell, a few values clip
+        self.steps = random.uniform(0.08, 0.16, (2, 2, KV_HEADS, DIM)).astype(np.float32)
         self.vision = draw(3 * IMAGE_SIZE * IMAGE_SIZE // TILE_TOKENS, HIDDEN)
 
 
@@ -105,9 +107,13 @@ class ToyCache:
 
 
 class ToyBackend:
-    """The toy in numpy: any number of rows with any number of steps, attention by explicit masks."""
+    """The toy in numpy: any number of rows with any number of steps, attention by explicit masks.
 
-    def __init__(self) -> None:
+    `rounds`: whether new keys and values are rounded as an int8 cache rounds them.
+    """
+
+    def __init__(self, rounds: bool = False) -> None:
+        self.rounds = rounds
         self.spec = ModelSpec.parse(model_entry())
         self.weights = Weights()
         self.steps: list[tuple[int, int]] = []
@@ -147,8 +153,11 @@ class ToyBackend:
         x = x + np.sin(positions[:, None].astype(np.float32) * w.frequencies)
         hiddens = []
         for number, layer in enumerate(w.layers):
-            keys = np.concatenate([store[number][0], (x @ layer["k"]).reshape(-1, KV_HEADS, DIM)])
-            values = np.concatenate([store[number][1], (x @ layer["v"]).reshape(-1, KV_HEADS, DIM)])
+            new = [(x @ layer[name]).reshape(-1, KV_HEADS, DIM) for name in "kv"]
+            if self.rounds:
+                steps = w.steps[number]
+                new = [np.clip(np.rint(one / step), -128, 127) * step for one, step in zip(new, steps, strict=True)]
+            keys, values = (np.concatenate(pair) for pair in zip(store[number], new, strict=True))
             store[number] = keys, values
             q = (x @ layer["q"]).reshape(-1, HEADS, DIM)
             held = np.arange(len(keys))
@@ -185,9 +194,11 @@ def _save(
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
 
 
-def write_graphs(folder: Path) -> None:
-    """Write text.onnx with the lowered signature, vision.onnx and embed.onnx of the toy."""
+def write_graphs(folder: Path, rounds: bool = False) -> None:
+    """Write text.onnx with the lowered signature, vision.onnx and embed.onnx of the toy; `rounds`: cache in int8."""
     node, w = helper.make_node, Weights()
+    cache = TensorProto.INT8 if rounds else TensorProto.FLOAT
+    quantized = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
     i64, i32 = TensorProto.INT64, TensorProto.INT32
     inputs = [
         _value("inputs_embeds", ["B", "S", HIDDEN]),
@@ -211,20 +222,23 @@ def write_graphs(folder: Path) -> None:
         kind = "chunk" if i == 0 else "global"
         for name in ("key", "value"):
             slots = [f"{kind}_capacity"]
-            inputs.append(_value(f"past_{name}.{i}", ["B", KV_HEADS, *slots, DIM]))
-            outputs.append(_value(f"present_{name}.{i}", ["B", KV_HEADS, *slots, DIM]))
+            inputs.append(_value(f"past_{name}.{i}", ["B", KV_HEADS, *slots, DIM], cache))
+            outputs.append(_value(f"present_{name}.{i}", ["B", KV_HEADS, *slots, DIM], cache))
         outputs.append(_value(f"hidden.{i}", ["B", "S", HIDDEN]))
         nodes += [node("MatMul", [f"x{i}", f"{name}{i}"], [f"{name}_{i}"]) for name in "qkv"]
+        scales = [f"key_step{i}", f"value_step{i}"] if rounds else []
+        constants |= {name: step[None, :, None] for name, step in zip(scales, w.steps[i], strict=False)}
         attention_inputs = [f"q_{i}", f"k_{i}", f"v_{i}", f"past_key.{i}", f"past_value.{i}"]
         nodes += [
             node(
                 "GroupQueryAttention",
-                [*attention_inputs, f"{kind}_seqlens_k", f"{kind}_total"],
+                [*attention_inputs, f"{kind}_seqlens_k", f"{kind}_total", *([""] * 5 + scales if rounds else [])],
                 [f"a_{i}", f"present_key.{i}", f"present_value.{i}"],
                 domain="com.microsoft",
                 num_heads=HEADS,
                 kv_num_heads=KV_HEADS,
                 scale=DIM**-0.5,
+                **(quantized if rounds else {}),
             ),
             node("MatMul", [f"a_{i}", f"o{i}"], [f"ao_{i}"]),
             node("Add", [f"x{i}", f"ao_{i}"], [f"x{i + 1}"]),

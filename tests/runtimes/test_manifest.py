@@ -187,3 +187,9 @@ print(sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:2] == ["3", "[]"]
+
+
+def test_a_bundle_that_says_nothing_of_its_cache_keeps_float32(copy):
+    assert Manifest.read(copy).target.kv_cache == "float32"
+    edit(copy, put("int8", "target", "kv_cache"))
+    assert Manifest.read(copy).target.kv_cache == "int8"
