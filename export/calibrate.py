@@ -106,14 +106,17 @@ class Calibration:
         """Both matrices of each expert, with the moments of what really goes into them; one expert at a time."""
         gate_up, down = (name.format(layer=layer) for name in (EXPERTS_GATE_UP, EXPERTS_DOWN))
         for expert in range(self.walk.text.experts):
-            rows, samples = routed.of(expert)
-            check_finite(rows, f"layer {layer}, expert {expert}, input", samples)
             first = self._expert_weight(gate_up, expert)
-            yield gate_up, expert, partial(_same, first), _moments(rows, self.walk.second)
-            inner = _activation(rows @ first.T)
-            check_finite(inner, f"layer {layer}, expert {expert}, input of down_proj", samples)
-            second = self._expert_weight(down, expert)
-            yield down, expert, partial(_same, second), _moments(inner, self.walk.second)
+            inputs, inners = (Moments(n, self.walk.second) for n in (first.shape[1], first.shape[0] // 2))
+            for rows, samples in routed.of(expert):
+                check_finite(rows, f"layer {layer}, expert {expert}, input", samples)
+                inputs.add(rows)
+                inner = _activation(rows @ first.T)
+                check_finite(inner, f"layer {layer}, expert {expert}, input of down_proj", samples)
+                inners.add(inner)
+            yield gate_up, expert, partial(_same, first), inputs
+            del first
+            yield down, expert, partial(self._expert_weight, down, expert), inners
 
     def _expert_weight(self, tensor: str, expert: int) -> NDArray[np.float32]:
         """[N, K] of one expert."""
@@ -176,12 +179,6 @@ def fallbacks(profile: Profile, notes: Sequence[Note]) -> list[dict[str, Any]]:
 
 def _same(weight: NDArray[np.float32]) -> NDArray[np.float32]:
     return weight
-
-
-def _moments(rows: NDArray[np.float32], second: bool) -> Moments:
-    seen = Moments(rows.shape[1], second)
-    seen.add(rows)
-    return seen
 
 
 def _activation(gate_up: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError
 from arriero.export.budget import human_bytes
-from arriero.export.prove import check_origin, measure
+from arriero.export.prove import Judge, check_origin, measure, modalities_of
 from arriero.runtimes import plots, report
 from arriero.runtimes.api import load
 from arriero.runtimes.manifest import Manifest
@@ -19,6 +19,8 @@ from arriero.runtimes.report import ParityReport
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from arriero.export.schema import Cases
 
 Watch = Callable[[str, int, int, str], None]
 SPEED_PROMPT, SPEED_TOKENS, SPEED_RUNS = "Count from one to one hundred.", 48, 3
@@ -53,17 +55,19 @@ class Compared:
 
 
 def compare_bundles(
-    bundles: Sequence[Path], checkpoint: Path, samples: int, seed: int, threads: int | None, watch: Watch
+    bundles: Sequence[Path], checkpoint: Path, wanted: Cases, threads: int | None, watch: Watch
 ) -> list[Compared]:
     """Measure each bundle. Raises ArrieroError, before anything is measured, for one of another checkpoint."""
     for bundle in bundles:
         check_origin(bundle, checkpoint)
+    judge = cache(partial(Judge.open, checkpoint, wanted))
     lines = []
     for bundle in bundles:
         manifest = Manifest.read(bundle)
         step = partial(watch, f"{manifest.name}: speed")
         speed = _tokens_per_second(bundle, threads, step)
-        lines.append(_line(bundle, manifest, measure(bundle, checkpoint, samples, seed, {}, watch), speed))
+        measured = measure(bundle, judge(modalities_of(manifest)), {}, watch)
+        lines.append(_line(bundle, manifest, measured, speed))
     return lines
 
 

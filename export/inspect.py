@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from arriero.export.budget import human_bytes
+from arriero.export.cases import tell_set
 from arriero.export.prove import tell_fallback
 from arriero.runtimes.manifest import open_manifest
 from arriero.runtimes.report import read_json
@@ -34,6 +35,7 @@ def describe_bundle(bundle: Path) -> dict[str, Any]:
         "bytes": sum(record.bytes for record in manifest.files.values()),
         "files": {name: record.bytes for name, record in manifest.files.items()},
         "weights": dict(schemes),
+        "calibration": raw["calibration"],
         "coverage": raw["coverage"],
         "fallback": raw.get("fallback", []),
         "kv_cache": manifest.target.kv_cache,
@@ -65,6 +67,7 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
         + ", ".join(
             f"{human_bytes(size)} per token and {kind} layer" for kind, size in described["kv_bytes_per_token"].items()
         ),
+        "calibration": tell_set(described["calibration"]),
         "coverage": _coverage(described["coverage"]),
         "fallback": _fallback(described["fallback"]),
         "parity": f"[red]failed: {', '.join(failed)}[/]" if failed else "[green]passed[/], see `arriero parity`",

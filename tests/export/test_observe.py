@@ -48,7 +48,7 @@ class FakeSession:
 
 class FakeSample:
     def __init__(self, number: int) -> None:
-        self.prompt, self.answer = number, "x"
+        self.name, self.prompt, self.answer = f"set.jsonl:{number}", number, "x"
         self.images: list[Any] = []
 
 
@@ -248,7 +248,9 @@ def test_an_expert_that_overflows_is_named_with_layer_and_sample(tmp_path: Path)
     hidden = np.load(walk.hidden_file(0), mmap_mode="r+")
     hidden[walk.bounds[3] + 4, 7] = np.inf
     hidden.flush()
-    with pytest.raises(ArrieroError, match=r"layer 0, input of self_attn.q_proj, calibration sample 3: 1 of 40"):
+    with pytest.raises(
+        ArrieroError, match=r"layer 0, input of self_attn.q_proj, calibration sample set.jsonl:3: 1 of 40"
+    ):
         walk.observe(0)
 
 
@@ -261,6 +263,6 @@ def test_an_expert_whose_inner_activation_overflows_is_named(tmp_path: Path) -> 
     expert = int(routed.expert[90])
     routed.rows[90] = 3e38
     calibration = Calibration(walk, Checkpoint.open(folder), {}, tmp_path, lambda *_: None)
-    told = rf"layer 0, expert {expert}, input of down_proj, calibration sample 2: "
+    told = rf"layer 0, expert {expert}, input of down_proj, calibration sample set.jsonl:2: "
     with np.errstate(all="ignore"), pytest.raises(ArrieroError, match=told):
         list(calibration._experts(0, routed))

@@ -301,6 +301,32 @@ def test_a_calibration_set_without_images_is_refused(folder):
     make_plan(load(folder, few.replace("[text, image]", "[text]")))
 
 
+def test_a_set_from_a_file_decides_by_its_content(folder):
+    (folder / "a").mkdir()
+    (folder / "a" / "seen.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+
+    def key(text: str) -> str:
+        build = load(folder, BUILD.replace("[text, image]", "[text]") + text)
+        profiles = {target.profile: load_profile(target.profile) for target in build.targets}
+        return key_of("calibrate", stage_inputs(build, "x", profiles)["calibrate"])
+
+    first = key("calibration: {set: a/seen.jsonl}\n")
+    (folder / "a").rename(folder / "b")
+    assert key("calibration: {set: b/seen.jsonl}\n") == first
+    assert key("calibration: {set: b/seen.jsonl, samples: 1}\n") != first
+    (folder / "b" / "seen.jsonl").write_text('{"prompt": "one"}\n{"prompt": "three"}\n')
+    assert key("calibration: {set: b/seen.jsonl}\n") != first
+
+
+def test_a_plan_of_one_stage_asks_for_what_it_alone_needs(folder):
+    plan = make_plan(load(folder))
+    needs = {stage.name: (stage.memory, stage.disk) for stage in plan.stages}
+    assert plan.peak_memory == max(memory for memory, _ in needs.values())
+    assert plan.disk == sum(disk for _, disk in needs.values())
+    one = plan.only("calibrate")
+    assert (one.peak_memory, one.disk) == needs["calibrate"]
+
+
 def test_a_profile_that_calibrates_is_part_of_the_calibration_and_of_its_costs(folder):
     rules = Path(shipped()["int4"]).read_text().replace("block: 64", "block: 32")
     (folder / "small4.yaml").write_text(rules.replace("name: int4", "name: small4"))
