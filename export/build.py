@@ -176,7 +176,7 @@ class Build:
         (folder / "set.json").write_text(json.dumps(describe_set(self.config.calibration, samples)))
         reference = open_reference(self.config.model, self.model.vision is None)
         profiles = {rounding_folder(profile): profile for profile in calibrating(self.profiles)}
-        walk = Walk(reference, samples, folder, second=bool(profiles))
+        walk = Walk(reference, samples, folder, second=any(profile.rounds_by_gptq for profile in profiles.values()))
         if any(target.kv_cache == "int8" for target in self.config.targets):
             check_tokens(walk.tokens)
         Calibration(walk, self.checkpoint, profiles, folder, self.watch).run()
@@ -184,10 +184,9 @@ class Build:
     def lower(self, target: Target, graph: Path, calibrated: Path, folder: Path) -> None:
         """Stage `lower-*`: the backend's graphs and weights, the tokenizer, and proof that the backend loads them."""
         compiler = import_module(f"arriero.export.compile.{target.backend}")
-        profile = self.profiles[target.profile]
-        roundings = Roundings(calibrated / rounding_folder(profile))
-        cache = self.cache_scales(target, calibrated)
-        weights = self.lower_parts(target, self.parts, profile, roundings, cache, graph, folder)
+        profile, cache = self.decided(target, calibrated), self.cache_scales(target, calibrated)
+        found = self.roundings(target, calibrated)
+        weights = self.lower_parts(target, self.parts, profile, found, cache, graph, folder)
         copy_tokenizer(self.config.model, folder / "tokenizer")
         tools = compiler.compile_graphs(folder, self.parts)
         (folder / "lowering.json").write_text(json.dumps({"weights": weights, "tools": tools}))
@@ -232,6 +231,7 @@ class Build:
 
     def manifest(self, target: Target, build: Mapping[str, str], lowered: Path, calibrated: Path, bundle: Path) -> None:
         """Write the bundle's manifest from what the stages recorded."""
+        from arriero.export.choice import read_choice
         from arriero.runtimes.torch import model_spec
 
         graph = self.work.folder("graph", build["graph"])
@@ -252,6 +252,7 @@ class Build:
                 "weights": made["weights"],
                 "coverage": json.loads((calibrated / "coverage.json").read_text()),
                 "fallback": self.fallback(target, calibrated),
+                "choice": read_choice(self.roundings(target, calibrated).folder),
                 "calibration": json.loads((calibrated / "set.json").read_text()),
                 "kv_bytes_per_token": dict.fromkeys(sorted(kinds), per_layer),
                 "measured": {
@@ -267,8 +268,17 @@ class Build:
         """The experts that fell back by the profile's rule, because too few calibration tokens reached them."""
         from arriero.export.calibrate import fallbacks
 
-        profile = self.profiles[target.profile]
-        return fallbacks(profile, Roundings(calibrated / rounding_folder(profile)).notes())
+        return fallbacks(self.profiles[target.profile], self.roundings(target, calibrated).notes())
+
+    def roundings(self, target: Target, calibrated: Path) -> Roundings:
+        """What calibration found for the target's profile."""
+        return Roundings(calibrated / rounding_folder(self.profiles[target.profile]))
+
+    def decided(self, target: Target, calibrated: Path) -> Profile:
+        """The target's profile, with the choice that calibration made where it leaves one."""
+        from arriero.export.choice import decided
+
+        return decided(self.profiles[target.profile], self.roundings(target, calibrated).folder)
 
     def profile_digest(self, target: Target) -> str:
         """The profile's own hash in the chain."""
@@ -307,7 +317,7 @@ class Build:
         """
         from arriero.export.naive import measure_naive
 
-        profile = self.profiles[target.profile]
+        profile = self.decided(target, calibrated)
         if profile.calibration is None:
             return None
         step = f"{target.name}: measure the naive form"

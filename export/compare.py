@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 Watch = Callable[[str, int, int, str], None]
 SPEED_PROMPT, SPEED_TOKENS, SPEED_RUNS = "Count from one to one hundred.", 48, 3
-ITEM_BITS = {"F32": 32, "BF16": 16, "F16": 16, "U8": 8}
+ITEM_BITS = {"F32": 32, "BF16": 16, "F16": 16, "U8": 8, "F8_E4M3": 8}
 
 
 @dataclass(frozen=True)
@@ -160,9 +161,9 @@ def decoder_bits(weights: Mapping[str, Mapping[str, Any]]) -> float:
         count = prod(entry["shape"])
         bits += count * ITEM_BITS[entry["dtype"]]
         if name.endswith(".packed"):
-            width = int(entry["scheme"].removeprefix("int").split()[0])
+            width = int(re.findall(r"\d+", entry["scheme"])[0])
             values += count * 8 // width
-        elif not name.endswith(".scales"):
+        elif not name.endswith((".scales", ".multiplier")):
             values += count
     return bits / values
 

@@ -6,12 +6,11 @@ output features of a matrix, P patches of an image tile.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from arriero.graphs.checkpoint import TensorInfo
 from arriero.graphs.config import ModelConfig, VisionConfig
-from arriero.profiles.recipe import LAYER_MATRIX, IntBlock, Profile, Scheme
+from arriero.profiles.recipe import LAYER_MATRIX, Profile
 
 # Rounded up from runs on small models.
 REFERENCE_MEMORY = 512 << 20  # Python with torch and its mapped weights; 330 MiB after a graph was traced
@@ -33,7 +32,7 @@ def embedded_size(vision: VisionConfig | None) -> Size:
 def calibration_memory(config: ModelConfig, used: Iterable[TensorInfo], sizes: Sequence[Size], second: bool) -> int:
     """Bytes that calibration holds at most: a sample's step, or the moments of a layer and one matrix at work.
 
-    `second`: whether a profile calibrates, so that second moments are kept and matrices are rounded.
+    `second`: whether a profile rounds by gptq, so that second moments are kept and matrices are rounded.
     """
     layers = [info for info in used if LAYER_MATRIX.fullmatch(info.name)]
     shapes = [_features(info) for info in layers]
@@ -59,20 +58,12 @@ def walk_disk(config: ModelConfig, sizes: Sequence[Size]) -> int:
 def roundings_disk(profiles: Iterable[Profile], used: Iterable[TensorInfo]) -> int:
     """Bytes of the calibrated integers and scales, which lie in their stage until the bundle is written."""
     infos = {info.name: info for info in used}
-    total = 0
-    for profile in profiles:
-        for name, scheme in profile.assign(infos).items():
-            if isinstance(scheme, IntBlock) and scheme.rounding != "nearest":
-                total += stored_bytes(infos[name], scheme)
-    return total
-
-
-def stored_bytes(info: TensorInfo, scheme: Scheme) -> int:
-    """Bytes of a tensor in a bundle: packed integers with a float32 scale per block, or float32."""
-    elements = math.prod(info.shape)
-    if isinstance(scheme, IntBlock):
-        return elements * scheme.bits // 8 + 4 * (elements // scheme.block)
-    return 4 * elements
+    return sum(
+        scheme.calibrated_bytes(infos[name].shape)
+        for profile in profiles
+        for form in profile.forms
+        for name, scheme in form.assign(infos).items()
+    )
 
 
 def _features(info: TensorInfo) -> tuple[int, int]:

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+FALLBACKS = {
+    "nearest": "scales from the weights alone",
+    "widest": "the widest range of inputs that an expert of their layer saw",
+}
+
+
 def describe_bundle(bundle: Path) -> dict[str, Any]:
     """The manifest's facts with weights summed by scheme and parity in short. Raises `ArrieroError` if damaged."""
     manifest = open_manifest(bundle, full=True)
@@ -38,6 +44,7 @@ def describe_bundle(bundle: Path) -> dict[str, Any]:
         "calibration": raw["calibration"],
         "coverage": raw["coverage"],
         "fallback": raw.get("fallback", []),
+        "choice": raw.get("choice"),
         "kv_cache": manifest.target.kv_cache,
         "kv_bytes_per_token": raw["kv_bytes_per_token"],
         "measured": raw["measured"],
@@ -70,6 +77,7 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
         "calibration": tell_set(described["calibration"]),
         "coverage": _coverage(described["coverage"]),
         "fallback": _fallback(described["fallback"]),
+        "choice": _choice(described["choice"]),
         "parity": f"[red]failed: {', '.join(failed)}[/]" if failed else "[green]passed[/], see `arriero parity`",
         "built with": ", ".join(f"{name} {version}" for name, version in described["tools"].items()),
     }
@@ -81,8 +89,22 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
 def _fallback(entries: list[dict[str, Any]]) -> str:
     if not entries:
         return "none: no matrix of an expert was rounded for lack of calibration tokens"
-    told = ", ".join(map(tell_fallback, entries))
-    return f"[yellow]too few calibration tokens, so scales from the weights alone:[/] {told}"
+    told = [
+        f"[yellow]too few calibration tokens, so {meaning}:[/] {', '.join(map(tell_fallback, thin))}"
+        for rule, meaning in FALLBACKS.items()
+        if (thin := [entry for entry in entries if entry["rule"] == rule])
+    ]
+    return "; ".join(told)
+
+
+def _choice(choice: dict[str, Any] | None) -> str:
+    if choice is None:
+        return "none: the profile names every tensor's scheme"
+    by_scheme: dict[str, list[str]] = {}
+    for row in choice["groups"]:
+        by_scheme.setdefault(row["scheme"], []).append(f"{row['group']} {row['layer']}")
+    told = "; ".join(f"{scheme}: {', '.join(groups)}" for scheme, groups in by_scheme.items())
+    return f"{choice['share']:.3f} of bf16, budget {choice['budget']:g}; by group and layer, {told}"
 
 
 def _coverage(coverage: dict[str, list[int]]) -> str:

@@ -136,7 +136,7 @@ class Walk:
         cache = CacheRange(self.text.kv_heads, self.text.head_dim, self.text.layers[layer].rope)
         for number, (start, stop) in enumerate(zip(self.bounds[:-1], self.bounds[1:], strict=True)):
             with _watched(module) as seen:
-                after, present = self._step(layer, torch.from_numpy(np.array(hidden[start:stop]))[None])
+                after, present = self.step(layer, np.array(hidden[start:stop]))
             cache.add(*(one[0].transpose(0, 1).numpy() for one in present))
             for site, (x, _) in seen.items():
                 if site == "feed_forward.router":
@@ -165,14 +165,28 @@ class Walk:
     def _shared(self, layer: int, site: str) -> str:
         return f"language_model.model.layers.{layer}.{WATCHED[site][0]}.weight"
 
-    def _step(self, layer: int, x: Tensor) -> tuple[Floats, KeyValue]:
-        """`layer` over one sample [1, S, H]: the hidden states after it [S, H], its keys and values [1, K, S, D]."""
+    @torch.inference_mode()
+    def step(self, layer: int, hidden: Floats) -> tuple[Floats, KeyValue]:
+        """`layer` over one whole sample [S, H]: the hidden states after it [S, H], its keys and values [1, K, S, D]."""
+        x = torch.from_numpy(hidden)[None]
         positions = torch.arange(x.shape[1])[None]
         rotation = rotation_table(positions, self.text.rope, self.text.head_dim)
         empty = torch.zeros(1, self.text.kv_heads, 0, self.text.head_dim)
         no_past = torch.zeros(1, 0, dtype=torch.int64)
         after, present, _ = self.model.model.layers[layer](x, rotation, (empty, empty), positions, no_past)
         return after[0].numpy(), present
+
+
+def expert_activation(rows: Floats, gate_up: Floats) -> Floats:
+    """What an expert's down_proj reads: silu(gate) * up [n, F] of [n, H]; `gate_up` [2F, H] has halves gate|up."""
+    gate, up = np.split(rows @ gate_up.T, 2, -1)
+    with np.errstate(over="ignore"):  # exp(-gate) may overflow to inf, which makes the quotient the 0 it should be
+        return np.asarray(gate / (1 + np.exp(-gate)) * up)
+
+
+def expert_output(rows: Floats, gate_up: Floats, down: Floats) -> Floats:
+    """What an expert adds to the residual stream [n, H] for its input [n, H]; `down` is [H, F]."""
+    return expert_activation(rows, gate_up) @ down.T
 
 
 @contextmanager

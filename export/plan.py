@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, get_args
 
 from arriero.errors import ArrieroError, Problems
 from arriero.export import estimate
@@ -22,7 +23,8 @@ from arriero.graphs.config import ModelConfig, TextConfig
 from arriero.graphs.names import EMBEDDING, TEXT_PREFIX, expected_tensors
 from arriero.profiles.data import FAMILIES, TEXT_FAMILIES
 from arriero.profiles.kv_cache import ITEM_BYTES, widen_thresholds
-from arriero.profiles.recipe import IntBlock, Profile, check_shapes, load_profile
+from arriero.profiles.recipe import Profile, check_shapes, load_profile
+from arriero.profiles.schemes import Chosen, Exact
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -132,6 +134,7 @@ def make_plan(build: BuildConfig) -> Plan:
     _check_fit(build, config)
     if not all(state.values()):
         check_ledger(checkpoint.tensors.values(), expected_tensors(config))
+        _check_backends(build, profiles)
     sizes = _sample_sizes(build, config if "image" in build.modalities else config.without_vision(), state)
     used = [info for info in checkpoint.tensors.values() if _is_used(info, build, checkpoint)]
     targets = tuple(
@@ -141,7 +144,9 @@ def make_plan(build: BuildConfig) -> Plan:
     needs = {
         "graph": (TOOLS_MEMORY, 0),
         "calibrate": (
-            estimate.calibration_memory(config, used, sizes, second=bool(calibrates)),
+            estimate.calibration_memory(
+                config, used, sizes, second=any(profile.rounds_by_gptq for profile in calibrates)
+            ),
             estimate.walk_disk(config, sizes) + estimate.roundings_disk(calibrates, used),
         ),
     }
@@ -220,7 +225,7 @@ def calibrating(profiles: Mapping[str, Profile]) -> list[Profile]:
 
 def rounding_folder(profile: Profile) -> str:
     """The folder of a profile's roundings in the stage `calibrate`: its name, and a hash of what decides them."""
-    kept = profile.model_dump(mode="json", include={"keep", "rules", "calibration"})
+    kept = profile.model_dump(mode="json", include={"keep", "rules", "calibration", "choose"})
     return f"{profile.name}-{key_of('roundings', kept)}"
 
 
@@ -288,6 +293,28 @@ def _blind(wanted: Samples) -> ArrieroError | None:
     return ArrieroError(what, where=f"calibration.{key}", expected=expected)
 
 
+def _check_backends(build: BuildConfig, profiles: Mapping[str, Profile]) -> None:
+    """Refuse profiles with schemes that their target's backend has no kernels for."""
+    problems = []
+    for number, target in enumerate(build.targets):
+        # Imported by name and late: an unchanged build is planned without the tools of any backend.
+        known = import_module(f"arriero.graphs.lower.{target.backend}").SCHEMES
+        profile = profiles[target.profile]
+        schemes = [rule.scheme for form in profile.forms for rule in form.rules]
+        lacking = {scheme.told for scheme in schemes if not isinstance(scheme, known)}
+        if lacking:
+            what = (
+                f"{target.backend} has no kernels for {', '.join(sorted(lacking))}, as profile {profile.name} asks for"
+            )
+            remedy = "Choose another profile for it, or a backend that has them"
+            expected = (
+                f"schemes of kind {', '.join(get_args(scheme.model_fields['kind'].annotation)[0] for scheme in known)}"
+            )
+            problems.append(ArrieroError(what, where=f"targets[{number}]", expected=expected, remedy=remedy))
+    if problems:
+        raise Problems("the build asks for what its backends cannot do", problems)
+
+
 def _is_used(info: TensorInfo, build: BuildConfig, checkpoint: Checkpoint) -> bool:
     if "image" in build.modalities or checkpoint.text_only:
         return True
@@ -307,10 +334,11 @@ def _plan_target(
     sizes: dict[str, int] = {}
     for info in used:
         scheme = schemes[info.name]
-        label, size = "f32", estimate.stored_bytes(info, scheme)
-        if isinstance(scheme, IntBlock):
-            label = f"int{scheme.bits}"
-        elif info.name == EMBEDDING:
+        label, size = scheme.dtype, 0 if isinstance(scheme, Chosen) else scheme.stored_bytes(info.shape)
+        if isinstance(scheme, Chosen):
+            assert profile.choose is not None
+            size = int(profile.choose.budget * 2 * math.prod(info.shape))
+        elif info.name == EMBEDDING and isinstance(scheme, Exact):
             # The table is looked up, not multiplied, so it keeps its own dtype; a tied head is a second copy in f32.
             sizes["f32"] = sizes.get("f32", 0) + (size if config.text.tied_embeddings else 0)
             label, size = info.dtype.lower(), info.nbytes

@@ -16,9 +16,11 @@ from onnx_ir.passes import common as tidy
 
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
+from arriero.graphs.functions import add_functions
 from arriero.graphs.passes.become import CONTRIB
 from arriero.graphs.passes.fuse_rotary import fuse_rotary
 from arriero.graphs.passes.quantize_cache import quantize_cache
+from arriero.graphs.passes.quantize_dispatch import quantize_dispatch
 from arriero.graphs.passes.replace_attention_with_gqa import replace_attention_with_gqa
 from arriero.graphs.passes.replace_dispatch_with_moe import replace_dispatch_with_moe
 from arriero.graphs.passes.replace_linear import replace_linear
@@ -26,10 +28,13 @@ from arriero.graphs.passes.store_weights import WeightStore
 from arriero.graphs.passes.widen_weights import keep_weights, widen_weights
 from arriero.graphs.weights import Progress
 from arriero.profiles.kv_cache import CacheScales
-from arriero.profiles.recipe import Scheme
 from arriero.profiles.roundings import Roundings
+from arriero.profiles.schemes import Exact, Fp8, Int8Dynamic, Int8Static, IntBlock, Scheme
 
 WeightTable = dict[str, dict[str, Any]]
+
+SCHEMES = (Exact, IntBlock, Fp8, Int8Dynamic, Int8Static)
+"""What this backend computes. Its CPU kernels for 16-bit floats are casts around float32 ones, where there are any."""
 
 
 def lower_text(
@@ -56,7 +61,8 @@ def lower_text(
         _expect("GroupQueryAttention", replace_attention_with_gqa(model), len(config.text.layers))
         if cache is not None:
             _expect("int8 cache", quantize_cache(model, cache), len(config.text.layers))
-        _expect("MoE", replace_dispatch_with_moe(model, store), len(config.text.moe_layers))
+        dispatches = quantize_dispatch(model, store) + replace_dispatch_with_moe(model, store)
+        _expect("expert dispatch", dispatches, len(config.text.moe_layers))
         replace_linear(model, store)
 
     return _lower("text", canonical, rewrite, checkpoint, assignment, out_dir, progress, roundings)
@@ -106,6 +112,7 @@ def _lower(
     keep_weights(model, store)
     model.functions.clear()
     model.opset_imports[CONTRIB] = 1
+    add_functions(model)
     passes = (tidy.RemoveUnusedNodesPass(), tidy.TopologicalSortPass(), tidy.RemoveUnusedOpsetsPass())
     Sequential(*passes)(model)
     table = store.write(out_dir, f"weights/{part}.safetensors", progress)

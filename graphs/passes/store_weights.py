@@ -17,14 +17,15 @@ from arriero.graphs import weights
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.weights import Group, Progress, Spec
 from arriero.profiles.quantize import check_block, quantize
-from arriero.profiles.recipe import IntBlock, Scheme
 from arriero.profiles.roundings import Roundings
+from arriero.profiles.schemes import Exact, IntBlock, Scheme
 
 DTYPES = {
     "F32": ir.DataType.FLOAT,
     "F16": ir.DataType.FLOAT16,
     "BF16": ir.DataType.BFLOAT16,
     "U8": ir.DataType.UINT8,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
 }
 Rows = Callable[[], Iterable[np.ndarray]]
 
@@ -46,15 +47,10 @@ class WeightStore:
         self.table: dict[str, dict[str, Any]] = {}
         self._groups: list[Group] = []
 
-    def quantized_scheme(self, name: str) -> IntBlock | None:
-        """The integer scheme of tensor `name`, or None when it stays exact."""
-        scheme = self.schemes[name]
-        return scheme if isinstance(scheme, IntBlock) else None
-
     def exact(self, name: str, new_name: str | None = None) -> ir.Value:
         """Tensor `name` as f32, in the checkpoint's layout. Raises ArrieroError if the profile wants it quantised."""
         self._refuse_quantized(name)
-        return self.exact_rows(new_name or name, self.checkpoint.tensors[name].shape, lambda: self._rows(name))
+        return self.exact_rows(new_name or name, self.checkpoint.tensors[name].shape, lambda: self.rows(name))
 
     def stored(self, name: str) -> ir.Value:
         """Tensor `name` byte for byte, in the checkpoint's dtype and layout. Raises as `exact` does."""
@@ -65,11 +61,11 @@ class WeightStore:
             for start, stop in self._spans(name):
                 yield (self.checkpoint.read_rows(name, start, stop),)
 
-        return self._promise([Spec(name, info.dtype, info.shape)], "exact", pieces)[0]
+        return self.promise([Spec(name, info.dtype, info.shape)], "exact", pieces)[0]
 
     def exact_rows(self, new_name: str, shape: tuple[int, ...], rows: Rows) -> ir.Value:
         """An f32 initialiser `new_name` of `shape`, made of `rows()`."""
-        return self._promise([Spec(new_name, "F32", shape)], "exact", lambda: ((piece,) for piece in rows()))[0]
+        return self.promise([Spec(new_name, "F32", shape)], "exact", lambda: ((piece,) for piece in rows()))[0]
 
     def quantized_rows(
         self,
@@ -92,7 +88,7 @@ class WeightStore:
             if scheme.rounding != "nearest":
                 yield from self._calibrated(name, scheme, order)
                 return
-            for piece in (rows or (lambda: self._rows(name)))():
+            for piece in (rows or (lambda: self.rows(name)))():
                 result = quantize(piece, bits=bits, block=block, name=name)
                 yield result.packed, result.scales
 
@@ -100,8 +96,7 @@ class WeightStore:
             Spec(f"{name}.packed", "U8", packed_shape),
             Spec(f"{name}.scales", "F32", (*shape[:-1], shape[-1] // block)),
         ]
-        label = f"int{bits} block {block}" + ("" if scheme.rounding == "nearest" else f" {scheme.rounding}")
-        packed, scales = self._promise(specs, label, pieces)
+        packed, scales = self.promise(specs, scheme.label, pieces)
         return packed, scales
 
     def write(self, folder: Path, location: str, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
@@ -122,18 +117,19 @@ class WeightStore:
         return self.table
 
     def _refuse_quantized(self, name: str) -> None:
-        scheme = self.quantized_scheme(name)
-        if scheme:
+        scheme = self.schemes[name]
+        if not isinstance(scheme, Exact):
             raise ArrieroError(
-                f"the profile stores it as int{scheme.bits}, and no ONNX Runtime CPU kernel reads it so",
+                f"the profile stores it as {scheme.dtype}, and no ONNX Runtime CPU kernel reads it so",
                 where=name,
                 expected="a matrix of attention, an MLP or the experts",
                 remedy="Put it under `keep` in the profile",
             )
 
-    def _promise(
+    def promise(
         self, specs: list[Spec], scheme: str, pieces: Callable[[], Iterable[tuple[np.ndarray, ...]]]
     ) -> list[ir.Value]:
+        """Initialisers for `specs`, which `pieces()` will fill (see `Group`); `scheme` is the weight table's label."""
         if specs[0].name in self.table:  # a second consumer of the same weight
             return [self.graph.initializers[spec.name] for spec in specs]
         values = []
@@ -148,18 +144,23 @@ class WeightStore:
         self._groups.append(Group(tuple(specs), pieces))
         return values
 
+    def calibrated(self, name: str) -> Roundings:
+        """The roundings, which hold tensor `name`. Raises ArrieroError if they do not."""
+        if self.roundings is None or name not in self.roundings:
+            raise ArrieroError("calibration gave no rounding for this tensor", where=name, remedy="Build it again")
+        return self.roundings
+
     def _calibrated(
         self, name: str, scheme: IntBlock, order: np.ndarray | None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        if self.roundings is None or name not in self.roundings:
-            raise ArrieroError("calibration gave no rounding for this tensor", where=name, remedy="Build it again")
-        found = self.roundings.read(name, scheme.bits, scheme.block)
+        found = self.calibrated(name).read(name, scheme.bits, scheme.block)
         stacked = found.packed.ndim == 3
         for number in range(len(found.packed)) if stacked else (slice(None),):
             packed, scales = found.packed[number], found.scales[number]
             yield (packed, scales) if order is None else (packed[order], scales[order])
 
-    def _rows(self, name: str) -> Iterator[np.ndarray]:
+    def rows(self, name: str) -> Iterator[np.ndarray]:
+        """Tensor `name` in float32 pieces along its first axis."""
         for start, stop in self._spans(name):
             yield self.checkpoint.read_float32(name, start, stop)
 
