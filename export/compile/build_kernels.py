@@ -84,6 +84,11 @@ def find_compiler(architecture: str) -> str:
     return found
 
 
+def link_shared(kernels: Path, library: Path) -> None:
+    """Link the object that `build_kernels` made for this machine into a shared library of its own."""
+    _run([find_compiler(platform.machine()), "-shared", "-o", str(library), str(kernels)])
+
+
 def _run(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -6,7 +6,6 @@ Legend: as in `kernels/arriero_kernels.h`.
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from arriero.errors import ArrieroError
 
 FORMATS = {"f32": 0, "bf16": 1, "f16": 2, "e4m3": 3, "int8": 4, "int4": 5}
 ALIGNMENT = 64
@@ -128,10 +125,3 @@ def _argument(value: NDArray[Any] | int | None) -> ctypes.c_void_p | ctypes.c_in
     if not value.flags.c_contiguous:
         raise ValueError("kernels take contiguous arrays")
     return ctypes.c_void_p(value.ctypes.data)
-
-
-def link_shared(kernels: Path, library: Path) -> None:
-    """Link the object of `build_kernels` for this machine into the shared library that `Kernels` loads."""
-    done = subprocess.run(["g++", "-shared", "-o", library, kernels], capture_output=True, text=True)
-    if done.returncode:
-        raise ArrieroError(f"the kernels do not link: {done.stderr.strip()}", where=str(kernels))

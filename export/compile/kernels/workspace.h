@@ -90,7 +90,8 @@ struct AttentionWorkspace {
     int64_t queries;                            // queries of one block
     int64_t rows;                               // and the rows they make
     int64_t* offsets;                           // [rows]: where each row's query and output lie
-    float *scores, *sums, *most, *total, *piece;  // [rows, KEYS], [rows, D], [rows], [rows], [D, KEYS]: one part's own
+    float *scores, *sums, *most, *total, *piece;  // one part's own: [rows, KEYS], [rows, D], [rows], [rows], and
+                                                  // [D, KEYS], which is filled 64 features at a time
     int64_t bytes;                                // of one part
 
     AttentionWorkspace(void* base, int64_t part, int64_t S, int64_t Q, int64_t G, int64_t D) {
@@ -109,7 +110,7 @@ struct AttentionWorkspace {
         sums = carver.take<float>(rows * D);
         most = carver.take<float>(rows);
         total = carver.take<float>(rows);
-        piece = carver.take<float>(D * KEYS);
+        piece = carver.take<float>(round_up(D, 64) * KEYS);
         bytes = carver.bytes();
     }
 };
