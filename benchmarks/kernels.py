@@ -115,8 +115,6 @@ def measure(kernels: Kernels, probe: ctypes.CDLL, options: argparse.Namespace) -
 
     def peak(function: Any) -> Callable[[], float]:
         rounds = 10_000_000
-        operations = {"int8_dots": 12 * 2, "float_multiply_adds": 12 * 2}
-        del operations
 
         def rate() -> float:
             done: list[int] = []
@@ -143,9 +141,7 @@ def measure(kernels: Kernels, probe: ctypes.CDLL, options: argparse.Namespace) -
                 kernels.dispatch(x[:1], chosen, score[:1], gate_up, down, ffn)
 
         spread = (np.arange(512) % 16)[:, None]
-        meter.compare(
-            f"decode, {label}", "GB/s", experts * (nbytes(gate_up) + nbytes(down)), decode, read
-        )
+        meter.compare(f"decode, {label}", "GB/s", experts * (nbytes(gate_up) + nbytes(down)), decode, read)
         roof = peak(probe.int8_dots if form.startswith("int") else probe.float_multiply_adds)
         meter.compare(
             f"prefill 512 / 16 experts, {label}",

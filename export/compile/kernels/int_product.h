@@ -23,13 +23,13 @@ TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, 
     UNROLL for (int m = 0; m < M; ++m) {
         UNROLL for (int v = 0; v < PV; ++v) sums[m][v] = all(0.0f);
     }
+    const uint8_t* at = panel;
     for (int64_t j = 0; j < blocks; ++j) {
         Int totals[M][PV];
         UNROLL for (int m = 0; m < M; ++m) {
             UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = all_int(corrections[m][j]);
         }
-        for (int64_t k = j * block; k < (j + 1) * block; k += STEP) {
-            const uint8_t* at = panel + k / STEP * 64;
+        for (int64_t k = j * block; k < (j + 1) * block; k += STEP, at += 64) {
             if constexpr (BITS == 8) {
                 Weights w[PV];
                 UNROLL for (int v = 0; v < PV; ++v) w[v] = load_int8(at + v / V * panel_bytes + v % V * (4 * LANES));
@@ -84,8 +84,11 @@ inline void int_product(const Rounded& x, const int64_t* order, int64_t count, c
         }
     };
     int64_t column = columns.begin;
-    for (; column + 16 < columns.end; column += 32) panels(column, Constant<2>{});
-    if (column < columns.end) panels(column, Constant<1>{});
+    // one row reads panel after panel: a single stream from memory
+    if (count > 1) {
+        for (; column + 16 < columns.end; column += 32) panels(column, Constant<2>{});
+    }
+    for (; column < columns.end; column += 16) panels(column, Constant<1>{});
 }
 
 }  // namespace ARRIERO_LEVEL
