@@ -2,7 +2,6 @@
 // of keys with a running softmax (Milakov and Gimelshein 2018), so that no score matrix is kept.
 #pragma once
 
-#include "column_weights.h"
 #include "exponential.h"
 #include "row_weights.h"
 #include "workspace.h"
@@ -26,6 +25,11 @@ inline int32_t cache_write(const float* k, const float* v, const int64_t* positi
     return 0;
 }
 
+// Asks for `count` floats that will be needed soon: key and value blocks take turns, which no hardware foresees.
+inline void fetch_rows(const float* p, int64_t count) {
+    for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(p + i, 0, 2);
+}
+
 // scores[m][j] = q[m] . keys[j] for a few rows: keys are read as they lie.
 inline void score_few(const Rows<const float>& q, int64_t rows, const float* keys, int64_t count, int64_t D,
                       float* scores) {
@@ -36,6 +40,7 @@ inline void score_few(const Rows<const float>& q, int64_t rows, const float* key
             const float* a[M];
             for (int m = 0; m < M; ++m) a[m] = q[i + m];
             for (int64_t j = 0; j < count;) {
+                fetch_rows(keys + (AttentionWorkspace::KEYS + j) * D, i == 0 ? N * D : 0);
                 j += with_rows_or_one<N>(count - j, [&](auto wide) {
                     float tile[M][decltype(wide)::value];
                     dot_tile<ARRIERO_F32, M, decltype(wide)::value>(a, keys + j * D, D, tile);
@@ -67,24 +72,8 @@ inline void score_many(const Rows<const float>& q, int64_t rows, const float* ke
 
 // sums[m] += weights[m][0 .. count) values, for all rows.
 inline void add_values(const float* weights, int64_t rows, const float* values, int64_t count, int64_t D, float* sums) {
-    if (rows <= 8) {
-        for (int64_t i = 0; i < rows;) {
-            i += with_rows<4>(rows - i, [&](auto tall) {
-                constexpr int M = decltype(tall)::value;
-                float* to[M];
-                for (int m = 0; m < M; ++m) to[m] = sums + (i + m) * D;
-                for (int64_t j = 0; j < count;) {
-                    j += with_rows_or_one<(M == 1 ? 8 : 4)>(count - j, [&](auto deep) {
-                        const float* a[M];
-                        for (int m = 0; m < M; ++m) a[m] = weights + (i + m) * AttentionWorkspace::KEYS + j;
-                        add_scaled_rows<ARRIERO_F32, M, decltype(deep)::value>(a, values + j * D, D, D, to);
-                    });
-                }
-            });
-        }
-        return;
-    }
     for (int64_t i = 0; i < rows;) {
+        fetch_rows(values + AttentionWorkspace::KEYS * D, i == 0 ? count * D : 0);
         i += with_rows<FLOAT_ROWS>(rows - i, [&](auto tall) {
             constexpr int M = decltype(tall)::value;
             const float* a[M];

@@ -19,9 +19,7 @@ TILE void add_scaled_rows(const float* const* x, const typename Stored<FORMAT>::
         Float sums[M];
         UNROLL for (int m = 0; m < M; ++m) sums[m] = load(out[m] + n);
         UNROLL for (int d = 0; d < D; ++d) {
-            const auto* at = weight + d * stride + n;
-            __builtin_prefetch(at + D * stride);
-            const Float w = Stored<FORMAT>::widen(at);
+            const Float w = Stored<FORMAT>::widen(weight + d * stride + n);
             UNROLL for (int m = 0; m < M; ++m) sums[m] = fma(values[m][d], w, sums[m]);
         }
         UNROLL for (int m = 0; m < M; ++m) store(out[m] + n, sums[m]);

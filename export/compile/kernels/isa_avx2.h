@@ -32,6 +32,10 @@ inline float sum(Float a) {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+inline void store_sums(float* p, Float a, Float b, Float c, Float d) {
+    const __m256 all_four = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(all_four), _mm256_extractf128_ps(all_four, 1)));
+}
 inline Float at_most(Float bound, Float a) { return _mm256_min_ps(bound, a); }
 inline Float at_least(Float bound, Float a) { return _mm256_max_ps(bound, a); }
 inline float most_of(Float a) {

@@ -28,6 +28,14 @@ inline Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
 inline Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
 inline Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(Float a) { return _mm512_reduce_add_ps(a); }
+// The sums of four vectors.
+inline void store_sums(float* p, Float a, Float b, Float c, Float d) {
+    const __m512d ab = _mm512_castps_pd(add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    const __m512d cd = _mm512_castps_pd(add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+    const Float all_four = add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all_four), _mm512_extractf32x8_ps(all_four, 1));
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 // The smaller or larger of a bound and a value; a NaN value stays.
 inline Float at_most(Float bound, Float a) { return _mm512_min_ps(bound, a); }
 inline Float at_least(Float bound, Float a) { return _mm512_max_ps(bound, a); }

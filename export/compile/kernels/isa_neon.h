@@ -26,6 +26,9 @@ inline Float mul(Float a, Float b) { return vmulq_f32(a, b); }
 inline Float div(Float a, Float b) { return vdivq_f32(a, b); }
 inline Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
 inline float sum(Float a) { return vaddvq_f32(a); }
+inline void store_sums(float* p, Float a, Float b, Float c, Float d) {
+    vst1q_f32(p, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
+}
 inline Float at_most(Float bound, Float a) { return vminq_f32(bound, a); }
 inline Float at_least(Float bound, Float a) { return vmaxq_f32(bound, a); }
 inline float most_of(Float a) { return vmaxvq_f32(a); }

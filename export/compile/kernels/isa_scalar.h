@@ -44,6 +44,9 @@ inline Float mul(Float a, Float b) { return each<Float>([&](int i) { return a.at
 inline Float div(Float a, Float b) { return each<Float>([&](int i) { return a.at[i] / b.at[i]; }); }
 inline Float fma(Float a, Float b, Float c) { return each<Float>([&](int i) { return a.at[i] * b.at[i] + c.at[i]; }); }
 inline float sum(Float a) { return (a.at[0] + a.at[1]) + (a.at[2] + a.at[3]); }
+inline void store_sums(float* p, Float a, Float b, Float c, Float d) {
+    p[0] = sum(a), p[1] = sum(b), p[2] = sum(c), p[3] = sum(d);
+}
 inline Float at_most(Float bound, Float a) {
     return each<Float>([&](int i) { return a.at[i] > bound.at[i] ? bound.at[i] : a.at[i]; });
 }

@@ -19,9 +19,7 @@ TILE void dot_tile(const float* const* x, const typename Stored<FORMAT>::Type* w
         Float values[M];
         UNROLL for (int m = 0; m < M; ++m) values[m] = load(x[m] + k);
         UNROLL for (int n = 0; n < N; ++n) {
-            const auto* at = weight + n * features + k;
-            __builtin_prefetch(at + N * features);
-            const Float w = Stored<FORMAT>::widen(at);
+            const Float w = Stored<FORMAT>::widen(weight + n * features + k);
             UNROLL for (int m = 0; m < M; ++m) sums[m][n] = fma(values[m], w, sums[m][n]);
         }
     }
@@ -34,7 +32,11 @@ TILE void dot_tile(const float* const* x, const typename Stored<FORMAT>::Type* w
         }
     }
     UNROLL for (int m = 0; m < M; ++m) {
-        UNROLL for (int n = 0; n < N; ++n) out[m][n] = sum(sums[m][n]);
+        if constexpr (N == 4) {
+            store_sums(out[m], sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
+        } else {
+            UNROLL for (int n = 0; n < N; ++n) out[m][n] = sum(sums[m][n]);
+        }
     }
 }
 
