@@ -25,10 +25,9 @@ LEVELS: dict[str, dict[str, list[str]]] = {
         "scalar": ["-march=x86-64"],
     },
     "aarch64": {
-        "i8mm": ["-march=armv8-a+dotprod+i8mm"],
-        "dotprod": ["-march=armv8-a+dotprod"],
+        "i8mm": ["-march=armv8.2-a+dotprod+i8mm"],
+        "dotprod": ["-march=armv8.2-a+dotprod"],
         "neon": ["-march=armv8-a"],
-        "scalar": ["-march=armv8-a"],
     },
 }
 # No standard library and no C++ runtime: what links the object needs libc and the compiler's own support only. Levels
@@ -92,8 +91,10 @@ def link_shared(kernels: Path, library: Path) -> None:
 def _run(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
+        lines = done.stderr.splitlines()
+        reason = next((line for line in lines if "error" in line), lines[0] if lines else "it gives no reason")
         raise ArrieroError(
-            f"the compiler refuses the kernels: {done.stderr.strip().splitlines()[0] if done.stderr else 'no word'}",
+            f"the compiler refuses the kernels: {reason.strip()}",
             where=" ".join(command),
             expected="GCC 12 or newer",
             remedy="Update the compiler",

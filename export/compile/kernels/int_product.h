@@ -2,6 +2,9 @@
 #pragma once
 
 #include "rounded.h"
+#ifdef __ARM_FEATURE_MATMUL_INT8
+#include "int_pair_tile.h"
+#endif
 
 namespace ARRIERO_LEVEL {
 
@@ -78,7 +81,15 @@ inline void int_product(const Rounded& x, const int64_t* order, int64_t count, c
                 int64_t rows[M];
                 for (int m = 0; m < M; ++m) rows[m] = order ? order[i + m] : i + m;
                 float tile[M][16 * P];
+#ifdef __ARM_FEATURE_MATMUL_INT8
+                if constexpr (M > 1) {
+                    int_pair_tile<BITS, M, P>(x, rows, panel, scale, tile);
+                } else {
+                    int_tile<BITS, M, P>(x, rows, panel, scale, tile);
+                }
+#else
                 int_tile<BITS, M, P>(x, rows, panel, scale, tile);
+#endif
                 for (int m = 0; m < M; ++m) __builtin_memcpy(out[i + m] + column, tile[m], width * sizeof(float));
             });
         }

@@ -14,7 +14,11 @@ constexpr int LANES = 4;
 constexpr int REGISTERS = 32;
 constexpr int FLOAT_ROWS = 6;
 constexpr int FLOAT_VECTORS = 4;
+#ifdef __ARM_FEATURE_MATMUL_INT8
+constexpr int INT_ROWS = 4;
+#else
 constexpr int INT_ROWS = 2;
+#endif
 constexpr int INT8_OFFSET = 0;
 
 inline Float load(const float* p) { return vld1q_f32(p); }

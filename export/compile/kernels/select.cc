@@ -15,13 +15,13 @@
 #ifdef __x86_64__
 LEVEL(avx512vnni)
 LEVEL(avx2)
+LEVEL(scalar)
 #endif
 #ifdef __aarch64__
 LEVEL(i8mm)
 LEVEL(dotprod)
 LEVEL(neon)
 #endif
-LEVEL(scalar)
 
 namespace {
 
@@ -36,13 +36,13 @@ const Level LEVELS[] = {
     {&avx512vnni::kernels,
      [] { return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni"); }},
     {&avx2::kernels, [] { return __builtin_cpu_supports("x86-64-v3") != 0; }},
+    {&scalar::kernels, [] { return true; }},
 #endif
 #ifdef __aarch64__
     {&i8mm::kernels, [] { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) && (getauxval(AT_HWCAP2) & HWCAP2_I8MM); }},
     {&dotprod::kernels, [] { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }},
     {&neon::kernels, [] { return true; }},
 #endif
-    {&scalar::kernels, [] { return true; }},
 };
 
 const Kernels* best() {
