@@ -2,9 +2,10 @@
 
     python -P benchmarks/kernels.py [--threads 1] [--hidden 2048] [--ffn 4096] [--rounds 7]
 
-Every round measures the roofline (the sum of a buffer far beyond the cache; the densest multiply-add loop) right before
-each kernel, in one process and in CPU time of the thread, so that a busy machine slows both alike. Experts are cycled, so
-that their weights come from memory. Shown are the best and the median of the rounds, and the median of the rounds' ratios.
+Every round measures the roofline (the sum of a buffer far beyond the cache; the densest multiply-add loop) right
+before each kernel, in one process, with one thread in its own CPU time, so that a busy machine slows both alike.
+Experts are cycled, so that their weights come from memory. Shown are the best and the median of the rounds, and the
+median of the rounds' ratios. The roofline is one thread's: with more threads a ratio is per thread's roofline.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from arriero.export.compile.build_kernels import build_kernels, find_compiler, l
 from arriero.export.compile.call_kernels import Kernels, Weight
 
 COLD_BYTES = 600_000_000  # beyond the largest cache we have met, 260 MB
-DTYPES = {"f32": np.float32, "bf16": np.uint16, "e4m3": np.uint8, "int8": np.uint8, "int4": np.uint8}
+FORMATS_MEASURED = {"int8": (32, 128), "int4": (32, 64, 128), "e4m3": (0,), "bf16": (0,), "f32": (0,)}
+BYTES = {"int8": 1.125, "int4": 0.625, "e4m3": 1.0, "bf16": 2.0, "f32": 4.0}  # of a weight, at most
 
 
 def random_weight(draw: np.random.Generator, form: str, block: int, experts: int, outputs: int, inputs: int) -> Weight:
@@ -55,6 +57,7 @@ class Meter:
         self.clock = time.thread_time if threads == 1 else time.perf_counter
 
     def seconds(self, run: Callable[[], Any]) -> float:
+        """Time one run."""
         start = self.clock()
         run()
         return self.clock() - start
@@ -99,93 +102,97 @@ def main() -> None:
         measure(Kernels(library, options.threads), ctypes.CDLL(str(probe)), options)
 
 
+class Bench:
+    """The kernels, the rooflines and the drawing of weights."""
+
+    def __init__(self, kernels: Kernels, probe: ctypes.CDLL, options: argparse.Namespace) -> None:
+        self.kernels, self.probe, self.options = kernels, probe, options
+        self.meter, self.draw = Meter(options.rounds, options.threads), np.random.default_rng(0)
+        self.big = self.draw.integers(0, 2**60, COLD_BYTES // 8, np.uint64)
+        probe.int8_dots.restype = probe.float_multiply_adds.restype = ctypes.c_int64
+
+    def read(self) -> float:
+        """GB/s of summing a large buffer."""
+        words, size = ctypes.c_void_p(self.big.ctypes.data), ctypes.c_int64(self.big.nbytes)
+        return self.big.nbytes / self.meter.seconds(lambda: self.probe.read_sum(words, size)) / 1e9
+
+    def peak(self, function: Callable[..., int]) -> float:
+        """GOP/s of a loop of nothing but multiply-adds."""
+        done: list[int] = []
+        seconds = self.meter.seconds(lambda: done.append(function(ctypes.c_int64(10_000_000))))
+        return done[0] / seconds / 1e9
+
+    def experts(self, form: str, block: int) -> None:
+        """Decode of one token and prefill of 512 over 16 experts."""
+        label = form + (f" block {block}" if block else "")
+        if self.options.only not in f"{label} experts":
+            return
+        kernels, hidden, ffn = self.kernels, self.options.hidden, self.options.ffn
+        count = max(16, COLD_BYTES // int(BYTES[form] * 3 * hidden * ffn))
+        gate_up = random_weight(self.draw, form, block, count, 2 * ffn, hidden)
+        down = random_weight(self.draw, form, block, count, hidden, ffn)
+        x = self.draw.standard_normal((512, hidden), dtype=np.float32)
+        score, spread = np.full((512, 1), 0.5, np.float32), (np.arange(512) % 16)[:, None]
+        chosen = [np.full((1, 1), expert) for expert in range(count)]
+
+        def decode() -> None:
+            for expert in chosen:
+                kernels.dispatch(x[:1], expert, score[:1], gate_up, down, ffn)
+
+        def prefill() -> None:
+            kernels.dispatch(x, spread, score, gate_up, down, ffn)
+
+        function = self.probe.int8_dots if form.startswith("int") else self.probe.float_multiply_adds
+        read = count * (nbytes(gate_up) + nbytes(down))
+        self.meter.compare(f"experts, decode, {label}", "GB/s", read, decode, self.read)
+        work = 512 * 6.0 * hidden * ffn
+        self.meter.compare(f"experts, prefill, {label}", "GOP/s", work, prefill, lambda: self.peak(function))
+
+    def attention_decode(self, heads: int, groups: int, size: int, depth: int) -> None:
+        """One token at `depth`, over layers that together exceed the cache."""
+        label = f"attention decode {heads}/{groups}x{size} at {depth}"
+        if self.options.only not in label:
+            return
+        layers = max(2, COLD_BYTES // (2 * groups * depth * size * 4))
+        caches = [np.full((2, 1, groups, depth, size), 0.5, np.float32) for _ in range(layers)]
+        q, k = (self.draw.standard_normal((1, 1, n * size), dtype=np.float32) for n in (heads, groups))
+        position = np.array([[depth - 1]])
+
+        def decode() -> None:
+            for cache in caches:
+                self.kernels.attention(q, k, k, position, cache[0], cache[1], 0)
+
+        self.meter.compare(label, "GB/s", sum(cache.nbytes for cache in caches), decode, self.read)
+
+    def attention_prefill(self, heads: int, groups: int, size: int) -> None:
+        """512 tokens from an empty cache; the work counts the keys that a query may see."""
+        label = f"attention prefill {heads}/{groups}x{size} of 512"
+        if self.options.only not in label:
+            return
+        q, k = (self.draw.standard_normal((1, 512, n * size), dtype=np.float32) for n in (heads, groups))
+        cache, positions = np.zeros((2, 1, groups, 512, size), np.float32), np.arange(512)[None]
+
+        def prefill() -> None:
+            self.kernels.attention(q, k, k, positions, cache[0], cache[1], 0)
+
+        work = 4.0 * heads * size * 512 * 513 / 2
+        self.meter.compare(label, "GOP/s", work, prefill, lambda: self.peak(self.probe.float_multiply_adds))
+
+
 def measure(kernels: Kernels, probe: ctypes.CDLL, options: argparse.Namespace) -> None:
     """Measure every kernel that `options.only` names."""
     if options.level and not kernels.use_level(options.level):
         raise SystemExit(f"this CPU has no {options.level}")
-    meter, draw = Meter(options.rounds, options.threads), np.random.default_rng(0)
-    hidden, ffn = options.hidden, options.ffn
-    print(f"level {kernels.level()}, {options.threads} thread(s), hidden {hidden}, ffn {ffn}, {options.rounds} rounds")
-    big = draw.integers(0, 2**60, COLD_BYTES // 8, np.uint64)
-    words = ctypes.c_void_p(big.ctypes.data)
-    probe.int8_dots.restype = probe.float_multiply_adds.restype = ctypes.c_int64
-
-    def read() -> float:
-        return big.nbytes / meter.seconds(lambda: probe.read_sum(words, ctypes.c_int64(big.nbytes))) / 1e9
-
-    def peak(function: Any) -> Callable[[], float]:
-        rounds = 10_000_000
-
-        def rate() -> float:
-            done: list[int] = []
-            seconds = meter.seconds(lambda: done.append(function(ctypes.c_int64(rounds))))
-            return done[0] / seconds / 1e9
-
-        return rate
-
-    for form, block in (("int8", 32), ("int8", 128), ("int4", 32), ("int4", 64), ("int4", 128), ("e4m3", 0), ("bf16", 0)):
-        label = form + (f" block {block}" if block else "")
-        if options.only not in f"{label} decode prefill dispatch":
-            continue
-        per_expert = {"int8": 1.125, "int4": 0.6, "e4m3": 1, "bf16": 2, "f32": 4}[form] * 3 * hidden * ffn
-        experts = max(16, int(COLD_BYTES / per_expert))
-        gate_up = random_weight(draw, form, block, experts, 2 * ffn, hidden)
-        down = random_weight(draw, form, block, experts, hidden, ffn)
-        x = draw.standard_normal((512, hidden), dtype=np.float32)
-        score = np.full((512, 1), 0.5, np.float32)
-        turn = iter(range(10**9))
-
-        def decode(count: int = experts) -> None:
-            for _ in range(count):
-                chosen = np.full((1, 1), next(turn) % experts)
-                kernels.dispatch(x[:1], chosen, score[:1], gate_up, down, ffn)
-
-        spread = (np.arange(512) % 16)[:, None]
-        meter.compare(f"decode, {label}", "GB/s", experts * (nbytes(gate_up) + nbytes(down)), decode, read)
-        roof = peak(probe.int8_dots if form.startswith("int") else probe.float_multiply_adds)
-        meter.compare(
-            f"prefill 512 / 16 experts, {label}",
-            "GOP/s",
-            512 * 6.0 * hidden * ffn,
-            lambda: kernels.dispatch(x, spread, score, gate_up, down, ffn),
-            roof,
-        )
-    measure_attention(kernels, meter, draw, read, peak(probe.float_multiply_adds), options.only)
-
-
-def measure_attention(
-    kernels: Kernels,
-    meter: Meter,
-    draw: np.random.Generator,
-    read: Callable[[], float],
-    peak: Callable[[], float],
-    only: str,
-) -> None:
-    """Decode at depth 2048 and 8192 over layers that together exceed the cache, and a prefill of 512."""
-    for heads, groups, size in ((16, 4, 64), (40, 8, 128)):
+    sizes = f"hidden {options.hidden}, ffn {options.ffn}, {options.rounds} rounds"
+    print(f"level {kernels.level()}, {options.threads} thread(s), {sizes}")
+    bench = Bench(kernels, probe, options)
+    for form, blocks in FORMATS_MEASURED.items():
+        for block in blocks:
+            bench.experts(form, block)
+    for shape in ((16, 4, 64), (40, 8, 128)):
         for depth in (2048, 8192):
-            label = f"attention decode {heads}/{groups}x{size} at {depth}"
-            if only not in label:
-                continue
-            layers = max(2, COLD_BYTES // (2 * groups * depth * size * 4))
-            caches = [np.full((2, 1, groups, depth, size), 0.5, np.float32) for _ in range(layers)]
-            q, k = (draw.standard_normal((1, 1, n * size), dtype=np.float32) for n in (heads, groups))
-            position = np.array([[depth - 1]])
-
-            def decode() -> None:
-                for cache in caches:
-                    kernels.attention(q, k, k, position, cache[0], cache[1], 0)
-
-            meter.compare(label, "GB/s", sum(cache.nbytes for cache in caches), decode, read)
-        label = f"attention prefill {heads}/{groups}x{size} of 512"
-        if only in label:
-            q, k = (draw.standard_normal((1, 512, n * size), dtype=np.float32) for n in (heads, groups))
-            cache = np.zeros((2, 1, groups, 512, size), np.float32)
-            work = 4.0 * heads * size * 512 * 513 / 2
-            positions = np.arange(512)[None]
-            meter.compare(
-                label, "GOP/s", work, lambda: kernels.attention(q, k, k, positions, cache[0], cache[1], 0), peak
-            )
+            bench.attention_decode(*shape, depth)
+        bench.attention_prefill(*shape)
 
 
 if __name__ == "__main__":

@@ -47,20 +47,20 @@ extern "C" uint64_t read_sum(const uint64_t* p, int64_t bytes) {
 // Gives the operations done (a multiply and an add are two).
 extern "C" int64_t int8_dots(int64_t rounds) {
     Ints sums[12] = {}, a = {}, b = {};
-    __asm__ volatile("" : "+" REGISTER (a), "+" REGISTER (b));
+    __asm__ volatile("" : "+" REGISTER(a), "+" REGISTER(b));
     for (int64_t i = 0; i < rounds; ++i) {
         for (int j = 0; j < 12; ++j) sums[j] = dot(sums[j], a, b);
-        for (int j = 0; j < 12; ++j) __asm__ volatile("" : "+" REGISTER (sums[j]));
+        for (int j = 0; j < 12; ++j) __asm__ volatile("" : "+" REGISTER(sums[j]));
     }
     return rounds * 12 * sizeof(Ints) * 2;
 }
 
 extern "C" int64_t float_multiply_adds(int64_t rounds) {
     Floats sums[12] = {}, a = {}, b = {};
-    __asm__ volatile("" : "+" REGISTER (a), "+" REGISTER (b));
+    __asm__ volatile("" : "+" REGISTER(a), "+" REGISTER(b));
     for (int64_t i = 0; i < rounds; ++i) {
         for (int j = 0; j < 12; ++j) sums[j] += a * b;
-        for (int j = 0; j < 12; ++j) __asm__ volatile("" : "+" REGISTER (sums[j]));
+        for (int j = 0; j < 12; ++j) __asm__ volatile("" : "+" REGISTER(sums[j]));
     }
     return rounds * 12 * sizeof(Floats) / 4 * 2;
 }

@@ -15,13 +15,15 @@ from arriero.profiles.quantize import Quantized
 
 PANEL = 16
 Values = TypeVar("Values", bound=np.generic)
+Fp8 = tuple[NDArray[np.uint8], NDArray[np.float32]]
 
 
 def pack_panels(quantized: Quantized) -> Quantized:
     """Reorder packed [..., N, K*bits/8] and scales [..., N, J] to [..., P, K*bits/32, 64] and [..., P, J, 16]."""
     bits, codes = quantized.bits, quantized.packed
     if bits == 4:
-        codes = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1)
+        halves: NDArray[np.uint8] = np.stack([codes & np.uint8(15), codes >> np.uint8(4)], -1)
+        codes = halves.reshape(*codes.shape[:-1], -1)
     rows = _rows(codes, 2 ** (bits - 1))
     step = 32 // bits  # input features in the 4 bytes of one output
     grouped = rows.reshape(*rows.shape[:-1], -1, step).swapaxes(-3, -2)  # [..., P, K / step, 16, step]
@@ -33,7 +35,7 @@ def pack_panels(quantized: Quantized) -> Quantized:
 
 
 def pack_gate_up_panels(quantized: Quantized) -> Quantized:
-    """Pack the halves gate | up of [..., 2F, K] with panels in turns, gate 0, up 0, gate 1, ..: 2 ceil(F / 16) panels."""
+    """Pack the halves gate | up of [..., 2F, K] in turns, gate 0, up 0, gate 1, ..: 2 ceil(F / 16) panels."""
     width = quantized.packed.shape[-2] // 2
     gate, up = (
         pack_panels(Quantized(quantized.packed[half], quantized.scales[half], quantized.bits, quantized.block))
@@ -42,7 +44,7 @@ def pack_gate_up_panels(quantized: Quantized) -> Quantized:
     return Quantized(_in_turns(gate.packed, up.packed), _in_turns(gate.scales, up.scales), gate.bits, gate.block)
 
 
-def pack_e4m3_panels(codes: NDArray[np.uint8], scales: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+def pack_e4m3_panels(codes: NDArray[np.uint8], scales: NDArray[np.float32]) -> Fp8:
     """Reorder FP8 codes [..., N, K] and their scales [..., N] to [..., P, K, 16] and [..., P, 16]."""
     return (
         np.ascontiguousarray(_rows(codes, 0).swapaxes(-2, -1)),
@@ -50,9 +52,7 @@ def pack_e4m3_panels(codes: NDArray[np.uint8], scales: NDArray[np.float32]) -> t
     )
 
 
-def pack_gate_up_e4m3_panels(
-    codes: NDArray[np.uint8], scales: NDArray[np.float32]
-) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+def pack_gate_up_e4m3_panels(codes: NDArray[np.uint8], scales: NDArray[np.float32]) -> Fp8:
     """Do for FP8 what `pack_gate_up_panels` does: codes [..., 2F, K], scales [..., 2F]."""
     width = scales.shape[-1] // 2
     gate = pack_e4m3_panels(codes[..., :width, :], scales[..., :width])

@@ -51,7 +51,7 @@ class Kernels:
 
     def use_level(self, name: str) -> bool:
         """Switch to the instruction set `name`; False if this CPU lacks it."""
-        return self._library.arriero_use_level(name.encode()) == 0
+        return bool(self._library.arriero_use_level(name.encode()) == 0)
 
     def linear(self, x: Floats, weight: Weight, outputs: int) -> Floats:
         """x [T, K] -> y [T, outputs]."""

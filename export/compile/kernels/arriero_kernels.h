@@ -17,9 +17,9 @@
  *   [N,K]; a stack of experts is [E,K,N] (input-major), where gate_up has N = 2F, halves gate | up. `scales` is not
  *   read (may be null), `block` is 0. Values are widened exactly; sums are float32.
  * ARRIERO_INT8, ARRIERO_INT4: symmetric integers, one float32 scale per output feature and `block` input features
- *   (16, 32, 64, 128 or 256, a divisor of K). Activations are rounded to int8 per token and block: scale = absmax / 127,
- *   q = rint(x * (127 / absmax)); a block whose absmax is below 1e-30 counts as zeros. Products and their sum over a
- *   block are exact int32.
+ *   (16, 32, 64, 128 or 256, a divisor of K). Activations are rounded to int8 per token and block:
+ *   scale = absmax / 127, q = rint(x * (127 / absmax)); a block whose absmax is below 1e-30 counts as zeros. Products
+ *   and their sum over a block are exact int32.
  * ARRIERO_E4M3: OCP FP8 E4M3 (no NaN codes) with one float32 scale per output feature, `block` is 0; activations stay
  *   float32.
  *
@@ -91,10 +91,10 @@ int32_t arriero_dispatch_down(int64_t gate_up_format, int64_t gate_up_block, int
  * q [B,S,Q*D], k and v [B,S,G*D] (rotated, normalised, tempered), positions int64 [B,S], key_cache and value_cache
  * [B,G,C,D], out [B,S,Q*D]. Query head h reads key/value head h / (Q/G); the scale is D**-0.5. D is a multiple of 16,
  * at most 256.
- * `chunk` is 0 for global layers, else the attention chunk: the token at position p lies in slot p (global) or p % chunk.
- * positions[b,s] = positions[b,0] + s; a step stays within one chunk of each row, and its last slot is below C. So a query
- * in slot i sees the slots 0 .. i: the runtime's cache holds the row's current chunk (or all of it) from slot 0 on.
- * Two steps: arriero_cache_write, then arriero_attention. */
+ * `chunk` is 0 for global layers, else the attention chunk: the token at position p lies in slot p (global) or
+ * p % chunk. positions[b,s] = positions[b,0] + s; a step stays within one chunk of each row, and its last slot is below
+ * C. So a query in slot i sees the slots 0 .. i: the runtime's cache holds the row's current chunk (or all of it) from
+ * slot 0 on. Two steps: arriero_cache_write, then arriero_attention. */
 
 /* Puts the new keys and values in their slots; touches no other slot. */
 int32_t arriero_cache_write(const float* k, const float* v, const int64_t* positions, float* key_cache,

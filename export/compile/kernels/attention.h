@@ -1,5 +1,5 @@
-// Causal grouped-query attention over the slots of a cache, as arriero_kernels.h tells it: blocks of queries meet blocks
-// of keys with a running softmax (Milakov and Gimelshein 2018), so that no score matrix is kept.
+// Causal grouped-query attention over the slots of a cache, as arriero_kernels.h tells it: blocks of queries meet
+// blocks of keys with a running softmax (Milakov and Gimelshein 2018), so that no score matrix is kept.
 #pragma once
 
 #include "exponential.h"
@@ -10,9 +10,9 @@ namespace ARRIERO_LEVEL {
 
 inline int64_t slot_of(int64_t position, int64_t chunk) { return chunk ? position % chunk : position; }
 
-inline int32_t cache_write(const float* k, const float* v, const int64_t* positions, float* key_cache, float* value_cache,
-                           int64_t B, int64_t S, int64_t G, int64_t C, int64_t D, int64_t chunk, int64_t part,
-                           int64_t parts) {
+inline int32_t cache_write(const float* k, const float* v, const int64_t* positions, float* key_cache,
+                           float* value_cache, int64_t B, int64_t S, int64_t G, int64_t C, int64_t D, int64_t chunk,
+                           int64_t part, int64_t parts) {
     const Range rows = share(B * S, 1, part, parts);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
         const int64_t slot = slot_of(positions[row], chunk);

@@ -9,11 +9,9 @@ namespace ARRIERO_LEVEL {
 // out[m][0 .. width) += x[m][0 .. D) W for M rows and D input features; W [.., stride].
 template <int FORMAT, int M, int D>
 TILE void add_scaled_rows(const float* const* x, const typename Stored<FORMAT>::Type* weight, int64_t stride,
-                            int64_t width, float* const* out) {
+                          int64_t width, float* const* out) {
     Float values[M][D];
-    UNROLL for (int m = 0; m < M; ++m) {
-        UNROLL for (int d = 0; d < D; ++d) values[m][d] = all(x[m][d]);
-    }
+    UNROLL for (int m = 0; m < M; ++m) { UNROLL for (int d = 0; d < D; ++d) values[m][d] = all(x[m][d]); }
     int64_t n = 0;
     for (; n + LANES <= width; n += LANES) {
         Float sums[M];
@@ -67,7 +65,8 @@ inline void column_product(Rows<const float> x, int64_t count, const void* weigh
             k += with_rows_or_one<D>(features - k, [&](auto deep) {
                 const float* a[M];
                 for (int m = 0; m < M; ++m) a[m] = x[m] + k;
-                add_scaled_rows<FORMAT, M, decltype(deep)::value>(a, weight + k * stride + columns.begin, stride, width, to);
+                add_scaled_rows<FORMAT, M, decltype(deep)::value>(a, weight + k * stride + columns.begin, stride, width,
+                                                                  to);
             });
         }
     });

@@ -29,7 +29,8 @@ inline void scale_row(const float* x, float factor, int64_t count, float* out) {
 inline int32_t dispatch_prepare(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
                                 const float* x, const int64_t* expert_id, const float* score, int64_t T, int64_t R,
                                 int64_t E, int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts) {
-    const DispatchWorkspace space(workspace, gate_up_format, gate_up_block, down_format, down_block, T, R, E, H, F, parts);
+    const DispatchWorkspace space(workspace, gate_up_format, gate_up_block, down_format, down_block, T, R, E, H, F,
+                                  parts);
     if (part == 0) group_rows(expert_id, T * R, E, space.start, space.order);
     const Range rows = share(T * R, 1, part, parts);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
@@ -58,10 +59,12 @@ inline void combine_row(bool panels, const float* products, int64_t F, Range col
 inline int32_t dispatch_gate_up(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
                                 const void* gate_up, const float* gate_up_scales, int64_t T, int64_t R, int64_t E,
                                 int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts) {
-    const DispatchWorkspace space(workspace, gate_up_format, gate_up_block, down_format, down_block, T, R, E, H, F, parts);
+    const DispatchWorkspace space(workspace, gate_up_format, gate_up_block, down_format, down_block, T, R, E, H, F,
+                                  parts);
     auto* piece = reinterpret_cast<float*>(space.pieces + part * PIECE_BYTES);
     const bool panels = gate_up_format >= ARRIERO_E4M3, rounds = is_integer(down_format);
-    const Matrix stack{gate_up_format, Layout::columns, gate_up, gate_up_scales, H, panels ? 2 * round_up(F, 16) : 2 * F};
+    const Matrix stack{
+        gate_up_format, Layout::columns, gate_up, gate_up_scales, H, panels ? 2 * round_up(F, 16) : 2 * F};
     const Input x{{space.scaled, H}, space.rounded};
     const Rows<float> out{space.products, space.wide};
     for (int64_t e = 0; e < E; ++e) {
@@ -90,7 +93,8 @@ inline int32_t dispatch_gate_up(int64_t gate_up_format, int64_t gate_up_block, i
 inline int32_t dispatch_down(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
                              const void* down, const float* down_scales, float* y, int64_t T, int64_t R, int64_t E,
                              int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts) {
-    const DispatchWorkspace space(workspace, gate_up_format, gate_up_block, down_format, down_block, T, R, E, H, F, parts);
+    const DispatchWorkspace space(workspace, gate_up_format, gate_up_block, down_format, down_block, T, R, E, H, F,
+                                  parts);
     auto* piece = reinterpret_cast<float*>(space.pieces + part * PIECE_BYTES);
     const Matrix stack{down_format, Layout::columns, down, down_scales, F, H};
     const Input x{{space.inner, F}, space.inner_rounded};

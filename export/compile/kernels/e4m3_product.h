@@ -8,12 +8,10 @@ namespace ARRIERO_LEVEL {
 // out[m][16p + n] = product of x[m] with output n of panel p, for M rows and P panels.
 template <int M, int P>
 TILE void e4m3_tile(const float* const* x, const uint8_t* panel, const float* scale, int64_t features,
-                      float out[M][16 * P]) {
+                    float out[M][16 * P]) {
     constexpr int V = 16 / LANES, PV = P * V;
     Float sums[M][PV];
-    UNROLL for (int m = 0; m < M; ++m) {
-        UNROLL for (int v = 0; v < PV; ++v) sums[m][v] = all(0.0f);
-    }
+    UNROLL for (int m = 0; m < M; ++m) { UNROLL for (int v = 0; v < PV; ++v) sums[m][v] = all(0.0f); }
     for (int64_t k = 0; k < features; ++k) {
         Float w[PV];
         UNROLL for (int v = 0; v < PV; ++v) w[v] = load_e4m3(panel + v / V * features * 16 + k * 16 + v % V * LANES);
@@ -28,9 +26,10 @@ TILE void e4m3_tile(const float* const* x, const uint8_t* panel, const float* sc
     }
 }
 
-// Columns [columns.begin, columns.end) of out = x W^T for `count` rows of x [.., features]. `begin` is a multiple of 16.
-inline void e4m3_product(Rows<const float> x, int64_t count, const uint8_t* weight, const float* scales, int64_t features,
-                         Range columns, Rows<float> out, float* piece) {
+// Columns [columns.begin, columns.end) of out = x W^T for `count` rows of x [.., features]. `begin` is a multiple
+// of 16.
+inline void e4m3_product(Rows<const float> x, int64_t count, const uint8_t* weight, const float* scales,
+                         int64_t features, Range columns, Rows<float> out, float* piece) {
     if (count > 4) {
         const auto unpack = [&](float* to, int64_t column, int64_t width, int64_t k, int64_t depth) {
             for (int64_t n = 0; n < TILE_COLUMNS; n += LANES) {

@@ -12,7 +12,7 @@ static_assert(PIECE_DEPTH * TILE_COLUMNS * 4 <= PIECE_BYTES);
 // out[m][0 .. V * LANES) = a[m][0 .. depth) b, or adds it; b is [depth, b_stride].
 template <int M, int V = FLOAT_VECTORS>
 TILE void float_tile(const float* const* a, const float* b, int64_t b_stride, int64_t depth, float* const* out,
-                       bool adds) {
+                     bool adds) {
     Float sums[M][V];
     UNROLL for (int m = 0; m < M; ++m) {
         UNROLL for (int v = 0; v < V; ++v) sums[m][v] = adds ? load(out[m] + v * LANES) : all(0.0f);
@@ -25,9 +25,7 @@ TILE void float_tile(const float* const* a, const float* b, int64_t b_stride, in
             UNROLL for (int v = 0; v < V; ++v) sums[m][v] = fma(value, w[v], sums[m][v]);
         }
     }
-    UNROLL for (int m = 0; m < M; ++m) {
-        UNROLL for (int v = 0; v < V; ++v) store(out[m] + v * LANES, sums[m][v]);
-    }
+    UNROLL for (int m = 0; m < M; ++m) { UNROLL for (int v = 0; v < V; ++v) store(out[m] + v * LANES, sums[m][v]); }
 }
 
 // `float_tile` of which only the first `width` columns are wanted.

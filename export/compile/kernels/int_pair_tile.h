@@ -1,4 +1,5 @@
-// The integer tile with the int8 matrix instruction of aarch64 (i8mm): two rows by two outputs, eight features at a time.
+// The integer tile with the int8 matrix instruction of aarch64 (i8mm): two rows by two outputs, eight features at a
+// time.
 #pragma once
 
 #include "rounded.h"
@@ -45,8 +46,10 @@ TILE void int_pair_tile(const Rounded& x, const int64_t* rows, const uint8_t* pa
             }
             UNROLL for (int i = 0; i < PAIRS; ++i) {
                 UNROLL for (int n = 0; n < 8; n += 2) {
-                    const int64x2_t a = vreinterpretq_s64_s32(totals[i][n]), b = vreinterpretq_s64_s32(totals[i][n + 1]);
-                    const Int both[2] = {vreinterpretq_s32_s64(vzip1q_s64(a, b)), vreinterpretq_s32_s64(vzip2q_s64(a, b))};
+                    const int64x2_t a = vreinterpretq_s64_s32(totals[i][n]),
+                                    b = vreinterpretq_s64_s32(totals[i][n + 1]);
+                    const Int both[2] = {vreinterpretq_s32_s64(vzip1q_s64(a, b)),
+                                         vreinterpretq_s32_s64(vzip2q_s64(a, b))};
                     const Float scales = load(scale + 2 * n);
                     for (int m = 2 * i; m < smaller(2 * i + 2, M); ++m) {
                         float* to = out[m] + 16 * p + 2 * n;

@@ -10,7 +10,8 @@ namespace ARRIERO_LEVEL {
 
 // out[m][16p + n] = product of row rows[m] with output n of panel p, for M rows and P panels.
 template <int BITS, int M, int P>
-TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, const float* scale, float out[M][16 * P]) {
+TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, const float* scale,
+                   float out[M][16 * P]) {
     constexpr int V = 16 / LANES, PV = P * V, STEP = 32 / BITS;
     const int64_t features = x.features, block = x.block, blocks = x.blocks();
     const int64_t panel_bytes = features * 16 * BITS / 8, panel_scales = blocks * 16;
@@ -23,9 +24,7 @@ TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, 
         corrections[m] = x.corrections + rows[m] * blocks;
     }
     Float sums[M][PV];
-    UNROLL for (int m = 0; m < M; ++m) {
-        UNROLL for (int v = 0; v < PV; ++v) sums[m][v] = all(0.0f);
-    }
+    UNROLL for (int m = 0; m < M; ++m) { UNROLL for (int v = 0; v < PV; ++v) sums[m][v] = all(0.0f); }
     const uint8_t* at = panel;
     for (int64_t j = 0; j < blocks; ++j) {
         Int totals[M][PV];
@@ -61,15 +60,14 @@ TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, 
             }
         }
     }
-    UNROLL for (int m = 0; m < M; ++m) {
-        UNROLL for (int v = 0; v < PV; ++v) store(out[m] + v * LANES, sums[m][v]);
-    }
+    UNROLL for (int m = 0; m < M; ++m) { UNROLL for (int v = 0; v < PV; ++v) store(out[m] + v * LANES, sums[m][v]); }
 }
 
-// Columns [begin, end) of out = x W^T for `count` rows; row i is row out.order[i] of x. `begin` is a multiple of 16.
+// Columns [begin, end) of out = x W^T for `count` rows, picked from x and out by `order`
+// (null: the first). `begin` is a multiple of 16.
 template <int BITS>
-inline void int_product(const Rounded& x, const int64_t* order, int64_t count, const uint8_t* weight, const float* scales,
-                        Range columns, Rows<float> out) {
+inline void int_product(const Rounded& x, const int64_t* order, int64_t count, const uint8_t* weight,
+                        const float* scales, Range columns, Rows<float> out) {
     const auto panels = [&](int64_t column, auto wide) {
         constexpr int P = decltype(wide)::value;
         const int64_t width = smaller<int64_t>(16 * P, columns.end - column);

@@ -1,6 +1,8 @@
-// The vector vocabulary of the kernels on AVX-512 with VNNI. isa_avx2.h, isa_neon.h and isa_scalar.h give the same names.
+// The vector vocabulary of the kernels on AVX-512 with VNNI. isa_avx2.h, isa_neon.h and isa_scalar.h give the same
+// names.
 //
-// Float, Int: LANES float32 or int32. Weights: 4 stored integers for each of LANES outputs. Quad: 4 activations, repeated.
+// Float, Int: LANES float32 or int32. Weights: 4 stored integers for each of LANES outputs. Quad: 4 activations,
+// repeated.
 #pragma once
 
 #include <immintrin.h>
@@ -14,10 +16,10 @@ using Quad = __m512i;
 
 constexpr int LANES = 16;
 constexpr int REGISTERS = 32;
-constexpr int FLOAT_ROWS = 6;      // tile of the float product, in rows
-constexpr int FLOAT_VECTORS = 4;   // and in vectors of columns: its sums and one row of operands fill the registers
-constexpr int INT_ROWS = 6;        // rows of the integer product's tile, which is two panels wide
-constexpr int INT8_OFFSET = 128;   // what `dot8` sees is q + INT8_OFFSET
+constexpr int FLOAT_ROWS = 6;     // tile of the float product, in rows
+constexpr int FLOAT_VECTORS = 4;  // and in vectors of columns: its sums and one row of operands fill the registers
+constexpr int INT_ROWS = 6;       // rows of the integer product's tile, which is two panels wide
+constexpr int INT8_OFFSET = 128;  // what `dot8` sees is q + INT8_OFFSET
 
 inline Float load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Float a) { _mm512_storeu_ps(p, a); }
@@ -32,7 +34,8 @@ inline float sum(Float a) { return _mm512_reduce_add_ps(a); }
 inline void store_sums(float* p, Float a, Float b, Float c, Float d) {
     const __m512d ab = _mm512_castps_pd(add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
     const __m512d cd = _mm512_castps_pd(add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-    const Float all_four = add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    const Float all_four =
+        add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all_four), _mm512_extractf32x8_ps(all_four, 1));
     _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }

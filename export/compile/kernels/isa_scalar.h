@@ -35,14 +35,28 @@ inline float from_bits(uint32_t bits) {
     return value;
 }
 
-inline Float load(const float* p) { return each<Float>([&](int i) { return p[i]; }); }
+inline Float load(const float* p) {
+    return each<Float>([&](int i) { return p[i]; });
+}
 inline void store(float* p, Float a) { __builtin_memcpy(p, a.at, sizeof a.at); }
-inline Float all(float a) { return each<Float>([&](int) { return a; }); }
-inline Float add(Float a, Float b) { return each<Float>([&](int i) { return a.at[i] + b.at[i]; }); }
-inline Float sub(Float a, Float b) { return each<Float>([&](int i) { return a.at[i] - b.at[i]; }); }
-inline Float mul(Float a, Float b) { return each<Float>([&](int i) { return a.at[i] * b.at[i]; }); }
-inline Float div(Float a, Float b) { return each<Float>([&](int i) { return a.at[i] / b.at[i]; }); }
-inline Float fma(Float a, Float b, Float c) { return each<Float>([&](int i) { return a.at[i] * b.at[i] + c.at[i]; }); }
+inline Float all(float a) {
+    return each<Float>([&](int) { return a; });
+}
+inline Float add(Float a, Float b) {
+    return each<Float>([&](int i) { return a.at[i] + b.at[i]; });
+}
+inline Float sub(Float a, Float b) {
+    return each<Float>([&](int i) { return a.at[i] - b.at[i]; });
+}
+inline Float mul(Float a, Float b) {
+    return each<Float>([&](int i) { return a.at[i] * b.at[i]; });
+}
+inline Float div(Float a, Float b) {
+    return each<Float>([&](int i) { return a.at[i] / b.at[i]; });
+}
+inline Float fma(Float a, Float b, Float c) {
+    return each<Float>([&](int i) { return a.at[i] * b.at[i] + c.at[i]; });
+}
 inline float sum(Float a) { return (a.at[0] + a.at[1]) + (a.at[2] + a.at[3]); }
 inline void store_sums(float* p, Float a, Float b, Float c, Float d) {
     p[0] = sum(a), p[1] = sum(b), p[2] = sum(c), p[3] = sum(d);
@@ -58,15 +72,24 @@ inline float most_of(Float a) {
     for (int i = 1; i < LANES; ++i) most = a.at[i] > most ? a.at[i] : most;
     return most;
 }
-inline Float nearest_whole(Float a) { return each<Float>([&](int i) { return __builtin_rintf(a.at[i]); }); }
+inline Float nearest_whole(Float a) {
+    return each<Float>([&](int i) { return __builtin_rintf(a.at[i]); });
+}
 
-inline Int all_int(int32_t a) { return each<Int>([&](int) { return a; }); }
-inline Int add_int(Int a, Int b) { return each<Int>([&](int i) { return a.at[i] + b.at[i]; }); }
+inline Int all_int(int32_t a) {
+    return each<Int>([&](int) { return a; });
+}
+inline Int add_int(Int a, Int b) {
+    return each<Int>([&](int i) { return a.at[i] + b.at[i]; });
+}
 inline int32_t sum_int(Int a) { return a.at[0] + a.at[1] + a.at[2] + a.at[3]; }
-inline Float to_float(Int a) { return each<Float>([&](int i) { return static_cast<float>(a.at[i]); }); }
+inline Float to_float(Int a) {
+    return each<Float>([&](int i) { return static_cast<float>(a.at[i]); });
+}
 inline Int nearest(Float a) {
     // beyond int32, and for NaN, C++ leaves the conversion open
-    return each<Int>([&](int i) { return a.at[i] > -1e9f && a.at[i] < 1e9f ? static_cast<int32_t>(__builtin_rintf(a.at[i])) : 0; });
+    return each<Int>(
+        [&](int i) { return a.at[i] > -1e9f && a.at[i] < 1e9f ? static_cast<int32_t>(__builtin_rintf(a.at[i])) : 0; });
 }
 inline Float power_of_two(Int a) {
     return each<Float>([&](int i) { return from_bits(static_cast<uint32_t>(a.at[i] + 127) << 23); });
@@ -76,7 +99,9 @@ inline Int magnitude(Float a) {
     __builtin_memcpy(out.at, a.at, sizeof out.at);
     return each<Int>([&](int i) { return out.at[i] & 0x7fffffff; });
 }
-inline Int larger(Int a, Int b) { return each<Int>([&](int i) { return a.at[i] > b.at[i] ? a.at[i] : b.at[i]; }); }
+inline Int larger(Int a, Int b) {
+    return each<Int>([&](int i) { return a.at[i] > b.at[i] ? a.at[i] : b.at[i]; });
+}
 inline int32_t largest(Int a) {
     int32_t most = a.at[0];
     for (int i = 1; i < LANES; ++i) most = a.at[i] > most ? a.at[i] : most;
@@ -89,7 +114,8 @@ inline void store_bytes(int8_t* p, Int a) {
 }
 
 inline float widen_f16(uint16_t half) {
-    const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, exponent = half >> 10 & 31, mantissa = half & 1023;
+    const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, exponent = half >> 10 & 31,
+                   mantissa = half & 1023;
     if (exponent == 0) {
         const float value = static_cast<float>(mantissa) * 0x1p-24f;
         return sign ? -value : value;
@@ -99,7 +125,9 @@ inline float widen_f16(uint16_t half) {
 inline Float load_bf16(const uint16_t* p) {
     return each<Float>([&](int i) { return from_bits(static_cast<uint32_t>(p[i]) << 16); });
 }
-inline Float load_f16(const uint16_t* p) { return each<Float>([&](int i) { return widen_f16(p[i]); }); }
+inline Float load_f16(const uint16_t* p) {
+    return each<Float>([&](int i) { return widen_f16(p[i]); });
+}
 inline Float load_e4m3(const uint8_t* p) {
     return each<Float>([&](int i) { return widen_f16(static_cast<uint16_t>((p[i] & 128) << 8 | (p[i] & 127) << 7)); });
 }

@@ -47,18 +47,24 @@ inline void exact_product(const Matrix& w, Rows<const float> x, int64_t count, R
 
 // Columns [columns.begin, columns.end) of out = x W^T for `count` rows, picked from both by `order`; `piece` is
 // PIECE_BYTES of scratch. columns.begin is a multiple of 16 where W is in panels.
-inline void product(const Matrix& w, const Input& x, const int64_t* order, int64_t count, Range columns, Rows<float> out,
-                    float* piece) {
+inline void product(const Matrix& w, const Input& x, const int64_t* order, int64_t count, Range columns,
+                    Rows<float> out, float* piece) {
     const auto* panels = static_cast<const uint8_t*>(w.weight);
     Rows<const float> exact = x.exact;
     exact.order = out.order = order;
     switch (w.format) {
-        case ARRIERO_F32: return exact_product<ARRIERO_F32>(w, exact, count, columns, out, piece);
-        case ARRIERO_BF16: return exact_product<ARRIERO_BF16>(w, exact, count, columns, out, piece);
-        case ARRIERO_F16: return exact_product<ARRIERO_F16>(w, exact, count, columns, out, piece);
-        case ARRIERO_E4M3: return e4m3_product(exact, count, panels, w.scales, w.features, columns, out, piece);
-        case ARRIERO_INT8: return int_product<8>(x.rounded, order, count, panels, w.scales, columns, out);
-        case ARRIERO_INT4: return int_product<4>(x.rounded, order, count, panels, w.scales, columns, out);
+        case ARRIERO_F32:
+            return exact_product<ARRIERO_F32>(w, exact, count, columns, out, piece);
+        case ARRIERO_BF16:
+            return exact_product<ARRIERO_BF16>(w, exact, count, columns, out, piece);
+        case ARRIERO_F16:
+            return exact_product<ARRIERO_F16>(w, exact, count, columns, out, piece);
+        case ARRIERO_E4M3:
+            return e4m3_product(exact, count, panels, w.scales, w.features, columns, out, piece);
+        case ARRIERO_INT8:
+            return int_product<8>(x.rounded, order, count, panels, w.scales, columns, out);
+        case ARRIERO_INT4:
+            return int_product<4>(x.rounded, order, count, panels, w.scales, columns, out);
     }
 }
 

@@ -12,7 +12,8 @@ inline void round_row(const Rounded& to, int64_t row, const float* x, float fact
     const Float factors = all(factor);
     for (int64_t start = begin; start < end; start += to.block) {
         Int most = all_int(0);
-        for (int64_t i = start; i < start + to.block; i += LANES) most = larger(most, magnitude(mul(load(x + i), factors)));
+        for (int64_t i = start; i < start + to.block; i += LANES)
+            most = larger(most, magnitude(mul(load(x + i), factors)));
         const int32_t bits = largest(most);
         float absmax;
         __builtin_memcpy(&absmax, &bits, 4);

@@ -6,8 +6,8 @@
 namespace ARRIERO_LEVEL {
 
 struct Rounded {
-    int8_t* values;       // [rows, K]
-    float* scales;        // [rows, K/block]
+    int8_t* values;        // [rows, K]
+    float* scales;         // [rows, K/block]
     int32_t* corrections;  // [rows, K/block]: minus the stored weights' offset times the sum of the block's values
     int64_t features, block;
 

@@ -9,11 +9,9 @@ namespace ARRIERO_LEVEL {
 // Dot products of M rows of x with N rows of weights; out[m][n].
 template <int FORMAT, int M, int N>
 TILE void dot_tile(const float* const* x, const typename Stored<FORMAT>::Type* weight, int64_t features,
-                     float out[M][N]) {
+                   float out[M][N]) {
     Float sums[M][N];
-    UNROLL for (int m = 0; m < M; ++m) {
-        UNROLL for (int n = 0; n < N; ++n) sums[m][n] = all(0.0f);
-    }
+    UNROLL for (int m = 0; m < M; ++m) { UNROLL for (int n = 0; n < N; ++n) sums[m][n] = all(0.0f); }
     int64_t k = 0;
     for (; k + LANES <= features; k += LANES) {
         Float values[M];
@@ -47,8 +45,10 @@ TILE void transpose_rows(const float rows[16][64], float* piece) {
         for (int k = 0; k < 64; k += 4) {
             Four r[4];
             for (int i = 0; i < 4; ++i) __builtin_memcpy(&r[i], &rows[n + i][k], 16);
-            const Four a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
-            const Four c = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+            const Four a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5),
+                       b = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
+            const Four c = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7),
+                       d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
             const Four columns[4] = {
                 __builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7),
                 __builtin_shufflevector(c, d, 0, 1, 4, 5), __builtin_shufflevector(c, d, 2, 3, 6, 7)};
@@ -60,7 +60,7 @@ TILE void transpose_rows(const float rows[16][64], float* piece) {
 // Unpacks `width` rows of weight [.., stride] (from features `k`, `depth` of them) for `unpacked_product`.
 template <int FORMAT>
 TILE void unpack_rows(const typename Stored<FORMAT>::Type* weight, int64_t stride, int64_t width, int64_t depth,
-                        float* piece) {
+                      float* piece) {
     float rows[16][64] = {};
     for (int64_t k = 0; k < depth; k += 64) {
         const int64_t count = smaller<int64_t>(64, depth - k);

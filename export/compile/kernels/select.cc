@@ -7,9 +7,9 @@
 #include <sys/auxv.h>
 #endif
 
-#define LEVEL(name)                   \
-    namespace name {                  \
-    extern const Kernels kernels;     \
+#define LEVEL(name)               \
+    namespace name {              \
+    extern const Kernels kernels; \
     }
 
 #ifdef __x86_64__
@@ -33,8 +33,7 @@ struct Level {
 // The best first; the last runs everywhere.
 const Level LEVELS[] = {
 #ifdef __x86_64__
-    {&avx512vnni::kernels,
-     [] { return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni"); }},
+    {&avx512vnni::kernels, [] { return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni"); }},
     {&avx2::kernels, [] { return __builtin_cpu_supports("x86-64-v3") != 0; }},
     {&scalar::kernels, [] { return true; }},
 #endif
@@ -75,12 +74,14 @@ extern "C" int32_t arriero_use_level(const char* name) {
     return 1;
 }
 
-extern "C" int64_t arriero_linear_workspace(int64_t format, int64_t block, int64_t T, int64_t, int64_t K, int64_t parts) {
+extern "C" int64_t arriero_linear_workspace(int64_t format, int64_t block, int64_t T, int64_t, int64_t K,
+                                            int64_t parts) {
     return selection::LinearWorkspace(nullptr, format, block, T, K, parts).bytes;
 }
 
-extern "C" int64_t arriero_dispatch_workspace(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
-                                   int64_t T, int64_t R, int64_t E, int64_t H, int64_t F, int64_t parts) {
+extern "C" int64_t arriero_dispatch_workspace(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format,
+                                              int64_t down_block, int64_t T, int64_t R, int64_t E, int64_t H, int64_t F,
+                                              int64_t parts) {
     return selection::DispatchWorkspace(nullptr, gate_up_format, gate_up_block, down_format, down_block, T, R, E, H, F,
                                         parts)
         .bytes;
@@ -90,45 +91,51 @@ extern "C" int64_t arriero_attention_workspace(int64_t, int64_t S, int64_t Q, in
     return selection::AttentionWorkspace(nullptr, 0, S, Q, G, D).bytes * parts;
 }
 
-extern "C" int32_t arriero_linear_prepare(int64_t format, int64_t block, const float* x, int64_t T, int64_t K, void* workspace,
-                               int64_t part, int64_t parts) {
+extern "C" int32_t arriero_linear_prepare(int64_t format, int64_t block, const float* x, int64_t T, int64_t K,
+                                          void* workspace, int64_t part, int64_t parts) {
     return kernels().linear_prepare(format, block, x, T, K, workspace, part, parts);
 }
 
-extern "C" int32_t arriero_linear(int64_t format, int64_t block, const float* x, const void* weight, const float* scales, float* y,
-                       int64_t T, int64_t N, int64_t K, void* workspace, int64_t part, int64_t parts) {
+extern "C" int32_t arriero_linear(int64_t format, int64_t block, const float* x, const void* weight,
+                                  const float* scales, float* y, int64_t T, int64_t N, int64_t K, void* workspace,
+                                  int64_t part, int64_t parts) {
     return kernels().linear(format, block, x, weight, scales, y, T, N, K, workspace, part, parts);
 }
 
-extern "C" int32_t arriero_dispatch_prepare(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
-                                 const float* x, const int64_t* expert_id, const float* score, int64_t T, int64_t R,
-                                 int64_t E, int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts) {
-    return kernels().dispatch_prepare(gate_up_format, gate_up_block, down_format, down_block, x, expert_id, score, T, R, E,
-                                      H, F, workspace, part, parts);
-}
-
-extern "C" int32_t arriero_dispatch_gate_up(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
-                                 const void* gate_up, const float* gate_up_scales, int64_t T, int64_t R, int64_t E,
-                                 int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts) {
-    return kernels().dispatch_gate_up(gate_up_format, gate_up_block, down_format, down_block, gate_up, gate_up_scales, T, R,
+extern "C" int32_t arriero_dispatch_prepare(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format,
+                                            int64_t down_block, const float* x, const int64_t* expert_id,
+                                            const float* score, int64_t T, int64_t R, int64_t E, int64_t H, int64_t F,
+                                            void* workspace, int64_t part, int64_t parts) {
+    return kernels().dispatch_prepare(gate_up_format, gate_up_block, down_format, down_block, x, expert_id, score, T, R,
                                       E, H, F, workspace, part, parts);
 }
 
-extern "C" int32_t arriero_dispatch_down(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
-                              const void* down, const float* down_scales, float* y, int64_t T, int64_t R, int64_t E,
-                              int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts) {
-    return kernels().dispatch_down(gate_up_format, gate_up_block, down_format, down_block, down, down_scales, y, T, R, E, H,
-                                   F, workspace, part, parts);
+extern "C" int32_t arriero_dispatch_gate_up(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format,
+                                            int64_t down_block, const void* gate_up, const float* gate_up_scales,
+                                            int64_t T, int64_t R, int64_t E, int64_t H, int64_t F, void* workspace,
+                                            int64_t part, int64_t parts) {
+    return kernels().dispatch_gate_up(gate_up_format, gate_up_block, down_format, down_block, gate_up, gate_up_scales,
+                                      T, R, E, H, F, workspace, part, parts);
+}
+
+extern "C" int32_t arriero_dispatch_down(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format,
+                                         int64_t down_block, const void* down, const float* down_scales, float* y,
+                                         int64_t T, int64_t R, int64_t E, int64_t H, int64_t F, void* workspace,
+                                         int64_t part, int64_t parts) {
+    return kernels().dispatch_down(gate_up_format, gate_up_block, down_format, down_block, down, down_scales, y, T, R,
+                                   E, H, F, workspace, part, parts);
 }
 
 extern "C" int32_t arriero_cache_write(const float* k, const float* v, const int64_t* positions, float* key_cache,
-                            float* value_cache, int64_t B, int64_t S, int64_t G, int64_t C, int64_t D, int64_t chunk,
-                            int64_t part, int64_t parts) {
+                                       float* value_cache, int64_t B, int64_t S, int64_t G, int64_t C, int64_t D,
+                                       int64_t chunk, int64_t part, int64_t parts) {
     return kernels().cache_write(k, v, positions, key_cache, value_cache, B, S, G, C, D, chunk, part, parts);
 }
 
-extern "C" int32_t arriero_attention(const float* q, const int64_t* positions, const float* key_cache, const float* value_cache,
-                          float* out, int64_t B, int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk,
-                          void* workspace, int64_t part, int64_t parts) {
-    return kernels().attention(q, positions, key_cache, value_cache, out, B, S, Q, G, C, D, chunk, workspace, part, parts);
+extern "C" int32_t arriero_attention(const float* q, const int64_t* positions, const float* key_cache,
+                                     const float* value_cache, float* out, int64_t B, int64_t S, int64_t Q, int64_t G,
+                                     int64_t C, int64_t D, int64_t chunk, void* workspace, int64_t part,
+                                     int64_t parts) {
+    return kernels().attention(q, positions, key_cache, value_cache, out, B, S, Q, G, C, D, chunk, workspace, part,
+                               parts);
 }

@@ -64,8 +64,8 @@ struct DispatchWorkspace {
     uint8_t* pieces;          // [parts, PIECE_BYTES]
     int64_t bytes;
 
-    DispatchWorkspace(void* base, int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
-                      int64_t T, int64_t R, int64_t E, int64_t H, int64_t F, int64_t parts) {
+    DispatchWorkspace(void* base, int64_t gate_up_format, int64_t gate_up_block, int64_t down_format,
+                      int64_t down_block, int64_t T, int64_t R, int64_t E, int64_t H, int64_t F, int64_t parts) {
         Carver carver(base);
         const int64_t rows = T * R;
         start = carver.take<int64_t>(E + 2);
@@ -85,11 +85,11 @@ struct DispatchWorkspace {
 };
 
 struct AttentionWorkspace {
-    static constexpr int64_t KEYS = 64;         // keys looked at together
-    static constexpr int64_t ROWS_WANTED = 96;  // (query, head) rows that share one look at the keys
-    int64_t queries;                            // queries of one block
-    int64_t rows;                               // and the rows they make
-    int64_t* offsets;                           // [rows]: where each row's query and output lie
+    static constexpr int64_t KEYS = 64;           // keys looked at together
+    static constexpr int64_t ROWS_WANTED = 96;    // (query, head) rows that share one look at the keys
+    int64_t queries;                              // queries of one block
+    int64_t rows;                                 // and the rows they make
+    int64_t* offsets;                             // [rows]: where each row's query and output lie
     float *scores, *sums, *most, *total, *piece;  // one part's own: [rows, KEYS], [rows, D], [rows], [rows], and
                                                   // [D, KEYS], which is filled 64 features at a time
     int64_t bytes;                                // of one part
