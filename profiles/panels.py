@@ -28,7 +28,7 @@ def pack_panels(quantized: Quantized) -> Quantized:
     step = 32 // bits  # input features in the 4 bytes of one output
     grouped = rows.reshape(*rows.shape[:-1], -1, step).swapaxes(-3, -2)  # [..., P, K / step, 16, step]
     if bits == 4:
-        grouped = grouped[..., :4] | (grouped[..., 4:] << 4)
+        grouped = grouped[..., :4] | (grouped[..., 4:] << np.uint8(4))
     packed = np.ascontiguousarray(grouped).reshape(*grouped.shape[:-2], 4 * PANEL)
     scales = np.ascontiguousarray(_rows(quantized.scales, 0).swapaxes(-2, -1))
     return Quantized(packed, scales, bits, quantized.block)
