@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError
 from arriero.export.cases import parity_cases
+from arriero.export.emulate import EmulatedBackend, is_foreign
 from arriero.export.naive import recorded_rows
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.profiles.recipe import OVER_NAIVE
 from arriero.runtimes.api import open_session
-from arriero.runtimes.manifest import open_manifest
+from arriero.runtimes.manifest import Manifest, open_manifest
 from arriero.runtimes.parity import compare
 from arriero.runtimes.report import ALWAYS, ParityReport, read_json
 
@@ -38,8 +40,7 @@ def measure(
     bundle: Path, checkpoint: Path, samples: int, seed: int, thresholds: Mapping[str, float], watch: Watch
 ) -> ParityReport:
     """Compare the bundle with the reference on `samples` held-out prompts, text and, if it sees, images."""
-    manifest = open_manifest(bundle)
-    with open_session(manifest) as candidate:
+    with open_candidate(bundle) as (manifest, candidate):
         text_only = candidate.spec.vision is None
         cases = parity_cases(("text",) if text_only else ("text", "image"), samples, seed)
         target = manifest.target
@@ -57,6 +58,25 @@ def measure(
     if fallback:
         labels["experts rounded without calibration"] = "; ".join(map(tell_fallback, fallback))
     return replace(report, labels=labels)
+
+
+@contextmanager
+def open_candidate(bundle: Path) -> Iterator[tuple[Manifest, Session]]:
+    """The bundle's manifest and a session over it, under emulation when it was compiled for another architecture."""
+    manifest = Manifest.read(bundle)
+    if not is_foreign(manifest):
+        manifest = open_manifest(bundle)
+        with open_session(manifest) as session:
+            yield manifest, session
+        return
+    from arriero.runtimes.processor import Processor
+    from arriero.runtimes.session import Session
+
+    target = manifest.target
+    processor = Processor(bundle / "tokenizer", manifest.model)
+    backend = EmulatedBackend(bundle, manifest.model, target.arch)
+    with Session(backend, processor, target.context, target.batch) as session:
+        yield manifest, session
 
 
 def tell_fallback(entry: Mapping[str, Any]) -> str:

@@ -43,6 +43,11 @@ class IntBlock(_Record):
     accuracy_level: Literal[0, 4]
     rounding: Literal["nearest", "gptq"] = "nearest"
 
+    @property
+    def label(self) -> str:
+        """The scheme in the manifest's weight table; the bits of a value are the first number in it."""
+        return f"int{self.bits} block {self.block}" + ("" if self.rounding == "nearest" else f" {self.rounding}")
+
 
 Scheme = Annotated[Exact | IntBlock, Field(discriminator="kind")]
 

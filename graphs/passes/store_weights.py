@@ -15,6 +15,7 @@ import onnx_ir as ir
 from arriero.errors import ArrieroError
 from arriero.graphs import weights
 from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.safetensors_header import TensorInfo
 from arriero.graphs.weights import Group, Progress, Spec
 from arriero.profiles.quantize import check_block, quantize
 from arriero.profiles.recipe import IntBlock, Scheme
@@ -45,6 +46,7 @@ class WeightStore:
         self.graph, self.checkpoint, self.schemes, self.roundings = graph, checkpoint, schemes, roundings
         self.table: dict[str, dict[str, Any]] = {}
         self._groups: list[Group] = []
+        self._origins: dict[str, TensorInfo] = {}
 
     def quantized_scheme(self, name: str) -> IntBlock | None:
         """The integer scheme of tensor `name`, or None when it stays exact."""
@@ -56,20 +58,21 @@ class WeightStore:
         self._refuse_quantized(name)
         return self.exact_rows(new_name or name, self.checkpoint.tensors[name].shape, lambda: self._rows(name))
 
-    def stored(self, name: str) -> ir.Value:
+    def stored(self, name: str, new_name: str | None = None) -> ir.Value:
         """Tensor `name` byte for byte, in the checkpoint's dtype and layout. Raises as `exact` does."""
         self._refuse_quantized(name)
         info = self.checkpoint.tensors[name]
+        self._origins[new_name or name] = info
 
         def pieces() -> Iterator[tuple[np.ndarray]]:
             for start, stop in self._spans(name):
                 yield (self.checkpoint.read_rows(name, start, stop),)
 
-        return self._promise([Spec(name, info.dtype, info.shape)], "exact", pieces)[0]
+        return self.promise([Spec(new_name or name, info.dtype, info.shape)], "exact", pieces)[0]
 
     def exact_rows(self, new_name: str, shape: tuple[int, ...], rows: Rows) -> ir.Value:
         """An f32 initialiser `new_name` of `shape`, made of `rows()`."""
-        return self._promise([Spec(new_name, "F32", shape)], "exact", lambda: ((piece,) for piece in rows()))[0]
+        return self.promise([Spec(new_name, "F32", shape)], "exact", lambda: ((piece,) for piece in rows()))[0]
 
     def quantized_rows(
         self,
@@ -100,40 +103,54 @@ class WeightStore:
             Spec(f"{name}.packed", "U8", packed_shape),
             Spec(f"{name}.scales", "F32", (*shape[:-1], shape[-1] // block)),
         ]
-        label = f"int{bits} block {block}" + ("" if scheme.rounding == "nearest" else f" {scheme.rounding}")
-        packed, scales = self._promise(specs, label, pieces)
+        packed, scales = self.promise(specs, scheme.label, pieces)
         return packed, scales
 
-    def write(self, folder: Path, location: str, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
-        """Write everything promised to `folder/location`, bind the initialisers to it, and give the weight table."""
-        layout = weights.write(folder / location, self._groups, progress)
+    def write(
+        self, folder: Path, location: str, progress: Progress | None = None, links: Mapping[Path, str] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Write everything promised to `folder/location`, bind the initialisers to it, and give the weight table.
+
+        A tensor kept byte for byte whose checkpoint file is in `links` is bound to the location given there instead.
+        """
+        places = {
+            name: (links[info.file], info.offset)
+            for name, info in self._origins.items()
+            if links is not None and info.file in links
+        }
+        written = [group for group in self._groups if group.specs[0].name not in places]
+        if written:
+            layout = weights.write(folder / location, written, progress)
+            places |= {spec.name: (location, layout.offsets[spec.name]) for group in written for spec in group.specs}
         for group in self._groups:
             for spec in group.specs:
+                file, offset = places[spec.name]
                 self.graph.initializers[spec.name].const_value = ir.ExternalTensor(
-                    location=location,
-                    offset=layout.offsets[spec.name],
+                    location=file,
+                    offset=offset,
                     length=spec.nbytes,
                     dtype=DTYPES[spec.dtype],
                     shape=ir.Shape(spec.shape),
                     name=spec.name,
                     base_dir=folder,
                 )
-                self.table[spec.name]["file"] = location
+                self.table[spec.name]["file"] = file
         return self.table
 
     def _refuse_quantized(self, name: str) -> None:
         scheme = self.quantized_scheme(name)
         if scheme:
             raise ArrieroError(
-                f"the profile stores it as int{scheme.bits}, and no ONNX Runtime CPU kernel reads it so",
+                f"the profile stores it as int{scheme.bits}, and no kernel of the backend reads it so",
                 where=name,
                 expected="a matrix of attention, an MLP or the experts",
                 remedy="Put it under `keep` in the profile",
             )
 
-    def _promise(
+    def promise(
         self, specs: list[Spec], scheme: str, pieces: Callable[[], Iterable[tuple[np.ndarray, ...]]]
     ) -> list[ir.Value]:
+        """Initialisers for `specs`, which `pieces()` will fill (see `Group`); `scheme` is the weight table's label."""
         if specs[0].name in self.table:  # a second consumer of the same weight
             return [self.graph.initializers[spec.name] for spec in specs]
         values = []
@@ -148,12 +165,16 @@ class WeightStore:
         self._groups.append(Group(tuple(specs), pieces))
         return values
 
+    def calibrated(self, name: str) -> Roundings:
+        """The roundings, which hold tensor `name`. Raises ArrieroError if they do not."""
+        if self.roundings is None or name not in self.roundings:
+            raise ArrieroError("calibration gave no rounding for this tensor", where=name, remedy="Build it again")
+        return self.roundings
+
     def _calibrated(
         self, name: str, scheme: IntBlock, order: np.ndarray | None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        if self.roundings is None or name not in self.roundings:
-            raise ArrieroError("calibration gave no rounding for this tensor", where=name, remedy="Build it again")
-        found = self.roundings.read(name, scheme.bits, scheme.block)
+        found = self.calibrated(name).read(name, scheme.bits, scheme.block)
         stacked = found.packed.ndim == 3
         for number in range(len(found.packed)) if stacked else (slice(None),):
             packed, scales = found.packed[number], found.scales[number]
