@@ -331,7 +331,8 @@ class Build:
         cache = self.cache_scales(target, made.calibrated)
 
         def lower_text(naive: Path) -> None:
-            parts, chosen, objects = ("text",), target, made.kernels
+            parts: tuple[str, ...] = ("text",)
+            chosen, objects = target, made.kernels
             if kernel_arch(target) not in (None, architecture()):
                 # What rounding costs is the same on every processor, so a foreign target's is measured on this one.
                 parts, chosen = self.parts, target.model_copy(update={"cpu": NATIVE})

@@ -136,7 +136,7 @@ class EmulatedBackend:
         assert isinstance(cache, EmulatedCache)
         start, stop = cache.start, cache.start + len(cache.lengths)
         call = {"do": "forward", "cache": cache.number, "start": start, "stop": stop, "taps": taps}
-        given = {"inputs_embeds": inputs_embeds, "positions": positions, "logits_index": logits_index}
+        given: Arrays = {"inputs_embeds": inputs_embeds, "positions": positions, "logits_index": logits_index}
         _, found = self.ask(call, given)
         cache.lengths += positions.shape[1]
 

@@ -29,7 +29,8 @@ Arrays = dict[str, np.ndarray]
 def write_message(stream: IO[bytes], call: Any, arrays: Arrays) -> None:
     """Send `call` (JSON values) with `arrays`."""
     body = io.BytesIO()
-    np.savez(body, call=np.frombuffer(json.dumps(call).encode(), np.uint8), **arrays)
+    content: dict[str, Any] = {"call": np.frombuffer(json.dumps(call).encode(), np.uint8), **arrays}
+    np.savez(body, **content)
     stream.write(struct.pack("<q", body.tell()))
     stream.write(body.getvalue())
     stream.flush()
@@ -72,7 +73,7 @@ class Server:
         cache = self.caches[call["cache"]].rows(call["start"], call["stop"])
         embeds, positions = arrays["inputs_embeds"], arrays["positions"]
         step = self.backend.forward(embeds, positions, cache, arrays["logits_index"], call["taps"])
-        found = {"logits": step.logits}
+        found: Arrays = {"logits": step.logits}
         found |= {f"expert_id.{layer}": ids for layer, ids in step.expert_ids.items()}
         found |= {f"hidden.{layer}": hidden for layer, hidden in step.hiddens.items()}
         return {}, found
