@@ -163,7 +163,9 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
     }
     for target in build.targets:
         for arch in _kernel_archs(target, profiles[target.profile]):
-            stages[f"kernels-{arch}"] = {"source": source_hash("export/compile")}
+            stages[f"kernels-{arch}"] = {
+                "source": source_hash("export/compile/kernels", "export/compile/build_kernels.py")
+            }
     graph = key_of("graph", stages["graph"])
     coverage = key_of("calibrate", stages["calibrate"])
     for target in build.targets:

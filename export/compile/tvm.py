@@ -37,10 +37,17 @@ def compile_graphs(
             watch(number, len(parts))
         path = folder / f"{part}.onnx"
         library = folder / f"{part}.so"
-        module, graph, weights = import_graph(path)
-        with target, tvm.transform.PassContext(opt_level=3):
-            built = relax.build(fuse(module), target)
-        built.export_library(str(library), fcompile=link, addons=[str(kernels)])
+        try:
+            module, graph, weights = import_graph(path)
+            with target, tvm.transform.PassContext(opt_level=3):
+                built = relax.build(fuse(module), target)
+            built.export_library(str(library), fcompile=link, addons=[str(kernels)])
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:  # TVM's own are of these
+            raise ArrieroError(
+                f"TVM {tvm.__version__} does not compile the graph ({(str(error).splitlines() or [repr(error)])[-1]})",
+                where=str(path),
+                remedy="Build again; if it stays so, report it together with this sentence",
+            ) from error
         (folder / f"{part}.json").write_text(json.dumps(_signature(graph, weights), indent=1) + "\n")
         path.unlink()
     if watch:
