@@ -186,7 +186,8 @@ def _map(bundle: Path, entry: Mapping[str, Any], files: dict[str, np.memmap]) ->
 def _aligned(array: np.ndarray) -> np.ndarray:
     """`array`, or a copy of it, contiguous and at an address that generated code may rely on."""
     array = np.ascontiguousarray(array)
-    if array.ctypes.data % ALIGNMENT == 0:
+    # numpy gives an empty array strides of zero, which TVM does not take for contiguous
+    if array.size and array.ctypes.data % ALIGNMENT == 0:
         return array
     room = np.empty(array.nbytes + ALIGNMENT, np.uint8)
     start = -room.ctypes.data % ALIGNMENT
