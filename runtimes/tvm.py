@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import os
 import queue
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,12 +166,26 @@ def load_runtime() -> Any:
         )
     # The pool would otherwise pin its threads to cores, which on an edge device are the app's cores too.
     os.environ.setdefault("TVM_BIND_THREADS", "0")
-    import tvm_ffi
+    with _unseen("torch"):
+        import tvm_ffi
 
     if tvm_ffi.get_global_func("runtime.config_threadpool", allow_missing=True) is None:
         folders = [Path(place) / "lib" for place in package.submodule_search_locations or ()]
         tvm_ffi.libinfo.load_lib_ctypes("tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=folders)
     return tvm_ffi
+
+
+@contextmanager
+def _unseen(package: str) -> Iterator[None]:
+    """Hide an installed package that is not loaded yet: `tvm_ffi` imports PyTorch only because it is there."""
+    hide = package not in sys.modules
+    if hide:
+        sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hide:
+            del sys.modules[package]
 
 
 def _map(bundle: Path, entry: Mapping[str, Any], files: dict[str, np.memmap]) -> np.ndarray:
