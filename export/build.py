@@ -7,7 +7,8 @@ does nothing. A bundle appears under its name only after its parity passed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from importlib import import_module
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError, BelowThreshold, Problems
 from arriero.export.bundle import assemble, copy_tokenizer, is_current, write_manifest
+from arriero.export.cases import describe_set, draw_cases, encoded_sizes
 from arriero.export.compile import Compiled
 from arriero.export.compile.cpus import NATIVE
 from arriero.export.emulate import check_emulation
@@ -31,6 +33,7 @@ from arriero.runtimes.cpu import architecture
 from arriero.runtimes.manifest import link
 
 if TYPE_CHECKING:
+    from arriero.export.prove import Judge
     from arriero.graphs.check import Part
 
 # What a watcher is told: the step, how much of it is done, of how much, and in which unit ("bytes" or "samples").
@@ -78,13 +81,32 @@ class Build:
         self.check_outputs()
         if not plan.done:
             self.check_inputs()
+        with self.at_work():
+            bundles = [self.build_target(target) for target in self.config.targets]
+            self.work.prune((name, key_of(name, values)) for name, values in self.inputs.items())
+        return bundles
+
+    def run_calibration(self) -> dict[str, Any]:
+        """Run the stage `calibrate` alone and describe what it saw. A later `run` of the build file takes it over."""
+        from arriero.export.coverage import describe_calibration
+
+        plan = make_plan(self.config).only("calibrate")
+        plan.check_budgets(self.file)
+        if not plan.done:
+            self.check_inputs()
+        with self.at_work():
+            folder = self.stage("calibrate", self.calibrate, resumes=True)
+            planned = None if plan.done else plan.stages[0].memory
+            return describe_calibration(folder, calibrating(self.profiles), planned)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Hold the output folder; within, what every stage depends on is known."""
         with self.work.locked():
             self.watch("hash checkpoint", 0, 0, "bytes")
             self.content = self.checkpoint.content_hash(self.work.hash_memo)
             self.inputs = stage_inputs(self.config, self.content, self.profiles)
-            bundles = [self.build_target(target) for target in self.config.targets]
-            self.work.prune((name, key_of(name, values)) for name, values in self.inputs.items())
-        return bundles
+            yield
 
     def check_outputs(self) -> None:
         """Refuse to put a bundle in the place of something that is none."""
@@ -100,7 +122,10 @@ class Build:
             raise Problems(f"{self.file}: bundles cannot be published", problems)
 
     def check_inputs(self) -> None:
-        """Refuse thresholds that no metric has, and a checkpoint without its processor, before the work begins."""
+        """Refuse what would end the work late: thresholds that no metric has, a checkpoint without its processor,
+        parity cases that do not fit a target's context, or have no answers where answers are judged.
+        """
+        from arriero.export.prove import check_answers
         from arriero.runtimes.parity import check_thresholds
         from arriero.runtimes.processor import Processor
         from arriero.runtimes.torch import model_spec
@@ -111,7 +136,12 @@ class Build:
             arch = kernel_arch(target)
             if arch not in (None, architecture()):
                 check_emulation(str(arch), f"{self.file}: targets[{number}].cpu")
-        Processor(self.config.model, model_spec(self.model))
+        processor = Processor(self.config.model, model_spec(self.model))
+        room = min(target.context for target in self.config.targets) - 1  # one token of an answer
+        cases = draw_cases(self.config.parity.cases, self.config.modalities)
+        encoded_sizes(cases, processor, room)
+        for target in self.config.targets:
+            check_answers(cases, thresholds(self.config, target, self.profiles[target.profile]))
 
     def build_target(self, target: Target) -> Path:
         """Lower, prove and publish one target; at once when its bundle is current."""
@@ -175,25 +205,23 @@ class Build:
     def calibrate(self, folder: Path) -> None:
         """Stage `calibrate`: tokens per expert, ranges, and the roundings of every profile that calibrates."""
         from arriero.export.calibrate import Calibration
-        from arriero.export.cases import draw_samples
         from arriero.export.observe import Walk
         from arriero.export.prove import open_reference
 
-        settings = self.config.calibration
-        samples = draw_samples(self.config.modalities, settings.samples, settings.seed, "train")
+        samples = draw_cases(self.config.calibration, self.config.modalities)
+        (folder / "set.json").write_text(json.dumps(describe_set(self.config.calibration, samples)))
         reference = open_reference(self.config.model, self.model.vision is None)
         profiles = {rounding_folder(profile): profile for profile in calibrating(self.profiles)}
-        walk = Walk(reference, samples, folder, second=bool(profiles))
+        walk = Walk(reference, samples, folder, second=any(profile.rounds_by_gptq for profile in profiles.values()))
         if any(target.kv_cache == "int8" for target in self.config.targets):
             check_tokens(walk.tokens)
         Calibration(walk, self.checkpoint, profiles, folder, self.watch).run()
 
     def lower(self, target: Target, made: Made, folder: Path) -> None:
         """Stage `lower-*`: the backend's graphs and weights, the tokenizer, and proof that the backend loads them."""
-        profile = self.profiles[target.profile]
-        roundings = Roundings(made.calibrated / rounding_folder(profile))
-        cache = self.cache_scales(target, made.calibrated)
-        weights = self.lower_parts(target, self.parts, profile, roundings, cache, made.graph, folder)
+        profile, cache = self.decided(target, made.calibrated), self.cache_scales(target, made.calibrated)
+        found = self.roundings(target, made.calibrated)
+        weights = self.lower_parts(target, self.parts, profile, found, cache, made.graph, folder)
         copy_tokenizer(self.config.model, folder / "tokenizer")
         compiled = self.compile(target, self.parts, made.kernels, folder)
         (folder / "lowering.json").write_text(json.dumps({"weights": weights, **asdict(compiled)}))
@@ -247,6 +275,7 @@ class Build:
 
     def manifest(self, target: Target, build: Mapping[str, str], lowered: Path, calibrated: Path, bundle: Path) -> None:
         """Write the bundle's manifest from what the stages recorded."""
+        from arriero.export.choice import read_choice
         from arriero.runtimes.torch import model_spec
 
         graph = self.work.folder("graph", build["graph"])
@@ -268,7 +297,8 @@ class Build:
                 "weights": made["weights"],
                 "coverage": json.loads((calibrated / "coverage.json").read_text()),
                 "fallback": self.fallback(target, calibrated),
-                "calibration": self.config.calibration.model_dump(),
+                "choice": read_choice(self.roundings(target, calibrated).folder),
+                "calibration": json.loads((calibrated / "set.json").read_text()),
                 "kv_bytes_per_token": dict.fromkeys(sorted(kinds), per_layer),
                 "measured": {
                     "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records.values()),
@@ -283,8 +313,17 @@ class Build:
         """The experts that fell back by the profile's rule, because too few calibration tokens reached them."""
         from arriero.export.calibrate import fallbacks
 
-        profile = self.profiles[target.profile]
-        return fallbacks(profile, Roundings(calibrated / rounding_folder(profile)).notes())
+        return fallbacks(self.profiles[target.profile], self.roundings(target, calibrated).notes())
+
+    def roundings(self, target: Target, calibrated: Path) -> Roundings:
+        """What calibration found for the target's profile."""
+        return Roundings(calibrated / rounding_folder(self.profiles[target.profile]))
+
+    def decided(self, target: Target, calibrated: Path) -> Profile:
+        """The target's profile, with the choice that calibration made where it leaves one."""
+        from arriero.export.choice import decided
+
+        return decided(self.profiles[target.profile], self.roundings(target, calibrated).folder)
 
     def profile_digest(self, target: Target) -> str:
         """The profile's own hash in the chain."""
@@ -296,13 +335,13 @@ class Build:
         Raises `BelowThreshold`; the report page stays.
         """
         from arriero.export.naive import with_naive
-        from arriero.export.prove import measure
+        from arriero.export.prove import Judge, measure
         from arriero.runtimes.report import write_html, write_json
 
-        cases = self.config.parity.cases
+        judge = Judge.open(self.config.model, self.config.parity.cases, self.config.modalities)
         limits = thresholds(self.config, target, self.profiles[target.profile])
-        report = measure(bundle, self.config.model, cases.samples, cases.seed, limits, self.watch)
-        report = with_naive(report, self.naive_kl(target, made, lowered, folder), limits)
+        report = measure(bundle, judge, limits, self.watch)
+        report = with_naive(report, self.naive_kl(target, judge, made, lowered, folder), limits)
         write_json(report, folder / "parity.json")
         write_html(report, folder / "parity.html")
         if report.failed:
@@ -314,20 +353,17 @@ class Build:
                 remedy="The page shows where it differs; choose a finer profile, or lower the threshold knowingly",
             )
 
-    def naive_kl(self, target: Target, made: Made, lowered: Path, folder: Path) -> float | None:
+    def naive_kl(self, target: Target, judge: Judge, made: Made, lowered: Path, folder: Path) -> float | None:
         """Mean KL of the naive form of the target's profile on the parity cases; None if the profile is that form.
 
         Its key/value cache is the target's own: it is the weights' calibration that is judged.
         """
-        from arriero.export.cases import parity_cases
         from arriero.export.naive import measure_naive
-        from arriero.export.prove import open_reference
 
-        profile = self.profiles[target.profile]
+        profile = self.decided(target, made.calibrated)
         if profile.calibration is None:
             return None
-        settings, step = self.config.parity.cases, f"{target.name}: measure the naive form"
-        cases = parity_cases(self.config.modalities, settings.samples, settings.seed)
+        step = f"{target.name}: measure the naive form"
         cache = self.cache_scales(target, made.calibrated)
 
         def lower_text(naive: Path) -> None:
@@ -341,11 +377,11 @@ class Build:
             self.compile(chosen, parts, objects, naive)
 
         return measure_naive(
-            open_reference(self.config.model, self.model.vision is None),
+            judge.reference,
             target.backend,
             lowered,
             lower_text,
-            cases,
+            judge.cases,
             folder,
             lambda done, total: self.watch(step, done, total, "samples"),
         )

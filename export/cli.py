@@ -14,6 +14,8 @@ from arriero.errors import ArrieroError
 from arriero.version import __version__
 
 if TYPE_CHECKING:
+    from arriero.export.schema import Cases
+    from arriero.runtimes.images import ImageLike
     from arriero.runtimes.report import ParityReport
 
 app = typer.Typer(
@@ -44,6 +46,16 @@ ProfileName = Annotated[str, typer.Argument(help="A shipped profile, a profile f
 BuildFile = Annotated[Path, typer.Argument(help="The build file.", show_default=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of text for people.")]
 BundleFolder = Annotated[Path, typer.Argument(help="A bundle folder that `arriero build` published.")]
+Set = Annotated[
+    str | None,
+    typer.Option(
+        "--set", help="A JSONL file or folder of images with the held-out prompts; the embedded ones if none."
+    ),
+]
+SampleCount = Annotated[
+    int | None,
+    typer.Option("--samples", help="How many; 200 of the embedded prompts, all of a set's, when left out.", min=1),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads to use; every core when left out.", min=1)]
 
 
@@ -92,14 +104,37 @@ def build(build_file: BuildFile = Path("build.yaml"), as_json: Json = False) -> 
 
 
 @app.command()
+def calibrate(build_file: BuildFile = Path("build.yaml"), as_json: Json = False) -> None:
+    """Run the build file's calibration alone, and show what it saw: tokens per expert and activation ranges.
+
+    What it finds lies where `arriero build` looks for it, so that a build goes on from here; killed, the same command
+    goes on after the last finished layer. Experts that too few tokens reach are named: give the set more samples, or
+    other ones. Samples come from `calibration.set`: `embedded`, a JSONL file, or a folder of images.
+    """
+    from arriero.export.build import Build
+    from arriero.export.config import load_build
+    from arriero.export.coverage import show_calibration
+    from arriero.export.watch import ProgressBars
+
+    config = load_build(build_file)
+    with ProgressBars(err) as watch:
+        found = Build(config, str(build_file), watch).run_calibration()
+    if as_json:
+        _print_json(found)
+    else:
+        show_calibration(found, out)
+
+
+@app.command()
 def parity(
     bundle: BundleFolder,
     against: Annotated[
         Path | None,
         typer.Option(help="The checkpoint folder: measure again, on this machine, against its PyTorch reference."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Held-out prompts to measure on, with --against.", min=1)] = 200,
-    seed: Annotated[int, typer.Option(help="Seed of the held-out prompts, with --against.", min=0)] = 29,
+    data: Set = None,
+    samples: SampleCount = None,
+    seed: Annotated[int, typer.Option(help="Which held-out prompts, with --against.", min=0)] = 29,
     junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML here, one test case per row.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page here.")] = None,
     as_json: Json = False,
@@ -120,7 +155,7 @@ def parity(
         open_manifest(bundle)
         report = read_json(bundle / "parity.json")
     else:
-        report = _measure(bundle, against, samples, seed)
+        report = _measure(bundle, against, _held_out(data, samples, seed))
     if junit:
         write_junit(report, junit)
     if html:
@@ -133,12 +168,22 @@ def parity(
         raise typer.Exit(1)
 
 
-def _measure(bundle: Path, checkpoint: Path, samples: int, seed: int) -> ParityReport:
+def _measure(bundle: Path, checkpoint: Path, wanted: Cases) -> ParityReport:
     from arriero.export.prove import prove_bundle
     from arriero.export.watch import ProgressBars
 
     with ProgressBars(err) as watch:
-        return prove_bundle(bundle, checkpoint, samples, seed, watch)
+        return prove_bundle(bundle, checkpoint, wanted, watch)
+
+
+def _held_out(data: str | None, samples: int | None, seed: int) -> Cases:
+    from arriero.export.schema import EMBEDDED, Cases
+
+    if data is None:
+        return Cases(set=EMBEDDED, samples=samples or 200, seed=seed)
+    if not Path(data).exists():
+        raise ArrieroError("there is no such data set", where=data, expected="a JSONL file, or a folder of images")
+    return Cases(set=str(Path(data).absolute()), samples=samples, seed=seed)
 
 
 @app.command()
@@ -161,7 +206,7 @@ def run(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Ask a bundle and stream its answer.
+    """Ask a bundle and stream its answer. Pictures come before the text, or where it says <|image|>.
 
     arriero run bundles/portable-int8 "What is 17 + 25?"
 
@@ -170,16 +215,15 @@ def run(
     arriero run bundles/portable-int8 "Which way does it move?" --video clip.mp4
     """
     from arriero.runtimes.api import load
+    from arriero.runtimes.images import read_video
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    content: list[dict[str, Any]] = [
-        *({"type": "image", "path": str(path)} for path in image or ()),
-        *({"type": "video", "path": str(path), "num_frames": frames} for path in video or ()),
-        {"type": "text", "text": text},
-    ]
+    pictures: list[ImageLike] = list(image or ())
+    pictures += (frame for path in video or () for frame in read_video(path, frames))
     with load(bundle, threads) as session:
         stream = session.generate(
-            [{"role": "user", "content": content}] if image or video else text,
+            text,
+            pictures,
             stream=True,
             max_tokens=max_tokens,
             temperature=temperature,
@@ -236,8 +280,9 @@ def doctor(
 def compare(
     bundles: Annotated[list[Path], typer.Argument(help="Bundle folders, all made from one checkpoint.")],
     against: Annotated[Path, typer.Option(help="The checkpoint folder that they were made from.")],
-    samples: Annotated[int, typer.Option(help="Held-out prompts to measure on.", min=1)] = 200,
-    seed: Annotated[int, typer.Option(help="Seed of the held-out prompts.", min=0)] = 29,
+    data: Set = None,
+    samples: SampleCount = None,
+    seed: Annotated[int, typer.Option(help="Which held-out prompts.", min=0)] = 29,
     html: Annotated[Path | None, typer.Option(help="Also write a page with a plot of quality against size.")] = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -249,14 +294,15 @@ def compare(
     from arriero.export import compare as comparison
     from arriero.export.watch import ProgressBars
 
+    wanted = _held_out(data, samples, seed)
     with ProgressBars(err) as watch:
-        lines = comparison.compare_bundles(bundles, against, samples, seed, threads, watch)
+        lines = comparison.compare_bundles(bundles, against, wanted, threads, watch)
+    asked = {"set": Path(wanted.set).name, "samples": lines[0].cases, "seed": seed}
     if html:
-        comparison.write_page(
-            lines, {"checkpoint": str(against), "held-out prompts": str(samples), "seed": str(seed)}, html
-        )
+        labels = {"checkpoint": against, "held-out prompts": asked["set"], "how many": asked["samples"], "seed": seed}
+        comparison.write_page(lines, {name: str(value) for name, value in labels.items()}, html)
     if as_json:
-        _print_json(comparison.to_json(lines, {"against": str(against), "samples": samples, "seed": seed}))
+        _print_json(comparison.to_json(lines, {"against": str(against), **asked}))
     else:
         comparison.show(lines, out)
 

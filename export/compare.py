@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError
 from arriero.export.budget import human_bytes
-from arriero.export.prove import check_origin, measure
+from arriero.export.prove import Judge, check_origin, measure, modalities_of
 from arriero.runtimes import plots, report
 from arriero.runtimes.api import load
 from arriero.runtimes.manifest import Manifest
@@ -20,9 +21,11 @@ from arriero.runtimes.report import ParityReport
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from arriero.export.schema import Cases
+
 Watch = Callable[[str, int, int, str], None]
 SPEED_PROMPT, SPEED_TOKENS, SPEED_RUNS = "Count from one to one hundred.", 48, 3
-ITEM_BITS = {"F32": 32, "BF16": 16, "F16": 16, "U8": 8}
+ITEM_BITS = {"F32": 32, "BF16": 16, "F16": 16, "U8": 8, "F8_E4M3": 8}
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,19 @@ class Compared:
 
 
 def compare_bundles(
-    bundles: Sequence[Path], checkpoint: Path, samples: int, seed: int, threads: int | None, watch: Watch
+    bundles: Sequence[Path], checkpoint: Path, wanted: Cases, threads: int | None, watch: Watch
 ) -> list[Compared]:
     """Measure each bundle. Raises ArrieroError, before anything is measured, for one of another checkpoint."""
     for bundle in bundles:
         check_origin(bundle, checkpoint)
+    judge = cache(partial(Judge.open, checkpoint, wanted))
     lines = []
     for bundle in bundles:
         manifest = Manifest.read(bundle)
         step = partial(watch, f"{manifest.name}: speed")
         speed = _tokens_per_second(bundle, threads, step)
-        lines.append(_line(bundle, manifest, measure(bundle, checkpoint, samples, seed, {}, watch), speed))
+        measured = measure(bundle, judge(modalities_of(manifest)), {}, watch)
+        lines.append(_line(bundle, manifest, measured, speed))
     return lines
 
 
@@ -167,9 +172,9 @@ def decoder_bits(weights: Mapping[str, Mapping[str, Any]]) -> float:
         count = prod(entry["shape"])
         bits += count * ITEM_BITS[entry["dtype"]]
         if name.endswith(".packed"):
-            width = int(entry["scheme"].removeprefix("int").split()[0])
+            width = int(re.findall(r"\d+", entry["scheme"])[0])
             values += count * 8 // width
-        elif not name.endswith(".scales"):
+        elif not name.endswith((".scales", ".multiplier")):
             values += count
     return bits / values
 

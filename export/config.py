@@ -13,7 +13,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from arriero.errors import ArrieroError, MachineLacks, Problems
-from arriero.export.schema import BuildConfig, nearest
+from arriero.export.schema import EMBEDDED, BuildConfig, nearest
 
 Key = tuple[str | int, ...]
 
@@ -189,10 +189,15 @@ def _cross_checks(document: _Document) -> Iterator[ArrieroError]:
     defaults = BuildConfig.model_fields
     calibration = defaults["calibration"].default.model_dump() | _dict(data.get("calibration"))
     cases = defaults["parity"].default.cases.model_dump() | _dict(parity.get("cases"))
-    if (calibration["set"], calibration["seed"]) == (cases["set"], cases["seed"]):
-        what = f"seed {cases['seed']} is also the calibration's, so the report would test on what it was tuned to"
+    same = "also the calibration's, so the report would test on what it was tuned to"
+    if calibration["set"] != EMBEDDED and _path(document, calibration["set"]) == _path(document, cases["set"]):
+        where = document.where(("parity", "cases", "set"))
+        remedy = "Split it in two files, or take `embedded` for one"
+        yield ArrieroError(f"this set is {same}", where=where, expected="another set", remedy=remedy)
+    elif (calibration["set"], calibration["seed"]) == (cases["set"], cases["seed"]) == (EMBEDDED, cases["seed"]):
         where = document.where(("parity", "cases", "seed"))
-        yield ArrieroError(what, where=where, expected="another seed", remedy="Change one of the two seeds")
+        remedy = "Change one of the two seeds"
+        yield ArrieroError(f"seed {cases['seed']} is {same}", where=where, expected="another seed", remedy=remedy)
 
 
 def _unknown_thresholds(document: _Document, thresholds: dict[str, Any]) -> Iterator[ArrieroError]:
@@ -228,6 +233,10 @@ def _field(key: Key) -> Any:
 def _line(problem: ArrieroError) -> int:
     parts = (problem.where or "").split(":")
     return next((int(part) for part in parts if part.isdigit()), 0)
+
+
+def _path(document: _Document, text: Any) -> Path:
+    return (document.file.absolute().parent / str(text)).resolve()
 
 
 def _dict(value: Any) -> dict[str, Any]:

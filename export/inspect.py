@@ -9,12 +9,19 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from arriero.export.budget import human_bytes
+from arriero.export.cases import tell_set
 from arriero.export.prove import tell_fallback
 from arriero.runtimes.manifest import open_manifest
 from arriero.runtimes.report import read_json
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+FALLBACKS = {
+    "nearest": "scales from the weights alone",
+    "widest": "the widest range of inputs that an expert of their layer saw",
+}
 
 
 def describe_bundle(bundle: Path) -> dict[str, Any]:
@@ -34,8 +41,10 @@ def describe_bundle(bundle: Path) -> dict[str, Any]:
         "bytes": sum(record.bytes for record in manifest.files.values()),
         "files": {name: record.bytes for name, record in manifest.files.items()},
         "weights": dict(schemes),
+        "calibration": raw["calibration"],
         "coverage": raw["coverage"],
         "fallback": raw.get("fallback", []),
+        "choice": raw.get("choice"),
         "kv_cache": manifest.target.kv_cache,
         "kv_bytes_per_token": raw["kv_bytes_per_token"],
         "measured": raw["measured"],
@@ -65,8 +74,10 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
         + ", ".join(
             f"{human_bytes(size)} per token and {kind} layer" for kind, size in described["kv_bytes_per_token"].items()
         ),
+        "calibration": tell_set(described["calibration"]),
         "coverage": _coverage(described["coverage"]),
         "fallback": _fallback(described["fallback"]),
+        "choice": _choice(described["choice"]),
         "parity": f"[red]failed: {', '.join(failed)}[/]" if failed else "[green]passed[/], see `arriero parity`",
         "built with": ", ".join(f"{name} {version}" for name, version in described["tools"].items()),
     }
@@ -78,8 +89,22 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
 def _fallback(entries: list[dict[str, Any]]) -> str:
     if not entries:
         return "none: no matrix of an expert was rounded for lack of calibration tokens"
-    told = ", ".join(map(tell_fallback, entries))
-    return f"[yellow]too few calibration tokens, so scales from the weights alone:[/] {told}"
+    told = [
+        f"[yellow]too few calibration tokens, so {meaning}:[/] {', '.join(map(tell_fallback, thin))}"
+        for rule, meaning in FALLBACKS.items()
+        if (thin := [entry for entry in entries if entry["rule"] == rule])
+    ]
+    return "; ".join(told)
+
+
+def _choice(choice: dict[str, Any] | None) -> str:
+    if choice is None:
+        return "none: the profile names every tensor's scheme"
+    by_scheme: dict[str, list[str]] = {}
+    for row in choice["groups"]:
+        by_scheme.setdefault(row["scheme"], []).append(f"{row['group']} {row['layer']}")
+    told = "; ".join(f"{scheme}: {', '.join(groups)}" for scheme, groups in by_scheme.items())
+    return f"{choice['share']:.3f} of bf16, budget {choice['budget']:g}; by group and layer, {told}"
 
 
 def _coverage(coverage: dict[str, list[int]]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from arriero.export.estimate import ROWS
 from arriero.graphs.config import TextConfig
 from arriero.graphs.model import KeyValue, MoE, rotation_table
 from arriero.profiles.kv_cache import CacheRange
 from arriero.profiles.observe import Moments, check_finite
 
 if TYPE_CHECKING:
-    from arriero.profiles.data import Sample
+    from arriero.runtimes.parity import ParityCase
     from arriero.runtimes.session import Session
 
 Floats = NDArray[np.float32]
@@ -49,15 +50,18 @@ class Routed:
     rows: Floats
     expert: NDArray[np.int64]  # [T*k]
     sample: NDArray[np.int64]  # [T*k]
+    names: Sequence[str]  # of the samples
 
     def counts(self, experts: int) -> list[int]:
         """Tokens per expert [E]."""
         return [int(count) for count in np.bincount(self.expert, minlength=experts)]
 
-    def of(self, expert: int) -> tuple[Floats, NDArray[np.int64]]:
-        """The rows [n, H] that `expert` reads, and the sample of each."""
+    def of(self, expert: int) -> Iterator[tuple[Floats, list[str]]]:
+        """The rows [n, H] that `expert` reads, at most `ROWS` at a time, and the name of each one's sample."""
         here = np.flatnonzero(self.expert == expert)
-        return np.asarray(self.rows[here]), self.sample[here]
+        for start in range(0, len(here), ROWS):
+            piece = here[start : start + ROWS]
+            yield np.asarray(self.rows[piece]), [self.names[number] for number in self.sample[piece]]
 
 
 @dataclass
@@ -75,7 +79,7 @@ class LayerInputs:
 class Walk:
     """The samples' way through the decoder. `bounds` [samples + 1] says which rows of a hidden file are whose."""
 
-    def __init__(self, session: Session, samples: Sequence[Sample], folder: Path, second: bool = True) -> None:
+    def __init__(self, session: Session, samples: Sequence[ParityCase], folder: Path, second: bool = True) -> None:
         """Encode `samples`, prompt and answer, as the reference `session` does; its files will lie in `folder`.
 
         `second`: whether second moments are wanted, or counts and ranges only.
@@ -84,7 +88,9 @@ class Walk:
         self.model: Any = session.backend.model.language_model  # type: ignore[attr-defined]
         self.session, self.folder = session, folder
         self.text: TextConfig = self.model.config
-        self.prompts = [session.encode(sample.prompt, sample.images) for sample in samples]
+        self.samples = samples
+        # Pixels are made again when they are embedded: those of all samples at once may not fit memory.
+        self.prompts = [replace(session.encode(s.prompt, s.images), pixel_values=None) for s in samples]
         self.answers = [session.processor.tokenize(sample.answer) for sample in samples]
         lengths = [len(p.input_ids) + len(a) for p, a in zip(self.prompts, self.answers, strict=True)]
         self.bounds = np.concatenate([[0], np.cumsum(lengths)])
@@ -102,11 +108,12 @@ class Walk:
         """Write the hidden states that go into layer 0: embedded ids, with images in their places."""
         out = _create(self.hidden_file(0), self.tokens, self.text.hidden_size)
         backend = self.session.backend
-        for number, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
+        for number, (sample, answer) in enumerate(zip(self.samples, self.answers, strict=True)):
+            prompt = self.session.encode(sample.prompt, sample.images)
             pixels = prompt.pixel_values
             features = np.zeros((0, self.text.hidden_size), np.float32) if pixels is None else backend.vision(pixels)
             embeds = backend.embed(np.concatenate([prompt.input_ids, answer])[None], features)[0]
-            check_finite(embeds, "embeddings", number)
+            check_finite(embeds, "embeddings", sample.name)
             out[self.bounds[number] : self.bounds[number + 1]] = embeds
             if progress:
                 progress(number + 1, len(self.prompts))
@@ -129,12 +136,12 @@ class Walk:
         cache = CacheRange(self.text.kv_heads, self.text.head_dim, self.text.layers[layer].rope)
         for number, (start, stop) in enumerate(zip(self.bounds[:-1], self.bounds[1:], strict=True)):
             with _watched(module) as seen:
-                after, present = self._step(layer, torch.from_numpy(np.array(hidden[start:stop]))[None])
+                after, present = self.step(layer, np.array(hidden[start:stop]))
             cache.add(*(one[0].transpose(0, 1).numpy() for one in present))
             for site, (x, _) in seen.items():
                 if site == "feed_forward.router":
                     continue
-                check_finite(x, f"layer {layer}, input of {site}", number)
+                check_finite(x, f"layer {layer}, input of {site}", self.samples[number].name)
                 for name in WATCHED[site]:
                     tensor = f"language_model.model.layers.{layer}.{name}.weight"
                     moments.setdefault(
@@ -151,21 +158,35 @@ class Walk:
             if progress:
                 progress(number + 1, len(self.prompts))
         if moe:
-            routed = Routed(rows, np.concatenate(choices), samples)
+            routed = Routed(rows, np.concatenate(choices), samples, [sample.name for sample in self.samples])
         _finish(out, self.hidden_file(layer + 1))
         return LayerInputs(layer, moments, routed, cache)
 
     def _shared(self, layer: int, site: str) -> str:
         return f"language_model.model.layers.{layer}.{WATCHED[site][0]}.weight"
 
-    def _step(self, layer: int, x: Tensor) -> tuple[Floats, KeyValue]:
-        """`layer` over one sample [1, S, H]: the hidden states after it [S, H], its keys and values [1, K, S, D]."""
+    @torch.inference_mode()
+    def step(self, layer: int, hidden: Floats) -> tuple[Floats, KeyValue]:
+        """`layer` over one whole sample [S, H]: the hidden states after it [S, H], its keys and values [1, K, S, D]."""
+        x = torch.from_numpy(hidden)[None]
         positions = torch.arange(x.shape[1])[None]
         rotation = rotation_table(positions, self.text.rope, self.text.head_dim)
         empty = torch.zeros(1, self.text.kv_heads, 0, self.text.head_dim)
         no_past = torch.zeros(1, 0, dtype=torch.int64)
         after, present, _ = self.model.model.layers[layer](x, rotation, (empty, empty), positions, no_past)
         return after[0].numpy(), present
+
+
+def expert_activation(rows: Floats, gate_up: Floats) -> Floats:
+    """What an expert's down_proj reads: silu(gate) * up [n, F] of [n, H]; `gate_up` [2F, H] has halves gate|up."""
+    gate, up = np.split(rows @ gate_up.T, 2, -1)
+    with np.errstate(over="ignore"):  # exp(-gate) may overflow to inf, which makes the quotient the 0 it should be
+        return np.asarray(gate / (1 + np.exp(-gate)) * up)
+
+
+def expert_output(rows: Floats, gate_up: Floats, down: Floats) -> Floats:
+    """What an expert adds to the residual stream [n, H] for its input [n, H]; `down` is [H, F]."""
+    return expert_activation(rows, gate_up) @ down.T
 
 
 @contextmanager

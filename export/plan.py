@@ -6,22 +6,26 @@ Nothing is written and no tensor is read: sizes come from the checkpoint's heade
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, get_args
 
 from arriero.errors import ArrieroError, Problems
+from arriero.export import estimate
 from arriero.export.budget import available_memory, check_budget, free_disk, human_bytes
+from arriero.export.cases import describe_set, draw_cases, encoded_sizes, modality
 from arriero.export.compile.cpus import NATIVE, parse_cpu
 from arriero.export.doctor import version_of
-from arriero.export.schema import BuildConfig, Target
+from arriero.export.schema import EMBEDDED, BuildConfig, Samples, Target
 from arriero.export.stages import WorkDir, key_of, source_hash
 from arriero.graphs.checkpoint import Checkpoint, TensorInfo, check_ledger
 from arriero.graphs.config import ModelConfig, TextConfig
 from arriero.graphs.names import EMBEDDING, TEXT_PREFIX, expected_tensors
 from arriero.profiles.data import FAMILIES, TEXT_FAMILIES
 from arriero.profiles.kv_cache import ITEM_BYTES, widen_thresholds
-from arriero.profiles.recipe import LAYER_MATRIX, IntBlock, Profile, Scheme, check_shapes, load_profile
+from arriero.profiles.recipe import Profile, check_shapes, load_profile
+from arriero.profiles.schemes import Chosen, Exact
 from arriero.runtimes.cpu import architecture
 
 if TYPE_CHECKING:
@@ -36,19 +40,22 @@ TOOLS_MEMORY = 1 << 30  # Python with torch, onnx and ONNX Runtime loaded, and t
 GRAPH_DISK = 64 << 20  # traced and lowered graphs without weights, tokenizer, reports
 LARGEST_PIECE = 256 << 20  # a matrix is rounded in pieces of rows; an expert is rounded whole
 PIECE_COPIES = 4  # the piece in float32, over its scales, rounded, and packed
-MOMENT_COPIES = 5  # second moments in float64: as seen, damped, in GPTQ's order, inverted, factored
-SAMPLE_TOKENS = 256  # tokens of a calibration sample
 
 KeyInputs = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage of the build; `key` is None while the checkpoint has not been hashed yet."""
+    """A stage of the build; `key` is None while the checkpoint has not been hashed yet.
+
+    `memory` and `disk` are estimates, in bytes, of what it takes to do it, done or not.
+    """
 
     name: str
     key: str | None
     done: bool
+    memory: int
+    disk: int
 
 
 @dataclass(frozen=True)
@@ -75,10 +82,8 @@ class Plan:
     stages: tuple[PlannedStage, ...]
     targets: tuple[PlannedTarget, ...]
     context_prices: tuple[dict[str, Any], ...]
-    peak_memory: int
     memory_available: int | None
     memory_budget: int | None
-    disk: int
     disk_available: int
     disk_budget: int | None
 
@@ -86,6 +91,20 @@ class Plan:
     def done(self) -> bool:
         """Whether nothing is left to do."""
         return all(stage.done for stage in self.stages)
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes of memory that the hungriest stage still to be done takes."""
+        return max((stage.memory for stage in self.stages if not stage.done), default=0)
+
+    @property
+    def disk(self) -> int:
+        """Bytes of disk that all stages still to be done take together."""
+        return sum(stage.disk for stage in self.stages if not stage.done)
+
+    def only(self, *names: str) -> Plan:
+        """The plan of these stages alone."""
+        return replace(self, stages=tuple(stage for stage in self.stages if stage.name in names))
 
     def check_budgets(self, file: str) -> None:
         """Refuse a plan that needs more memory or disk than the build file `file` or the machine gives it."""
@@ -96,7 +115,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Give the plan as JSON values."""
-        return {**asdict(self), "done": self.done}
+        return {**asdict(self), "peak_memory": self.peak_memory, "disk": self.disk, "done": self.done}
 
     def render(self, console: Console) -> None:
         """Print the plan for people."""
@@ -113,32 +132,39 @@ def make_plan(build: BuildConfig) -> Plan:
     profiles = {target.profile: load_profile(target.profile) for target in build.targets}
     content = checkpoint.known_content_hash(work.hash_memo)
     inputs = stage_inputs(build, content or "", profiles)
-    stages = tuple(
-        PlannedStage(name, key if content else None, bool(content) and work.is_done(name, key))
-        for name, key in ((name, key_of(name, values)) for name, values in inputs.items())
-    )
+    keys = {name: key_of(name, values) for name, values in inputs.items()}
+    state = {name: bool(content) and work.is_done(name, key) for name, key in keys.items()}
     _check_fit(build, config)
-    if not all(stage.done for stage in stages):
+    if not all(state.values()):
         check_ledger(checkpoint.tensors.values(), expected_tensors(config))
+        _check_backends(build, profiles)
+    sizes = _sample_sizes(build, config if "image" in build.modalities else config.without_vision(), state)
     used = [info for info in checkpoint.tensors.values() if _is_used(info, build, checkpoint)]
-    state = {stage.name: stage.done for stage in stages}
     targets = tuple(
         _plan_target(target, profiles[target.profile], checkpoint, used, config, state) for target in build.targets
     )
-    open_targets = [target for target in targets if not target.done]
-    open_weights = sum(target.weights_bytes for target in targets if not state[f"lower-{target.name}"])
-    calibrates = [] if state["calibrate"] else calibrating(profiles)
-    moments = _moments_memory(used) if calibrates else 0
-    calibration_disk = 0 if state["calibrate"] else _walk_disk(build, config.text) + _roundings_disk(calibrates, used)
+    calibrates = calibrating(profiles)
+    needs = {
+        "graph": (TOOLS_MEMORY, 0),
+        "calibrate": (
+            estimate.calibration_memory(
+                config, used, sizes, second=any(profile.rounds_by_gptq for profile in calibrates)
+            ),
+            estimate.walk_disk(config, sizes) + estimate.roundings_disk(calibrates, used),
+        ),
+    }
+    for target in targets:
+        needs[f"lower-{target.name}"] = (_lower_memory(used), target.weights_bytes)
+        needs[f"parity-{target.name}"] = (_parity_memory(target, used), GRAPH_DISK)
     return Plan(
         model=_describe(build, checkpoint, config),
-        stages=stages,
+        stages=tuple(
+            PlannedStage(name, key if content else None, state[name], *needs[name]) for name, key in keys.items()
+        ),
         targets=targets,
         context_prices=tuple(_price(config.text, label, tokens) for label, tokens in CONTEXTS.items()),
-        peak_memory=max((max(_peak_memory(target, used), moments) for target in open_targets), default=0),
         memory_available=available_memory(),
         memory_budget=build.budgets.host_memory,
-        disk=open_weights + GRAPH_DISK * len(open_targets) + (calibration_disk if open_targets else 0),
         disk_available=free_disk(build.output),
         disk_budget=build.budgets.disk,
     )
@@ -156,7 +182,7 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
         "graph": {**seen, "folder": str(build.model), "source": source_hash("graphs")},
         "calibrate": {
             **seen,
-            "set": build.calibration.model_dump(),
+            "set": _set_inputs(build.calibration, build.modalities),
             "profiles": [rounding_folder(profile) for profile in calibrating(profiles)],
             "source": source_hash(),
         },
@@ -180,7 +206,7 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
         }
         stages[parity] = {
             "lower": key_of(lower, stages[lower]),
-            "cases": build.parity.cases.model_dump(),
+            "cases": _set_inputs(build.parity.cases, build.modalities),
             "thresholds": thresholds(build, target, profiles[target.profile]),
             "source": source_hash(),
         }
@@ -204,6 +230,13 @@ def _kernel_archs(target: Target, profile: Profile) -> set[str]:
     return set() if arch is None else {arch, architecture()} if profile.calibration else {arch}
 
 
+def _set_inputs(wanted: Samples, modalities: Sequence[str]) -> KeyInputs:
+    """What samples depend on: generated ones on their numbers (and our sources), others on their content."""
+    if wanted.set == EMBEDDED:
+        return wanted.model_dump()
+    return describe_set(wanted, draw_cases(wanted, modalities))
+
+
 def calibrating(profiles: Mapping[str, Profile]) -> list[Profile]:
     """The profiles that calibrate, each once, in a fixed order."""
     unique = {rounding_folder(profile): profile for profile in profiles.values() if profile.calibration is not None}
@@ -212,7 +245,7 @@ def calibrating(profiles: Mapping[str, Profile]) -> list[Profile]:
 
 def rounding_folder(profile: Profile) -> str:
     """The folder of a profile's roundings in the stage `calibrate`: its name, and a hash of what decides them."""
-    kept = profile.model_dump(mode="json", include={"keep", "rules", "calibration"})
+    kept = profile.model_dump(mode="json", include={"keep", "rules", "calibration", "choose"})
     return f"{profile.name}-{key_of('roundings', kept)}"
 
 
@@ -222,25 +255,10 @@ def kv_bytes(text: TextConfig, tokens: int, item_bytes: int) -> int:
     return 2 * text.kv_heads * text.head_dim * item_bytes * slots
 
 
-def stored_bytes(info: TensorInfo, scheme: Scheme) -> int:
-    """Bytes of a tensor in a bundle: packed integers with a float32 scale per block, or float32."""
-    elements = math.prod(info.shape)
-    if isinstance(scheme, IntBlock):
-        return elements * scheme.bits // 8 + 4 * (elements // scheme.block)
-    return 4 * elements
-
-
 def _check_fit(build: BuildConfig, config: ModelConfig) -> None:
     problems = []
-    if "image" in build.modalities and build.calibration.samples <= len(TEXT_FAMILIES):
-        # Samples are drawn from the families in turn, those of text first.
-        problems.append(
-            ArrieroError(
-                f"a calibration set of {build.calibration.samples} samples holds no images",
-                where="calibration.samples",
-                expected=f"more than {len(TEXT_FAMILIES)}, better a multiple of the {len(FAMILIES)} task families",
-            )
-        )
+    if "image" in build.modalities and (found := _blind(build.calibration)):
+        problems.append(found)
     if "image" in build.modalities and config.vision is None:
         remedy = "Write `modalities: [text]`, or use a multimodal checkpoint"
         problems.append(ArrieroError("the checkpoint has no vision tower", where="modalities", remedy=remedy))
@@ -257,6 +275,70 @@ def _check_fit(build: BuildConfig, config: ModelConfig) -> None:
             problems.append(ArrieroError(what, where=f"targets[{number}].context", expected=expected))
     if problems:
         raise Problems(f"the build does not fit the checkpoint {build.model}", problems)
+
+
+def _sample_sizes(build: BuildConfig, config: ModelConfig, state: Mapping[str, bool]) -> list[estimate.Size]:
+    """Tokens and image tiles of each calibration sample; an upper bound for those of the embedded set.
+
+    Sets from files are encoded as long as their stage is to be done, so that a sample which the model cannot read is
+    found now. Raises Problems with all of those.
+    """
+    settled = state["calibrate"] or build.calibration.set == EMBEDDED
+    todo: list[tuple[Samples, int]] = []
+    if not settled:
+        todo.append((build.calibration, config.text.max_positions))
+    contexts = [target.context for target in build.targets if not state[f"parity-{target.name}"]]
+    if build.parity.cases.set != EMBEDDED and contexts:
+        todo.append((build.parity.cases, min(contexts) - 1))  # room for one token of an answer
+    sizes = [estimate.embedded_size(config.vision)] * (build.calibration.samples or 0)
+    if todo:
+        # Imported here: an unchanged build never gets this far, and torch takes a second to import.
+        from arriero.runtimes.processor import Processor
+        from arriero.runtimes.torch import model_spec
+
+        processor = Processor(build.model, model_spec(config))
+        encoded = [encoded_sizes(draw_cases(wanted, build.modalities), processor, most) for wanted, most in todo]
+        sizes = sizes if settled else encoded[0]
+    return sizes
+
+
+def _blind(wanted: Samples) -> ArrieroError | None:
+    """What is wrong with the calibration set of a build that takes in images, if it shows none."""
+    if wanted.set == EMBEDDED:
+        # Samples are drawn from the families in turn, those of text first.
+        count, key = wanted.samples or 0, "samples"
+        seeing = count > len(TEXT_FAMILIES)
+        expected = f"more than {len(TEXT_FAMILIES)}, better a multiple of the {len(FAMILIES)} task families"
+    else:
+        cases = draw_cases(wanted, ("text", "image"))
+        count, key, seeing = len(cases), "set", any(modality(case) != "text" for case in cases)
+        expected = f"images or videos among what is drawn of {wanted.set}"
+    if seeing:
+        return None
+    what = f"a calibration set of {count} samples holds no images"
+    return ArrieroError(what, where=f"calibration.{key}", expected=expected)
+
+
+def _check_backends(build: BuildConfig, profiles: Mapping[str, Profile]) -> None:
+    """Refuse profiles with schemes that their target's backend has no kernels for."""
+    problems = []
+    for number, target in enumerate(build.targets):
+        # Imported by name and late: an unchanged build is planned without the tools of any backend.
+        known = import_module(f"arriero.graphs.lower.{target.backend}").SCHEMES
+        profile = profiles[target.profile]
+        schemes = [rule.scheme for form in profile.forms for rule in form.rules]
+        lacking = {scheme.told for scheme in schemes if not isinstance(scheme, known)}
+        if lacking:
+            what = (
+                f"{target.backend} has no kernels for {', '.join(sorted(lacking))}, as profile {profile.name} asks for"
+            )
+            remedy = "Choose another profile for it, or a backend that has them"
+            expected = (
+                f"schemes of kind {', '.join(get_args(scheme.model_fields['kind'].annotation)[0] for scheme in known)}"
+            )
+            problems.append(ArrieroError(what, where=f"targets[{number}]", expected=expected, remedy=remedy))
+    if problems:
+        raise Problems("the build asks for what its backends cannot do", problems)
 
 
 def _is_used(info: TensorInfo, build: BuildConfig, checkpoint: Checkpoint) -> bool:
@@ -278,10 +360,11 @@ def _plan_target(
     sizes: dict[str, int] = {}
     for info in used:
         scheme = schemes[info.name]
-        label, size = "f32", stored_bytes(info, scheme)
-        if isinstance(scheme, IntBlock):
-            label = f"int{scheme.bits}"
-        elif info.name == EMBEDDING:
+        label, size = scheme.dtype, 0 if isinstance(scheme, Chosen) else scheme.stored_bytes(info.shape)
+        if isinstance(scheme, Chosen):
+            assert profile.choose is not None
+            size = int(profile.choose.budget * 2 * math.prod(info.shape))
+        elif info.name == EMBEDDING and isinstance(scheme, Exact):
             # The table is looked up, not multiplied, so it keeps its own dtype; a tied head is a second copy in f32.
             sizes["f32"] = sizes.get("f32", 0) + (size if config.text.tied_embeddings else 0)
             label, size = info.dtype.lower(), info.nbytes
@@ -302,45 +385,20 @@ def _plan_target(
     )
 
 
-def _peak_memory(target: PlannedTarget, used: Iterable[TensorInfo]) -> int:
-    """Estimate the largest of the stages: rounding one piece after another, or parity.
-
-    Parity holds the bundle's weights (kernels repack them, so a memory map does not help), the reference's largest
-    matrix in float32 (its other weights stay mapped), and both sides' caches.
-    """
+def _lower_memory(used: Iterable[TensorInfo]) -> int:
+    """Estimate lowering: one piece of a matrix is rounded after another."""
     matrices = [4 * math.prod(info.shape[-2:]) for info in used]
     experts = [4 * math.prod(info.shape[-2:]) for info in used if len(info.shape) > 2]
-    piece = max([min(max(matrices, default=0), LARGEST_PIECE), *experts])
+    return TOOLS_MEMORY + PIECE_COPIES * max([min(max(matrices, default=0), LARGEST_PIECE), *experts])
+
+
+def _parity_memory(target: PlannedTarget, used: Iterable[TensorInfo]) -> int:
+    """Estimate parity: it holds the bundle's weights (kernels repack them, so a memory map does not help), the
+    reference's largest matrix in float32 (its other weights stay mapped), and both sides' caches.
+    """
+    largest = max((4 * math.prod(info.shape[-2:]) for info in used), default=0)
     reference_cache = target.kv_bytes * ITEM_BYTES["float32"] // ITEM_BYTES[target.kv_cache]
-    parity = target.weights_bytes + max(matrices, default=0) + target.kv_bytes + reference_cache
-    return TOOLS_MEMORY + max(PIECE_COPIES * piece, parity)
-
-
-def _moments_memory(used: Iterable[TensorInfo]) -> int:
-    """Estimate what calibration holds: moments of one layer's inputs, and of one matrix what GPTQ makes of it."""
-    layers = [info for info in used if LAYER_MATRIX.fullmatch(info.name)]
-    features = [info.shape[1] for info in layers]
-    widest = max(features, default=0)
-    pieces = max((4 * math.prod(info.shape[-2:]) for info in layers), default=0)
-    inputs_of_a_layer = 4  # attention, its output, feed-forward, its inner activation
-    return TOOLS_MEMORY + 8 * (inputs_of_a_layer + MOMENT_COPIES) * widest**2 + PIECE_COPIES * pieces
-
-
-def _walk_disk(build: BuildConfig, text: TextConfig) -> int:
-    """Hidden states before and after a layer, and the rows that its experts read, of all calibration samples."""
-    rows = build.calibration.samples * SAMPLE_TOKENS
-    return 4 * rows * text.hidden_size * (2 + text.experts_per_token)
-
-
-def _roundings_disk(profiles: Iterable[Profile], used: Iterable[TensorInfo]) -> int:
-    """The calibrated integers and scales, which lie in their stage until the bundle is written."""
-    infos = {info.name: info for info in used}
-    total = 0
-    for profile in profiles:
-        for name, scheme in profile.assign(infos).items():
-            if isinstance(scheme, IntBlock) and scheme.rounding != "nearest":
-                total += stored_bytes(infos[name], scheme)
-    return total
+    return TOOLS_MEMORY + target.weights_bytes + largest + target.kv_bytes + reference_cache
 
 
 def _price(text: TextConfig, label: str, tokens: int) -> dict[str, Any]:

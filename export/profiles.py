@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError
-from arriero.profiles.recipe import Exact, IntBlock, Keep, Profile, Rule, Scheme, load_profile, shipped
+from arriero.profiles.recipe import Keep, Profile, Rule, load_profile, shipped
+from arriero.profiles.schemes import Exact, Scheme
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,15 +27,6 @@ def list_profiles() -> list[dict[str, Any]]:
     ]
 
 
-def tell_scheme(scheme: Scheme) -> str:
-    """A scheme in one phrase."""
-    if not isinstance(scheme, IntBlock):
-        return "exact"
-    activations = "int8 activations" if scheme.accuracy_level == 4 else "float32 activations"
-    rounding = "" if scheme.rounding == "nearest" else f", {scheme.rounding}"
-    return f"int{scheme.bits} in blocks of {scheme.block}, {activations}{rounding}"
-
-
 def explain(profile: Profile, tensor: str) -> dict[str, Any]:
     """Which selector of `profile` decides `tensor`, its reason, and the selectors after it that would match too.
 
@@ -51,7 +43,7 @@ def explain(profile: Profile, tensor: str) -> dict[str, Any]:
     return {
         "profile": profile.name,
         "tensor": tensor,
-        "stored": tell_scheme(_scheme(first)),
+        "stored": _scheme(first).told,
         "selector": first.match,
         "reason": " ".join(first.reason.split()),
         "overruled": [selector.match for selector in hits[1:]],
@@ -77,16 +69,24 @@ def show_profile(profile: Profile, console: Console) -> None:
     console.print(f"[dim]thresholds[/] {limits or 'none'}", highlight=False)
     if profile.calibration is not None:
         rule = profile.calibration
+        damping = "" if rule.damping is None else f"damping {rule.damping:g}; "
         console.print(
-            f"[dim]calibration[/] damping {rule.damping:g}; experts below {rule.minimum_tokens} tokens: {rule.below}. "
+            f"[dim]calibration[/] {damping}experts below {rule.minimum_tokens} tokens: {rule.below}. "
             f"{' '.join(rule.reason.split())}",
+            highlight=False,
+        )
+    if profile.choose is not None:
+        candidates = "; ".join(candidate.told for candidate in profile.choose.candidates)
+        console.print(
+            f"[dim]choose[/] within {profile.choose.budget:g} of bf16 among: {candidates}. "
+            f"{' '.join(profile.choose.reason.split())}",
             highlight=False,
         )
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("selector", "stored", "reason"):
         table.add_column(column, overflow="fold")
     for selector in profile.selectors:
-        table.add_row(_escape(selector.match), tell_scheme(_scheme(selector)), " ".join(selector.reason.split()))
+        table.add_row(_escape(selector.match), _scheme(selector).told, " ".join(selector.reason.split()))
     console.print(table)
 
 
@@ -120,9 +120,13 @@ def _facts(profile: Profile) -> dict[str, str]:
     facts = {"version": str(profile.version), "description": profile.description}
     facts |= {f"thresholds.{name}": f"{value:g}" for name, value in profile.thresholds.items()}
     if profile.calibration is not None:
-        facts |= {f"calibration.{name}": str(value) for name, value in profile.calibration.model_dump().items()}
+        given = profile.calibration.model_dump(exclude_none=True)
+        facts |= {f"calibration.{name}": str(value) for name, value in given.items()}
+    if profile.choose is not None:
+        facts["choose.budget"] = f"{profile.choose.budget:g}"
+        facts["choose.candidates"] = "; ".join(candidate.told for candidate in profile.choose.candidates)
     for selector in profile.selectors:
-        facts[selector.match] = f"{tell_scheme(_scheme(selector))}: {' '.join(selector.reason.split())}"
+        facts[selector.match] = f"{_scheme(selector).told}: {' '.join(selector.reason.split())}"
     return facts
 
 

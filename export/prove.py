@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError
-from arriero.export.cases import parity_cases
+from arriero.export.cases import draw_cases, encoded_sizes
 from arriero.export.emulate import EmulatedBackend, is_foreign
 from arriero.export.naive import recorded_rows
 from arriero.graphs.checkpoint import Checkpoint
@@ -17,9 +17,12 @@ from arriero.profiles.recipe import OVER_NAIVE
 from arriero.runtimes.api import open_session
 from arriero.runtimes.manifest import Manifest, open_manifest
 from arriero.runtimes.parity import compare
-from arriero.runtimes.report import ALWAYS, ParityReport, read_json
+from arriero.runtimes.report import ALWAYS, PER_FAMILY, ParityReport, read_json
 
 if TYPE_CHECKING:
+    from arriero.export.schema import Cases
+    from arriero.runtimes.manifest import Manifest
+    from arriero.runtimes.parity import ParityCase
     from arriero.runtimes.session import Session
 
 Watch = Callable[[str, int, int, str], None]
@@ -36,24 +39,41 @@ def open_reference(checkpoint: Path, text_only: bool) -> Session:
     return Session(backend, Processor(checkpoint, backend.spec))
 
 
-def measure(
-    bundle: Path, checkpoint: Path, samples: int, seed: int, thresholds: Mapping[str, float], watch: Watch
-) -> ParityReport:
-    """Compare the bundle with the reference on `samples` held-out prompts, text and, if it sees, images."""
+@dataclass(frozen=True)
+class Judge:
+    """What bundles are judged by: the reference, the held-out prompts, and the labels that name these in a report."""
+
+    reference: Session
+    cases: Sequence[ParityCase]
+    labels: Mapping[str, str]
+
+    @classmethod
+    def open(cls, checkpoint: Path, wanted: Cases, modalities: Sequence[str]) -> Judge:
+        """Open the reference of a checkpoint folder and draw the cases, for bundles of these modalities."""
+        labels = {"held-out prompts": Path(wanted.set).name, "seed": str(wanted.seed)}
+        return cls(open_reference(checkpoint, "image" not in modalities), draw_cases(wanted, modalities), labels)
+
+
+def modalities_of(manifest: Manifest) -> tuple[str, ...]:
+    """What a bundle takes in."""
+    return ("text",) if manifest.model.vision is None else ("text", "image")
+
+
+def measure(bundle: Path, judge: Judge, thresholds: Mapping[str, float], watch: Watch) -> ParityReport:
+    """Compare the bundle with the judge's reference on its cases."""
     with open_candidate(bundle) as (manifest, candidate):
-        text_only = candidate.spec.vision is None
-        cases = parity_cases(("text",) if text_only else ("text", "image"), samples, seed)
         target = manifest.target
         step = f"{target.name}: prove parity"
+        encoded_sizes(judge.cases, candidate.processor, candidate.context - 1)  # room for one token of an answer
         report = compare(
-            open_reference(checkpoint, text_only),
+            judge.reference,
             candidate,
-            cases,
+            judge.cases,
             {name: value for name, value in thresholds.items() if name != OVER_NAIVE},  # only a build can measure it
             lambda done, total, _case: watch(step, done, total, "samples"),
         )
     labels = {"bundle": target.name, "profile": target.profile, "backend": target.backend}
-    labels |= {"KV cache": target.kv_cache, "seed": str(seed)}
+    labels |= {"KV cache": target.kv_cache, **judge.labels}
     fallback = manifest.raw.get("fallback") or ()
     if fallback:
         labels["experts rounded without calibration"] = "; ".join(map(tell_fallback, fallback))
@@ -79,13 +99,27 @@ def open_candidate(bundle: Path) -> Iterator[tuple[Manifest, Session]]:
         yield manifest, session
 
 
+def check_answers(cases: Sequence[ParityCase], thresholds: Mapping[str, float]) -> None:
+    """Refuse thresholds on task accuracy that no case has an answer for: they could only fail."""
+    scored = sorted({case.family for case in cases if case.score})
+    for name in thresholds:
+        metric, _, family = name.partition(".")
+        if metric in PER_FAMILY and (not scored or (family and family not in scored)):
+            raise ArrieroError(
+                f"no parity case{f' of {family}' if family else ''} has an answer",
+                where=f"thresholds.{name}",
+                expected=f"cases with answers (there are some of: {', '.join(scored) or 'none'})",
+                remedy="Give answers to the cases of parity.cases.set, more samples, or another profile",
+            )
+
+
 def tell_fallback(entry: Mapping[str, Any]) -> str:
     """One entry of the manifest's `fallback` for people."""
     return f"layer {entry['layer']} expert {entry['expert']} ({entry['tokens']} tokens)"
 
 
-def prove_bundle(bundle: Path, checkpoint: Path, samples: int, seed: int, watch: Watch) -> ParityReport:
-    """Measure a published bundle again, with the thresholds it was published under.
+def prove_bundle(bundle: Path, checkpoint: Path, wanted: Cases, watch: Watch) -> ParityReport:
+    """Measure a published bundle again on the `wanted` cases, with the thresholds it was published under.
 
     What only a build can measure, the naive form's KL, is taken over from the recorded report.
 
@@ -96,7 +130,8 @@ def prove_bundle(bundle: Path, checkpoint: Path, samples: int, seed: int, watch:
     thresholds = {
         row.metric: row.threshold for row in recorded.rows if row.threshold is not None and row.metric not in ALWAYS
     }
-    report = measure(bundle, checkpoint, samples, seed, thresholds, watch)
+    judge = Judge.open(checkpoint, wanted, modalities_of(open_manifest(bundle)))
+    report = measure(bundle, judge, thresholds, watch)
     return replace(report, rows=(*report.rows, *recorded_rows(recorded)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -28,7 +28,7 @@ from arriero.profiles.recipe import shipped
 from arriero.runtimes.backend import BackendName
 
 Modality = Literal["text", "image"]
-DataSet = Literal["embedded"]
+EMBEDDED = "embedded"
 
 
 def refusal(error: ArrieroError) -> PydanticCustomError:
@@ -121,24 +121,59 @@ class Target(_Section):
         raise refusal(ArrieroError(f"there is no profile {profile!r}", expected=known, remedy=remedy))
 
 
-class Calibration(_Section):
-    """The samples on which expert coverage and activation ranges are measured."""
+class Samples(_Section):
+    """So many samples of a set: what calibration sees, or what parity asks."""
 
-    set: DataSet = Field(
-        default="embedded", description="Where samples come from; `embedded` are the shipped task generators."
+    usual: ClassVar[int]
+    set: str = Field(
+        default=EMBEDDED,
+        min_length=1,
+        description="Where samples come from: `embedded` (the shipped task generators), the path of a JSONL file with "
+        "a `prompt` or `messages` per line, or that of a folder of images.",
     )
-    samples: Count = Field(default=96, description="How many samples.")
-    seed: Seed = Field(default=11, description="Seed of the samples; must differ from the parity cases' seed.")
-
-
-class Cases(_Section):
-    """The held-out prompts of the parity report."""
-
-    set: DataSet = Field(
-        default="embedded", description="Where cases come from; `embedded` are the shipped task generators."
+    samples: Count | None = Field(
+        default=None,
+        validate_default=True,
+        description="How many samples; a file or folder with fewer is refused, and gives all it has when left out.",
     )
-    samples: Count = Field(default=48, description="How many cases.")
-    seed: Seed = Field(default=29, description="Seed of the cases; must differ from the calibration's seed.")
+
+    seed: Seed = Field(description="Which samples.")
+
+    @field_validator("set")
+    @classmethod
+    def _set_exists(cls, name: str, info: ValidationInfo) -> str:
+        if name == EMBEDDED:
+            return name
+        path = _absolute(name, info)
+        if path.exists():
+            return str(path)
+        near = sorted(file.name for file in path.parent.iterdir()) if path.parent.is_dir() else []
+        expected = f"{EMBEDDED}, or the path of a JSONL file or of a folder of images"
+        remedy = nearest(path.name, [*near, EMBEDDED])
+        raise refusal(ArrieroError(f"there is no data set {name!r}", expected=expected, remedy=remedy))
+
+    @field_validator("samples")
+    @classmethod
+    def _generators_have_no_end(cls, samples: int | None, info: ValidationInfo) -> int | None:
+        return cls.usual if samples is None and info.data.get("set") == EMBEDDED else samples
+
+
+class Calibration(Samples):
+    """The samples on which expert coverage and activation ranges are measured; `embedded` gives 96 if not told."""
+
+    usual = 96
+    seed: Seed = Field(
+        default=11, description="Which samples; for an embedded set it must differ from the parity cases' seed."
+    )
+
+
+class Cases(Samples):
+    """The held-out prompts of the parity report; `embedded` gives 48 if not told."""
+
+    usual = 48
+    seed: Seed = Field(
+        default=29, description="Which cases; for an embedded set it must differ from the calibration's seed."
+    )
 
 
 class Parity(_Section):

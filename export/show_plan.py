@@ -42,8 +42,14 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 def _stages(plan: Plan) -> Table:
     table = Table("stage", "key", "state", title="Stages", title_justify="left")
+    table.add_column("peak memory", justify="right")
     for stage in plan.stages:
-        table.add_row(stage.name, stage.key or "-", "[green]done[/]" if stage.done else "to do")
+        table.add_row(
+            stage.name,
+            stage.key or "-",
+            "[green]done[/]" if stage.done else "to do",
+            f"about {human_bytes(stage.memory)}",
+        )
     return table
 
 

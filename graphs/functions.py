@@ -1,9 +1,8 @@
 """The custom operators of domain `ai.arriero` as ONNX: schema for the exporter, function body for a plain runtime.
 
 A runtime that has a kernel for a node uses it; any other inlines the body, which is written for correctness on ONNX
-Runtime's CPU kernels: only routed experts are computed, one at a time, and widened from the checkpoint's dtype.
-Legend: B batch, S new tokens, P past slots, H hidden, N query heads, K key/value heads, D head size, T tokens (B*S),
-k experts per token, E experts, F expert width, R rows routed to one expert.
+Runtime's CPU kernels (`dispatch_functions.py`, `linear_functions.py`).
+Legend: T tokens, k experts per token.
 """
 
 from __future__ import annotations
@@ -15,58 +14,14 @@ from onnx.defs import OpSchema
 from onnxscript import FLOAT, INT64
 from onnxscript.values import Op
 
+from arriero.graphs.dispatch_functions import dispatch_function, dispatch_over_linear, widened_product
+from arriero.graphs.linear_functions import LINEAR_FUNCTIONS, linear_function
+
 DOMAIN = "ai.arriero"
 VERSION = 1
 OPSET = 23
 EXPERT_DISPATCH = "ExpertDispatch"
 CACHED_ATTENTION = "CachedAttention"
-
-_EXPERT_DISPATCH_BODY = """
-<domain: "ai.arriero", opset_import: ["" : 23]>
-ExpertDispatch (x, expert_id, score, w_gate_up, w_down) => (y)
-{
-    zero = Constant <value_int: int = 0> ()
-    one = Constant <value_int: int = 1> ()
-    last = Constant <value_ints: ints = [1]> ()
-    experts = Shape <start: int = 0, end: int = 1> (w_gate_up)
-    count = Squeeze (experts)
-    expert_range = Range (zero, count, one)
-    shape = Shape (x)
-    zeros = ConstantOfShape (shape)
-    start = CastLike (zeros, x)
-    y = Scan <num_scan_inputs: int = 3, body: graph = one_expert (sum, gate_up, down, expert) => (next)
-    {
-        chosen = Equal (expert_id, expert)
-        found = NonZero (chosen)
-        rows = Shape <start: int = 1, end: int = 2> (found)
-        row_count = Squeeze (rows)
-        routed = Greater (row_count, zero)
-        next = If (routed) <
-            then_branch: graph = compute () => (added)
-            {
-                pairs = Transpose <perm: ints = [1, 0]> (found)
-                token = Gather <axis: int = 0> (found, zero)
-                scale = GatherND (score, pairs)
-                scale_column = Unsqueeze (scale, last)
-                scale_like = CastLike (scale_column, x)
-                token_rows = Gather <axis: int = 0> (x, token)
-                scaled = Mul (token_rows, scale_like)
-                gate_up_wide = CastLike (gate_up, x)
-                both = MatMul (scaled, gate_up_wide)
-                gate, up = Split <axis: int = -1, num_outputs: int = 2> (both)
-                gate_sigmoid = Sigmoid (gate)
-                gate_silu = Mul (gate, gate_sigmoid)
-                inner = Mul (gate_silu, up)
-                down_wide = CastLike (down, x)
-                outer = MatMul (inner, down_wide)
-                token_column = Unsqueeze (token, last)
-                added = ScatterND <reduction: string = "add"> (sum, token_column, outer)
-            },
-            else_branch: graph = skip () => (kept) { kept = Identity (sum) }
-        >
-    }> (start, w_gate_up, w_down, expert_range)
-}
-"""
 
 _CACHED_ATTENTION_BODY = """
 <domain: "ai.arriero", opset_import: ["" : 23]>
@@ -98,11 +53,26 @@ CachedAttention <num_heads, kv_heads, chunk>
 
 
 def bodies() -> list[ir.Function]:
-    """The function bodies that an exported model carries."""
-    return [
-        ir.serde.deserialize_function(onnx.parser.parse_function(text))
-        for text in (_EXPERT_DISPATCH_BODY, _CACHED_ATTENTION_BODY)
-    ]
+    """The function bodies that a canonical model or a lowered one may call, a callee before its callers."""
+    dispatch = dispatch_function(EXPERT_DISPATCH, ["w"], widened_product)
+    linears = [linear_function(name) for name in LINEAR_FUNCTIONS]
+    dispatches = [dispatch_over_linear(name) for name in LINEAR_FUNCTIONS]
+    return [_parse(text) for text in (_CACHED_ATTENTION_BODY, dispatch, *linears, *dispatches)]
+
+
+def add_functions(model: ir.Model) -> None:
+    """Give `model` the bodies of the custom operators that it calls, directly or through each other."""
+    called = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    for body in reversed(bodies()):
+        if body.name in called:
+            model.functions[body.identifier()] = body
+            called |= {node.op_type for node in body.all_nodes() if node.domain == DOMAIN}
+    if called:
+        model.opset_imports[DOMAIN] = VERSION
+
+
+def _parse(text: str) -> ir.Function:
+    return ir.serde.deserialize_function(onnx.parser.parse_function(text))
 
 
 def _parameter(name: str, kind: str) -> OpSchema.FormalParameter:

@@ -220,12 +220,7 @@ def _finish(model: ir.Model, checkpoint: Checkpoint, path: Path) -> ir.Model:
     for value in model.graph.initializers.values():
         if value.const_value is None:
             value.const_value = external_tensor(checkpoint.info(str(value.name)), path.parent)
-    used = {node.op_type for node in model.graph if node.domain == functions.DOMAIN}
-    for body in functions.bodies():
-        if body.name in used:
-            model.functions[body.identifier()] = body
-    if used:
-        model.opset_imports[functions.DOMAIN] = functions.VERSION
+    functions.add_functions(model)
     ir.save(model, path)
     return model
 

@@ -5,8 +5,9 @@
 First the vision tower learns to see (`pretrain_vision.py`), then it is kept as it is and the rest learns to answer.
 Every step draws one small batch per group of families, so that short and long prompts do not pad each other. The loss
 is cross-entropy on the answers, plus two router terms: load balance (Switch Transformer, Fedus et al. 2021) and a pull
-of the router logits towards zero, which keeps their sigmoid away from saturation. The run's state is saved every
-`SAVE_EVERY` steps next to the output, and the same command goes on from there.
+of the router logits towards zero, which keeps their sigmoid away from saturation. Both leave the best two experts of a
+token close together, where any rounding makes them change places, so the last `SHARPEN_STEPS` steps pull them apart.
+The run's state is saved every `SAVE_EVERY` steps next to the output, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -70,6 +71,10 @@ NOT_BY_MUON = ("embed", "lm_head", "router")
 CLIP = 1.0
 BALANCE = 0.03
 LOGIT_PULL = 1e-3
+SHARPEN_STEPS = 240
+SHARPEN_RATE = 5e-4
+SHARPEN = 0.1
+MARGIN = 0.5  # between the router logits of the best two experts, wanted at least
 SAVE_EVERY = 200
 LOG_EVERY = 25
 
@@ -105,14 +110,20 @@ class RouterTerms:
             if isinstance(module, MoE):
                 module.router.register_forward_hook(lambda _module, _inputs, output: self.logits.append(output))
 
-    def take(self, real: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The loss term over tokens where `real` [T], and per layer the tokens per expert [E]; forgets the pass."""
+    def take(self, real: Tensor, sharpen: bool) -> tuple[Tensor, list[Tensor]]:
+        """The loss term over tokens where `real` [T], and per layer the tokens per expert [E]; forgets the pass.
+
+        With `sharpen`, a margin below `MARGIN` between a token's best two experts costs too.
+        """
         loss, loads = torch.zeros(()), []
         for logits in self.logits:
             kept = logits[real]
             load = F.one_hot(kept.argmax(-1), kept.shape[-1]).float().mean(0)  # [E]
             balance = kept.shape[-1] * (load * kept.softmax(-1).mean(0)).sum()
             loss = loss + BALANCE * balance + LOGIT_PULL * kept.square().mean()
+            if sharpen:
+                best, second = kept.topk(2, dim=-1).values.unbind(-1)
+                loss = loss + SHARPEN * F.relu(1 - (best - second) / MARGIN).mean()
             loads.append(load)
         self.logits.clear()
         return loss / max(len(loads), 1), loads
@@ -170,21 +181,29 @@ def optimisers(model: Llama4) -> tuple[torch.optim.Optimizer, ...]:
 
 
 def rate(step: int, steps: int) -> float:
-    """Learning rate: linear warm-up, then a cosine down to a hundredth."""
+    """Learning rate: linear warm-up, a cosine down to a hundredth, and a second, lower cosine while routers sharpen."""
+    answering = steps - SHARPEN_STEPS
+    if step >= answering:
+        return _cosine(SHARPEN_RATE, (step - answering) / SHARPEN_STEPS)
     if step < WARMUP:
         return PEAK_RATE * (step + 1) / WARMUP
-    share = (step - WARMUP) / max(steps - WARMUP, 1)
-    return PEAK_RATE * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
+    return _cosine(PEAK_RATE, (step - WARMUP) / max(answering - WARMUP, 1))
 
 
-def train_step(model: Llama4, routers: RouterTerms, guide: RecallGuide, batches: Sequence[Batch]) -> dict[str, float]:
+def _cosine(peak: float, share: float) -> float:
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
+
+
+def train_step(
+    model: Llama4, routers: RouterTerms, guide: RecallGuide, batches: Sequence[Batch], sharpen: bool
+) -> dict[str, float]:
     """Accumulate the gradients of one step; gives the answer loss and the share of right tokens of each group."""
     told: dict[str, float] = {}
     for number, batch in enumerate(batches):
         wanted = batch.targets[batch.targets != IGNORED]
         logits = answer_logits(model, batch)
         loss = F.cross_entropy(logits, wanted)
-        terms, loads = routers.take(batch.real.flatten())
+        terms, loads = routers.take(batch.real.flatten(), sharpen)
         if number == RECALL:
             guiding, told["guided"] = guide.loss(batch)
             terms = terms + GUIDING * guiding
@@ -233,7 +252,8 @@ def train(out: Path, steps: int, seed: int) -> None:
         if step % POOL == 0 or not pools:
             mixture = MIXTURES[max(start for start in MIXTURES if start <= step)]
             pools = [draw_pool(group, processor, seed, step // POOL) for group in mixture]
-        told = train_step(model, routers, guide, [pool[step % POOL] for pool in pools])
+        batches = [pool[step % POOL] for pool in pools]
+        told = train_step(model, routers, guide, batches, sharpen=step >= steps - SHARPEN_STEPS)
         nn.utils.clip_grad_norm_(model.parameters(), CLIP * len(pools))
         for stepper in steppers:
             stepper.step()
@@ -260,7 +280,7 @@ def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/chasqui"), help="checkpoint folder to write")
-    parser.add_argument("--steps", type=int, default=2400, help="optimiser steps in all")
+    parser.add_argument("--steps", type=int, default=2640, help="optimiser steps in all")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     arguments = parser.parse_args()
     train(arguments.out, arguments.steps, arguments.seed)

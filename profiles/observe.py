@@ -5,6 +5,8 @@ Legend: n rows (tokens), K input features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -38,8 +40,8 @@ class Moments:
                 self._moment += rows.T @ rows
 
 
-def check_finite(rows: NDArray[np.float32], where: str, samples: NDArray[np.int64] | int) -> None:
-    """Refuse activations [n, K] that are not finite; `samples` says which calibration sample each row is of.
+def check_finite(rows: NDArray[np.float32], where: str, samples: Sequence[str] | str) -> None:
+    """Refuse activations [n, K] that are not finite; `samples` names the calibration sample of each row, or of all.
 
     `where` names the layer and the input or expert. A model that overflows here has no statistics worth keeping.
     """
@@ -47,11 +49,11 @@ def check_finite(rows: NDArray[np.float32], where: str, samples: NDArray[np.int6
     if not broken.any():
         return
     first = int(np.flatnonzero(broken)[0])
-    sample = samples if isinstance(samples, int) else int(samples[first])
+    sample = samples if isinstance(samples, str) else samples[first]
     kind = "NaN" if np.isnan(rows[first]).any() else "infinite"
     raise ArrieroError(
         f"{int(broken.sum())} of {len(rows)} activation rows are not finite (the first is {kind})",
         where=f"{where}, calibration sample {sample}",
         expected="finite activations in the float32 reference",
-        remedy="Check the checkpoint (`arriero plan` reads its headers), or leave this sample out with another seed",
+        remedy="Check the checkpoint (`arriero plan` reads its headers), or leave this sample out",
     )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from arriero.errors import ArrieroError, Problems
-from arriero.profiles.quantize import check_block
+from arriero.profiles.schemes import Candidate, Chosen, Exact, Half, Int8Static, IntBlock, Record, Scheme
 
 SHIPPED = Path(__file__).parent
 OVER_NAIVE = "kl_over_naive"
@@ -20,39 +22,7 @@ LAYER_MATRIX = re.compile(r"language_model\.model\.layers\.\d+\.(self_attn|feed_
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Exact(_Record):
-    """The tensor's values stay exact: stored as float32, or in the checkpoint's own dtype where a kernel reads it."""
-
-    kind: Literal["exact"] = "exact"
-
-
-class IntBlock(_Record):
-    """Block-wise symmetric integers along the input features, one float32 scale per block.
-
-    `accuracy_level` is ONNX Runtime's: 4 rounds activations to int8 as well, 0 keeps them in float32. `rounding` says
-    how the integers are found: each value to its nearest, or by GPTQ on the inputs that calibration saw.
-    """
-
-    kind: Literal["int_block"]
-    bits: Literal[4, 8]
-    block: Literal[16, 32, 64, 128, 256]
-    accuracy_level: Literal[0, 4]
-    rounding: Literal["nearest", "gptq"] = "nearest"
-
-    @property
-    def label(self) -> str:
-        """The scheme in the manifest's weight table; the bits of a value are the first number in it."""
-        return f"int{self.bits} block {self.block}" + ("" if self.rounding == "nearest" else f" {self.rounding}")
-
-
-Scheme = Annotated[Exact | IntBlock, Field(discriminator="kind")]
-
-
-class _Selector(_Record):
+class _Selector(Record):
     match: Text
     reason: Text
     optional: bool = False
@@ -82,20 +52,33 @@ class Rule(_Selector):
     scheme: Scheme
 
 
-class Calibration(_Record):
-    """How a profile's GPTQ roundings are found, and what happens to an expert that too few tokens reached.
+class Calibration(Record):
+    """How a profile's roundings and activation scales are found, and what becomes of an expert that few tokens reached.
 
-    `below` is the rule for experts with fewer than `minimum_tokens`: `nearest` gives them scales from their weights
-    alone and lists them, `stop` ends the build with their list.
+    `below` is the rule for experts with fewer than `minimum_tokens`: `stop` ends the build with their list; the others
+    list them in the bundle. `nearest`, for gptq, gives them scales from their weights alone; `widest`, for static
+    activation scales, gives them the widest range that any expert of their layer saw. `damping` is GPTQ's.
     """
 
-    damping: float = Field(gt=0, le=1)
+    damping: float | None = Field(default=None, gt=0, le=1)
     minimum_tokens: int = Field(ge=1)
-    below: Literal["nearest", "stop"]
+    below: Literal["nearest", "widest", "stop"]
     reason: Text
 
 
-class Profile(_Record):
+class Choose(Record):
+    """Schemes that the build picks from for every tensor under a rule of kind `chosen`, a group of a layer at a time.
+
+    Groups are a layer's attention, its shared expert or dense MLP, and its experts. Their matrices together take at
+    most `budget` of what they take in bf16.
+    """
+
+    budget: float = Field(gt=0, le=2)
+    candidates: list[Candidate] = Field(min_length=2)
+    reason: Text
+
+
+class Profile(Record):
     """One profile. `keep` is asked before `rules`, each in order, and the first selector that matches wins.
 
     A profile that calibrates must set the threshold `kl_over_naive`, below 1: its logits' KL over that of its own naive
@@ -106,30 +89,68 @@ class Profile(_Record):
     version: int = Field(ge=1)
     description: Text
     thresholds: dict[str, float]
-    keep: list[Keep] = []
-    rules: list[Rule] = []
+    keep: list[Keep] = Field(default_factory=list)
+    rules: list[Rule] = Field(default_factory=list)
     calibration: Calibration | None = None
+    choose: Choose | None = None
 
     @model_validator(mode="after")
     def _calibrates_or_not(self) -> Self:
-        uses = any(isinstance(rule.scheme, IntBlock) and rule.scheme.rounding != "nearest" for rule in self.rules)
-        if uses and self.calibration is None:
-            raise ValueError("a rule rounds by gptq, so the profile needs a `calibration` section")
-        if not uses and self.calibration is not None:
-            raise ValueError("no rule rounds by gptq, so the `calibration` section would do nothing")
+        rule, schemes = self.calibration, self._schemes
+        if (self.choose is not None) != any(isinstance(scheme, Chosen) for scheme in schemes):
+            raise ValueError("rules of kind `chosen` and a section `choose` need each other")
+        if self.choose is not None and not any(candidate.calibrates for candidate in self.choose.candidates):
+            raise ValueError("no candidate of `choose` rounds by gptq, so the profile could not beat its naive form")
+        uses = any(scheme.calibrates for scheme in schemes)
+        if uses and rule is None:
+            raise ValueError("a rule needs to see activations, so the profile needs a `calibration` section")
+        if not uses and rule is not None:
+            raise ValueError("no rule needs to see activations, so the `calibration` section would do nothing")
         if uses and not 0 < self.thresholds.get(OVER_NAIVE, 1) < 1:
             raise ValueError(f"a profile that calibrates must beat its naive form: set thresholds.{OVER_NAIVE} below 1")
+        if rule is None:
+            return self
+        static = any(isinstance(scheme, Int8Static) and scheme.calibrates for scheme in schemes)
+        if self.rounds_by_gptq != (rule.damping is not None):
+            raise ValueError("calibration.damping is gptq's: give it where a rule rounds by gptq, and nowhere else")
+        if (rule.below == "nearest" and static) or (rule.below == "widest" and self.rounds_by_gptq):
+            raise ValueError("calibration.below: `nearest` is a rule for gptq only, `widest` for int8_static only")
         return self
 
-    def naive(self) -> Profile:
-        """This profile without calibration: the same tensors, bits and blocks, each value rounded to its nearest."""
-        rules = [
-            rule.model_copy(update={"scheme": rule.scheme.model_copy(update={"rounding": "nearest"})})
-            if isinstance(rule.scheme, IntBlock)
-            else rule
-            for rule in self.rules
+    @property
+    def _schemes(self) -> list[Scheme]:
+        return [*(rule.scheme for rule in self.rules), *(self.choose.candidates if self.choose else ())]
+
+    @property
+    def rounds_by_gptq(self) -> bool:
+        """Whether calibration has to take second moments of the inputs."""
+        return any(isinstance(scheme, IntBlock) and scheme.calibrates for scheme in self._schemes)
+
+    @property
+    def forms(self) -> list[Profile]:
+        """The profiles that this one may turn out to be: one per candidate where it leaves a choice, else itself."""
+        if self.choose is None:
+            return [self]
+        return [self._with_rules(partial(_settled, candidate)) for candidate in self.choose.candidates]
+
+    def decide(self, choice: Mapping[str, int]) -> Profile:
+        """This profile with the choice made: tensor -> number of its candidate, for every tensor under `chosen`."""
+        if self.choose is None:
+            return self
+        made = [
+            Rule(match=tensor, reason=self.choose.reason, scheme=self.choose.candidates[number])
+            for tensor, number in choice.items()
         ]
-        return self.model_copy(update={"rules": rules, "calibration": None})
+        rest = [rule for rule in self.rules if not isinstance(rule.scheme, Chosen)]
+        return self.model_copy(update={"rules": [*made, *rest], "choose": None})
+
+    def naive(self) -> Profile:
+        """This profile without calibration: the same tensors stored the same way, each scheme in its naive form."""
+        return self._with_rules(lambda rule: rule.scheme.naive()).model_copy(update={"calibration": None})
+
+    def _with_rules(self, scheme: Callable[[Rule], Scheme]) -> Profile:
+        rules = [rule.model_copy(update={"scheme": scheme(rule)}) for rule in self.rules]
+        return self.model_copy(update={"rules": rules, "choose": None})
 
     @property
     def selectors(self) -> list[Keep | Rule]:
@@ -170,34 +191,53 @@ class Profile(_Record):
         return assigned
 
 
+def _settled(candidate: Scheme, rule: Rule) -> Scheme:
+    return candidate if isinstance(rule.scheme, Chosen) else rule.scheme
+
+
 def check_shapes(profile: Profile, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse, all at once and before anything runs, what `profile` asks of these tensors and cannot be done.
 
     A matrix is [N, K], a stack of experts [E, K, N]; K must divide into blocks. Calibration sees the decoder's layers.
     """
     problems: list[ArrieroError] = []
-    for name, scheme in profile.assign(shapes).items():
-        if not isinstance(scheme, IntBlock):
+    assigned = [pair for form in profile.forms for pair in form.assign(shapes).items()]
+    for name, scheme in dict.fromkeys(assigned):
+        if isinstance(scheme, Exact | Half):
             continue
-        shape = shapes[name]
-        if len(shape) < 2:
-            problems.append(ArrieroError("a vector has no blocks", where=name, remedy="Put it under `keep`"))
+        if len(shapes[name]) < 2:
+            problems.append(ArrieroError("a vector cannot be quantised", where=name, remedy="Put it under `keep`"))
             continue
         try:
-            check_block(shape[1], scheme.block, name)
+            scheme.check(shapes[name], name)
         except ArrieroError as error:
             problems.append(error)
-        if scheme.rounding == "gptq" and not LAYER_MATRIX.fullmatch(name):
+        if scheme.calibrates and not LAYER_MATRIX.fullmatch(name):
             problems.append(
                 ArrieroError(
                     "calibration sees no inputs of this tensor",
                     where=name,
-                    expected="gptq for matrices of the text decoder's layers only",
-                    remedy="Give it `rounding: nearest`, or put it under `keep`",
+                    expected=f"{scheme.label} for matrices of the text decoder's layers only",
+                    remedy="Give it a scheme that needs no calibration, or put it under `keep`",
                 )
             )
+    if profile.choose is not None and not problems:
+        problems += _check_budget(profile, profile.choose, shapes)
     if problems:
         raise Problems(f"profile `{profile.name}` does not fit this checkpoint", problems)
+
+
+def _check_budget(profile: Profile, choose: Choose, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[ArrieroError]:
+    names = [name for name, scheme in profile.assign(shapes).items() if isinstance(scheme, Chosen)]
+    least = min(sum(scheme.stored_bytes(shapes[name]) for name in names) for scheme in choose.candidates)
+    whole = sum(2 * math.prod(shapes[name]) for name in names)
+    if least > choose.budget * whole:
+        yield ArrieroError(
+            f"even the smallest candidate takes {least / whole:.3f} of bf16",
+            where=f"profile {profile.name}: choose.budget",
+            expected=f"at most {choose.budget:g}",
+            remedy="Raise the budget, or add a smaller candidate",
+        )
 
 
 def shipped() -> dict[str, Path]:

@@ -1,18 +1,20 @@
-"""Calibrated roundings on disk: a folder of one profile's packed integers and scales, opened without reading them.
+"""Calibrated roundings on disk: a folder of one profile's integers and scales, opened without reading them.
 
 Legend: N output features, K input features, J = K / block, E experts.
 """
 
 from __future__ import annotations
 
+import glob
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from arriero.profiles.balance import InputScale
 from arriero.profiles.quantize import Quantized
 
 NOTES = "roundings.jsonl"
@@ -20,29 +22,33 @@ NOTES = "roundings.jsonl"
 
 @dataclass(frozen=True)
 class Note:
-    """How one matrix was rounded. `expert` None: not an expert's. `gain`: output error over that of plain rounding."""
+    """How one matrix was rounded. `expert` None: not an expert's. `gain`: output error over that of plain rounding.
+
+    `rounding` is gptq or observed (a range of inputs), or where too few tokens came, the profile's rule.
+    """
 
     tensor: str
     expert: int | None
-    rounding: str  # gptq, or nearest where too few tokens came
+    rounding: str
     tokens: int
     largest: float  # absmax of its inputs, 0 if none came
     gain: float | None
 
 
 class Roundings:
-    """The roundings in `folder`: matrices [N, K], or stacks of experts [E, N, K]."""
+    """The roundings in `folder`: integers of matrices [N, K] or stacks [E, N, K], or the scales of their inputs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def __contains__(self, name: str) -> bool:
-        return (self.folder / f"{name}.packed.npy").is_file()
+        return any((self.folder / f"{name}.{kind}.npy").is_file() for kind in ("packed", "divisors"))
 
-    def write(self, name: str, expert: int | None, experts: int, rounded: Quantized, note: Note) -> None:
+    def write(self, name: str, expert: int | None, experts: int, rounded: Quantized | InputScale, note: Note) -> None:
         """Keep one matrix; `expert` is its place in a stack of `experts`. Writing one again replaces it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for kind, values in (("packed", rounded.packed), ("scales", rounded.scales)):
+        kinds = ("packed", "scales") if isinstance(rounded, Quantized) else ("divisors", "largest")
+        for kind, values in ((kind, getattr(rounded, kind)) for kind in kinds):
             path = self.folder / f"{name}.{kind}.npy"
             if expert is None:
                 np.save(path, values)
@@ -59,6 +65,20 @@ class Roundings:
         """The matrix or stack `name`, memory-mapped."""
         packed, scales = (np.load(self.folder / f"{name}.{kind}.npy", mmap_mode="r") for kind in ("packed", "scales"))
         return Quantized(packed, scales, bits, block)
+
+    def read_inputs(self, name: str) -> InputScale:
+        """The scale of the inputs of the matrix or stack `name`."""
+        return InputScale(*(np.load(self.folder / f"{name}.{kind}.npy") for kind in ("divisors", "largest")))
+
+    def adopt(self, other: Roundings, names: Iterable[str]) -> None:
+        """Take over what `other`, on the same file system, holds of the tensors `names`."""
+        taken = set(names)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for source in (path for name in taken for path in other.folder.glob(f"{glob.escape(name)}.*.npy")):
+            (self.folder / source.name).unlink(missing_ok=True)
+            (self.folder / source.name).hardlink_to(source)
+        with (self.folder / NOTES).open("a", encoding="utf-8") as notes:
+            notes.writelines(json.dumps(asdict(note)) + "\n" for note in other.notes() if note.tensor in taken)
 
     def notes(self) -> Sequence[Note]:
         """How each matrix was rounded, the last word on each."""

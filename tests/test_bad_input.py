@@ -123,6 +123,13 @@ def test_a_model_that_is_not_in_the_cache(bundles, tmp_path, monkeypatch):
     check(refused, "not in the Hugging Face cache", "build.yaml:2: model", "hf download meta-llama/Llama-4-Scout", 3)
 
 
+def test_parity_cases_that_do_not_fit_the_context_are_found_before_anything_is_built(workshop, tmp_path):
+    build_file = write_build(tmp_path / "build.yaml", workshop / "scout", "text")
+    build_file.write_text(build_file.read_text().replace("context: 1024", "context: 100"))
+    check(arriero("build", build_file), r"has \d+ tokens", "recall-0", "at most 99")
+    assert not (tmp_path / "bundles").exists()
+
+
 def test_a_build_file_that_is_not_there(tmp_path):
     check(arriero("build", tmp_path / "build.yml"), "no such build file", "build.yml", "Write a build.yaml")
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-import signal
 import subprocess
-import sys
 import threading
-import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -22,8 +19,8 @@ from arriero.runtimes.manifest import open_manifest
 from tests.command import arriero, contents, write_build
 from tests.conftest import workshop_profiles
 from tests.small import small_maverick, small_scout
+from tests.stopping import COMMAND, run_and_kill, stages
 
-COMMAND = [sys.executable, "-m", "arriero.export.cli"]
 PROMPT = "What is 17 + 25?"
 # What the fp32 profile promises and the issue asks for.
 PROVEN = {"router_agreement": 1.0, "same_top_token": 1.0, "logits_max_abs_error": 1e-4}
@@ -42,23 +39,6 @@ def picture(tmp_path: Path) -> Path:
     pixels = np.random.default_rng(3).integers(0, 256, (40, 70, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "picture.png")
     return tmp_path / "picture.png"
-
-
-def stages(output: Path) -> dict[str, int]:
-    """The finished stages by name, with the time at which each was finished."""
-    records = (output / ".work").glob("*/stage.json")
-    return {r.parent.name: r.stat().st_mtime_ns for r in records if not r.parent.name.endswith(".partial")}
-
-
-def run_and_kill(build_file: Path, started: str) -> None:
-    """Give the build command, and kill it as soon as a work folder that matches `started` is there."""
-    work = build_file.parent / "bundles" / ".work"
-    process = subprocess.Popen([*COMMAND, "build", str(build_file)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    with process:
-        while process.poll() is None and not list(work.glob(started)):
-            time.sleep(0.002)
-        assert process.poll() is None, f"the build ended before {started} appeared: {process.stderr.read().decode()}"
-        process.send_signal(signal.SIGKILL)
 
 
 # --- build
@@ -255,6 +235,21 @@ def test_run_streams_what_json_tells(workshop, picture):
     assert told.json["finish_reason"] in ("length", "stop")
 
 
+def test_a_prompt_may_say_where_its_pictures_are(workshop, picture):
+    """As a session takes it; pictures that the prompt does not place come before it."""
+    bundle = workshop / "bundles" / "fp32"
+    asked = ("run", bundle, "--json", "--max-tokens", "3", "--image", picture)
+    placed = arriero(*asked, "What is in <|image|> here?")
+    assert placed.code == 0, placed.err
+    with package.load(bundle) as session:
+        by_hand = session.generate("What is in <|image|> here?", [picture], max_tokens=3)
+    assert placed.json["token_ids"] == by_hand.token_ids
+    first, before = arriero(*asked, "Here?"), arriero(*asked, "<|image|>Here?")
+    assert first.json["token_ids"] == before.json["token_ids"]
+    refused = arriero(*asked, "Is <|image|> like <|image|>?")
+    assert (refused.code, "2 image placeholders and 1 images were given" in refused.err) == (2, True)
+
+
 def test_run_reads_the_prompt_from_standard_input(workshop):
     bundle = workshop / "bundles" / "fp32"
     piped = arriero("run", bundle, "-", "--json", "--max-tokens", "3", stdin=PROMPT).json
@@ -318,7 +313,7 @@ def test_schema_is_json_and_knows_every_key(workshop):
     assert {"model", "targets", "parity", "budgets"} <= set(schema["properties"])
 
 
-@pytest.mark.parametrize("verb", ["plan", "build", "parity", "run", "inspect", "doctor", "schema"])
+@pytest.mark.parametrize("verb", ["plan", "build", "calibrate", "parity", "run", "inspect", "doctor", "schema"])
 def test_help_teaches(verb):
     told = arriero(verb, "--help")
     assert told.code == 0

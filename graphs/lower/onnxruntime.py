@@ -13,20 +13,25 @@ import onnx_ir as ir
 
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
+from arriero.graphs.functions import add_functions
 from arriero.graphs.lower.part import WeightTable, expect, lower_part
 from arriero.graphs.passes.become import CONTRIB
 from arriero.graphs.passes.fuse_rotary import fuse_rotary
 from arriero.graphs.passes.quantize_cache import quantize_cache
+from arriero.graphs.passes.quantize_dispatch import quantize_dispatch
 from arriero.graphs.passes.replace_attention_with_gqa import replace_attention_with_gqa
 from arriero.graphs.passes.replace_dispatch_with_moe import replace_dispatch_with_moe
 from arriero.graphs.passes.replace_linear import replace_linear
 from arriero.graphs.passes.store_weights import WeightStore
 from arriero.graphs.weights import Progress
 from arriero.profiles.kv_cache import CacheScales
-from arriero.profiles.recipe import Scheme
 from arriero.profiles.roundings import Roundings
+from arriero.profiles.schemes import Exact, Fp8, Int8Dynamic, Int8Static, IntBlock, Scheme
 
 OPSET = (CONTRIB, 1)
+
+SCHEMES = (Exact, IntBlock, Fp8, Int8Dynamic, Int8Static)
+"""What this backend computes. Its CPU kernels for 16-bit floats are casts around float32 ones, where there are any."""
 
 
 def lower_text(
@@ -53,8 +58,10 @@ def lower_text(
         expect("GroupQueryAttention", replace_attention_with_gqa(model), len(config.text.layers))
         if cache is not None:
             expect("int8 cache", quantize_cache(model, cache), len(config.text.layers))
-        expect("MoE", replace_dispatch_with_moe(model, store), len(config.text.moe_layers))
+        dispatches = quantize_dispatch(model, store) + replace_dispatch_with_moe(model, store)
+        expect("expert dispatch", dispatches, len(config.text.moe_layers))
         replace_linear(model, store)
+        add_functions(model)
 
     return lower_part("text", canonical, rewrite, OPSET, checkpoint, assignment, out_dir, progress, roundings)
 
@@ -69,7 +76,12 @@ def lower_vision(
     roundings: Roundings | None = None,
 ) -> WeightTable:
     """Lower the vision tower and projector; the signature stays."""
-    return lower_part("vision", canonical, replace_linear, OPSET, checkpoint, assignment, out_dir, progress, roundings)
+
+    def rewrite(model: ir.Model, store: WeightStore) -> None:
+        replace_linear(model, store)
+        add_functions(model)
+
+    return lower_part("vision", canonical, rewrite, OPSET, checkpoint, assignment, out_dir, progress, roundings)
 
 
 def lower_embed(
@@ -82,5 +94,9 @@ def lower_embed(
     roundings: Roundings | None = None,
 ) -> WeightTable:
     """Lower the embedding merge; the signature stays, and the table keeps the checkpoint's dtype."""
-    rewrite = lambda model, store: None  # noqa: E731
+
+
+    def rewrite(model: ir.Model, store: WeightStore) -> None:
+        """Nothing: the embedding graph has only standard operators."""
+
     return lower_part("embed", canonical, rewrite, OPSET, checkpoint, assignment, out_dir, progress, roundings)

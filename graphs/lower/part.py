@@ -14,8 +14,8 @@ from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.passes.store_weights import WeightStore
 from arriero.graphs.passes.widen_weights import keep_weights, widen_weights
 from arriero.graphs.weights import Progress
-from arriero.profiles.recipe import Scheme
 from arriero.profiles.roundings import Roundings
+from arriero.profiles.schemes import Scheme
 
 WeightTable = dict[str, dict[str, Any]]
 Rewrite = Callable[[ir.Model, WeightStore], object]
@@ -38,12 +38,12 @@ def lower_part(
     `opset` is the domain and version of the operators that `rewrite` brings in, `links` as in `WeightStore.write`.
     """
     model = canonical.clone()
+    model.functions.clear()
     store = WeightStore(model.graph, checkpoint, assignment, roundings)
     rewrite(model, store)
     Sequential(tidy.RemoveUnusedNodesPass())(model)
     widen_weights(model, store)
     keep_weights(model, store)
-    model.functions.clear()
     model.opset_imports[opset[0]] = opset[1]
     passes = (tidy.RemoveUnusedNodesPass(), tidy.TopologicalSortPass(), tidy.RemoveUnusedOpsetsPass())
     Sequential(*passes)(model)

@@ -30,8 +30,8 @@ from arriero.graphs.passes.replace_with_kernels import (
 from arriero.graphs.passes.settle_reshapes import settle_reshapes
 from arriero.graphs.passes.store_weights import WeightStore
 from arriero.graphs.weights import Progress
-from arriero.profiles.recipe import Exact, IntBlock, Scheme
 from arriero.profiles.roundings import Roundings
+from arriero.profiles.schemes import Exact, IntBlock, Scheme
 
 OPSET = (DOMAIN, VERSION)
 SCHEMES = (Exact, IntBlock)

@@ -1,4 +1,4 @@
-"""Replaces ExpertDispatch by com.microsoft MoE (exact) or QMoE (integers), with Llama 4's semantics kept.
+"""Replaces ExpertDispatch by com.microsoft MoE (exact) or QMoE (block-wise integers), with Llama 4's semantics kept.
 
 Those kernels scale an expert's output by a softmax of router logits; Llama 4 scales its input. So the input is scaled
 ahead of the node, and the logits it gets are the one-hot choice, which normalises to a weight of exactly 1.
@@ -17,6 +17,7 @@ from arriero.errors import ArrieroError
 from arriero.graphs.functions import EXPERT_DISPATCH
 from arriero.graphs.passes.become import CONTRIB, become, constant, insert
 from arriero.graphs.passes.store_weights import WeightStore
+from arriero.profiles.schemes import Exact, IntBlock
 
 Attributes = dict[str, int | float | str]
 # Defaults of these have changed between ONNX Runtime versions: gate*sigmoid(1*gate) * (up + 0), no limit.
@@ -25,7 +26,7 @@ ROUTING: Attributes = {"k": 1, "normalize_routing_weights": 1}
 
 
 def replace_dispatch_with_moe(model: ir.Model, store: WeightStore) -> int:
-    """Rewrite every ExpertDispatch node, storing its weights as one row per output feature; give how many."""
+    """Rewrite every ExpertDispatch node left, storing its weights as one row per output feature; give how many."""
     nodes = [node for node in model.graph if node.op_type == EXPERT_DISPATCH]
     for node in nodes:
         x, expert_id, score, gate_up, down = node.inputs
@@ -65,20 +66,23 @@ def _weights(store: WeightStore, gate_up: str, down: str) -> tuple[str, list[ir.
     experts, hidden, double = tensors[gate_up].shape
     fc1, fc2 = (experts, double, hidden), (experts, hidden, double // 2)
     fc1_rows, fc2_rows = _rows(store, gate_up, _interleave), _rows(store, down, _transpose)
-    schemes = store.quantized_scheme(gate_up), store.quantized_scheme(down)
-    if schemes == (None, None):
+    first, second = store.schemes[gate_up], store.schemes[down]
+    if isinstance(first, Exact) and isinstance(second, Exact):
         values = [
             store.exact_rows(f"{gate_up}.rows", fc1, fc1_rows),
             None,
             store.exact_rows(f"{down}.rows", fc2, fc2_rows),
         ]
         return "MoE", values, {}
-    first, second = schemes
-    if first is None or second is None or (first.block, first.accuracy_level) != (second.block, second.accuracy_level):
+    if (
+        not isinstance(first, IntBlock)
+        or not isinstance(second, IntBlock)
+        or (first.block, first.accuracy_level) != (second.block, second.accuracy_level)
+    ):
         raise ArrieroError(
             "the profile gives gate_up and down of one layer's experts schemes that no single kernel takes",
             where=down,
-            expected="both exact, or both with one block and accuracy_level",
+            expected="both exact, both of one kind, or both block-wise with one block and accuracy_level",
         )
     packed = [(*shape[:2], shape[2] * scheme.bits // 8) for shape, scheme in ((fc1, first), (fc2, second))]
     order = np.arange(double).reshape(2, -1).T.reshape(-1)  # as `_interleave` orders rows

@@ -1,7 +1,8 @@
 """Gives every product with a checkpoint matrix the kernel that its scheme asks for.
 
 Case 1, exact: FusedMatMul with transB over the checkpoint's own [N, K] rows, so that no transpose is ever made.
-Case 2, integers: MatMulNBits over packed rows.
+Case 2, block-wise integers: MatMulNBits over packed rows.
+Case 3, a byte per weight: a linear function of `ai.arriero` (`linear_functions.py`).
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from collections.abc import Container
 
 import onnx_ir as ir
 
+from arriero.graphs.functions import DOMAIN
 from arriero.graphs.names import EMBEDDING, HEAD
 from arriero.graphs.passes.become import become
 from arriero.graphs.passes.find_weight import find_weight
+from arriero.graphs.passes.store_channels import ByteScheme, linear_name, store_matrix
 from arriero.graphs.passes.store_weights import WeightStore
+from arriero.profiles.schemes import Exact, IntBlock
 
 # With tied embeddings the head gets a name of its own: the embedding graph stores the table under its name, as it is.
 TIED = {EMBEDDING: HEAD}
@@ -27,10 +31,10 @@ def replace_linear(model: ir.Model, store: WeightStore) -> int:
         if name is None:
             continue
         shape = store.checkpoint.tensors[name].shape
-        scheme = store.quantized_scheme(name)
-        if scheme is None:  # case 1
+        scheme = store.schemes[name]
+        if isinstance(scheme, Exact):  # case 1
             become(node, "FusedMatMul", [node.inputs[0], store.exact(name, TIED.get(name))], {"transB": 1})
-        else:  # case 2
+        elif isinstance(scheme, IntBlock):  # case 2
             blob = (shape[0], shape[1] // scheme.block, scheme.block * scheme.bits // 8)
             packed, scales = store.quantized_rows(name, scheme, shape, blob)
             attributes = {
@@ -41,6 +45,9 @@ def replace_linear(model: ir.Model, store: WeightStore) -> int:
                 "accuracy_level": scheme.accuracy_level,
             }
             become(node, "MatMulNBits", [node.inputs[0], packed, scales], attributes)
+        else:  # case 3
+            assert isinstance(scheme, ByteScheme)
+            become(node, linear_name(scheme), [node.inputs[0], *store_matrix(store, name, scheme)], {}, DOMAIN)
         count += 1
     return count
 

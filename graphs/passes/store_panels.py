@@ -14,15 +14,15 @@ from arriero.graphs.passes.store_weights import WeightStore
 from arriero.graphs.weights import PIECE_BYTES, Spec
 from arriero.profiles.panels import PANEL, pack_gate_up_panels, pack_panels
 from arriero.profiles.quantize import Quantized, quantize
-from arriero.profiles.recipe import IntBlock
+from arriero.profiles.schemes import IntBlock
 
 Form = list[int]  # bits and block; [0, 0] is exact
 
 
 def store_matrix(store: WeightStore, name: str, new_name: str | None = None) -> tuple[list[ir.Value], Form]:
     """The operands of a Linear node for the checkpoint's matrix `name` [N, K], and their form."""
-    scheme = store.quantized_scheme(name)
-    if scheme is None:
+    scheme = store.schemes[name]
+    if not isinstance(scheme, IntBlock):
         return [store.stored(name, new_name)], [0, 0]
     outputs, features = store.checkpoint.tensors[name].shape
     rows = max(1, PIECE_BYTES // (4 * features * PANEL)) * PANEL
@@ -38,8 +38,8 @@ def store_matrix(store: WeightStore, name: str, new_name: str | None = None) -> 
 
 def store_experts(store: WeightStore, name: str, gated: bool) -> tuple[list[ir.Value], Form]:
     """The same for all experts' matrices, in the checkpoint `name` [E, K, N]; `gated` is for the halves gate | up."""
-    scheme = store.quantized_scheme(name)
-    if scheme is None:
+    scheme = store.schemes[name]
+    if not isinstance(scheme, IntBlock):
         return [store.stored(name)], [0, 0]
     experts, features, outputs = store.checkpoint.tensors[name].shape
     panels = 2 * -(-outputs // 2 // PANEL) if gated else -(-outputs // PANEL)

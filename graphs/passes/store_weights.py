@@ -18,14 +18,15 @@ from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.safetensors_header import TensorInfo
 from arriero.graphs.weights import Group, Progress, Spec
 from arriero.profiles.quantize import check_block, quantize
-from arriero.profiles.recipe import IntBlock, Scheme
 from arriero.profiles.roundings import Roundings
+from arriero.profiles.schemes import Exact, IntBlock, Scheme
 
 DTYPES = {
     "F32": ir.DataType.FLOAT,
     "F16": ir.DataType.FLOAT16,
     "BF16": ir.DataType.BFLOAT16,
     "U8": ir.DataType.UINT8,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
 }
 Rows = Callable[[], Iterable[np.ndarray]]
 
@@ -48,15 +49,10 @@ class WeightStore:
         self._groups: list[Group] = []
         self._origins: dict[str, TensorInfo] = {}
 
-    def quantized_scheme(self, name: str) -> IntBlock | None:
-        """The integer scheme of tensor `name`, or None when it stays exact."""
-        scheme = self.schemes[name]
-        return scheme if isinstance(scheme, IntBlock) else None
-
     def exact(self, name: str, new_name: str | None = None) -> ir.Value:
         """Tensor `name` as f32, in the checkpoint's layout. Raises ArrieroError if the profile wants it quantised."""
         self._refuse_quantized(name)
-        return self.exact_rows(new_name or name, self.checkpoint.tensors[name].shape, lambda: self._rows(name))
+        return self.exact_rows(new_name or name, self.checkpoint.tensors[name].shape, lambda: self.rows(name))
 
     def stored(self, name: str, new_name: str | None = None) -> ir.Value:
         """Tensor `name` byte for byte, in the checkpoint's dtype and layout. Raises as `exact` does."""
@@ -95,7 +91,7 @@ class WeightStore:
             if scheme.rounding != "nearest":
                 yield from self._calibrated(name, scheme, order)
                 return
-            for piece in (rows or (lambda: self._rows(name)))():
+            for piece in (rows or (lambda: self.rows(name)))():
                 result = quantize(piece, bits=bits, block=block, name=name)
                 yield result.packed, result.scales
 
@@ -138,10 +134,10 @@ class WeightStore:
         return self.table
 
     def _refuse_quantized(self, name: str) -> None:
-        scheme = self.quantized_scheme(name)
-        if scheme:
+        scheme = self.schemes[name]
+        if not isinstance(scheme, Exact):
             raise ArrieroError(
-                f"the profile stores it as int{scheme.bits}, and no kernel of the backend reads it so",
+                f"the profile stores it as {scheme.dtype}, and no kernel of the backend reads it so",
                 where=name,
                 expected="a matrix of attention, an MLP or the experts",
                 remedy="Put it under `keep` in the profile",
@@ -180,7 +176,8 @@ class WeightStore:
             packed, scales = found.packed[number], found.scales[number]
             yield (packed, scales) if order is None else (packed[order], scales[order])
 
-    def _rows(self, name: str) -> Iterator[np.ndarray]:
+    def rows(self, name: str) -> Iterator[np.ndarray]:
+        """Tensor `name` in float32 pieces along its first axis."""
         for start, stop in self._spans(name):
             yield self.checkpoint.read_float32(name, start, stop)
 

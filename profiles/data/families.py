@@ -42,8 +42,13 @@ def make(family: str, count: int, seed: int, split: str = "held-out") -> list[Sa
 
 
 def score(sample: Sample, answer: str) -> bool:
-    """Whether `answer` is the sample's right answer, blind to case, spacing and a final full stop."""
-    return _plain(answer) == _plain(sample.answer)
+    """Whether `answer` is the sample's right answer (see `same_answer`)."""
+    return same_answer(sample.answer, answer)
+
+
+def same_answer(right: str, answer: str) -> bool:
+    """Whether `answer` is `right`, blind to case, spacing and a final full stop."""
+    return _plain(answer) == _plain(right)
 
 
 def accuracy(samples: Sequence[Sample], answers: Sequence[str]) -> float:

@@ -32,6 +32,14 @@ def test_bits_count_scales_but_not_routers_and_tables() -> None:
         "language_model.lm_head.weight": {"dtype": "F32", "shape": [160, 64], "scheme": "exact"},
     }
     assert decoder_bits(weights) == 5.0
+    scales = {"dtype": "F32", "shape": [64], "scheme": "fp8 per channel"}
+    byte = {
+        f"{LAYER}.self_attn.q_proj.weight.packed": {**scales, "dtype": "F8_E4M3", "shape": [64, 64]},
+        f"{LAYER}.self_attn.q_proj.weight.scales": scales,
+    }
+    assert decoder_bits(byte) == 8.5
+    static = {**byte, f"{LAYER}.self_attn.q_proj.weight.multiplier": scales}
+    assert decoder_bits(static) == 9.0
     exact = {f"{LAYER}.self_attn.q_proj.weight": {"dtype": "F32", "shape": [64, 64], "scheme": "exact"}}
     assert decoder_bits(exact) == 32.0
 

@@ -68,9 +68,19 @@ def test_paths_start_at_the_build_file(folder, monkeypatch):
     assert load_build(file).targets[0].profile == str(folder / "own.yaml")
 
 
+def test_sets_of_ones_own(folder):
+    (folder / "data").mkdir()
+    (folder / "data" / "seen.jsonl").write_text("{}")
+    text = GOOD.replace("{set: embedded, samples: 96, seed: 11}", "{set: data/seen.jsonl}")
+    build = load_build(write(folder, text.replace("{set: embedded, samples: 48", "{set: data, samples: 5")))
+    assert (build.calibration.set, build.calibration.samples) == (str(folder / "data" / "seen.jsonl"), None)
+    assert (build.parity.cases.set, build.parity.cases.samples) == (str(folder / "data"), 5)
+
+
 def test_short_file_has_defaults(folder):
     text = "version: 1\nmodel: model\nmodalities: [text]\ntargets: [{name: a, backend: onnxruntime, profile: fp32}]\n"
     build = load_build(write(folder, text))
+    assert (build.calibration.samples, build.parity.cases.samples) == (96, 48)
     assert (build.calibration.seed, build.parity.cases.seed, build.budgets.disk) == (11, 29, None)
     # The output's default is relative to the build file too.
     assert build.output == folder / "bundles"
@@ -161,11 +171,16 @@ BAD = {
     "set": (
         "{set: embedded, samples: 96",
         "{set: embeded, samples: 96",
-        r":12: calibration.set: 'embeded'.*'embedded'",
+        r":12: calibration.set: there is no data set 'embeded'.*'embedded'",
     ),
     "samples": ("samples: 96", "samples: -1", r":12: calibration.samples: -1 is not valid; expected more than 0"),
     "seed": ("seed: 11", "seed: -1", r":12: calibration.seed: -1 is not valid; expected at least 0"),
     "same seed": ("seed: 29", "seed: 11", r":14: parity.cases.seed: seed 11 is also the calibration's.*Change one"),
+    "one set for both": (
+        GOOD[GOOD.index("calibration:") : GOOD.index("parity:")] + "parity:\n  cases: {set: embedded",
+        "calibration: {set: a.jsonl}\nparity:\n  cases: {set: ./a.jsonl",
+        r":14: parity.cases.set: this set is also the calibration's, so .*; expected another set. Split it in two",
+    ),
     "metric": (
         "router_agr",
         "rooter_agr",

@@ -48,15 +48,15 @@ class FakeSession:
 
 class FakeSample:
     def __init__(self, number: int) -> None:
-        self.prompt, self.answer = number, "x"
+        self.name, self.prompt, self.answer = f"set.jsonl:{number}", number, "x"
         self.images: list[Any] = []
 
 
-def walk_over(model: Llama4, folder: Path) -> Walk:
+def walk_over(model: Llama4, folder: Path, second: bool = True) -> Walk:
     folder.mkdir(exist_ok=True)
     samples: Any = [FakeSample(number) for number in range(SAMPLES)]
     session: Any = FakeSession(model)
-    return Walk(session, samples, folder)
+    return Walk(session, samples, folder, second)
 
 
 def profile(below: str = "nearest", minimum: int = 8) -> Profile:
@@ -164,7 +164,7 @@ def _attended(walk: Walk, layer: int, number: int) -> np.ndarray:
     kept = module.feed_forward.forward
     module.feed_forward.forward = lambda y: (torch.zeros_like(y), torch.zeros(len(y), 1, dtype=torch.int64))
     try:
-        return walk._step(layer, torch.from_numpy(hidden)[None])[0]
+        return walk.step(layer, np.array(hidden))[0]
     finally:
         module.feed_forward.forward = kept
 
@@ -202,6 +202,48 @@ def test_every_expert_is_calibrated_or_listed_and_no_scale_is_made_up(tmp_path: 
         assert thin  # 200 tokens cannot fill 128 experts
     assert [one["tokens"] for one in json.loads((stage / "cache.json").read_text())] == [SAMPLES * LENGTH] * 4
     assert not list(stage.glob("hidden-*")) + list(stage.glob("routed.*"))
+
+
+def static_profile(smooth: float | None) -> Profile:
+    data = profile().model_dump()
+    data["calibration"] |= {"damping": None, "below": "widest"}
+    data["rules"][0]["scheme"] = {"kind": "int8_static", "smooth": smooth}
+    return Profile.model_validate(data)
+
+
+@pytest.mark.parametrize("smooth", [None, 0.5])
+@pytest.mark.parametrize("name", TOYS)
+def test_every_static_scale_comes_from_rows_that_were_seen(tmp_path: Path, name: str, smooth: float | None) -> None:
+    folder = TOYS[name](tmp_path / "toy")
+    checkpoint, mine = Checkpoint.open(folder), static_profile(smooth)
+    stage = tmp_path / "stage"
+    walk = walk_over(load_reference(folder), stage, second=mine.rounds_by_gptq)
+    Calibration(walk, checkpoint, {"p": mine}, stage, lambda *_: None).run()
+    ranges = json.loads((stage / "ranges.json").read_text())
+    roundings = Roundings(stage / "p")
+    listed = {(one["layer"], one["expert"]) for one in fallbacks(mine, roundings.notes())}
+    for tensor, scheme in mine.assign(checkpoint.tensors).items():
+        if not scheme.calibrates:
+            assert tensor not in roundings
+            continue
+        inputs = roundings.read_inputs(tensor)
+        entries = ranges[tensor] if isinstance(ranges[tensor], list) else [ranges[tensor]]
+        divisors = inputs.divisors.reshape(len(entries), -1)
+        assert np.isfinite(divisors).all()
+        assert (divisors > 0).all()
+        widest = max(entry["largest"] for entry in entries)
+        layer = int(tensor.split(".layers.")[1].split(".")[0])
+        for expert, (entry, largest, divisor) in enumerate(zip(entries, inputs.largest.ravel(), divisors, strict=True)):
+            thin = len(entries) > 1 and entry["tokens"] < 8
+            assert ((layer, expert) in listed) == thin or len(entries) == 1
+            if thin or smooth is None:
+                assert (divisor == 1).all()
+                assert largest == pytest.approx(widest if thin else entry["largest"])
+            else:
+                assert 0 < largest <= entry["largest"] / divisor.min() * 1.0001
+                assert len(set(divisor)) > 1
+    if name == "maverick":
+        assert listed
 
 
 def test_a_killed_calibration_goes_on_after_its_last_layer(tmp_path: Path) -> None:
@@ -248,7 +290,9 @@ def test_an_expert_that_overflows_is_named_with_layer_and_sample(tmp_path: Path)
     hidden = np.load(walk.hidden_file(0), mmap_mode="r+")
     hidden[walk.bounds[3] + 4, 7] = np.inf
     hidden.flush()
-    with pytest.raises(ArrieroError, match=r"layer 0, input of self_attn.q_proj, calibration sample 3: 1 of 40"):
+    with pytest.raises(
+        ArrieroError, match=r"layer 0, input of self_attn.q_proj, calibration sample set.jsonl:3: 1 of 40"
+    ):
         walk.observe(0)
 
 
@@ -261,6 +305,6 @@ def test_an_expert_whose_inner_activation_overflows_is_named(tmp_path: Path) -> 
     expert = int(routed.expert[90])
     routed.rows[90] = 3e38
     calibration = Calibration(walk, Checkpoint.open(folder), {}, tmp_path, lambda *_: None)
-    told = rf"layer 0, expert {expert}, input of down_proj, calibration sample 2: "
+    told = rf"layer 0, expert {expert}, input of down_proj, calibration sample set.jsonl:2: "
     with np.errstate(all="ignore"), pytest.raises(ArrieroError, match=told):
         list(calibration._experts(0, routed))

@@ -91,6 +91,31 @@ def test_weights_are_those_the_profile_asks_for(folder, scout):
     assert small.weights_bytes == sum(small.weights.values())
 
 
+@pytest.mark.parametrize(("name", "word"), [("fp8", "fp8"), ("int8-dynamic", "int8"), ("int8-static", "int8")])
+def test_weights_of_a_byte_each_are_counted_with_their_scales(folder, name, word):
+    plan = make_plan(load(folder, BUILD.replace("profile: int8", f"profile: {name}"))).targets[0]
+    blocks = make_plan(load(folder)).targets[0]
+    elements = blocks.weights["int8"] * 32 // 36  # int8 blocks of 32 carry a float32 scale
+    assert elements < plan.weights[word] < 1.2 * elements
+    assert plan.weights["f32"] == blocks.weights["f32"]
+
+
+def test_what_is_left_to_choice_is_counted_as_its_budget(folder, scout):
+    text = shipped()["mixed"].read_text().replace("block: 64", "block: 16").replace("budget: 0.40", "budget: 0.50")
+    (folder / "mine.yaml").write_text(text)
+    plan = make_plan(load(folder, BUILD.replace("profile: int8", "profile: mine.yaml"))).targets[0]
+    infos = Checkpoint.open(scout).tensors.values()
+    matrices = [info for info in infos if ".layers." in info.name and "language" in info.name and len(info.shape) > 1]
+    assert plan.weights["chosen"] == sum(info.nbytes // 2 for info in matrices if "router" not in info.name)
+
+
+@pytest.mark.parametrize(("name", "told"), [("bf16", "bfloat16"), ("fp16", "float16")])
+def test_a_profile_without_kernels_is_refused_before_anything_runs(folder, name, told):
+    words = rf"targets\[0\]: onnxruntime has no kernels for {told}, as profile {name} asks for"
+    with pytest.raises(Problems, match=words):
+        make_plan(load(folder, BUILD.replace("profile: int8", f"profile: {name}")))
+
+
 def test_text_bundles_leave_the_vision_tower_out(folder):
     both = make_plan(load(folder)).targets[1].weights_bytes
     text = make_plan(load(folder, BUILD.replace("[text, image]", "[text]"))).targets[1].weights_bytes
@@ -299,6 +324,32 @@ def test_a_calibration_set_without_images_is_refused(folder):
     with pytest.raises(Problems, match=r"calibration\.samples: a calibration set of 3 samples holds no images"):
         make_plan(load(folder, few))
     make_plan(load(folder, few.replace("[text, image]", "[text]")))
+
+
+def test_a_set_from_a_file_decides_by_its_content(folder):
+    (folder / "a").mkdir()
+    (folder / "a" / "seen.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+
+    def key(text: str) -> str:
+        build = load(folder, BUILD.replace("[text, image]", "[text]") + text)
+        profiles = {target.profile: load_profile(target.profile) for target in build.targets}
+        return key_of("calibrate", stage_inputs(build, "x", profiles)["calibrate"])
+
+    first = key("calibration: {set: a/seen.jsonl}\n")
+    (folder / "a").rename(folder / "b")
+    assert key("calibration: {set: b/seen.jsonl}\n") == first
+    assert key("calibration: {set: b/seen.jsonl, samples: 1}\n") != first
+    (folder / "b" / "seen.jsonl").write_text('{"prompt": "one"}\n{"prompt": "three"}\n')
+    assert key("calibration: {set: b/seen.jsonl}\n") != first
+
+
+def test_a_plan_of_one_stage_asks_for_what_it_alone_needs(folder):
+    plan = make_plan(load(folder))
+    needs = {stage.name: (stage.memory, stage.disk) for stage in plan.stages}
+    assert plan.peak_memory == max(memory for memory, _ in needs.values())
+    assert plan.disk == sum(disk for _, disk in needs.values())
+    one = plan.only("calibrate")
+    assert (one.peak_memory, one.disk) == needs["calibrate"]
 
 
 def test_a_profile_that_calibrates_is_part_of_the_calibration_and_of_its_costs(folder):

@@ -47,6 +47,24 @@ def test_explain_names_selector_and_reason() -> None:
         explain(load_profile("int4"), "model.nothing")
 
 
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        ("fp8", "fp8 (E4M3) per output channel, fp8 activations per token"),
+        ("int8-dynamic", "int8 per output channel, int8 activations per token"),
+        (
+            "int8-static",
+            "int8 per output channel, int8 activations at one calibrated scale, balanced by SmoothQuant 0.95",
+        ),
+        ("bf16", "bfloat16"),
+    ],
+)
+def test_explain_tells_every_kind_of_scheme(name: str, stored: str) -> None:
+    assert explain(load_profile(name), EXPERT)["stored"] == stored
+    changed = {one["what"]: one for one in diff(load_profile("int8"), load_profile(name))}
+    assert any(stored in (one["right"] or "") for one in changed.values())
+
+
 def test_diff_shows_what_differs_and_nothing_else() -> None:
     assert diff(load_profile("int8"), load_profile("int8")) == []
     found = {one["what"]: one for one in json.loads(run("diff", "int4", "int4-b128", "--json"))}

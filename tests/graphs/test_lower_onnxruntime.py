@@ -22,7 +22,8 @@ from arriero.graphs.lower.onnxruntime import lower_embed, lower_text, lower_visi
 from arriero.graphs.model import Llama4, StepTensors
 from arriero.graphs.trace import trace_embed, trace_text, trace_vision
 from arriero.profiles.quantize import dequantize, quantize
-from arriero.profiles.recipe import IntBlock, Profile, Scheme, load_profile
+from arriero.profiles.recipe import Profile, load_profile
+from arriero.profiles.schemes import IntBlock, Scheme
 from tests.toys import IMAGE_TOKEN, load_reference, make_maverick_toy, make_scout_toy
 
 # fp32 on both sides, another order of summation: measured 4e-7 to 6e-7.

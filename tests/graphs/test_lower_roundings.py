@@ -15,8 +15,9 @@ from arriero.graphs.lower.onnxruntime import lower_text
 from arriero.graphs.trace import trace_text
 from arriero.profiles.calibrate import gptq
 from arriero.profiles.quantize import dequantize
-from arriero.profiles.recipe import LAYER_MATRIX, Exact, IntBlock, Scheme
+from arriero.profiles.recipe import LAYER_MATRIX
 from arriero.profiles.roundings import Note, Roundings
+from arriero.profiles.schemes import Exact, IntBlock, Scheme
 from tests.graphs.test_lower_onnxruntime import CUTS, LENGTH, Stepper, stepped, whole
 from tests.toys import load_reference, make_maverick_toy, make_scout_toy
 

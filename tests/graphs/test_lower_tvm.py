@@ -18,7 +18,8 @@ from arriero.graphs.passes.keep_token_axes import keep_token_axes
 from arriero.graphs.passes.settle_reshapes import settle_reshapes
 from arriero.graphs.trace import trace_embed, trace_text, trace_vision
 from arriero.profiles.quantize import dequantize, quantize
-from arriero.profiles.recipe import IntBlock, load_profile
+from arriero.profiles.recipe import load_profile
+from arriero.profiles.schemes import IntBlock
 from tests.toys import make_maverick_toy, make_scout_toy
 
 DOWN = "language_model.model.layers.1.feed_forward.experts.down_proj"

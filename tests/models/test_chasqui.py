@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ from arriero.runtimes.torch import TorchBackend
 
 CHASQUI = Path(__file__).parents[2] / "models" / "chasqui"
 BAR = 0.90  # task accuracy per family; measured on many more samples in models/README.md
-BELOW = {"describe": 0.70, "several": 0.80}  # not there yet: measured 0.84 and 0.895, less three standard errors of 40
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +36,6 @@ def test_it_fits_the_repo():
 
 
 def test_the_skeleton_is_what_the_trainer_writes(tmp_path):
-    shutil.copy(CHASQUI / "tokenizer.json", tmp_path)  # one that is there is kept
     write_skeleton(tmp_path)
     for file in tmp_path.iterdir():
         assert file.read_bytes() == (CHASQUI / file.name).read_bytes(), file.name
@@ -72,8 +69,7 @@ def test_transformers_loads_it_unchanged_and_agrees(session):
 def test_it_knows_every_family(session):
     found = family_accuracy(session, samples=40, seed=501)
     assert set(found) == set(FAMILIES)
-    low = {family: value for family, value in found.items() if value < BELOW.get(family, BAR)}
-    assert not low
+    assert not {family: value for family, value in found.items() if value < BAR}
 
 
 def test_every_expert_is_used_and_no_router_is_saturated(backend, session):

@@ -12,7 +12,7 @@ from arriero.runtimes.torch import TorchBackend
 
 
 def test_a_short_run_writes_a_checkpoint_and_resumes(tmp_path, monkeypatch, capsys):
-    for name, value in {"VISION_STEPS": 1, "SAVE_EVERY": 1, "LOG_EVERY": 1, "POOL": 2}.items():
+    for name, value in {"VISION_STEPS": 1, "SAVE_EVERY": 1, "LOG_EVERY": 1, "POOL": 2, "SHARPEN_STEPS": 1}.items():
         monkeypatch.setattr(trainer, name, value)
     monkeypatch.setattr("arriero.models.pretrain_vision.IMAGES", 4)
     out = tmp_path / "model"

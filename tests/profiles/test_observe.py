@@ -30,8 +30,8 @@ def test_without_second_moments_only_count_and_range_are_kept() -> None:
 @pytest.mark.parametrize(("bad", "kind"), [(np.nan, "NaN"), (np.inf, "infinite")])
 def test_what_is_not_finite_is_named_with_its_sample(bad: float, kind: str) -> None:
     rows = np.ones((4, 8), np.float32)
-    check_finite(rows, "layer 3, expert 1", 0)
+    check_finite(rows, "layer 3, expert 1", "7")
     rows[2, 5] = bad
     told = rf"layer 3, expert 1, calibration sample 9: 1 of 4 activation rows are not finite \(the first is {kind}\)"
     with pytest.raises(ArrieroError, match=told):
-        check_finite(rows, "layer 3, expert 1", np.array([7, 7, 9, 9]))
+        check_finite(rows, "layer 3, expert 1", ["7", "7", "9", "9"])

@@ -1,0 +1,37 @@
+"""Turns ExpertDispatch into the dispatch over eight-bit products that its experts' scheme asks for: one node each."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from arriero.errors import ArrieroError
+from arriero.graphs.dispatch_functions import dispatch_over
+from arriero.graphs.functions import DOMAIN, EXPERT_DISPATCH
+from arriero.graphs.passes.become import become
+from arriero.graphs.passes.store_channels import ByteScheme, linear_name, store_experts
+from arriero.graphs.passes.store_weights import WeightStore
+
+
+def quantize_dispatch(model: ir.Model, store: WeightStore) -> int:
+    """Rewrite every ExpertDispatch node whose experts hold one byte per weight; give how many.
+
+    Raises ArrieroError where a layer's two stacks of experts have schemes that no single function multiplies with.
+    """
+    count = 0
+    for node in list(model.graph):
+        if node.op_type != EXPERT_DISPATCH:
+            continue
+        names = [str(value.name) for value in node.inputs[3:5] if value is not None]
+        first, second = (store.schemes[name] for name in names)
+        if not isinstance(first, ByteScheme):
+            continue
+        if not isinstance(second, ByteScheme) or linear_name(first) != linear_name(second):
+            raise ArrieroError(
+                "the profile gives gate_up and down of one layer's experts schemes that no single kernel takes",
+                where=names[1],
+                expected=f"{first.told} for both",
+            )
+        weights = [*store_experts(store, names[0], first), *store_experts(store, names[1], second)]
+        become(node, dispatch_over(linear_name(first)), [*node.inputs[:3], *weights], {}, DOMAIN)
+        count += 1
+    return count

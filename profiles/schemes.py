@@ -1,0 +1,278 @@
+"""How one tensor may be stored and multiplied: the schemes that a profile chooses from, one frozen record each.
+
+Legend: N output features, K input features, E experts. A matrix is [N, K], a stack of experts [E, K, N].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import override
+
+from arriero.profiles.quantize import check_block
+
+Shape = tuple[int, ...]
+
+
+class Record(BaseModel):
+    """Data of a profile: nothing unknown, nothing changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Scheme(Record):
+    """What every scheme can say of itself."""
+
+    @property
+    def label(self) -> str:
+        """The scheme in the manifest's weight table; the bits of a value are the first number in it."""
+        raise NotImplementedError
+
+    @property
+    def told(self) -> str:
+        """The scheme in one phrase for people."""
+        return self.label
+
+    @property
+    def dtype(self) -> str:
+        """What the values are, in one word: f32, int4, fp8."""
+        return self.label.split()[0]
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether its numbers come from activations, so that the build must see some."""
+        return False
+
+    def naive(self) -> Self:
+        """The same storage with every scale the largest magnitude of the weights: what calibration has to beat."""
+        return self
+
+    def stored_bytes(self, shape: Shape) -> int:
+        """Bytes of a tensor of `shape` in a bundle, scales included."""
+        raise NotImplementedError
+
+    def calibrated_bytes(self, shape: Shape) -> int:
+        """Bytes that calibration leaves for a tensor of `shape` between the stages."""
+        return 0
+
+    def check(self, shape: Shape, name: str) -> None:
+        """Raise ArrieroError if tensor `name`, a matrix or a stack of experts, cannot be stored so."""
+
+
+class Exact(_Scheme):
+    """The tensor's values stay exact: stored as float32, or in the checkpoint's own dtype where a kernel reads it."""
+
+    kind: Literal["exact"] = "exact"
+
+    @property
+    @override
+    def label(self) -> str:
+        return "exact"
+
+    @property
+    @override
+    def dtype(self) -> str:
+        return "f32"
+
+    @override
+    def stored_bytes(self, shape: Shape) -> int:
+        return 4 * math.prod(shape)
+
+
+class Half(_Scheme):
+    """Weights and activations in 16-bit floats. float16 saturates nothing: what exceeds 65504 is infinite."""
+
+    kind: Literal["half"]
+    format: Literal["float16", "bfloat16"]
+
+    @property
+    @override
+    def label(self) -> str:
+        return {"float16": "f16", "bfloat16": "bf16"}[self.format]
+
+    @property
+    @override
+    def told(self) -> str:
+        return self.format
+
+    @override
+    def stored_bytes(self, shape: Shape) -> int:
+        return 2 * math.prod(shape)
+
+
+class IntBlock(_Scheme):
+    """Block-wise symmetric integers along the input features, one float32 scale per block.
+
+    `accuracy_level` is ONNX Runtime's: 4 rounds activations to int8 as well, 0 keeps them in float32. `rounding` says
+    how the integers are found: each value to its nearest, or by GPTQ on the inputs that calibration saw.
+    """
+
+    kind: Literal["int_block"]
+    bits: Literal[4, 8]
+    block: Literal[16, 32, 64, 128, 256]
+    accuracy_level: Literal[0, 4]
+    rounding: Literal["nearest", "gptq"] = "nearest"
+
+    @property
+    @override
+    def label(self) -> str:
+        return f"int{self.bits} block {self.block}" + ("" if self.rounding == "nearest" else f" {self.rounding}")
+
+    @property
+    @override
+    def told(self) -> str:
+        activations = "int8 activations" if self.accuracy_level == 4 else "float32 activations"
+        rounding = "" if self.rounding == "nearest" else f", {self.rounding}"
+        return f"int{self.bits} in blocks of {self.block}, {activations}{rounding}"
+
+    @property
+    @override
+    def calibrates(self) -> bool:
+        return self.rounding != "nearest"
+
+    @override
+    def naive(self) -> Self:
+        return self.model_copy(update={"rounding": "nearest"})
+
+    @override
+    def stored_bytes(self, shape: Shape) -> int:
+        elements = math.prod(shape)
+        return elements * self.bits // 8 + 4 * (elements // self.block)
+
+    @override
+    def calibrated_bytes(self, shape: Shape) -> int:
+        return self.stored_bytes(shape) if self.calibrates else 0
+
+    @override
+    def check(self, shape: Shape, name: str) -> None:
+        check_block(shape[1], self.block, name)
+
+
+class _PerChannel(_Scheme):
+    """One byte per weight, and one float32 scale per output feature (of each expert)."""
+
+    @override
+    def stored_bytes(self, shape: Shape) -> int:
+        return math.prod(shape) + 4 * _outputs(shape)
+
+
+class Fp8(_PerChannel):
+    """E4M3 floats (1 sign, 4 exponent, 3 fraction bits, largest 448; OCP 8-bit Floating Point) with a scale per output.
+
+    `activations` fp8 rounds each token to E4M3 as well, at its own largest magnitude / 448; float32 leaves them exact.
+    """
+
+    kind: Literal["fp8"]
+    activations: Literal["fp8", "float32"]
+
+    @property
+    @override
+    def label(self) -> str:
+        return "fp8 per channel"
+
+    @property
+    @override
+    def told(self) -> str:
+        per_token = " per token" if self.activations == "fp8" else ""
+        return f"fp8 (E4M3) per output channel, {self.activations} activations{per_token}"
+
+
+class Int8Dynamic(_PerChannel):
+    """Symmetric int8 weights with a scale per output, int8 activations with a scale per token: absmax / 127."""
+
+    kind: Literal["int8_dynamic"]
+
+    @property
+    @override
+    def label(self) -> str:
+        return "int8 per channel dynamic"
+
+    @property
+    @override
+    def told(self) -> str:
+        return "int8 per output channel, int8 activations per token"
+
+
+class Int8Static(_PerChannel):
+    """Symmetric int8 weights with a scale per output, int8 activations with one scale per matrix, known beforehand.
+
+    `ranges` observed: the largest magnitude that calibration saw in this matrix's inputs (of each expert: in the rows
+    routed to it, times the router's score); weights: that of the weights, the naive guess. `smooth` is the exponent of
+    SmoothQuant (Xiao et al. 2023): how much of the inputs' uneven size per feature is moved into the weights.
+    """
+
+    kind: Literal["int8_static"]
+    ranges: Literal["observed", "weights"] = "observed"
+    smooth: Annotated[float, Field(ge=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _smooths_what_it_saw(self) -> Self:
+        if self.smooth is not None and not self.calibrates:
+            raise ValueError("`smooth` needs `ranges: observed`: it balances what calibration saw of the inputs")
+        return self
+
+    @property
+    @override
+    def label(self) -> str:
+        return f"int8 per channel static {self.ranges}" + ("" if self.smooth is None else f" smooth {self.smooth:g}")
+
+    @property
+    @override
+    def told(self) -> str:
+        ranges = "calibrated" if self.calibrates else "taken from the weights"
+        smooth = "" if self.smooth is None else f", balanced by SmoothQuant {self.smooth:g}"
+        return f"int8 per output channel, int8 activations at one {ranges} scale{smooth}"
+
+    @property
+    @override
+    def calibrates(self) -> bool:
+        return self.ranges == "observed"
+
+    @override
+    def naive(self) -> Self:
+        return self.model_copy(update={"ranges": "weights", "smooth": None})
+
+    @override
+    def stored_bytes(self, shape: Shape) -> int:
+        return super().stored_bytes(shape) + 4 * _inputs(shape)
+
+    @override
+    def calibrated_bytes(self, shape: Shape) -> int:
+        return 4 * (_inputs(shape) + (shape[0] if len(shape) == 3 else 1)) if self.calibrates else 0
+
+
+class Chosen(_Scheme):
+    """Left to the build: one of the profile's `choose.candidates`, by measured sensitivity."""
+
+    kind: Literal["chosen"]
+
+    @property
+    @override
+    def label(self) -> str:
+        return "chosen"
+
+    @property
+    @override
+    def told(self) -> str:
+        return "chosen per group by measured sensitivity"
+
+    @property
+    @override
+    def calibrates(self) -> bool:
+        return True
+
+
+Candidate = Annotated[Exact | IntBlock | Fp8 | Int8Dynamic, Field(discriminator="kind")]
+Scheme = Annotated[Exact | Half | IntBlock | Fp8 | Int8Dynamic | Int8Static | Chosen, Field(discriminator="kind")]
+
+
+def _outputs(shape: Shape) -> int:
+    """Output features of a matrix [N, K], or of all experts of a stack [E, K, N]."""
+    return shape[0] if len(shape) == 2 else shape[0] * shape[2]
+
+
+def _inputs(shape: Shape) -> int:
+    """Input features of a matrix [N, K], or of all experts of a stack [E, K, N]."""
+    return shape[1] if len(shape) == 2 else shape[0] * shape[1]

@@ -1,0 +1,21 @@
+"""What a matrix stands for once it is stored in a scheme that needs no calibration."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arriero.profiles.float8 import dequantize_float8, quantize_float8
+from arriero.profiles.quantize import dequantize, quantize
+from arriero.profiles.schemes import Fp8, Int8Dynamic, IntBlock, Scheme
+
+
+def stored_values(weight: NDArray[np.float32], scheme: Scheme, *, name: str) -> NDArray[np.float32]:
+    """The values f32 [..., N, K] of `weight` after rounding to nearest. Raises ArrieroError as `quantize` does."""
+    if isinstance(scheme, Fp8):
+        return dequantize_float8(quantize_float8(weight, name=name))
+    if isinstance(scheme, Int8Dynamic):
+        return dequantize(quantize(weight, bits=8, block=weight.shape[-1], name=name))
+    if isinstance(scheme, IntBlock):
+        return dequantize(quantize(weight, bits=scheme.bits, block=scheme.block, name=name))
+    return weight
