@@ -324,10 +324,11 @@ def _check_backends(build: BuildConfig, profiles: Mapping[str, Profile]) -> None
     problems = []
     for number, target in enumerate(build.targets):
         # Imported by name and late: an unchanged build is planned without the tools of any backend.
-        known = import_module(f"arriero.graphs.lower.{target.backend}").SCHEMES
+        lowering = import_module(f"arriero.graphs.lower.{target.backend}")
+        known = lowering.SCHEMES
         profile = profiles[target.profile]
         schemes = [rule.scheme for form in profile.forms for rule in form.rules]
-        lacking = {scheme.told for scheme in schemes if not isinstance(scheme, known)}
+        lacking = {lack for scheme in schemes if (lack := lowering.lacks(scheme)) is not None}
         if lacking:
             what = (
                 f"{target.backend} has no kernels for {', '.join(sorted(lacking))}, as profile {profile.name} asks for"

@@ -147,6 +147,8 @@ def _as_class(convert: Convert) -> type:
 
 
 def _format(bits: int, block: int, weight: relax.Expr) -> kernels.Format:
+    if bits and not block:
+        return kernels.Format(kernels.E4M3)
     if bits:
         return kernels.Format(kernels.INTEGER_FORMATS[bits], block)
     return kernels.exact_format(str(weight.ty.dtype), str(weight))

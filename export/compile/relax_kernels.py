@@ -24,6 +24,7 @@ from arriero.errors import ArrieroError
 
 # How the header names the formats, by the dtype that the weight has as a graph input (bf16 comes as its bits).
 EXACT_FORMATS = {"float32": 0, "uint16": 1, "float16": 2}
+E4M3 = 3
 INTEGER_FORMATS = {8: 4, 4: 5}
 CPU = (1, 0)  # DLPack's device type and number
 
@@ -36,9 +37,14 @@ class Format:
     block: int = 0
 
     @property
-    def scaled(self) -> bool:
-        """Whether scales come with the weights, and activations are rounded."""
+    def rounds(self) -> bool:
+        """Whether activations are rounded ahead of the product."""
         return self.number in INTEGER_FORMATS.values()
+
+    @property
+    def scaled(self) -> bool:
+        """Whether scales come with the weights."""
+        return self.rounds or self.number == E4M3
 
 
 def linear(form: Format, features: int) -> Callable[..., te.Tensor]:
@@ -51,7 +57,7 @@ def linear(form: Format, features: int) -> Callable[..., te.Tensor]:
             parts, rows, matrix, factors = threads.shape[0], *_pointers(ins[1:3]), _pointer_or_null(ins[3:])
             kind, (y,) = (form.number, form.block), _pointers(outs)
             with _workspace("arriero_linear_workspace", *kind, tokens, features, width, parts) as space:
-                if form.scaled:
+                if form.rounds:
                     _run(parts, "arriero_linear_prepare", *kind, rows, tokens, width, space)
                 _run(parts, "arriero_linear", *kind, rows, matrix, factors, y, tokens, features, width, space)
 

@@ -34,6 +34,11 @@ SCHEMES = (Exact, IntBlock, Fp8, Int8Dynamic, Int8Static)
 """What this backend computes. Its CPU kernels for 16-bit floats are casts around float32 ones, where there are any."""
 
 
+def lacks(scheme: Scheme) -> str | None:
+    """What of `scheme` this backend does not compute; None when it does."""
+    return None if isinstance(scheme, SCHEMES) else scheme.told
+
+
 def lower_text(
     canonical: ir.Model,
     config: ModelConfig,

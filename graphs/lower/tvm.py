@@ -31,11 +31,18 @@ from arriero.graphs.passes.settle_reshapes import settle_reshapes
 from arriero.graphs.passes.store_weights import WeightStore
 from arriero.graphs.weights import Progress
 from arriero.profiles.roundings import Roundings
-from arriero.profiles.schemes import Exact, IntBlock, Scheme
+from arriero.profiles.schemes import Exact, Fp8, IntBlock, Scheme
 
 OPSET = (DOMAIN, VERSION)
-SCHEMES = (Exact, IntBlock)
-"""What our kernels compute."""
+SCHEMES = (Exact, IntBlock, Fp8)
+"""What our kernels compute. fp8 is how weights are stored; activations stay float32, whatever the profile asks."""
+
+
+def lacks(scheme: Scheme) -> str | None:
+    """What of `scheme` our kernels do not compute; None when they do."""
+    if isinstance(scheme, IntBlock) and scheme.accuracy_level == 0:
+        return f"{scheme.told} beside float32 activations (accuracy_level 0)"
+    return None if isinstance(scheme, SCHEMES) else scheme.told
 
 
 def lower_text(

@@ -48,7 +48,7 @@ def bind_experts(model: ir.Model, store: WeightStore) -> int:
     """Give every ExpertDispatch its weights; give how many.
 
     Inputs: x, expert_id, score, gate_up (and its scales), down (and its scales). Attributes: `forms`, bits and block of
-    both ([0, 0] is exact), and `width`, F.
+    both (block 0: E4M3, bits 0: exact), and `width`, F.
     """
     nodes = [node for node in model.graph if node.op_type == EXPERT_DISPATCH]
     for node in nodes:

@@ -376,6 +376,14 @@ def test_a_processor_is_for_backends_that_compile(folder):
         make_plan(load(folder, BUILD.replace("profile: fp32,", "profile: fp32, cpu: x86-64-v3,")))
 
 
+def test_a_scheme_without_a_kernel_is_refused_for_the_backend(folder):
+    exact = shipped()["int8"].read_text().replace("accuracy_level: 4", "accuracy_level: 0")
+    (folder / "exact8.yaml").write_text(exact)
+    text = BUILD.replace("backend: onnxruntime, profile: fp32", "backend: tvm, profile: exact8.yaml")
+    with pytest.raises(Problems, match=r"targets\[1\]: tvm has no kernels for .*\(accuracy_level 0\)"):
+        make_plan(load(folder, text))
+
+
 def test_compiled_targets_share_the_kernels_of_their_architecture(folder):
     text = BUILD.replace("backend: onnxruntime, profile: int8", "backend: tvm, cpu: x86-64-v3, profile: int8")
     text = text.replace("backend: onnxruntime, profile: fp32", "backend: tvm, cpu: raspberry-pi-5, profile: fp32")

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -17,6 +18,7 @@ from arriero.graphs.lower.tvm import lower_embed, lower_text, lower_vision
 from arriero.graphs.passes.keep_token_axes import keep_token_axes
 from arriero.graphs.passes.settle_reshapes import settle_reshapes
 from arriero.graphs.trace import trace_embed, trace_text, trace_vision
+from arriero.profiles.float8 import dequantize_float8, quantize_float8
 from arriero.profiles.quantize import dequantize, quantize
 from arriero.profiles.recipe import load_profile
 from arriero.profiles.schemes import IntBlock
@@ -155,6 +157,23 @@ def test_panels_stand_for_the_integers_of_the_profile(scout: Built, tmp_path: Pa
         turns = stored(GATE_UP)[expert].reshape(-1, 2, 16, gate.shape[1])  # gate and up panels in turns
         assert np.allclose(turns[:, 0].reshape(gate.shape), gate, rtol=1e-6)
         assert np.allclose(turns[:, 1].reshape(up.shape), up, rtol=1e-6)
+
+
+def test_fp8_panels_stand_for_the_floats_of_the_profile(scout: Built, tmp_path: Path) -> None:
+    out, checkpoint = tmp_path / "out", scout.checkpoint
+    out.mkdir()
+    lower_text(scout.graphs["text"], scout.config, checkpoint, load_profile("fp8").assign(checkpoint.tensors), out)
+    whole = checkpoint.read_float32(SHARED, 0, checkpoint.tensors[SHARED].shape[0])
+    codes, scales = (weight(out, "text", f"{SHARED}.{kind}") for kind in ("packed", "scales"))
+    values = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * scales[:, None]  # [P, K, 16]
+    stored = values.swapaxes(1, 2).reshape(-1, whole.shape[1])[: len(whole)]
+    assert np.allclose(stored, dequantize_float8(quantize_float8(whole, name=SHARED)), rtol=1e-6)
+    experts = checkpoint.read_float32(GATE_UP, 0, 2)
+    codes, scales = (weight(out, "text", f"{GATE_UP}.{kind}")[1] for kind in ("packed", "scales"))
+    values = (codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * scales[:, None]).swapaxes(1, 2)  # [P, 16, K]
+    wanted = dequantize_float8(quantize_float8(np.ascontiguousarray(experts[1].T), name=GATE_UP))
+    assert np.allclose(values[0::2].reshape(-1, wanted.shape[1]), np.split(wanted, 2)[0], rtol=1e-6)
+    assert np.allclose(values[1::2].reshape(-1, wanted.shape[1]), np.split(wanted, 2)[1], rtol=1e-6)
 
 
 def test_a_vector_in_integers_is_refused_by_name(scout: Built, tmp_path: Path) -> None:
