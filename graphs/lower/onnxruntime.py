@@ -100,7 +100,6 @@ def lower_embed(
 ) -> WeightTable:
     """Lower the embedding merge; the signature stays, and the table keeps the checkpoint's dtype."""
 
-
     def rewrite(model: ir.Model, store: WeightStore) -> None:
         """Nothing: the embedding graph has only standard operators."""
 

@@ -1,4 +1,4 @@
-"""Stores matrices as our compiled kernels read them: exact ones byte for byte, rounded ones in panels with their scales.
+"""Stores matrices as our compiled kernels read them: exact ones byte for byte, rounded ones in panels with scales.
 
 Legend: N output features, K input features, E experts, P = ceil(N / 16) panels, F expert width.
 """
