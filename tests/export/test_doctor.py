@@ -13,7 +13,7 @@ from rich.console import Console
 from arriero.errors import ArrieroError
 from arriero.export import doctor
 from arriero.export.doctor import BACKEND_NEEDS, NEEDS, diagnose
-from arriero.export.schema import BACKENDS
+from arriero.runtimes.backend import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[2]
 
