@@ -37,6 +37,8 @@ COMPILES = ("tvm",)  # backends whose graphs are compiled for a processor, and r
 
 # The estimates' constants, rounded up from runs on small models.
 TOOLS_MEMORY = 1 << 30  # Python with torch, onnx and ONNX Runtime loaded, and the graphs while they are traced
+KERNELS_MEMORY = 5 * (512 << 20)  # a compiler for each instruction set and one more, at the same time
+KERNELS_DISK = 8 << 20
 GRAPH_DISK = 64 << 20  # traced and lowered graphs without weights, tokenizer, reports
 LARGEST_PIECE = 256 << 20  # a matrix is rounded in pieces of rows; an expert is rounded whole
 PIECE_COPIES = 4  # the piece in float32, over its scales, rounded, and packed
@@ -153,6 +155,7 @@ def make_plan(build: BuildConfig) -> Plan:
             estimate.walk_disk(config, sizes) + estimate.roundings_disk(calibrates, used),
         ),
     }
+    needs |= {name: (KERNELS_MEMORY, KERNELS_DISK) for name in keys if name.startswith("kernels-")}
     for target in targets:
         needs[f"lower-{target.name}"] = (_lower_memory(used), target.weights_bytes)
         needs[f"parity-{target.name}"] = (_parity_memory(target, used), GRAPH_DISK)
