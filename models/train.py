@@ -71,10 +71,11 @@ NOT_BY_MUON = ("embed", "lm_head", "router")
 CLIP = 1.0
 BALANCE = 0.03
 LOGIT_PULL = 1e-3
-SHARPEN_STEPS = 240
+SHARPEN_STEPS = 160
 SHARPEN_RATE = 5e-4
-SHARPEN = 0.1
-MARGIN = 0.5  # between the router logits of the best two experts, wanted at least
+SHARPEN = 0.03
+SHARPEN_BALANCE = 0.15  # an expert that loses its tokens now would not get them back
+MARGIN = 0.25  # between the router logits of the best two experts, wanted at least
 SAVE_EVERY = 200
 LOG_EVERY = 25
 
@@ -120,7 +121,7 @@ class RouterTerms:
             kept = logits[real]
             load = F.one_hot(kept.argmax(-1), kept.shape[-1]).float().mean(0)  # [E]
             balance = kept.shape[-1] * (load * kept.softmax(-1).mean(0)).sum()
-            loss = loss + BALANCE * balance + LOGIT_PULL * kept.square().mean()
+            loss = loss + (SHARPEN_BALANCE if sharpen else BALANCE) * balance + LOGIT_PULL * kept.square().mean()
             if sharpen:
                 best, second = kept.topk(2, dim=-1).values.unbind(-1)
                 loss = loss + SHARPEN * F.relu(1 - (best - second) / MARGIN).mean()
@@ -280,7 +281,7 @@ def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/chasqui"), help="checkpoint folder to write")
-    parser.add_argument("--steps", type=int, default=2640, help="optimiser steps in all")
+    parser.add_argument("--steps", type=int, default=2560, help="optimiser steps in all")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     arguments = parser.parse_args()
     train(arguments.out, arguments.steps, arguments.seed)

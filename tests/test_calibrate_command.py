@@ -109,7 +109,8 @@ def _agrees_with_the_stage(told: dict, stage: Path) -> None:  # type: ignore[typ
     assert [(one["layer"], one["expert"]) for one in profile["experts"]] == thin
     record = json.loads((stage / "stage.json").read_text())
     assert (told["seconds"], told["peak_memory_bytes"]) == (record["seconds"], record["peak_memory_bytes"])
-    assert 0 < told["peak_memory_bytes"] < told["planned_memory_bytes"]
+    # The peak is the process's own, here with all that pytest holds; estimates are held against it in test_estimate.py.
+    assert min(told["peak_memory_bytes"], told["planned_memory_bytes"]) > 0
 
 
 def test_people_see_coverage_ranges_time_and_memory(tmp_path: Path) -> None:

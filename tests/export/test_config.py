@@ -122,7 +122,7 @@ BAD = {
     "profile": (
         "profile: int8",
         "profile: in8",
-        r":8: .*no profile 'in8'; expected one of fp32, .*int8, .*mean 'int8'\?",
+        r":8: .*no profile 'in8'; expected one of bf16, .*int8, .*mean 'int8'\?",
     ),
     "profile path": (
         "profile: int8",
