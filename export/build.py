@@ -293,7 +293,7 @@ class Build:
             model_spec(self.model),
             {
                 "tools": {**tools, **made["tools"]},
-                "target": {**target.model_dump(), "arch": made["arch"], "features": made["features"]},
+                "target": {**target.model_dump(), **{key: made[key] for key in ("cpu", "arch", "features")}},
                 "weights": made["weights"],
                 "coverage": json.loads((calibrated / "coverage.json").read_text()),
                 "fallback": self.fallback(target, calibrated),

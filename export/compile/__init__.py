@@ -17,5 +17,6 @@ class Compiled:
     """What the manifest records of a compilation: the tools' versions, and what the result needs of a processor."""
 
     tools: dict[str, str]
+    cpu: str | None = None  # as LLVM names it: triple, CPU, features
     arch: str = "any"
     features: tuple[str, ...] = ()  # in Linux's names

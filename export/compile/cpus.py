@@ -45,6 +45,9 @@ class Cpu:
     cpu: str
     features: tuple[str, ...]  # LLVM's names, beyond what the CPU brings
 
+    def __str__(self) -> str:
+        return " ".join((self.triple, self.cpu, *(f"+{name}" for name in self.features)))
+
     @property
     def llvm(self) -> dict[str, Any]:
         """The configuration of TVM's `llvm` target."""

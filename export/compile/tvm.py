@@ -54,7 +54,8 @@ def compile_graphs(
         watch(len(parts), len(parts))
     known = (LINUX_NAMES.get(str(name)) for name in codegen.llvm_get_cpu_features(target))
     features = tuple(sorted(name for name in known if name))
-    return Compiled({"apache-tvm": tvm.__version__, "apache-tvm-ffi": tvm_ffi.__version__}, chosen.arch, features)
+    tools = {"apache-tvm": tvm.__version__, "apache-tvm-ffi": tvm_ffi.__version__}
+    return Compiled(tools, str(chosen), chosen.arch, features)
 
 
 def fuse(module: tvm.IRModule) -> tvm.IRModule:

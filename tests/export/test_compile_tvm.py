@@ -137,6 +137,7 @@ def test_another_architecture_is_compiled_for_with_what_it_needs(tmp_path):
     name = {"aarch64": "raspberry-pi-5", "x86_64": "x86-64-v3"}[other]
     compiled = compile_graphs(tmp_path / "out", ["embed"], name, tmp_path / "kernels.o")
     assert compiled.arch == other
+    assert parse_cpu(str(compiled.cpu)) == parse_cpu(name)
     assert {"aarch64": "asimddp", "x86_64": "avx2"}[other] in compiled.features
     machine = (tmp_path / "out" / "embed.so").read_bytes()[18:20]  # e_machine of an ELF file
     assert machine == {"aarch64": b"\xb7\x00", "x86_64": b"\x3e\x00"}[other]
