@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,10 @@ from typing import TYPE_CHECKING, Any
 from arriero.errors import ArrieroError, BelowThreshold, Problems
 from arriero.export.bundle import assemble, copy_tokenizer, is_current, write_manifest
 from arriero.export.cases import describe_set, draw_cases, encoded_sizes
-from arriero.export.plan import calibrating, make_plan, rounding_folder, stage_inputs, thresholds
+from arriero.export.compile import Compiled
+from arriero.export.compile.cpus import NATIVE
+from arriero.export.emulate import check_emulation
+from arriero.export.plan import calibrating, kernel_arch, make_plan, rounding_folder, stage_inputs, thresholds
 from arriero.export.schema import BuildConfig, Target
 from arriero.export.stages import Stage, WorkDir, key_of, read_record
 from arriero.graphs.checkpoint import Checkpoint
@@ -25,6 +29,7 @@ from arriero.graphs.config import ModelConfig
 from arriero.profiles.kv_cache import ITEM_BYTES, CacheScales, cache_scales, check_tokens
 from arriero.profiles.recipe import Profile, load_profile
 from arriero.profiles.roundings import Roundings
+from arriero.runtimes.cpu import architecture
 from arriero.runtimes.manifest import link
 
 if TYPE_CHECKING:
@@ -33,6 +38,15 @@ if TYPE_CHECKING:
 
 # What a watcher is told: the step, how much of it is done, of how much, and in which unit ("bytes" or "samples").
 Watch = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the targets of a build are made of: the folders of finished stages, and the kernels' object file."""
+
+    graph: Path
+    calibrated: Path
+    kernels: Path | None
 
 
 class Build:
@@ -118,6 +132,10 @@ class Build:
 
         for profile in self.profiles.values():
             check_thresholds(profile.thresholds)
+        for number, target in enumerate(self.config.targets):
+            arch = kernel_arch(target)
+            if arch not in (None, architecture()):
+                check_emulation(str(arch), f"{self.file}: targets[{number}].cpu")
         processor = Processor(self.config.model, model_spec(self.model))
         room = min(target.context for target in self.config.targets) - 1  # one token of an answer
         cases = draw_cases(self.config.parity.cases, self.config.modalities)
@@ -136,11 +154,12 @@ class Build:
             return bundle
         graph = self.stage("graph", self.trace)
         calibrated = self.stage("calibrate", self.calibrate, resumes=True)
-        lowered = self.stage(lower, partial(self.lower, target, graph, calibrated), resumes=True, shared=True)
+        made = Made(graph, calibrated, self.kernels(target))
+        lowered = self.stage(lower, partial(self.lower, target, made), resumes=True, shared=True)
         partial_bundle = bundle.with_name(f"{bundle.name}.partial")
         assemble(lowered, partial_bundle)
         self.manifest(target, build, lowered, calibrated, partial_bundle)
-        proof = self.stage(parity, partial(self.prove, target, graph, calibrated, lowered, partial_bundle))
+        proof = self.stage(parity, partial(self.prove, target, made, lowered, partial_bundle))
         for report in ("parity.json", "parity.html"):
             (partial_bundle / report).write_bytes((proof / report).read_bytes())
         self.manifest(target, build, lowered, calibrated, partial_bundle)
@@ -155,6 +174,23 @@ class Build:
     def stage(self, name: str, run: Callable[[Path], None], resumes: bool = False, shared: bool = False) -> Path:
         """Run a planned stage unless it is done."""
         return self.work.run_stage(Stage(name, self.inputs[name], run, resumes, shared))
+
+    def kernels(self, target: Target) -> Path | None:
+        """The object file of our kernels for the target's processor; None for a backend that brings its own."""
+        arch = kernel_arch(target)
+        return None if arch is None else self.kernels_for(arch)
+
+    def kernels_for(self, arch: str) -> Path:
+        """Stage `kernels-*`: our kernels for one architecture, built once for all of its targets."""
+
+        def compile_kernels(folder: Path) -> None:
+            from arriero.export.compile.build_kernels import build_kernels
+
+            self.watch(f"compile kernels for {arch}", 0, 1, "architectures")
+            build_kernels(arch, folder / "kernels.o")
+            self.watch(f"compile kernels for {arch}", 1, 1, "architectures")
+
+        return self.stage(f"kernels-{arch}", compile_kernels) / "kernels.o"
 
     def trace(self, folder: Path) -> None:
         """Stage `graph`: the canonical ONNX graphs, weights linked from the checkpoint, invariants checked."""
@@ -181,15 +217,23 @@ class Build:
             check_tokens(walk.tokens)
         Calibration(walk, self.checkpoint, profiles, folder, self.watch).run()
 
-    def lower(self, target: Target, graph: Path, calibrated: Path, folder: Path) -> None:
+    def lower(self, target: Target, made: Made, folder: Path) -> None:
         """Stage `lower-*`: the backend's graphs and weights, the tokenizer, and proof that the backend loads them."""
-        compiler = import_module(f"arriero.export.compile.{target.backend}")
-        profile, cache = self.decided(target, calibrated), self.cache_scales(target, calibrated)
-        found = self.roundings(target, calibrated)
-        weights = self.lower_parts(target, self.parts, profile, found, cache, graph, folder)
+        profile, cache = self.decided(target, made.calibrated), self.cache_scales(target, made.calibrated)
+        found = self.roundings(target, made.calibrated)
+        weights = self.lower_parts(target, self.parts, profile, found, cache, made.graph, folder)
         copy_tokenizer(self.config.model, folder / "tokenizer")
-        tools = compiler.compile_graphs(folder, self.parts)
-        (folder / "lowering.json").write_text(json.dumps({"weights": weights, "tools": tools}))
+        compiled = self.compile(target, self.parts, made.kernels, folder)
+        (folder / "lowering.json").write_text(json.dumps({"weights": weights, **asdict(compiled)}))
+
+    def compile(self, target: Target, parts: tuple[str, ...], kernels: Path | None, folder: Path) -> Compiled:
+        """Make of the lowered graphs in `folder` what the backend loads."""
+        compiler = import_module(f"arriero.export.compile.{target.backend}")
+        step = f"{target.name}: compile"
+        compiled: Compiled = compiler.compile_graphs(
+            folder, parts, target.cpu, kernels, lambda done, total: self.watch(step, done, total, "graphs")
+        )
+        return compiled
 
     def cache_scales(self, target: Target, calibrated: Path) -> list[CacheScales] | None:
         """Each layer's scales where the target keeps keys and values in int8."""
@@ -225,7 +269,7 @@ class Build:
                 folder,
                 lambda done, total, watch=watch: watch(done, total, "bytes"),
                 roundings,
-                **({"cache": cache} if part == "text" else {}),
+                **({"cache": cache} if part == "text" and cache is not None else {}),
             )
         return weights
 
@@ -245,10 +289,11 @@ class Build:
         linked = link(self.content, build["graph"])
         write_manifest(
             bundle,
-            target,
+            target.name,
             model_spec(self.model),
             {
                 "tools": {**tools, **made["tools"]},
+                "target": {**target.model_dump(), **{key: made[key] for key in ("cpu", "arch", "features")}},
                 "weights": made["weights"],
                 "coverage": json.loads((calibrated / "coverage.json").read_text()),
                 "fallback": self.fallback(target, calibrated),
@@ -284,7 +329,7 @@ class Build:
         """The profile's own hash in the chain."""
         return key_of("profile", self.profiles[target.profile].model_dump(mode="json"))
 
-    def prove(self, target: Target, graph: Path, calibrated: Path, lowered: Path, bundle: Path, folder: Path) -> None:
+    def prove(self, target: Target, made: Made, lowered: Path, bundle: Path, folder: Path) -> None:
         """Stage `parity-*`: the bundle against the reference and, if its profile calibrates, against its naive form.
 
         Raises `BelowThreshold`; the report page stays.
@@ -296,7 +341,7 @@ class Build:
         judge = Judge.open(self.config.model, self.config.parity.cases, self.config.modalities)
         limits = thresholds(self.config, target, self.profiles[target.profile])
         report = measure(bundle, judge, limits, self.watch)
-        report = with_naive(report, self.naive_kl(target, judge, graph, calibrated, lowered, folder), limits)
+        report = with_naive(report, self.naive_kl(target, judge, made, lowered, folder), limits)
         write_json(report, folder / "parity.json")
         write_html(report, folder / "parity.html")
         if report.failed:
@@ -308,24 +353,34 @@ class Build:
                 remedy="The page shows where it differs; choose a finer profile, or lower the threshold knowingly",
             )
 
-    def naive_kl(
-        self, target: Target, judge: Judge, graph: Path, calibrated: Path, lowered: Path, folder: Path
-    ) -> float | None:
+    def naive_kl(self, target: Target, judge: Judge, made: Made, lowered: Path, folder: Path) -> float | None:
         """Mean KL of the naive form of the target's profile on the parity cases; None if the profile is that form.
 
         Its key/value cache is the target's own: it is the weights' calibration that is judged.
         """
         from arriero.export.naive import measure_naive
 
-        profile = self.decided(target, calibrated)
+        profile = self.decided(target, made.calibrated)
         if profile.calibration is None:
             return None
         step = f"{target.name}: measure the naive form"
-        cache = self.cache_scales(target, calibrated)
+        cache = self.cache_scales(target, made.calibrated)
+
+        def lower_text(naive: Path) -> None:
+            parts: tuple[str, ...] = ("text",)
+            chosen, objects = target, made.kernels
+            if kernel_arch(target) not in (None, architecture()):
+                # What rounding costs is the same on every processor, so a foreign target's is measured on this one.
+                parts, chosen = self.parts, target.model_copy(update={"cpu": NATIVE})
+                objects = self.kernels_for(architecture())
+            self.lower_parts(chosen, parts, profile.naive(), None, cache, made.graph, naive)
+            self.compile(chosen, parts, objects, naive)
+
         return measure_naive(
             judge.reference,
+            target.backend,
             lowered,
-            lambda naive: self.lower_parts(target, ("text",), profile.naive(), None, cache, graph, naive),
+            lower_text,
             judge.cases,
             folder,
             lambda done, total: self.watch(step, done, total, "samples"),

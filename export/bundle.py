@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from arriero.errors import ArrieroError
-from arriero.export.schema import Target
 from arriero.graphs.checkpoint import SIDE_FILES
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.manifest import FORMAT, artifact_digest, file_sha256, link, open_manifest, parity_digest
@@ -48,7 +47,7 @@ def assemble(lowered: Path, partial: Path) -> None:
 
 def write_manifest(
     partial: Path,
-    target: Target,
+    name: str,
     spec: ModelSpec,
     kept: Mapping[str, Any],
     chain: Mapping[str, str],
@@ -56,8 +55,8 @@ def write_manifest(
 ) -> None:
     """Write `manifest.json` over the files that are in `partial` now.
 
-    `kept` are the entries that come as they are (weights, coverage, measured, tools, kv_bytes_per_token), `chain` the
-    links up to the profile, `build` the keys of the stages that made the bundle.
+    `kept` are the entries that come as they are (target, weights, coverage, measured, tools, kv_bytes_per_token),
+    `chain` the links up to the profile, `build` the keys of the stages that made the bundle.
     """
     names = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file())
     files = {
@@ -68,9 +67,8 @@ def write_manifest(
     manifest = {
         "format": FORMAT,
         "arriero": __version__,
-        "name": target.name,
+        "name": name,
         "model": spec.entry(),
-        "target": {**target.model_dump(), "arch": "any"},
         "build": dict(build),
         "files": files,
         **kept,

@@ -150,6 +150,17 @@ def write_page(lines: Sequence[Compared], labels: Mapping[str, str], path: Path)
     )
 
 
+def decoder_bytes(weights: Mapping[str, Mapping[str, Any]]) -> int:
+    """Bytes of the text decoder's weights in a manifest's weight table, the embedding table not counted."""
+    from math import prod
+
+    return sum(
+        prod(entry["shape"]) * ITEM_BITS[entry["dtype"]] // 8
+        for name, entry in weights.items()
+        if name.startswith("language_model.") and "embed_tokens" not in name
+    )
+
+
 def decoder_bits(weights: Mapping[str, Mapping[str, Any]]) -> float:
     """Bits per weight of the decoder layers' matrices in a manifest's weight table, scales counted."""
     from math import prod
@@ -177,7 +188,7 @@ def _line(bundle: Path, manifest: Manifest, measured: ParityReport, speed: float
         name=manifest.name,
         profile=manifest.target.profile,
         bytes=sum(record.bytes for record in manifest.files.values()),
-        text_bytes=manifest.files["weights/text.safetensors"].bytes,
+        text_bytes=decoder_bytes(manifest.raw["weights"]),
         decoder_bits=decoder_bits(manifest.raw["weights"]),
         kv_cache=manifest.target.kv_cache,
         kv_bytes_per_token=sum(manifest.raw["kv_bytes_per_token"][layer.attention] for layer in manifest.model.layers),

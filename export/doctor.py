@@ -11,8 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arriero.errors import ArrieroError
+from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.budget import available_memory, cpu_count, free_disk, human_bytes, total_memory
+from arriero.export.compile.build_kernels import LEVELS, find_compiler
+from arriero.runtimes.cpu import architecture, cpu_features
+from arriero.runtimes.tvm import load_runtime
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +38,10 @@ NEEDS: dict[str, tuple[str, tuple[str, ...], str]] = {
 }
 BACKEND_NEEDS: dict[str, dict[str, tuple[str, tuple[str, ...], str]]] = {
     "onnxruntime": {"onnxruntime": ("1.32", (BUILD, RUN), "arriero[onnxruntime]")},
+    "tvm": {
+        "apache-tvm": ("0.27", (BUILD, RUN), "arriero[tvm]"),
+        "apache-tvm-ffi": ("0.1.14", (BUILD, RUN), "arriero[tvm]"),
+    },
 }
 # Instruction sets that the CPU kernels of quantised products choose between, best first, per architecture.
 VECTOR_SETS = {
@@ -126,18 +133,16 @@ def _python() -> Check:
 
 
 def _hardware() -> tuple[Check, Check]:
-    info = _text("/proc/cpuinfo")
-    model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", info, re.M)
+    model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.M)
     name = model.group(1) if model else platform.processor() or platform.machine()
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.M)
-    have = set(flags.group(1).split()) if flags else set()
-    family = "arm" if platform.machine().lower() in ("aarch64", "arm64") else "x86"
+    have = cpu_features()
+    family = "arm" if architecture() == "aarch64" else "x86"
     found = [feature for feature in VECTOR_SETS[family] if feature in have]
     cores = Check("cpu", "ok", f"{name}, {cpu_count()} cores, {platform.machine()}", ())
     least = VECTOR_SETS[family][-1]
-    ok = least in have or not flags
+    ok = least in have or not have
     remedy = None if ok else f"Without {least} quantised models run, but slowly: use a newer processor"
-    listed = ", ".join(found) if flags else "not known on this system"
+    listed = ", ".join(found) if have else "not known on this system"
     return cores, Check("cpu features", _status(ok), listed or "none", (), remedy)
 
 
@@ -169,20 +174,39 @@ def _backend(name: str) -> tuple[Check, ...]:
     checks = tuple(_library(library, need) for library, need in BACKEND_NEEDS[name].items())
     if any(check.status != "ok" for check in checks):
         return checks
-    return (*checks, _onnxruntime_providers())
+    return (*checks, *{"onnxruntime": _onnxruntime_providers, "tvm": _tvm_tools}[name]())
 
 
-def _onnxruntime_providers() -> Check:
+def _onnxruntime_providers() -> tuple[Check, ...]:
     """Import ONNX Runtime for real: a library that is installed may still not load."""
     try:
         import onnxruntime
     except Exception as error:  # whatever a broken native library raises is the finding
         remedy = "Reinstall it: pip install --force-reinstall 'arriero[onnxruntime]'"
-        return Check("onnxruntime loads", "missing", f"import fails: {error}", (BUILD, RUN), remedy)
+        return (Check("onnxruntime loads", "missing", f"import fails: {error}", (BUILD, RUN), remedy),)
     providers = onnxruntime.get_available_providers()
     ok = "CPUExecutionProvider" in providers
     advice = None if ok else "Install an ONNX Runtime with the CPU provider: pip install 'arriero[onnxruntime]'"
-    return Check("providers", _status(ok), ", ".join(providers), (BUILD, RUN), advice)
+    return (Check("providers", _status(ok), ", ".join(providers), (BUILD, RUN), advice),)
+
+
+def _tvm_tools() -> tuple[Check, ...]:
+    """Load TVM's runtime for real, and look for the compilers of our kernels."""
+    checks = []
+    try:
+        load_runtime()
+        checks.append(Check("tvm runtime loads", "ok", "yes", (BUILD, RUN)))
+    except Exception as error:  # whatever a broken native library raises is the finding
+        remedy = "Reinstall it: pip install --force-reinstall 'arriero[tvm]'"
+        checks.append(Check("tvm runtime loads", "missing", f"fails: {error}", (BUILD, RUN), remedy))
+    for arch in LEVELS:
+        # without the cross compiler only targets of the other architecture cannot be built
+        needed = (BUILD,) if arch == architecture() else ()
+        try:
+            checks.append(Check(f"compiler for {arch}", "ok", find_compiler(arch), needed))
+        except MachineLacks as lack:
+            checks.append(Check(f"compiler for {arch}", "missing", "not installed", needed, lack.remedy))
+    return tuple(checks)
 
 
 def _status(ok: bool) -> str:

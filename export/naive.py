@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from arriero.profiles.recipe import OVER_NAIVE
+from arriero.runtimes.api import open_backend
 from arriero.runtimes.metrics import kl_per_token
-from arriero.runtimes.onnxruntime import OrtBackend
 from arriero.runtimes.processor import Processor
 from arriero.runtimes.report import ParityReport, Row, judge
 from arriero.runtimes.session import Session
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 def measure_naive(
     reference: Session,
+    backend: str,
     lowered: Path,
     lower_text: Callable[[Path], object],
     cases: Sequence[ParityCase],
@@ -38,12 +39,12 @@ def measure_naive(
     shutil.rmtree(naive, ignore_errors=True)
     naive.mkdir()
     lower_text(naive)
-    for part in ("embed", "vision"):
-        for name in (f"{part}.onnx", f"weights/{part}.safetensors"):
-            if (lowered / name).is_file():
-                _link(lowered / name, naive / name)
+    for file in sorted(lowered.rglob("*")):
+        name = file.relative_to(lowered)
+        if file.is_file() and name.parts[0] != "tokenizer" and not (naive / name).exists():
+            _link(file, naive / name)
     spec = reference.spec
-    with Session(OrtBackend(naive, spec), Processor(lowered / "tokenizer", spec)) as session:
+    with Session(open_backend(backend, naive, spec), Processor(lowered / "tokenizer", spec)) as session:
         kl = mean_kl(reference, session, cases, progress)
     shutil.rmtree(naive)
     return kl

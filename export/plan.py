@@ -15,6 +15,7 @@ from arriero.errors import ArrieroError, Problems
 from arriero.export import estimate
 from arriero.export.budget import available_memory, check_budget, free_disk, human_bytes
 from arriero.export.cases import describe_set, draw_cases, encoded_sizes, modality
+from arriero.export.compile.cpus import NATIVE, parse_cpu
 from arriero.export.doctor import version_of
 from arriero.export.schema import EMBEDDED, BuildConfig, Samples, Target
 from arriero.export.stages import WorkDir, key_of, source_hash
@@ -25,15 +26,19 @@ from arriero.profiles.data import FAMILIES, TEXT_FAMILIES
 from arriero.profiles.kv_cache import ITEM_BYTES, widen_thresholds
 from arriero.profiles.recipe import Profile, check_shapes, load_profile
 from arriero.profiles.schemes import Chosen, Exact
+from arriero.runtimes.cpu import architecture
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 CONTEXTS = {"8k": 1 << 13, "128k": 1 << 17, "1M": 1 << 20, "10M": 10 << 20}
-TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "apache-tvm", "apache-tvm-ffi", "numpy")
+COMPILES = ("tvm",)  # backends whose graphs are compiled for a processor, and read exact matrices as they are stored
 
 # The estimates' constants, rounded up from runs on small models.
 TOOLS_MEMORY = 1 << 30  # Python with torch, onnx and ONNX Runtime loaded, and the graphs while they are traced
+KERNELS_MEMORY = 5 * (512 << 20)  # a compiler for each instruction set and one more, at the same time
+KERNELS_DISK = 8 << 20
 GRAPH_DISK = 64 << 20  # traced and lowered graphs without weights, tokenizer, reports
 LARGEST_PIECE = 256 << 20  # a matrix is rounded in pieces of rows; an expert is rounded whole
 PIECE_COPIES = 4  # the piece in float32, over its scales, rounded, and packed
@@ -150,6 +155,7 @@ def make_plan(build: BuildConfig) -> Plan:
             estimate.walk_disk(config, sizes) + estimate.roundings_disk(calibrates, used),
         ),
     }
+    needs |= {name: (KERNELS_MEMORY, KERNELS_DISK) for name in keys if name.startswith("kernels-")}
     for target in targets:
         needs[f"lower-{target.name}"] = (_lower_memory(used), target.weights_bytes)
         needs[f"parity-{target.name}"] = (_parity_memory(target, used), GRAPH_DISK)
@@ -184,6 +190,11 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
             "source": source_hash(),
         },
     }
+    for target in build.targets:
+        for arch in _kernel_archs(target, profiles[target.profile]):
+            stages[f"kernels-{arch}"] = {
+                "source": source_hash("export/compile/kernels", "export/compile/build_kernels.py")
+            }
     graph = key_of("graph", stages["graph"])
     coverage = key_of("calibrate", stages["calibrate"])
     for target in build.targets:
@@ -192,6 +203,7 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
             "graph": graph,
             "calibrate": coverage,
             "target": target.model_dump(),
+            "cpu": asdict(parse_cpu(target.cpu or NATIVE)) if target.backend in COMPILES else None,
             "profile": profiles[target.profile].model_dump(exclude={"thresholds", "description"}),
             "source": source_hash("graphs", "profiles", "export"),
         }
@@ -208,6 +220,17 @@ def thresholds(build: BuildConfig, target: Target, profile: Profile) -> dict[str
     """The parity thresholds of `target`: its profile's, with what an int8 cache may cost, and the build file's own."""
     own = widen_thresholds(profile.thresholds) if target.kv_cache == "int8" else profile.thresholds
     return own | build.parity.thresholds
+
+
+def kernel_arch(target: Target) -> str | None:
+    """The architecture that the target's kernels are compiled for; None for a backend that brings its own."""
+    return parse_cpu(target.cpu or NATIVE).arch if target.backend in COMPILES else None
+
+
+def _kernel_archs(target: Target, profile: Profile) -> set[str]:
+    """What a target's build compiles kernels for: its processor, and this one where its naive form is measured."""
+    arch = kernel_arch(target)
+    return set() if arch is None else {arch, architecture()} if profile.calibration else {arch}
 
 
 def _set_inputs(wanted: Samples, modalities: Sequence[str]) -> KeyInputs:
@@ -243,6 +266,12 @@ def _check_fit(build: BuildConfig, config: ModelConfig) -> None:
         remedy = "Write `modalities: [text]`, or use a multimodal checkpoint"
         problems.append(ArrieroError("the checkpoint has no vision tower", where="modalities", remedy=remedy))
     for number, target in enumerate(build.targets):
+        if target.cpu is not None and target.backend not in COMPILES:
+            what = f"the backend {target.backend} compiles for no processor: its bundles run on any"
+            problems.append(ArrieroError(what, where=f"targets[{number}].cpu", remedy="Remove the key"))
+        if target.kv_cache != "float32" and target.backend in COMPILES:
+            what = f"the backend {target.backend} keeps keys and values in float32"
+            problems.append(ArrieroError(what, where=f"targets[{number}].kv_cache", remedy="Remove the key"))
         if target.context > config.text.max_positions:
             what = f"{target.context:,} tokens are more than the model's positions"
             expected = f"at most {config.text.max_positions:,} (max_position_embeddings)"
@@ -298,10 +327,11 @@ def _check_backends(build: BuildConfig, profiles: Mapping[str, Profile]) -> None
     problems = []
     for number, target in enumerate(build.targets):
         # Imported by name and late: an unchanged build is planned without the tools of any backend.
-        known = import_module(f"arriero.graphs.lower.{target.backend}").SCHEMES
+        lowering = import_module(f"arriero.graphs.lower.{target.backend}")
+        known = lowering.SCHEMES
         profile = profiles[target.profile]
         schemes = [rule.scheme for form in profile.forms for rule in form.rules]
-        lacking = {scheme.told for scheme in schemes if not isinstance(scheme, known)}
+        lacking = {lack for scheme in schemes if (lack := lowering.lacks(scheme)) is not None}
         if lacking:
             what = (
                 f"{target.backend} has no kernels for {', '.join(sorted(lacking))}, as profile {profile.name} asks for"
@@ -341,6 +371,8 @@ def _plan_target(
         elif info.name == EMBEDDING and isinstance(scheme, Exact):
             # The table is looked up, not multiplied, so it keeps its own dtype; a tied head is a second copy in f32.
             sizes["f32"] = sizes.get("f32", 0) + (size if config.text.tied_embeddings else 0)
+            label, size = info.dtype.lower(), info.nbytes
+        elif target.backend in COMPILES and len(info.shape) > 1:
             label, size = info.dtype.lower(), info.nbytes
         sizes[label] = sizes.get(label, 0) + size
     return PlannedTarget(

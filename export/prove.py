@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError
 from arriero.export.cases import draw_cases, encoded_sizes
+from arriero.export.emulate import EmulatedBackend, is_foreign
 from arriero.export.naive import recorded_rows
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.profiles.recipe import OVER_NAIVE
 from arriero.runtimes.api import open_session
-from arriero.runtimes.manifest import open_manifest
+from arriero.runtimes.manifest import Manifest, open_manifest
 from arriero.runtimes.parity import compare
 from arriero.runtimes.report import ALWAYS, PER_FAMILY, ParityReport, read_json
 
@@ -59,8 +61,7 @@ def modalities_of(manifest: Manifest) -> tuple[str, ...]:
 
 def measure(bundle: Path, judge: Judge, thresholds: Mapping[str, float], watch: Watch) -> ParityReport:
     """Compare the bundle with the judge's reference on its cases."""
-    manifest = open_manifest(bundle)
-    with open_session(manifest) as candidate:
+    with open_candidate(bundle) as (manifest, candidate):
         target = manifest.target
         step = f"{target.name}: prove parity"
         encoded_sizes(judge.cases, candidate.processor, candidate.context - 1)  # room for one token of an answer
@@ -77,6 +78,25 @@ def measure(bundle: Path, judge: Judge, thresholds: Mapping[str, float], watch: 
     if fallback:
         labels["experts rounded without calibration"] = "; ".join(map(tell_fallback, fallback))
     return replace(report, labels=labels)
+
+
+@contextmanager
+def open_candidate(bundle: Path) -> Iterator[tuple[Manifest, Session]]:
+    """The bundle's manifest and a session over it, under emulation when it was compiled for another architecture."""
+    manifest = Manifest.read(bundle)
+    if not is_foreign(manifest):
+        manifest = open_manifest(bundle)
+        with open_session(manifest) as session:
+            yield manifest, session
+        return
+    from arriero.runtimes.processor import Processor
+    from arriero.runtimes.session import Session
+
+    target = manifest.target
+    processor = Processor(bundle / "tokenizer", manifest.model)
+    backend = EmulatedBackend(bundle, manifest.model, target.arch)
+    with Session(backend, processor, target.context, target.batch) as session:
+        yield manifest, session
 
 
 def check_answers(cases: Sequence[ParityCase], thresholds: Mapping[str, float]) -> None:

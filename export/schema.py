@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -21,13 +21,13 @@ from pydantic_core import PydanticCustomError
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.budget import parse_bytes
+from arriero.export.compile.cpus import NAMED, NATIVE, parse_cpu
 from arriero.export.locate import resolve_model
 from arriero.profiles.kv_cache import CacheType
 from arriero.profiles.recipe import shipped
+from arriero.runtimes.backend import BackendName
 
-Backend = Literal["onnxruntime"]
 Modality = Literal["text", "image"]
-BACKENDS: tuple[str, ...] = get_args(Backend)
 EMBEDDED = "embedded"
 
 
@@ -70,9 +70,15 @@ class Target(_Section):
     name: str = Field(
         description="Name of the bundle and of its folder under `output`: letters, digits, dot, dash, underscore."
     )
-    backend: Backend = Field(description="The runtime that will execute the bundle.")
+    backend: BackendName = Field(description="The runtime that will execute the bundle.")
     profile: str = Field(
         description="How weights are stored: a shipped profile (`arriero profiles list`) or the path of a profile file."
+    )
+    cpu: str | None = Field(
+        default=None,
+        description="The processor to compile for, where the backend compiles (`tvm`): "
+        f"`{NATIVE}` (the default), {', '.join(f'`{name}`' for name in NAMED)}, or an LLVM triple, CPU and features "
+        "as in `aarch64-linux-gnu cortex-a72 +crc`.",
     )
     context: Count = Field(default=4096, description="Tokens that one sequence may hold, prompt and answer together.")
     batch: Count = Field(default=1, description="Sequences decoded together.")
@@ -89,6 +95,16 @@ class Target(_Section):
         rule = "at most 64 letters, digits, dots, dashes and underscores, the first a letter or digit"
         remedy = f"For example `{re.sub(r'[^A-Za-z0-9_-]+', '-', name).strip('-_')[:64] or 'portable-int8'}`"
         raise refusal(ArrieroError(f"{name!r} cannot be a folder name", expected=rule, remedy=remedy))
+
+    @field_validator("cpu")
+    @classmethod
+    def _cpu_is_known(cls, cpu: str | None) -> str | None:
+        try:
+            if cpu not in (None, NATIVE):
+                parse_cpu(cpu)
+        except ArrieroError as error:
+            raise refusal(error) from None
+        return cpu
 
     @field_validator("profile")
     @classmethod

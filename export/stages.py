@@ -28,7 +28,7 @@ from arriero.runtimes.manifest import file_sha256
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PARTS = ("export", "graphs", "profiles", "runtimes")
-SOURCES = (".py", ".yaml", ".jinja")
+SOURCES = (".py", ".yaml", ".jinja", ".cc", ".h")
 RECORD = "stage.json"
 DOOMED = ".deleting-"
 OLD = re.compile(r"(?P<final>.+)\.old-[0-9a-f]{8}")
@@ -198,10 +198,11 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 @functools.cache
 def source_hash(*parts: str) -> str:
-    """Give the sha256 over our own sources (all, or the named sub-packages): other code, other results."""
+    """Give the sha256 over our own sources (all, or the named folders and files): other code, other results."""
     digest = hashlib.sha256()
     for part in sorted(parts or PARTS):
-        for file in sorted(file for file in (PACKAGE / part).rglob("*") if file.suffix in SOURCES):
+        files = (PACKAGE / part).rglob("*") if (PACKAGE / part).is_dir() else (PACKAGE / part,)
+        for file in sorted(file for file in files if file.suffix in SOURCES):
             digest.update(f"{file.relative_to(PACKAGE).as_posix()}\0".encode())
             digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 
 from arriero.errors import ArrieroError
+from arriero.runtimes.backend import BACKENDS, Backend, ModelSpec
 from arriero.runtimes.manifest import Manifest, open_manifest
-from arriero.runtimes.onnxruntime import OrtBackend
 from arriero.runtimes.processor import Processor
 from arriero.runtimes.session import Session
 
@@ -27,13 +28,20 @@ def load(bundle: str | os.PathLike[str], threads: int | None = None, verify: boo
 
 def open_session(manifest: Manifest, threads: int | None = None) -> Session:
     """Give a session over a bundle whose manifest was checked, proven or not yet."""
-    if manifest.target.backend != "onnxruntime":
+    if manifest.target.backend not in BACKENDS:
         raise ArrieroError(
             f"the backend {manifest.target.backend!r} is unknown",
             where=f"{manifest.bundle / 'manifest.json'}:target.backend",
-            expected="onnxruntime",
-            remedy="Use the arriero that built the bundle, or build a target with backend onnxruntime",
+            expected=f"one of {', '.join(BACKENDS)}",
+            remedy="Use the arriero that built the bundle, or build a target with one of these backends",
         )
     processor = Processor(manifest.bundle / "tokenizer", manifest.model)
-    backend = OrtBackend(manifest.bundle, manifest.model, threads)
+    backend = open_backend(manifest.target.backend, manifest.bundle, manifest.model, threads)
     return Session(backend, processor, manifest.target.context, manifest.target.batch)
+
+
+def open_backend(name: str, folder: Path, spec: ModelSpec, threads: int | None = None) -> Backend:
+    """Give the backend `name` (one of `BACKENDS`) over the graphs and weights in `folder`."""
+    # By name, so that an app needs the libraries of its own backend only.
+    backend: Backend = import_module(f"arriero.runtimes.{name}").open_backend(folder, spec, threads)
+    return backend

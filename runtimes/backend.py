@@ -8,12 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol, Self, cast
+from typing import Any, Literal, Protocol, Self, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError
+
+# Each is a module of its name here, in `graphs.lower` and in `export.compile`.
+BackendName = Literal["onnxruntime", "tvm"]
+BACKENDS: tuple[str, ...] = get_args(BackendName)
+
+# A vision tower's activations are per tile, so tiles go through in groups and peak memory does not grow with them.
+TILES_AT_ONCE = 4
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -125,6 +132,13 @@ class StepOutput:
     logits: Floats  # [B, L, V]
     expert_ids: dict[int, Ints] = field(default_factory=dict)  # MoE layers: [B, S, k]
     hiddens: dict[int, Floats] = field(default_factory=dict)  # residual stream after the layer: [B, S, H]
+
+
+def no_vision() -> ArrieroError:
+    """What a backend raises when a text-only bundle is given an image."""
+    return ArrieroError(
+        "this bundle has no vision tower, so it cannot read images", remedy="Build it with `modalities: [text, image]`"
+    )
 
 
 class Cache(Protocol):

@@ -103,6 +103,18 @@ class RowView:
         return valid_slots(self.lengths, attention, self.spec.attention_chunk_size)
 
 
+def check_step(positions: Ints, cache: KVCache | RowView) -> None:
+    """Refuse a step that kernels over these buffers cannot take: see `Backend.forward`. Raises ValueError."""
+    batch, steps = positions.shape
+    chunk = cache.spec.attention_chunk_size
+    first = cache.lengths
+    crosses = bool(np.any(first // chunk != (first + steps - 1) // chunk))
+    if (batch > 1 and steps > 1) or crosses:
+        raise ValueError("a step is one row inside one attention chunk, or one token per row")
+    if not np.array_equal(positions, first[:, None] + np.arange(steps)):
+        raise ValueError("positions must continue the cache")
+
+
 def valid_slots(lengths: Ints, attention: str, chunk: int) -> Ints:
     """How many past slots [B] the next token of each row may see: since its chunk's start, or all of them."""
     return lengths % chunk if attention == "chunked" else lengths.copy()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,6 +11,7 @@ from typing import Any, Self
 
 from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.runtimes.backend import ModelSpec
+from arriero.runtimes.cpu import architecture, check_features
 
 FORMAT = 1
 KEYS = ("format", "arriero", "name", "model", "target", "chain", "build", "files")
@@ -34,6 +34,7 @@ class Target:
     batch: int
     arch: str
     kv_cache: str
+    features: tuple[str, ...] = ()  # of the processor, in Linux's names
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,15 @@ class Manifest:
         )
 
     def check_arch(self) -> None:
-        """Refuse a bundle that was compiled for another kind of processor."""
-        here = _arch(platform.machine())
-        if self.target.arch != "any" and _arch(self.target.arch) != here:
+        """Refuse a bundle that was compiled for another kind of processor, or for one that can more."""
+        here = architecture()
+        if self.target.arch != "any" and architecture(self.target.arch) != here:
             raise MachineLacks(
                 f"the bundle was built for {self.target.arch} and this machine is {here}",
                 where=f"{self.bundle / 'manifest.json'}:target.arch",
                 remedy="Build a target for this machine, or one with arch any",
             )
+        check_features(self.target.features, f"{self.bundle / 'manifest.json'}:target.features")
 
     def check_chain(self) -> None:
         """Refuse a manifest that was edited, or put together from those of several builds."""
@@ -218,9 +220,9 @@ def _target(entry: Any, where: str) -> Target:
             context=int(entry["context"]),
             batch=int(entry["batch"]),
             arch=str(entry["arch"]),
-            kv_cache=str(
-                entry.get("kv_cache", "float32")
-            ),  # bundles of this format were written before it was a choice
+            # bundles of this format were written before it was a choice
+            kv_cache=str(entry.get("kv_cache", "float32")),
+            features=tuple(map(str, entry.get("features", ()))),
         )
     except KeyError as missing:
         raise ArrieroError(f"the key {missing} is missing", where=where, remedy=_COPY) from None
@@ -248,8 +250,3 @@ def _files(entries: Any, where: str) -> dict[str, FileRecord]:
                 f"the record of {name} is malformed", where=where, expected="bytes and sha256", remedy=_COPY
             ) from None
     return files
-
-
-def _arch(name: str) -> str:
-    same = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
-    return same.get(name.lower(), name.lower())

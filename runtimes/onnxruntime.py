@@ -6,7 +6,6 @@ k experts per token, M image placeholder tokens.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,14 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.runtimes.backend import Cache, Floats, Ints, ModelSpec, StepOutput
-from arriero.runtimes.kvcache import KVCache, RowView
+from arriero.runtimes.backend import TILES_AT_ONCE, Cache, Floats, Ints, ModelSpec, StepOutput, no_vision
+from arriero.runtimes.cpu import usable_cores
+from arriero.runtimes.kvcache import KVCache, RowView, check_step
 
 if TYPE_CHECKING:
     import onnxruntime
 
-# A vision tower's activations are per tile, so tiles go through in groups and peak memory does not grow with them.
-TILES_AT_ONCE = 4
 CACHE_TYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 
 
@@ -32,7 +30,7 @@ class OrtBackend:
     def __init__(self, bundle: Path, spec: ModelSpec, threads: int | None = None) -> None:
         """Open the graphs in `bundle` for the model `spec`; `threads` None means every core we may use."""
         self.spec = spec
-        self.threads = threads or _usable_cores()
+        self.threads = threads or usable_cores()
         self._bundle = bundle
         self._text = _open(bundle / "text.onnx", self.threads)
         self._embed = _open(bundle / "embed.onnx", self.threads)
@@ -73,10 +71,7 @@ class OrtBackend:
     def vision(self, pixel_values: Floats) -> Floats:
         """Turn tiles f32 [n, 3, h, w] into features f32 [n * tokens_per_tile, H]."""
         if self.spec.vision is None:
-            raise ArrieroError(
-                "this bundle has no vision tower, so it cannot read images",
-                remedy="Build it with `modalities: [text, image]`",
-            )
+            raise no_vision()
         with self._vision_lock:
             if self._vision is None:
                 # opened on the first image: a text-only app never pays for the tower's memory
@@ -106,7 +101,7 @@ class OrtBackend:
 
         assert isinstance(cache, KVCache | RowView)
         batch, steps, _ = inputs_embeds.shape
-        self._check_step(positions, cache)
+        check_step(positions, cache)
         cache.reserve(int(cache.lengths.max()) + steps)
         tensor = onnxruntime.OrtValue.ortvalue_from_numpy
         feeds = {"inputs_embeds": inputs_embeds, "positions": positions, "logits_index": logits_index}
@@ -145,16 +140,6 @@ class OrtBackend:
             },
         )
 
-    def _check_step(self, positions: Ints, cache: KVCache | RowView) -> None:
-        batch, steps = positions.shape
-        chunk = self.spec.attention_chunk_size
-        first = cache.lengths
-        crosses = bool(np.any(first // chunk != (first + steps - 1) // chunk))
-        if (batch > 1 and steps > 1) or crosses:
-            raise ValueError("a step is one row inside one attention chunk, or one token per row")
-        if not np.array_equal(positions, first[:, None] + np.arange(steps)):
-            raise ValueError("positions must continue the cache")
-
     def _tap_names(self) -> Iterable[str]:
         has = {entry.name for entry in self._text.get_outputs()}
         for number in range(len(self.spec.layers)):
@@ -166,13 +151,13 @@ class OrtBackend:
         self._vision = None
 
 
+def open_backend(bundle: Path, spec: ModelSpec, threads: int | None = None) -> OrtBackend:
+    """Open the graphs in `bundle` for the model `spec`; `threads` None means every core we may use."""
+    return OrtBackend(bundle, spec, threads)
+
+
 def _prefix(attention: str) -> str:
     return "chunk" if attention == "chunked" else "global"
-
-
-def _usable_cores() -> int:
-    # the affinity mask, not the machine: inside a container they differ
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _open(path: Path, threads: int) -> onnxruntime.InferenceSession:

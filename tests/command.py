@@ -65,10 +65,11 @@ def write_build(
     samples: int = 4,
     thresholds: str = "{}",
     output: str = "bundles",
+    backend: str = "onnxruntime",
 ) -> Path:
     """Write a build file with one target per profile (a shipped one, or a file), named after it."""
     targets = "\n".join(
-        f"  - {{name: {Path(profile).stem}, backend: onnxruntime, profile: {profile}, context: 1024, batch: 2}}"
+        f"  - {{name: {Path(profile).stem}, backend: {backend}, profile: {profile}, context: 1024, batch: 2}}"
         for profile in profiles
     )
     file.parent.mkdir(parents=True, exist_ok=True)

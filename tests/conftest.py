@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,24 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_build(folder / "build.yaml", Path("scout"), profiles=workshop_profiles(folder), samples=8)
     built = arriero("build", folder / "build.yaml")
     assert built.code == 0, built.err
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tvm_workshop(request: pytest.FixtureRequest, workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `bundles/fp32` and `bundles/int8` of the workshop's `scout`, compiled for this machine."""
+    pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'")
+    folder = tmp_path_factory.mktemp("tvm-workshop")
+    file = write_build(
+        folder / "build.yaml", workshop / "scout", profiles=workshop_profiles(workshop), samples=8, backend="tvm"
+    )
+    # The kernels of one version of the sources are compiled once, not once per run: half a minute of optimisation.
+    kept, work = request.config.cache.mkdir("tvm-kernels"), folder / "bundles" / ".work"
+    shutil.copytree(kept, work)
+    built = arriero("build", file)
+    assert built.code == 0, built.err
+    for stage in work.glob("kernels-*"):
+        shutil.copytree(stage, kept / stage.name, dirs_exist_ok=True)
     return folder
 
 

@@ -22,7 +22,7 @@ MAY_IMPORT = {
 # The reference needs the model's definition; nothing that a bundle runs on imports it.
 EXCEPTIONS = {"runtimes/torch.py": {"graphs"}}
 # What an edge device has: everything else would have to be installed there.
-AT_RUN_TIME = {"numpy", "onnxruntime", "tokenizers", "jinja2", "PIL", "av", "rich"}
+AT_RUN_TIME = {"numpy", "onnxruntime", "tvm_ffi", "tokenizers", "jinja2", "PIL", "av", "rich"}
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "transformers", "pydantic", "ruamel", "safetensors", "typer", "rich"}
 MAX_LINES = 600
 

@@ -8,10 +8,13 @@ from pathlib import Path
 import onnxruntime
 
 from arriero.errors import ArrieroError
+from arriero.export.compile import Compiled, Watch
 
 
-def compile_graphs(folder: Path, parts: Sequence[str]) -> dict[str, str]:
-    """Load `<part>.onnx` of each of `parts` in `folder` with all optimisations; give the tool versions to record.
+def compile_graphs(
+    folder: Path, parts: Sequence[str], cpu: str | None = None, kernels: Path | None = None, watch: Watch | None = None
+) -> Compiled:
+    """Load `<part>.onnx` of each of `parts` in `folder` with all optimisations; a processor plays no part.
 
     Raises ArrieroError naming the graph that ONNX Runtime refuses, with its reason.
     """
@@ -29,4 +32,4 @@ def compile_graphs(folder: Path, parts: Sequence[str]) -> dict[str, str]:
                 where=str(path),
                 remedy="Build again; if it stays so, report it together with this sentence",
             ) from error
-    return {"onnxruntime": onnxruntime.__version__}
+    return Compiled({"onnxruntime": onnxruntime.__version__})

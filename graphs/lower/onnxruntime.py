@@ -6,17 +6,15 @@ manifest: initialiser name -> file, dtype, shape, scheme. The canonical model is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
-from onnx_ir.passes import Sequential
-from onnx_ir.passes import common as tidy
 
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.functions import add_functions
+from arriero.graphs.lower.part import WeightTable, expect, lower_part
 from arriero.graphs.passes.become import CONTRIB
 from arriero.graphs.passes.fuse_rotary import fuse_rotary
 from arriero.graphs.passes.quantize_cache import quantize_cache
@@ -25,16 +23,20 @@ from arriero.graphs.passes.replace_attention_with_gqa import replace_attention_w
 from arriero.graphs.passes.replace_dispatch_with_moe import replace_dispatch_with_moe
 from arriero.graphs.passes.replace_linear import replace_linear
 from arriero.graphs.passes.store_weights import WeightStore
-from arriero.graphs.passes.widen_weights import keep_weights, widen_weights
 from arriero.graphs.weights import Progress
 from arriero.profiles.kv_cache import CacheScales
 from arriero.profiles.roundings import Roundings
 from arriero.profiles.schemes import Exact, Fp8, Int8Dynamic, Int8Static, IntBlock, Scheme
 
-WeightTable = dict[str, dict[str, Any]]
+OPSET = (CONTRIB, 1)
 
 SCHEMES = (Exact, IntBlock, Fp8, Int8Dynamic, Int8Static)
 """What this backend computes. Its CPU kernels for 16-bit floats are casts around float32 ones, where there are any."""
+
+
+def lacks(scheme: Scheme) -> str | None:
+    """What of `scheme` this backend does not compute; None when it does."""
+    return None if isinstance(scheme, SCHEMES) else scheme.told
 
 
 def lower_text(
@@ -57,15 +59,16 @@ def lower_text(
     """
 
     def rewrite(model: ir.Model, store: WeightStore) -> None:
-        _expect("RotaryEmbedding", fuse_rotary(model), 2 * sum(layer.rope for layer in config.text.layers))
-        _expect("GroupQueryAttention", replace_attention_with_gqa(model), len(config.text.layers))
+        expect("RotaryEmbedding", fuse_rotary(model), 2 * sum(layer.rope for layer in config.text.layers))
+        expect("GroupQueryAttention", replace_attention_with_gqa(model), len(config.text.layers))
         if cache is not None:
-            _expect("int8 cache", quantize_cache(model, cache), len(config.text.layers))
+            expect("int8 cache", quantize_cache(model, cache), len(config.text.layers))
         dispatches = quantize_dispatch(model, store) + replace_dispatch_with_moe(model, store)
-        _expect("expert dispatch", dispatches, len(config.text.moe_layers))
+        expect("expert dispatch", dispatches, len(config.text.moe_layers))
         replace_linear(model, store)
+        add_functions(model)
 
-    return _lower("text", canonical, rewrite, checkpoint, assignment, out_dir, progress, roundings)
+    return lower_part("text", canonical, rewrite, OPSET, checkpoint, assignment, out_dir, progress, roundings)
 
 
 def lower_vision(
@@ -78,7 +81,12 @@ def lower_vision(
     roundings: Roundings | None = None,
 ) -> WeightTable:
     """Lower the vision tower and projector; the signature stays."""
-    return _lower("vision", canonical, replace_linear, checkpoint, assignment, out_dir, progress, roundings)
+
+    def rewrite(model: ir.Model, store: WeightStore) -> None:
+        replace_linear(model, store)
+        add_functions(model)
+
+    return lower_part("vision", canonical, rewrite, OPSET, checkpoint, assignment, out_dir, progress, roundings)
 
 
 def lower_embed(
@@ -91,35 +99,8 @@ def lower_embed(
     roundings: Roundings | None = None,
 ) -> WeightTable:
     """Lower the embedding merge; the signature stays, and the table keeps the checkpoint's dtype."""
-    return _lower("embed", canonical, lambda model, store: None, checkpoint, assignment, out_dir, progress, roundings)
 
+    def rewrite(model: ir.Model, store: WeightStore) -> None:
+        """Nothing: the embedding graph has only standard operators."""
 
-def _lower(
-    part: str,
-    canonical: ir.Model,
-    rewrite: Callable[[ir.Model, WeightStore], object],
-    checkpoint: Checkpoint,
-    assignment: Mapping[str, Scheme],
-    out_dir: Path,
-    progress: Progress | None,
-    roundings: Roundings | None,
-) -> WeightTable:
-    model = canonical.clone()
-    store = WeightStore(model.graph, checkpoint, assignment, roundings)
-    rewrite(model, store)
-    Sequential(tidy.RemoveUnusedNodesPass())(model)
-    widen_weights(model, store)
-    keep_weights(model, store)
-    model.functions.clear()
-    model.opset_imports[CONTRIB] = 1
-    add_functions(model)
-    passes = (tidy.RemoveUnusedNodesPass(), tidy.TopologicalSortPass(), tidy.RemoveUnusedOpsetsPass())
-    Sequential(*passes)(model)
-    table = store.write(out_dir, f"weights/{part}.safetensors", progress)
-    ir.save(model, out_dir / f"{part}.onnx")
-    return table
-
-
-def _expect(op_type: str, made: int, wanted: int) -> None:
-    if made != wanted:
-        raise AssertionError(f"{made} {op_type} nodes were made where the config asks for {wanted}")
+    return lower_part("embed", canonical, rewrite, OPSET, checkpoint, assignment, out_dir, progress, roundings)

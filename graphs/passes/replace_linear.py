@@ -27,7 +27,7 @@ def replace_linear(model: ir.Model, store: WeightStore) -> int:
     """Rewrite each MatMul and transposed, bias-free Gemm over a matrix of the checkpoint; give how many."""
     count = 0
     for node in list(model.graph):
-        name = _linear_weight(node, store.checkpoint.tensors)
+        name = linear_weight(node, store.checkpoint.tensors)
         if name is None:
             continue
         shape = store.checkpoint.tensors[name].shape
@@ -52,8 +52,8 @@ def replace_linear(model: ir.Model, store: WeightStore) -> int:
     return count
 
 
-def _linear_weight(node: ir.Node, names: Container[str]) -> str | None:
-    """The matrix [N, K] of a linear layer, or None for any other node."""
+def linear_weight(node: ir.Node, names: Container[str]) -> str | None:
+    """The matrix [N, K], one of `names`, of a bias-free linear layer; None for any other node."""
     if node.op_type == "MatMul":
         transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
         if transpose is None or transpose.op_type != "Transpose":

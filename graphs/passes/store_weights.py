@@ -15,6 +15,7 @@ import onnx_ir as ir
 from arriero.errors import ArrieroError
 from arriero.graphs import weights
 from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.safetensors_header import TensorInfo
 from arriero.graphs.weights import Group, Progress, Spec
 from arriero.profiles.quantize import check_block, quantize
 from arriero.profiles.roundings import Roundings
@@ -46,22 +47,24 @@ class WeightStore:
         self.graph, self.checkpoint, self.schemes, self.roundings = graph, checkpoint, schemes, roundings
         self.table: dict[str, dict[str, Any]] = {}
         self._groups: list[Group] = []
+        self._origins: dict[str, TensorInfo] = {}
 
     def exact(self, name: str, new_name: str | None = None) -> ir.Value:
         """Tensor `name` as f32, in the checkpoint's layout. Raises ArrieroError if the profile wants it quantised."""
         self._refuse_quantized(name)
         return self.exact_rows(new_name or name, self.checkpoint.tensors[name].shape, lambda: self.rows(name))
 
-    def stored(self, name: str) -> ir.Value:
+    def stored(self, name: str, new_name: str | None = None) -> ir.Value:
         """Tensor `name` byte for byte, in the checkpoint's dtype and layout. Raises as `exact` does."""
         self._refuse_quantized(name)
         info = self.checkpoint.tensors[name]
+        self._origins[new_name or name] = info
 
         def pieces() -> Iterator[tuple[np.ndarray]]:
             for start, stop in self._spans(name):
                 yield (self.checkpoint.read_rows(name, start, stop),)
 
-        return self.promise([Spec(name, info.dtype, info.shape)], "exact", pieces)[0]
+        return self.promise([Spec(new_name or name, info.dtype, info.shape)], "exact", pieces)[0]
 
     def exact_rows(self, new_name: str, shape: tuple[int, ...], rows: Rows) -> ir.Value:
         """An f32 initialiser `new_name` of `shape`, made of `rows()`."""
@@ -99,28 +102,42 @@ class WeightStore:
         packed, scales = self.promise(specs, scheme.label, pieces)
         return packed, scales
 
-    def write(self, folder: Path, location: str, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
-        """Write everything promised to `folder/location`, bind the initialisers to it, and give the weight table."""
-        layout = weights.write(folder / location, self._groups, progress)
+    def write(
+        self, folder: Path, location: str, progress: Progress | None = None, links: Mapping[Path, str] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Write everything promised to `folder/location`, bind the initialisers to it, and give the weight table.
+
+        A tensor kept byte for byte whose checkpoint file is in `links` is bound to the location given there instead.
+        """
+        places = {
+            name: (links[info.file], info.offset)
+            for name, info in self._origins.items()
+            if links is not None and info.file in links
+        }
+        written = [group for group in self._groups if group.specs[0].name not in places]
+        if written:
+            layout = weights.write(folder / location, written, progress)
+            places |= {spec.name: (location, layout.offsets[spec.name]) for group in written for spec in group.specs}
         for group in self._groups:
             for spec in group.specs:
+                file, offset = places[spec.name]
                 self.graph.initializers[spec.name].const_value = ir.ExternalTensor(
-                    location=location,
-                    offset=layout.offsets[spec.name],
+                    location=file,
+                    offset=offset,
                     length=spec.nbytes,
                     dtype=DTYPES[spec.dtype],
                     shape=ir.Shape(spec.shape),
                     name=spec.name,
                     base_dir=folder,
                 )
-                self.table[spec.name]["file"] = location
+                self.table[spec.name]["file"] = file
         return self.table
 
     def _refuse_quantized(self, name: str) -> None:
         scheme = self.schemes[name]
         if not isinstance(scheme, Exact):
             raise ArrieroError(
-                f"the profile stores it as {scheme.dtype}, and no ONNX Runtime CPU kernel reads it so",
+                f"the profile stores it as {scheme.dtype}, and no kernel of the backend reads it so",
                 where=name,
                 expected="a matrix of attention, an MLP or the experts",
                 remedy="Put it under `keep` in the profile",

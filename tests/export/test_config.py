@@ -321,3 +321,14 @@ def test_missing_model_among_other_mistakes_is_one_of_them(folder):
     with pytest.raises(Problems) as caught:
         load_build(write(folder, text))
     assert len(caught.value.problems) == 2
+
+
+def test_processors_of_a_target(folder):
+    def targets(cpu: str) -> str:
+        return GOOD.replace("backend: onnxruntime, profile: fp32}", f"backend: tvm, profile: fp32, cpu: {cpu}}}")
+
+    build = load_build(write(folder, targets("raspberry-pi-5")))
+    assert (build.targets[1].backend, build.targets[1].cpu) == ("tvm", "raspberry-pi-5")
+    assert load_build(write(folder, targets("aarch64-linux-gnu cortex-a72 +crc"))).targets[1].cpu is not None
+    said = refused(folder, targets("raspberry-pi-9"))
+    assert re.search(r"build.yaml:\d+: targets\[1\].cpu: there is no processor 'raspberry-pi-9'.*raspberry-pi-5", said)

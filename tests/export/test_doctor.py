@@ -13,7 +13,7 @@ from rich.console import Console
 from arriero.errors import ArrieroError
 from arriero.export import doctor
 from arriero.export.doctor import BACKEND_NEEDS, NEEDS, diagnose
-from arriero.export.schema import BACKENDS
+from arriero.runtimes.backend import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,8 +33,8 @@ def test_every_backend_of_the_schema_is_known():
 
 
 def test_unknown_backend(tmp_path):
-    with pytest.raises(ArrieroError, match=r"no backend 'tvm'; expected one of onnxruntime"):
-        diagnose(tmp_path, "tvm")
+    with pytest.raises(ArrieroError, match=r"no backend 'openvino'; expected one of onnxruntime, tvm"):
+        diagnose(tmp_path, "openvino")
 
 
 def test_lowest_versions_are_those_of_the_package():
@@ -44,7 +44,8 @@ def test_lowest_versions_are_those_of_the_package():
         *(line for extra in project["optional-dependencies"].values() for line in extra),
     ]
     lowest = dict(re.findall(r"^([\w-]+)[=>]=([\d.]*\d)", "\n".join(listed), re.M))
-    for name, (least, _, _) in {**NEEDS, **BACKEND_NEEDS["onnxruntime"]}.items():
+    needs = {name: need for part in (NEEDS, *BACKEND_NEEDS.values()) for name, need in part.items()}
+    for name, (least, _, _) in needs.items():
         assert lowest[name] == least, name
 
 
@@ -76,11 +77,24 @@ def test_a_missing_or_old_library(tmp_path, monkeypatch, library, version, remed
 
 def test_a_library_that_does_not_load(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    found = diagnose(tmp_path)
+    found = diagnose(tmp_path, "onnxruntime")
     check = found.backends["onnxruntime"][-1]
     assert check.found.startswith("import fails")
     assert "Reinstall it" in check.remedy
-    assert found.exit_code() == 3
+    assert found.exit_code("onnxruntime") == 3
+
+
+def test_a_cross_compiler_is_optional_and_the_machines_own_is_not(tmp_path, monkeypatch):
+    pytest.importorskip("tvm_ffi", reason="needs apache-tvm: pip install 'arriero[tvm]'")
+    found = diagnose(tmp_path, "tvm")
+    assert found.can("run", "tvm")
+    assert "tvm runtime loads" in {check.name for check in found.backends["tvm"]}
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    bare = diagnose(tmp_path, "tvm")
+    compilers = {check.name: check for check in bare.backends["tvm"] if check.name.startswith("compiler")}
+    assert sorted(len(check.needed_for) for check in compilers.values()) == [0, 1]
+    assert all("apt-get install g++" in str(check.remedy) for check in compilers.values())
+    assert (bare.can("build", "tvm"), bare.can("run", "tvm")) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -98,24 +112,24 @@ def test_too_little_memory_or_disk(tmp_path, monkeypatch, function, name, words)
 
 
 CPU = {
-    "x86_64": ("model name\t: Some CPU\nflags\t\t: fpu avx2 avx512_vnni\n", "avx512_vnni, avx2", "ok"),
-    "aarch64": ("Features\t: fp asimd asimddp\n", "asimddp, asimd", "ok"),
-    "i686": ("model name : Old CPU\nflags : fpu sse2\n", "none", "missing"),
-    "riscv64": ("", "not known on this system", "ok"),
+    "x86_64": ({"fpu", "avx2", "avx512_vnni"}, "avx512_vnni, avx2", "ok"),
+    "aarch64": ({"asimd", "asimddp"}, "asimddp, asimd", "ok"),
+    "i686": ({"fpu", "sse2"}, "none", "missing"),
+    "riscv64": (set(), "not known on this system", "ok"),
 }
 
 
 @pytest.mark.parametrize("architecture", CPU)
 def test_processors(tmp_path, monkeypatch, architecture):
-    info, features, status = CPU[architecture]
-    monkeypatch.setattr(doctor, "_text", lambda path: info)
-    monkeypatch.setattr(doctor.platform, "machine", lambda: architecture)
-    check = next(c for c in diagnose(tmp_path).machine if c.name == "cpu features")
+    have, features, status = CPU[architecture]
+    monkeypatch.setattr(doctor, "cpu_features", lambda: frozenset(have))
+    monkeypatch.setattr(doctor, "architecture", lambda: architecture)
+    check = next(c for c in diagnose(tmp_path, "onnxruntime").machine if c.name == "cpu features")
     assert (check.found, check.status) == (features, status)
 
 
 def test_json_for_machines(tmp_path):
-    data = json.loads(json.dumps(diagnose(tmp_path).to_json()))
+    data = json.loads(json.dumps(diagnose(tmp_path, "onnxruntime").to_json()))
     assert data["can"] == {"onnxruntime": {"build": True, "run": True}}
     assert {"name", "status", "found", "needed_for", "remedy"} == set(data["machine"][0])
 

@@ -369,3 +369,28 @@ def test_a_profile_that_calibrates_is_part_of_the_calibration_and_of_its_costs(f
 def test_a_block_that_does_not_divide_is_refused_before_anything_is_built(folder):
     with pytest.raises(Problems, match="32 input features do not divide into blocks of 64"):
         make_plan(load(folder, BUILD.replace("profile: int8", "profile: int4")))
+
+
+def test_a_processor_is_for_backends_that_compile(folder):
+    with pytest.raises(Problems, match=r"targets\[1\]\.cpu: the backend onnxruntime compiles for no processor"):
+        make_plan(load(folder, BUILD.replace("profile: fp32,", "profile: fp32, cpu: x86-64-v3,")))
+
+
+def test_a_scheme_without_a_kernel_is_refused_for_the_backend(folder):
+    exact = shipped()["int8"].read_text().replace("accuracy_level: 4", "accuracy_level: 0")
+    (folder / "exact8.yaml").write_text(exact)
+    text = BUILD.replace("backend: onnxruntime, profile: fp32", "backend: tvm, profile: exact8.yaml")
+    with pytest.raises(Problems, match=r"targets\[1\]: tvm has no kernels for .*\(accuracy_level 0\)"):
+        make_plan(load(folder, text))
+
+
+def test_compiled_targets_share_the_kernels_of_their_architecture(folder):
+    text = BUILD.replace("backend: onnxruntime, profile: int8", "backend: tvm, cpu: x86-64-v3, profile: int8")
+    text = text.replace("backend: onnxruntime, profile: fp32", "backend: tvm, cpu: raspberry-pi-5, profile: fp32")
+    plan = make_plan(load(folder, text))
+    kernels = [stage.name for stage in plan.stages if stage.name.startswith("kernels-")]
+    assert kernels == ["kernels-x86_64", "kernels-aarch64"]
+    checkpoint = Checkpoint.open(folder / "model")
+    # every matrix in the checkpoint's own bytes, vectors in float32
+    matrices = sum(info.nbytes for info in checkpoint.tensors.values() if len(info.shape) > 1)
+    assert plan.targets[1].weights["bf16"] == matrices

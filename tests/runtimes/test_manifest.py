@@ -61,7 +61,7 @@ def put(value, *keys):
         (drop("target", "context"), "manifest.json:target: the key 'context' is missing"),
         (put("much", "target", "context"), "manifest.json:target: an entry has the wrong shape"),
         (put(0, "target", "batch"), "batch 0; expected at least 1"),
-        (put("tvm", "target", "backend"), "the backend 'tvm' is unknown; expected onnxruntime"),
+        (put("openvino", "target", "backend"), "the backend 'openvino' is unknown; expected one of onnxruntime, tvm"),
         (drop("model", "text", "head_dim"), "manifest.json:model: the key 'head_dim' is missing"),
         (put("many", "model", "text", "head_dim"), "manifest.json:model: an entry has the wrong shape"),
         (put(3, "model", "text", "num_hidden_layers"), "2 layers are listed; expected 3"),

@@ -1,0 +1,66 @@
+// What the machine can do at most: reading memory, int8 dot products, float32 multiply-adds. Built with -march=native.
+#include <stdint.h>
+#if defined(__AVX512VNNI__)
+#include <immintrin.h>
+typedef __m512i Ints;
+static inline Ints dot(Ints sum, Ints a, Ints b) { return _mm512_dpbusd_epi32(sum, a, b); }
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+typedef int32x4_t Ints;
+static inline Ints dot(Ints sum, Ints a, Ints b) {
+    return vdotq_s32(sum, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b));
+}
+#elif defined(__AVX2__)
+#include <immintrin.h>
+typedef __m256i Ints;
+static inline Ints dot(Ints sum, Ints a, Ints b) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
+}
+#endif
+#ifdef __aarch64__
+#define REGISTER "w"
+#else
+#define REGISTER "v"
+#endif
+#ifdef __AVX512F__
+typedef float Floats __attribute__((vector_size(64)));
+#elif defined(__AVX__)
+typedef float Floats __attribute__((vector_size(32)));
+#else
+typedef float Floats __attribute__((vector_size(16)));
+#endif
+
+extern "C" uint64_t read_sum(const uint64_t* p, int64_t bytes) {
+    typedef uint64_t Words __attribute__((vector_size(64)));
+    Words sums[8] = {};
+    const Words* w = reinterpret_cast<const Words*>(p);
+    for (int64_t i = 0; i + 8 <= bytes / 64; i += 8) {
+        for (int j = 0; j < 8; ++j) sums[j] += w[i + j];
+    }
+    uint64_t total = 0;
+    for (int j = 0; j < 8; ++j) {
+        for (int k = 0; k < 8; ++k) total += sums[j][k];
+    }
+    return total;
+}
+
+// Gives the operations done (a multiply and an add are two).
+extern "C" int64_t int8_dots(int64_t rounds) {
+    Ints sums[12] = {}, a = {}, b = {};
+    __asm__ volatile("" : "+" REGISTER(a), "+" REGISTER(b));
+    for (int64_t i = 0; i < rounds; ++i) {
+        for (int j = 0; j < 12; ++j) sums[j] = dot(sums[j], a, b);
+        for (int j = 0; j < 12; ++j) __asm__ volatile("" : "+" REGISTER(sums[j]));
+    }
+    return rounds * 12 * sizeof(Ints) * 2;
+}
+
+extern "C" int64_t float_multiply_adds(int64_t rounds) {
+    Floats sums[12] = {}, a = {}, b = {};
+    __asm__ volatile("" : "+" REGISTER(a), "+" REGISTER(b));
+    for (int64_t i = 0; i < rounds; ++i) {
+        for (int j = 0; j < 12; ++j) sums[j] += a * b;
+        for (int j = 0; j < 12; ++j) __asm__ volatile("" : "+" REGISTER(sums[j]));
+    }
+    return rounds * 12 * sizeof(Floats) / 4 * 2;
+}

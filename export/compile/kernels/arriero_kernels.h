@@ -1,0 +1,115 @@
+/* The C ABI of Arriero's CPU kernels: linear layers, expert dispatch, attention over an in-place key/value cache.
+ *
+ * Every array is dense and row-major, activations are float32, every scalar is int64_t. No function allocates, starts a
+ * thread or keeps state: the caller gives a workspace (64-byte aligned, contents unimportant) and runs `parts` calls
+ * that differ in `part` (0 .. parts-1), in any order or at the same time. Each call does its part of the work. Where a
+ * layer takes several functions, all parts of one must have returned before any part of the next starts, and all get
+ * the same workspace and the same sizes. `parts` = number of threads is best; any parts >= 1 is right. Results do not
+ * depend on `parts`. Functions give 0.
+ *
+ * The instruction set is chosen at the first call by what the CPU has (see arriero_level).
+ *
+ * Legend: T tokens, N output features, K input features, E experts, R experts per token, H hidden, F expert width,
+ * B batch rows, S new tokens per row, Q query heads, G key/value heads, D head size, C slots of a cache buffer.
+ *
+ * --- Weight formats ---------------------------------------------------------------------------------------------
+ * ARRIERO_F32, ARRIERO_BF16, ARRIERO_F16: the checkpoint's own bytes, of any alignment. A linear layer's matrix is
+ *   [N,K]; a stack of experts is [E,K,N] (input-major), where gate_up has N = 2F, halves gate | up. `scales` is not
+ *   read (may be null), `block` is 0. Values are widened exactly; sums are float32.
+ * ARRIERO_INT8, ARRIERO_INT4: symmetric integers, one float32 scale per output feature and `block` input features
+ *   (16, 32, 64, 128 or 256, a divisor of K). Activations are rounded to int8 per token and block:
+ *   scale = absmax / 127, q = rint(x * (127 / absmax)); a block whose absmax is below 1e-30 counts as zeros. Products
+ *   and their sum over a block are exact int32.
+ * ARRIERO_E4M3: OCP FP8 E4M3 (no NaN codes) with one float32 scale per output feature, `block` is 0; activations stay
+ *   float32.
+ *
+ * The last three are stored in panels of 16 output features (the last panel padded with zero weights); P = ceil(N/16):
+ *   INT8   u8 [P, K/4, 16, 4]   offset binary (q + 128): 4 neighbouring input features of each of the 16 outputs
+ *   INT4   u8 [P, K/8, 16, 4]   offset binary (q + 8): byte b of an output holds input features b (low nibble) and
+ *                               b + 4 (high nibble) of its 8
+ *   E4M3   u8 [P, K, 16]
+ *   scales f32 [P, K/block, 16] (E4M3: [P, 16]), zero in padding.
+ * Experts add a leading E. Their gate_up panels alternate, gate 0, up 0, gate 1, up 1, ..: [E, 2*ceil(F/16), ..].
+ * arriero.profiles.panels packs them.
+ */
+#ifndef ARRIERO_KERNELS_H
+#define ARRIERO_KERNELS_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { ARRIERO_F32 = 0, ARRIERO_BF16 = 1, ARRIERO_F16 = 2, ARRIERO_E4M3 = 3, ARRIERO_INT8 = 4, ARRIERO_INT4 = 5 };
+
+/* The instruction set in use: "avx512vnni", "avx2", "i8mm", "dotprod", "neon" or "scalar". */
+const char* arriero_level(void);
+
+/* Use the named instruction set from now on. Gives 0, or 1 (and changes nothing) if this CPU or build lacks it. For
+ * tests and measurements; not while another kernel runs. */
+int32_t arriero_use_level(const char* name);
+
+/* --- Linear: y[T,N] = x[T,K] W^T ---------------------------------------------------------------------------------
+ * Two steps: arriero_linear_prepare (rounds the activations; does nothing for exact formats and E4M3, where it may be
+ * left out), then arriero_linear. */
+
+/* Bytes of workspace of one linear layer. */
+int64_t arriero_linear_workspace(int64_t format, int64_t block, int64_t T, int64_t N, int64_t K, int64_t parts);
+
+int32_t arriero_linear_prepare(int64_t format, int64_t block, const float* x, int64_t T, int64_t K, void* workspace,
+                               int64_t part, int64_t parts);
+
+int32_t arriero_linear(int64_t format, int64_t block, const float* x, const void* weight, const float* scales, float* y,
+                       int64_t T, int64_t N, int64_t K, void* workspace, int64_t part, int64_t parts);
+
+/* --- Expert dispatch: y[t] = sum_r down_e(silu(gate_e(s x[t])) * up_e(s x[t])), e = expert_id[t,r], s = score[t,r] ---
+ * Three steps: prepare, gate_up, down. x [T,H], expert_id [T,R], score [T,R], y [T,H] (every element is written).
+ * Weights of experts that no token is routed to are not touched. An id outside 0 .. E-1 adds nothing. */
+
+/* Bytes of workspace of one dispatch. */
+int64_t arriero_dispatch_workspace(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format,
+                                   int64_t down_block, int64_t T, int64_t R, int64_t E, int64_t H, int64_t F,
+                                   int64_t parts);
+
+/* Groups the tokens by expert, scales them by their scores, and rounds them if gate_up is in integers. */
+int32_t arriero_dispatch_prepare(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
+                                 const float* x, const int64_t* expert_id, const float* score, int64_t T, int64_t R,
+                                 int64_t E, int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts);
+
+/* silu(gate) * up of every routed row, into the workspace. */
+int32_t arriero_dispatch_gate_up(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
+                                 const void* gate_up, const float* gate_up_scales, int64_t T, int64_t R, int64_t E,
+                                 int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts);
+
+/* The down projections, summed over each token's experts, into y. */
+int32_t arriero_dispatch_down(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
+                              const void* down, const float* down_scales, float* y, int64_t T, int64_t R, int64_t E,
+                              int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts);
+
+/* --- Attention with an in-place key/value cache --------------------------------------------------------------------
+ * q [B,S,Q*D], k and v [B,S,G*D] (rotated, normalised, tempered), positions int64 [B,S], key_cache and value_cache
+ * [B,G,C,D], out [B,S,Q*D]. Query head h reads key/value head h / (Q/G); the scale is D**-0.5. D is a multiple of 16,
+ * at most 256.
+ * `chunk` is 0 for global layers, else the attention chunk: the token at position p lies in slot p (global) or
+ * p % chunk. positions[b,s] = positions[b,0] + s; a step stays within one chunk of each row, and its last slot is below
+ * C. So a query in slot i sees the slots 0 .. i: the runtime's cache holds the row's current chunk (or all of it) from
+ * slot 0 on. Two steps: arriero_cache_write, then arriero_attention. */
+
+/* Puts the new keys and values in their slots; touches no other slot. */
+int32_t arriero_cache_write(const float* k, const float* v, const int64_t* positions, float* key_cache,
+                            float* value_cache, int64_t B, int64_t S, int64_t G, int64_t C, int64_t D, int64_t chunk,
+                            int64_t part, int64_t parts);
+
+/* Bytes of workspace of one attention. */
+int64_t arriero_attention_workspace(int64_t B, int64_t S, int64_t Q, int64_t G, int64_t D, int64_t parts);
+
+int32_t arriero_attention(const float* q, const int64_t* positions, const float* key_cache, const float* value_cache,
+                          float* out, int64_t B, int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk,
+                          void* workspace, int64_t part, int64_t parts);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,124 @@
+// The three steps of expert dispatch, as arriero_kernels.h tells them. A row is one (token, choice) pair.
+#pragma once
+
+#include "exponential.h"
+#include "product.h"
+#include "round_row.h"
+#include "workspace.h"
+
+namespace ARRIERO_LEVEL {
+
+// Counting sort of rows by expert; those of no expert come last, as group E.
+inline void group_rows(const int64_t* expert_id, int64_t rows, int64_t E, int64_t* start, int64_t* order) {
+    const auto group = [&](int64_t row) { return expert_id[row] >= 0 && expert_id[row] < E ? expert_id[row] : E; };
+    for (int64_t e = 0; e <= E + 1; ++e) start[e] = 0;
+    for (int64_t row = 0; row < rows; ++row) ++start[group(row) + 1];
+    for (int64_t e = 0; e <= E; ++e) start[e + 1] += start[e];
+    // each start moves to the next group's while rows are placed, so all are one group ahead at the end
+    for (int64_t row = 0; row < rows; ++row) order[start[group(row)]++] = row;
+    for (int64_t e = E + 1; e > 0; --e) start[e] = start[e - 1];
+    start[0] = 0;
+}
+
+inline void scale_row(const float* x, float factor, int64_t count, float* out) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(out + i, mul(load(x + i), all(factor)));
+    for (; i < count; ++i) out[i] = x[i] * factor;
+}
+
+inline int32_t dispatch_prepare(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
+                                const float* x, const int64_t* expert_id, const float* score, int64_t T, int64_t R,
+                                int64_t E, int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts) {
+    const DispatchWorkspace space(workspace, gate_up_format, gate_up_block, down_format, down_block, T, R, E, H, F,
+                                  parts);
+    if (part == 0) group_rows(expert_id, T * R, E, space.start, space.order);
+    const Range rows = share(T * R, 1, part, parts);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+        const float* token = x + row / R * H;
+        if (is_integer(gate_up_format)) {
+            round_row(space.rounded, row, token, score[row], gate_up_format, 0, H);
+        } else {
+            scale_row(token, score[row], H, space.scaled + row * H);
+        }
+    }
+    return 0;
+}
+
+// silu(gate) * up of features [columns.begin, columns.end) of one row.
+inline void combine_row(bool panels, const float* products, int64_t F, Range columns, float* inner) {
+    if (!panels) {
+        silu_times(products + columns.begin, products + F + columns.begin, inner + columns.begin,
+                   columns.end - columns.begin);
+        return;
+    }
+    for (int64_t f = columns.begin; f < columns.end; f += 16) {
+        silu_times(products + 2 * f, products + 2 * f + 16, inner + f, smaller<int64_t>(16, columns.end - f));
+    }
+}
+
+inline int32_t dispatch_gate_up(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
+                                const void* gate_up, const float* gate_up_scales, int64_t T, int64_t R, int64_t E,
+                                int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts) {
+    const DispatchWorkspace space(workspace, gate_up_format, gate_up_block, down_format, down_block, T, R, E, H, F,
+                                  parts);
+    auto* piece = reinterpret_cast<float*>(space.pieces + part * PIECE_BYTES);
+    const bool panels = gate_up_format >= ARRIERO_E4M3, rounds = is_integer(down_format);
+    const Matrix stack{
+        gate_up_format, Layout::columns, gate_up, gate_up_scales, H, panels ? 2 * round_up(F, 16) : 2 * F};
+    const Input x{{space.scaled, H}, space.rounded};
+    const Rows<float> out{space.products, space.wide};
+    for (int64_t e = 0; e < E; ++e) {
+        const int64_t *order = space.order + space.start[e], count = space.start[e + 1] - space.start[e];
+        if (count == 0) continue;
+        // whole blocks of the next product's rounding
+        int64_t unit = column_unit(gate_up_format, count);
+        if (rounds && unit < down_block) unit = down_block;
+        const Range columns = share(F, unit, part, parts);
+        const Matrix expert = stack.at(e, gate_up_block);
+        if (panels) {
+            product(expert, x, order, count, {2 * columns.begin, 2 * round_up(columns.end, 16)}, out, piece);
+        } else {
+            product(expert, x, order, count, columns, out, piece);
+            product(expert, x, order, count, {F + columns.begin, F + columns.end}, out, piece);
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            float* inner = space.inner + order[i] * F;
+            combine_row(panels, space.products + order[i] * space.wide, F, columns, inner);
+            if (rounds) round_row(space.inner_rounded, order[i], inner, 1.0f, down_format, columns.begin, columns.end);
+        }
+    }
+    return 0;
+}
+
+inline int32_t dispatch_down(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
+                             const void* down, const float* down_scales, float* y, int64_t T, int64_t R, int64_t E,
+                             int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts) {
+    const DispatchWorkspace space(workspace, gate_up_format, gate_up_block, down_format, down_block, T, R, E, H, F,
+                                  parts);
+    auto* piece = reinterpret_cast<float*>(space.pieces + part * PIECE_BYTES);
+    const Matrix stack{down_format, Layout::columns, down, down_scales, F, H};
+    const Input x{{space.inner, F}, space.inner_rounded};
+    // one choice per token: its row is the token's
+    const Rows<float> out = R == 1 ? Rows<float>{y, H} : Rows<float>{space.products, space.wide};
+    const Range columns = share(H, 64, part, parts);
+    const int64_t width = columns.end - columns.begin;
+    for (int64_t e = 0; e < E; ++e) {
+        const int64_t *order = space.order + space.start[e], count = space.start[e + 1] - space.start[e];
+        if (count) product(stack.at(e, down_block), x, order, count, columns, out, piece);
+    }
+    for (int64_t i = space.start[E]; i < T * R; ++i) {
+        __builtin_memset(out[space.order[i]] + columns.begin, 0, width * sizeof(float));
+    }
+    if (R == 1) return 0;
+    for (int64_t t = 0; t < T; ++t) {
+        float* sum = y + t * H;
+        for (int64_t n = columns.begin; n < columns.end; ++n) {
+            float total = 0;
+            for (int64_t r = 0; r < R; ++r) total += out[t * R + r][n];
+            sum[n] = total;
+        }
+    }
+    return 0;
+}
+
+}  // namespace ARRIERO_LEVEL

@@ -1,0 +1,103 @@
+// Products of rounded activations with int8 and int4 panels: exact int32 within a block, float32 across blocks.
+#pragma once
+
+#include "rounded.h"
+#ifdef __ARM_FEATURE_MATMUL_INT8
+#include "int_pair_tile.h"
+#endif
+
+namespace ARRIERO_LEVEL {
+
+// out[m][16p + n] = product of row rows[m] with output n of panel p, for M rows and P panels.
+template <int BITS, int M, int P>
+TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, const float* scale,
+                   float out[M][16 * P]) {
+    constexpr int V = 16 / LANES, PV = P * V, STEP = 32 / BITS;
+    const int64_t features = x.features, block = x.block, blocks = x.blocks();
+    const int64_t panel_bytes = features * 16 * BITS / 8, panel_scales = blocks * 16;
+    const int8_t* values[M];
+    const float* row_scales[M];
+    const int32_t* corrections[M];
+    for (int m = 0; m < M; ++m) {
+        values[m] = x.values + rows[m] * features;
+        row_scales[m] = x.scales + rows[m] * blocks;
+        corrections[m] = x.corrections + rows[m] * blocks;
+    }
+    Float sums[M][PV];
+    UNROLL for (int m = 0; m < M; ++m) { UNROLL for (int v = 0; v < PV; ++v) sums[m][v] = all(0.0f); }
+    const uint8_t* at = panel;
+    for (int64_t j = 0; j < blocks; ++j) {
+        Int totals[M][PV];
+        UNROLL for (int m = 0; m < M; ++m) {
+            UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = all_int(corrections[m][j]);
+        }
+        for (int64_t k = j * block; k < (j + 1) * block; k += STEP, at += 64) {
+            if constexpr (BITS == 8) {
+                Weights w[PV];
+                UNROLL for (int v = 0; v < PV; ++v) w[v] = load_int8(at + v / V * panel_bytes + v % V * (4 * LANES));
+                UNROLL for (int m = 0; m < M; ++m) {
+                    const Quad a = quad(values[m] + k);
+                    UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = dot8(totals[m][v], w[v], a);
+                }
+            } else {
+                Weights low[PV], high[PV];
+                UNROLL for (int v = 0; v < PV; ++v) {
+                    load_int4(at + v / V * panel_bytes + v % V * (4 * LANES), low[v], high[v]);
+                }
+                UNROLL for (int m = 0; m < M; ++m) {
+                    const Quad a = quad(values[m] + k), b = quad(values[m] + k + 4);
+                    UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = dot4(totals[m][v], low[v], a);
+                    UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = dot4(totals[m][v], high[v], b);
+                }
+            }
+        }
+        Float scales[PV];
+        UNROLL for (int v = 0; v < PV; ++v) scales[v] = load(scale + v / V * panel_scales + j * 16 + v % V * LANES);
+        UNROLL for (int m = 0; m < M; ++m) {
+            const Float row_scale = all(row_scales[m][j]);
+            UNROLL for (int v = 0; v < PV; ++v) {
+                sums[m][v] = fma(mul(scales[v], row_scale), to_float(totals[m][v]), sums[m][v]);
+            }
+        }
+    }
+    UNROLL for (int m = 0; m < M; ++m) { UNROLL for (int v = 0; v < PV; ++v) store(out[m] + v * LANES, sums[m][v]); }
+}
+
+// Columns [begin, end) of out = x W^T for `count` rows, picked from x and out by `order`
+// (null: the first). `begin` is a multiple of 16.
+template <int BITS>
+inline void int_product(const Rounded& x, const int64_t* order, int64_t count, const uint8_t* weight,
+                        const float* scales, Range columns, Rows<float> out) {
+    const auto panels = [&](int64_t column, auto wide) {
+        constexpr int P = decltype(wide)::value;
+        const int64_t width = smaller<int64_t>(16 * P, columns.end - column);
+        const uint8_t* panel = weight + column * x.features * BITS / 8;
+        const float* scale = scales + column * x.blocks();
+        for (int64_t i = 0; i < count;) {
+            i += with_rows<INT_ROWS>(count - i, [&](auto tall) {
+                constexpr int M = decltype(tall)::value;
+                int64_t rows[M];
+                for (int m = 0; m < M; ++m) rows[m] = order ? order[i + m] : i + m;
+                float tile[M][16 * P];
+#ifdef __ARM_FEATURE_MATMUL_INT8
+                if constexpr (M > 1) {
+                    int_pair_tile<BITS, M, P>(x, rows, panel, scale, tile);
+                } else {
+                    int_tile<BITS, M, P>(x, rows, panel, scale, tile);
+                }
+#else
+                int_tile<BITS, M, P>(x, rows, panel, scale, tile);
+#endif
+                for (int m = 0; m < M; ++m) __builtin_memcpy(out[i + m] + column, tile[m], width * sizeof(float));
+            });
+        }
+    };
+    int64_t column = columns.begin;
+    // one row reads panel after panel: a single stream from memory
+    if (count > 1) {
+        for (; column + 16 < columns.end; column += 32) panels(column, Constant<2>{});
+    }
+    for (; column < columns.end; column += 16) panels(column, Constant<1>{});
+}
+
+}  // namespace ARRIERO_LEVEL

@@ -1,0 +1,111 @@
+// The vector vocabulary of isa_avx512vnni.h on AVX2, FMA and F16C (x86-64-v3).
+#pragma once
+
+#include <immintrin.h>
+
+namespace ARRIERO_LEVEL {
+
+using Float = __m256;
+using Int = __m256i;
+struct Weights {
+    __m256i value, magnitude;
+};
+using Quad = __m256i;
+
+constexpr int LANES = 8;
+constexpr int REGISTERS = 16;
+constexpr int FLOAT_ROWS = 6;
+constexpr int FLOAT_VECTORS = 2;
+constexpr int INT_ROWS = 2;
+constexpr int INT8_OFFSET = 0;
+
+inline Float load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, Float a) { _mm256_storeu_ps(p, a); }
+inline Float all(float a) { return _mm256_set1_ps(a); }
+inline Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+inline Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
+inline Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+inline Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
+inline Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+inline float sum(Float a) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline void store_sums(float* p, Float a, Float b, Float c, Float d) {
+    const __m256 all_four = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(all_four), _mm256_extractf128_ps(all_four, 1)));
+}
+inline Float at_most(Float bound, Float a) { return _mm256_min_ps(bound, a); }
+inline Float at_least(Float bound, Float a) { return _mm256_max_ps(bound, a); }
+inline float most_of(Float a) {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+inline Float nearest_whole(Float a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+inline Int all_int(int32_t a) { return _mm256_set1_epi32(a); }
+inline Int add_int(Int a, Int b) { return _mm256_add_epi32(a, b); }
+inline int32_t sum_int(Int a) {
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
+inline Float to_float(Int a) { return _mm256_cvtepi32_ps(a); }
+inline Int nearest(Float a) { return _mm256_cvtps_epi32(a); }
+inline Float power_of_two(Int a) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(a, _mm256_set1_epi32(127)), 23));
+}
+inline Int magnitude(Float a) { return _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff)); }
+inline Int larger(Int a, Int b) { return _mm256_max_epi32(a, b); }
+inline int32_t largest(Int a) {
+    const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
+inline void store_bytes(int8_t* p, Int a) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
+
+inline Float load_bf16(const uint16_t* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+inline Float load_f16(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Float load_e4m3(const uint8_t* p) {
+    const __m128i codes = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m128i spread = _mm_srai_epi16(_mm_slli_epi16(codes, 8), 1);
+    return _mm256_cvtph_ps(_mm_and_si128(spread, _mm_set1_epi16(static_cast<short>(0xbf80))));
+}
+
+inline Quad quad(const int8_t* p) {
+    int32_t bits;
+    __builtin_memcpy(&bits, p, 4);
+    return _mm256_set1_epi32(bits);
+}
+// vpmaddubsw adds two products in 16 bits, where 255 * 127 * 2 would saturate. |q| * 127 * 2 does not, so the sign goes
+// over to the activation.
+inline Weights load_int8(const uint8_t* p) {
+    const __m256i stored = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i value = _mm256_xor_si256(stored, _mm256_set1_epi8(-128));
+    return {value, _mm256_abs_epi8(value)};
+}
+inline Int dot8(Int sums, Weights w, Quad x) {
+    const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.value));
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+inline void load_int4(const uint8_t* p, Weights& low, Weights& high) {
+    const __m256i nibble = _mm256_set1_epi8(15), bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    low.magnitude = _mm256_and_si256(bytes, nibble);
+    high.magnitude = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+}
+inline Int dot4(Int sums, Weights w, Quad x) {
+    const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, x);
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+}  // namespace ARRIERO_LEVEL

@@ -1,0 +1,88 @@
+// The vector vocabulary of isa_avx512vnni.h on aarch64: NEON, with the dot product instruction where the level has it.
+#pragma once
+
+#include <arm_neon.h>
+
+namespace ARRIERO_LEVEL {
+
+using Float = float32x4_t;
+using Int = int32x4_t;
+using Weights = int8x16_t;
+using Quad = int8x16_t;
+
+constexpr int LANES = 4;
+constexpr int REGISTERS = 32;
+constexpr int FLOAT_ROWS = 6;
+constexpr int FLOAT_VECTORS = 4;
+#ifdef __ARM_FEATURE_MATMUL_INT8
+constexpr int INT_ROWS = 4;
+#else
+constexpr int INT_ROWS = 2;
+#endif
+constexpr int INT8_OFFSET = 0;
+
+inline Float load(const float* p) { return vld1q_f32(p); }
+inline void store(float* p, Float a) { vst1q_f32(p, a); }
+inline Float all(float a) { return vdupq_n_f32(a); }
+inline Float add(Float a, Float b) { return vaddq_f32(a, b); }
+inline Float sub(Float a, Float b) { return vsubq_f32(a, b); }
+inline Float mul(Float a, Float b) { return vmulq_f32(a, b); }
+inline Float div(Float a, Float b) { return vdivq_f32(a, b); }
+inline Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
+inline float sum(Float a) { return vaddvq_f32(a); }
+inline void store_sums(float* p, Float a, Float b, Float c, Float d) {
+    vst1q_f32(p, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
+}
+inline Float at_most(Float bound, Float a) { return vminq_f32(bound, a); }
+inline Float at_least(Float bound, Float a) { return vmaxq_f32(bound, a); }
+inline float most_of(Float a) { return vmaxvq_f32(a); }
+inline Float nearest_whole(Float a) { return vrndnq_f32(a); }
+
+inline Int all_int(int32_t a) { return vdupq_n_s32(a); }
+inline Int add_int(Int a, Int b) { return vaddq_s32(a, b); }
+inline int32_t sum_int(Int a) { return vaddvq_s32(a); }
+inline Float to_float(Int a) { return vcvtq_f32_s32(a); }
+inline Int nearest(Float a) { return vcvtnq_s32_f32(a); }
+inline Float power_of_two(Int a) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(a, vdupq_n_s32(127)), 23)); }
+inline Int magnitude(Float a) { return vandq_s32(vreinterpretq_s32_f32(a), vdupq_n_s32(0x7fffffff)); }
+inline Int larger(Int a, Int b) { return vmaxq_s32(a, b); }
+inline int32_t largest(Int a) { return vmaxvq_s32(a); }
+inline void store_bytes(int8_t* p, Int a) {
+    const int16x4_t words = vqmovn_s32(a);
+    const int8x8_t bytes = vqmovn_s16(vcombine_s16(words, words));
+    const int32_t four = vget_lane_s32(vreinterpret_s32_s8(bytes), 0);
+    __builtin_memcpy(p, &four, 4);
+}
+
+inline Float load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+inline Float load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+inline Float load_e4m3(const uint8_t* p) {
+    uint32_t four;
+    __builtin_memcpy(&four, p, 4);
+    const uint16x4_t high = vget_low_u16(vshll_n_u8(vcreate_u8(four), 8));
+    const int16x4_t spread = vshr_n_s16(vreinterpret_s16_u16(high), 1);
+    return vcvt_f32_f16(vreinterpret_f16_u16(vand_u16(vreinterpret_u16_s16(spread), vdup_n_u16(0xbf80))));
+}
+
+inline Quad quad(const int8_t* p) {
+    int32_t bits;
+    __builtin_memcpy(&bits, p, 4);
+    return vreinterpretq_s8_s32(vdupq_n_s32(bits));
+}
+inline Weights load_int8(const uint8_t* p) { return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p), vdupq_n_u8(128))); }
+inline void load_int4(const uint8_t* p, Weights& low, Weights& high) {
+    const uint8x16_t bytes = vld1q_u8(p);
+    low = vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15)));
+    high = vreinterpretq_s8_u8(vshrq_n_u8(bytes, 4));
+}
+#ifdef __ARM_FEATURE_DOTPROD
+inline Int dot8(Int sums, Weights w, Quad x) { return vdotq_s32(sums, w, x); }
+#else
+inline Int dot8(Int sums, Weights w, Quad x) {
+    const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(x)), high = vmull_high_s8(w, x);
+    return vaddq_s32(sums, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+}
+#endif
+inline Int dot4(Int sums, Weights w, Quad x) { return dot8(sums, w, x); }
+
+}  // namespace ARRIERO_LEVEL

@@ -1,0 +1,74 @@
+// The product of some rows with some columns of a weight matrix, whatever the format.
+#pragma once
+
+#include "column_weights.h"
+#include "e4m3_product.h"
+#include "int_product.h"
+#include "row_weights.h"
+
+namespace ARRIERO_LEVEL {
+
+enum class Layout { rows, columns };  // of exact weights: [N, K] or [K, N]
+
+struct Matrix {
+    int64_t format;
+    Layout layout;
+    const void* weight;
+    const float* scales;
+    int64_t features;  // K
+    int64_t outputs;   // N
+
+    // Matrix number `i` of a stack of matrices like this one.
+    Matrix at(int64_t i, int64_t block) const {
+        static constexpr int64_t bits[] = {32, 16, 16, 8, 8, 4};
+        const bool exact = format < ARRIERO_E4M3;
+        const int64_t stored = exact ? outputs : round_up(outputs, 16);
+        const int64_t stride = stored * features * bits[format] / 8;
+        const float* own = exact ? nullptr : scales + i * stored * (is_integer(format) ? features / block : 1);
+        return {format, layout, static_cast<const uint8_t*>(weight) + i * stride, own, features, outputs};
+    }
+};
+
+// Activations: float32, or rounded for integer formats.
+struct Input {
+    Rows<const float> exact;
+    Rounded rounded;
+};
+
+template <int FORMAT>
+inline void exact_product(const Matrix& w, Rows<const float> x, int64_t count, Range columns, Rows<float> out,
+                          float* piece) {
+    if (w.layout == Layout::rows) {
+        row_product<FORMAT>(x, count, w.weight, w.features, columns, out, piece);
+    } else {
+        column_product<FORMAT>(x, count, w.weight, w.features, w.outputs, columns, out, piece);
+    }
+}
+
+// Columns [columns.begin, columns.end) of out = x W^T for `count` rows, picked from both by `order`; `piece` is
+// PIECE_BYTES of scratch. columns.begin is a multiple of 16 where W is in panels.
+inline void product(const Matrix& w, const Input& x, const int64_t* order, int64_t count, Range columns,
+                    Rows<float> out, float* piece) {
+    const auto* panels = static_cast<const uint8_t*>(w.weight);
+    Rows<const float> exact = x.exact;
+    exact.order = out.order = order;
+    switch (w.format) {
+        case ARRIERO_F32:
+            return exact_product<ARRIERO_F32>(w, exact, count, columns, out, piece);
+        case ARRIERO_BF16:
+            return exact_product<ARRIERO_BF16>(w, exact, count, columns, out, piece);
+        case ARRIERO_F16:
+            return exact_product<ARRIERO_F16>(w, exact, count, columns, out, piece);
+        case ARRIERO_E4M3:
+            return e4m3_product(exact, count, panels, w.scales, w.features, columns, out, piece);
+        case ARRIERO_INT8:
+            return int_product<8>(x.rounded, order, count, panels, w.scales, columns, out);
+        case ARRIERO_INT4:
+            return int_product<4>(x.rounded, order, count, panels, w.scales, columns, out);
+    }
+}
+
+// Columns are shared out in multiples of this: whole panels and, for many rows, whole tiles.
+inline int64_t column_unit(int64_t format, int64_t count) { return is_integer(format) || count <= 4 ? 32 : 64; }
+
+}  // namespace ARRIERO_LEVEL

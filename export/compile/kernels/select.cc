@@ -1,0 +1,141 @@
+// The C functions: each goes on to the best level that this CPU has.
+#define ARRIERO_LEVEL selection
+#include "table.h"
+#include "workspace.h"
+#ifdef __aarch64__
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+#define LEVEL(name)               \
+    namespace name {              \
+    extern const Kernels kernels; \
+    }
+
+#ifdef __x86_64__
+LEVEL(avx512vnni)
+LEVEL(avx2)
+LEVEL(scalar)
+#endif
+#ifdef __aarch64__
+LEVEL(i8mm)
+LEVEL(dotprod)
+LEVEL(neon)
+#endif
+
+namespace {
+
+struct Level {
+    const Kernels* kernels;
+    bool (*runs)();
+};
+
+// The best first; the last runs everywhere.
+const Level LEVELS[] = {
+#ifdef __x86_64__
+    {&avx512vnni::kernels, [] { return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni"); }},
+    {&avx2::kernels, [] { return __builtin_cpu_supports("x86-64-v3") != 0; }},
+    {&scalar::kernels, [] { return true; }},
+#endif
+#ifdef __aarch64__
+    {&i8mm::kernels, [] { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) && (getauxval(AT_HWCAP2) & HWCAP2_I8MM); }},
+    {&dotprod::kernels, [] { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }},
+    {&neon::kernels, [] { return true; }},
+#endif
+};
+
+const Kernels* best() {
+    for (const Level& level : LEVELS) {
+        if (level.runs()) return level.kernels;
+    }
+    return nullptr;
+}
+
+const Kernels* chosen = nullptr;
+
+const Kernels& kernels() {
+    // threads that get here first at the same time find the same answer
+    const Kernels* now = __atomic_load_n(&chosen, __ATOMIC_ACQUIRE);
+    if (!now) __atomic_store_n(&chosen, now = best(), __ATOMIC_RELEASE);
+    return *now;
+}
+
+}  // namespace
+
+extern "C" const char* arriero_level(void) { return kernels().name; }
+
+extern "C" int32_t arriero_use_level(const char* name) {
+    for (const Level& level : LEVELS) {
+        if (__builtin_strcmp(level.kernels->name, name) == 0 && level.runs()) {
+            __atomic_store_n(&chosen, level.kernels, __ATOMIC_RELEASE);
+            return 0;
+        }
+    }
+    return 1;
+}
+
+extern "C" int64_t arriero_linear_workspace(int64_t format, int64_t block, int64_t T, int64_t, int64_t K,
+                                            int64_t parts) {
+    return selection::LinearWorkspace(nullptr, format, block, T, K, parts).bytes;
+}
+
+extern "C" int64_t arriero_dispatch_workspace(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format,
+                                              int64_t down_block, int64_t T, int64_t R, int64_t E, int64_t H, int64_t F,
+                                              int64_t parts) {
+    return selection::DispatchWorkspace(nullptr, gate_up_format, gate_up_block, down_format, down_block, T, R, E, H, F,
+                                        parts)
+        .bytes;
+}
+
+extern "C" int64_t arriero_attention_workspace(int64_t, int64_t S, int64_t Q, int64_t G, int64_t D, int64_t parts) {
+    return selection::AttentionWorkspace(nullptr, 0, S, Q, G, D).bytes * parts;
+}
+
+extern "C" int32_t arriero_linear_prepare(int64_t format, int64_t block, const float* x, int64_t T, int64_t K,
+                                          void* workspace, int64_t part, int64_t parts) {
+    return kernels().linear_prepare(format, block, x, T, K, workspace, part, parts);
+}
+
+extern "C" int32_t arriero_linear(int64_t format, int64_t block, const float* x, const void* weight,
+                                  const float* scales, float* y, int64_t T, int64_t N, int64_t K, void* workspace,
+                                  int64_t part, int64_t parts) {
+    return kernels().linear(format, block, x, weight, scales, y, T, N, K, workspace, part, parts);
+}
+
+extern "C" int32_t arriero_dispatch_prepare(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format,
+                                            int64_t down_block, const float* x, const int64_t* expert_id,
+                                            const float* score, int64_t T, int64_t R, int64_t E, int64_t H, int64_t F,
+                                            void* workspace, int64_t part, int64_t parts) {
+    return kernels().dispatch_prepare(gate_up_format, gate_up_block, down_format, down_block, x, expert_id, score, T, R,
+                                      E, H, F, workspace, part, parts);
+}
+
+extern "C" int32_t arriero_dispatch_gate_up(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format,
+                                            int64_t down_block, const void* gate_up, const float* gate_up_scales,
+                                            int64_t T, int64_t R, int64_t E, int64_t H, int64_t F, void* workspace,
+                                            int64_t part, int64_t parts) {
+    return kernels().dispatch_gate_up(gate_up_format, gate_up_block, down_format, down_block, gate_up, gate_up_scales,
+                                      T, R, E, H, F, workspace, part, parts);
+}
+
+extern "C" int32_t arriero_dispatch_down(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format,
+                                         int64_t down_block, const void* down, const float* down_scales, float* y,
+                                         int64_t T, int64_t R, int64_t E, int64_t H, int64_t F, void* workspace,
+                                         int64_t part, int64_t parts) {
+    return kernels().dispatch_down(gate_up_format, gate_up_block, down_format, down_block, down, down_scales, y, T, R,
+                                   E, H, F, workspace, part, parts);
+}
+
+extern "C" int32_t arriero_cache_write(const float* k, const float* v, const int64_t* positions, float* key_cache,
+                                       float* value_cache, int64_t B, int64_t S, int64_t G, int64_t C, int64_t D,
+                                       int64_t chunk, int64_t part, int64_t parts) {
+    return kernels().cache_write(k, v, positions, key_cache, value_cache, B, S, G, C, D, chunk, part, parts);
+}
+
+extern "C" int32_t arriero_attention(const float* q, const int64_t* positions, const float* key_cache,
+                                     const float* value_cache, float* out, int64_t B, int64_t S, int64_t Q, int64_t G,
+                                     int64_t C, int64_t D, int64_t chunk, void* workspace, int64_t part,
+                                     int64_t parts) {
+    return kernels().attention(q, positions, key_cache, value_cache, out, B, S, Q, G, C, D, chunk, workspace, part,
+                               parts);
+}

@@ -1,0 +1,118 @@
+// How a workspace is divided. The same at every level, as its size is asked before the level is known.
+#pragma once
+
+#include "common.h"
+#include "rounded.h"
+
+namespace ARRIERO_LEVEL {
+
+constexpr int64_t PIECE_BYTES = 256 * 64 * 4;  // one part's scratch for unpacked weights
+
+// Hands out 64-byte aligned pieces from `base`; from null it only counts.
+class Carver {
+   public:
+    explicit Carver(void* base) : base_(static_cast<uint8_t*>(base)) {}
+
+    template <class T>
+    T* take(int64_t count) {
+        const int64_t at = bytes_;
+        bytes_ = round_up(at + count * static_cast<int64_t>(sizeof(T)), 64);
+        return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
+    }
+
+    Rounded take_rounded(int64_t rows, int64_t features, int64_t block) {
+        Rounded out{nullptr, nullptr, nullptr, features, block};
+        out.values = take<int8_t>(rows * features);
+        out.scales = take<float>(rows * out.blocks());
+        out.corrections = take<int32_t>(rows * out.blocks());
+        return out;
+    }
+
+    int64_t bytes() const { return bytes_; }
+
+   private:
+    uint8_t* base_;
+    int64_t bytes_ = 0;
+};
+
+struct LinearWorkspace {
+    Rounded rounded{};
+    uint8_t* pieces = nullptr;  // [parts, PIECE_BYTES]
+    int64_t bytes;
+
+    LinearWorkspace(void* base, int64_t format, int64_t block, int64_t T, int64_t K, int64_t parts) {
+        Carver carver(base);
+        if (is_integer(format)) {
+            rounded = carver.take_rounded(T, K, block);
+        } else {
+            pieces = carver.take<uint8_t>(parts * PIECE_BYTES);
+        }
+        bytes = carver.bytes();
+    }
+};
+
+// A row is one (token, choice) pair: row t * R + r.
+struct DispatchWorkspace {
+    int64_t* start;  // [E + 2]: rows of expert e are order[start[e] .. start[e + 1]); of no expert, those of e = E
+    int64_t* order;  // [T * R]
+    float* scaled = nullptr;  // score * x, [rows, H], or:
+    Rounded rounded{};        // the same, rounded
+    int64_t wide;             // row length of `products`
+    float* products;          // what a projection gave, before it is combined: [rows, wide]
+    float* inner;             // silu(gate) * up, [rows, F]
+    Rounded inner_rounded{};  // the same, rounded, if down is in integers
+    uint8_t* pieces;          // [parts, PIECE_BYTES]
+    int64_t bytes;
+
+    DispatchWorkspace(void* base, int64_t gate_up_format, int64_t gate_up_block, int64_t down_format,
+                      int64_t down_block, int64_t T, int64_t R, int64_t E, int64_t H, int64_t F, int64_t parts) {
+        Carver carver(base);
+        const int64_t rows = T * R;
+        start = carver.take<int64_t>(E + 2);
+        order = carver.take<int64_t>(rows);
+        if (is_integer(gate_up_format)) {
+            rounded = carver.take_rounded(rows, H, gate_up_block);
+        } else {
+            scaled = carver.take<float>(rows * H);
+        }
+        wide = 2 * round_up(F, 16) > H ? 2 * round_up(F, 16) : H;
+        products = carver.take<float>(rows * wide);
+        inner = carver.take<float>(rows * F);
+        if (is_integer(down_format)) inner_rounded = carver.take_rounded(rows, F, down_block);
+        pieces = carver.take<uint8_t>(parts * PIECE_BYTES);
+        bytes = carver.bytes();
+    }
+};
+
+struct AttentionWorkspace {
+    static constexpr int64_t KEYS = 64;           // keys looked at together
+    static constexpr int64_t ROWS_WANTED = 96;    // (query, head) rows that share one look at the keys
+    int64_t queries;                              // queries of one block
+    int64_t rows;                                 // and the rows they make
+    int64_t* offsets;                             // [rows]: where each row's query and output lie
+    float *scores, *sums, *most, *total, *piece;  // one part's own: [rows, KEYS], [rows, D], [rows], [rows], and
+                                                  // [D, KEYS], which is filled 64 features at a time
+    int64_t bytes;                                // of one part
+
+    AttentionWorkspace(void* base, int64_t part, int64_t S, int64_t Q, int64_t G, int64_t D) {
+        const int64_t heads = Q / G;
+        queries = smaller(S, heads < ROWS_WANTED ? ROWS_WANTED / heads : 1);
+        rows = queries * heads;
+        divide(nullptr, D);
+        if (base) divide(static_cast<uint8_t*>(base) + part * bytes, D);
+    }
+
+   private:
+    void divide(void* base, int64_t D) {
+        Carver carver(base);
+        offsets = carver.take<int64_t>(rows);
+        scores = carver.take<float>(rows * KEYS);
+        sums = carver.take<float>(rows * D);
+        most = carver.take<float>(rows);
+        total = carver.take<float>(rows);
+        piece = carver.take<float>(round_up(D, 64) * KEYS);
+        bytes = carver.bytes();
+    }
+};
+
+}  // namespace ARRIERO_LEVEL

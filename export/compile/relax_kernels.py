@@ -1,0 +1,175 @@
+"""Calls of our C kernels as tensor expressions: one PrimFunc per kernel and shape, its parts run by TVM's thread pool.
+
+The functions and what they ask of their callers are those of `kernels/arriero_kernels.h`. How many parts a layer is cut
+into is the length of `threads` u8 [parts], a graph input whose elements nobody reads: so one library serves any number
+of threads. Legend: T tokens, N output features, K input features, E experts, R experts per token, H hidden, F expert
+width, B batch rows, S new tokens, D head size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tvm.tirx
+from tvm import te
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from arriero.errors import ArrieroError
+
+# How the header names the formats, by the dtype that the weight has as a graph input (bf16 comes as its bits).
+EXACT_FORMATS = {"float32": 0, "uint16": 1, "float16": 2}
+E4M3 = 3
+INTEGER_FORMATS = {8: 4, 4: 5}
+CPU = (1, 0)  # DLPack's device type and number
+
+
+@dataclass(frozen=True)
+class Format:
+    """A weight format: its number in the header, and its block (0 where there are none)."""
+
+    number: int
+    block: int = 0
+
+    @property
+    def rounds(self) -> bool:
+        """Whether activations are rounded ahead of the product."""
+        return self.number in INTEGER_FORMATS.values()
+
+    @property
+    def scaled(self) -> bool:
+        """Whether scales come with the weights."""
+        return self.rounds or self.number == E4M3
+
+
+def linear(form: Format, features: int) -> Callable[..., te.Tensor]:
+    """Give f(threads, x [.., K], weight, scales?) -> y [.., N] with N = `features`."""
+
+    def compute(threads: te.Tensor, x: te.Tensor, weight: te.Tensor, *scales: te.Tensor) -> te.Tensor:
+        tokens, width = _rows(x), x.shape[-1]
+
+        def body(ins: Sequence[Any], outs: Sequence[Any]) -> None:
+            parts, rows, matrix, factors = threads.shape[0], *_pointers(ins[1:3]), _pointer_or_null(ins[3:])
+            kind, (y,) = (form.number, form.block), _pointers(outs)
+            with _workspace("arriero_linear_workspace", *kind, tokens, features, width, parts) as space:
+                if form.rounds:
+                    _run(parts, "arriero_linear_prepare", *kind, rows, tokens, width, space)
+                _run(parts, "arriero_linear", *kind, rows, matrix, factors, y, tokens, features, width, space)
+
+        return _extern([*x.shape[:-1], features], [threads, x, weight, *scales], body, "linear")
+
+    return compute
+
+
+def dispatch(gate_up: Format, down: Format, width: int) -> Callable[..., te.Tensor]:
+    """Give f(threads, x [.., H], expert_id [.., R], score [.., R], gate_up.., down..) -> y [.., H], F = `width`.
+
+    Exact weights are one tensor each, integers two: panels and scales.
+    """
+    forms = (gate_up.number, gate_up.block, down.number, down.block)
+
+    def compute(threads: te.Tensor, x: te.Tensor, *rest: te.Tensor) -> te.Tensor:
+        expert_id, weights = rest[0], rest[2:]
+        half = 2 if gate_up.scaled else 1
+
+        def body(ins: Sequence[Any], outs: Sequence[Any]) -> None:
+            parts, rows, ids, scores = threads.shape[0], *_pointers(ins[1:4])
+            first, second = ins[4 : 4 + half], ins[4 + half :]
+            sizes = (_rows(x), expert_id.shape[-1], weights[0].shape[0], x.shape[-1], width)
+            with _workspace("arriero_dispatch_workspace", *forms, *sizes, parts) as space:
+                _run(parts, "arriero_dispatch_prepare", *forms, rows, ids, scores, *sizes, space)
+                pointers = (*_pointers(first[:1]), _pointer_or_null(first[1:]))
+                _run(parts, "arriero_dispatch_gate_up", *forms, *pointers, *sizes, space)
+                pointers = (*_pointers(second[:1]), _pointer_or_null(second[1:]), *_pointers(outs))
+                _run(parts, "arriero_dispatch_down", *forms, *pointers, *sizes, space)
+
+        return _extern(x.shape, [threads, x, *rest], body, "expert_dispatch")
+
+    return compute
+
+
+def attention(heads: int, kv_heads: int, chunk: int) -> Callable[..., te.Tensor]:
+    """Give f(threads, q, k, v, key_cache, value_cache, positions) -> out like q; it writes k and v into the caches."""
+
+    def compute(threads: te.Tensor, q: te.Tensor, k: te.Tensor, *rest: te.Tensor) -> te.Tensor:
+        (batch, steps, _), slots, size = q.shape, rest[1].shape[2], rest[1].shape[3]
+
+        def body(ins: Sequence[Any], outs: Sequence[Any]) -> None:
+            parts = threads.shape[0]
+            query, key, value, keys, values, positions = _pointers(ins[1:])
+            (out,) = _pointers(outs)
+            held = (kv_heads, slots, size, chunk)
+            _run(parts, "arriero_cache_write", key, value, positions, keys, values, batch, steps, *held)
+            with _workspace("arriero_attention_workspace", batch, steps, heads, kv_heads, size, parts) as space:
+                given = (query, positions, keys, values, out, batch, steps, heads, *held, space)
+                _run(parts, "arriero_attention", *given)
+
+        return _extern(q.shape, [threads, q, k, *rest], body, "cached_attention")
+
+    return compute
+
+
+def exact_format(dtype: str, name: str) -> Format:
+    """The format of a weight that stays exact. Raises ArrieroError for a dtype that no kernel reads."""
+    if dtype not in EXACT_FORMATS:
+        raise ArrieroError(f"no kernel reads {dtype} weights", where=name, expected="float32, bfloat16 or float16")
+    return Format(EXACT_FORMATS[dtype])
+
+
+def _extern(
+    shape: Sequence[Any], inputs: Sequence[te.Tensor], body: Callable[[Sequence[Any], Sequence[Any]], None], name: str
+) -> te.Tensor:
+    def build(ins: Sequence[Any], outs: Sequence[Any]) -> Any:
+        with IRBuilder() as builder:
+            with T.seq_scope():
+                body(ins, outs)
+            return builder.get().body  # without the scope's own mark, which code generation does not know
+
+    # declared, because the buffers that `extern` makes by itself have free offsets, and no two such functions are equal
+    out, *given = (
+        tvm.tirx.decl_buffer(shape, dtype, name)
+        for shape, dtype in ((shape, "float32"), *((tensor.shape, tensor.dtype) for tensor in inputs))
+    )
+    return te.extern([shape], list(inputs), build, name, dtype="float32", in_buffers=given, out_buffers=[out])
+
+
+def _rows(x: te.Tensor) -> Any:
+    return functools.reduce(operator.mul, x.shape[:-1])
+
+
+def _run(parts: Any, function: str, *arguments: Any) -> None:
+    with T.parallel(0, parts) as part:
+        T.evaluate(tvm.tirx.call_extern("int32", function, *map(_int64, arguments), part, _int64(parts)))
+
+
+@contextlib.contextmanager
+def _workspace(function: str, *arguments: Any) -> Iterator[Any]:
+    """Memory of as many bytes as C function `function` asks for, from the pool of TVM's runtime.
+
+    Taken by hand: TVM's own allocations want sizes that the compiler can bound. The pool aligns to 64 bytes.
+    """
+    size = tvm.tirx.call_extern("int64", function, *map(_int64, arguments))
+    memory = T.bind(tvm.tirx.call_extern("handle", "TVMBackendAllocWorkspace", *CPU, size.astype("uint64"), 1, 8))
+    yield memory
+    T.evaluate(tvm.tirx.call_extern("int32", "TVMBackendFreeWorkspace", *CPU, memory))
+
+
+def _pointers(buffers: Sequence[Any]) -> list[Any]:
+    return [buffer.access_ptr("rw") for buffer in buffers]
+
+
+def _pointer_or_null(buffers: Sequence[Any]) -> Any:
+    return buffers[0].access_ptr("r") if buffers else _null()
+
+
+def _null() -> Any:
+    return tvm.tirx.reinterpret("handle", tvm.tirx.const(0, "uint64"))
+
+
+def _int64(value: Any) -> Any:
+    return tvm.tirx.const(value, "int64") if isinstance(value, int) else value

@@ -1,0 +1,127 @@
+"""Operators that TVM generates code for, as tensor expressions: those its ONNX importer lacks or lowers badly on CPUs.
+
+Legend: B batch, S sequence, D head size, E experts, n tiles, L patches of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tvm.tirx
+from tvm import te
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+
+def lookup(table: te.Tensor, ids: te.Tensor) -> te.Tensor:
+    """Rows of `table` [V, H] (f32, f16, or the bits of bf16) at `ids` [B, S], as f32 [B, S, H].
+
+    The table lies in the checkpoint's file, so it is aligned to its elements only.
+    """
+    shape = (*ids.shape, table.shape[1])
+
+    def widened(value: Any) -> Any:
+        if table.dtype == "uint16":  # bf16 is the upper half of an f32
+            return tvm.tirx.reinterpret("float32", value.astype("uint32") << 16)
+        return value.astype("float32")
+
+    def body(ins: Any, outs: Any) -> Any:
+        with IRBuilder() as builder:
+            (rows, numbers), (out,) = map(T.buffer_proxy, ins), map(T.buffer_proxy, outs)
+            with T.grid(*shape) as at:
+                out[at] = widened(rows[numbers[at[:-1]], at[-1]])
+            return builder.get()
+
+    item = 4 if table.dtype == "float32" else 2
+    given = [
+        tvm.tirx.decl_buffer(table.shape, table.dtype, "table", data_alignment=item),
+        tvm.tirx.decl_buffer(ids.shape, ids.dtype, "ids"),
+    ]
+    out = tvm.tirx.decl_buffer(shape, "float32", "rows")
+    return te.extern([shape], [table, ids], body, "lookup", dtype="float32", in_buffers=given, out_buffers=[out])
+
+
+def rotate(heads: int) -> Callable[..., te.Tensor]:
+    """Give f(x [B, S, heads*D], cos, sin [B, S, D/2]): the rotation of interleaved pairs (RoFormer)."""
+
+    def compute(x: te.Tensor, cos: te.Tensor, sin: te.Tensor) -> te.Tensor:
+        size = int(x.shape[2]) // heads
+
+        def element(b: Any, s: Any, i: Any) -> Any:
+            pair, odd = (i % size) // 2, i % 2
+            other = x[b, s, i + 1 - 2 * odd]
+            return x[b, s, i] * cos[b, s, pair] + tvm.tirx.if_then_else(odd == 0, -other, other) * sin[b, s, pair]
+
+        return te.compute(x.shape, element, name="rotate")
+
+    return compute
+
+
+def top(count: int) -> Callable[[te.Tensor], list[te.Tensor]]:
+    """Give f(x [.., E]) -> the `count` largest values and their indices i64, the lower index first among equals."""
+
+    def compute(x: te.Tensor) -> list[te.Tensor]:
+        shape = (*x.shape[:-1], count)
+
+        def body(ins: Any, outs: Any) -> Any:
+            with IRBuilder() as builder:
+                (given,), (values, ids) = map(T.buffer_proxy, ins), map(T.buffer_proxy, outs)
+                with T.grid(*shape[:-1]) as row:
+                    for rank in range(count):
+                        at = (*row, rank)
+                        values[at] = tvm.tirx.min_value("float32")
+                        ids[at] = tvm.tirx.const(0, "int64")
+                        with T.serial(0, x.shape[-1]) as e:
+                            free = [ids[(*row, earlier)] != e for earlier in range(rank)]
+                            with T.If(tvm.tirx.all(given[(*row, e)] > values[at], *free)), T.Then():
+                                values[at] = given[(*row, e)]
+                                ids[at] = e
+                return builder.get()
+
+        outs = [tvm.tirx.decl_buffer(shape, dtype, "top") for dtype in ("float32", "int64")]
+        given = tvm.tirx.decl_buffer(x.shape, x.dtype, "given")
+        return te.extern(
+            [shape, shape], [x], body, "top", dtype=["float32", "int64"], in_buffers=[given], out_buffers=outs
+        )
+
+    return compute
+
+
+def full_attention(q: te.Tensor, k: te.Tensor, v: te.Tensor) -> te.Tensor:
+    """softmax(q k^T / sqrt(D)) v of every head: q [n, heads, L, D], k transposed [n, heads, D, L], v [n, heads, L, D].
+
+    Both inner loops run along contiguous memory without a reduction, which is what a compiler can vectorise.
+    """
+    tiles, heads, length, size = q.shape
+    kinds = {"q": q, "k": k, "v": v}
+
+    def body(ins: Any, outs: Any) -> Any:
+        with IRBuilder() as builder:
+            queries, keys, values = map(T.buffer_proxy, ins)
+            (out,) = map(T.buffer_proxy, outs)
+            with T.parallel(0, tiles * heads * length) as row:
+                n, h, i = row // (heads * length), row // length % heads, row % length
+                scores = T.buffer_proxy(T.alloc_buffer((length,), "float32"))
+                found = T.buffer_proxy(T.alloc_buffer((2,), "float32"))  # the largest score, the sum of the weights
+                found[0] = tvm.tirx.min_value("float32")
+                found[1] = tvm.tirx.const(0.0, "float32")
+                with T.serial(0, length) as j:
+                    scores[j] = tvm.tirx.const(0.0, "float32")
+                with T.serial(0, size) as d, T.serial(0, length) as j:
+                    scores[j] = scores[j] + queries[n, h, i, d] * keys[n, h, d, j]
+                with T.serial(0, length) as j:
+                    found[0] = tvm.tirx.max(found[0], scores[j])
+                scale = tvm.tirx.const(int(size) ** -0.5, "float32")
+                with T.serial(0, length) as j:
+                    scores[j] = tvm.tirx.exp((scores[j] - found[0]) * scale)
+                    found[1] = found[1] + scores[j]
+                with T.serial(0, size) as d:
+                    out[n, h, i, d] = tvm.tirx.const(0.0, "float32")
+                with T.serial(0, length) as j, T.serial(0, size) as d:
+                    out[n, h, i, d] = out[n, h, i, d] + scores[j] / found[1] * values[n, h, j, d]
+            return builder.get()
+
+    given = [tvm.tirx.decl_buffer(tensor.shape, "float32", name) for name, tensor in kinds.items()]
+    out = tvm.tirx.decl_buffer(q.shape, "float32", "out")
+    return te.extern([q.shape], [q, k, v], body, "attention", dtype="float32", in_buffers=given, out_buffers=[out])

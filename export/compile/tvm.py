@@ -1,0 +1,112 @@
+"""Compiles for the TVM backend: each lowered graph to one shared library with our kernels linked in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+import tvm
+import tvm_ffi
+from tvm import relax
+from tvm.support import cc
+from tvm.target import codegen
+
+from arriero.errors import ArrieroError
+from arriero.export.compile import Compiled, Watch
+from arriero.export.compile.build_kernels import find_compiler
+from arriero.export.compile.cpus import LINUX_NAMES, NATIVE, Cpu, parse_cpu
+from arriero.export.compile.relax_import import ANY_ALIGNMENT, import_graph
+
+
+def compile_graphs(
+    folder: Path, parts: Sequence[str], cpu: str | None, kernels: Path | None, watch: Watch | None = None
+) -> Compiled:
+    """Compile `<part>.onnx` of each of `parts` in `folder` for `cpu`, with the object file `kernels` linked in.
+
+    Leaves `<part>.so` and `<part>.json` (the order of inputs, outputs and weights) in the place of each graph. Raises
+    ArrieroError for a processor that LLVM does not know, MachineLacks without a linker for its architecture.
+    """
+    assert kernels is not None
+    chosen = parse_cpu(cpu or NATIVE)
+    target = _target(chosen)
+    link = cc.cross_compiler(find_compiler(chosen.arch))
+    for number, part in enumerate(parts):
+        if watch:
+            watch(number, len(parts))
+        path = folder / f"{part}.onnx"
+        library = folder / f"{part}.so"
+        try:
+            module, graph, weights = import_graph(path)
+            with target, tvm.transform.PassContext(opt_level=3):
+                built = relax.build(fuse(module), target)
+            built.export_library(str(library), fcompile=link, addons=[str(kernels)])
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:  # TVM's own are of these
+            raise ArrieroError(
+                f"TVM {tvm.__version__} does not compile the graph ({(str(error).splitlines() or [repr(error)])[-1]})",
+                where=str(path),
+                remedy="Build again; if it stays so, report it together with this sentence",
+            ) from error
+        (folder / f"{part}.json").write_text(json.dumps(_signature(graph, weights), indent=1) + "\n")
+        path.unlink()
+    if watch:
+        watch(len(parts), len(parts))
+    known = (LINUX_NAMES.get(str(name)) for name in codegen.llvm_get_cpu_features(target))
+    features = tuple(sorted(name for name in known if name))
+    tools = {"apache-tvm": tvm.__version__, "apache-tvm-ffi": tvm_ffi.__version__}
+    return Compiled(tools, str(chosen), chosen.arch, features)
+
+
+def fuse(module: tvm.IRModule) -> tvm.IRModule:
+    """The module with its two entries, `main` and `step`, and their operators fused into functions.
+
+    Functions that are equal become one, so that layers of one class share all of theirs: what is left to generate does
+    not grow with the number of layers.
+    """
+    fused: tvm.IRModule = relax.get_pipeline("zero")(_with_step(module))
+    return fused
+
+
+def _target(cpu: Cpu) -> tvm.target.Target:
+    generic = tvm.target.Target({"kind": "llvm", "mtriple": cpu.triple})
+    known = [str(name) for name in codegen.llvm_get_cpu_archlist(generic)]
+    if cpu.cpu not in known:
+        raise ArrieroError(
+            f"LLVM knows no {cpu.arch} processor {cpu.cpu!r}", where="cpu", expected=f"one of {', '.join(known)}"
+        )
+    return tvm.target.Target(cpu.llvm)
+
+
+def _with_step(module: tvm.IRModule) -> tvm.IRModule:
+    """Add `step`: `main` with its first output alone, so that no step pays for what only a proof looks at."""
+    main = module["main"]
+    *before, last = main.body.blocks
+    *bindings, output = last.bindings
+    if not isinstance(output.value, relax.Tuple):
+        return module
+    first = output.value.fields[0]
+    result = relax.Var("first", first.ty)
+    body = relax.SeqExpr([*before, relax.DataflowBlock([*bindings, relax.VarBinding(result, first)])], result)
+    step = relax.Function(main.params, body, first.ty, attrs=main.attrs)
+    module["step"] = relax.utils.copy_with_new_vars(step).with_attr("global_symbol", "step")
+    return relax.transform.DeadCodeElimination(["main", "step"])(module)
+
+
+def _signature(graph: ir.Graph, weights: list[ir.ExternalTensor]) -> dict[str, object]:
+    count = len(graph.inputs) - len(weights)
+    return {
+        "inputs": [value.name for value in graph.inputs[:count]],
+        "outputs": [value.name for value in graph.outputs],
+        "weights": [
+            {
+                "name": tensor.name,
+                "file": str(tensor.location),
+                "offset": tensor.offset,
+                "dtype": tensor.dtype.name,
+                "shape": list(tensor.shape.numpy()),
+                "aligned": any(node.op_type not in ANY_ALIGNMENT for node in value.consumers()),
+            }
+            for value, tensor in zip(graph.inputs[count:], weights, strict=True)
+        ],
+    }

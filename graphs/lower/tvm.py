@@ -1,0 +1,132 @@
+"""Lowers canonical graphs for the TVM backend: one node per kernel of ours, and weights in the layouts these read.
+
+Each function writes `<part>.onnx` and its weights into `out_dir` and gives the weight table of the manifest: the
+initialiser's name -> file, dtype, shape, scheme. A checkpoint file whose tensors all stay exact is linked, not written
+again. The canonical model is left as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.config import ModelConfig
+from arriero.graphs.functions import CACHED_ATTENTION, DOMAIN, EXPERT_DISPATCH, VERSION
+from arriero.graphs.lower.part import WeightTable, expect, lower_part
+from arriero.graphs.passes.fuse_rotary import fuse_rotary
+from arriero.graphs.passes.keep_token_axes import keep_token_axes
+from arriero.graphs.passes.replace_with_kernels import (
+    LOOKUP,
+    bind_experts,
+    cache_in_place,
+    replace_linear_with_kernel,
+    replace_lookup,
+)
+from arriero.graphs.passes.settle_reshapes import settle_reshapes
+from arriero.graphs.passes.store_weights import WeightStore
+from arriero.graphs.weights import Progress
+from arriero.profiles.roundings import Roundings
+from arriero.profiles.schemes import Exact, Fp8, IntBlock, Scheme
+
+OPSET = (DOMAIN, VERSION)
+SCHEMES = (Exact, IntBlock, Fp8)
+"""What our kernels compute. fp8 is how weights are stored; activations stay float32, whatever the profile asks."""
+
+
+def lacks(scheme: Scheme) -> str | None:
+    """What of `scheme` our kernels do not compute; None when they do."""
+    if isinstance(scheme, IntBlock) and scheme.accuracy_level == 0:
+        return f"{scheme.told} beside float32 activations (accuracy_level 0)"
+    return None if isinstance(scheme, SCHEMES) else scheme.told
+
+
+def lower_text(
+    canonical: ir.Model,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    assignment: Mapping[str, Scheme],
+    out_dir: Path,
+    progress: Progress | None = None,
+    roundings: Roundings | None = None,
+) -> WeightTable:
+    """Lower the text decoder. `assignment` is `Profile.assign` over the checkpoint's tensors, `roundings` what
+    calibration found for those that round by gptq.
+
+    Inputs: `inputs_embeds`, `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` [B, K, C, D], into which the
+    step writes its keys and values. Outputs: `logits`, `hidden.{i}`, `expert_id.{i}` [B, S, k]. One step holds either
+    one row within one chunk, or one token per row.
+    """
+
+    def rewrite(model: ir.Model, store: WeightStore) -> None:
+        expect("RotaryEmbedding", fuse_rotary(model), 2 * sum(layer.rope for layer in config.text.layers))
+        expect(CACHED_ATTENTION, cache_in_place(model), len(config.text.layers))
+        expect(EXPERT_DISPATCH, bind_experts(model, store), len(config.text.moe_layers))
+        replace_linear_with_kernel(model, store)
+        expect("token Reshape", keep_token_axes(model), 2 * len(config.text.moe_layers))
+        settle_reshapes(model)
+
+    links = _link_checkpoint(checkpoint, assignment, out_dir)
+    return lower_part("text", canonical, rewrite, OPSET, checkpoint, assignment, out_dir, progress, roundings, links)
+
+
+def lower_vision(
+    canonical: ir.Model,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    assignment: Mapping[str, Scheme],
+    out_dir: Path,
+    progress: Progress | None = None,
+    roundings: Roundings | None = None,
+) -> WeightTable:
+    """Lower the vision tower and projector; the signature stays."""
+
+    def rewrite(model: ir.Model, store: WeightStore) -> None:
+        replace_linear_with_kernel(model, store)
+        settle_reshapes(model)
+
+    links = _link_checkpoint(checkpoint, assignment, out_dir)
+    return lower_part("vision", canonical, rewrite, OPSET, checkpoint, assignment, out_dir, progress, roundings, links)
+
+
+def lower_embed(
+    canonical: ir.Model,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    assignment: Mapping[str, Scheme],
+    out_dir: Path,
+    progress: Progress | None = None,
+    roundings: Roundings | None = None,
+) -> WeightTable:
+    """Lower the embedding merge; the signature stays, and the table keeps the checkpoint's dtype."""
+
+    def rewrite(model: ir.Model, store: WeightStore) -> None:
+        expect(LOOKUP, replace_lookup(model, store), 1)
+        settle_reshapes(model)
+
+    links = _link_checkpoint(checkpoint, assignment, out_dir)
+    return lower_part("embed", canonical, rewrite, OPSET, checkpoint, assignment, out_dir, progress, roundings, links)
+
+
+def _link_checkpoint(checkpoint: Checkpoint, assignment: Mapping[str, Scheme], out_dir: Path) -> dict[Path, str]:
+    """Link the checkpoint files of which every tensor stays exact into `weights`; file -> its place in the bundle.
+
+    A file with any tensor that is quantised or not built would carry bytes into the bundle that nothing reads.
+    """
+    files: dict[Path, bool] = {}
+    for info in checkpoint.tensors.values():
+        files[info.file] = files.get(info.file, True) and isinstance(assignment.get(info.name), Exact)
+    places = {file: f"weights/{file.name}" for file, whole in files.items() if whole}
+    for file, place in places.items():
+        target = out_dir / place
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            try:
+                os.link(file.resolve(), target)
+            except OSError:
+                shutil.copyfile(file, target)
+    return places

@@ -1,0 +1,76 @@
+"""Quantised matrices in the layout that our own CPU kernels read: panels of 16 output features, zero-padded.
+
+The layouts are told in `export/compile/kernels/arriero_kernels.h`. Legend: N output features, K input features,
+P = ceil(N / 16) panels, J = K / block, F expert width; leading axes (experts) are kept.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arriero.profiles.quantize import Quantized
+
+PANEL = 16
+Values = TypeVar("Values", bound=np.generic)
+Fp8 = tuple[NDArray[np.uint8], NDArray[np.float32]]
+
+
+def pack_panels(quantized: Quantized) -> Quantized:
+    """Reorder packed [..., N, K*bits/8] and scales [..., N, J] to [..., P, K*bits/32, 64] and [..., P, J, 16]."""
+    bits, codes = quantized.bits, quantized.packed
+    if bits == 4:
+        halves: NDArray[np.uint8] = np.stack([codes & np.uint8(15), codes >> np.uint8(4)], -1)
+        codes = halves.reshape(*codes.shape[:-1], -1)
+    rows = _rows(codes, 2 ** (bits - 1))
+    step = 32 // bits  # input features in the 4 bytes of one output
+    grouped = rows.reshape(*rows.shape[:-1], -1, step).swapaxes(-3, -2)  # [..., P, K / step, 16, step]
+    if bits == 4:
+        grouped = grouped[..., :4] | (grouped[..., 4:] << np.uint8(4))
+    packed = np.ascontiguousarray(grouped).reshape(*grouped.shape[:-2], 4 * PANEL)
+    scales = np.ascontiguousarray(_rows(quantized.scales, 0).swapaxes(-2, -1))
+    return Quantized(packed, scales, bits, quantized.block)
+
+
+def pack_gate_up_panels(quantized: Quantized) -> Quantized:
+    """Pack the halves gate | up of [..., 2F, K] in turns, gate 0, up 0, gate 1, ..: 2 ceil(F / 16) panels."""
+    width = quantized.packed.shape[-2] // 2
+    gate, up = (
+        pack_panels(Quantized(quantized.packed[half], quantized.scales[half], quantized.bits, quantized.block))
+        for half in (np.s_[..., :width, :], np.s_[..., width:, :])
+    )
+    return Quantized(_in_turns(gate.packed, up.packed), _in_turns(gate.scales, up.scales), gate.bits, gate.block)
+
+
+def pack_e4m3_panels(codes: NDArray[np.uint8], scales: NDArray[np.float32]) -> Fp8:
+    """Reorder FP8 codes [..., N, K] and their scales [..., N] to [..., P, K, 16] and [..., P, 16]."""
+    return (
+        np.ascontiguousarray(_rows(codes, 0).swapaxes(-2, -1)),
+        np.ascontiguousarray(_rows(scales[..., None], 0)[..., 0]),
+    )
+
+
+def pack_gate_up_e4m3_panels(codes: NDArray[np.uint8], scales: NDArray[np.float32]) -> Fp8:
+    """Do for FP8 what `pack_gate_up_panels` does: codes [..., 2F, K], scales [..., 2F]."""
+    width = scales.shape[-1] // 2
+    gate = pack_e4m3_panels(codes[..., :width, :], scales[..., :width])
+    up = pack_e4m3_panels(codes[..., width:, :], scales[..., width:])
+    # scales lack the axis after the panels that the codes have
+    return _in_turns(gate[0], up[0]), _in_turns(gate[1][..., None], up[1][..., None])[..., 0]
+
+
+def _rows(values: NDArray[Values], padding: int) -> NDArray[Values]:
+    """[..., N, X] -> [..., P, 16, X]."""
+    *leading, count, length = values.shape
+    panels = -(-count // PANEL)
+    full = np.full((*leading, panels * PANEL, length), padding, values.dtype)
+    full[..., :count, :] = values
+    return full.reshape(*leading, panels, PANEL, length)
+
+
+def _in_turns(gate: NDArray[Values], up: NDArray[Values]) -> NDArray[Values]:
+    """Twice [..., P, X, Y] -> [..., 2P, X, Y]."""
+    *leading, panels, length, width = gate.shape
+    return np.stack([gate, up], -3).reshape(*leading, 2 * panels, length, width)

@@ -1,0 +1,234 @@
+"""The graphs lowered for TVM: their signature, and weights that are where and what the kernels expect."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from arriero.errors import ArrieroError
+from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.config import ModelConfig
+from arriero.graphs.lower.tvm import lower_embed, lower_text, lower_vision
+from arriero.graphs.passes.keep_token_axes import keep_token_axes
+from arriero.graphs.passes.settle_reshapes import settle_reshapes
+from arriero.graphs.trace import trace_embed, trace_text, trace_vision
+from arriero.profiles.float8 import dequantize_float8, quantize_float8
+from arriero.profiles.quantize import dequantize, quantize
+from arriero.profiles.recipe import load_profile
+from arriero.profiles.schemes import IntBlock
+from tests.toys import make_maverick_toy, make_scout_toy
+
+DOWN = "language_model.model.layers.1.feed_forward.experts.down_proj"
+GATE_UP = "language_model.model.layers.1.feed_forward.experts.gate_up_proj"
+SHARED = "language_model.model.layers.1.feed_forward.shared_expert.down_proj.weight"
+
+
+class Built:
+    """A toy with its canonical graphs; `lower` gives the folder and the weight table of one lowering."""
+
+    def __init__(self, folder: Path, vision: bool) -> None:
+        self.folder = folder
+        self.toy = make_scout_toy(folder / "toy", 1) if vision else make_maverick_toy(folder / "toy", 2)
+        self.config, self.checkpoint = ModelConfig.load(self.toy), Checkpoint.open(self.toy)
+        self.graphs = {"text": trace_text(self.config, self.checkpoint, folder / "text.onnx")}
+        self.graphs["embed"] = trace_embed(self.config, self.checkpoint, folder / "embed.onnx")
+        if vision:
+            self.graphs["vision"] = trace_vision(self.config, self.checkpoint, folder / "vision.onnx")
+
+    def lower(self, profile: str, out: Path) -> dict[str, dict[str, Any]]:
+        lowerings = {"text": lower_text, "embed": lower_embed, "vision": lower_vision}
+        schemes = load_profile(profile).assign(self.checkpoint.tensors)
+        out.mkdir()
+        table = {}
+        for part, graph in self.graphs.items():
+            table |= lowerings[part](graph, self.config, self.checkpoint, schemes, out)
+        return table
+
+
+@pytest.fixture(scope="module", params=["scout", "maverick"])
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return Built(tmp_path_factory.mktemp("lowered"), request.param == "scout")
+
+
+@pytest.fixture(scope="module")
+def scout(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return Built(tmp_path_factory.mktemp("lowered"), vision=True)
+
+
+def weight(out: Path, part: str, name: str) -> np.ndarray:
+    """The values of an initialiser of a lowered graph, from the file it is bound to; bf16 as its bits."""
+    tensor = ir.load(out / f"{part}.onnx").graph.initializers[name].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    dtype = {"FLOAT": np.float32, "BFLOAT16": np.uint16, "UINT8": np.uint8}[tensor.dtype.name]
+    shape = tuple(tensor.shape.numpy())
+    return np.fromfile(out / tensor.location, dtype, int(np.prod(shape)), offset=tensor.offset).reshape(shape)
+
+
+def test_text_has_one_node_per_kernel_and_caches_as_inputs_only(built: Built, tmp_path: Path) -> None:
+    built.lower("fp32", tmp_path / "out")
+    model = ir.load(tmp_path / "out" / "text.onnx")
+    text = built.config.text
+    kinds = Counter(node.op_type for node in model.graph)
+    dense = len(text.layers) - len(text.moe_layers)
+    assert kinds["CachedAttention"] == len(text.layers)
+    assert kinds["ExpertDispatch"] == kinds["TopK"] == len(text.moe_layers)
+    assert kinds["Linear"] == 4 * len(text.layers) + 4 * len(text.moe_layers) + 3 * dense + 1
+    assert not {"MatMul", "Gemm", "Transpose", "Scan", "Concat"} & set(kinds)
+    inputs = [value.name for value in model.graph.inputs]
+    caches = [f"past_{kind}.{i}" for i in range(len(text.layers)) for kind in ("key", "value")]
+    assert inputs == ["inputs_embeds", "positions", "logits_index", *caches]
+    outputs = [str(value.name) for value in model.graph.outputs]
+    assert outputs[0] == "logits"
+    assert {name.partition(".")[0] for name in outputs[1:]} == {"hidden", "expert_id"}
+
+
+def test_an_exact_profile_reads_the_matrices_in_the_checkpoints_own_file(built: Built, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    table = built.lower("fp32", out)
+    link = out / "weights" / "model.safetensors"
+    assert link.samefile(built.toy / "model.safetensors")
+    for name, entry in table.items():
+        if len(entry["shape"]) > 1 and "positional" not in name:
+            assert (entry["file"], entry["dtype"]) == ("weights/model.safetensors", "BF16")
+    wanted = built.checkpoint.read_rows(GATE_UP, 0, built.config.text.experts)
+    assert np.array_equal(weight(out, "text", GATE_UP), wanted)
+    own = sum(file.stat().st_size for file in (out / "weights").iterdir() if file != link)
+    assert own < 100_000  # norms and biases, widened
+
+
+def test_a_rounded_profile_writes_what_it_needs_and_links_nothing(scout: Built, tmp_path: Path) -> None:
+    table = scout.lower("int8", tmp_path / "out")
+    files = {entry["file"] for entry in table.values()}
+    assert files == {f"weights/{part}.safetensors" for part in ("text", "embed", "vision")}
+    assert sorted(file.name for file in (tmp_path / "out" / "weights").iterdir()) == sorted(
+        file.rpartition("/")[2] for file in files
+    )
+    assert {entry["scheme"] for entry in table.values()} == {"exact", "int8 block 32"}
+    assert table["language_model.model.layers.0.self_attn.q_proj.weight"]["dtype"] == "BF16"
+
+
+def unpacked(packed: np.ndarray, scales: np.ndarray, bits: int, block: int) -> np.ndarray:
+    """Values [.., 16 P, K] of panels, element by element as arriero_kernels.h tells their layout."""
+    *leading, panels, steps, _ = packed.shape
+    codes = packed.reshape(*leading, panels, steps, 16, 4).astype(np.int64)
+    if bits == 4:
+        codes = np.concatenate([codes & 15, codes >> 4], -1)
+    integers = codes.swapaxes(-3, -2).reshape(*leading, panels, 16, -1) - 2 ** (bits - 1)
+    factors = np.repeat(scales.swapaxes(-2, -1), block, -1)  # [.., P, 16, K]
+    return (integers * factors).reshape(*leading, panels * 16, -1)
+
+
+@pytest.mark.parametrize(("profile", "bits"), [("int8", 8), ("int4", 4)])
+def test_panels_stand_for_the_integers_of_the_profile(scout: Built, tmp_path: Path, profile: str, bits: int) -> None:
+    out, checkpoint = tmp_path / "out", scout.checkpoint
+    out.mkdir()
+    naive = load_profile(profile).naive()  # nearest rounding: no calibration has run here
+    schemes = {
+        name: scheme.model_copy(update={"block": 32}) if isinstance(scheme, IntBlock) else scheme  # the toy is narrow
+        for name, scheme in naive.assign(checkpoint.tensors).items()
+    }
+    lower_text(scout.graphs["text"], scout.config, checkpoint, schemes, out)
+
+    def rounded(rows: np.ndarray, name: str) -> np.ndarray:
+        scheme = schemes[name]
+        assert isinstance(scheme, IntBlock)
+        return dequantize(quantize(np.ascontiguousarray(rows), bits=bits, block=scheme.block, name=name))
+
+    def stored(name: str) -> np.ndarray:
+        scheme = schemes[name]
+        assert isinstance(scheme, IntBlock)
+        return unpacked(
+            weight(out, "text", f"{name}.packed"), weight(out, "text", f"{name}.scales"), bits, scheme.block
+        )
+
+    whole = checkpoint.read_float32(SHARED, 0, checkpoint.tensors[SHARED].shape[0])
+    assert np.allclose(stored(SHARED)[: len(whole)], rounded(whole, SHARED), rtol=1e-6)
+    experts = scout.config.text.experts
+    down, gate_up = checkpoint.read_float32(DOWN, 0, experts), checkpoint.read_float32(GATE_UP, 0, experts)
+    for expert in range(experts):
+        assert np.allclose(stored(DOWN)[expert], rounded(down[expert].T, DOWN), rtol=1e-6)
+        gate, up = np.split(rounded(gate_up[expert].T, GATE_UP), 2)
+        turns = stored(GATE_UP)[expert].reshape(-1, 2, 16, gate.shape[1])  # gate and up panels in turns
+        assert np.allclose(turns[:, 0].reshape(gate.shape), gate, rtol=1e-6)
+        assert np.allclose(turns[:, 1].reshape(up.shape), up, rtol=1e-6)
+
+
+def test_fp8_panels_stand_for_the_floats_of_the_profile(scout: Built, tmp_path: Path) -> None:
+    out, checkpoint = tmp_path / "out", scout.checkpoint
+    out.mkdir()
+    lower_text(scout.graphs["text"], scout.config, checkpoint, load_profile("fp8").assign(checkpoint.tensors), out)
+    whole = checkpoint.read_float32(SHARED, 0, checkpoint.tensors[SHARED].shape[0])
+    codes, scales = (weight(out, "text", f"{SHARED}.{kind}") for kind in ("packed", "scales"))
+    values = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * scales[:, None]  # [P, K, 16]
+    stored = values.swapaxes(1, 2).reshape(-1, whole.shape[1])[: len(whole)]
+    assert np.allclose(stored, dequantize_float8(quantize_float8(whole, name=SHARED)), rtol=1e-6)
+    experts = checkpoint.read_float32(GATE_UP, 0, 2)
+    codes, scales = (weight(out, "text", f"{GATE_UP}.{kind}")[1] for kind in ("packed", "scales"))
+    values = (codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * scales[:, None]).swapaxes(1, 2)  # [P, 16, K]
+    wanted = dequantize_float8(quantize_float8(np.ascontiguousarray(experts[1].T), name=GATE_UP))
+    assert np.allclose(values[0::2].reshape(-1, wanted.shape[1]), np.split(wanted, 2)[0], rtol=1e-6)
+    assert np.allclose(values[1::2].reshape(-1, wanted.shape[1]), np.split(wanted, 2)[1], rtol=1e-6)
+
+
+def test_a_vector_in_integers_is_refused_by_name(scout: Built, tmp_path: Path) -> None:
+    name = "language_model.model.layers.1.input_layernorm.weight"
+    eight = IntBlock(kind="int_block", bits=8, block=32, accuracy_level=4)
+    schemes = {**load_profile("fp32").assign(scout.checkpoint.tensors), name: eight}
+    with pytest.raises(ArrieroError, match=r"input_layernorm.*no kernel of the backend reads it so"):
+        lower_text(scout.graphs["text"], scout.config, scout.checkpoint, schemes, tmp_path)
+
+
+def test_lowering_leaves_the_canonical_graph_alone(scout: Built, tmp_path: Path) -> None:
+    before = sorted(node.op_type for node in scout.graphs["text"].graph)
+    scout.lower("fp32", tmp_path / "out")
+    assert sorted(node.op_type for node in scout.graphs["text"].graph) == before
+
+
+def graph_of(nodes: list[ir.Node], inputs: list[ir.Value], outputs: list[ir.Value]) -> ir.Model:
+    return ir.Model(ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": 23}), ir_version=10)
+
+
+def value(name: str, shape: list[Any]) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+
+
+def reshape(source: ir.Value, shape: list[Any]) -> tuple[ir.Node, ir.Value]:
+    target = ir.Value(name="target")
+    out = value("out", shape)
+    return ir.Node("", "Reshape", [source, target], outputs=[out]), out
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "target"),
+    [
+        (["batch", "seq", 64], ["batch", "seq", 4, 16], (0, 0, 4, 16)),
+        (["batch", "seq", 64], ["tokens", 64], (-1, 64)),
+        (["tiles", 3, 8], [24, "tiles"], (24, -1)),
+        (["tokens", 64], ["batch", "seq", 64], None),
+    ],
+)
+def test_reshapes_get_constant_targets_where_shapes_decide(before, after, target) -> None:
+    source = value("x", before)
+    node, out = reshape(source, after)
+    model = graph_of([node], [source], [out])
+    assert settle_reshapes(model) == (target is not None)
+    made = model.graph[-1].inputs[1].producer()
+    assert (tuple(made.attributes["value_ints"].value) if made else None) == target
+
+
+def test_token_axes_are_kept_apart() -> None:
+    x = value("x", ["batch", "seq", 8])
+    fold, flat = reshape(x, ["seq*batch", 8])
+    double = ir.Node("", "Add", [flat, flat], outputs=[value("double", ["seq*batch", 8])])
+    unfold, y = reshape(double.outputs[0], ["batch", "seq", 8])
+    last = ir.Node("", "Identity", [y], outputs=[value("end", ["batch", "seq", 8])])
+    model = graph_of([fold, double, unfold, last], [x], list(last.outputs))
+    assert keep_token_axes(model) == 2
+    assert [node.op_type for node in model.graph] == ["Add", "Identity"]
+    assert list(double.inputs) == [x, x]

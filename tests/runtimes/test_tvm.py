@@ -1,0 +1,183 @@
+"""The TVM backend over bundles that the real command built: parity, memory, threads, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import arriero
+from arriero.errors import ArrieroError, MachineLacks
+from arriero.runtimes import cpu, kvcache
+from arriero.runtimes import tvm as runtime
+from arriero.runtimes.manifest import Manifest, open_manifest
+from arriero.runtimes.tvm import TvmBackend
+from tests.runtimes.conftest import seal
+from tests.small import CHUNK
+
+
+@pytest.fixture
+def bundles(tvm_workshop: Path) -> Path:
+    return tvm_workshop / "bundles"
+
+
+@pytest.fixture
+def backend(bundles: Path) -> TvmBackend:
+    return TvmBackend(bundles / "fp32", open_manifest(bundles / "fp32").model, threads=1)
+
+
+def read(backend, cache, ids, taps=False):
+    found = backend.embed(ids, np.zeros((0, backend.spec.hidden_size), np.float32))
+    positions = cache.lengths[:, None] + np.arange(ids.shape[1])
+    return backend.forward(found, positions, cache, np.arange(ids.shape[1]), taps)
+
+
+def draw(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 500, (1, count))
+
+
+def test_the_exact_bundle_agrees_with_the_reference_in_text_and_images(bundles):
+    rows = {row["metric"]: row["value"] for row in json.loads((bundles / "fp32" / "parity.json").read_text())["rows"]}
+    assert rows["router_agreement"] == rows["same_top_token"] == 1.0
+    assert rows["logits_max_abs_error"] < 1e-4
+
+
+def test_int8_computes_what_onnxruntime_computes(bundles, workshop):
+    ids = draw(40)[0]
+    ours, theirs = (
+        arriero.load(folder / "int8", threads=1).logits(ids).logits for folder in (bundles, workshop / "bundles")
+    )
+    exact = arriero.load(bundles / "fp32", threads=1).logits(ids).logits
+    # The same integers, and activations rounded in the same blocks; what is left is float32's order of summation, and
+    # a value here and there that it rounds to the neighbouring integer.
+    apart, rounding = (np.abs(ours - other).mean() for other in (theirs, exact))
+    assert apart < 0.05 * rounding
+
+
+def test_steps_write_into_the_same_memory_and_touch_only_their_slots(backend):
+    cache = backend.new_cache(1, 8)
+    cache.reserve(8)
+    keys, values = cache.layer(3)
+    address = keys.ctypes.data
+    read(backend, cache, draw(3))
+    held = keys[:, :, :3].copy()
+    assert np.all(held != 0)
+    assert not keys[:, :, 3:].any()
+    assert not values[:, :, 3:].any()
+    read(backend, cache, draw(1))
+    assert cache.layer(3)[0].ctypes.data == address
+    assert np.array_equal(keys[:, :, :3], held)
+    assert np.all(keys[:, :, 3] != 0)
+    assert cache.lengths.tolist() == [4]
+
+
+def test_a_step_without_taps_gives_the_same_logits(backend):
+    with_taps = read(backend, backend.new_cache(1, 8), draw(8), taps=True)
+    without = read(backend, backend.new_cache(1, 8), draw(8))
+    assert np.array_equal(without.logits, with_taps.logits)
+    assert not without.hiddens
+    assert not without.expert_ids
+    assert sorted(with_taps.hiddens) == sorted(with_taps.expert_ids) == [0, 1, 2, 3]
+
+
+def test_results_do_not_depend_on_the_number_of_threads(bundles, backend):
+    several = TvmBackend(bundles / "fp32", backend.spec, threads=3)
+    one, three = (read(side, side.new_cache(1, 60), draw(60)).logits for side in (backend, several))
+    assert np.array_equal(one, three)
+
+
+def test_two_sessions_and_four_threads_answer_as_alone(bundles):
+    sessions = [arriero.load(bundles / "int8", threads=threads) for threads in (1, 2)]
+    image = np.random.default_rng(3).integers(0, 255, (32, 32, 3), np.uint8)
+    cases = [(f"case {i}", [image] if i % 3 == 0 else []) for i in range(8)]
+
+    def answer(number):
+        text, images = cases[number]
+        settings = {"max_tokens": 20, "temperature": 0.7, "seed": number}
+        return sessions[number % 2].generate(text, images, **settings).token_ids
+
+    alone = [answer(number) for number in range(len(cases))]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(answer, range(len(cases)))) == alone
+    assert len({tuple(tokens) for tokens in alone}) == len(cases)
+
+
+def test_steps_outside_the_agreement_are_refused(backend, monkeypatch):
+    monkeypatch.setattr(kvcache, "FIRST_SLOTS", 4)
+    with pytest.raises(ValueError, match="one token per row"):
+        read(backend, backend.new_cache(2, 32), draw(4).reshape(2, 2))
+    with pytest.raises(ValueError, match="one attention chunk"):
+        read(backend, backend.new_cache(1, 2 * CHUNK), draw(CHUNK + 1))
+    with pytest.raises(ArrieroError, match="do not fit a cache of 4"):
+        read(backend, backend.new_cache(1, 4), draw(5))
+
+
+def test_a_bundle_runs_without_compiler_or_heavy_libraries(bundles):
+    script = f"""
+import sys
+import arriero
+with arriero.load({str(bundles / "int8")!r}, threads=1) as session:
+    print(len(session.generate("What is 17 + 25?", max_tokens=3).token_ids))
+print(sorted({{"tvm", "torch", "onnx", "onnxruntime"}} & set(sys.modules)))
+print(any("tvm_compiler" in line for line in open("/proc/self/maps")))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["3", "[]", "False"]
+
+
+def test_weights_are_mapped_where_they_lie(bundles, backend):
+    """Every matrix of an exact bundle is the checkpoint's file itself; what is copied are vectors and biases."""
+    entries = json.loads((bundles / "fp32" / "text.json").read_text())["weights"]
+    matrices = [entry for entry in entries if len(entry["shape"]) > 1]
+    assert {entry["file"] for entry in matrices} == {"weights/model.safetensors"}
+    assert not any(entry["aligned"] for entry in matrices)
+    files: dict[str, np.memmap] = {}
+    maps = [runtime._map(bundles / "fp32", entry, files) for entry in matrices]
+    assert all(np.shares_memory(array, files["weights/model.safetensors"]) for array in maps)
+
+
+def edited(bundle: Path, folder: Path, **target: object) -> Path:
+    """A copy of a bundle whose manifest says something else of its target, and is sealed again."""
+    shutil.copytree(bundle, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["target"] |= target
+    seal(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_a_processor_that_lacks_a_feature_is_refused_with_its_name(bundles, tmp_path, monkeypatch):
+    recorded = open_manifest(bundles / "fp32").target.features
+    assert recorded
+    monkeypatch.setattr(cpu, "cpu_features", lambda: frozenset(recorded[1:]))
+    with pytest.raises(MachineLacks, match=rf"a processor with {recorded[0]}, which this one lacks.*cpu: native"):
+        arriero.load(bundles / "fp32")
+
+
+def test_another_architecture_is_refused(bundles, tmp_path):
+    folder = edited(bundles / "fp32", tmp_path / "other", arch="riscv64")
+    with pytest.raises(MachineLacks, match="built for riscv64"):
+        arriero.load(folder)
+
+
+def test_a_library_that_is_none_is_refused(bundles, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(bundles / "fp32", folder)
+    (folder / "text.so").unlink()
+    (folder / "text.so").write_bytes(b"no library")
+    with pytest.raises(ArrieroError, match=r"text\.so: TVM's runtime refuses the library.*arriero build"):
+        TvmBackend(folder, Manifest.read(folder).model, 1)
+
+
+@pytest.mark.parametrize(("gone", "package"), [("tvm", "apache-tvm"), ("tvm_ffi", "apache-tvm-ffi")])
+def test_a_missing_package_is_named(bundles, backend, monkeypatch, gone, package):
+    real = runtime.find_spec
+    monkeypatch.setattr(runtime, "find_spec", lambda name: None if name == gone else real(name))
+    with pytest.raises(MachineLacks, match=rf"{package} is not installed.*pip install 'arriero\[tvm\]'"):
+        TvmBackend(bundles / "fp32", backend.spec, 1)
