@@ -17,9 +17,9 @@
  *   [N,K]; a stack of experts is [E,K,N] (input-major), where gate_up has N = 2F, halves gate | up. `scales` is not
  *   read (may be null), `block` is 0. Values are widened exactly; sums are float32.
  * ARRIERO_INT8, ARRIERO_INT4: symmetric integers, one float32 scale per output feature and `block` input features
- *   (16, 32, 64, 128 or 256, a divisor of K). Activations are rounded to int8 per token and block:
- *   scale = absmax / 127, q = rint(x * (127 / absmax)); a block whose absmax is below 1e-30 counts as zeros. Products
- *   and their sum over a block are exact int32.
+ *   (a multiple of 16 that divides K; K itself is one scale per output). Activations are rounded to int8 per token and
+ *   block: scale = absmax / 127, q = rint(x * (127 / absmax)); a block whose absmax is below 1e-30 counts as zeros.
+ *   Products and their sum over a block are exact int32.
  * ARRIERO_E4M3: OCP FP8 E4M3 (no NaN codes) with one float32 scale per output feature, `block` is 0; activations stay
  *   float32.
  *
@@ -65,7 +65,8 @@ int32_t arriero_linear(int64_t format, int64_t block, const float* x, const void
 
 /* --- Expert dispatch: y[t] = sum_r down_e(silu(gate_e(s x[t])) * up_e(s x[t])), e = expert_id[t,r], s = score[t,r] ---
  * Three steps: prepare, gate_up, down. x [T,H], expert_id [T,R], score [T,R], y [T,H] (every element is written).
- * Weights of experts that no token is routed to are not touched. An id outside 0 .. E-1 adds nothing. */
+ * Weights of experts that no token is routed to are not touched. An id outside 0 .. E-1 adds nothing. Where down is in
+ * integers, gate_up is cut into parts at multiples of its block, so a block of F leaves it to one thread. */
 
 /* Bytes of workspace of one dispatch. */
 int64_t arriero_dispatch_workspace(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format,
