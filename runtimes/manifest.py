@@ -13,7 +13,7 @@ from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.cpu import architecture, check_features
 
-FORMAT = 1
+FORMAT = 2
 KEYS = ("format", "arriero", "name", "model", "target", "chain", "build", "files")
 CHAIN = ("checkpoint", "graph", "profile", "artifact", "parity")
 REPORTS = ("parity.json", "parity.html")
@@ -220,8 +220,7 @@ def _target(entry: Any, where: str) -> Target:
             context=int(entry["context"]),
             batch=int(entry["batch"]),
             arch=str(entry["arch"]),
-            # bundles of this format were written before it was a choice
-            kv_cache=str(entry.get("kv_cache", "float32")),
+            kv_cache=str(entry["kv_cache"]),
             features=tuple(map(str, entry.get("features", ()))),
         )
     except KeyError as missing:

@@ -292,7 +292,7 @@ def write_manifest(folder: Path, **changes: Any) -> dict[str, Any]:
     """Write a manifest that fits the files in `folder`."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json"]
     manifest = {
-        "format": 1,
+        "format": 2,
         "arriero": "0.1.0",
         "name": "toy",
         "model": model_entry(),
@@ -303,6 +303,7 @@ def write_manifest(folder: Path, **changes: Any) -> dict[str, Any]:
             "context": CONTEXT,
             "batch": 2,
             "arch": "any",
+            "kv_cache": "float32",
         },
         "build": {"graph": "0"},
         "files": {
