@@ -27,7 +27,8 @@ BUNDLES = [
     case(content("manifest_missing", MANIFEST, None), "no manifest.json", "fp32", "arriero build"),
     case(cut("manifest_truncated", MANIFEST, 0.4), "not valid JSON", MANIFEST, COPY),
     case(content("manifest_no_object", MANIFEST, b"[]"), "not a JSON object", MANIFEST, COPY),
-    case(setting("format_of_tomorrow", MANIFEST, format=2), "format 2", MANIFEST, "arriero that built it"),
+    case(setting("format_of_yesterday", MANIFEST, format=1), "format 1", MANIFEST, "arriero that built it"),
+    case(setting("format_of_tomorrow", MANIFEST, format=3), "format 3", MANIFEST, "arriero that built it"),
     case(setting("key_missing", MANIFEST, files=...), "keys are missing: files", MANIFEST, COPY),
     case(
         setting("target_key_missing", MANIFEST, **{"target.context": ...}),
