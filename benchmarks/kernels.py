@@ -1,6 +1,6 @@
 """How near the CPU kernels come to what the machine can do: read bandwidth in decode, peak arithmetic in prefill.
 
-    python -P benchmarks/kernels.py [--threads 1] [--hidden 2048] [--ffn 4096] [--rounds 7]
+    python benchmarks/kernels.py [--threads 1] [--hidden 2048] [--ffn 4096] [--rounds 7]
 
 Every round measures the roofline (the sum of a buffer far beyond the cache; the densest multiply-add loop) right
 before each kernel, in one process, with one thread in its own CPU time, so that a busy machine slows both alike.
@@ -14,7 +14,6 @@ import argparse
 import ctypes
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from roofline import build_probe, read_sum
 
-from arriero.export.compile.build_kernels import build_kernels, find_compiler, link_shared
+from arriero.export.compile.build_kernels import build_kernels, link_shared
 from arriero.export.compile.call_kernels import Kernels, Weight
 
 COLD_BYTES = 600_000_000  # beyond the largest cache we have met, 260 MB
@@ -95,11 +95,7 @@ def main() -> None:
         if options.library is None:
             build_kernels(machine, folder / "kernels.o")
             link_shared(folder / "kernels.o", library)
-        source = Path(__file__).parent / "roofline.cc"
-        probe = folder / "roofline.so"
-        flags = ["-O3", "-march=native", "-fPIC", "-shared"]
-        subprocess.run([find_compiler(machine), *flags, str(source), "-o", str(probe)], check=True)
-        measure(Kernels(library, options.threads), ctypes.CDLL(str(probe)), options)
+        measure(Kernels(library, options.threads), build_probe(folder), options)
 
 
 class Bench:
@@ -109,12 +105,10 @@ class Bench:
         self.kernels, self.probe, self.options = kernels, probe, options
         self.meter, self.draw = Meter(options.rounds, options.threads), np.random.default_rng(0)
         self.big = self.draw.integers(0, 2**60, COLD_BYTES // 8, np.uint64)
-        probe.int8_dots.restype = probe.float_multiply_adds.restype = ctypes.c_int64
 
     def read(self) -> float:
         """GB/s of summing a large buffer."""
-        words, size = ctypes.c_void_p(self.big.ctypes.data), ctypes.c_int64(self.big.nbytes)
-        return self.big.nbytes / self.meter.seconds(lambda: self.probe.read_sum(words, size)) / 1e9
+        return self.big.nbytes / self.meter.seconds(lambda: read_sum(self.probe, self.big)) / 1e9
 
     def peak(self, function: Callable[..., int]) -> float:
         """GOP/s of a loop of nothing but multiply-adds."""

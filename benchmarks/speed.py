@@ -12,12 +12,14 @@ the bytes of weights that one token touches (all of the decoder's matrices, and 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,8 +29,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from roofline import build_probe, read_sum
 
-BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1, "I8": 1, "I32": 4, "I64": 8}
+from arriero.export.compare import decoder_bytes
+
 READ = 1 << 30  # bytes of the buffer whose reading is the roofline, beyond any cache
 
 
@@ -73,15 +77,11 @@ class LlamaCpp:
         return {"prefill" if run["n_prompt"] else "decode": float(run["avg_ts"]) for run in runs}
 
 
-def touched_bytes(manifest: dict[str, Any]) -> float:
+def touched_bytes(manifest: dict[str, Any]) -> int:
     """Bytes of weights that one token of decode reads."""
     text = manifest["model"]["text"]
-    share = text["num_experts_per_tok"] / text["num_local_experts"] if text["num_local_experts"] else 1.0
-    return sum(
-        math.prod(entry["shape"]) * BYTES[entry["dtype"]] * (share if ".feed_forward.experts." in name else 1.0)
-        for name, entry in manifest["weights"].items()
-        if name.startswith("language_model.") and "embed_tokens" not in name
-    )
+    share = text["num_experts_per_tok"] / text["num_local_experts"] if text["num_local_experts"] else 1
+    return decoder_bytes(manifest["weights"], share)
 
 
 def serve(bundle: Path, threads: int) -> None:
@@ -118,10 +118,10 @@ def resident_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def read_bandwidth(buffer: np.ndarray, threads: int) -> float:
+def read_bandwidth(probe: ctypes.CDLL, buffer: np.ndarray, threads: int) -> float:
     """Bytes per second with which `threads` read `buffer` u64 [n] once."""
     parts = np.array_split(buffer, threads)
-    workers = [threading.Thread(target=part.sum) for part in parts]
+    workers = [threading.Thread(target=read_sum, args=(probe, part)) for part in parts]
     start = time.perf_counter()
     for worker in workers:
         worker.start()
@@ -181,10 +181,12 @@ def main() -> None:
             contenders[name + suffix] = LlamaCpp(arguments.llama_bench, Path(path), arguments.threads, options)
     if not contenders:
         parser.error("name at least one bundle or --gguf")
+    with tempfile.TemporaryDirectory() as folder:
+        probe = build_probe(Path(folder))
     buffer = np.ones(READ // 8, np.uint64)
     rounds, bandwidth = [], []
     for number in range(arguments.rounds):
-        bandwidth.append(read_bandwidth(buffer, arguments.threads))
+        bandwidth.append(read_bandwidth(probe, buffer, arguments.threads))
         names = list(contenders)
         turned = names[number % len(names) :] + names[: number % len(names)]
         rounds.append({name: contenders[name].measure(arguments.prefill, arguments.decode) for name in turned})

@@ -69,6 +69,13 @@ class Build:
         config = ModelConfig.load(self.config.model)
         return config if "image" in self.config.modalities else config.without_vision()
 
+    @cached_property
+    def judge(self) -> Judge:
+        """What every target is judged by; opened with the first that is."""
+        from arriero.export.prove import Judge
+
+        return Judge.open(self.config.model, self.config.parity.cases, self.config.modalities)
+
     @property
     def parts(self) -> tuple[Part, ...]:
         """The graphs of a bundle."""
@@ -261,7 +268,8 @@ class Build:
         weights: dict[str, Any] = {}
         for part in parts:
             watch = partial(self.watch, f"{target.name}: write {part} weights")
-            weights |= getattr(lowering, f"lower_{part}")(
+            weights |= lowering.lower(
+                part,
                 ir.load(graph / f"{part}.onnx"),
                 self.model,
                 self.checkpoint,
@@ -269,7 +277,7 @@ class Build:
                 folder,
                 lambda done, total, watch=watch: watch(done, total, "bytes"),
                 roundings,
-                **({"cache": cache} if part == "text" and cache is not None else {}),
+                cache,
             )
         return weights
 
@@ -335,13 +343,12 @@ class Build:
         Raises `BelowThreshold`; the report page stays.
         """
         from arriero.export.naive import with_naive
-        from arriero.export.prove import Judge, measure
+        from arriero.export.prove import measure
         from arriero.runtimes.report import write_html, write_json
 
-        judge = Judge.open(self.config.model, self.config.parity.cases, self.config.modalities)
         limits = thresholds(self.config, target, self.profiles[target.profile])
-        report = measure(bundle, judge, limits, self.watch)
-        report = with_naive(report, self.naive_kl(target, judge, made, lowered, folder), limits)
+        report = measure(bundle, self.judge, limits, self.watch)
+        report = with_naive(report, self.naive_kl(target, made, lowered, folder), limits)
         write_json(report, folder / "parity.json")
         write_html(report, folder / "parity.html")
         if report.failed:
@@ -353,7 +360,7 @@ class Build:
                 remedy="The page shows where it differs; choose a finer profile, or lower the threshold knowingly",
             )
 
-    def naive_kl(self, target: Target, judge: Judge, made: Made, lowered: Path, folder: Path) -> float | None:
+    def naive_kl(self, target: Target, made: Made, lowered: Path, folder: Path) -> float | None:
         """Mean KL of the naive form of the target's profile on the parity cases; None if the profile is that form.
 
         Its key/value cache is the target's own: it is the weights' calibration that is judged.
@@ -377,11 +384,11 @@ class Build:
             self.compile(chosen, parts, objects, naive)
 
         return measure_naive(
-            judge.reference,
+            self.judge.reference,
             target.backend,
             lowered,
             lower_text,
-            judge.cases,
+            self.judge.cases,
             folder,
             lambda done, total: self.watch(step, done, total, "samples"),
         )

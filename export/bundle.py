@@ -11,6 +11,7 @@ from typing import Any
 
 from arriero.errors import ArrieroError
 from arriero.graphs.checkpoint import SIDE_FILES
+from arriero.graphs.link_file import link_file
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.manifest import FORMAT, artifact_digest, file_sha256, link, open_manifest, parity_digest
 from arriero.version import __version__
@@ -37,12 +38,7 @@ def assemble(lowered: Path, partial: Path) -> None:
         shutil.rmtree(partial)
     for file in sorted(lowered.rglob("*")):
         if file.is_file() and file.name not in ("stage.json", "lowering.json"):
-            target = partial / file.relative_to(lowered)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(file, target)
-            except OSError:
-                shutil.copyfile(file, target)
+            link_file(file, partial / file.relative_to(lowered))
 
 
 def write_manifest(

@@ -21,7 +21,7 @@ from arriero.export.choice import decide, open_groups
 from arriero.export.observe import LayerInputs, Routed, Walk, expert_activation
 from arriero.export.sensitivity import expert_errors, linear_error
 from arriero.graphs.checkpoint import Checkpoint
-from arriero.graphs.names import EXPERTS_DOWN, EXPERTS_GATE_UP
+from arriero.graphs.names import expert_tensors
 from arriero.profiles.balance import fit_inputs
 from arriero.profiles.calibrate import gptq, output_error
 from arriero.profiles.observe import Moments, check_finite
@@ -125,7 +125,7 @@ class Calibration:
 
     def _experts(self, layer: int, routed: Routed) -> Iterator[Matrix]:
         """Both matrices of each expert, with the moments of what really goes into them; one expert at a time."""
-        gate_up, down = (name.format(layer=layer) for name in (EXPERTS_GATE_UP, EXPERTS_DOWN))
+        gate_up, down = expert_tensors(layer)
         for expert in range(self.walk.text.experts):
             first = self._weight(gate_up, expert)
             inputs, inners = (Moments(n, self.walk.second) for n in (first.shape[1], first.shape[0] // 2))
@@ -190,7 +190,7 @@ class Calibration:
 
     def _widen_thin(self, key: str, layer: int, ranges: Mapping[str, Any]) -> None:
         """Give experts that too few tokens reached the widest range of inputs that an expert of `layer` saw."""
-        for tensor in (name.format(layer=layer) for name in (EXPERTS_GATE_UP, EXPERTS_DOWN)):
+        for tensor in expert_tensors(layer):
             scheme = self.schemes[key].get(tensor)
             if tensor not in ranges or not isinstance(scheme, Int8Static) or not scheme.calibrates:
                 continue

@@ -6,12 +6,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError
 from arriero.export.budget import human_bytes
 from arriero.export.prove import Judge, check_origin, measure, modalities_of
+from arriero.graphs.weights import ITEM_BYTES
 from arriero.runtimes import plots, report
 from arriero.runtimes.api import load
 from arriero.runtimes.manifest import Manifest
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
 Watch = Callable[[str, int, int, str], None]
 SPEED_PROMPT, SPEED_TOKENS, SPEED_RUNS = "Count from one to one hundred.", 48, 3
-ITEM_BITS = {"F32": 32, "BF16": 16, "F16": 16, "U8": 8, "F8_E4M3": 8}
 
 
 @dataclass(frozen=True)
@@ -150,27 +151,28 @@ def write_page(lines: Sequence[Compared], labels: Mapping[str, str], path: Path)
     )
 
 
-def decoder_bytes(weights: Mapping[str, Mapping[str, Any]]) -> int:
-    """Bytes of the text decoder's weights in a manifest's weight table, the embedding table not counted."""
-    from math import prod
+def decoder_bytes(weights: Mapping[str, Mapping[str, Any]], of_experts: float = 1) -> int:
+    """Bytes of the text decoder's weights in a manifest's weight table, the embedding table not counted.
 
-    return sum(
-        prod(entry["shape"]) * ITEM_BITS[entry["dtype"]] // 8
-        for name, entry in weights.items()
-        if name.startswith("language_model.") and "embed_tokens" not in name
+    `of_experts` is the share of the experts' that counts: k of E, where what one token reads is asked for.
+    """
+    return round(
+        sum(
+            prod(entry["shape"]) * ITEM_BYTES[entry["dtype"]] * (of_experts if ".experts." in name else 1)
+            for name, entry in weights.items()
+            if name.startswith("language_model.") and "embed_tokens" not in name
+        )
     )
 
 
 def decoder_bits(weights: Mapping[str, Mapping[str, Any]]) -> float:
     """Bits per weight of the decoder layers' matrices in a manifest's weight table, scales counted."""
-    from math import prod
-
     bits = values = 0
     for name, entry in weights.items():
         if ".layers." not in name or not name.startswith("language_model.") or "router" in name or "norm" in name:
             continue
         count = prod(entry["shape"])
-        bits += count * ITEM_BITS[entry["dtype"]]
+        bits += 8 * count * ITEM_BYTES[entry["dtype"]]
         if name.endswith(".packed"):
             width = int(re.findall(r"\d+", entry["scheme"])[0])
             values += count * 8 // width

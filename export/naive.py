@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from arriero.graphs.link_file import link_file
 from arriero.profiles.recipe import OVER_NAIVE
 from arriero.runtimes.api import open_backend
 from arriero.runtimes.metrics import kl_per_token
@@ -42,7 +43,7 @@ def measure_naive(
     for file in sorted(lowered.rglob("*")):
         name = file.relative_to(lowered)
         if file.is_file() and name.parts[0] != "tokenizer" and not (naive / name).exists():
-            _link(file, naive / name)
+            link_file(file, naive / name)
     spec = reference.spec
     with Session(open_backend(backend, naive, spec), Processor(lowered / "tokenizer", spec)) as session:
         kl = mean_kl(reference, session, cases, progress)
@@ -86,11 +87,3 @@ def with_naive(report: ParityReport, naive_kl: float | None, thresholds: Mapping
 def recorded_rows(report: ParityReport) -> tuple[Row, ...]:
     """The rows of a recorded report that only a build can measure."""
     return tuple(row for row in report.rows if row.metric in (OVER_NAIVE, "naive_kl_mean"))
-
-
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(exist_ok=True)
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -7,8 +7,6 @@ from arriero.graphs.config import ModelConfig
 TEXT_PREFIX = "language_model."
 EMBEDDING = f"{TEXT_PREFIX}model.embed_tokens.weight"
 HEAD = f"{TEXT_PREFIX}lm_head.weight"
-EXPERTS_GATE_UP = "language_model.model.layers.{layer}.feed_forward.experts.gate_up_proj"
-EXPERTS_DOWN = "language_model.model.layers.{layer}.feed_forward.experts.down_proj"
 
 
 def canonical_name(raw: str, text_only: bool) -> str:

@@ -1,7 +1,7 @@
 """Lowers canonical graphs for ONNX Runtime's CPU kernels: its operators, and weights in the layouts they read.
 
-Each function writes `<part>.onnx` and `weights/<part>.safetensors` into `out_dir` and gives the weight table of the
-manifest: initialiser name -> file, dtype, shape, scheme. The canonical model is left as it was.
+`lower` writes `<part>.onnx` and `weights/<part>.safetensors` into `out_dir` and gives the weight table of the manifest:
+initialiser name -> file, dtype, shape, scheme. The canonical model is left as it was.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def lacks(scheme: Scheme) -> str | None:
     return None if isinstance(scheme, SCHEMES) else scheme.told
 
 
-def lower_text(
+def lower(
+    part: str,
     canonical: ir.Model,
     config: ModelConfig,
     checkpoint: Checkpoint,
@@ -49,58 +50,28 @@ def lower_text(
     roundings: Roundings | None = None,
     cache: Sequence[CacheScales] | None = None,
 ) -> WeightTable:
-    """Lower the text decoder. `assignment` is `Profile.assign` over the checkpoint's tensors, `roundings` what
-    calibration found for those that round by gptq. With `cache`, one entry per layer, keys and values are kept in int8.
+    """Lower one of the parts `text`, `vision` and `embed`. `assignment` is `Profile.assign` over the checkpoint's
+    tensors, `roundings` what calibration found for those that round by gptq. With `cache`, one entry per layer, keys
+    and values are kept in int8.
 
-    Inputs: `inputs_embeds`, `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` f32 or i8 [B, K, C, D] and,
-    for the chunked and the global layers, `{chunk,global}_seqlens_k` i32 [B] and `{chunk,global}_total` i32 [1].
-    Outputs as in the canonical graph; present buffers are to be bound to the past buffers' memory. One step holds
-    either one row within one chunk, or one token per row.
+    Text has the inputs `inputs_embeds`, `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` f32 or i8
+    [B, K, C, D] and, for the chunked and the global layers, `{chunk,global}_seqlens_k` i32 [B] and
+    `{chunk,global}_total` i32 [1]. Its outputs are as in the canonical graph; present buffers are to be bound to the
+    past buffers' memory. One step holds either one row within one chunk, or one token per row. The other parts'
+    signatures stay.
     """
 
     def rewrite(model: ir.Model, store: WeightStore) -> None:
-        expect("RotaryEmbedding", fuse_rotary(model), 2 * sum(layer.rope for layer in config.text.layers))
-        expect("GroupQueryAttention", replace_attention_with_gqa(model), len(config.text.layers))
-        if cache is not None:
-            expect("int8 cache", quantize_cache(model, cache), len(config.text.layers))
-        dispatches = quantize_dispatch(model, store) + replace_dispatch_with_moe(model, store)
-        expect("expert dispatch", dispatches, len(config.text.moe_layers))
+        if part == "embed":
+            return  # only standard operators, and a table in the checkpoint's dtype
+        if part == "text":
+            expect("RotaryEmbedding", fuse_rotary(model), 2 * sum(layer.rope for layer in config.text.layers))
+            expect("GroupQueryAttention", replace_attention_with_gqa(model), len(config.text.layers))
+            if cache is not None:
+                expect("int8 cache", quantize_cache(model, cache), len(config.text.layers))
+            dispatches = quantize_dispatch(model, store) + replace_dispatch_with_moe(model, store)
+            expect("expert dispatch", dispatches, len(config.text.moe_layers))
         replace_linear(model, store)
         add_functions(model)
 
-    return lower_part("text", canonical, rewrite, OPSET, checkpoint, assignment, out_dir, progress, roundings)
-
-
-def lower_vision(
-    canonical: ir.Model,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    assignment: Mapping[str, Scheme],
-    out_dir: Path,
-    progress: Progress | None = None,
-    roundings: Roundings | None = None,
-) -> WeightTable:
-    """Lower the vision tower and projector; the signature stays."""
-
-    def rewrite(model: ir.Model, store: WeightStore) -> None:
-        replace_linear(model, store)
-        add_functions(model)
-
-    return lower_part("vision", canonical, rewrite, OPSET, checkpoint, assignment, out_dir, progress, roundings)
-
-
-def lower_embed(
-    canonical: ir.Model,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    assignment: Mapping[str, Scheme],
-    out_dir: Path,
-    progress: Progress | None = None,
-    roundings: Roundings | None = None,
-) -> WeightTable:
-    """Lower the embedding merge; the signature stays, and the table keeps the checkpoint's dtype."""
-
-    def rewrite(model: ir.Model, store: WeightStore) -> None:
-        """Nothing: the embedding graph has only standard operators."""
-
-    return lower_part("embed", canonical, rewrite, OPSET, checkpoint, assignment, out_dir, progress, roundings)
+    return lower_part(part, canonical, rewrite, OPSET, checkpoint, assignment, out_dir, progress, roundings)

@@ -1,15 +1,13 @@
 """Lowers canonical graphs for the TVM backend: one node per kernel of ours, and weights in the layouts these read.
 
-Each function writes `<part>.onnx` and its weights into `out_dir` and gives the weight table of the manifest: the
-initialiser's name -> file, dtype, shape, scheme. A checkpoint file whose tensors all stay exact is linked, not written
-again. The canonical model is left as it was.
+`lower` writes `<part>.onnx` and its weights into `out_dir` and gives the weight table of the manifest: initialiser name
+-> file, dtype, shape, scheme. A checkpoint file whose tensors all stay exact is linked, not written again. The
+canonical model is left as it was.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -17,6 +15,7 @@ import onnx_ir as ir
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.functions import CACHED_ATTENTION, DOMAIN, EXPERT_DISPATCH, VERSION
+from arriero.graphs.link_file import link_file
 from arriero.graphs.lower.part import WeightTable, expect, lower_part
 from arriero.graphs.passes.fuse_rotary import fuse_rotary
 from arriero.graphs.passes.keep_token_axes import keep_token_axes
@@ -30,6 +29,7 @@ from arriero.graphs.passes.replace_with_kernels import (
 from arriero.graphs.passes.settle_reshapes import settle_reshapes
 from arriero.graphs.passes.store_weights import WeightStore
 from arriero.graphs.weights import Progress
+from arriero.profiles.kv_cache import CacheScales
 from arriero.profiles.roundings import Roundings
 from arriero.profiles.schemes import Exact, Fp8, IntBlock, Scheme
 
@@ -45,7 +45,8 @@ def lacks(scheme: Scheme) -> str | None:
     return None if isinstance(scheme, SCHEMES) else scheme.told
 
 
-def lower_text(
+def lower(
+    part: str,
     canonical: ir.Model,
     config: ModelConfig,
     checkpoint: Checkpoint,
@@ -53,63 +54,32 @@ def lower_text(
     out_dir: Path,
     progress: Progress | None = None,
     roundings: Roundings | None = None,
+    cache: Sequence[CacheScales] | None = None,
 ) -> WeightTable:
-    """Lower the text decoder. `assignment` is `Profile.assign` over the checkpoint's tensors, `roundings` what
-    calibration found for those that round by gptq.
+    """Lower one of the parts `text`, `vision` and `embed`. `assignment` is `Profile.assign` over the checkpoint's
+    tensors, `roundings` what calibration found for those that round by gptq. There is no int8 `cache` here.
 
-    Inputs: `inputs_embeds`, `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` [B, K, C, D], into which the
-    step writes its keys and values. Outputs: `logits`, `hidden.{i}`, `expert_id.{i}` [B, S, k]. One step holds either
-    one row within one chunk, or one token per row.
+    Text has the inputs `inputs_embeds`, `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` [B, K, C, D],
+    into which the step writes its keys and values, and the outputs `logits`, `hidden.{i}`, `expert_id.{i}` [B, S, k].
+    One step holds either one row within one chunk, or one token per row. The other parts' signatures stay.
     """
+    assert cache is None
 
     def rewrite(model: ir.Model, store: WeightStore) -> None:
-        expect("RotaryEmbedding", fuse_rotary(model), 2 * sum(layer.rope for layer in config.text.layers))
-        expect(CACHED_ATTENTION, cache_in_place(model), len(config.text.layers))
-        expect(EXPERT_DISPATCH, bind_experts(model, store), len(config.text.moe_layers))
-        replace_linear_with_kernel(model, store)
-        expect("token Reshape", keep_token_axes(model), 2 * len(config.text.moe_layers))
+        if part == "text":
+            expect("RotaryEmbedding", fuse_rotary(model), 2 * sum(layer.rope for layer in config.text.layers))
+            expect(CACHED_ATTENTION, cache_in_place(model), len(config.text.layers))
+            expect(EXPERT_DISPATCH, bind_experts(model, store), len(config.text.moe_layers))
+        if part == "embed":
+            expect(LOOKUP, replace_lookup(model, store), 1)
+        else:
+            replace_linear_with_kernel(model, store)
+        if part == "text":
+            expect("token Reshape", keep_token_axes(model), 2 * len(config.text.moe_layers))
         settle_reshapes(model)
 
     links = _link_checkpoint(checkpoint, assignment, out_dir)
-    return lower_part("text", canonical, rewrite, OPSET, checkpoint, assignment, out_dir, progress, roundings, links)
-
-
-def lower_vision(
-    canonical: ir.Model,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    assignment: Mapping[str, Scheme],
-    out_dir: Path,
-    progress: Progress | None = None,
-    roundings: Roundings | None = None,
-) -> WeightTable:
-    """Lower the vision tower and projector; the signature stays."""
-
-    def rewrite(model: ir.Model, store: WeightStore) -> None:
-        replace_linear_with_kernel(model, store)
-        settle_reshapes(model)
-
-    links = _link_checkpoint(checkpoint, assignment, out_dir)
-    return lower_part("vision", canonical, rewrite, OPSET, checkpoint, assignment, out_dir, progress, roundings, links)
-
-
-def lower_embed(
-    canonical: ir.Model,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    assignment: Mapping[str, Scheme],
-    out_dir: Path,
-    progress: Progress | None = None,
-    roundings: Roundings | None = None,
-) -> WeightTable:
-    """Lower the embedding merge; the signature stays, and the table keeps the checkpoint's dtype."""
-
-    def rewrite(model: ir.Model, store: WeightStore) -> None:
-        expect(LOOKUP, replace_lookup(model, store), 1)
-        settle_reshapes(model)
-
-    links = _link_checkpoint(checkpoint, assignment, out_dir)
-    return lower_part("embed", canonical, rewrite, OPSET, checkpoint, assignment, out_dir, progress, roundings, links)
+    return lower_part(part, canonical, rewrite, OPSET, checkpoint, assignment, out_dir, progress, roundings, links)
 
 
 def _link_checkpoint(checkpoint: Checkpoint, assignment: Mapping[str, Scheme], out_dir: Path) -> dict[Path, str]:
@@ -122,11 +92,6 @@ def _link_checkpoint(checkpoint: Checkpoint, assignment: Mapping[str, Scheme], o
         files[info.file] = files.get(info.file, True) and isinstance(assignment.get(info.name), Exact)
     places = {file: f"weights/{file.name}" for file, whole in files.items() if whole}
     for file, place in places.items():
-        target = out_dir / place
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.exists():
-            try:
-                os.link(file.resolve(), target)
-            except OSError:
-                shutil.copyfile(file, target)
+        if not (out_dir / place).exists():  # another part's lowering may have linked it
+            link_file(file.resolve(), out_dir / place)
     return places

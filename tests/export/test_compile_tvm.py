@@ -19,7 +19,7 @@ from arriero.export.compile.relax_import import import_graph
 from arriero.export.compile.tvm import compile_graphs, fuse
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
-from arriero.graphs.lower.tvm import lower_embed, lower_text
+from arriero.graphs.lower.tvm import lower as lower_graph
 from arriero.graphs.trace import trace_embed, trace_text
 from arriero.profiles.recipe import load_profile
 from arriero.runtimes.torch import TorchBackend, model_spec
@@ -44,8 +44,8 @@ def lower(toy: Path, out: Path) -> None:
     out.mkdir(parents=True)
     config, checkpoint = ModelConfig.load(toy), Checkpoint.open(toy)
     schemes = load_profile("fp32").assign(checkpoint.tensors)
-    for part, trace, lowering in (("text", trace_text, lower_text), ("embed", trace_embed, lower_embed)):
-        lowering(trace(config, checkpoint, out.parent / f"{part}.onnx"), config, checkpoint, schemes, out)
+    for part, trace in (("text", trace_text), ("embed", trace_embed)):
+        lower_graph(part, trace(config, checkpoint, out.parent / f"{part}.onnx"), config, checkpoint, schemes, out)
 
 
 @pytest.fixture(scope="module")

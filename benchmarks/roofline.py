@@ -1,0 +1,28 @@
+"""The probes of what the machine can do at most, built from `roofline.cc` for this very machine."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+from arriero.export.compile.build_kernels import find_compiler
+
+
+def build_probe(folder: Path) -> ctypes.CDLL:
+    """Compile the probes into `folder` and load them. Raises MachineLacks without a compiler."""
+    probe = folder / "roofline.so"
+    source = Path(__file__).with_suffix(".cc")
+    flags = ["-O3", "-march=native", "-fPIC", "-shared"]
+    subprocess.run([find_compiler(platform.machine()), *flags, str(source), "-o", str(probe)], check=True)
+    library = ctypes.CDLL(str(probe))
+    library.int8_dots.restype = library.float_multiply_adds.restype = ctypes.c_int64
+    return library
+
+
+def read_sum(probe: ctypes.CDLL, words: np.ndarray) -> None:
+    """Read all of `words` u64 [n], with the calling thread; other Python threads run meanwhile."""
+    probe.read_sum(ctypes.c_void_p(words.ctypes.data), ctypes.c_int64(words.nbytes))
