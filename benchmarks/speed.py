@@ -177,7 +177,7 @@ def main() -> None:
         contenders[name] = Bundle(Path(path), arguments.threads)
     for text in arguments.gguf:
         name, _, path = text.partition("=")
-        for suffix, options in [("", []), *([(" no repack", ["--no-repack"])] if arguments.no_repack else [])]:
+        for suffix, options in [("", []), *([(" no repack", ["--repack", "0"])] if arguments.no_repack else [])]:
             contenders[name + suffix] = LlamaCpp(arguments.llama_bench, Path(path), arguments.threads, options)
     if not contenders:
         parser.error("name at least one bundle or --gguf")

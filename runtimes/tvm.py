@@ -166,6 +166,8 @@ def load_runtime() -> Any:
         )
     # The pool would otherwise pin its threads to cores, which on an edge device are the app's cores too.
     os.environ.setdefault("TVM_BIND_THREADS", "0")
+    # And on x86 it would use every second core only, taking the others for hyper-threads.
+    os.environ.setdefault("TVM_NUM_THREADS", str(usable_cores()))
     with _unseen("torch"):
         import tvm_ffi
 

@@ -30,6 +30,8 @@ LEVELS: dict[str, dict[str, list[str]]] = {
         "neon": ["-march=armv8-a"],
     },
 }
+# What no level is compiled for.
+COMMON = ("select", "run")
 # No standard library and no C++ runtime: what links the object needs libc and the compiler's own support only. Levels
 # and machines must round alike, so products and sums are not fused behind our back. Two warnings are off because GCC 12
 # gives them for its own AVX-512 header.
@@ -50,13 +52,12 @@ def build_kernels(architecture: str, out: Path) -> None:
         )
     compiler = find_compiler(architecture)
     with tempfile.TemporaryDirectory(prefix="kernels-") as scratch:
-        objects = {name: Path(scratch) / f"{name}.o" for name in ("select", *LEVELS[architecture])}
+        objects = {name: Path(scratch) / f"{name}.o" for name in (*COMMON, *LEVELS[architecture])}
 
         def compile_one(name: str) -> None:
-            flags = LEVELS[architecture].get(name)
-            extra = [str(SOURCES / "select.cc")]
-            if flags is not None:
-                extra = [*flags, f"-DARRIERO_LEVEL={name}", str(SOURCES / "level.cc")]
+            extra = [str(SOURCES / f"{name}.cc")]
+            if name not in COMMON:
+                extra = [*LEVELS[architecture][name], f"-DARRIERO_LEVEL={name}", str(SOURCES / "level.cc")]
             _run([compiler, *FLAGS, *extra, "-c", "-o", str(objects[name])])
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

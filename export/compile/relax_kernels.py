@@ -8,10 +8,9 @@ width, B batch rows, S new tokens, D head size.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,6 @@ from arriero.errors import ArrieroError
 EXACT_FORMATS = {"float32": 0, "uint16": 1, "float16": 2}
 E4M3 = 3
 INTEGER_FORMATS = {8: 4, 4: 5}
-CPU = (1, 0)  # DLPack's device type and number
 
 
 @dataclass(frozen=True)
@@ -54,12 +52,9 @@ def linear(form: Format, features: int) -> Callable[..., te.Tensor]:
         tokens, width = _rows(x), x.shape[-1]
 
         def body(ins: Sequence[Any], outs: Sequence[Any]) -> None:
-            parts, rows, matrix, factors = threads.shape[0], *_pointers(ins[1:3]), _pointer_or_null(ins[3:])
-            kind, (y,) = (form.number, form.block), _pointers(outs)
-            with _workspace("arriero_linear_workspace", *kind, tokens, features, width, parts) as space:
-                if form.rounds:
-                    _run(parts, "arriero_linear_prepare", *kind, rows, tokens, width, space)
-                _run(parts, "arriero_linear", *kind, rows, matrix, factors, y, tokens, features, width, space)
+            rows, matrix, factors = *_pointers(ins[1:3]), _pointer_or_null(ins[3:])
+            sizes = (tokens, features, width, threads.shape[0])
+            _run("arriero_run_linear", form.number, form.block, rows, matrix, factors, *_pointers(outs), *sizes)
 
         return _extern([*x.shape[:-1], features], [threads, x, weight, *scales], body, "linear")
 
@@ -78,15 +73,11 @@ def dispatch(gate_up: Format, down: Format, width: int) -> Callable[..., te.Tens
         half = 2 if gate_up.scaled else 1
 
         def body(ins: Sequence[Any], outs: Sequence[Any]) -> None:
-            parts, rows, ids, scores = threads.shape[0], *_pointers(ins[1:4])
             first, second = ins[4 : 4 + half], ins[4 + half :]
-            sizes = (_rows(x), expert_id.shape[-1], weights[0].shape[0], x.shape[-1], width)
-            with _workspace("arriero_dispatch_workspace", *forms, *sizes, parts) as space:
-                _run(parts, "arriero_dispatch_prepare", *forms, rows, ids, scores, *sizes, space)
-                pointers = (*_pointers(first[:1]), _pointer_or_null(first[1:]))
-                _run(parts, "arriero_dispatch_gate_up", *forms, *pointers, *sizes, space)
-                pointers = (*_pointers(second[:1]), _pointer_or_null(second[1:]), *_pointers(outs))
-                _run(parts, "arriero_dispatch_down", *forms, *pointers, *sizes, space)
+            matrices = [[*_pointers(stack[:1]), _pointer_or_null(stack[1:])] for stack in (first, second)]
+            sizes = (_rows(x), expert_id.shape[-1], weights[0].shape[0], x.shape[-1], width, threads.shape[0])
+            given = (*_pointers(ins[1:4]), *matrices[0], *matrices[1], *_pointers(outs))
+            _run("arriero_run_dispatch", *forms, *given, *sizes)
 
         return _extern(x.shape, [threads, x, *rest], body, "expert_dispatch")
 
@@ -100,14 +91,9 @@ def attention(heads: int, kv_heads: int, chunk: int) -> Callable[..., te.Tensor]
         (batch, steps, _), slots, size = q.shape, rest[1].shape[2], rest[1].shape[3]
 
         def body(ins: Sequence[Any], outs: Sequence[Any]) -> None:
-            parts = threads.shape[0]
             query, key, value, keys, values, positions = _pointers(ins[1:])
-            (out,) = _pointers(outs)
-            held = (kv_heads, slots, size, chunk)
-            _run(parts, "arriero_cache_write", key, value, positions, keys, values, batch, steps, *held)
-            with _workspace("arriero_attention_workspace", batch, steps, heads, kv_heads, size, parts) as space:
-                given = (query, positions, keys, values, out, batch, steps, heads, *held, space)
-                _run(parts, "arriero_attention", *given)
+            sizes = (batch, steps, heads, kv_heads, slots, size, chunk, threads.shape[0])
+            _run("arriero_run_attention", query, key, value, positions, keys, values, *_pointers(outs), *sizes)
 
         return _extern(q.shape, [threads, q, k, *rest], body, "cached_attention")
 
@@ -142,21 +128,10 @@ def _rows(x: te.Tensor) -> Any:
     return functools.reduce(operator.mul, x.shape[:-1])
 
 
-def _run(parts: Any, function: str, *arguments: Any) -> None:
-    with T.parallel(0, parts) as part:
-        T.evaluate(tvm.tirx.call_extern("int32", function, *map(_int64, arguments), part, _int64(parts)))
-
-
-@contextlib.contextmanager
-def _workspace(function: str, *arguments: Any) -> Iterator[Any]:
-    """Memory of as many bytes as C function `function` asks for, from the pool of TVM's runtime.
-
-    Taken by hand: TVM's own allocations want sizes that the compiler can bound. The pool aligns to 64 bytes.
-    """
-    size = tvm.tirx.call_extern("int64", function, *map(_int64, arguments))
-    memory = T.bind(tvm.tirx.call_extern("handle", "TVMBackendAllocWorkspace", *CPU, size.astype("uint64"), 1, 8))
-    yield memory
-    T.evaluate(tvm.tirx.call_extern("int32", "TVMBackendFreeWorkspace", *CPU, memory))
+def _run(function: str, *arguments: Any) -> None:
+    done = tvm.tirx.call_extern("int32", function, *map(_int64, arguments))
+    with T.Assert(done == 0, f"TVM's runtime has no memory or no threads for {function}"):
+        pass
 
 
 def _pointers(buffers: Sequence[Any]) -> list[Any]:

@@ -16,6 +16,7 @@ import arriero
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes import cpu, kvcache
 from arriero.runtimes import tvm as runtime
+from arriero.runtimes.cpu import usable_cores
 from arriero.runtimes.manifest import Manifest, open_manifest
 from arriero.runtimes.tvm import TvmBackend
 from tests.runtimes.conftest import seal
@@ -90,6 +91,19 @@ def test_results_do_not_depend_on_the_number_of_threads(bundles, backend):
     several = TvmBackend(bundles / "fp32", backend.spec, threads=3)
     one, three = (read(side, side.new_cache(1, 60), draw(60)).logits for side in (backend, several))
     assert np.array_equal(one, three)
+
+
+def test_every_thread_asked_for_is_one_of_the_pool(bundles):
+    """TVM's own choice, every second processor, would run two threads' work on one."""
+    cores = usable_cores()
+    script = f"""
+import arriero, tvm_ffi
+with arriero.load({str(bundles / "int8")!r}, threads={cores}) as session:
+    session.generate("What is 17 + 25?", max_tokens=1)
+    print(tvm_ffi.get_global_func("runtime.NumThreads")())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(cores)]
 
 
 def test_two_sessions_and_four_threads_answer_as_alone(bundles):

@@ -109,6 +109,22 @@ int32_t arriero_attention(const float* q, const int64_t* positions, const float*
                           float* out, int64_t B, int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk,
                           void* workspace, int64_t part, int64_t parts);
 
+/* --- Whole operators, as a graph compiled by TVM calls them ---------------------------------------------------------
+ * Each takes its workspace from TVM's runtime and runs all its steps, in `parts`, in one launch of the calling thread's
+ * workers. Only where TVM's runtime is loaded. They give 0, or -1 if it refuses. */
+
+int32_t arriero_run_linear(int64_t format, int64_t block, const float* x, const void* weight, const float* scales,
+                           float* y, int64_t T, int64_t N, int64_t K, int64_t parts);
+
+int32_t arriero_run_dispatch(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
+                             const float* x, const int64_t* expert_id, const float* score, const void* gate_up,
+                             const float* gate_up_scales, const void* down, const float* down_scales, float* y,
+                             int64_t T, int64_t R, int64_t E, int64_t H, int64_t F, int64_t parts);
+
+int32_t arriero_run_attention(const float* q, const float* k, const float* v, const int64_t* positions,
+                              float* key_cache, float* value_cache, float* out, int64_t B, int64_t S, int64_t Q,
+                              int64_t G, int64_t C, int64_t D, int64_t chunk, int64_t parts);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,134 @@
+// Whole operators, as a compiled graph calls them: memory and threads of TVM's runtime around the kernels' steps.
+#include "arriero_kernels.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+#include <sched.h>
+
+// Weak, so that the steps can be used where TVM's runtime is not loaded.
+extern "C" {
+struct ParallelEnvironment {
+    void* sync;
+    int32_t tasks;
+};
+typedef int (*ParallelJob)(int task, ParallelEnvironment* environment, void* data);
+__attribute__((weak)) int TVMBackendParallelLaunch(ParallelJob job, void* data, int tasks);
+__attribute__((weak)) void* TVMBackendAllocWorkspace(int device_type, int device, uint64_t bytes, int code, int bits);
+__attribute__((weak)) int TVMBackendFreeWorkspace(int device_type, int device, void* memory);
+}
+
+namespace {
+
+constexpr int CPU = 1;  // DLPack's number
+
+// Where tasks wait for each other. They look rather than sleep: a step of decode takes a few microseconds, and waking a
+// thread as much.
+class Meeting {
+   public:
+    void wait(int32_t tasks) {
+        const int32_t round = __atomic_load_n(&round_, __ATOMIC_ACQUIRE);
+        if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == tasks) {
+            __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+            __atomic_store_n(&round_, round + 1, __ATOMIC_RELEASE);
+            return;
+        }
+        for (int looks = 0; __atomic_load_n(&round_, __ATOMIC_ACQUIRE) == round; ++looks) {
+            if (looks < PATIENCE) {
+                pause();
+            } else {
+                sched_yield();  // the other may be waiting for this very processor
+            }
+        }
+    }
+
+   private:
+    static constexpr int PATIENCE = 2000;
+
+    static void pause() {
+#ifdef __x86_64__
+        _mm_pause();
+#elif defined(__aarch64__)
+        __asm__ volatile("yield");
+#endif
+    }
+
+    int32_t arrived_ = 0, round_ = 0;
+};
+
+// Runs all parts of each of `steps`, functions of (workspace, part), one step after the other.
+template <class... Steps>
+int32_t run(int64_t bytes, int64_t parts, const Steps&... steps) {
+    void* space = TVMBackendAllocWorkspace(CPU, 0, bytes, 1, 8);
+    if (!space) return -1;
+    Meeting meeting;
+    auto work = [&](int32_t task, int32_t tasks) {
+        bool first = true;
+        const auto do_step = [&](const auto& step) {
+            if (!first && tasks > 1) meeting.wait(tasks);
+            first = false;
+            for (int64_t part = task; part < parts; part += tasks) step(space, part);
+        };
+        (do_step(steps), ...);
+    };
+    int32_t failed = 0;
+    if (parts == 1) {
+        work(0, 1);
+    } else {
+        const auto job = [](int task, ParallelEnvironment* environment, void* data) {
+            (*static_cast<decltype(work)*>(data))(task, environment->tasks);
+            return 0;
+        };
+        failed = TVMBackendParallelLaunch(job, &work, 0);
+    }
+    return TVMBackendFreeWorkspace(CPU, 0, space) || failed ? -1 : 0;
+}
+
+}  // namespace
+
+extern "C" int32_t arriero_run_linear(int64_t format, int64_t block, const float* x, const void* weight,
+                                      const float* scales, float* y, int64_t T, int64_t N, int64_t K, int64_t parts) {
+    const auto prepare = [&](void* space, int64_t part) {
+        arriero_linear_prepare(format, block, x, T, K, space, part, parts);
+    };
+    const auto multiply = [&](void* space, int64_t part) {
+        arriero_linear(format, block, x, weight, scales, y, T, N, K, space, part, parts);
+    };
+    const int64_t bytes = arriero_linear_workspace(format, block, T, N, K, parts);
+    const bool rounds = format == ARRIERO_INT8 || format == ARRIERO_INT4;
+    return rounds ? run(bytes, parts, prepare, multiply) : run(bytes, parts, multiply);
+}
+
+extern "C" int32_t arriero_run_dispatch(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format,
+                                        int64_t down_block, const float* x, const int64_t* expert_id,
+                                        const float* score, const void* gate_up, const float* gate_up_scales,
+                                        const void* down, const float* down_scales, float* y, int64_t T, int64_t R,
+                                        int64_t E, int64_t H, int64_t F, int64_t parts) {
+    const auto prepare = [&](void* space, int64_t part) {
+        arriero_dispatch_prepare(gate_up_format, gate_up_block, down_format, down_block, x, expert_id, score, T, R, E,
+                                 H, F, space, part, parts);
+    };
+    const auto inner = [&](void* space, int64_t part) {
+        arriero_dispatch_gate_up(gate_up_format, gate_up_block, down_format, down_block, gate_up, gate_up_scales, T, R,
+                                 E, H, F, space, part, parts);
+    };
+    const auto outer = [&](void* space, int64_t part) {
+        arriero_dispatch_down(gate_up_format, gate_up_block, down_format, down_block, down, down_scales, y, T, R, E, H,
+                              F, space, part, parts);
+    };
+    const int64_t bytes = arriero_dispatch_workspace(gate_up_format, gate_up_block, down_format, down_block, T, R, E,
+                                                     H, F, parts);
+    return run(bytes, parts, prepare, inner, outer);
+}
+
+extern "C" int32_t arriero_run_attention(const float* q, const float* k, const float* v, const int64_t* positions,
+                                         float* key_cache, float* value_cache, float* out, int64_t B, int64_t S,
+                                         int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk, int64_t parts) {
+    const auto write = [&](void*, int64_t part) {
+        arriero_cache_write(k, v, positions, key_cache, value_cache, B, S, G, C, D, chunk, part, parts);
+    };
+    const auto attend = [&](void* space, int64_t part) {
+        arriero_attention(q, positions, key_cache, value_cache, out, B, S, Q, G, C, D, chunk, space, part, parts);
+    };
+    return run(arriero_attention_workspace(B, S, Q, G, D, parts), parts, write, attend);
+}
