@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 import platform
+import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -65,6 +69,39 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return TvmBackend(folder / "out", spec, threads=2), TorchBackend(toy, text_only=True)
 
 
+def anonymous_bytes():
+    """Memory of this process that no file stands behind."""
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def mapped_bytes(folder):
+    """Bytes of the files in `folder` that this process has in memory."""
+    mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M)
+    ours = [mapping for mapping in mappings if str(folder) in mapping.split("\n", 1)[0]]
+    return sum(1024 * int(re.search(r"^Rss:\s+(\d+)", mapping, re.M)[1]) for mapping in ours)
+
+
+def forget(file):
+    """Have the system drop `file` from its memory; skips the test where it does not."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if in_memory(file).any():
+        pytest.skip("needs a temporary folder on a disk: this file system keeps its files in memory")
+
+
+def in_memory(file):
+    """Which pages of `file` can be had without reading from disk; asking reads none."""
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        pages = np.zeros(-(-len(mapped) // mmap.PAGESIZE), np.uint8)
+        start = np.frombuffer(mapped, np.uint8).ctypes.data
+        told = ctypes.CDLL(None, use_errno=True).mincore(
+            ctypes.c_void_p(start), ctypes.c_size_t(len(mapped)), ctypes.c_void_p(pages.ctypes.data)
+        )
+        assert told == 0, os.strerror(ctypes.get_errno())
+        return pages & 1 == 1
+
+
 def embeds(backend, batch):
     return np.random.default_rng(batch).standard_normal((batch, LENGTH, backend.spec.hidden_size), np.float32)
 
@@ -114,6 +151,25 @@ def test_rows_of_a_batch_decode_apart_at_different_lengths(pair):
         for row, position in enumerate(at):
             wanted = expected[row].logits[0, position]
             np.testing.assert_allclose(logits[row, 0], wanted, atol=TOLERANCE * np.abs(wanted).max())
+
+
+def test_memory_holds_what_was_touched_and_no_copy_of_it(tmp_path, kernels):
+    """Of 220 MB of weights a token has at most 1.1 times the bytes it needs in memory."""
+    wide = {"hidden_size": 256, "intermediate_size": 2048, "num_local_experts": 16}
+    toy, out = make_scout_toy(tmp_path / "toy", 7, vision=False, **wide), tmp_path / "out"
+    lower(toy, out)
+    compile_graphs(out, ["text", "embed"], None, kernels)
+    forget(toy / "model.safetensors")  # which the bundle's is a link to
+    backend, infos = TvmBackend(out, model_spec(ModelConfig.load(toy)), threads=1), Checkpoint.open(toy).tensors
+    given, cache = embeds(backend, 1), backend.new_cache(1, 64)
+    before = anonymous_bytes()
+    step = backend.forward(given[:, :1], np.array([[0]]), cache, np.array([0]), taps=True)
+    resident = mapped_bytes(out / "weights") + anonymous_bytes() - before
+
+    stacks = {name: info for name, info in infos.items() if ".experts." in name}
+    dense = sum(info.nbytes for name, info in infos.items() if name not in stacks and "embed_tokens" not in name)
+    touched = dense + sum(info.nbytes // 16 for info in stacks.values())
+    assert touched <= resident <= 1.1 * touched
 
 
 def test_layers_of_one_class_share_their_code(tmp_path):

@@ -13,6 +13,9 @@ TILE void e4m3_tile(const float* const* x, const uint8_t* panel, const float* sc
     Float sums[M][PV];
     UNROLL for (int m = 0; m < M; ++m) { UNROLL for (int v = 0; v < PV; ++v) sums[m][v] = all(0.0f); }
     for (int64_t k = 0; k < features; ++k) {
+        if constexpr (M == 1) {
+            UNROLL for (int p = 0; p < P; ++p) fetch(panel + (p * features + k) * 16 + FETCH_AHEAD);
+        }
         Float w[PV];
         UNROLL for (int v = 0; v < PV; ++v) w[v] = load_e4m3(panel + v / V * features * 16 + k * 16 + v % V * LANES);
         UNROLL for (int m = 0; m < M; ++m) {

@@ -32,6 +32,7 @@ TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, 
             UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = all_int(corrections[m][j]);
         }
         for (int64_t k = j * block; k < (j + 1) * block; k += STEP, at += 64) {
+            if constexpr (M == 1) fetch(at + FETCH_AHEAD);
             if constexpr (BITS == 8) {
                 Weights w[PV];
                 UNROLL for (int v = 0; v < PV; ++v) w[v] = load_int8(at + v / V * panel_bytes + v % V * (4 * LANES));

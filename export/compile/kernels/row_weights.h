@@ -17,6 +17,7 @@ TILE void dot_tile(const float* const* x, const typename Stored<FORMAT>::Type* w
         Float values[M];
         UNROLL for (int m = 0; m < M; ++m) values[m] = load(x[m] + k);
         UNROLL for (int n = 0; n < N; ++n) {
+            if constexpr (M == 1 && N > 1) fetch(weight + (N + n) * features + k);  // of the next N rows
             const Float w = Stored<FORMAT>::widen(weight + n * features + k);
             UNROLL for (int m = 0; m < M; ++m) sums[m][n] = fma(values[m], w, sums[m][n]);
         }
@@ -30,8 +31,10 @@ TILE void dot_tile(const float* const* x, const typename Stored<FORMAT>::Type* w
         }
     }
     UNROLL for (int m = 0; m < M; ++m) {
-        if constexpr (N == 4) {
-            store_sums(out[m], sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
+        if constexpr (N % 4 == 0) {
+            UNROLL for (int n = 0; n < N; n += 4) {
+                store_sums(out[m] + n, sums[m][n], sums[m][n + 1], sums[m][n + 2], sums[m][n + 3]);
+            }
         } else {
             UNROLL for (int n = 0; n < N; ++n) out[m][n] = sum(sums[m][n]);
         }
@@ -95,7 +98,7 @@ inline void row_product(Rows<const float> x, int64_t count, const void* weights,
         const float* a[M];
         for (int m = 0; m < M; ++m) a[m] = x[m];
         for (int64_t column = columns.begin; column < columns.end;) {
-            column += with_rows_or_one<4>(columns.end - column, [&](auto wide) {
+            column += with_rows_or_one<(M == 1 ? 8 : 4)>(columns.end - column, [&](auto wide) {
                 constexpr int N = decltype(wide)::value;
                 float tile[M][N];
                 dot_tile<FORMAT, M, N>(a, weight + column * features, features, tile);
