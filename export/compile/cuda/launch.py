@@ -1,0 +1,88 @@
+"""How the CUDA kernels are named and launched; `arriero_experts.h` tells what they compute and read.
+
+Legend: T tokens, k experts per token, E experts, H hidden, F expert width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal
+
+from arriero.errors import ArrieroError
+
+Op = Literal["gate_up", "down"]
+Shape = Literal["decode", "prefill"]
+OPS: tuple[Op, ...] = ("gate_up", "down")
+SHAPES: tuple[Shape, ...] = ("decode", "prefill")
+ACTIVATIONS = {"f16": "Half", "bf16": "Bfloat"}  # name -> its C++ type
+FORMS = {"exact": "EXACT", "int8": "INT8", "int8_block": "INT8_BLOCK", "fp8": "FP8", "int4": "INT4"}
+BLOCKS = (32, 64, 128)
+THREADS = 128
+MOST_EXPERTS = 512
+ITEMS = 64  # of a prefill tile
+TILES = 8  # of outputs, of a prefill block
+SCALARS = ("tokens", "choices", "experts", "hidden", "ffn", "block")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One entry point of `experts.cu`."""
+
+    op: Op
+    shape: Shape
+    activation: str
+    form: str
+
+    @property
+    def name(self) -> str:
+        """The entry point's name."""
+        return f"{self.op}_{self.shape}_{self.activation}_{self.form}"
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """The pointer arguments before the scalars, in order; the result comes after these."""
+        inputs = ("x", "expert_id", "score", "gate_up") if self.op == "gate_up" else ("inner", "expert_id", "down")
+        return inputs if self.form == "exact" else (*inputs, "scales")
+
+    @property
+    def source(self) -> str:
+        """C++ that compiles to this entry point alone."""
+        words = f"{self.shape}, {ACTIVATIONS[self.activation]}, {self.activation}, {FORMS[self.form]}"
+        return f"#define ARRIERO_ONE {self.op.upper()}({words})\n#include <experts.cu>\n"
+
+    def grid(self, tokens: Any, choices: int, experts: int, hidden: int, ffn: int) -> tuple[Any, int]:
+        """Blocks in x and y; `tokens` may be a number or a symbol that knows +, * and //."""
+        width, tile = (ffn, 8) if self.op == "gate_up" else (hidden, 16)
+        alone = self.op == "down" and choices > 1  # each token sums its experts in a block of its own
+        items = tokens if alone else tokens * choices
+        if self.shape == "decode":
+            return items, width // tile
+        rows = (items + (ITEMS - 1)) // ITEMS if alone else items // ITEMS + (experts + 1)
+        return rows, -(-width // (TILES * tile))
+
+
+KERNELS = tuple(Kernel(*key) for key in product(OPS, SHAPES, ACTIVATIONS, FORMS))
+
+
+def check_sizes(form: str, experts: int, hidden: int, ffn: int, block: int, where: str) -> None:
+    """Refuse sizes that the kernels do not compute, naming the node or tensor `where`."""
+    remedy = "Choose a profile or a checkpoint that has it, or the portable form of the experts"
+    if form not in FORMS:
+        raise ArrieroError(f"there is no CUDA kernel for weights in {form!r}", where=where, expected=", ".join(FORMS))
+    if not 1 <= experts <= MOST_EXPERTS:
+        raise ArrieroError(f"{experts} experts", where=where, expected=f"1 to {MOST_EXPERTS}", remedy=remedy)
+    for name, size in (("hidden", hidden), ("expert width", ffn)):
+        if size < 16 or size % 16:
+            raise ArrieroError(f"the {name} is {size}", where=where, expected="a multiple of 16", remedy=remedy)
+    if form in ("int4", "int8_block"):
+        features = {"hidden": hidden, "expert width": ffn}
+        if block not in BLOCKS:
+            expected = f"one of {', '.join(map(str, BLOCKS))}"
+            raise ArrieroError(f"blocks of {block} weights per scale", where=where, expected=expected, remedy=remedy)
+        for name, size in features.items():
+            if size % block:
+                expected = f"a multiple of the block, {block}"
+                raise ArrieroError(f"the {name} is {size}", where=where, expected=expected, remedy=remedy)
+    elif block:
+        raise ArrieroError(f"a block of {block}", where=where, expected=f"0: {form} has none", remedy=remedy)
