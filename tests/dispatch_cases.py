@@ -5,7 +5,7 @@ Legend: T tokens, k experts per token, E experts, H hidden, F expert width, N ou
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
@@ -22,19 +22,15 @@ class Matrices:
     """A stack as the kernels read it, and the float64 values [E, N, K] that it stands for."""
 
     stored: np.ndarray
-    scales: np.ndarray | None
+    scales: np.ndarray
     values: np.ndarray
-
-    @property
-    def arrays(self) -> list[np.ndarray]:
-        return [self.stored] if self.scales is None else [self.stored, self.scales]
 
 
 def store(weight: np.ndarray, form: str, activation: str, block: int) -> Matrices:
     """Store float32 [E, N, K]."""
     if form == "exact":
         rounded = weight.astype(TYPES[activation])
-        return Matrices(rounded, None, rounded.astype(np.float64))
+        return Matrices(rounded, np.full(1, np.nan, np.float32), rounded.astype(np.float64))
     if form == "fp8":
         floats = quantize_float8(weight, name="weight")
         return Matrices(pack_float8_lanes(floats), floats.scales, dequantize_float8(floats).astype(np.float64))
@@ -66,8 +62,8 @@ class Case:
 
     def arrays(self, op: str) -> list[np.ndarray]:
         if op == "gate_up":
-            return [self.x, self.expert_id, self.score, *self.gate_up.arrays]
-        return [self.inner, self.expert_id, *self.down.arrays]
+            return [self.x, self.expert_id, self.score, self.gate_up.stored, self.gate_up.scales]
+        return [self.inner, self.expert_id, self.down.stored, self.down.scales]
 
     def result(self, op: str) -> np.ndarray:
         """An array of the result's shape, of NaNs."""
@@ -119,12 +115,3 @@ def draw_case(
     stored = (store(weight, form, activation, block) for weight in (gate_up, down))
     return Case(form, activation, block, expert_id, score, x, inner, *stored)
 
-
-def without(case: Case, experts: list[int]) -> Case:
-    """The case with weights of `experts` made NaN in the reference: nothing may depend on them."""
-    values = [matrix.values.copy() for matrix in (case.gate_up, case.down)]
-    for stack in values:
-        stack[experts] = np.nan
-    return replace(
-        case, gate_up=replace(case.gate_up, values=values[0]), down=replace(case.down, values=values[1])
-    )

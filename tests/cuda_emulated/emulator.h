@@ -266,10 +266,7 @@ extern "C" const char* emulate(void* function, int pointers, void** arrays, cons
         machine.ranges.push_back({ranges[3 * i], ranges[3 * i + 1], ranges[3 * i + 2] != 0});
     }
     P* a = arrays;
-    if (pointers == 3) {
-        prepare<void (*)(P, P, P, int, int, int, int, int, int, P)>(function, a[0], a[1], a[2], n[0], n[1], n[2], n[3],
-                                                                   n[4], n[5], result);
-    } else if (pointers == 4) {
+    if (pointers == 4) {
         prepare<void (*)(P, P, P, P, int, int, int, int, int, int, P)>(function, a[0], a[1], a[2], a[3], n[0], n[1],
                                                                       n[2], n[3], n[4], n[5], result);
     } else {

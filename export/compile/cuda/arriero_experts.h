@@ -1,7 +1,7 @@
 // Llama 4's expert dispatch as two operators for NVIDIA GPUs, each of which is exactly one kernel.
 //
-//   ExpertGateUp(x, expert_id, score, gate_up[, scales]) -> inner    inner[t*k+j] = silu(gate_e(s x[t])) * up_e(s x[t])
-//   ExpertDown(inner, expert_id, down[, scales]) -> y                y[t] = sum_j down_e(inner[t*k+j])
+//   ExpertGateUp(x, expert_id, score, gate_up, scales) -> inner    inner[t*k+j] = silu(gate_e(s x[t])) * up_e(s x[t])
+//   ExpertDown(inner, expert_id, down, scales) -> y                y[t] = sum_j down_e(inner[t*k+j])
 //
 // with e = expert_id[t,j] and s = score[t,j]: the score scales the expert's INPUT. As both products are linear, the
 // kernels multiply the float32 sums by s, before SwiGLU, which rounds less than scaling x and is the same function.
@@ -13,7 +13,8 @@
 //   x [T,H], inner [T*k,F], y [T,H]   f16 or bf16, all the same ("the activation type")
 //   expert_id [T,k]                   i32; an id outside 0 .. E-1 adds nothing, its row of inner is not written
 //   score [T,k]                       f32
-//   scales                            f32: [E,N] for one scale per output, [E,N,J] for blocks of input features
+//   scales                            f32: [E,N] for one scale per output, [E,N,J] for blocks of input features; of exact
+//                                     weights any array, such as [1]: it is not read
 //   H and F are multiples of 16; blocks are 32, 64 or 128 and divide K; E is at most 512.
 //
 // --- Weights: output-major, [E,N,row], a row is one output's K input features --------------------------------------

@@ -16,31 +16,29 @@ ARRIERO_DEVICE Stack<Form> stack_of(const Op& op, const void* weights, const flo
 }  // namespace arriero
 
 #define SIZES int tokens, int choices, int experts, int hidden, int ffn, int block
-#define NO_SCALES
-#define SCALES const float *scales,
 #define ENTRY extern "C" __global__ void __launch_bounds__(arriero::THREADS)
 
-#define GATE_UP_ENTRY(shape, Act, name, Form, PARAMETER, scales)                                                 \
+#define GATE_UP_ENTRY(shape, Act, name, Form)                                                                   \
     ENTRY gate_up_##shape##_##name(const arriero::u16* x, const int* expert_id, const float* score,             \
-                                   const void* gate_up, PARAMETER SIZES, arriero::u16* inner) {                 \
+                                   const void* gate_up, const float* scales, SIZES, arriero::u16* inner) {      \
         using namespace arriero;                                                                                \
         const GateUp<Act> op{{tokens, choices, experts, hidden, ffn, block}, score, inner};                     \
         shape<Act>(op, expert_id, x, stack_of<Form<Act>>(op, gate_up, scales));                                 \
     }
-#define DOWN_ENTRY(shape, Act, name, Form, PARAMETER, scales)                                                    \
+#define DOWN_ENTRY(shape, Act, name, Form)                                                                      \
     ENTRY down_##shape##_##name(const arriero::u16* inner, const int* expert_id, const void* down,              \
-                                PARAMETER SIZES, arriero::u16* y) {                                             \
+                                const float* scales, SIZES, arriero::u16* y) {                                  \
         using namespace arriero;                                                                                \
         const Down<Act> op{{tokens, choices, experts, hidden, ffn, block}, y};                                  \
         shape<Act>(op, expert_id, inner, stack_of<Form<Act>>(op, down, scales));                                \
     }
 
 // One per form: ENTRY_OF is one of the two above, `act` the activation type's name.
-#define EXACT(ENTRY_OF, shape, Act, act) ENTRY_OF(shape, Act, act##_exact, Exact, NO_SCALES, nullptr)
-#define INT8(ENTRY_OF, shape, Act, act) ENTRY_OF(shape, Act, act##_int8, Int8Channel, SCALES, scales)
-#define INT8_BLOCK(ENTRY_OF, shape, Act, act) ENTRY_OF(shape, Act, act##_int8_block, Int8Block, SCALES, scales)
-#define FP8(ENTRY_OF, shape, Act, act) ENTRY_OF(shape, Act, act##_fp8, Fp8, SCALES, scales)
-#define INT4(ENTRY_OF, shape, Act, act) ENTRY_OF(shape, Act, act##_int4, Int4, SCALES, scales)
+#define EXACT(ENTRY_OF, shape, Act, act) ENTRY_OF(shape, Act, act##_exact, Exact)
+#define INT8(ENTRY_OF, shape, Act, act) ENTRY_OF(shape, Act, act##_int8, Int8Channel)
+#define INT8_BLOCK(ENTRY_OF, shape, Act, act) ENTRY_OF(shape, Act, act##_int8_block, Int8Block)
+#define FP8(ENTRY_OF, shape, Act, act) ENTRY_OF(shape, Act, act##_fp8, Fp8)
+#define INT4(ENTRY_OF, shape, Act, act) ENTRY_OF(shape, Act, act##_int4, Int4)
 
 #define GATE_UP(shape, Act, act, FORM) FORM(GATE_UP_ENTRY, shape, Act, act)
 #define DOWN(shape, Act, act, FORM) FORM(DOWN_ENTRY, shape, Act, act)

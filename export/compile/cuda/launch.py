@@ -42,8 +42,9 @@ class Kernel:
     @property
     def arrays(self) -> tuple[str, ...]:
         """The pointer arguments before the scalars, in order; the result comes after these."""
-        inputs = ("x", "expert_id", "score", "gate_up") if self.op == "gate_up" else ("inner", "expert_id", "down")
-        return inputs if self.form == "exact" else (*inputs, "scales")
+        if self.op == "gate_up":
+            return "x", "expert_id", "score", "gate_up", "scales"
+        return "inner", "expert_id", "down", "scales"
 
     @property
     def source(self) -> str:
