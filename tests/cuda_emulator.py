@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from arriero.export.compile.cuda.launch import SCALARS, THREADS, Kernel
 
@@ -24,6 +26,16 @@ def build(out: Path, headers: Sequence[Path] = (HEADERS, SOURCES), source: str =
         ["g++", *FLAGS, *include, "-", "-o", str(out)], input=source, text=True, capture_output=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def cached_library(config: pytest.Config) -> Path:
+    """All kernels over the emulation, compiled once per version of the sources."""
+    files = sorted([*HEADERS.iterdir(), *SOURCES.glob("*.h"), *SOURCES.glob("*.cu")])
+    key = hashlib.sha256(b"".join([*(file.read_bytes() for file in files), *map(str.encode, FLAGS)])).hexdigest()[:16]
+    path = config.cache.mkdir("cuda") / f"emulated-{key}.so"
+    if not path.is_file():
+        build(path)
+    return path
 
 
 class Broken(AssertionError):

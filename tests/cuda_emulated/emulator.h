@@ -14,7 +14,7 @@
 #include <vector>
 
 #define __global__
-#define __launch_bounds__(count)
+#define __launch_bounds__(threads, blocks)
 
 struct Dim {
     unsigned x, y, z;

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.export.compile.cuda.launch import Kernel
+from arriero.export.compile.cuda.launch import Kernel, source_of
 
 SOURCES = Path(__file__).parent
 # The oldest PTX that knows the architecture. A driver refuses PTX newer than itself, and nvcc stamps its own version on
@@ -35,7 +35,6 @@ PTX_VERSIONS = {
     "sm_120": "8.7",
     "sm_121": "8.8",
 }
-EVERY_KERNEL = "#include <experts.cu>\n"
 WHEELS = "nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm"
 FLAGS = ("-std=c++17", "-O3", "-Werror=all-warnings")
 
@@ -53,7 +52,7 @@ class Blob:
 def build_kernel(kernel: Kernel, gpu: str) -> Blob:
     """Compile `kernel` for `gpu` ("sm_89"). Raises ArrieroError for a GPU it does not run on, MachineLacks without a
     compiler. The same sources and compiler give the same bytes."""
-    ptx = compile_ptx(kernel.source, gpu)
+    ptx = compile_ptx(source_of([kernel]), gpu)
     return Blob(kernel, gpu, ptx, hashlib.sha256(ptx.encode()).hexdigest())
 
 

@@ -159,7 +159,6 @@ ARRIERO_DEVICE void decode(const Op& op, const int* expert_id, const u16* source
                 if (mine < count) op.store(shared.items[mine], first, lane, total[i], total[2 + i]);
             }
         }
-        block_barrier();
     }
 }
 

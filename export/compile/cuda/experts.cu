@@ -1,4 +1,4 @@
-// The kernels' entry points: all of them, or the one that ARRIERO_ONE names, such as GATE_UP(decode, Half, f16, INT4).
+// The kernels' entry points: all of them, or those that ARRIERO_ONLY names, such as GATE_UP(decode, Half, f16, INT4).
 #include "arriero_experts.h"
 
 namespace arriero {
@@ -16,17 +16,20 @@ ARRIERO_DEVICE Stack<Form> stack_of(const Op& op, const void* weights, const flo
 }  // namespace arriero
 
 #define SIZES int tokens, int choices, int experts, int hidden, int ffn, int block
-#define ENTRY extern "C" __global__ void __launch_bounds__(arriero::THREADS)
+// Blocks of a multiprocessor: what shared memory leaves room for on the smaller GPUs, and registers without spills.
+#define BLOCKS_decode 4
+#define BLOCKS_prefill 2
+#define ENTRY(shape) extern "C" __global__ void __launch_bounds__(arriero::THREADS, BLOCKS_##shape)
 
 #define GATE_UP_ENTRY(shape, Act, name, Form)                                                                   \
-    ENTRY gate_up_##shape##_##name(const arriero::u16* x, const int* expert_id, const float* score,             \
+    ENTRY(shape) gate_up_##shape##_##name(const arriero::u16* x, const int* expert_id, const float* score,             \
                                    const void* gate_up, const float* scales, SIZES, arriero::u16* inner) {      \
         using namespace arriero;                                                                                \
         const GateUp<Act> op{{tokens, choices, experts, hidden, ffn, block}, score, inner};                     \
         shape<Act>(op, expert_id, x, stack_of<Form<Act>>(op, gate_up, scales));                                 \
     }
 #define DOWN_ENTRY(shape, Act, name, Form)                                                                      \
-    ENTRY down_##shape##_##name(const arriero::u16* inner, const int* expert_id, const void* down,              \
+    ENTRY(shape) down_##shape##_##name(const arriero::u16* inner, const int* expert_id, const void* down,              \
                                 const float* scales, SIZES, arriero::u16* y) {                                  \
         using namespace arriero;                                                                                \
         const Down<Act> op{{tokens, choices, experts, hidden, ffn, block}, y};                                  \
@@ -43,8 +46,8 @@ ARRIERO_DEVICE Stack<Form> stack_of(const Op& op, const void* weights, const flo
 #define GATE_UP(shape, Act, act, FORM) FORM(GATE_UP_ENTRY, shape, Act, act)
 #define DOWN(shape, Act, act, FORM) FORM(DOWN_ENTRY, shape, Act, act)
 
-#ifdef ARRIERO_ONE
-ARRIERO_ONE
+#ifdef ARRIERO_ONLY
+ARRIERO_ONLY
 #else
 #define EVERY_OP(shape, Act, act, FORM) GATE_UP(shape, Act, act, FORM) DOWN(shape, Act, act, FORM)
 #define EVERY_SHAPE(Act, act, FORM) EVERY_OP(decode, Act, act, FORM) EVERY_OP(prefill, Act, act, FORM)

@@ -5,6 +5,7 @@ Legend: T tokens, k experts per token, E experts, H hidden, F expert width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
@@ -17,6 +18,7 @@ OPS: tuple[Op, ...] = ("gate_up", "down")
 SHAPES: tuple[Shape, ...] = ("decode", "prefill")
 ACTIVATIONS = {"f16": "Half", "bf16": "Bfloat"}  # name -> its C++ type
 FORMS = {"exact": "EXACT", "int8": "INT8", "int8_block": "INT8_BLOCK", "fp8": "FP8", "int4": "INT4"}
+BLOCK_FORMS = ("int8_block", "int4")
 BLOCKS = (32, 64, 128)
 THREADS = 128
 MOST_EXPERTS = 512
@@ -47,10 +49,10 @@ class Kernel:
         return "inner", "expert_id", "down", "scales"
 
     @property
-    def source(self) -> str:
-        """C++ that compiles to this entry point alone."""
+    def entry(self) -> str:
+        """The macro of `experts.cu` that defines it."""
         words = f"{self.shape}, {ACTIVATIONS[self.activation]}, {self.activation}, {FORMS[self.form]}"
-        return f"#define ARRIERO_ONE {self.op.upper()}({words})\n#include <experts.cu>\n"
+        return f"{self.op.upper()}({words})"
 
     def grid(self, tokens: Any, choices: int, experts: int, hidden: int, ffn: int) -> tuple[Any, int]:
         """Blocks in x and y; `tokens` may be a number or a symbol that knows +, * and //."""
@@ -66,24 +68,29 @@ class Kernel:
 KERNELS = tuple(Kernel(*key) for key in product(OPS, SHAPES, ACTIVATIONS, FORMS))
 
 
-def check_sizes(form: str, experts: int, hidden: int, ffn: int, block: int, where: str) -> None:
-    """Refuse sizes that the kernels do not compute, naming the node or tensor `where`."""
-    remedy = "Choose a profile or a checkpoint that has it, or the portable form of the experts"
+def source_of(kernels: Iterable[Kernel]) -> str:
+    """C++ that compiles to these entry points alone."""
+    return f"#define ARRIERO_ONLY {' '.join(kernel.entry for kernel in kernels)}\n#include <experts.cu>\n"
+
+
+def check_sizes(op: Op, form: str, experts: int, hidden: int, ffn: int, block: int, where: str) -> None:
+    """Refuse sizes that the kernels of `op` do not compute, naming the node or tensor `where`."""
+    remedy = "Choose a profile that has it, or the portable form of the experts"
     if form not in FORMS:
         raise ArrieroError(f"there is no CUDA kernel for weights in {form!r}", where=where, expected=", ".join(FORMS))
     if not 1 <= experts <= MOST_EXPERTS:
         raise ArrieroError(f"{experts} experts", where=where, expected=f"1 to {MOST_EXPERTS}", remedy=remedy)
-    for name, size in (("hidden", hidden), ("expert width", ffn)):
+    for name, size in (("hidden size", hidden), ("expert width", ffn)):
         if size < 16 or size % 16:
             raise ArrieroError(f"the {name} is {size}", where=where, expected="a multiple of 16", remedy=remedy)
-    if form in ("int4", "int8_block"):
-        features = {"hidden": hidden, "expert width": ffn}
-        if block not in BLOCKS:
-            expected = f"one of {', '.join(map(str, BLOCKS))}"
-            raise ArrieroError(f"blocks of {block} weights per scale", where=where, expected=expected, remedy=remedy)
-        for name, size in features.items():
-            if size % block:
-                expected = f"a multiple of the block, {block}"
-                raise ArrieroError(f"the {name} is {size}", where=where, expected=expected, remedy=remedy)
-    elif block:
-        raise ArrieroError(f"a block of {block}", where=where, expected=f"0: {form} has none", remedy=remedy)
+    if form not in BLOCK_FORMS:
+        if block:
+            raise ArrieroError(f"a block of {block}", where=where, expected=f"0: {form} has none", remedy=remedy)
+        return
+    if block not in BLOCKS:
+        expected = f"one of {', '.join(map(str, BLOCKS))}"
+        raise ArrieroError(f"blocks of {block} weights per scale", where=where, expected=expected, remedy=remedy)
+    name, size = ("hidden size", hidden) if op == "gate_up" else ("expert width", ffn)
+    if size % block:
+        expected = f"a multiple of the block, {block}"
+        raise ArrieroError(f"the {name} is {size}", where=where, expected=expected, remedy=remedy)

@@ -142,6 +142,7 @@ def _combination(
     score: Any = None,
 ) -> Any:
     """The one combination of types that the kernels read, all arrays row-major, with both tactics."""
+    form = form.rstrip("\0")
     activation = _activation(trt, x.dtype, node)
     stored = activation if form == "exact" else "INT32"
     wanted = {"expert_id": (expert_id, "INT32"), "the weights": (weights, stored), "scales": (scales, "FP32")}
@@ -179,8 +180,9 @@ def _launch(
 ) -> tuple[str, str, Any, Any]:
     """Name, PTX, launch parameters and scalar arguments of the kernel of `op` that `tactic` is."""
     node = GATE_UP if op == "gate_up" else DOWN
+    form = form.rstrip("\0")  # a parser may count the string's end in
     experts, choices = _constant(weights, 0, "the weights"), _constant(expert_id, 1, "expert_id")
-    check_sizes(form, experts, hidden, ffn, block, node)
+    check_sizes(op, form, experts, hidden, ffn, block, node)
     if _in_force is None:
         raise RuntimeError("register_plugins was not called")
     activation = {"FP16": "f16", "BF16": "bf16"}[_activation(trt, x.dtype, node)]
