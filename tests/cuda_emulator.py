@@ -22,9 +22,7 @@ FORWARD = np.arange(THREADS)
 def build(out: Path, headers: Sequence[Path] = (HEADERS, SOURCES), source: str = "#include <experts.cu>\n") -> None:
     """Compile all kernels into the shared library `out`."""
     include = [f"-I{folder}" for folder in headers]
-    done = subprocess.run(
-        ["g++", *FLAGS, *include, "-", "-o", str(out)], input=source, text=True, capture_output=True
-    )
+    done = subprocess.run(["g++", *FLAGS, *include, "-", "-o", str(out)], input=source, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -58,7 +58,14 @@ class Case:
     def sizes(self) -> dict[str, int]:
         tokens, choices = self.expert_id.shape
         experts, hidden, ffn = self.down.values.shape
-        return dict(tokens=tokens, choices=choices, experts=experts, hidden=hidden, ffn=ffn, block=self.block)
+        return {
+            "tokens": tokens,
+            "choices": choices,
+            "experts": experts,
+            "hidden": hidden,
+            "ffn": ffn,
+            "block": self.block,
+        }
 
     def arrays(self, op: str) -> list[np.ndarray]:
         if op == "gate_up":
@@ -114,4 +121,3 @@ def draw_case(
     down = draw.standard_normal((experts, hidden, ffn), dtype=np.float32) / ffn**0.5
     stored = (store(weight, form, activation, block) for weight in (gate_up, down))
     return Case(form, activation, block, expert_id, score, x, inner, *stored)
-

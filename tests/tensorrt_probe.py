@@ -1,23 +1,21 @@
 """Walks both plugins through TensorRT's own Python code, as a build does, and prints what TensorRT would be told.
 
-    python tests/tensorrt_probe.py FOLDER STUB
+    LD_LIBRARY_PATH=STUBS python tests/tensorrt_probe.py FOLDER < requests.json
 
-FOLDER holds the bindings (`tensorrt_bindings`, from the wheel tensorrt_cu13_bindings), STUB is a library that stands for
-those of TensorRT, which the bindings only need to be there. Dimensions are computed by `Number`, in their place.
+FOLDER holds the bindings (`tensorrt_bindings`, from the wheel tensorrt_cu13_bindings), STUBS libraries that stand for
+TensorRT's, which the bindings only need to be there. Dimensions are computed by `Number`, in the libraries' place.
 """
 
-import ctypes
+from __future__ import annotations
+
 import importlib
 import json
 import sys
 from operator import add, eq, floordiv, lt, mul, sub
 
-import numpy as np
 
-
-def import_bindings(folder, stub):
-    """`tensorrt`, without its libraries."""
-    ctypes.CDLL(stub, mode=ctypes.RTLD_GLOBAL)
+def import_bindings(folder):
+    """The bindings as `tensorrt`, as the package of this name does it."""
     sys.path.insert(0, folder)
     bindings = importlib.import_module("tensorrt_bindings")
     sys.modules["tensorrt"] = bindings
@@ -38,8 +36,8 @@ class Registry:
         return self.creators[namespace, name, version]
 
 
-def main(folder, stub):
-    trt = import_bindings(folder, stub)
+def main(folder):
+    trt = import_bindings(folder)
     registry = Registry()
     trt.get_plugin_registry = lambda: registry
 
@@ -85,13 +83,18 @@ def main(folder, stub):
 
     from arriero.errors import ArrieroError
     from arriero.export.compile.cuda import plugin as ours
+    from arriero.export.compile.cuda.build_cuda_kernels import Blob, build_kernel
+
+    def pretend(kernel, gpu):
+        return Blob(kernel, gpu, f"{kernel.name} for {gpu}", f"hash of {kernel.name}")
 
     # what each symbol's C++ part would hold
     importlib.import_module("tensorrt.plugin")
     symbols = sys.modules["tensorrt.plugin._tensor"]
 
-    def walk(op, form, inputs):
+    def walk(op, form, inputs, compiles):
         """`inputs` are lists of sizes (a negative one may vary) and a type."""
+        ours.build_kernel = build_kernel if compiles else pretend
         plugins = ours.register_plugins("sm_89")
         creator = registry.get_creator(op, "1", "arriero")
         attribute = form.encode()  # a field holds the address alone
@@ -107,7 +110,7 @@ def main(folder, stub):
         (output,) = made.output_descs
         shape = [size._expr.value for size in output.shape_expr]
         descs = []
-        for sizes, kind in [*((e, t) for e, t in zip(exprs, types)), (output.shape_expr, output_type)]:
+        for sizes, kind in [*((e, t) for e, t in zip(exprs, types, strict=True)), (output.shape_expr, output_type)]:
             dynamic = trt.DynamicPluginTensorDesc()
             dynamic.desc = trt.PluginTensorDesc()
             values = trt.Dims([size.value if isinstance(size, Number) else size._expr.value for size in sizes])
@@ -153,7 +156,7 @@ def main(folder, stub):
             answers.append(walk(**request))
         except ArrieroError as error:
             answers.append({"error": str(error)})
-    print(json.dumps({"version": trt.__version__, "numpy": np.__version__, "answers": answers}))
+    print(json.dumps({"version": trt.__version__, "answers": answers}))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ from arriero.export.compile.cuda.launch import KERNELS, SCALARS, Kernel, source_
 
 F16 = [kernel for kernel in KERNELS if kernel.activation == "f16"]
 # all kernels take a minute of compiling; the types differ in a few instructions
-COMPILED = {gpu: KERNELS if gpu == "sm_87" else F16 for gpu in ("sm_87", "sm_89", "sm_90", "sm_100", "sm_110", "sm_120")}
+COMPILED = {
+    gpu: KERNELS if gpu == "sm_87" else F16 for gpu in ("sm_87", "sm_89", "sm_90", "sm_100", "sm_110", "sm_120")
+}
 # 65,536 registers of a multiprocessor, blocks of 128 threads: four blocks of a decode kernel, two of a prefill kernel
 MOST_REGISTERS = {"decode": 128, "prefill": 240}
 SHARED_BYTES = 48 * 1024  # what a kernel has without asking for more
@@ -103,7 +105,10 @@ def test_the_machine_code_has_tensor_cores_and_wide_copies(compiled, gpu):
     local memory nor narrow reads of weights."""
     tool = disassembler()
     done = subprocess.run(
-        [tool, "--dump-sass", str(compiled[gpu][0])], capture_output=True, text=True, env={"PATH": str(Path(tool).parent)}
+        [tool, "--dump-sass", str(compiled[gpu][0])],
+        capture_output=True,
+        text=True,
+        env={"PATH": str(Path(tool).parent)},
     )
     if done.returncode or "Function :" not in done.stdout:
         pytest.skip(f"needs a newer cuobjdump, one that reads {gpu}: {done.stderr.strip()[:80]}")
@@ -170,7 +175,7 @@ def test_without_a_compiler_the_remedy_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setattr(build_cuda_kernels.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MachineLacks, match="no CUDA compiler.*pip install nvidia-cuda-nvcc"):
+    with pytest.raises(MachineLacks, match=r"no CUDA compiler.*pip install nvidia-cuda-nvcc"):
         find_nvcc()
 
 

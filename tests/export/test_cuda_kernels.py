@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from arriero.errors import ArrieroError
-from arriero.export.compile.cuda.launch import KERNELS, MOST_EXPERTS, OPS, SHAPES, THREADS, Kernel, check_sizes, source_of
+from arriero.export.compile.cuda.launch import (
+    KERNELS,
+    MOST_EXPERTS,
+    OPS,
+    SHAPES,
+    THREADS,
+    Kernel,
+    check_sizes,
+    source_of,
+)
 from tests.cuda_emulator import FORWARD, HEADERS, SOURCES, Broken, EmulatedGpu, build, cached_library
 from tests.dispatch_cases import Case, draw_case
 
@@ -91,15 +100,11 @@ def test_many_tokens_over_many_experts(gpu, choices):
 @pytest.mark.parametrize("name", ["exact", "int8", "int8-b32", "int4-b128"])
 def test_long_rows_go_round_the_pipeline(gpu, name):
     form, block, _, _ = FORMS[name]
+    short = block or 16
     for op, shape in product(OPS, SHAPES):
-        sizes = dict(hidden=2048, ffn=32) if op == "gate_up" else dict(hidden=16, ffn=2048)
-        if block and op == "gate_up":
-            sizes["ffn"] = block
-        expert_id = ids(5, experts=3)
-        block_of = {"gate_up": block, "down": block}[op]
-        if op == "down" and block:
-            sizes["hidden"] = block
-        judge(gpu, draw_case(expert_id, form, "f16", experts=3, block=block_of, **sizes), op, shape)
+        hidden, ffn = (2048, short) if op == "gate_up" else (short, 2048)
+        case = draw_case(ids(5, experts=3), form, "f16", hidden=hidden, ffn=ffn, experts=3, block=block)
+        judge(gpu, case, op, shape)
 
 
 @pytest.mark.parametrize("choices", [1, 2])
@@ -228,11 +233,16 @@ def test_the_grid_of_a_prefill_has_a_block_for_every_tile(gpu):
         judge(gpu, draw("exact", "f16", expert_id), op, "prefill")
 
 
-def test_the_emulation_refuses_what_a_gpu_would():
-    """Sizes of shared memory are bounded by the emulation, and its constants are the kernels'."""
-    text = (HEADERS / "emulator.h").read_text()
-    assert re.search(r"THREADS = (\d+)", text)[1] == str(THREADS)
-    assert "MAX_EXPERTS = %d" % MOST_EXPERTS in (SOURCES / "prefill.h").read_text()
+def test_the_sizes_told_to_python_are_the_sources():
+    """`launch.py` says again what the sources say."""
+    prefill, operators = ((SOURCES / name).read_text() for name in ("prefill.h", "operators.h"))
+    assert f"MAX_EXPERTS = {MOST_EXPERTS};" in prefill
+    assert f"COLUMNS = {ITEMS}," in prefill
+    assert f"THREADS = {THREADS}, WARPS = THREADS / 32" in operators
+    rows = int(re.search(r"ROW_TILES = (\d+)", prefill)[1])
+    assert rows * THREADS // 32 == TILES
+    assert re.findall(r"TILE_OUTPUTS = (\d+)", operators) == ["8", "16"]
+    assert f"THREADS = {THREADS}," in (HEADERS / "emulator.h").read_text()
 
 
 @pytest.mark.parametrize(

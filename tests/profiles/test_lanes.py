@@ -34,7 +34,9 @@ def codes_of(quantized: Quantized) -> np.ndarray:
     return np.stack([quantized.packed & 15, quantized.packed >> 4], -1).reshape(len(quantized.packed), -1)
 
 
-@pytest.mark.parametrize(("bits", "features", "block"), [(8, 64, 64), (8, 80, 80), (8, 96, 32), (4, 128, 32), (4, 96, 32)])
+@pytest.mark.parametrize(
+    ("bits", "features", "block"), [(8, 64, 64), (8, 80, 80), (8, 96, 32), (4, 128, 32), (4, 96, 32)]
+)
 def test_every_integer_is_where_the_header_says(bits, features, block):
     weight = np.random.default_rng(features).standard_normal((5, features), dtype=np.float32)
     quantized = quantize(weight, bits=bits, block=block, name="weight")

@@ -105,7 +105,7 @@ def find_nvcc() -> Path:
         places += [Path(in_path).parent, Path(in_path).resolve().parent]  # it may be a link from elsewhere
     spec = importlib.util.find_spec("nvidia")
     for folder in spec.submodule_search_locations or [] if spec else []:
-        places += sorted(Path(folder).glob("cu*/bin"), reverse=True) + [Path(folder) / "cuda_nvcc" / "bin"]
+        places += [*sorted(Path(folder).glob("cu*/bin"), reverse=True), Path(folder) / "cuda_nvcc" / "bin"]
     for place in places:
         if (place / "nvcc").is_file() and (place / "ptxas").is_file():
             return place / "nvcc"
@@ -138,7 +138,9 @@ def _run(command: Sequence[str], gpu: str, folder: str | None = None) -> str:
     said = done.stdout + done.stderr
     if done.returncode:
         lines = said.splitlines()
-        reason = next((line for line in lines if "error" in line or "fatal" in line), lines[0] if lines else "no reason")
+        reason = next(
+            (line for line in lines if "error" in line or "fatal" in line), lines[0] if lines else "no reason"
+        )
         raise ArrieroError(
             f"the CUDA compiler refuses the kernels for {gpu}: {reason.strip()}",
             where=" ".join(command),

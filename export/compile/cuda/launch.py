@@ -18,6 +18,7 @@ OPS: tuple[Op, ...] = ("gate_up", "down")
 SHAPES: tuple[Shape, ...] = ("decode", "prefill")
 ACTIVATIONS = {"f16": "Half", "bf16": "Bfloat"}  # name -> its C++ type
 FORMS = {"exact": "EXACT", "int8": "INT8", "int8_block": "INT8_BLOCK", "fp8": "FP8", "int4": "INT4"}
+BITS = {"int8": 8, "int8_block": 8, "fp8": 8, "int4": 4}  # of a packed weight
 BLOCK_FORMS = ("int8_block", "int4")
 BLOCKS = (32, 64, 128)
 THREADS = 128

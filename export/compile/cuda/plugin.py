@@ -5,22 +5,26 @@ plugin offers two tactics, its decode and its prefill kernel, both right for eve
 optimisation profile. Networks are strongly typed, so types follow the inputs. A node's only attribute is `form`, a key
 of `launch.FORMS`; TensorRT hands a plugin its attributes in an order of its own, so there had better be one.
 
-No `from __future__ import annotations` here: TensorRT reads the annotations as classes.
 Legend: T tokens, k experts per token, E experts, H hidden, F expert width, J blocks of a row.
 """
 
+from __future__ import annotations
+
+import inspect
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.compile.cuda.build_cuda_kernels import Blob, build_kernel
-from arriero.export.compile.cuda.launch import SHAPES, THREADS, Kernel, Op, check_sizes
+from arriero.export.compile.cuda.launch import BITS, SHAPES, THREADS, Kernel, Op, check_sizes
+from arriero.profiles.lanes import row_words
 
 NAMESPACE = "arriero"
 GATE_UP, DOWN = "ExpertGateUp", "ExpertDown"
-TACTICS = {number: shape for number, shape in enumerate(SHAPES, 1)}  # TensorRT wants them positive
+TACTICS = dict(enumerate(SHAPES, 1))  # TensorRT wants them positive
 
 
 class Plugins:
@@ -83,51 +87,60 @@ def _import_tensorrt() -> tuple[ModuleType, ModuleType]:
 
 def _register_gate_up(trt: ModuleType, trtp: Any) -> None:
     """inner [T*k, F] of x [T, H], expert_id i32 [T, k], score f32 [T, k], gate_up [E, 2F, row], scales f32."""
-    plugin, desc = f"{NAMESPACE}::{GATE_UP}", trtp.TensorDesc
+    plugin, typed = f"{NAMESPACE}::{GATE_UP}", partial(_typed, trtp)
 
     @trtp.register(plugin)
-    def describe(x: desc, expert_id: desc, score: desc, gate_up: desc, scales: desc, form: str) -> desc:
+    @typed(trtp.TensorDesc)
+    def describe(x: Any, expert_id: Any, score: Any, gate_up: Any, scales: Any, form: str) -> Any:
         tokens, choices = expert_id.shape_expr
         # 2F is halved, not F read from scales: exact weights have none
-        shape = (tokens * choices, gate_up.shape_expr[1] // 2)
-        return trtp.from_shape_expr(shape, x.dtype)
+        return trtp.from_shape_expr((tokens * choices, gate_up.shape_expr[1] // 2), x.dtype)
 
     @trtp.autotune(plugin)
-    def tune(
-        x: desc, expert_id: desc, score: desc, gate_up: desc, scales: desc, form: str, outputs: tuple[desc]
-    ) -> list[trtp.AutoTuneCombination]:
+    @typed(list[trtp.AutoTuneCombination])
+    def tune(x: Any, expert_id: Any, score: Any, gate_up: Any, scales: Any, form: str, outputs: Any) -> Any:
         return [_combination(trt, trtp, GATE_UP, x, expert_id, gate_up, scales, form, score=score)]
 
     @trtp.aot_impl(plugin)
+    @typed(tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs])
     def compiled(
-        x: desc, expert_id: desc, score: desc, gate_up: desc, scales: desc, form: str, outputs: tuple[desc], tactic: int
-    ) -> tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]:
+        x: Any, expert_id: Any, score: Any, gate_up: Any, scales: Any, form: str, outputs: Any, tactic: int
+    ) -> Any:
         hidden, ffn = _constant(x, 1, "x"), _constant(gate_up, 1, "gate_up") // 2
-        block = _block(scales, hidden)
-        return _launch(trt, trtp, "gate_up", x, expert_id, gate_up, form, hidden, ffn, block, tactic)
+        return _launch(trt, trtp, "gate_up", x, expert_id, gate_up, scales, form, hidden, ffn, tactic)
 
 
 def _register_down(trt: ModuleType, trtp: Any) -> None:
     """y [T, H] of inner [T*k, F], expert_id i32 [T, k], down [E, H, row], scales f32."""
-    plugin, desc = f"{NAMESPACE}::{DOWN}", trtp.TensorDesc
+    plugin, typed = f"{NAMESPACE}::{DOWN}", partial(_typed, trtp)
 
     @trtp.register(plugin)
-    def describe(inner: desc, expert_id: desc, down: desc, scales: desc, form: str) -> desc:
+    @typed(trtp.TensorDesc)
+    def describe(inner: Any, expert_id: Any, down: Any, scales: Any, form: str) -> Any:
         return trtp.from_shape_expr((expert_id.shape_expr[0], down.shape_expr[1]), inner.dtype)
 
     @trtp.autotune(plugin)
-    def tune(
-        inner: desc, expert_id: desc, down: desc, scales: desc, form: str, outputs: tuple[desc]
-    ) -> list[trtp.AutoTuneCombination]:
+    @typed(list[trtp.AutoTuneCombination])
+    def tune(inner: Any, expert_id: Any, down: Any, scales: Any, form: str, outputs: Any) -> Any:
         return [_combination(trt, trtp, DOWN, inner, expert_id, down, scales, form)]
 
     @trtp.aot_impl(plugin)
-    def compiled(
-        inner: desc, expert_id: desc, down: desc, scales: desc, form: str, outputs: tuple[desc], tactic: int
-    ) -> tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]:
+    @typed(tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs])
+    def compiled(inner: Any, expert_id: Any, down: Any, scales: Any, form: str, outputs: Any, tactic: int) -> Any:
         ffn, hidden = _constant(inner, 1, "inner"), _constant(down, 1, "down")
-        block = _block(scales, ffn)
-        return _launch(trt, trtp, "down", inner, expert_id, down, form, hidden, ffn, block, tactic)
+        return _launch(trt, trtp, "down", inner, expert_id, down, scales, form, hidden, ffn, tactic)
+
+
+def _typed(trtp: Any, result: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Annotate a function as TensorRT reads it, with TensorRT's classes: what is nothing else is a tensor."""
+
+    def annotate(function: Callable[..., Any]) -> Callable[..., Any]:
+        kinds = {"form": str, "tactic": int, "outputs": tuple[trtp.TensorDesc], "return": result}
+        names = [*inspect.signature(function).parameters, "return"]
+        function.__annotations__ = {name: kinds.get(name, trtp.TensorDesc) for name in names}
+        return function
+
+    return annotate
 
 
 def _combination(
@@ -145,15 +158,21 @@ def _combination(
     form = form.rstrip("\0")
     activation = _activation(trt, x.dtype, node)
     stored = activation if form == "exact" else "INT32"
-    wanted = {"expert_id": (expert_id, "INT32"), "the weights": (weights, stored), "scales": (scales, "FP32")}
-    if score is not None:
-        wanted["score"] = (score, "FP32")
-    names = {trt.DataType.FLOAT: "FP32", trt.DataType.HALF: "FP16"}
-    for name, (tensor, kind) in wanted.items():
-        found = names.get(tensor.dtype, str(tensor.dtype).removeprefix("DataType."))
-        if found != kind:
-            raise ArrieroError(f"{name} of form {form!r} is {found}", where=node, expected=kind)
-    types = [activation, "INT32", *(["FP32"] if score is not None else []), stored, "FP32", activation]
+    kinds = {
+        "FP32": trt.DataType.FLOAT,
+        "FP16": trt.DataType.HALF,
+        "BF16": trt.DataType.BF16,
+        "INT32": trt.DataType.INT32,
+    }
+    routed = {"expert_id": (expert_id, "INT32"), **({"score": (score, "FP32")} if score is not None else {})}
+    inputs = {**routed, f"{form} weights": (weights, stored), "scales": (scales, "FP32")}
+    for name, (tensor, kind) in inputs.items():
+        if tensor.dtype != kinds[kind]:
+            expected = str(kinds[kind]).removeprefix("DataType.")
+            raise ArrieroError(
+                f"the type of {name} is {str(tensor.dtype).removeprefix('DataType.')}", where=node, expected=expected
+            )
+    types = [activation, *(kind for _, kind in inputs.values()), activation]
     return trtp.AutoTuneCombination(", ".join(types), "LINEAR", list(TACTICS))
 
 
@@ -161,7 +180,7 @@ def _activation(trt: ModuleType, dtype: Any, node: str) -> str:
     names = {trt.DataType.HALF: "FP16", trt.DataType.BF16: "BF16"}
     if dtype not in names:
         found = str(dtype).removeprefix("DataType.")
-        raise ArrieroError(f"its activations are {found}", where=node, expected="HALF or BF16")
+        raise ArrieroError(f"the type of its activations is {found}", where=node, expected="HALF or BF16")
     return names[dtype]
 
 
@@ -172,17 +191,25 @@ def _launch(
     x: Any,
     expert_id: Any,
     weights: Any,
+    scales: Any,
     form: str,
     hidden: int,
     ffn: int,
-    block: int,
     tactic: int,
 ) -> tuple[str, str, Any, Any]:
     """Name, PTX, launch parameters and scalar arguments of the kernel of `op` that `tactic` is."""
     node = GATE_UP if op == "gate_up" else DOWN
     form = form.rstrip("\0")  # a parser may count the string's end in
     experts, choices = _constant(weights, 0, "the weights"), _constant(expert_id, 1, "expert_id")
+    features = hidden if op == "gate_up" else ffn
+    # scales are [E, N, J], or have fewer axes where there are no blocks
+    block = features // _constant(scales, 2, "scales") if scales.ndim == 3 else 0
     check_sizes(op, form, experts, hidden, ffn, block, node)
+    outputs = 2 * ffn if op == "gate_up" else hidden
+    row = features if form == "exact" else row_words(BITS[form], features)
+    _check_shape(node, f"{form} weights", weights, [experts, outputs, row])
+    if form != "exact":
+        _check_shape(node, "scales", scales, [experts, outputs, *([features // block] if block else [])])
     if _in_force is None:
         raise RuntimeError("register_plugins was not called")
     activation = {"FP16": "f16", "BF16": "bf16"}[_activation(trt, x.dtype, node)]
@@ -210,6 +237,8 @@ def _constant(tensor: Any, axis: int, name: str) -> int:
     return int(size.constant_value())
 
 
-def _block(scales: Any, features: int) -> int:
-    """Input features of a block: scales are [E, N, J], or fewer axes where there are no blocks."""
-    return features // _constant(scales, 2, "scales") if scales.ndim == 3 else 0
+def _check_shape(node: str, name: str, tensor: Any, expected: list[int]) -> None:
+    """Refuse what the kernels would read past the end of."""
+    found = [_constant(tensor, axis, name) for axis in range(tensor.ndim)]
+    if found != expected:
+        raise ArrieroError(f"the shape of {name} is {found}", where=node, expected=str(expected))
