@@ -120,7 +120,9 @@ def main(folder):
         combinations = made.get_supported_format_combinations(descs, len(inputs))
         made.configure_plugin(descs[: len(inputs)], descs[len(inputs) :])
         tactics = sorted(made.get_valid_tactics())
+        registered = sys.modules["tensorrt.plugin._lib"].QDP_REGISTRY[f"arriero::{op}"]
         told = {
+            "names": registered.input_tensor_names,
             "output": [str(output_type), shape],
             "types": [str(c.type) for c in combinations],
             "formats": sorted({str(c.format) for c in combinations}),

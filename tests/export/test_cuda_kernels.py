@@ -156,6 +156,26 @@ def test_the_result_does_not_depend_on_the_threads_order(gpu, op, shape):
         assert len(set(results)) == 1
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_expert_beyond_four_gigabytes(gpu, shape):
+    """Scout's shapes: the last expert's weights, in a stack of which only the rows that are read hold memory."""
+    hidden, ffn, experts, count = 5120, 8192, 32, 128 if shape == "prefill" else 16
+    draw = np.random.default_rng(0)
+    stack = np.zeros((experts, 2 * ffn, hidden), np.float16)
+    rows = [*range(count), *range(ffn, ffn + count)]
+    stack[-1, rows] = 3 * draw.standard_normal((2 * count, hidden), dtype=np.float32) / hidden**0.5
+    assert (stack.nbytes // experts) * (experts - 1) > 2**32
+    ids, score = np.full((1, 1), experts - 1, np.int32), np.full((1, 1), 0.3, np.float32)
+    x, inner = draw.standard_normal((1, hidden)).astype(np.float16), np.full((1, ffn), np.nan, np.float16)
+    sizes = {"tokens": 1, "choices": 1, "experts": experts, "hidden": hidden, "ffn": ffn, "block": 0}
+    kernel = Kernel("gate_up", shape, "f16", "exact")
+    grid = (1, count // 8) if shape == "decode" else (1, count // 64)
+    arrays = [x, ids, score, stack, np.zeros(1, np.float32)]
+    exact = gpu.launch(kernel, arrays, sizes, inner, touch=[x, ids, score, stack[-1]], grid=grid)
+    gate, up = np.split(stack[-1, rows].astype(np.float64) @ (x[0].astype(np.float64) * float(score[0, 0])), 2)
+    assert error(exact[0, :count], gate / (1 + np.exp(-gate)) * up) < SUM_ERROR
+
+
 MUTATIONS = {
     "the score scales the result": (
         "operators.h",

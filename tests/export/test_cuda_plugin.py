@@ -124,6 +124,8 @@ def test_tensorrt_is_told_what_the_kernels_expect(probe):
             kernel = Kernel(op, shape, activation, form)
             x, y = kernel.grid(TOKENS, choices, EXPERTS, HIDDEN, FFN)
             assert tactic["kernel"] == kernel.name
+            # the emulation hands arrays over in this order, and gets right results
+            assert tuple(told["names"]) == kernel.arrays
             assert tactic["launch"] == {
                 "grid_x": x,
                 "grid_y": y,
