@@ -41,7 +41,8 @@ class Broken(AssertionError):
 
 
 class EmulatedGpu:
-    """One launch at a time. `order` is the threads' order, `late` when asynchronous copies arrive."""
+    """One launch at a time. `order` is the threads' order, `late` when asynchronous copies arrive,
+    `restless` whether threads also give way between barriers."""
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
@@ -57,6 +58,7 @@ class EmulatedGpu:
         touch: Sequence[np.ndarray] | None = None,
         order: np.ndarray = FORWARD,
         late: bool = True,
+        restless: bool = False,
         grid: tuple[int, int] | None = None,
     ) -> np.ndarray:
         """Run `kernel` into `result` (16-bit) and give what it rounded, float32. It may read `touch` only, by default
@@ -78,6 +80,7 @@ class EmulatedGpu:
             y,
             (ctypes.c_int * THREADS)(*order.tolist()),
             int(late),
+            int(restless),
             (ctypes.c_uint64 * (3 * len(ranges)))(*(int(value) for row in ranges for value in row)),
             len(ranges),
         )

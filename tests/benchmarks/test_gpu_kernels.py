@@ -111,6 +111,7 @@ class Driver:
             y,
             (ctypes.c_int * THREADS)(*FORWARD.tolist()),
             1,
+            0,
             (ctypes.c_uint64 * (3 * count))(*(value for row in ranges for value in row)),
             count,
         )

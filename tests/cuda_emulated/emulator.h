@@ -1,7 +1,7 @@
 // Runs a CUDA kernel's blocks on a CPU: one fibre per thread, which gives way at every barrier and warp-wide operation.
 //
-// Threads of a block take turns in a chosen order, and asynchronous copies arrive as early or as late as they may, so
-// that a missing barrier or wait shows as a wrong result. Shared memory starts as NaNs. Every access to global memory
+// Threads of a block take turns in a chosen order, a restless one also gives way at some accesses to global memory, and
+// asynchronous copies arrive as early or as late as they may, so that a missing barrier or wait shows as a wrong result. Shared memory starts as NaNs. Every access to global memory
 // must lie in a range the caller allowed. What breaks a rule ends the launch with a sentence.
 #pragma once
 
@@ -62,7 +62,8 @@ struct Thread {
 struct Machine {
     std::vector<Range> ranges;
     std::vector<int> order;
-    bool late;
+    bool late, restless;
+    uint32_t dice;
     char failure[200];
     alignas(128) unsigned char shared[SHARED];
     bool shared_taken;
@@ -140,6 +141,7 @@ inline Operands& warp_together(void (*work)(Operands*), const Operands& mine) {
 }
 
 inline void check(const void* pointer, int bytes, bool writes) {
+    if (machine.restless && (machine.dice = machine.dice * 1664525u + 1013904223u) >> 30 == 0) give_way();
     const auto begin = reinterpret_cast<uintptr_t>(pointer);
     if (begin % bytes) fail("a misaligned access to global memory");
     for (const Range& range : machine.ranges) {
@@ -149,9 +151,10 @@ inline void check(const void* pointer, int bytes, bool writes) {
 }
 
 inline void store(uint16_t* pointer, uint16_t bits) {
+    const float rounded = machine.rounded;  // another thread may run meanwhile
     check(pointer, 2, true);
     *pointer = bits;
-    machine.exact[(reinterpret_cast<uintptr_t>(pointer) - machine.result) / 2] = machine.rounded;
+    machine.exact[(reinterpret_cast<uintptr_t>(pointer) - machine.result) / 2] = rounded;
 }
 
 inline void arrive(const Copy& copy) {
@@ -252,13 +255,15 @@ void prepare(void* function, Arguments... arguments) {
 // `exact` [elements of the result] gets the float32 values that were rounded to the result's. `ranges` are triples
 // begin, end, writable. Gives an empty text, or what went wrong.
 extern "C" const char* emulate(void* function, int pointers, void** arrays, const int* n, void* result, float* exact,
-                               int elements, int grid_x, int grid_y, const int* order, int late, const uint64_t* ranges,
-                               int range_count) {
+                               int elements, int grid_x, int grid_y, const int* order, int late, int restless,
+                               const uint64_t* ranges, int range_count) {
     using namespace emulator;
     using P = void*;
     machine.failure[0] = 0;
     machine.order.assign(order, order + THREADS);
     machine.late = late;
+    machine.restless = restless;
+    machine.dice = 1;
     machine.result = reinterpret_cast<uintptr_t>(result);
     machine.exact = exact;
     machine.ranges.assign(1, {machine.result, machine.result + 2 * static_cast<uintptr_t>(elements), true});

@@ -118,6 +118,14 @@ def test_a_token_of_no_expert_adds_nothing(gpu, choices):
         judge(gpu, draw(name, "f16", expert_id), op, shape)
 
 
+def test_the_last_tokens_first_choice_is_no_expert(gpu):
+    """No barrier follows their turn, so nothing but one before the next choice keeps its ids apart."""
+    expert_id = ids(13, 2)
+    expert_id[10:, 0] = -1
+    for op, shape, order in product(OPS, SHAPES, (FORWARD, FORWARD[::-1])):
+        judge(gpu, draw("exact", "f16", expert_id), op, shape, order=order)
+
+
 def test_no_token_of_any_expert(gpu):
     for op, shape in product(OPS, SHAPES):
         case = draw("int8", "f16", np.full((3, 1), -1))
@@ -150,8 +158,8 @@ def test_the_result_does_not_depend_on_the_threads_order(gpu, op, shape):
         case = draw(name, "f16", ids(20, choices))
         orders = (FORWARD, FORWARD[::-1], np.random.default_rng(0).permutation(THREADS))
         results = [
-            judge(gpu, case, op, shape, order=order, late=late).tobytes()
-            for order, late in product(orders, (True, False))
+            judge(gpu, case, op, shape, order=order, late=late, restless=restless).tobytes()
+            for order, (late, restless) in product(orders, ((True, False), (False, True)))
         ]
         assert len(set(results)) == 1
 

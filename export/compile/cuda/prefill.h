@@ -241,6 +241,7 @@ ARRIERO_DEVICE void prefill(const Op& op, const int* expert_id, const u16* sourc
         }
     } else {
         for (int choice = 0; choice < op.passes(); ++choice) {
+            block_barrier();  // slower warps may still look through the ids of the choice before
             if (thread < COLUMNS) {
                 shared.ids[thread] =
                     thread < count ? load_int(expert_id + op.id_of(shared.items[thread], choice)) : -1;
