@@ -26,11 +26,10 @@ from arriero.export.compile.cuda.build_cuda_kernels import (
 )
 from arriero.export.compile.cuda.launch import KERNELS, SCALARS, Kernel, source_of
 
-F16 = [kernel for kernel in KERNELS if kernel.activation == "f16"]
-# all kernels take a minute of compiling; the types differ in a few instructions
-COMPILED = {
-    gpu: KERNELS if gpu == "sm_87" else F16 for gpu in ("sm_87", "sm_89", "sm_90", "sm_100", "sm_110", "sm_120")
-}
+SOME = [kernel for kernel in KERNELS if kernel.activation == "f16" and kernel.form in ("exact", "fp8", "int4")]
+# All kernels of all GPUs take a minute of compiling. Types and integer forms differ in a few instructions only.
+GPUS = ("sm_87", "sm_89", "sm_90", "sm_100", "sm_110", "sm_120")
+COMPILED = {gpu: KERNELS if gpu == "sm_87" else SOME for gpu in GPUS}
 # 65,536 registers of a multiprocessor, blocks of 128 threads: four blocks of a decode kernel, two of a prefill kernel
 MOST_REGISTERS = {"decode": 128, "prefill": 240}
 SHARED_BYTES = 48 * 1024  # what a kernel has without asking for more
