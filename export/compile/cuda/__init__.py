@@ -1,0 +1,1 @@
+"""CUDA kernels of the expert dispatch, compiled ahead of time into TensorRT engines as plugins."""

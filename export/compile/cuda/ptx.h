@@ -1,0 +1,123 @@
+// What the kernels ask of the GPU, as PTX. The tests put another file of this name in its place, for a CPU.
+#pragma once
+
+namespace arriero {
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+
+struct alignas(16) Quad {
+    u32 word[4];
+};
+
+#define ARRIERO_DEVICE __device__ __forceinline__
+// One variable in shared memory.
+#define ARRIERO_SHARED(Type, name) __shared__ Type name
+
+ARRIERO_DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
+
+// --- Global memory: nothing else reads or writes it -----------------------------------------------------------------
+
+ARRIERO_DEVICE int load_int(const int* pointer) { return __ldg(pointer); }
+ARRIERO_DEVICE float load_float(const float* pointer) { return __ldg(pointer); }
+ARRIERO_DEVICE void store_half(u16* pointer, u16 bits) { *pointer = bits; }
+
+// 16 bytes into shared memory, past the first-level cache: for what one warp reads once. Zeros if not `valid`.
+ARRIERO_DEVICE void copy_weights(Quad* to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+// 16 bytes through the first-level cache: for what other warps of this multiprocessor read too.
+ARRIERO_DEVICE void copy_tokens(Quad* to, const void* from, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+ARRIERO_DEVICE void copy_scale(float* to, const float* from, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(valid ? 4 : 0)
+                 : "memory");
+}
+
+ARRIERO_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all but the last `pending` commits have arrived, as far as this thread's own copies go.
+template <int pending>
+ARRIERO_DEVICE void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// --- Threads ---------------------------------------------------------------------------------------------------------
+
+ARRIERO_DEVICE void block_barrier() { __syncthreads(); }
+ARRIERO_DEVICE bool block_any(bool value) { return __syncthreads_or(value); }
+ARRIERO_DEVICE void warp_barrier() { __syncwarp(); }
+ARRIERO_DEVICE u32 warp_ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
+ARRIERO_DEVICE int warp_shift_up(int value, int by) { return __shfl_up_sync(0xffffffffu, value, by); }
+ARRIERO_DEVICE int warp_from(int value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+ARRIERO_DEVICE void count_shared(int* counter) { atomicAdd(counter, 1); }
+ARRIERO_DEVICE int count_bits(u32 bits) { return __popc(bits); }
+ARRIERO_DEVICE int lowest_bit(u32 bits) { return __ffs(bits) - 1; }
+
+// --- Arithmetic ------------------------------------------------------------------------------------------------------
+
+// Bytes of the eight in a (0 .. 3) and b (4 .. 7), chosen by the nibbles of `selector`.
+ARRIERO_DEVICE u32 choose_bytes(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
+
+ARRIERO_DEVICE float exponential2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+ARRIERO_DEVICE float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// An activation type: a pair of its values is a 32-bit word, the first one low.
+struct Half {
+    static ARRIERO_DEVICE u16 round(float x) {
+        u16 bits;
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+        return bits;
+    }
+    // a * b + c of pairs, rounded once
+    static ARRIERO_DEVICE u32 multiply_add(u32 a, u32 b, u32 c) {
+        u32 d;
+        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+        return d;
+    }
+    // sum[16x8] += a[16x16] b[16x8]
+    static ARRIERO_DEVICE void multiply_tile(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    }
+};
+
+struct Bfloat {
+    static ARRIERO_DEVICE u16 round(float x) {
+        u16 bits;
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+        return bits;
+    }
+    static ARRIERO_DEVICE u32 multiply_add(u32 a, u32 b, u32 c) {
+        u32 d;
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+        return d;
+    }
+    static ARRIERO_DEVICE void multiply_tile(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    }
+};
+
+}  // namespace arriero

@@ -1,0 +1,294 @@
+"""The CUDA kernels' own source, compiled for the CPU and run thread by thread, against float64 numpy."""
+
+from __future__ import annotations
+
+import re
+from itertools import cycle, product
+
+import numpy as np
+import pytest
+
+from arriero.errors import ArrieroError
+from arriero.export.compile.cuda.launch import (
+    ITEMS,
+    KERNELS,
+    MOST_EXPERTS,
+    OPS,
+    SHAPES,
+    THREADS,
+    TILES,
+    Kernel,
+    check_sizes,
+    source_of,
+)
+from tests.cuda_emulator import FORWARD, HEADERS, SOURCES, Broken, EmulatedGpu, build, cached_library
+from tests.dispatch_cases import Case, draw_case
+
+# float32 sums of up to a thousand terms, in any order, relative to the largest result
+SUM_ERROR = 1e-5
+# rounding the result: half a unit in the last place of 10 (f16) or 7 bits (bf16)
+ROUNDING = {"f16": 2.0**-11, "bf16": 2.0**-8}
+# form, block and sizes that are odd for it: no multiples of a group, of a warp's share or of a block of outputs
+FORMS = {
+    "exact": ("exact", 0, 80, 48),
+    "int8": ("int8", 0, 80, 48),
+    "fp8": ("fp8", 0, 208, 48),
+    "int8-b32": ("int8_block", 32, 96, 160),
+    "int4-b32": ("int4", 32, 160, 96),
+    "int4-b64": ("int4", 64, 192, 64),
+    "int4-b128": ("int4", 128, 256, 128),
+}
+EXPERTS = 5
+
+
+@pytest.fixture(scope="module")
+def gpu(request):
+    return EmulatedGpu(cached_library(request.config))
+
+
+def ids(tokens: int, choices: int = 1, experts: int = EXPERTS, seed: int = 1) -> np.ndarray:
+    """Different experts for each token; the last expert gets none."""
+    draw = np.random.default_rng(seed)
+    return np.stack([draw.permutation(experts - 1)[:choices] for _ in range(tokens)])
+
+
+def draw(name: str, activation: str, expert_id: np.ndarray, experts: int = EXPERTS) -> Case:
+    form, block, hidden, ffn = FORMS[name]
+    return draw_case(expert_id, form, activation, hidden=hidden, ffn=ffn, experts=experts, block=block)
+
+
+def error(values: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, of the largest value expected; both have their NaNs in the same places."""
+    np.testing.assert_array_equal(np.isnan(values), np.isnan(expected))
+    return float(np.nanmax(np.abs(values - expected)) / np.nanmax(np.abs(expected)))
+
+
+def judge(gpu: EmulatedGpu, case: Case, op: str, shape: str, **how) -> np.ndarray:
+    """Run one kernel and hold it to the reference; gives its result."""
+    kernel, result, expected = Kernel(op, shape, case.activation, case.form), case.result(op), case.expected(op)
+    exact = gpu.launch(kernel, case.arrays(op), case.sizes, result, **how)
+    assert error(exact, expected) < SUM_ERROR
+    stored = result.astype(np.float64)
+    bound = ROUNDING[case.activation] * np.abs(exact) + 1e-7
+    assert (np.isnan(exact) | (np.abs(stored - exact) <= bound)).all()
+    if case.activation == "f16":
+        assert error(stored, expected) < 1e-2
+    return result
+
+
+@pytest.mark.parametrize("activation", ["f16", "bf16"])
+@pytest.mark.parametrize("name", FORMS)
+def test_equals_the_reference(gpu, name, activation):
+    for choices, op, shape in product((1, 2), OPS, SHAPES):
+        judge(gpu, draw(name, activation, ids(11, choices)), op, shape)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 63, 64, 65, 130])
+def test_any_number_of_tokens_to_one_expert(gpu, tokens):
+    for name, op, shape in product(("exact", "int4-b32"), OPS, SHAPES):
+        judge(gpu, draw(name, "f16", np.full((tokens, 1), 3)), op, shape)
+
+
+@pytest.mark.parametrize("choices", [1, 3])
+def test_many_tokens_over_many_experts(gpu, choices):
+    """More than 32 experts, so that finding a tile takes several rounds of a warp; most have no token."""
+    expert_id = ids(150, choices, experts=70) % 69
+    expert_id[expert_id % 3 == 1] = 68
+    for op, shape in product(OPS, SHAPES):
+        case = draw_case(expert_id, "int8", "f16", hidden=32, ffn=16, experts=70)
+        judge(gpu, case, op, shape)
+
+
+@pytest.mark.parametrize("name", ["exact", "int8", "int8-b32", "int4-b128"])
+def test_long_rows_go_round_the_pipeline(gpu, name):
+    form, block, _, _ = FORMS[name]
+    short = block or 16
+    for op, shape in product(OPS, SHAPES):
+        hidden, ffn = (2048, short) if op == "gate_up" else (short, 2048)
+        case = draw_case(ids(5, experts=3), form, "f16", hidden=hidden, ffn=ffn, experts=3, block=block)
+        judge(gpu, case, op, shape)
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+def test_a_token_of_no_expert_adds_nothing(gpu, choices):
+    expert_id = ids(13, choices)
+    expert_id[[2, 5, 7], 0] = [-1, EXPERTS, 99]
+    expert_id[9] = -7
+    for name, op, shape in product(("exact", "int4-b32"), OPS, SHAPES):
+        judge(gpu, draw(name, "f16", expert_id), op, shape)
+
+
+def test_the_last_tokens_first_choice_is_no_expert(gpu):
+    """No barrier follows their turn, so nothing but one before the next choice keeps its ids apart."""
+    expert_id = ids(13, 2)
+    expert_id[10:, 0] = -1
+    for op, shape, order in product(OPS, SHAPES, (FORWARD, FORWARD[::-1])):
+        judge(gpu, draw("exact", "f16", expert_id), op, shape, order=order)
+
+
+def test_no_token_of_any_expert(gpu):
+    for op, shape in product(OPS, SHAPES):
+        case = draw("int8", "f16", np.full((3, 1), -1))
+        result = case.result(op)
+        gpu.launch(Kernel(op, shape, "f16", "int8"), case.arrays(op), case.sizes, result)
+        assert (np.isnan(result) if op == "gate_up" else result == 0).all()
+
+
+def test_a_token_that_chooses_an_expert_twice_gets_it_twice(gpu):
+    for op, shape in product(OPS, SHAPES):
+        judge(gpu, draw("int8", "f16", np.array([[1, 1], [2, 1], [1, 2]])), op, shape)
+
+
+def test_weights_of_unrouted_experts_are_not_touched(gpu):
+    """Only the rows of experts 0 and 3 may be read, of weights and of scales."""
+    case = draw("int4-b32", "f16", np.array([[0], [3], [0]]))
+    for op, shape in product(OPS, SHAPES):
+        arrays = case.arrays(op)
+        touch = [*arrays[:-2], *(array[expert] for array in arrays[-2:] for expert in (0, 3))]
+        judge(gpu, case, op, shape, touch=touch)
+        with pytest.raises(Broken, match="a read outside the inputs"):
+            judge(gpu, case, op, shape, touch=touch[:-1])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("op", OPS)
+def test_the_result_does_not_depend_on_the_threads_order(gpu, op, shape):
+    """Nor on when copies arrive; the same inputs give the same bits."""
+    for name, choices in zip(FORMS, cycle((1, 2)), strict=False):
+        case = draw(name, "f16", ids(20, choices))
+        orders = (FORWARD, FORWARD[::-1], np.random.default_rng(0).permutation(THREADS))
+        results = [
+            judge(gpu, case, op, shape, order=order, late=late, restless=restless).tobytes()
+            for order, (late, restless) in product(orders, ((True, False), (False, True)))
+        ]
+        assert len(set(results)) == 1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_expert_beyond_four_gigabytes(gpu, shape):
+    """Scout's shapes: the last expert's weights, in a stack of which only the rows that are read hold memory."""
+    hidden, ffn, experts, count = 5120, 8192, 32, 128 if shape == "prefill" else 16
+    draw = np.random.default_rng(0)
+    stack = np.zeros((experts, 2 * ffn, hidden), np.float16)
+    rows = [*range(count), *range(ffn, ffn + count)]
+    stack[-1, rows] = 3 * draw.standard_normal((2 * count, hidden), dtype=np.float32) / hidden**0.5
+    assert (stack.nbytes // experts) * (experts - 1) > 2**32
+    ids, score = np.full((1, 1), experts - 1, np.int32), np.full((1, 1), 0.3, np.float32)
+    x, inner = draw.standard_normal((1, hidden)).astype(np.float16), np.full((1, ffn), np.nan, np.float16)
+    sizes = {"tokens": 1, "choices": 1, "experts": experts, "hidden": hidden, "ffn": ffn, "block": 0}
+    kernel = Kernel("gate_up", shape, "f16", "exact")
+    grid = (1, count // 8) if shape == "decode" else (1, count // 64)
+    arrays = [x, ids, score, stack, np.zeros(1, np.float32)]
+    exact = gpu.launch(kernel, arrays, sizes, inner, touch=[x, ids, score, stack[-1]], grid=grid)
+    gate, up = np.split(stack[-1, rows].astype(np.float64) @ (x[0].astype(np.float64) * float(score[0, 0])), 2)
+    assert error(exact[0, :count], gate / (1 + np.exp(-gate)) * up) < SUM_ERROR
+
+
+MUTATIONS = {
+    "the score scales the result": (
+        "operators.h",
+        "const float g = gate * s,",
+        "const float g = gate,",
+        ("gate_up", "decode", "exact"),
+    ),
+    "warps' sums are added before they are there": (
+        "decode.h",
+        "        block_barrier();\n        if (warp == 0) {",
+        "        if (warp == 0) {",
+        ("gate_up", "decode", "fp8"),
+    ),
+    "tokens are read before all threads have copied them": (
+        "prefill.h",
+        "            block_barrier();\n            request(step",
+        "            request(step",
+        ("down", "prefill", "exact"),
+    ),
+    "copies are not waited for": (
+        "prefill.h",
+        "wait_copies<Shared::TOKEN_DEPTH - 2>();",
+        "wait_copies<Shared::TOKEN_DEPTH - 1>();",
+        ("down", "prefill", "exact"),
+    ),
+    "a pipeline too short for its requests": (
+        "prefill.h",
+        "static constexpr int TOKEN_DEPTH = 3; ",
+        "static constexpr int TOKEN_DEPTH = 3, TOO_SHORT = 2; ",
+        ("gate_up", "prefill", "fp8"),
+    ),
+    "a scale of the next block": (
+        "decode.h",
+        "feature / stack.block : 0",
+        "feature / stack.block / 2 : 0",
+        ("down", "decode", "int4"),
+    ),
+}
+MORE = {"a pipeline too short for its requests": ("% Shared::TOKEN_DEPTH", "% Shared::TOO_SHORT")}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_wrong_kernel_is_found(tmp_path, mutation):
+    """The judge, the emulation and the cases would notice: scores are small enough to tell input from output."""
+    file, right, wrong, (op, shape, form) = MUTATIONS[mutation]
+    kernel = Kernel(op, shape, "f16", form)
+    for source in [*SOURCES.glob("*.h"), *SOURCES.glob("*.cu")]:
+        if source.name != "ptx.h":
+            text = source.read_text()
+            if source.name == file:
+                assert text.count(right) == 1
+                text = text.replace(right, wrong)
+                text = text.replace(*MORE.get(mutation, ("", "")))
+            (tmp_path / source.name).write_text(text)
+    build(tmp_path / "wrong.so", (HEADERS, tmp_path), source_of([kernel]))
+    case = draw("int4-b32" if form == "int4" else form, "f16", ids(20))
+    gpu = EmulatedGpu(tmp_path / "wrong.so")
+    failures = 0
+    for order, late in product((FORWARD, FORWARD[::-1]), (True, False)):
+        try:
+            judge(gpu, case, op, shape, order=order, late=late)
+        except AssertionError:
+            failures += 1
+    assert failures
+
+
+def test_every_kernel_has_an_entry_of_its_own(gpu):
+    assert len({kernel.name for kernel in KERNELS}) == len(KERNELS) == 40
+    for kernel in KERNELS:
+        assert hasattr(gpu.library, kernel.name)
+
+
+def test_the_grid_of_a_prefill_has_a_block_for_every_tile(gpu):
+    """The worst case: each expert but one has a token more than whole tiles hold, and strays are there."""
+    expert_id = np.concatenate([np.full(65, expert) for expert in range(EXPERTS)] + [np.full(1, -1)])[:, None]
+    for op in OPS:
+        judge(gpu, draw("exact", "f16", expert_id), op, "prefill")
+
+
+def test_the_sizes_told_to_python_are_the_sources():
+    """`launch.py` says again what the sources say."""
+    prefill, operators = ((SOURCES / name).read_text() for name in ("prefill.h", "operators.h"))
+    assert f"MAX_EXPERTS = {MOST_EXPERTS};" in prefill
+    assert f"COLUMNS = {ITEMS}," in prefill
+    assert f"THREADS = {THREADS}, WARPS = THREADS / 32" in operators
+    rows = int(re.search(r"ROW_TILES = (\d+)", prefill)[1])
+    assert rows * THREADS // 32 == TILES
+    assert re.findall(r"TILE_OUTPUTS = (\d+)", operators) == ["8", "16"]
+    assert f"THREADS = {THREADS}," in (HEADERS / "emulator.h").read_text()
+
+
+@pytest.mark.parametrize(
+    ("op", "form", "experts", "hidden", "ffn", "block", "message"),
+    [
+        ("gate_up", "fp4", 4, 64, 64, 0, "weights in 'fp4'"),
+        ("gate_up", "int8", 4, 40, 64, 0, "the hidden size is 40; expected a multiple of 16"),
+        ("down", "exact", 4, 64, 0, 0, "the expert width is 0; expected a multiple of 16"),
+        ("down", "exact", 513, 64, 64, 0, "513 experts; expected 1 to 512"),
+        ("down", "int4", 4, 64, 96, 64, "the expert width is 96; expected a multiple of the block, 64"),
+        ("gate_up", "int4", 4, 64, 64, 16, "blocks of 16 weights per scale; expected one of 32, 64, 128"),
+        ("gate_up", "fp8", 4, 64, 64, 32, "a block of 32; expected 0: fp8 has none"),
+    ],
+)
+def test_sizes_that_it_does_not_compute_are_refused(op, form, experts, hidden, ffn, block, message):
+    with pytest.raises(ArrieroError, match=re.escape(message)) as refusal:
+        check_sizes(op, form, experts, hidden, ffn, block, "layer 3")
+    assert str(refusal.value).startswith("layer 3: ")
+    check_sizes("gate_up", "int4", 4, 64, 96, 64, "layer 3")

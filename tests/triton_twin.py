@@ -1,0 +1,93 @@
+"""The expert dispatch in Triton: a second implementation, which shares no line with the CUDA kernels.
+
+Tokens are sorted by expert on the host, and weights are plain numbers, input-major as in a checkpoint. Under Triton's
+interpreter it runs on a CPU, right for float32 and float16 only (its bfloat16 is not). Set TRITON_INTERPRET before
+importing.
+Legend: T tokens, k experts per token, E experts, H hidden, F expert width.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+ITEMS = 16  # rows of a tile
+OUTPUTS = 32
+INPUTS = 32
+
+
+@triton.jit
+def gate_up_kernel(x, score, weights, row_of, expert_of, inner, choices, hidden, ffn, items: tl.constexpr,
+                   outputs: tl.constexpr, inputs: tl.constexpr):  # fmt: skip
+    tile, out = tl.program_id(0), tl.program_id(1) * outputs + tl.arange(0, outputs)
+    rows = tl.load(row_of + tile * items + tl.arange(0, items))
+    expert = tl.load(expert_of + tile)
+    there, within = rows >= 0, out < ffn
+    scale = tl.load(score + rows, mask=there, other=0.0)
+    start = weights + expert.to(tl.int64) * hidden * 2 * ffn
+    gate = tl.zeros((items, outputs), tl.float32)
+    up = tl.zeros((items, outputs), tl.float32)
+    for first in range(0, hidden, inputs):
+        k = first + tl.arange(0, inputs)
+        a = tl.load(x + (rows // choices)[:, None] * hidden + k[None], there[:, None] & (k < hidden)[None], other=0.0)
+        a = a.to(tl.float32) * scale[:, None]
+        mask = (k < hidden)[:, None] & within[None]
+        place = start + k[:, None] * 2 * ffn + out[None]
+        gate += tl.dot(a, tl.load(place, mask, other=0.0).to(tl.float32), input_precision="ieee")
+        up += tl.dot(a, tl.load(place + ffn, mask, other=0.0).to(tl.float32), input_precision="ieee")
+    result = gate / (1.0 + tl.exp(-gate)) * up
+    place = inner + rows[:, None] * ffn + out[None]
+    tl.store(place, result.to(inner.dtype.element_ty), there[:, None] & within[None])
+
+
+@triton.jit
+def down_kernel(inner, weights, row_of, expert_of, products, hidden, ffn, items: tl.constexpr,
+                outputs: tl.constexpr, inputs: tl.constexpr):  # fmt: skip
+    tile, out = tl.program_id(0), tl.program_id(1) * outputs + tl.arange(0, outputs)
+    rows = tl.load(row_of + tile * items + tl.arange(0, items))
+    expert = tl.load(expert_of + tile)
+    there, within = rows >= 0, out < hidden
+    start = weights + expert.to(tl.int64) * ffn * hidden
+    total = tl.zeros((items, outputs), tl.float32)
+    for first in range(0, ffn, inputs):
+        k = first + tl.arange(0, inputs)
+        a = tl.load(inner + rows[:, None] * ffn + k[None], there[:, None] & (k < ffn)[None], other=0.0).to(tl.float32)
+        mask = (k < ffn)[:, None] & within[None]
+        b = tl.load(start + k[:, None] * hidden + out[None], mask, other=0.0).to(tl.float32)
+        total += tl.dot(a, b, input_precision="ieee")
+    tl.store(products + rows[:, None] * hidden + out[None], total, there[:, None] & within[None])
+
+
+def tiles(expert_id: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of each tile [tiles, ITEMS], -1 where it is not full, and its expert [tiles]."""
+    rows, owners = [], []
+    for expert in range(experts):
+        mine = torch.nonzero(expert_id.reshape(-1) == expert)[:, 0]
+        for piece in mine.split(ITEMS) if len(mine) else []:
+            rows.append(torch.nn.functional.pad(piece, (0, ITEMS - len(piece)), value=-1))
+            owners.append(expert)
+    return torch.stack(rows).to(torch.int32), torch.tensor(owners, dtype=torch.int32)
+
+
+def gate_up(x: torch.Tensor, expert_id: torch.Tensor, score: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """inner [T*k, F], in the type of `x` [T, H]; `weights` [E, H, 2F]. Rows of no expert are zero."""
+    experts, hidden, both = weights.shape
+    rows, owners = tiles(expert_id, experts)
+    inner = torch.zeros(expert_id.numel(), both // 2, dtype=x.dtype)
+    grid = (len(rows), triton.cdiv(both // 2, OUTPUTS))
+    gate_up_kernel[grid](
+        x, score, weights, rows, owners, inner, expert_id.shape[1], hidden, both // 2, ITEMS, OUTPUTS, INPUTS
+    )
+    return inner
+
+
+def down(inner: torch.Tensor, expert_id: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """y [T, H], in the type of `inner` [T*k, F]; `weights` [E, F, H]."""
+    experts, ffn, hidden = weights.shape
+    rows, owners = tiles(expert_id, experts)
+    products = torch.zeros(len(inner), hidden)
+    down_kernel[(len(rows), triton.cdiv(hidden, OUTPUTS))](
+        inner, weights, rows, owners, products, hidden, ffn, ITEMS, OUTPUTS, INPUTS
+    )
+    return products.reshape(*expert_id.shape, hidden).sum(1).to(inner.dtype)
