@@ -196,7 +196,7 @@ class Int8Dynamic(_PerChannel):
 
 
 class Static(_PerChannel):
-    """One byte per weight with a scale per output, activations in eight bits with one scale per matrix, known beforehand.
+    """One byte per weight with a scale per output, activations in eight bits at one scale per matrix, known beforehand.
 
     `ranges` observed: the largest magnitude that calibration saw in this matrix's inputs (of each expert: in the rows
     routed to it, times the router's score); weights: that of the weights, the naive guess. `smooth` is the exponent of

@@ -72,7 +72,7 @@ def build_engine(
     timings: Path,
     step: Callable[[int, int], None],
 ) -> Any:
-    """The serialized engine of the graph at `path`, whose signature is `told`. Raises ArrieroError with what is wrong."""
+    """The serialized engine of the graph at `path`, of signature `told`. Raises ArrieroError with what is wrong."""
     trt = api.module
     log.errors.clear()
     builder = trt.Builder(log)
@@ -181,9 +181,14 @@ def _unbuilt(api: Api, path: Path, gpu: Gpu, errors: Sequence[str]) -> ArrieroEr
 
 
 def _step(watch: Watch | None, number: int, parts: int) -> Callable[[int, int], None]:
+    told = -1
+
     def step(done: int, of: int) -> None:
-        if watch:
-            watch(number * STEPS + done * STEPS // of, parts * STEPS)
+        nonlocal told
+        now = number * STEPS + done * STEPS // of
+        if watch and now > told:
+            told = now
+            watch(now, parts * STEPS)
 
     step(0, STEPS)
     return step

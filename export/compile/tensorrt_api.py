@@ -65,7 +65,7 @@ class Api:
             raise MachineLacks(
                 f"TensorRT builds an engine only on the kind of GPU that will run it, here {gpu.told}",
                 expected="such a GPU in this machine",
-                remedy="Run the same command on a machine that has one, or take the backend tensorrt-rtx, which does not",
+                remedy="Run the same command on a machine that has one, or take the backend tensorrt-rtx",
             )
 
 

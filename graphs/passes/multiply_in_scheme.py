@@ -53,7 +53,7 @@ def multiply_gathered(
 
 
 def keep_half(model: ir.Model, store: WeightStore) -> int:
-    """Store what is left of Half tensors (biases, tables, the embedding) in 16 bits, its Cast in place; give how many."""
+    """Store what is left of Half tensors (biases, tables, the embedding) in 16 bits, Casts in place; give how many."""
     Sequential(tidy.RemoveUnusedNodesPass())(model)  # what the products have no more use for is not left over
     count = 0
     for name, value in list(model.graph.initializers.items()):

@@ -55,7 +55,7 @@ def scatter_cache(model: ir.Model, dtype: ir.DataType) -> int:
             graph.insert_before(node, scatter)
             presents.append(scatter.outputs[0])
         query = insert(node, "Cast", [_heads(node, q, heads, size)], to=int(dtype))
-        query.shape = ir.Shape(["batch", heads, "seq", size])
+        query.shape, query.type = ir.Shape(["batch", heads, "seq", size]), ir.TensorType(dtype)
         attended = insert(node, "Attention", [query, *presents, seen])  # [B, N, S, D]
         rows = insert(node, "Transpose", [attended], perm=[0, 2, 1, 3])
         flat = insert(node, "Reshape", [rows, constant(node, [0, 0, heads * size])])

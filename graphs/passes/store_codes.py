@@ -42,7 +42,7 @@ def store_blocks(store: WeightStore, name: str, scales: str, new_name: str | Non
 
 
 def store_static(store: WeightStore, name: str, new_name: str | None = None) -> list[ir.Value]:
-    """Eight-bit codes of the matrix or stack `name`, scales [N] or [E, N], and multipliers of its inputs [K] or [E, K]."""
+    """Eight-bit codes of the matrix or stack `name`, scales [N] or [E, N], multipliers of inputs [K] or [E, K]."""
     scheme = store.schemes[name]
     assert isinstance(scheme, Static)
     shape, given = store.checkpoint.tensors[name].shape, new_name or name

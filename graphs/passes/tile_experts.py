@@ -72,7 +72,7 @@ def _scale(node: ir.Node, x: ir.Value | None, score: ir.Value | None, per_token:
 
 
 def _pack(node: ir.Node, expert_id: ir.Value, experts: int, height: int) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """The slot of each pair [P], the pair in each slot [n M] (0 where there is none), and the expert of each tile [n]."""
+    """The slot of each pair [P], the pair in each slot [n M] (0 where none is), the expert of each tile [n]."""
 
     def number(value: int) -> ir.Value:
         return constant(node, ir.tensor(np.array(value, np.int32)))
