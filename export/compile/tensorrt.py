@@ -23,6 +23,7 @@ from arriero.runtimes.cpu import architecture
 
 STEPS = 100  # of which a graph's progress is told
 TIMINGS = "timings.bin"
+LAYERS = "Layers:"
 
 
 def compile_graphs(
@@ -75,6 +76,7 @@ def build_engine(
     """The serialized engine of the graph at `path`, of signature `told`. Raises ArrieroError with what is wrong."""
     trt = api.module
     log.errors.clear()
+    log.layers.clear()
     builder = trt.Builder(log)
     network = builder.create_network(api.network_flags)
     parser = trt.OnnxParser(network, log)
@@ -82,6 +84,7 @@ def build_engine(
         raise _refused(api, path, [parser.get_error(number) for number in range(parser.num_errors)])
     config = builder.create_builder_config()
     api.aim(config, gpu)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # an engine can say what it consists of
     if memory is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, memory)
     cache = None
@@ -104,16 +107,19 @@ def build_engine(
 
 @functools.cache
 def listener(trt: Any) -> Any:
-    """A logger that keeps the errors. One for each product, which takes no second one in a process."""
+    """A logger that keeps errors and what became of the graph; a product takes one in a process and no second."""
 
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.layers: list[str] = []  # of each profile, as the product chose them
 
         def log(self, severity: Any, text: str) -> None:
             if severity <= trt.ILogger.ERROR:
                 self.errors.append(text)
+            elif text.startswith(LAYERS):
+                self.layers.append(text)
 
     return Log()
 
@@ -124,10 +130,11 @@ def monitor(trt: Any, step: Callable[[int, int], None]) -> Any:
     The outermost phase counts a few steps of very different length; each is filled by the phases inside it.
     """
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.outer, self.total, self.done, self.inner = "", 1, 0, {}
+            self.outer, self.total, self.done = "", 1, 0
+            self.inner: dict[str, int] = {}
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
             if parent is None:

@@ -29,6 +29,7 @@ from arriero.profiles.kv_cache import CacheScales
 from arriero.profiles.roundings import Roundings
 from arriero.profiles.schemes import Exact, Fp8Static, Half, Int8Static, IntBlock, Scheme
 
+FP8_SINCE, BF16_SINCE = 89, 80
 OPSET = ("", 24)  # the first with TensorScatter
 SCHEMES = (Exact, Half, IntBlock, Fp8Static, Int8Static)
 ExpertForm = Callable[[ir.Model, WeightStore, str], int]
@@ -40,6 +41,15 @@ def lacks(scheme: Scheme) -> str | None:
         # Quantised products take one scale per matrix; blocks go with weights alone, and only in four bits.
         return None if (scheme.bits, scheme.accuracy_level) == (4, 0) else scheme.told
     return None if isinstance(scheme, SCHEMES) else scheme.told
+
+
+def lacks_on(scheme: Scheme, capability: int) -> str | None:
+    """What of `scheme` a GPU of compute capability `capability` (89 for 8.9) does not compute; None when it does."""
+    if isinstance(scheme, Fp8Static) and capability < FP8_SINCE:
+        return f"{scheme.told} on sm_{capability} (fp8 came with sm_{FP8_SINCE})"
+    if isinstance(scheme, Half) and scheme.format == "bfloat16" and capability < BF16_SINCE:
+        return f"{scheme.told} on sm_{capability} (bfloat16 came with sm_{BF16_SINCE})"
+    return None
 
 
 def activations(assignment: Mapping[str, Scheme]) -> str:

@@ -10,14 +10,14 @@ import onnx_ir as ir
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.lower.part import WeightTable
-from arriero.graphs.lower.tensorrt import SCHEMES, lacks, lower_standard
+from arriero.graphs.lower.tensorrt import SCHEMES, lacks, lacks_on, lower_standard
 from arriero.graphs.passes.tile_experts import tile_experts
 from arriero.graphs.weights import Progress
 from arriero.profiles.kv_cache import CacheScales
 from arriero.profiles.roundings import Roundings
 from arriero.profiles.schemes import Scheme
 
-__all__ = ["SCHEMES", "lacks", "lower"]
+__all__ = ["SCHEMES", "lacks", "lacks_on", "lower"]
 
 
 def lower(
