@@ -323,6 +323,8 @@ class Build:
         lowering = import_module(f"arriero.graphs.lower.{module_of(target.backend)}")
         schemes = profile.assign([name for part in self.parts for name in part_tensors(part, self.model)])
         weights: dict[str, Any] = {}
+        gpu = target_gpu(target)
+        extra = {} if gpu is None else {"capability": gpu.capability}
         for part in parts:
             watch = partial(self.watch, f"{target.name}: write {part} weights")
             weights |= lowering.lower(
@@ -335,6 +337,7 @@ class Build:
                 lambda done, total, watch=watch: watch(done, total, "bytes"),
                 roundings,
                 cache,
+                **extra,
             )
         return weights
 

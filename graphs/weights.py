@@ -14,7 +14,7 @@ import numpy as np
 ALIGNMENT = 4096  # the data section starts on a page, so that a memory map of it is aligned
 CACHE_LINE = 64
 PIECE_BYTES = 32 * 2**20  # what producers aim at
-ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "I4": 0.5}
+ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1, "I4": 0.5}
 Progress = Callable[[int, int], None]
 
 

@@ -20,6 +20,8 @@ from arriero.graphs.lower.part import WeightTable, expect, lower_part
 from arriero.graphs.passes.expand_attention import expand_attention
 from arriero.graphs.passes.fuse_rotary import fuse_rotary
 from arriero.graphs.passes.multiply_in_scheme import TYPES, keep_half, multiply_in_scheme
+from arriero.graphs.passes.replace_dispatch_with_native_moe import replace_dispatch_with_native_moe
+from arriero.graphs.passes.replace_dispatch_with_plugins import replace_dispatch_with_plugins
 from arriero.graphs.passes.scatter_cache import narrow_attention, scatter_cache
 from arriero.graphs.passes.settle_reshapes import settle_reshapes
 from arriero.graphs.passes.store_weights import WeightStore
@@ -30,6 +32,8 @@ from arriero.profiles.roundings import Roundings
 from arriero.profiles.schemes import Exact, Fp8Static, Half, Int8Static, IntBlock, Scheme
 
 FP8_SINCE, BF16_SINCE = 89, 80
+NATIVE_MOE_ON = (100, 103, 110)
+PLUGINS_ON = (87, 89, 90, 120)
 OPSET = ("", 24)  # the first with TensorScatter
 SCHEMES = (Exact, Half, IntBlock, Fp8Static, Int8Static)
 ExpertForm = Callable[[ir.Model, WeightStore, str], int]
@@ -77,10 +81,25 @@ def lower(
     progress: Progress | None = None,
     roundings: Roundings | None = None,
     cache: Sequence[CacheScales] | None = None,
+    *,
+    capability: int,
 ) -> WeightTable:
-    """Lower one of the parts `text`, `vision` and `embed` as `lower_standard` does."""
+    """Lower one part as `lower_standard` does, for a GPU of compute capability `capability` (89 for 8.9).
+
+    Experts take the form that the GPU has: TensorRT's own mixture of experts, our kernels as plugins, or tiles. The
+    first two know some schemes only; the others are always tiles.
+    """
     assert cache is None
-    return lower_standard(part, canonical, config, checkpoint, assignment, out_dir, progress, roundings, tile_experts)
+
+    def experts(model: ir.Model, store: WeightStore, narrow: str) -> int:
+        made = 0
+        if capability in NATIVE_MOE_ON:
+            made = replace_dispatch_with_native_moe(model, store)
+        elif capability in PLUGINS_ON:
+            made = replace_dispatch_with_plugins(model, store, narrow)
+        return made + tile_experts(model, store, narrow)
+
+    return lower_standard(part, canonical, config, checkpoint, assignment, out_dir, progress, roundings, experts)
 
 
 def lower_standard(

@@ -30,7 +30,9 @@ def lower(
     progress: Progress | None = None,
     roundings: Roundings | None = None,
     cache: Sequence[CacheScales] | None = None,
+    *,
+    capability: int = 0,
 ) -> WeightTable:
-    """Lower one part as `lower_standard` does, its experts as tiles of gathered matrices."""
+    """Lower one part as `lower_standard` does, its experts as tiles of gathered matrices, whatever the GPU."""
     assert cache is None
     return lower_standard(part, canonical, config, checkpoint, assignment, out_dir, progress, roundings, tile_experts)

@@ -31,7 +31,7 @@ def store_blocks(store: WeightStore, name: str, scales: str, new_name: str | Non
     specs = [Spec(f"{given}.packed", "I4", shape), Spec(f"{given}.scales", scales, lengths)]
 
     def pieces() -> Iterator[Arrays]:
-        for found in _blocks(store, name, scheme):
+        for found in rounded_experts(store, name, scheme):
             factors = found.scales if scales == "F32" else narrow(found.scales, HALVES[scales], name).view(np.uint16)
             if stacked:
                 yield _columns(found.packed)[None], np.ascontiguousarray(factors.T)[None]
@@ -88,7 +88,7 @@ def _inputs(store: WeightStore, name: str, scheme: Static) -> InputScale:
     return guess_inputs(whole[:, None] if len(shape) == 3 else whole.max(keepdims=True), shape[1])
 
 
-def _blocks(store: WeightStore, name: str, scheme: IntBlock) -> Iterator[Quantized]:
+def rounded_experts(store: WeightStore, name: str, scheme: IntBlock) -> Iterator[Quantized]:
     """Pieces of rows [n, K] of a matrix, or each expert's [N, K], rounded."""
     shape: dict[str, Any] = {"bits": scheme.bits, "block": scheme.block}
     tensor = store.checkpoint.tensors[name].shape

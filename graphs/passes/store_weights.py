@@ -28,6 +28,7 @@ DTYPES = {
     "BF16": ir.DataType.BFLOAT16,
     "U8": ir.DataType.UINT8,
     "I8": ir.DataType.INT8,
+    "I32": ir.DataType.INT32,
     "I4": ir.DataType.INT4,
     "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
 }

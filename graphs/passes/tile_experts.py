@@ -36,7 +36,7 @@ def tile_experts(model: ir.Model, store: WeightStore, activations: str) -> int:
         assert down is not None
         per_token, (experts, hidden, _) = expert_id.shape[1], store.checkpoint.tensors[str(gate_up.name)].shape
         assert isinstance(per_token, int)
-        scaled = _scale(node, x, score, per_token, hidden)  # [P, H]: the score scales the expert's input
+        scaled = scale_inputs(node, x, score, per_token, hidden)  # [P, H]: the score scales the expert's input
         height = tile_rows(experts, per_token)
         slot, pair, expert = _pack(node, expert_id, experts, height)
         rows = insert(node, "Gather", [scaled, pair], axis=0)
@@ -63,7 +63,8 @@ def tile_rows(experts: int, per_token: int) -> int:
     return int(min(MOST, max(LEAST, 2 ** round(np.log2(mean)))))
 
 
-def _scale(node: ir.Node, x: ir.Value | None, score: ir.Value | None, per_token: int, hidden: int) -> ir.Value:
+def scale_inputs(node: ir.Node, x: ir.Value | None, score: ir.Value | None, per_token: int, hidden: int) -> ir.Value:
+    """Emit the inputs of all pairs [P, H]: each token's, times the score of each of its experts."""
     if per_token == 1:
         return insert(node, "Mul", [x, score])
     rows = insert(node, "Unsqueeze", [x, constant(node, [1])])

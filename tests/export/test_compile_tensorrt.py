@@ -64,7 +64,7 @@ Kernel = tuple[str, list[tuple[str, str]]]
 
 
 def kernels(log: Any) -> list[Kernel]:
-    """What the last graph became, as the compiler lists it: each kernel's kind, and (shape, dtype) of all it touches."""
+    """What the last graph became, as the compiler lists it: each kernel's kind, and the (shape, dtype) it touches."""
     lines = [line for text in log.layers for line in text.splitlines()]
     named = ((re.match(r"\s*Name: .+?, LayerType: (\w+)", line), line) for line in lines)
     return [(kind[1], re.findall(r"Dimensions: \[([^\]]*)\].*?Datatype: (\w+)", line)) for kind, line in named if kind]
