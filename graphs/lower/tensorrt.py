@@ -82,9 +82,9 @@ def lower(
     roundings: Roundings | None = None,
     cache: Sequence[CacheScales] | None = None,
     *,
-    capability: int,
+    capability: int = 0,
 ) -> WeightTable:
-    """Lower one part as `lower_standard` does, for a GPU of compute capability `capability` (89 for 8.9).
+    """Lower one part as `lower_standard` does, for a GPU of compute capability `capability` (89 for 8.9; 0: any).
 
     Experts take the form that the GPU has: TensorRT's own mixture of experts, our kernels as plugins, or tiles. The
     first two know some schemes only; the others are always tiles.
