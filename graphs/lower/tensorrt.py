@@ -19,7 +19,7 @@ from arriero.graphs.functions import CACHED_ATTENTION, EXPERT_DISPATCH
 from arriero.graphs.lower.part import WeightTable, expect, lower_part
 from arriero.graphs.passes.expand_attention import expand_attention
 from arriero.graphs.passes.fuse_rotary import fuse_rotary
-from arriero.graphs.passes.multiply_in_scheme import TYPES, keep_half, multiply_in_scheme
+from arriero.graphs.passes.multiply_in_scheme import TYPES, keep_half, multiply_in_scheme, sum_products
 from arriero.graphs.passes.replace_dispatch_with_native_moe import replace_dispatch_with_native_moe
 from arriero.graphs.passes.replace_dispatch_with_plugins import replace_dispatch_with_plugins
 from arriero.graphs.passes.scatter_cache import narrow_attention, scatter_cache
@@ -112,13 +112,15 @@ def lower_standard(
     progress: Progress | None,
     roundings: Roundings | None,
     experts: ExpertForm,
+    sums: bool = False,
 ) -> WeightTable:
     """Write `<part>.onnx` and its weights, with each ExpertDispatch in the form that `experts` gives it.
 
-    Text has the inputs `inputs_embeds`, `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` [B, K, C, D] in
-    the dtype of `activations`; its outputs are as in the canonical graph, `present_key.{i}` and `present_value.{i}`
-    to be bound to the pasts' memory. One step holds either one row within one chunk, or one token per row. Buffers
-    hold finite numbers, zeros at first. The other parts' signatures stay.
+    With `sums` no product with a matrix of the checkpoint is left in float32. Text has the inputs `inputs_embeds`,
+    `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` [B, K, C, D] in the dtype of `activations`; its
+    outputs are as in the canonical graph, `present_key.{i}` and `present_value.{i}` to be bound to the pasts' memory.
+    One step holds either one row within one chunk, or one token per row. Buffers hold finite numbers, zeros at first.
+    The other parts' signatures stay.
     """
     narrow = activations(assignment)
 
@@ -132,6 +134,8 @@ def lower_standard(
         if narrow == "F32":
             expand_attention(model)
         multiply_in_scheme(model, store, narrow)
+        if sums:
+            sum_products(model)
         settle_reshapes(model)
         keep_half(model, store)
 

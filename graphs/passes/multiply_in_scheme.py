@@ -45,6 +45,27 @@ def multiply_in_scheme(model: ir.Model, store: WeightStore, activations: str) ->
     return count
 
 
+def sum_products(model: ir.Model) -> int:
+    """Write each float32 MatMul with a turned matrix [N, K] as products and their sums; give how many.
+
+    For GPUs without float32 matrix products, where what is left of them (the router) is small.
+    """
+    count = 0
+    for node in list(model.graph):
+        turned = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] is not None else None
+        if turned is None or turned.op_type != "Transpose" or turned.inputs[0] is None:
+            continue
+        weight = turned.inputs[0]
+        if not weight.is_initializer() or weight.dtype != FLOAT:
+            continue
+        rows = insert(node, "Unsqueeze", [node.inputs[0], constant(node, [-2])])  # [.., 1, K]
+        become(
+            node, "ReduceSum", [insert(node, "Mul", [rows, weight]), constant(node, [-1])], {"keepdims": 0}, domain=""
+        )
+        count += 1
+    return count
+
+
 def multiply_gathered(
     before: ir.Node, store: WeightStore, name: str, x: ir.Value, experts: ir.Value, activations: str
 ) -> ir.Value:

@@ -87,6 +87,7 @@ def test_a_target_that_does_not_fit_is_refused_before_anything_runs(folder: Path
         ("int4-b128", "sm_89", "int4 in blocks of 128, int8 activations"),
         ("mixed", "sm_89", "int4 in blocks of"),
         ("gpu-fp8", "sm_86", "on sm_86 .fp8 came with sm_89."),
+        ("gpu-int8", "sm_75", "on sm_75 .there it takes float16 alone."),
         ("bf16", "sm_75", "bfloat16 on sm_75 .bfloat16 came with sm_80."),
     ],
 )

@@ -152,6 +152,18 @@ def test_float16_rounds_products_and_attention_and_nothing_else(built: Built, tm
             assert producer is None or producer.op_type != "Cast" or producer.attributes["to"].as_int() == 1
 
 
+def test_sums_in_place_of_float32_products_change_nothing_but_the_order(built: Built, tmp_path: Path) -> None:
+    schemes, embeds = assign(built, HALF, HALF), built.embeds(1)[:, :9].numpy()
+    wanted = text(built, schemes, tmp_path / "products").step(embeds)
+    given = (built.canonical, built.config, built.checkpoint, schemes, tmp_path / "sums")
+    lower("text", *given, capability=75)
+    found = InPlace(tmp_path / "sums" / "text.onnx", built.config, 1).step(embeds)
+    assert relative(found["logits"], torch.from_numpy(wanted["logits"])) < 1e-3  # float16 rounds what differs at 1e-7
+    wide = [node for node in ir.load(tmp_path / "sums" / "text.onnx").graph if node.op_type == "MatMul"]
+    assert all(node.inputs[1].producer().op_type in ("Transpose", "Gather") for node in wide)
+    assert not any(str(node.inputs[1].producer().inputs[0].name).endswith("router.weight") for node in wide)
+
+
 def test_int4_computes_exactly_what_the_integers_stand_for(built: Built, tmp_path: Path) -> None:
     schemes = assign(built, INT4)
     embeds = built.embeds(1)
