@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import onnx_ir as ir
 
@@ -19,6 +20,7 @@ from arriero.export.compile import Compiled, Watch
 from arriero.export.compile.engine_shapes import Limits, settle_capacities, signature
 from arriero.export.compile.gpus import Gpu
 from arriero.export.compile.tensorrt_api import TENSORRT, Api, load
+from arriero.graphs.passes.replace_dispatch_with_plugins import PLUGINS
 from arriero.runtimes.cpu import architecture
 
 STEPS = 100  # of which a graph's progress is told
@@ -35,24 +37,31 @@ def compile_graphs(
     *,
     memory: int | None = None,
     api: Api | None = None,
+    plugins: Callable[[str], Plugins] | None = None,
 ) -> Compiled:
     """Compile `<part>.onnx` of each of `parts` in `folder` for `gpu`, with at most `memory` bytes of scratch space.
 
     Leaves `<part>.engine` and `<part>.json` (see `engine_shapes.signature`) in the place of each graph and its weights.
-    `api` may stand in for the installed product. Raises ArrieroError naming graph and node that the product refuses,
+    `api` may stand in for the installed product, `plugins` for `cuda.plugin.register_plugins`, which makes our own
+    nodes known and is called if a graph has any. Raises ArrieroError naming graph and node that the product refuses,
     MachineLacks where it is not installed or needs the GPU itself.
     """
     product = api or load(TENSORRT)
     product.check_here(gpu)
     log = listener(product.module)
+    inside: Plugins | None = None
     for number, part in enumerate(parts):
         path = folder / f"{part}.onnx"
         model = ir.load(path)
         settle_capacities(model, limits)
         ir.save(model, path)
+        if inside is None and any(node.domain == PLUGINS for node in model.graph):
+            inside = (plugins or _register)(str(gpu))
         told = signature(model, limits, part)
         step = _step(watch, number, len(parts))
         plan = build_engine(product, log, path, told, gpu, memory, folder / TIMINGS, step)
+        if inside is not None:
+            told["plugins"] = inside.hashes
         _write(folder / f"{part}.engine", plan)
         (folder / f"{part}.json").write_text(json.dumps(told, indent=1) + "\n")
         path.unlink()
@@ -60,7 +69,23 @@ def compile_graphs(
     (folder / TIMINGS).unlink(missing_ok=True)
     if watch:
         watch(STEPS * len(parts), STEPS * len(parts))
-    return Compiled({product.product: product.version}, arch=architecture(), gpu=str(gpu), plugins={})
+    hashes = inside.hashes if inside else {}
+    return Compiled({product.product: product.version}, arch=architecture(), gpu=str(gpu), plugins=hashes)
+
+
+class Plugins(Protocol):
+    """What was compiled for our own nodes: name of each kernel -> sha256 of its code, once the engine is built."""
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Name -> sha256."""
+
+
+def _register(gpu: str) -> Plugins:
+    # By name and late: it needs nvcc, and only graphs with our own nodes need it.
+    plugin: Any = import_module("arriero.export.compile.cuda.plugin")
+    made: Plugins = plugin.register_plugins(gpu)
+    return made
 
 
 def build_engine(

@@ -6,7 +6,8 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
 import onnx
 import onnx_ir as ir
@@ -135,10 +136,9 @@ def test_every_shape_of_llama_4_is_taken(rtx: Api, tmp_path: Path, shape: str) -
     assert (tmp_path / "out" / "text.engine").stat().st_size > traced.checkpoint.tensors[EMBEDDING].nbytes
 
 
-def graph(path: Path, body: str) -> None:
-    text = (
-        f'<ir_version: 11, opset_import: ["" : 24]> g (float[batch, seq, 8] x) => (float[batch, seq, 8] y) {{ {body} }}'
-    )
+def graph(path: Path, body: str, opset: str = "") -> None:
+    head = f'<ir_version: 11, opset_import: ["" : 24{opset}]>'
+    text = f"{head} g (float[batch, seq, 8] x) => (float[batch, seq, 8] y) {{ {body} }}"
     onnx.save(onnx.parser.parse_model(text), path)
 
 
@@ -155,6 +155,34 @@ def test_what_the_builder_refuses_is_told_in_its_own_words(chasqui: Traced, tmp_
     chasqui.lower("gpu-fp8", tmp_path, ("text",))
     with pytest.raises(ArrieroError, match=r"text\.onnx: TensorRT for RTX .* builds no engine for sm_86 .*fp8_e4m3"):
         compile_graphs(tmp_path, ("text",), Gpu(86), LIMITS)
+
+
+class Compiled:
+    """Our own kernels, as if they had been compiled."""
+
+    hashes: ClassVar[dict[str, str]] = {"gate_up_decode_f16_exact": "0" * 64}
+
+
+def test_our_own_nodes_bring_their_kernels_into_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_api, "local_gpus", lambda: (Gpu(89),))
+    monkeypatch.setattr(tensorrt, "build_engine", lambda *given: b"engine")
+    product = ModuleType("tensorrt")
+    product.__dict__.update(__version__="10.16.0", ILogger=object)
+    graph(tmp_path / "text.onnx", "y = arriero.ExpertGateUp (x)", ', "arriero" : 1')
+    graph(tmp_path / "embed.onnx", "y = Abs(x)")
+    asked: list[str] = []
+    made = tensorrt.compile_graphs(
+        tmp_path,
+        ("embed", "text"),
+        Gpu(89),
+        LIMITS,
+        api=Api(TENSORRT, product),
+        plugins=lambda gpu: asked.append(gpu) or Compiled(),
+    )
+    assert asked == ["sm_89"]  # once, and for no graph without such nodes
+    assert (made.plugins, made.tools) == (Compiled.hashes, {TENSORRT: "10.16.0"})
+    assert json.loads((tmp_path / "text.json").read_text())["plugins"] == Compiled.hashes
+    assert "plugins" not in json.loads((tmp_path / "embed.json").read_text())
 
 
 def test_tensorrt_itself_needs_the_gpu_it_builds_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ TRT_MoE <activation_type> (x, ids, scores, gate, up, down) => (y)
 # The score scales the expert's input; weights are [E, out, in], gate and up one after the other.
 GATE_UP = """
 <domain: "arriero", opset_import: ["" : 24]>
-ExpertGateUp <plugin_namespace, form, block, aot> (x, ids, score, w) => (y)
+ExpertGateUp <plugin_namespace, form, aot> (x, ids, score, w, scales) => (y)
 {
     flat = Constant <value_ints: ints = [-1]> ()
     one = Constant <value_ints: ints = [1]> ()
@@ -69,7 +69,7 @@ ExpertGateUp <plugin_namespace, form, block, aot> (x, ids, score, w) => (y)
 """
 DOWN = """
 <domain: "arriero", opset_import: ["" : 24]>
-ExpertDown <plugin_namespace, form, block, aot> (inner, ids, w) => (y)
+ExpertDown <plugin_namespace, form, aot> (inner, ids, w, scales) => (y)
 {
     flat = Constant <value_ints: ints = [-1]> ()
     one = Constant <value_ints: ints = [1]> ()
@@ -137,7 +137,6 @@ def test_int4_goes_to_the_plugins_in_their_own_layout(built: Built, tmp_path: Pa
     assert {name: attribute.value for name, attribute in node.attributes.items()} == {
         "plugin_namespace": "arriero",
         "form": "int4",
-        "block": 32,
         "aot": 1,
     }
     packed, scales = (node.inputs[at].const_value.numpy() for at in (2, 3))
