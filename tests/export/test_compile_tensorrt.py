@@ -15,12 +15,13 @@ import pytest
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.compile import tensorrt, tensorrt_api
-from arriero.export.compile.engine_shapes import Limits
+from arriero.export.compile.engine_shapes import Limits, settle_capacities
 from arriero.export.compile.gpus import Gpu
 from arriero.export.compile.tensorrt_api import RTX, TENSORRT, Api
 from arriero.export.compile.tensorrt_rtx import compile_graphs
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
+from arriero.graphs.lower.tensorrt import lower as lower_for_tensorrt
 from arriero.graphs.lower.tensorrt_rtx import lower
 from arriero.graphs.names import EMBEDDING
 from arriero.graphs.trace import trace_embed, trace_text, trace_vision
@@ -218,3 +219,24 @@ def test_bindings_and_libraries_of_two_versions_are_refused(
         (tmp_path / name).touch()
     with pytest.raises(ArrieroError, match=r"bindings are of version 1\.7.* and the libraries of 1\.6\.1"):
         tensorrt_api.load.__wrapped__(RTX)
+
+
+def test_tensorrts_own_mixture_of_experts_is_parsed(chasqui: Traced, rtx: Api, tmp_path: Path) -> None:
+    """The parser of TensorRT for RTX knows the node, and infers what follows it; its builder has no kernel for it."""
+    schemes = load_profile("fp16").assign(chasqui.checkpoint.tensors)
+    given = (chasqui.config, chasqui.checkpoint, schemes, tmp_path)
+    lower_for_tensorrt("text", chasqui.graphs["text"], *given, capability=110)
+    model = ir.load(tmp_path / "text.onnx")
+    settle_capacities(model, LIMITS)
+    ir.save(model, tmp_path / "text.onnx")
+    log = tensorrt.listener(rtx.module)
+    network = rtx.module.Builder(log).create_network(rtx.network_flags)
+    assert rtx.module.OnnxParser(network, log).parse_from_file(str(tmp_path / "text.onnx"))
+    layers = [network.get_layer(number) for number in range(network.num_layers)]
+    found = [layer for layer in layers if layer.type == rtx.module.LayerType.MOE]
+    assert len(found) == 4
+    for layer in found:
+        assert tuple(layer.get_output(0).shape)[::2] == (1, 256)
+        assert layer.get_output(0).dtype == rtx.module.DataType.HALF
+    with pytest.raises(ArrieroError, match=r"text\.onnx: .* builds no engine for sm_120"):
+        compile_graphs(tmp_path, ("text",), Gpu(120), LIMITS)
