@@ -117,7 +117,7 @@ class Build:
 
     def run(self) -> list[Path]:
         """Build every target and give the bundle folders. Raises `ArrieroError` with what stopped it."""
-        plan = make_plan(self.config)
+        plan = self.plan = make_plan(self.config)
         plan.check_budgets(self.file)
         self.check_outputs()
         if not plan.done:
@@ -292,7 +292,8 @@ class Build:
                 number = min(done // each, len(parts) - 1)
                 self.watch(f"{step} {parts[number]}", 100 * (done - number * each) // each, 100, "%")
 
-            engines: Compiled = compiler.compile_graphs(folder, parts, gpu, limits, told)
+            scratch = self.plan.scratch(target.name)
+            engines: Compiled = compiler.compile_graphs(folder, parts, gpu, limits, told, memory=scratch)
             return engines
         compiled: Compiled = compiler.compile_graphs(
             folder, parts, target.cpu, kernels, lambda done, total: self.watch(step, done, total, "graphs")

@@ -96,6 +96,7 @@ class Plan:
     memory_budget: int | None
     disk_available: int
     disk_budget: int | None
+    gpu_budget: int | None
 
     @property
     def done(self) -> bool:
@@ -122,6 +123,15 @@ class Plan:
         check_budget("memory", self.peak_memory, budget=self.memory_budget, available=room, where=f"{where}host_memory")
         room = self.disk_available
         check_budget("disk space", self.disk, budget=self.disk_budget, available=room, where=f"{where}disk")
+        for target in self.targets:
+            if target.backend in GPU_BACKENDS and not target.done:
+                needed, budget = target.weights_bytes + target.kv_bytes, self.gpu_budget
+                check_budget("GPU memory", needed, budget=budget, available=None, where=f"{where}gpu_memory")
+
+    def scratch(self, name: str) -> int | None:
+        """What the budget leaves the engines of target `name` beside weights and cache; None without a budget."""
+        target = next(target for target in self.targets if target.name == name)
+        return None if self.gpu_budget is None else self.gpu_budget - target.weights_bytes - target.kv_bytes
 
     def to_json(self) -> dict[str, Any]:
         """Give the plan as JSON values."""
@@ -182,6 +192,7 @@ def make_plan(build: BuildConfig) -> Plan:
         memory_budget=build.budgets.host_memory,
         disk_available=free_disk(build.output),
         disk_budget=build.budgets.disk,
+        gpu_budget=build.budgets.gpu_memory,
     )
 
 
@@ -216,7 +227,7 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
             "calibrate": coverage,
             "target": target.model_dump(),
             "cpu": asdict(parse_cpu(target.cpu or NATIVE)) if target.backend in COMPILES else None,
-            "gpu": gpu_inputs(target),
+            "gpu": gpu_inputs(target, build.budgets.gpu_memory),
             "profile": profiles[target.profile].model_dump(exclude={"thresholds", "description"}),
             "source": source_hash("graphs", "profiles", "export"),
         }
@@ -245,11 +256,11 @@ def target_gpu(target: Target) -> Gpu | None:
     return parse_gpu(target.gpu or NATIVE) if target.backend in GPU_BACKENDS else None
 
 
-def gpu_inputs(target: Target) -> KeyInputs | None:
-    """What the target's engines depend on beyond the graphs: the GPU, and the versions of what builds them."""
+def gpu_inputs(target: Target, memory: int | None) -> KeyInputs | None:
+    """What the target's engines depend on beyond the graphs: GPU, `memory` budget, versions of what builds them."""
     gpu = target_gpu(target)
     tools = {tool: version_of(tool) for tool in GPU_TOOLS.get(target.backend, ())}
-    return None if gpu is None else {"gpu": str(gpu), "tools": tools}
+    return None if gpu is None else {"gpu": str(gpu), "memory": memory, "tools": tools}
 
 
 def _kernel_archs(target: Target, profile: Profile) -> set[str]:

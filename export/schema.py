@@ -213,6 +213,11 @@ class Budgets(_Section):
     disk: Size | None = Field(
         default=None, description="Most disk the build may use under `output`; what is free when left out."
     )
+    gpu_memory: Size | None = Field(
+        default=None,
+        description="Most memory of the GPU that a bundle may use: weights, keys and values, and its engines' scratch "
+        "space; no limit when left out.",
+    )
 
 
 class BuildConfig(_Section):

@@ -124,7 +124,7 @@ def build_engine(
     config.progress_monitor = monitor(trt, step)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise _unbuilt(api, path, gpu, log.errors)
+        raise _unbuilt(api, path, gpu, memory, log.errors)
     if cache is not None:
         _write(timings, config.get_timing_cache().serialize())
     return plan
@@ -197,8 +197,14 @@ def _refused(api: Api, path: Path, errors: Sequence[Any]) -> ArrieroError:
     )
 
 
-def _unbuilt(api: Api, path: Path, gpu: Gpu, errors: Sequence[str]) -> ArrieroError:
+def _unbuilt(api: Api, path: Path, gpu: Gpu, memory: int | None, errors: Sequence[str]) -> ArrieroError:
     text = errors[-1] if errors else "no reason given"
+    if ("out of memory" in text.lower() or "OutOfMemory" in text) and memory is not None:
+        return ArrieroError(
+            f"the engine needs more scratch space than the {memory} bytes that are left to it ({text})",
+            where=str(path),
+            remedy="Raise budgets.gpu_memory, or choose a smaller profile, context or batch",
+        )
     if "out of memory" in text.lower() or "OutOfMemory" in text:
         return MachineLacks(
             f"{api.told} ran out of memory while it built the engine ({text})",

@@ -152,6 +152,12 @@ def test_a_node_that_the_parser_does_not_take_is_named(rtx: Api, tmp_path: Path)
     assert not (tmp_path / "text.engine").exists()
 
 
+def test_scratch_space_has_a_limit(chasqui: Traced, tmp_path: Path) -> None:
+    chasqui.lower("fp16", tmp_path, ("text",))
+    with pytest.raises(ArrieroError, match=r"text\.onnx: the engine needs more scratch.*1048576.*budgets\.gpu_memory"):
+        compile_graphs(tmp_path, ("text",), Gpu(89), LIMITS, memory=1 << 20)
+
+
 def test_what_the_builder_refuses_is_told_in_its_own_words(chasqui: Traced, tmp_path: Path) -> None:
     chasqui.lower("gpu-fp8", tmp_path, ("text",))
     with pytest.raises(ArrieroError, match=r"text\.onnx: TensorRT for RTX .* builds no engine for sm_86 .*fp8_e4m3"):

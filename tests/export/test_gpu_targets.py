@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from arriero.errors import MachineLacks, Problems
+from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.export import build as building
 from arriero.export import plan as planning
 from arriero.export.compile import gpus, tensorrt_api, tensorrt_rtx
@@ -121,6 +122,22 @@ def test_the_gpu_and_the_products_version_decide_what_is_done_again(
     assert first != lowering(f"{RTX}, gpu: rtx-5090")
     monkeypatch.setattr(planning, "version_of", lambda name: "9.9")
     assert first != lowering(f"{RTX}, gpu: rtx-4090")
+
+
+def test_the_gpus_memory_is_a_budget(folder: Path) -> None:
+    build = load(folder, f"{RTX}, gpu: rtx-4090")
+    plan = make_plan(build)
+    target = plan.targets[0]
+    plan.check_budgets("build.yaml")
+    assert plan.scratch("card") is None
+    tight = replace(plan, gpu_budget=target.weights_bytes + target.kv_bytes + 1000)
+    tight.check_budgets("build.yaml")
+    assert tight.scratch("card") == 1000
+    with pytest.raises(ArrieroError, match=r"budgets\.gpu_memory: the build needs about .* of GPU memory"):
+        replace(plan, gpu_budget=target.weights_bytes).check_budgets("build.yaml")
+    file = folder / "build.yaml"
+    file.write_text(file.read_text() + "budgets: {gpu_memory: 24GiB}\n")
+    assert make_plan(load_build(file)).gpu_budget == 24 << 30
 
 
 @pytest.fixture
