@@ -22,6 +22,7 @@ from arriero.export.compile import Compiled
 from arriero.export.compile.cpus import NATIVE
 from arriero.export.compile.engine_shapes import Limits
 from arriero.export.compile.gpus import Gpu, local_gpus
+from arriero.export.compile.tensorrt_api import load
 from arriero.export.emulate import check_emulation
 from arriero.export.plan import (
     cache_bytes,
@@ -122,6 +123,7 @@ class Build:
         self.check_outputs()
         if not plan.done:
             self.check_inputs()
+            self.check_products({stage.name for stage in plan.stages if stage.done})
         with self.at_work():
             bundles, lacks = [], []
             for target in self.config.targets:
@@ -172,6 +174,13 @@ class Build:
                 )
         if problems:
             raise Problems(f"{self.file}: bundles cannot be published", problems)
+
+    def check_products(self, done: set[str]) -> None:
+        """Refuse engines that cannot be compiled here, before anything is calibrated; `done` are finished stages."""
+        for target in self.config.targets:
+            gpu = target_gpu(target)
+            if gpu is not None and f"lower-{target.name}" not in done:
+                load(target.backend).check_here(gpu)
 
     def check_inputs(self) -> None:
         """Refuse what would end the work late: thresholds that no metric has, a checkpoint without its processor,

@@ -109,6 +109,7 @@ def build_engine(
         raise _refused(api, path, [parser.get_error(number) for number in range(parser.num_errors)])
     config = builder.create_builder_config()
     api.aim(config, gpu)
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: it would round the router's inputs to 10 bits
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # an engine can say what it consists of
     if memory is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, memory)

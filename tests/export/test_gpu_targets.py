@@ -140,6 +140,19 @@ def test_the_gpus_memory_is_a_budget(folder: Path) -> None:
     assert make_plan(load_build(file)).gpu_budget == 24 << 30
 
 
+def test_a_product_that_is_missing_is_told_before_anything_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building.Build, "check_inputs", lambda build: None)
+
+    def missing(product: str) -> None:
+        raise MachineLacks(f"{product} is not installed")
+
+    monkeypatch.setattr(building, "load", missing)
+    build = load(folder, f"{RTX}, gpu: rtx-4090")
+    with pytest.raises(MachineLacks, match="tensorrt-rtx is not installed"):
+        building.Build(build, "build.yaml", lambda *told: None).run()
+    assert not (folder / "out" / ".work").exists()
+
+
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     try:
