@@ -9,7 +9,7 @@ import pytest
 
 from arriero.errors import ArrieroError, Problems
 from arriero.profiles.recipe import Profile, check_shapes, load_profile, shipped
-from arriero.profiles.schemes import Exact, Fp8, Half, Int8Dynamic, Int8Static, IntBlock, Scheme
+from arriero.profiles.schemes import Exact, Fp8, Fp8Static, Half, Int8Dynamic, Int8Static, IntBlock, Scheme
 from tests.toys import make_maverick_toy, make_scout_toy
 
 LAYER = "language_model.model.layers.0"
@@ -237,6 +237,9 @@ def test_a_budget_that_cannot_be_kept_is_refused_before_anything_runs() -> None:
 def test_the_naive_form_of_static_scales_sees_no_activation() -> None:
     profile = Profile.model_validate(static())
     assert profile.naive().assign(["a"])["a"] == Int8Static(kind="int8_static", ranges="weights")
+    floats = Profile.model_validate(static(rules=[selector("a", scheme={"kind": "fp8_static"})]))
+    assert floats.naive().assign(["a"])["a"] == Fp8Static(kind="fp8_static", ranges="weights")
+    assert floats.assign(["a"])["a"].label == "fp8 per channel static observed"
     assert profile.naive().calibration is None
     assert not profile.rounds_by_gptq
 
