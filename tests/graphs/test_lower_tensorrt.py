@@ -36,11 +36,9 @@ STALE = 3.0  # what lies in a slot that no token of the row is in: finite, and l
 INT4 = IntBlock(kind="int_block", bits=4, block=32, accuracy_level=0)
 HALF = Half(kind="half", format="float16")
 STATIC: dict[str, Scheme] = {
-    "int8": Int8Static(kind="int8_static"),
     "int8 smooth": Int8Static(kind="int8_static", smooth=0.5),
     "int8 naive": Int8Static(kind="int8_static").naive(),
     "fp8": Fp8Static(kind="fp8_static"),
-    "fp8 naive": Fp8Static(kind="fp8_static").naive(),
 }
 
 
@@ -79,7 +77,7 @@ class InPlace(Stepper):
         return dict(zip(found, (value.numpy() for value in binding.get_outputs()[len(self.cache) :]), strict=True))
 
 
-@pytest.fixture(scope="module", params=list(TOYS))
+@pytest.fixture(scope="session", params=list(TOYS))
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
     return Built(tmp_path_factory.mktemp("lowered"), request.param)
 
