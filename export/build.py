@@ -15,20 +15,33 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arriero.errors import ArrieroError, BelowThreshold, Problems
+from arriero.errors import ArrieroError, BelowThreshold, MachineLacks, Problems
 from arriero.export.bundle import assemble, copy_tokenizer, is_current, write_manifest
 from arriero.export.cases import describe_set, draw_cases, encoded_sizes
 from arriero.export.compile import Compiled
 from arriero.export.compile.cpus import NATIVE
+from arriero.export.compile.engine_shapes import Limits
+from arriero.export.compile.gpus import Gpu, local_gpus
+from arriero.export.compile.tensorrt_api import load
 from arriero.export.emulate import check_emulation
-from arriero.export.plan import calibrating, kernel_arch, make_plan, rounding_folder, stage_inputs, thresholds
+from arriero.export.plan import (
+    cache_bytes,
+    calibrating,
+    kernel_arch,
+    make_plan,
+    rounding_folder,
+    stage_inputs,
+    target_gpu,
+    thresholds,
+)
 from arriero.export.schema import BuildConfig, Target
 from arriero.export.stages import Stage, WorkDir, key_of, read_record
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
-from arriero.profiles.kv_cache import ITEM_BYTES, CacheScales, cache_scales, check_tokens
+from arriero.profiles.kv_cache import CacheScales, cache_scales, check_tokens
 from arriero.profiles.recipe import Profile, load_profile
 from arriero.profiles.roundings import Roundings
+from arriero.runtimes.backend import module_of
 from arriero.runtimes.cpu import architecture
 from arriero.runtimes.manifest import link
 
@@ -36,8 +49,30 @@ if TYPE_CHECKING:
     from arriero.export.prove import Judge
     from arriero.graphs.check import Part
 
+TARGET_KEYS = ("cpu", "arch", "features", "gpu", "plugins")  # of the manifest's target, as the compilation left them
+
 # What a watcher is told: the step, how much of it is done, of how much, and in which unit ("bytes" or "samples").
 Watch = Callable[[str, int, int, str], None]
+
+
+NEEDS_GPU = "a machine with the GPU that the engines are for"
+GO_ON = "Run the same command there with this output folder and the same versions: it goes on from here"
+
+
+class UnprovenHere(MachineLacks):
+    """A target was built as far as this machine goes. `told` names it with its GPU."""
+
+    def __init__(self, target: str, gpu: Gpu, lowered: Path) -> None:
+        """Say that the engines in `lowered` run on `gpu` and not here."""
+        self.told = f"{target} for {gpu}"
+        here = ", ".join(map(str, local_gpus())) or "none"
+        super().__init__(
+            f"target {target} is compiled and kept, and not proven: its engines run on {gpu.told} alone, and this "
+            f"machine has {here}",
+            where=str(lowered),
+            expected=NEEDS_GPU,
+            remedy=GO_ON,
+        )
 
 
 @dataclass(frozen=True)
@@ -83,14 +118,26 @@ class Build:
 
     def run(self) -> list[Path]:
         """Build every target and give the bundle folders. Raises `ArrieroError` with what stopped it."""
-        plan = make_plan(self.config)
+        plan = self.plan = make_plan(self.config)
         plan.check_budgets(self.file)
         self.check_outputs()
         if not plan.done:
             self.check_inputs()
+            self.check_products({stage.name for stage in plan.stages if stage.done})
         with self.at_work():
-            bundles = [self.build_target(target) for target in self.config.targets]
+            bundles, lacks = [], []
+            for target in self.config.targets:
+                try:
+                    bundles.append(self.build_target(target))
+                except UnprovenHere as lack:  # what this machine cannot prove keeps the other targets from nothing
+                    lacks.append(lack)
             self.work.prune((name, key_of(name, values)) for name, values in self.inputs.items())
+        if len(lacks) > 1:
+            names = ", ".join(lack.told for lack in lacks)
+            what = f"{len(lacks)} targets are compiled and kept, and not proven, because this machine has no such GPU: "
+            raise MachineLacks(what + names, where=str(self.work.root), expected=NEEDS_GPU, remedy=GO_ON)
+        if lacks:
+            raise lacks[0]
         return bundles
 
     def run_calibration(self) -> dict[str, Any]:
@@ -127,6 +174,13 @@ class Build:
                 )
         if problems:
             raise Problems(f"{self.file}: bundles cannot be published", problems)
+
+    def check_products(self, done: set[str]) -> None:
+        """Refuse engines that cannot be compiled here, before anything is calibrated; `done` are finished stages."""
+        for target in self.config.targets:
+            gpu = target_gpu(target)
+            if gpu is not None and f"lower-{target.name}" not in done:
+                load(target.backend).check_here(gpu)
 
     def check_inputs(self) -> None:
         """Refuse what would end the work late: thresholds that no metric has, a checkpoint without its processor,
@@ -231,12 +285,25 @@ class Build:
         weights = self.lower_parts(target, self.parts, profile, found, cache, made.graph, folder)
         copy_tokenizer(self.config.model, folder / "tokenizer")
         compiled = self.compile(target, self.parts, made.kernels, folder)
+        if compiled.gpu is not None:  # an engine has swallowed the file of its part's weights
+            weights = {name: {**one, "file": f"{Path(one['file']).stem}.engine"} for name, one in weights.items()}
         (folder / "lowering.json").write_text(json.dumps({"weights": weights, **asdict(compiled)}))
 
     def compile(self, target: Target, parts: tuple[str, ...], kernels: Path | None, folder: Path) -> Compiled:
         """Make of the lowered graphs in `folder` what the backend loads."""
-        compiler = import_module(f"arriero.export.compile.{target.backend}")
-        step = f"{target.name}: compile"
+        compiler = import_module(f"arriero.export.compile.{module_of(target.backend)}")
+        step, gpu = f"{target.name}: compile", target_gpu(target)
+        if gpu is not None:
+            limits = Limits(target.context, target.batch, self.model.text.chunk)
+
+            def told(done: int, total: int) -> None:
+                each = total // len(parts)
+                number = min(done // each, len(parts) - 1)
+                self.watch(f"{step} {parts[number]}", 100 * (done - number * each) // each, 100, "%")
+
+            scratch = self.plan.scratch(target.name)
+            engines: Compiled = compiler.compile_graphs(folder, parts, gpu, limits, told, memory=scratch)
+            return engines
         compiled: Compiled = compiler.compile_graphs(
             folder, parts, target.cpu, kernels, lambda done, total: self.watch(step, done, total, "graphs")
         )
@@ -263,9 +330,11 @@ class Build:
 
         from arriero.graphs.check import part_tensors
 
-        lowering = import_module(f"arriero.graphs.lower.{target.backend}")
+        lowering = import_module(f"arriero.graphs.lower.{module_of(target.backend)}")
         schemes = profile.assign([name for part in self.parts for name in part_tensors(part, self.model)])
         weights: dict[str, Any] = {}
+        gpu = target_gpu(target)
+        extra = {} if gpu is None else {"capability": gpu.capability}
         for part in parts:
             watch = partial(self.watch, f"{target.name}: write {part} weights")
             weights |= lowering.lower(
@@ -278,6 +347,7 @@ class Build:
                 lambda done, total, watch=watch: watch(done, total, "bytes"),
                 roundings,
                 cache,
+                **extra,
             )
         return weights
 
@@ -291,7 +361,8 @@ class Build:
         records = {name: read_record(folder) for name, folder in stages}
         made = json.loads((lowered / "lowering.json").read_text())
         text = self.model.text
-        per_layer = 2 * text.kv_heads * text.head_dim * ITEM_BYTES[target.kv_cache]
+        item = cache_bytes(target, self.profiles[target.profile])
+        per_layer = 2 * text.kv_heads * text.head_dim * item
         kinds = {"chunked" if layer.chunked else "global" for layer in text.layers}
         tools = {name: version for name, version in self.inputs["graph"]["tools"].items() if version}
         linked = link(self.content, build["graph"])
@@ -301,7 +372,7 @@ class Build:
             model_spec(self.model),
             {
                 "tools": {**tools, **made["tools"]},
-                "target": {**target.model_dump(), **{key: made[key] for key in ("cpu", "arch", "features")}},
+                "target": {**target.model_dump(), **{key: made[key] for key in TARGET_KEYS}},
                 "weights": made["weights"],
                 "coverage": json.loads((calibrated / "coverage.json").read_text()),
                 "fallback": self.fallback(target, calibrated),
@@ -346,6 +417,7 @@ class Build:
         from arriero.export.prove import measure
         from arriero.runtimes.report import write_html, write_json
 
+        self.check_gpu(target, lowered)
         limits = thresholds(self.config, target, self.profiles[target.profile])
         report = measure(bundle, self.judge, limits, self.watch)
         report = with_naive(report, self.naive_kl(target, made, lowered, folder), limits)
@@ -359,6 +431,13 @@ class Build:
                 where=str(page),
                 remedy="The page shows where it differs; choose a finer profile, or lower the threshold knowingly",
             )
+
+    def check_gpu(self, target: Target, lowered: Path) -> None:
+        """Stop a target whose engines this machine cannot run: they are compiled and kept, and not proven yet."""
+        gpu = target_gpu(target)
+        if gpu is None or gpu in local_gpus():
+            return
+        raise UnprovenHere(target.name, gpu, lowered)
 
     def naive_kl(self, target: Target, made: Made, lowered: Path, folder: Path) -> float | None:
         """Mean KL of the naive form of the target's profile on the parity cases; None if the profile is that form.

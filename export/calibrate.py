@@ -28,7 +28,7 @@ from arriero.profiles.observe import Moments, check_finite
 from arriero.profiles.quantize import Quantized, dequantize, quantize
 from arriero.profiles.recipe import Profile
 from arriero.profiles.roundings import Note, Roundings
-from arriero.profiles.schemes import Int8Static, IntBlock
+from arriero.profiles.schemes import IntBlock, Static
 from arriero.profiles.stored_values import stored_values
 
 Watch = Callable[[str, int, int, str], None]
@@ -105,7 +105,7 @@ class Calibration:
                 scheme = self.schemes[key][tensor]
                 if isinstance(scheme, IntBlock) and scheme.calibrates:
                     self._round(self.roundings[key], profile, scheme, tensor, expert, weight(), seen)
-                elif isinstance(scheme, Int8Static) and scheme.calibrates:
+                elif isinstance(scheme, Static) and scheme.calibrates:
                     self._fit(self.roundings[key], profile, scheme, tensor, expert, weight(), seen)
             self.watch(f"{step}, matrices", number, matrices, "matrices")
         for key in self.profiles:
@@ -175,7 +175,7 @@ class Calibration:
         self,
         roundings: Roundings,
         profile: Profile,
-        scheme: Int8Static,
+        scheme: Static,
         tensor: str,
         expert: int | None,
         weight: NDArray[np.float32],
@@ -192,7 +192,7 @@ class Calibration:
         """Give experts that too few tokens reached the widest range of inputs that an expert of `layer` saw."""
         for tensor in expert_tensors(layer):
             scheme = self.schemes[key].get(tensor)
-            if tensor not in ranges or not isinstance(scheme, Int8Static) or not scheme.calibrates:
+            if tensor not in ranges or not isinstance(scheme, Static) or not scheme.calibrates:
                 continue
             widest = np.array([max(entry["largest"] for entry in ranges[tensor])], np.float32)
             features = self.checkpoint.tensors[tensor].shape[1]

@@ -175,7 +175,7 @@ def decoder_bits(weights: Mapping[str, Mapping[str, Any]]) -> float:
         bits += 8 * count * ITEM_BYTES[entry["dtype"]]
         if name.endswith(".packed"):
             width = int(re.findall(r"\d+", entry["scheme"])[0])
-            values += count * 8 // width
+            values += int(8 * count * ITEM_BYTES[entry["dtype"]]) // width
         elif not name.endswith((".scales", ".multiplier")):
             values += count
     return bits / values

@@ -16,6 +16,7 @@ from arriero.export import estimate
 from arriero.export.budget import available_memory, check_budget, free_disk, human_bytes
 from arriero.export.cases import describe_set, draw_cases, encoded_sizes, modality
 from arriero.export.compile.cpus import NATIVE, parse_cpu
+from arriero.export.compile.gpus import GPU_BACKENDS, Gpu, check_product, parse_gpu
 from arriero.export.doctor import version_of
 from arriero.export.schema import EMBEDDED, BuildConfig, Samples, Target
 from arriero.export.stages import WorkDir, key_of, source_hash
@@ -25,7 +26,8 @@ from arriero.graphs.names import EMBEDDING, TEXT_PREFIX, expected_tensors
 from arriero.profiles.data import FAMILIES, TEXT_FAMILIES
 from arriero.profiles.kv_cache import ITEM_BYTES, widen_thresholds
 from arriero.profiles.recipe import Profile, check_shapes, load_profile
-from arriero.profiles.schemes import Chosen, Exact
+from arriero.profiles.schemes import Chosen, Exact, Half
+from arriero.runtimes.backend import module_of
 from arriero.runtimes.cpu import architecture
 
 if TYPE_CHECKING:
@@ -33,12 +35,18 @@ if TYPE_CHECKING:
 
 CONTEXTS = {"8k": 1 << 13, "128k": 1 << 17, "1M": 1 << 20, "10M": 10 << 20}
 TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "apache-tvm", "apache-tvm-ffi", "numpy")
+GPU_TOOLS = {
+    "tensorrt-rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13"),
+    "tensorrt": ("tensorrt",),
+}
 COMPILES = ("tvm",)  # backends whose graphs are compiled for a processor, and read exact matrices as they are stored
 
 # The estimates' constants, rounded up from runs on small models.
 TOOLS_MEMORY = 1 << 30  # Python with torch, onnx and ONNX Runtime loaded, and the graphs while they are traced
 KERNELS_MEMORY = 5 * (512 << 20)  # a compiler for each instruction set and one more, at the same time
 KERNELS_DISK = 8 << 20
+ENGINE_MEMORY, ENGINE_COPIES = 1 << 30, 3  # a builder, and the weights: mapped, in its network, serialized
+ENGINE_DISK = 64 << 20  # the code in three engines
 GRAPH_DISK = 64 << 20  # traced and lowered graphs without weights, tokenizer, reports
 LARGEST_PIECE = 256 << 20  # a matrix is rounded in pieces of rows; an expert is rounded whole
 PIECE_COPIES = 4  # the piece in float32, over its scales, rounded, and packed
@@ -88,6 +96,7 @@ class Plan:
     memory_budget: int | None
     disk_available: int
     disk_budget: int | None
+    gpu_budget: int | None
 
     @property
     def done(self) -> bool:
@@ -114,6 +123,15 @@ class Plan:
         check_budget("memory", self.peak_memory, budget=self.memory_budget, available=room, where=f"{where}host_memory")
         room = self.disk_available
         check_budget("disk space", self.disk, budget=self.disk_budget, available=room, where=f"{where}disk")
+        for target in self.targets:
+            if target.backend in GPU_BACKENDS and not target.done:
+                needed, budget = target.weights_bytes + target.kv_bytes, self.gpu_budget
+                check_budget("GPU memory", needed, budget=budget, available=None, where=f"{where}gpu_memory")
+
+    def scratch(self, name: str) -> int | None:
+        """What the budget leaves the engines of target `name` beside weights and cache; None without a budget."""
+        target = next(target for target in self.targets if target.name == name)
+        return None if self.gpu_budget is None else self.gpu_budget - target.weights_bytes - target.kv_bytes
 
     def to_json(self) -> dict[str, Any]:
         """Give the plan as JSON values."""
@@ -133,10 +151,10 @@ def make_plan(build: BuildConfig) -> Plan:
     work = WorkDir(build.output)
     profiles = {target.profile: load_profile(target.profile) for target in build.targets}
     content = checkpoint.known_content_hash(work.hash_memo)
+    _check_fit(build, config)
     inputs = stage_inputs(build, content or "", profiles)
     keys = {name: key_of(name, values) for name, values in inputs.items()}
     state = {name: bool(content) and work.is_done(name, key) for name, key in keys.items()}
-    _check_fit(build, config)
     if not all(state.values()):
         check_ledger(checkpoint.tensors.values(), expected_tensors(config))
         _check_backends(build, profiles)
@@ -157,7 +175,11 @@ def make_plan(build: BuildConfig) -> Plan:
     }
     needs |= {name: (KERNELS_MEMORY, KERNELS_DISK) for name in keys if name.startswith("kernels-")}
     for target in targets:
-        needs[f"lower-{target.name}"] = (_lower_memory(used), target.weights_bytes)
+        lowering = (_lower_memory(used), target.weights_bytes)
+        if target.backend in GPU_BACKENDS:  # an engine beside the weights that it is made of
+            engine = ENGINE_MEMORY + ENGINE_COPIES * target.weights_bytes
+            lowering = (max(lowering[0], engine), 2 * target.weights_bytes + ENGINE_DISK)
+        needs[f"lower-{target.name}"] = lowering
         needs[f"parity-{target.name}"] = (_parity_memory(target, used), GRAPH_DISK)
     return Plan(
         model=_describe(build, checkpoint, config),
@@ -170,6 +192,7 @@ def make_plan(build: BuildConfig) -> Plan:
         memory_budget=build.budgets.host_memory,
         disk_available=free_disk(build.output),
         disk_budget=build.budgets.disk,
+        gpu_budget=build.budgets.gpu_memory,
     )
 
 
@@ -204,6 +227,7 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
             "calibrate": coverage,
             "target": target.model_dump(),
             "cpu": asdict(parse_cpu(target.cpu or NATIVE)) if target.backend in COMPILES else None,
+            "gpu": gpu_inputs(target, build.budgets.gpu_memory),
             "profile": profiles[target.profile].model_dump(exclude={"thresholds", "description"}),
             "source": source_hash("graphs", "profiles", "export"),
         }
@@ -225,6 +249,18 @@ def thresholds(build: BuildConfig, target: Target, profile: Profile) -> dict[str
 def kernel_arch(target: Target) -> str | None:
     """The architecture that the target's kernels are compiled for; None for a backend that brings its own."""
     return parse_cpu(target.cpu or NATIVE).arch if target.backend in COMPILES else None
+
+
+def target_gpu(target: Target) -> Gpu | None:
+    """The GPU that the target is compiled for; None for a backend on processors."""
+    return parse_gpu(target.gpu or NATIVE) if target.backend in GPU_BACKENDS else None
+
+
+def gpu_inputs(target: Target, memory: int | None) -> KeyInputs | None:
+    """What the target's engines depend on beyond the graphs: GPU, `memory` budget, versions of what builds them."""
+    gpu = target_gpu(target)
+    tools = {tool: version_of(tool) for tool in GPU_TOOLS.get(target.backend, ())}
+    return None if gpu is None else {"gpu": str(gpu), "memory": memory, "tools": tools}
 
 
 def _kernel_archs(target: Target, profile: Profile) -> set[str]:
@@ -269,8 +305,10 @@ def _check_fit(build: BuildConfig, config: ModelConfig) -> None:
         if target.cpu is not None and target.backend not in COMPILES:
             what = f"the backend {target.backend} compiles for no processor: its bundles run on any"
             problems.append(ArrieroError(what, where=f"targets[{number}].cpu", remedy="Remove the key"))
-        if target.kv_cache != "float32" and target.backend in COMPILES:
-            what = f"the backend {target.backend} keeps keys and values in float32"
+        problems += _gpu_problems(target, f"targets[{number}].gpu")
+        if target.kv_cache != "float32" and target.backend in (*COMPILES, *GPU_BACKENDS):
+            kept = "float32" if target.backend in COMPILES else "what the profile computes in"
+            what = f"the backend {target.backend} keeps keys and values in {kept}"
             problems.append(ArrieroError(what, where=f"targets[{number}].kv_cache", remedy="Remove the key"))
         if target.context > config.text.max_positions:
             what = f"{target.context:,} tokens are more than the model's positions"
@@ -278,6 +316,20 @@ def _check_fit(build: BuildConfig, config: ModelConfig) -> None:
             problems.append(ArrieroError(what, where=f"targets[{number}].context", expected=expected))
     if problems:
         raise Problems(f"the build does not fit the checkpoint {build.model}", problems)
+
+
+def _gpu_problems(target: Target, where: str) -> list[ArrieroError]:
+    """A GPU beside a backend that runs on processors, none where one is needed, or one that it builds nothing for."""
+    if target.backend not in GPU_BACKENDS:
+        what = f"the backend {target.backend} runs on processors"
+        return [] if target.gpu is None else [ArrieroError(what, where=where, remedy="Remove the key")]
+    try:
+        gpu = target_gpu(target)
+        assert gpu is not None
+        check_product(target.backend, gpu, where)
+    except ArrieroError as error:
+        return [ArrieroError(error.what, where=where, expected=error.expected, remedy=error.remedy)]
+    return []
 
 
 def _sample_sizes(build: BuildConfig, config: ModelConfig, state: Mapping[str, bool]) -> list[estimate.Size]:
@@ -327,11 +379,14 @@ def _check_backends(build: BuildConfig, profiles: Mapping[str, Profile]) -> None
     problems = []
     for number, target in enumerate(build.targets):
         # Imported by name and late: an unchanged build is planned without the tools of any backend.
-        lowering = import_module(f"arriero.graphs.lower.{target.backend}")
+        lowering = import_module(f"arriero.graphs.lower.{module_of(target.backend)}")
         known = lowering.SCHEMES
         profile = profiles[target.profile]
         schemes = [rule.scheme for form in profile.forms for rule in form.rules]
+        gpu = target_gpu(target)
         lacking = {lack for scheme in schemes if (lack := lowering.lacks(scheme)) is not None}
+        if gpu is not None:
+            lacking |= {lack for scheme in schemes if (lack := lowering.lacks_on(scheme, gpu.capability)) is not None}
         if lacking:
             what = (
                 f"{target.backend} has no kernels for {', '.join(sorted(lacking))}, as profile {profile.name} asks for"
@@ -381,12 +436,23 @@ def _plan_target(
         profile=profile.name,
         context=target.context,
         batch=target.batch,
-        kv_cache=target.kv_cache,
+        kv_cache=cache_type(target, profile),
         weights={label: size for label, size in sizes.items() if size},
         weights_bytes=sum(sizes.values()),
-        kv_bytes=target.batch * kv_bytes(config.text, target.context, ITEM_BYTES[target.kv_cache]),
+        kv_bytes=target.batch * kv_bytes(config.text, target.context, cache_bytes(target, profile)),
         done=state[f"lower-{target.name}"] and state[f"parity-{target.name}"],
     )
+
+
+def cache_type(target: Target, profile: Profile) -> str:
+    """The type of the target's keys and values: as it asks, on GPUs as the profile computes."""
+    formats = [rule.scheme.format for rule in profile.rules if isinstance(rule.scheme, Half)]
+    return formats[0] if target.backend in GPU_BACKENDS and formats else target.kv_cache
+
+
+def cache_bytes(target: Target, profile: Profile) -> int:
+    """Bytes of one number in the target's cache of keys and values."""
+    return {**ITEM_BYTES, "float16": 2, "bfloat16": 2}[cache_type(target, profile)]
 
 
 def _lower_memory(used: Iterable[TensorInfo]) -> int:
@@ -401,7 +467,7 @@ def _parity_memory(target: PlannedTarget, used: Iterable[TensorInfo]) -> int:
     reference's largest matrix in float32 (its other weights stay mapped), and both sides' caches.
     """
     largest = max((4 * math.prod(info.shape[-2:]) for info in used), default=0)
-    reference_cache = target.kv_bytes * ITEM_BYTES["float32"] // ITEM_BYTES[target.kv_cache]
+    reference_cache = target.kv_bytes * ITEM_BYTES["float32"] // ITEM_BYTES.get(target.kv_cache, 2)
     return TOOLS_MEMORY + target.weights_bytes + largest + target.kv_bytes + reference_cache
 
 

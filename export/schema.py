@@ -22,6 +22,8 @@ from pydantic_core import PydanticCustomError
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.budget import parse_bytes
 from arriero.export.compile.cpus import NAMED, NATIVE, parse_cpu
+from arriero.export.compile.gpus import NAMED as NAMED_GPUS
+from arriero.export.compile.gpus import parse_gpu
 from arriero.export.locate import resolve_model
 from arriero.profiles.kv_cache import CacheType
 from arriero.profiles.recipe import shipped
@@ -80,6 +82,12 @@ class Target(_Section):
         f"`{NATIVE}` (the default), {', '.join(f'`{name}`' for name in NAMED)}, or an LLVM triple, CPU and features "
         "as in `aarch64-linux-gnu cortex-a72 +crc`.",
     )
+    gpu: str | None = Field(
+        default=None,
+        description="The GPU to compile for, where the backend does (`tensorrt`, `tensorrt-rtx`): "
+        f"`{NATIVE}` (the default), {', '.join(f'`{name}`' for name in NAMED_GPUS)}, or a compute capability as in "
+        "`sm_89`.",
+    )
     context: Count = Field(default=4096, description="Tokens that one sequence may hold, prompt and answer together.")
     batch: Count = Field(default=1, description="Sequences decoded together.")
     kv_cache: CacheType = Field(
@@ -105,6 +113,16 @@ class Target(_Section):
         except ArrieroError as error:
             raise refusal(error) from None
         return cpu
+
+    @field_validator("gpu")
+    @classmethod
+    def _gpu_is_known(cls, gpu: str | None) -> str | None:
+        try:
+            if gpu not in (None, NATIVE):
+                parse_gpu(gpu)
+        except ArrieroError as error:
+            raise refusal(error) from None
+        return gpu
 
     @field_validator("profile")
     @classmethod
@@ -194,6 +212,11 @@ class Budgets(_Section):
     )
     disk: Size | None = Field(
         default=None, description="Most disk the build may use under `output`; what is free when left out."
+    )
+    gpu_memory: Size | None = Field(
+        default=None,
+        description="Most memory of the GPU that a bundle may use: weights, keys and values, and its engines' scratch "
+        "space; no limit when left out.",
     )
 
 

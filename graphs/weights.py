@@ -14,7 +14,7 @@ import numpy as np
 ALIGNMENT = 4096  # the data section starts on a page, so that a memory map of it is aligned
 CACHE_LINE = 64
 PIECE_BYTES = 32 * 2**20  # what producers aim at
-ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "F8_E4M3": 1}
+ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1, "I4": 0.5}
 Progress = Callable[[int, int], None]
 
 
@@ -29,7 +29,13 @@ class Spec:
     @property
     def nbytes(self) -> int:
         """Its size in the file."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return int(math.prod(self.shape) * ITEM_BYTES[self.dtype])
+
+    @property
+    def entry(self) -> dict[str, object]:
+        """Its entry in the header, offsets aside. The format has no four-bit integers: those are bytes there."""
+        packed = self.dtype == "I4"
+        return {"dtype": "U8" if packed else self.dtype, "shape": [self.nbytes] if packed else list(self.shape)}
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ def plan_layout(groups: Sequence[Group]) -> Layout:
         if spec.name in header:
             raise ValueError(f"two tensors are called {spec.name}")
         span = [cursor, cursor + spec.nbytes]
-        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": span}
+        header[spec.name] = {**spec.entry, "data_offsets": span}
         offsets[spec.name], cursor = span
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError
+from arriero.profiles.float8 import LARGEST, Float8, quantize_float8
 from arriero.profiles.quantize import quantize
 
 Floats = NDArray[np.float32]
@@ -38,6 +39,18 @@ class StaticInt8:
     """
 
     packed: NDArray[np.uint8]
+    scales: Floats
+    multiplier: Floats
+
+
+@dataclass(frozen=True)
+class StaticFloat8:
+    """A matrix for known input ranges: y = scales * sum of e4m3(x * multiplier) times E4M3 weights; shapes as above.
+
+    `bits` u8 [..., N, K] are the weights' E4M3 bytes.
+    """
+
+    bits: NDArray[np.uint8]
     scales: Floats
     multiplier: Floats
 
@@ -78,3 +91,10 @@ def quantize_static(weight: Floats, inputs: InputScale, *, name: str) -> StaticI
     rounded = quantize(balanced, bits=8, block=weight.shape[-1], name=name)
     steps = inputs.largest / np.float32(TOP)
     return StaticInt8(rounded.packed, rounded.scales[..., 0] * steps, np.reciprocal(inputs.divisors * steps))
+
+
+def quantize_static_float8(weight: Floats, inputs: InputScale, *, name: str) -> StaticFloat8:
+    """The same in E4M3: the largest weight of an output and the largest input become 448."""
+    rounded: Float8 = quantize_float8(weight * inputs.divisors[..., None, :], name=name)
+    steps = inputs.largest / np.float32(LARGEST)
+    return StaticFloat8(rounded.bits, rounded.scales * steps, np.reciprocal(inputs.divisors * steps))

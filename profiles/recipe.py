@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from arriero.errors import ArrieroError, Problems
-from arriero.profiles.schemes import Candidate, Chosen, Exact, Half, Int8Static, IntBlock, Record, Scheme
+from arriero.profiles.schemes import Candidate, Chosen, Exact, Half, IntBlock, Record, Scheme, Static
 
 SHIPPED = Path(__file__).parent
 OVER_NAIVE = "kl_over_naive"
@@ -110,11 +110,11 @@ class Profile(Record):
             raise ValueError(f"a profile that calibrates must beat its naive form: set thresholds.{OVER_NAIVE} below 1")
         if rule is None:
             return self
-        static = any(isinstance(scheme, Int8Static) and scheme.calibrates for scheme in schemes)
+        static = any(isinstance(scheme, Static) and scheme.calibrates for scheme in schemes)
         if self.rounds_by_gptq != (rule.damping is not None):
             raise ValueError("calibration.damping is gptq's: give it where a rule rounds by gptq, and nowhere else")
         if (rule.below == "nearest" and static) or (rule.below == "widest" and self.rounds_by_gptq):
-            raise ValueError("calibration.below: `nearest` is a rule for gptq only, `widest` for int8_static only")
+            raise ValueError("calibration.below: `nearest` is a rule for gptq only, `widest` for static scales only")
         return self
 
     @property

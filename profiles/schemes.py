@@ -6,7 +6,7 @@ Legend: N output features, K input features, E experts. A matrix is [N, K], a st
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import override
@@ -195,17 +195,17 @@ class Int8Dynamic(_PerChannel):
         return "int8 per output channel, int8 activations per token"
 
 
-class Int8Static(_PerChannel):
-    """Symmetric int8 weights with a scale per output, int8 activations with one scale per matrix, known beforehand.
+class Static(_PerChannel):
+    """One byte per weight with a scale per output, activations in eight bits at one scale per matrix, known beforehand.
 
     `ranges` observed: the largest magnitude that calibration saw in this matrix's inputs (of each expert: in the rows
     routed to it, times the router's score); weights: that of the weights, the naive guess. `smooth` is the exponent of
     SmoothQuant (Xiao et al. 2023): how much of the inputs' uneven size per feature is moved into the weights.
     """
 
-    kind: Literal["int8_static"]
     ranges: Literal["observed", "weights"] = "observed"
     smooth: Annotated[float, Field(ge=0, le=1)] | None = None
+    word: ClassVar[str]  # what both sides are rounded to
 
     @model_validator(mode="after")
     def _smooths_what_it_saw(self) -> Self:
@@ -216,14 +216,15 @@ class Int8Static(_PerChannel):
     @property
     @override
     def label(self) -> str:
-        return f"int8 per channel static {self.ranges}" + ("" if self.smooth is None else f" smooth {self.smooth:g}")
+        smooth = "" if self.smooth is None else f" smooth {self.smooth:g}"
+        return f"{self.word} per channel static {self.ranges}{smooth}"
 
     @property
     @override
     def told(self) -> str:
         ranges = "calibrated" if self.calibrates else "taken from the weights"
         smooth = "" if self.smooth is None else f", balanced by SmoothQuant {self.smooth:g}"
-        return f"int8 per output channel, int8 activations at one {ranges} scale{smooth}"
+        return f"{self.word} per output channel, {self.word} activations at one {ranges} scale{smooth}"
 
     @property
     @override
@@ -241,6 +242,20 @@ class Int8Static(_PerChannel):
     @override
     def calibrated_bytes(self, shape: Shape) -> int:
         return 4 * (_inputs(shape) + (shape[0] if len(shape) == 3 else 1)) if self.calibrates else 0
+
+
+class Int8Static(Static):
+    """Symmetric int8: what exceeds a static range is clipped to ±127 steps."""
+
+    kind: Literal["int8_static"]
+    word: ClassVar[str] = "int8"
+
+
+class Fp8Static(Static):
+    """E4M3 floats as in `Fp8`: what exceeds a static range is clipped to 448, what is far below it loses bits."""
+
+    kind: Literal["fp8_static"]
+    word: ClassVar[str] = "fp8"
 
 
 class Chosen(_Scheme):
@@ -265,7 +280,9 @@ class Chosen(_Scheme):
 
 
 Candidate = Annotated[Exact | IntBlock | Fp8 | Int8Dynamic, Field(discriminator="kind")]
-Scheme = Annotated[Exact | Half | IntBlock | Fp8 | Int8Dynamic | Int8Static | Chosen, Field(discriminator="kind")]
+Scheme = Annotated[
+    Exact | Half | IntBlock | Fp8 | Fp8Static | Int8Dynamic | Int8Static | Chosen, Field(discriminator="kind")
+]
 
 
 def _outputs(shape: Shape) -> int:

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.backend import BACKENDS, Backend, ModelSpec
+from arriero.runtimes.backend import BACKENDS, Backend, ModelSpec, module_of
 from arriero.runtimes.manifest import Manifest, open_manifest
 from arriero.runtimes.processor import Processor
 from arriero.runtimes.session import Session
@@ -43,5 +43,5 @@ def open_session(manifest: Manifest, threads: int | None = None) -> Session:
 def open_backend(name: str, folder: Path, spec: ModelSpec, threads: int | None = None) -> Backend:
     """Give the backend `name` (one of `BACKENDS`) over the graphs and weights in `folder`."""
     # By name, so that an app needs the libraries of its own backend only.
-    backend: Backend = import_module(f"arriero.runtimes.{name}").open_backend(folder, spec, threads)
+    backend: Backend = import_module(f"arriero.runtimes.{module_of(name)}").open_backend(folder, spec, threads)
     return backend

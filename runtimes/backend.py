@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError
 
-# Each is a module of its name here, in `graphs.lower` and in `export.compile`.
-BackendName = Literal["onnxruntime", "tvm"]
+# Each is a module here, in `graphs.lower` and in `export.compile`, of the name that `module_of` gives.
+BackendName = Literal["onnxruntime", "tvm", "tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[str, ...] = get_args(BackendName)
 
 # A vision tower's activations are per tile, so tiles go through in groups and peak memory does not grow with them.
@@ -24,6 +24,11 @@ TILES_AT_ONCE = 4
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
+
+
+def module_of(backend: str) -> str:
+    """The module of a backend within each of the packages that has one."""
+    return backend.replace("-", "_")
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """Compilers: one file per backend, from lowered graphs to what the runtime loads.
 
-Each has `compile_graphs(folder, parts, cpu, kernels, watch) -> Compiled`.
+Each has `compile_graphs(folder, parts, cpu, kernels, watch) -> Compiled`; those for GPUs take a GPU and the limits of
+the target in place of processor and kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-# What a compiler tells: how many graphs are done, of how many.
+# What a compiler tells: how many graphs (for GPUs: hundredths of graphs) are done, of how many.
 Watch = Callable[[int, int], None]
 
 
@@ -20,3 +21,5 @@ class Compiled:
     cpu: str | None = None  # as LLVM names it: triple, CPU, features
     arch: str = "any"
     features: tuple[str, ...] = ()  # in Linux's names
+    gpu: str | None = None  # as in sm_89
+    plugins: dict[str, str] = field(default_factory=dict)  # name -> sha256 of the code inside the engines

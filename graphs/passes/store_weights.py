@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -19,15 +20,19 @@ from arriero.graphs.safetensors_header import TensorInfo
 from arriero.graphs.weights import Group, Progress, Spec
 from arriero.profiles.quantize import check_block, quantize
 from arriero.profiles.roundings import Roundings
-from arriero.profiles.schemes import Exact, IntBlock, Scheme
+from arriero.profiles.schemes import Exact, Half, IntBlock, Scheme
 
 DTYPES = {
     "F32": ir.DataType.FLOAT,
     "F16": ir.DataType.FLOAT16,
     "BF16": ir.DataType.BFLOAT16,
     "U8": ir.DataType.UINT8,
+    "I8": ir.DataType.INT8,
+    "I32": ir.DataType.INT32,
+    "I4": ir.DataType.INT4,
     "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
 }
+HALVES: dict[str, np.dtype[Any]] = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 Rows = Callable[[], Iterable[np.ndarray]]
 
 
@@ -65,6 +70,27 @@ class WeightStore:
                 yield (self.checkpoint.read_rows(name, start, stop),)
 
         return self.promise([Spec(new_name or name, info.dtype, info.shape)], "exact", pieces)[0]
+
+    def half(self, name: str, new_name: str | None = None) -> ir.Value:
+        """Tensor `name`, whose scheme is Half, in that format and the checkpoint's layout.
+
+        Raises ArrieroError for a value that the format has no finite number for.
+        """
+        scheme = self.schemes[name]
+        assert isinstance(scheme, Half)
+        info, label, given = self.checkpoint.tensors[name], scheme.label.upper(), new_name or name
+        if info.dtype == label:
+            self._origins[given] = info
+        dtype = HALVES[label]
+
+        def pieces() -> Iterator[tuple[np.ndarray]]:
+            if info.dtype == label:
+                yield from ((self.checkpoint.read_rows(name, start, stop),) for start, stop in self._spans(name))
+                return
+            for rows in self.rows(name):
+                yield (narrow(rows, dtype, name).view(np.uint16),)
+
+        return self.promise([Spec(given, label, info.shape)], scheme.label, pieces)[0]
 
     def exact_rows(self, new_name: str, shape: tuple[int, ...], rows: Rows) -> ir.Value:
         """An f32 initialiser `new_name` of `shape`, made of `rows()`."""
@@ -184,3 +210,17 @@ class WeightStore:
     def _spans(self, name: str) -> Iterator[tuple[int, int]]:
         shape = self.checkpoint.tensors[name].shape
         yield from weights.row_slices(shape[0], 4 * int(np.prod(shape[1:], dtype=np.int64)))
+
+
+def narrow(values: np.ndarray, dtype: np.dtype[Any], name: str) -> np.ndarray:
+    """`values` f32 rounded to `dtype`. Raises ArrieroError naming the tensor when one becomes infinite."""
+    with np.errstate(over="ignore"):
+        narrowed = values.astype(dtype)
+    lost = int(np.count_nonzero(~np.isfinite(narrowed.astype(np.float32))))
+    if lost:
+        raise ArrieroError(
+            f"{lost} of {values.size} values are beyond what {dtype.name} holds",
+            where=name,
+            remedy="Take a profile in bfloat16, or put it under `keep`",
+        )
+    return narrowed

@@ -21,7 +21,7 @@ from arriero.graphs.model import Llama4
 from arriero.profiles.balance import fit_inputs
 from arriero.profiles.recipe import LAYER_MATRIX
 from arriero.profiles.roundings import Note, Roundings
-from arriero.profiles.schemes import Exact, Fp8, Int8Dynamic, Int8Static, Scheme
+from arriero.profiles.schemes import Exact, Fp8, Fp8Static, Int8Dynamic, Int8Static, Scheme, Static
 from tests.graphs.test_lower_onnxruntime import CUTS, Built, Stepper, relative, stepped, whole
 
 SCHEMES: dict[str, Scheme] = {
@@ -55,7 +55,7 @@ def seen(features: int) -> np.ndarray:
 
 def round_inputs(built: Built, scheme: Scheme, folder: Path) -> Roundings:
     roundings = Roundings(folder)
-    assert isinstance(scheme, Int8Static)
+    assert isinstance(scheme, Static)
     for name in filter(LAYER_MATRIX.fullmatch, built.checkpoint.tensors):
         weight = built.checkpoint.read_float32(name)
         for number, matrix in enumerate(weight.swapaxes(1, 2) if weight.ndim == 3 else weight[None]):
@@ -80,12 +80,16 @@ def emulated(scheme: Scheme, x: Tensor, weight: Tensor) -> Tensor:
     if isinstance(scheme, Int8Dynamic):
         divisor, step = torch.ones(x.shape[-1]), token / 127
     else:
-        assert isinstance(scheme, Int8Static)
+        assert isinstance(scheme, Static)
         divisor, largest = torch.ones(x.shape[-1]), torch.from_numpy(seen(x.shape[-1]))
         if scheme.smooth is not None:
             divisor = largest**scheme.smooth / weight.abs().amax(0) ** (1 - scheme.smooth)
-        step = (largest / divisor).max() / 127 if scheme.calibrates else weight.abs().max() / 127
+        top = 448 if isinstance(scheme, Fp8Static) else 127
+        step = (largest / divisor).max() / top if scheme.calibrates else weight.abs().max() / top
     balanced = weight * divisor
+    if isinstance(scheme, Fp8Static):
+        scales = balanced.abs().amax(-1, keepdim=True) / 448
+        return float8(x / (divisor * step)) @ float8(balanced / scales).T * step * scales.T
     output = balanced.abs().amax(-1, keepdim=True) / 127
     integers = (x / divisor / step).round().clamp(-127, 127).double() @ (balanced / output).round().double().T
     return (integers * step * output.T).float()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from arriero.errors import ArrieroError
-from arriero.profiles.balance import InputScale, fit_inputs, guess_inputs, quantize_static
+from arriero.profiles.balance import InputScale, fit_inputs, guess_inputs, quantize_static, quantize_static_float8
+from arriero.profiles.float8 import to_bits
 
 
 def draw(seed: int, outputs: int = 32, features: int = 64, tokens: int = 200) -> tuple[np.ndarray, np.ndarray]:
@@ -91,3 +93,19 @@ def test_the_naive_guess_takes_inputs_to_be_as_large_as_the_weights() -> None:
     np.testing.assert_array_equal(inputs.largest, [[3.5], [1.0]])  # an all-zero matrix: any scale gives 0
     made = quantize_static(weight, guess_inputs(np.abs(weight).max(keepdims=True)[0], 64), name="w")
     assert np.abs(weight).max() * made.multiplier[0] == pytest.approx(127, rel=1e-6)
+
+
+@pytest.mark.parametrize("smooth", [None, 0.5])
+def test_static_floats_give_the_product_up_to_rounding_and_use_their_whole_range(smooth: float | None) -> None:
+    weight, x = draw(6)
+    made = quantize_static_float8(weight, fit_inputs(np.abs(x).max(0), np.abs(weight).max(0), smooth, "w"), name="w")
+    assert np.abs(x * made.multiplier).max() == pytest.approx(448, rel=1e-5)
+    codes, inputs = (
+        bits.view(ml_dtypes.float8_e4m3fn).astype(np.float64) for bits in (made.bits, to_bits(x * made.multiplier))
+    )
+    assert (np.abs(codes).max(1) == 448).all()
+    exact = x @ weight.T
+    found = inputs @ codes.T * made.scales
+    assert (
+        np.linalg.norm(found - exact) / np.linalg.norm(exact) < 0.06
+    )  # 2^-4 at most per factor, half of it on average

@@ -9,11 +9,11 @@ import pytest
 
 from arriero.errors import ArrieroError, Problems
 from arriero.profiles.recipe import Profile, check_shapes, load_profile, shipped
-from arriero.profiles.schemes import Exact, Fp8, Half, Int8Dynamic, Int8Static, IntBlock, Scheme
+from arriero.profiles.schemes import Exact, Fp8, Fp8Static, Half, Int8Dynamic, Int8Static, IntBlock, Scheme
 from tests.toys import make_maverick_toy, make_scout_toy
 
 LAYER = "language_model.model.layers.0"
-BIG_BLOCKS = ("int4", "int4-b128", "mixed")  # blocks of 64 and 128
+BIG_BLOCKS = ("int4", "int4-b128", "mixed", "gpu-int4")  # blocks of 64 and 128
 MINIMAL = {"name": "p", "version": 1, "description": "d", "thresholds": {}}
 
 
@@ -44,9 +44,11 @@ def test_a_shipped_profile_decides_every_tensor_of_every_shape(tmp_path: Path, t
     if name == "fp32" or isinstance(load_profile(name).rules[0].scheme, Half):
         return
     kept = ["router", "norm", "embed", "vision_model", "multi_modal_projector"]
-    kept += [] if name in BIG_BLOCKS else ["self_attn"]
+    on_gpu = name.startswith("gpu-")  # what is kept is kept in 16 bits there, but for router and norms
+    kept += [] if name in BIG_BLOCKS and not on_gpu else ["self_attn"]
     kept += [] if name.startswith("int4") else ["lm_head"]
-    quantized = {tensor for tensor, scheme in assigned.items() if not isinstance(scheme, Exact)}
+    quantized = {tensor for tensor, scheme in assigned.items() if not isinstance(scheme, Exact | Half)}
+    assert any(isinstance(scheme, Half) for scheme in assigned.values()) == on_gpu
     assert quantized == {tensor for tensor in names if not any(word in tensor for word in kept)}
 
 
@@ -165,7 +167,7 @@ def static(**changes: object) -> dict[str, object]:
         (static(calibration=None), "needs a `calibration` section"),
         (static(calibration={**WIDEST, "below": "nearest"}), "`nearest` is a rule for gptq only"),
         (static(calibration={**WIDEST, "damping": 0.1}), "damping is gptq's"),
-        (calibrated(calibration={**CALIBRATION, "below": "widest"}), "`widest` for int8_static only"),
+        (calibrated(calibration={**CALIBRATION, "below": "widest"}), "`widest` for static scales only"),
         (calibrated(calibration={**CALIBRATION, "damping": None}), "damping is gptq's"),
         (static(rules=[selector("a", scheme={**STATIC, "ranges": "weights"})]), "`smooth` needs `ranges: observed`"),
         (static(rules=[selector("a", scheme={**STATIC, "smooth": 1.5})]), "less than or equal to 1"),
@@ -235,6 +237,9 @@ def test_a_budget_that_cannot_be_kept_is_refused_before_anything_runs() -> None:
 def test_the_naive_form_of_static_scales_sees_no_activation() -> None:
     profile = Profile.model_validate(static())
     assert profile.naive().assign(["a"])["a"] == Int8Static(kind="int8_static", ranges="weights")
+    floats = Profile.model_validate(static(rules=[selector("a", scheme={"kind": "fp8_static"})]))
+    assert floats.naive().assign(["a"])["a"] == Fp8Static(kind="fp8_static", ranges="weights")
+    assert floats.assign(["a"])["a"].label == "fp8 per channel static observed"
     assert profile.naive().calibration is None
     assert not profile.rounds_by_gptq
 
@@ -266,7 +271,7 @@ def test_the_naive_form_differs_in_nothing_but_rounding() -> None:
     assert naive.naive() == naive
 
 
-@pytest.mark.parametrize("name", [name for name in shipped() if "int4" in name])
+@pytest.mark.parametrize("name", [name for name in shipped() if name.startswith("int4")])
 def test_shipped_int4_profiles_calibrate_every_matrix_and_leave_nothing_else(name: str) -> None:
     profile = load_profile(name)
     assert profile.thresholds["kl_over_naive"] == 0.5

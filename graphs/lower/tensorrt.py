@@ -1,0 +1,142 @@
+"""Lowers canonical graphs for TensorRT: strongly typed standard operators, and experts in the form that a GPU has.
+
+The types in the graph are the types that are computed in. Float32 stay: norms, router, rotation, SwiGLU, the residual
+stream, and what enters and leaves every product; in between a product is as narrow as its scheme. Keys, values and
+attention are in the profile's 16-bit format if it has one, else in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from arriero.errors import ArrieroError
+from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.config import ModelConfig
+from arriero.graphs.functions import CACHED_ATTENTION, EXPERT_DISPATCH
+from arriero.graphs.lower.part import WeightTable, expect, lower_part
+from arriero.graphs.passes.expand_attention import expand_attention
+from arriero.graphs.passes.fuse_rotary import fuse_rotary
+from arriero.graphs.passes.multiply_in_scheme import TYPES, keep_half, multiply_in_scheme, sum_products
+from arriero.graphs.passes.replace_dispatch_with_native_moe import replace_dispatch_with_native_moe
+from arriero.graphs.passes.replace_dispatch_with_plugins import replace_dispatch_with_plugins
+from arriero.graphs.passes.scatter_cache import narrow_attention, scatter_cache
+from arriero.graphs.passes.settle_reshapes import settle_reshapes
+from arriero.graphs.passes.store_weights import WeightStore
+from arriero.graphs.passes.tile_experts import tile_experts
+from arriero.graphs.weights import Progress
+from arriero.profiles.kv_cache import CacheScales
+from arriero.profiles.roundings import Roundings
+from arriero.profiles.schemes import Exact, Fp8Static, Half, Int8Static, IntBlock, Scheme
+
+FP8_SINCE, BF16_SINCE = 89, 80
+NATIVE_MOE_ON = (100, 103, 110)
+PLUGINS_ON = (87, 89, 90, 120)
+OPSET = ("", 24)  # the first with TensorScatter
+SCHEMES = (Exact, Half, IntBlock, Fp8Static, Int8Static)
+ExpertForm = Callable[[ir.Model, WeightStore, str], int]
+
+
+def lacks(scheme: Scheme) -> str | None:
+    """What of `scheme` TensorRT does not compute; None when it does."""
+    if isinstance(scheme, IntBlock):
+        # Quantised products take one scale per matrix; blocks go with weights alone, and only in four bits.
+        return None if (scheme.bits, scheme.accuracy_level) == (4, 0) else scheme.told
+    return None if isinstance(scheme, SCHEMES) else scheme.told
+
+
+def lacks_on(scheme: Scheme, capability: int) -> str | None:
+    """What of `scheme` a GPU of compute capability `capability` (89 for 8.9) does not compute; None when it does."""
+    if isinstance(scheme, Fp8Static) and capability < FP8_SINCE:
+        return f"{scheme.told} on sm_{capability} (fp8 came with sm_{FP8_SINCE})"
+    if isinstance(scheme, Half) and scheme.format == "bfloat16" and capability < BF16_SINCE:
+        return f"{scheme.told} on sm_{capability} (bfloat16 came with sm_{BF16_SINCE})"
+    return None
+
+
+def activations(assignment: Mapping[str, Scheme]) -> str:
+    """The dtype of keys, values and attention, as safetensors names it: the one 16-bit format of a profile, or F32.
+
+    Raises ArrieroError for a profile with both formats.
+    """
+    formats = {scheme.label.upper() for scheme in assignment.values() if isinstance(scheme, Half)}
+    if len(formats) > 1:
+        raise ArrieroError(
+            "the profile has tensors in both 16-bit formats",
+            where=next(name for name, scheme in assignment.items() if isinstance(scheme, Half)),
+            expected="float16 or bfloat16 throughout: one cache and one attention go with all layers",
+        )
+    return formats.pop() if formats else "F32"
+
+
+def lower(
+    part: str,
+    canonical: ir.Model,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    assignment: Mapping[str, Scheme],
+    out_dir: Path,
+    progress: Progress | None = None,
+    roundings: Roundings | None = None,
+    cache: Sequence[CacheScales] | None = None,
+    *,
+    capability: int = 0,
+) -> WeightTable:
+    """Lower one part as `lower_standard` does, for a GPU of compute capability `capability` (89 for 8.9; 0: any).
+
+    Experts take the form that the GPU has: TensorRT's own mixture of experts, our kernels as plugins, or tiles. The
+    first two know some schemes only; the others are always tiles.
+    """
+    assert cache is None
+
+    def experts(model: ir.Model, store: WeightStore, narrow: str) -> int:
+        made = 0
+        if capability in NATIVE_MOE_ON:
+            made = replace_dispatch_with_native_moe(model, store)
+        elif capability in PLUGINS_ON:
+            made = replace_dispatch_with_plugins(model, store, narrow)
+        return made + tile_experts(model, store, narrow)
+
+    return lower_standard(part, canonical, config, checkpoint, assignment, out_dir, progress, roundings, experts)
+
+
+def lower_standard(
+    part: str,
+    canonical: ir.Model,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    assignment: Mapping[str, Scheme],
+    out_dir: Path,
+    progress: Progress | None,
+    roundings: Roundings | None,
+    experts: ExpertForm,
+    sums: bool = False,
+) -> WeightTable:
+    """Write `<part>.onnx` and its weights, with each ExpertDispatch in the form that `experts` gives it.
+
+    With `sums` no product with a matrix of the checkpoint is left in float32. Text has the inputs `inputs_embeds`,
+    `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` [B, K, C, D] in the dtype of `activations`; its
+    outputs are as in the canonical graph, `present_key.{i}` and `present_value.{i}` to be bound to the pasts' memory.
+    One step holds either one row within one chunk, or one token per row. Buffers hold finite numbers, zeros at first.
+    The other parts' signatures stay.
+    """
+    narrow = activations(assignment)
+
+    def rewrite(model: ir.Model, store: WeightStore) -> None:
+        if part == "text":
+            expect("RotaryEmbedding", fuse_rotary(model), 2 * sum(layer.rope for layer in config.text.layers))
+            expect(CACHED_ATTENTION, scatter_cache(model, TYPES[narrow]), len(config.text.layers))
+            expect(EXPERT_DISPATCH, experts(model, store, narrow), len(config.text.moe_layers))
+        else:
+            narrow_attention(model, TYPES[narrow])
+        if narrow == "F32":
+            expand_attention(model)
+        multiply_in_scheme(model, store, narrow)
+        if sums:
+            sum_products(model)
+        settle_reshapes(model)
+        keep_half(model, store)
+
+    return lower_part(part, canonical, rewrite, OPSET, checkpoint, assignment, out_dir, progress, roundings)

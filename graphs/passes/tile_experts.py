@@ -1,0 +1,115 @@
+"""Computes experts with standard operators alone, over tiles of tokens that were routed to the same expert.
+
+Every expert's (token, choice) pairs are packed into whole tiles of M rows, and each tile is multiplied with its own
+expert's matrices, gathered. The number of tiles follows from the number of pairs P alone, not from where they went:
+at most (P + min(E, P) (M - 1)) / M tiles hold any routing, so that one token makes one tile, no shape depends on data,
+and the graph needs neither loop nor branch. A tile that is left over takes an expert that is routed to anyway: an
+unrouted expert's weights are never read. Rows that fill a tile up are computed and read by nobody.
+Memory: each tile has a copy of its expert's matrices. Decoding that is k experts per token; for a prompt piece of 512
+tokens it is about min(E, P) + P / M experts' worth, once per layer at a time.
+Legend: T tokens, k experts per token, P = T k pairs, E experts, M rows per tile, n tiles, H hidden, F expert width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from arriero.graphs.functions import EXPERT_DISPATCH
+from arriero.graphs.passes.become import become, constant, insert
+from arriero.graphs.passes.multiply_in_scheme import multiply_gathered
+from arriero.graphs.passes.store_weights import WeightStore
+
+INT32, INT64 = int(ir.DataType.INT32), int(ir.DataType.INT64)
+PROMPT = 512  # tokens of a prompt piece, for which tiles are dimensioned
+LEAST, MOST = 16, 64  # rows: the height of a matrix unit's tile, and where fewer copies are no longer worth the waste
+
+
+def tile_experts(model: ir.Model, store: WeightStore, activations: str) -> int:
+    """Replace every ExpertDispatch; give how many. `activations`: the dtype beside int4 weights, F32, F16 or BF16."""
+    nodes = [node for node in model.graph if node.op_type == EXPERT_DISPATCH]
+    for node in nodes:
+        x, expert_id, score, gate_up, down = node.inputs
+        assert expert_id is not None
+        assert expert_id.shape is not None
+        assert gate_up is not None
+        assert down is not None
+        per_token, (experts, hidden, _) = expert_id.shape[1], store.checkpoint.tensors[str(gate_up.name)].shape
+        assert isinstance(per_token, int)
+        scaled = scale_inputs(node, x, score, per_token, hidden)  # [P, H]: the score scales the expert's input
+        height = tile_rows(experts, per_token)
+        slot, pair, expert = _pack(node, expert_id, experts, height)
+        rows = insert(node, "Gather", [scaled, pair], axis=0)
+        tiles = insert(node, "Reshape", [rows, constant(node, [-1, height, hidden])])
+        both = multiply_gathered(node, store, str(gate_up.name), tiles, expert, activations)
+        split = ir.node("Split", [both], {"axis": -1, "num_outputs": 2}, num_outputs=2)
+        model.graph.insert_before(node, split)
+        gate, up = split.outputs
+        inner = insert(node, "Mul", [insert(node, "Mul", [gate, insert(node, "Sigmoid", [gate])]), up])
+        outer = multiply_gathered(node, store, str(down.name), inner, expert, activations)
+        flat = insert(node, "Reshape", [outer, constant(node, [-1, hidden])])
+        if per_token == 1:
+            become(node, "Gather", [flat, slot], {"axis": 0}, domain="")
+            continue
+        found = insert(node, "Gather", [flat, slot], axis=0)  # [P, H]
+        grouped = insert(node, "Reshape", [found, constant(node, [-1, per_token, hidden])])
+        become(node, "ReduceSum", [grouped, constant(node, [1])], {"keepdims": 0}, domain="")
+    return len(nodes)
+
+
+def tile_rows(experts: int, per_token: int) -> int:
+    """M: twice the pairs that an expert gets of a prompt piece on average, as a power of two."""
+    mean = 2 * PROMPT * per_token / experts
+    return int(min(MOST, max(LEAST, 2 ** round(np.log2(mean)))))
+
+
+def scale_inputs(node: ir.Node, x: ir.Value | None, score: ir.Value | None, per_token: int, hidden: int) -> ir.Value:
+    """Emit the inputs of all pairs [P, H]: each token's, times the score of each of its experts."""
+    if per_token == 1:
+        return insert(node, "Mul", [x, score])
+    rows = insert(node, "Unsqueeze", [x, constant(node, [1])])
+    column = insert(node, "Unsqueeze", [score, constant(node, [2])])
+    return insert(node, "Reshape", [insert(node, "Mul", [rows, column]), constant(node, [-1, hidden])])
+
+
+def _pack(node: ir.Node, expert_id: ir.Value, experts: int, height: int) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """The slot of each pair [P], the pair in each slot [n M] (0 where none is), the expert of each tile [n]."""
+
+    def number(value: int) -> ir.Value:
+        return constant(node, ir.tensor(np.array(value, np.int32)))
+
+    ids = insert(node, "Cast", [insert(node, "Reshape", [expert_id, constant(node, [-1])])], to=INT32)  # [P]
+    every = constant(node, ir.tensor(np.arange(experts, dtype=np.int32)))
+    chosen = insert(node, "Equal", [insert(node, "Unsqueeze", [ids, constant(node, [1])]), every])
+    onehot = insert(node, "Cast", [chosen], to=INT32)  # [P, E]
+    # the rank of a pair among those of its expert
+    running = insert(node, "CumSum", [onehot, constant(node, ir.tensor(np.array(0, np.int64)))])
+    own = insert(node, "ReduceSum", [insert(node, "Mul", [running, onehot]), constant(node, [1])], keepdims=0)
+    rank = insert(node, "Sub", [own, number(1)])
+    counts = insert(node, "ReduceSum", [onehot, constant(node, [0])], keepdims=0)  # [E]
+    full = insert(node, "Div", [insert(node, "Add", [counts, number(height - 1)]), number(height)])
+    end = insert(node, "CumSum", [full, constant(node, ir.tensor(np.array(0, np.int64)))])  # [E], in tiles
+    start = insert(node, "Mul", [insert(node, "Sub", [end, full]), number(height)])  # [E], in slots
+    slot = insert(node, "Add", [insert(node, "Gather", [start, ids], axis=0), rank])  # [P]
+
+    # sizes, from shapes alone
+    pairs = insert(node, "Shape", [ids])  # [1]
+    most = insert(node, "Min", [pairs, constant(node, [experts])])
+    padded = insert(node, "Add", [pairs, insert(node, "Mul", [most, constant(node, [height - 1])])])
+    tiles = insert(node, "Div", [padded, constant(node, [height])])
+    slots = insert(node, "Mul", [tiles, constant(node, [height])])
+
+    empty = insert(node, "Expand", [number(0), slots])
+    pair = insert(node, "ScatterElements", [empty, slot, _count(node, pairs)], axis=0)  # [n M]
+    tile = insert(node, "Unsqueeze", [_count(node, tiles), constant(node, [1])])  # [n, 1]
+    past = insert(node, "Cast", [insert(node, "LessOrEqual", [end, tile])], to=INT32)  # [n, E]
+    owner = insert(node, "ReduceSum", [past, constant(node, [1])], keepdims=0)
+    last = insert(node, "ReduceMax", [ids, constant(node, [0])], keepdims=1)
+    return slot, pair, insert(node, "Min", [owner, last])
+
+
+def _count(node: ir.Node, size: ir.Value) -> ir.Value:
+    """0, 1, .. up to `size` [1] as int32."""
+    stop = insert(node, "Squeeze", [size, constant(node, [0])])
+    limits = [constant(node, ir.tensor(np.array(value, np.int64))) for value in (0, 1)]
+    return insert(node, "Cast", [insert(node, "Range", [limits[0], stop, limits[1]])], to=INT32)
