@@ -15,9 +15,15 @@ from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError
 
-# Each is a module of its name here, in `graphs.lower` and in `export.compile`.
-BackendName = Literal["onnxruntime", "tvm"]
+# Each is a module of its name (`module_name`) here, in `graphs.lower` and in `export.compile`.
+BackendName = Literal["onnxruntime", "tvm", "tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[str, ...] = get_args(BackendName)
+
+
+def module_name(backend: str) -> str:
+    """The name of a backend's modules."""
+    return backend.replace("-", "_")
+
 
 # A vision tower's activations are per tile, so tiles go through in groups and peak memory does not grow with them.
 TILES_AT_ONCE = 4
