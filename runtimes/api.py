@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.backend import BACKENDS, Backend, ModelSpec, module_name
+from arriero.runtimes.backend import BACKENDS, Backend, ModelSpec, module_of
 from arriero.runtimes.manifest import Manifest, open_manifest
 from arriero.runtimes.processor import Processor
 from arriero.runtimes.session import Session
@@ -52,4 +52,4 @@ def open_backend(name: str, folder: Path, spec: ModelSpec, threads: int | None =
 
 def _module(backend: str) -> ModuleType:
     # By name, so that an app needs the libraries of its own backend only.
-    return import_module(f"arriero.runtimes.{module_name(backend)}")
+    return import_module(f"arriero.runtimes.{module_of(backend)}")

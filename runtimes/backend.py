@@ -15,21 +15,20 @@ from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError
 
-# Each is a module of its name (`module_name`) here, in `graphs.lower` and in `export.compile`.
+# Each is a module here, in `graphs.lower` and in `export.compile`, of the name that `module_of` gives.
 BackendName = Literal["onnxruntime", "tvm", "tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[str, ...] = get_args(BackendName)
-
-
-def module_name(backend: str) -> str:
-    """The name of a backend's modules."""
-    return backend.replace("-", "_")
-
 
 # A vision tower's activations are per tile, so tiles go through in groups and peak memory does not grow with them.
 TILES_AT_ONCE = 4
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
+
+
+def module_of(backend: str) -> str:
+    """The module of a backend within each of the packages that has one."""
+    return backend.replace("-", "_")
 
 
 @dataclass(frozen=True)

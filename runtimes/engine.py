@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from arriero.errors import ArrieroError
 from arriero.runtimes.cuda import Device
 from arriero.runtimes.engine_context import Context, Place
 from arriero.runtimes.engine_signature import REBUILD, TYPES, Signature
-from arriero.runtimes.products import Product
+from arriero.runtimes.products import Product, listen
 from arriero.runtimes.refit import refit
 
 DECODE = "decode"  # the profile whose steps become CUDA graphs
@@ -31,7 +30,8 @@ class Engine:
         self._product, self._trt, self._device = product, trt, device
         self._lock = threading.Lock()
         self._idle: list[tuple[int, Context]] = []
-        self._logger, self._said = _listen(trt)
+        self._logger = listen(trt)
+        self._logger.errors.clear()
         if not self._path.is_file():
             raise ArrieroError("the engine is missing from the bundle", where=str(self._path), remedy=REBUILD)
         runtime = trt.Runtime(self._logger)
@@ -120,8 +120,9 @@ class Engine:
 
     def _refused(self, what: str) -> ArrieroError:
         """The error for what TensorRT did not take, with its own last words."""
-        said = f": {self._said[-1]}" if self._said else ""
-        self._said.clear()
+        # the first error is the reason, the later ones follow from it
+        said = f": {self._logger.errors[0]}" if self._logger.errors else ""
+        self._logger.errors.clear()
         version = getattr(self._trt, "__version__", "")
         what = f"{self._product.title} {version} does not take {what}{said}"
         return ArrieroError(what, where=str(self._path), remedy=REBUILD)
@@ -135,19 +136,3 @@ class Engine:
         self._config = None
         self._engine = None
         self._runtime = None
-
-
-def _listen(trt: Any) -> tuple[Any, deque[str]]:
-    """A logger that keeps TensorRT's last errors, and where it keeps them."""
-    said: deque[str] = deque(maxlen=8)
-    severity = trt.ILogger.Severity
-
-    class Listener(trt.ILogger):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)  # pybind11 wants the base called by name
-
-        def log(self, level: Any, message: str) -> None:
-            if level in (severity.INTERNAL_ERROR, severity.ERROR):
-                said.append(" ".join(message.split()))
-
-    return Listener(), said

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+from collections import deque
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -29,6 +31,7 @@ class Product:
         failure: Exception | None = None
         for name in self.modules:
             try:
+                self.prepare(name)
                 return import_module(name)
             except ModuleNotFoundError as error:
                 failure = failure or error
@@ -36,12 +39,15 @@ class Product:
                 # installed, but its own libraries are missing or do not load
                 raise MachineLacks(
                     f"{self.title} does not load: {str(error).splitlines()[0]}",
-                    remedy=f"Reinstall it: pip install --force-reinstall 'arriero[{self.extra}]'",
+                    remedy=f"Reinstall it: pip install --force-reinstall 'arriero[{self.extra}]'{self.elsewhere}",
                 ) from error
         raise MachineLacks(
             f"{self.title} is not installed ({failure})",
-            remedy=f"Install it with `pip install 'arriero[{self.extra}]'`" + self.elsewhere,
+            remedy=f"Install it with `pip install 'arriero[{self.extra}]'`{self.elsewhere}",
         )
+
+    def prepare(self, module: str) -> None:
+        """Load what `module` needs and cannot find by itself."""
 
     def configure(self, trt: Any, engine: Any) -> Any:
         """What all contexts of an engine share; None for nothing."""
@@ -54,6 +60,26 @@ class Product:
     def capturable(self, context: Any, stream: int) -> bool:
         """Whether the next step on `stream` can be recorded as a CUDA graph."""
         return True
+
+
+@functools.cache
+def listen(trt: Any) -> Any:
+    """A logger that keeps the last errors, as `errors`: one for each product, for as long as the process runs.
+
+    A product keeps the first logger that it is given, whatever comes later, and does not keep it alive.
+    """
+    kept = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
+
+    class Listener(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)  # pybind11 wants the base called by name
+            self.errors: deque[str] = deque(maxlen=32)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in kept:
+                self.errors.append(" ".join(message.split()))
+
+    return Listener()
 
 
 def check_product(manifest: Manifest, product: Product) -> None:
@@ -76,7 +102,7 @@ def check_product(manifest: Manifest, product: Product) -> None:
         raise MachineLacks(
             f"the engines were built with {product.title} {wanted} and {installed} is installed",
             where=f"{where}:tools.{product.backend}",
-            remedy=f"Install it with `pip install '{product.package}=={wanted}.*'`, or build the bundle with {installed}",
+            remedy=f"Install `{product.package}=={wanted}.*` with pip, or build the bundle with {installed}",
         )
     device = Device(load_cuda(product.extra))
     try:

@@ -1,6 +1,6 @@
 """The TensorRT backend: text, vision and embedding engines of a bundle on one GPU, keys and values in its memory.
 
-Needs TensorRT's Python package and `cuda-python`'s bindings. The backend `tensorrt-rtx` is the same over another product.
+Needs TensorRT's Python package and that of CUDA's bindings. `tensorrt-rtx` is the same over another product.
 Shapes: B batch rows, S new tokens per row, H hidden, K key/value heads, P slots of a buffer, D head dimension, L slots
 that get logits, k experts per token, M image placeholder tokens, n image tiles.
 """
@@ -88,7 +88,7 @@ class TensorRtBackend:
 
     def embed(self, input_ids: Ints, image_features: Floats) -> Floats:
         """Embed ids i64 [B, S], image placeholders taking `image_features` f32 [M, H] in order: f32 [B, S, H]."""
-        given = {"input_ids": input_ids, "image_features": image_features}
+        given: dict[str, np.ndarray] = {"input_ids": input_ids, "image_features": image_features}
         # a text-only model's engine has no input for image features
         feeds = {name: given[name] for name in self._embed.signature.inputs}
         return self._embed.run(feeds, ("inputs_embeds",))["inputs_embeds"]
@@ -99,11 +99,12 @@ class TensorRtBackend:
         wanted = {"chunked": min(self.spec.attention_chunk_size, capacity), "global": capacity}
         rows = self._text.signature.most("past_key.0", 0)
         for attention in classes:
-            if wanted[attention] > self._slots[attention].most or batch > rows:
+            most = self._slots[attention].most
+            if wanted[attention] > most or batch > rows:
                 raise ArrieroError(
                     f"a cache of {batch} rows with {wanted[attention]} slots in {attention} layers is wanted",
                     where=self._text.signature.where,
-                    expected=f"at most {rows} rows and {self._slots[attention].most} slots, as the engine was built for",
+                    expected=f"at most {rows} rows and {most} slots, as the engine was built for",
                     remedy="Build the target with a larger `batch` or `context`",
                 )
         return DeviceCache(self._cache_stream, self.spec, batch, capacity, self._item, self._slots)
@@ -128,7 +129,11 @@ class TensorRtBackend:
                 presents[f"present_{kind}.{number}"] = address
         ids = {i: f"expert_id.{i}" for i in layers if taps and f"expert_id.{i}" in self._text.signature.outputs}
         hiddens = {i: f"hidden.{i}" for i in layers if taps}
-        feeds = {"inputs_embeds": inputs_embeds, "positions": positions, "logits_index": logits_index}
+        feeds: dict[str, np.ndarray] = {
+            "inputs_embeds": inputs_embeds,
+            "positions": positions,
+            "logits_index": logits_index,
+        }
         named = self._text.run(feeds, ("logits", *ids.values(), *hiddens.values()), bound, presents, record=not taps)
         cache.lengths += steps
         return StepOutput(

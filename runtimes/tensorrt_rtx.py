@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ from arriero.runtimes.manifest import Manifest
 from arriero.runtimes.products import Product, check_product
 from arriero.runtimes.tensorrt import TensorRtBackend
 
+BINDINGS, LIBRARIES = "tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx"
+FILES = ("libtensorrt_rtx.so.*", "libtensorrt_onnxparser_rtx.so.*")  # the parser needs the first
+
 
 @dataclass(frozen=True)
 class RtxProduct(Product):
@@ -18,11 +23,19 @@ class RtxProduct(Product):
 
     backend: str = "tensorrt-rtx"
     title: str = "TensorRT for RTX"
-    # the first of these names comes with NVIDIA's own package, the second with its bindings alone
-    modules: tuple[str, ...] = ("tensorrt_rtx", "tensorrt_rtx_bindings")
+    # the first comes with NVIDIA's own package, libraries included
+    modules: tuple[str, ...] = ("tensorrt_rtx", BINDINGS)
     extra: str = "tensorrt-rtx"
     package: str = "tensorrt_rtx"
     elsewhere: str = ""
+
+    def prepare(self, module: str) -> None:
+        """Load the libraries beside the bindings: these ask for them by their short names, which they carry inside."""
+        spec = find_spec(LIBRARIES) if module == BINDINGS else None
+        for folder in spec.submodule_search_locations or () if spec is not None else ():
+            for pattern in FILES:
+                for library in sorted(Path(folder).glob(pattern)):
+                    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
 
     def configure(self, trt: Any, engine: Any) -> Any:
         """A configuration whose cache of kernels every context of the engine uses: each is compiled once."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes import device_cache, products, tensorrt, tensorrt_rtx
@@ -59,7 +60,11 @@ def bench(references, tmp_path, monkeypatch) -> Iterator[Setter]:
     monkeypatch.setattr(device_cache, "FIRST_SLOTS", 4)
 
     def set_up(
-        product: str = "tensorrt_11", model: str = "scout", cache: str = "FLOAT", cuda: str = "cuda_13"
+        product: str = "tensorrt_11",
+        model: str = "scout",
+        cache: str = "FLOAT",
+        cuda: str = "cuda_13",
+        fixed: bool = False,
     ) -> Bench:
         reference = references[model]
         gpu = FakeCuda(cuda)
@@ -67,9 +72,9 @@ def bench(references, tmp_path, monkeypatch) -> Iterator[Setter]:
         folder = tmp_path / f"bundle{len(made)}"
         folder.mkdir()
         for part in PARTS if reference.spec.vision else ("embed", "text"):
-            write_engine(folder, part, signature(reference.model, part, BATCH, CONTEXT, cache))
+            write_engine(folder, part, signature(reference.model, part, BATCH, CONTEXT, cache, fixed))
         chosen = tensorrt_rtx.PRODUCT if "rtx" in product else tensorrt.PRODUCT
-        modules = {name: trt.module for name in chosen.modules}
+        modules = dict.fromkeys(chosen.modules, trt.module)
         monkeypatch.setattr(products, "import_module", modules.__getitem__)
         monkeypatch.setattr(tensorrt, "load_cuda", lambda extra: gpu.runtime)
         monkeypatch.setattr(products, "load_cuda", lambda extra: gpu.runtime)
@@ -78,6 +83,15 @@ def bench(references, tmp_path, monkeypatch) -> Iterator[Setter]:
 
     yield set_up
     assert [fault for one in made for fault in one.cuda.faults] == []
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The toys are too small for more, and beside other work a second thread costs seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def draw(rows: int, tokens: int, seed: int = 0):
@@ -96,11 +110,11 @@ def equal(ours, theirs, rtol=1e-5):
     np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=rtol)
 
 
-@pytest.mark.parametrize("cuda", ["cuda_12", "cuda_13"])
+@pytest.mark.parametrize(("cuda", "fixed"), [("cuda_12", False), ("cuda_13", False), ("cuda_13", True)])
 @pytest.mark.parametrize("model", ["scout", "maverick"])
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_prefill_and_decode_over_chunks_are_the_references(bench, product, model, cuda):
-    one = bench(product, model, cuda=cuda)
+def test_prefill_and_decode_over_chunks_are_the_references(bench, product, model, cuda, fixed):
+    one = bench(product, model, cuda=cuda, fixed=fixed)
     backend, ids = one.open(), draw(1, 40)
     ours, theirs = backend.new_cache(1, CONTEXT), one.reference.new_cache(1, CONTEXT)
     at = 0
@@ -140,6 +154,18 @@ def test_decode_becomes_a_graph_that_is_recorded_anew_when_the_cache_grows(bench
     assert len(one.trt.recorder.named("ICudaEngine.create_execution_context")) == 3  # embed, prefill, decode
     backend.close()
     assert one.cuda.held == {"memory": 0, "pinned": 0, "handles": 0}
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_an_engine_with_fixed_buffers_is_recorded_once(bench, product):
+    one = bench(product, "maverick", fixed=True)
+    backend, ids = one.open(), draw(1, 30, 3)
+    ours, theirs = backend.new_cache(1, 31), one.reference.new_cache(1, 31)
+    assert [ours.layer(number)[2] for number in range(4)] == [CHUNK, CHUNK, CHUNK, CONTEXT]
+    for at in range(30):
+        piece = ids[:, at : at + 1]
+        equal(step(backend, ours, piece).logits, step(one.reference, theirs, piece).logits)
+    assert (one.cuda.captures, one.cuda.launches) == (1, 29)
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -273,10 +299,15 @@ def test_an_engine_that_cannot_be_recorded_still_decodes(bench, product):
     backend = one.open()
     cache, theirs = backend.new_cache(1, CONTEXT), one.reference.new_cache(1, CONTEXT)
     ids = draw(1, 8)
-    with pytest.warns(RuntimeWarning, match="decoding runs without CUDA graphs"):
+    sides = ((backend, cache), (one.reference, theirs))
+
+    def decode():
         for at in range(8):
-            found, expected = (step(s, c, ids[:, at : at + 1]) for s, c in ((backend, cache), (one.reference, theirs)))
+            found, expected = (step(side, held, ids[:, at : at + 1]) for side, held in sides)
             equal(found.logits, expected.logits)
+
+    with pytest.warns(RuntimeWarning, match="decoding runs without CUDA graphs"):
+        decode()
     assert one.cuda.launches == 0
 
 
@@ -322,14 +353,17 @@ def test_a_failure_anywhere_is_told_and_leaves_nothing_behind(bench, function, a
     cache = backend.new_cache(1, CONTEXT)
     step(backend, cache, draw(1, 3))
     one.cuda.fail(function, "cudaErrorMemoryAllocation", after)
-    with pytest.raises(MachineLacks, match=rf"{function} failed.*cudaErrorMemoryAllocation.*lower `context`"):
+
+    def go_on():
         for _ in range(9):
             step(backend, cache, draw(1, 1))
             backend.new_cache(1, CONTEXT)
+
+    with pytest.raises(MachineLacks, match=rf"{function} failed.*cudaErrorMemoryAllocation.*lower `context`"):
+        go_on()
     # and it goes on: a new cache works
     expected = step(one.reference, one.reference.new_cache(1, 8), draw(1, 8)).logits
     equal(step(backend, backend.new_cache(1, 8), draw(1, 8)).logits, expected)
-    del cache
     backend.close()
     assert one.cuda.held == {"memory": 0, "pinned": 0, "handles": 0}
 

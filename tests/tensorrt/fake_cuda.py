@@ -22,7 +22,7 @@ ALIGNMENT = 256
 Work = Callable[[], None]
 
 
-class cudaHandle:  # noqa: N801 - named like CUDA's own, which are numbers only through int()
+class cudaHandle:
     """A stream, a graph or an executable graph."""
 
     def __init__(self, number: int) -> None:
@@ -168,7 +168,7 @@ class FakeCuda:
         self.pinned[block.ctypes.data] = block
         return block.ctypes.data
 
-    def _cudaFree(self, devPtr: int) -> Any:  # noqa: N803 - CUDA's names
+    def _cudaFree(self, devPtr: int) -> Any:
         return self._release(self.device, devPtr)
 
     def _cudaFreeHost(self, ptr: int) -> Any:
@@ -196,7 +196,7 @@ class FakeCuda:
     def _cudaGraphDestroy(self, graph: Any) -> Any:
         return self._forget(graph)
 
-    def _cudaGraphExecDestroy(self, graphExec: Any) -> Any:  # noqa: N803
+    def _cudaGraphExecDestroy(self, graphExec: Any) -> Any:
         return self._forget(graphExec)
 
     def _forget(self, handle: Any) -> None:
@@ -238,7 +238,7 @@ class FakeCuda:
 
         return self._queue(stream, work)
 
-    def _cudaMemsetAsync(self, devPtr: int, value: int, count: int, stream: Any) -> Any:  # noqa: N803
+    def _cudaMemsetAsync(self, devPtr: int, value: int, count: int, stream: Any) -> Any:
         return self._queue(stream, lambda: self.view(devPtr, count).fill(value))
 
     def _queue(self, stream: Any, work: Work) -> Any:
@@ -270,7 +270,7 @@ class FakeCuda:
         made.queue = list(self._known(graph).queue)
         return made
 
-    def _cudaGraphLaunch(self, graphExec: Any, stream: Any) -> Any:  # noqa: N803
+    def _cudaGraphLaunch(self, graphExec: Any, stream: Any) -> Any:
         self._known(stream).queue.extend(self._known(graphExec).queue)
         self.launches += 1
         return None

@@ -28,8 +28,13 @@ from tests.tensorrt.recorder import Recorder
 WORDS = {"FLOAT": torch.float32, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16}
 
 
-def signature(model: Llama4, part: str, batch: int, context: int, cache: str = "FLOAT", tokens: int = 64) -> dict:
-    """The `<part>.json` of an engine for at most `batch` rows, `context` slots and `tokens` tokens of one row."""
+def signature(
+    model: Llama4, part: str, batch: int, context: int, cache: str = "FLOAT", fixed: bool = False, tokens: int = 64
+) -> dict[str, Any]:
+    """The `<part>.json` of an engine for at most `batch` rows, `context` slots and `tokens` tokens of one row.
+
+    `fixed`: the cache's buffers have all their slots from the start.
+    """
     text, vision = model.config.text, model.config.vision
     hidden, layers = text.hidden_size, text.layers
     if part == "vision":
@@ -53,8 +58,11 @@ def signature(model: Llama4, part: str, batch: int, context: int, cache: str = "
         tensor("logits_index", "INT64", ["wanted"]),
     ]
     outputs = [tensor("logits", "FLOAT", ["batch", "wanted", text.vocab_size])]
+    most = {"chunk_capacity": min(text.chunk, context), "global_capacity": context}
     for number, layer in enumerate(layers):
-        capacity = "chunk_capacity" if layer.chunked else "global_capacity"
+        capacity: int | str = "chunk_capacity" if layer.chunked else "global_capacity"
+        if fixed:
+            capacity = most[str(capacity)]
         for kind in ("key", "value"):
             shape = ["batch", text.kv_heads, capacity, text.head_dim]
             inputs.append(tensor(f"past_{kind}.{number}", cache, shape))
@@ -62,7 +70,6 @@ def signature(model: Llama4, part: str, batch: int, context: int, cache: str = "
         outputs.append(tensor(f"hidden.{number}", "FLOAT", ["batch", "seq", hidden]))
         if layer.moe:
             outputs.append(tensor(f"expert_id.{number}", "INT64", ["tokens", text.experts_per_token]))
-    most = {"chunk_capacity": min(text.chunk, context), "global_capacity": context}
     profiles = []
     for name, rows, steps in (("decode", batch, 1), ("prefill", 1, tokens)):
         ends = [{"batch": 1, "seq": 1, "wanted": 1}, {"batch": rows, "seq": steps, "wanted": steps} | most]

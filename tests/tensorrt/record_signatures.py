@@ -93,8 +93,13 @@ def record(module: ModuleType, version: str) -> dict[str, Any]:
 
 
 def _members(enum: Any) -> str:
-    """`NAME=number` for each member."""
-    return " ".join(f"{name}={int(member)}" for name, member in enum.__members__.items())
+    """`NAME=number` for each member, with `<` before them where members can be compared by size."""
+    members = list(enum.__members__.values())
+    try:
+        ordered = "< " if members[0] <= members[-1] else ""
+    except TypeError:
+        ordered = ""
+    return ordered + " ".join(f"{name}={int(member)}" for name, member in enum.__members__.items())
 
 
 def describe_class(thing: type) -> dict[str, Any]:
@@ -115,8 +120,8 @@ def describe_class(thing: type) -> dict[str, Any]:
         elif isinstance(member, property):
             properties[name] = [_returns(member.fget), _takes(member.fset)]
         elif callable(member) or isinstance(member, staticmethod):
-            if described := signatures(getattr(thing, name)):
-                methods[name] = described
+            methods[name] = signatures(getattr(thing, name))
+    methods = {name: forms for name, forms in methods.items() if forms}
     constructors = methods.pop("__init__", None)
     parts = {"init": constructors, "methods": methods, "properties": properties, "enums": enums}
     parts |= {"constants": constants, "like": special}

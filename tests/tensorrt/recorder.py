@@ -1,4 +1,4 @@
-"""A stand-in for NVIDIA's Python modules that takes what the recorded signatures take, refuses the rest, and notes calls.
+"""A stand-in for NVIDIA's Python modules: it takes what the recorded signatures take, refuses the rest, notes calls.
 
 It computes nothing: what a call gives is set with `answer`, else it is an empty value of the recorded return type. What
 it proves is that a program calls what exists in one version, with the right names, counts, enums and kinds of objects;
@@ -149,8 +149,10 @@ class Recorder:
         return module
 
     def _enum(self, name: str, members: str) -> type:
-        pairs = [(member, int(number)) for member, _, number in (entry.partition("=") for entry in members.split())]
-        made = _Enum(name, pairs)
+        entries = (entry.partition("=") for entry in members.removeprefix("< ").split())
+        pairs = [(member, int(number)) for member, _, number in entries]
+        kind = _Ordered if members.startswith("< ") else _Enum
+        made = kind(name, pairs)
         made._title = self.title  # type: ignore[attr-defined]
         return made
 
@@ -340,6 +342,16 @@ class _Enum(enum.Enum, metaclass=_EnumType):
         return int(self.value)
 
     __index__ = __int__
+
+
+class _Ordered(_Enum):
+    """An enum whose members can also be compared by size."""
+
+    def __le__(self, other: _Ordered) -> bool:
+        return int(self) <= int(other)
+
+    def __lt__(self, other: _Ordered) -> bool:
+        return int(self) < int(other)
 
 
 class _Object:

@@ -1,4 +1,4 @@
-"""The recorder itself: it takes what each recorded version takes, and catches the mistakes that it is there to catch."""
+"""The recorder itself: it takes what each recorded version takes, and catches the mistakes that it is there for."""
 
 from __future__ import annotations
 
