@@ -110,9 +110,8 @@ def _library(backend: str) -> Check:
         remedy = f"Reinstall it: pip install --force-reinstall 'arriero[{product.extra}]'"
         return Check(name, "missing", f"fails: {error}", both, remedy)
     least = VERSIONS[backend]
-    ok = any(release(version)[0] == one[0] and release(version) >= one for one in least)
+    if any(release(version)[0] == one[0] and release(version) >= one for one in least):
+        return Check(name, "ok", version, both)
     wanted = " or ".join(".".join(map(str, one)) for one in least)
-    remedy = (
-        None if ok else f"Install {product.title} {wanted}: pip install 'arriero[{product.extra}]'{product.elsewhere}"
-    )
-    return Check(name, status(ok), version, both, remedy)
+    advice = f"Install {product.title} {wanted}: pip install 'arriero[{product.extra}]'{product.elsewhere}"
+    return Check(name, "missing", version, both, advice)

@@ -70,7 +70,7 @@ def listen(trt: Any) -> Any:
     """
     kept = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
 
-    class Listener(trt.ILogger):  # type: ignore[misc]
+    class Listener(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)  # pybind11 wants the base called by name
             self.errors: deque[str] = deque(maxlen=32)
