@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import BACKENDS, Backend, ModelSpec, module_of
@@ -36,9 +35,9 @@ def open_session(manifest: Manifest, threads: int | None = None) -> Session:
             expected=f"one of {', '.join(BACKENDS)}",
             remedy="Use the arriero that built the bundle, or build a target with one of these backends",
         )
-    check_machine = getattr(_module(manifest.target.backend), "check_machine", None)
-    if check_machine is not None:
-        check_machine(manifest)
+    module = import_module(f"arriero.runtimes.{module_of(manifest.target.backend)}")
+    if hasattr(module, "check_machine"):  # what only this backend asks of a machine
+        module.check_machine(manifest)
     processor = Processor(manifest.bundle / "tokenizer", manifest.model)
     backend = open_backend(manifest.target.backend, manifest.bundle, manifest.model, threads)
     return Session(backend, processor, manifest.target.context, manifest.target.batch)
@@ -46,10 +45,6 @@ def open_session(manifest: Manifest, threads: int | None = None) -> Session:
 
 def open_backend(name: str, folder: Path, spec: ModelSpec, threads: int | None = None) -> Backend:
     """Give the backend `name` (one of `BACKENDS`) over the graphs and weights in `folder`."""
-    backend: Backend = _module(name).open_backend(folder, spec, threads)
-    return backend
-
-
-def _module(backend: str) -> ModuleType:
     # By name, so that an app needs the libraries of its own backend only.
-    return import_module(f"arriero.runtimes.{module_of(backend)}")
+    backend: Backend = import_module(f"arriero.runtimes.{module_of(name)}").open_backend(folder, spec, threads)
+    return backend
