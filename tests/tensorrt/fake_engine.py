@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,7 @@ class _State:
             vision = self.owner.model.config.vision
             assert vision is not None
             axes["features"] = axes["tiles"] * vision.tokens_per_tile
-        return tuple(axes.get(size, -1) if isinstance(size, str) else size for size in self.plan.tensors[name]["shape"])
+        return tuple(size if isinstance(size, int) else _size(size, axes) for size in self.plan.tensors[name]["shape"])
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         self.addresses[name] = memory
@@ -248,6 +249,12 @@ class _State:
             self.busy.release()
 
         return cuda.enqueue(stream_handle, work)
+
+
+def _size(told: str, axes: dict[str, int]) -> int:
+    """A dynamic size, which may be a product such as `seq*batch`; -1 while it is not settled."""
+    factors = [int(one) if one.strip().isdigit() else axes.get(one.strip(), -1) for one in told.split("*")]
+    return -1 if -1 in factors else math.prod(factors)
 
 
 class _Run:
