@@ -292,6 +292,37 @@ def test_dropped_caches_give_their_memory_back(bench):
     assert one.cuda.held == before
 
 
+def test_memory_that_is_dropped_while_a_step_is_recorded_is_freed_after_it(bench):
+    """Python may collect garbage at any time, and freeing memory breaks a capture."""
+    one = bench()
+    backend = one.open()
+    dropped = [backend.new_cache(1, 8)]
+    one.trt.while_capturing = dropped.clear
+    cache = backend.new_cache(1, 4)
+    for _ in range(3):
+        held = one.cuda.held["memory"]
+        step(backend, cache, draw(1, 1))
+    assert (one.cuda.captures, one.cuda.launches, backend._text._idle[0][1].graphs_refused) == (1, 2, None)
+    assert not dropped
+    assert one.cuda.held["memory"] == held
+    backend.close()
+    assert one.cuda.held == {"memory": 0, "pinned": 0, "handles": 0}
+
+
+def test_a_cache_comes_back_to_the_context_that_recorded_its_step(bench):
+    one = bench(fixed=True)
+    backend = one.open()
+    first, second = (backend.new_cache(1, 16) for _ in range(2))
+    step(backend, first, draw(1, 1))
+    taken = backend._text._idle.pop()  # as another thread would hold it
+    step(backend, second, draw(1, 1))
+    backend._text._idle.append(taken)
+    for _ in range(6):
+        step(backend, first, draw(1, 1))
+        step(backend, second, draw(1, 1))
+    assert (one.cuda.captures, one.cuda.launches) == (2, 12)
+
+
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_an_engine_that_cannot_be_recorded_still_decodes(bench, product):
     one = bench(product)

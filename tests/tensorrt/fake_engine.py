@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,7 @@ class FakeTensorRt:
         self.cuda, self.model = cuda, model
         self.capturable = True
         self.capture_works = True
+        self.while_capturing: Callable[[], object] = lambda: None
         self.executions = 0
         self.refitted: dict[str, bytes] = {}
         self.streamable = 0
@@ -231,12 +233,18 @@ class _State:
             cuda.faults.append(f"executed without {sorted(lacking)} on stream {stream_handle}")
             return False
         shapes, addresses = dict(self.shapes), dict(self.addresses)
+        for name in self.plan.outputs:
+            kind, _, number = name.partition(".")
+            # a layer may read its neighbour's output where it lies, while it writes its own
+            if number and addresses[name] == addresses.get(f"{kind}.{int(number) + 1}"):
+                cuda.faults.append(f"{name} and the next layer's share memory")
         places = {name: (addresses[name], self.get_tensor_shape(name)) for name in self.plan.tensors}
         if cuda.is_capturing(stream_handle):
             if shapes not in self.ran:
                 cuda.faults.append("captured before these shapes ran once")
             if not self.owner.capture_works:
                 return False
+            self.owner.while_capturing()
         self.ran.append(shapes)
 
         def work() -> None:
