@@ -47,7 +47,7 @@ class Engine:
         if self._engine.streamable_weights_size > 0:
             # built to stream weights from the host: as many stay on the GPU as TensorRT finds room for now
             self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
-        self._config = product.configure(trt, self._engine)
+        self._config = product.configure(trt, self._engine, self._path)
 
     def run(
         self,
@@ -133,6 +133,8 @@ class Engine:
             for _, context in self._idle:
                 context.close()
             self._idle.clear()
+        if self._engine is not None:
+            self._product.put_away(self._config, self._path)
         self._config = None
         self._engine = None
         self._runtime = None

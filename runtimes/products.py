@@ -8,6 +8,7 @@ import re
 from collections import deque
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from arriero.errors import ArrieroError, MachineLacks
@@ -49,9 +50,12 @@ class Product:
     def prepare(self, module: str) -> None:
         """Load what `module` needs and cannot find by itself."""
 
-    def configure(self, trt: Any, engine: Any) -> Any:
-        """What all contexts of an engine share; None for nothing."""
+    def configure(self, trt: Any, engine: Any, plan: Path) -> Any:
+        """What all contexts of the engine from the file `plan` share; None for nothing."""
         return None
+
+    def put_away(self, config: Any, plan: Path) -> None:
+        """Keep what the next process can use of `configure`'s result."""
 
     def new_context(self, trt: Any, engine: Any, config: Any) -> Any:
         """An execution context that takes the GPU's memory for one profile only; None when TensorRT refuses."""

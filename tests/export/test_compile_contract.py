@@ -98,6 +98,7 @@ class Bench:
 
     def open(self) -> TensorRtBackend:
         product = tensorrt_rtx.PRODUCT if "rtx" in self.product else tensorrt.PRODUCT
+        self.monkeypatch.setenv("XDG_CACHE_HOME", str(self.folder / "cache"))
         modules = dict.fromkeys(product.modules, self.trt.module)
         self.monkeypatch.setattr(products, "import_module", modules.__getitem__)
         self.monkeypatch.setattr(tensorrt, "load_cuda", lambda extra: self.cuda.runtime)

@@ -57,6 +57,7 @@ Setter = Callable[..., Bench]
 def bench(references, tmp_path, monkeypatch) -> Iterator[Setter]:
     """Set a bench up; at the end, no stand-in may have found a fault."""
     made: list[Bench] = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(device_cache, "FIRST_SLOTS", 4)
 
     def set_up(
@@ -355,6 +356,25 @@ def test_rtx_records_once_its_kernels_are_there(bench):
     assert (one.cuda.captures, one.cuda.launches) == (1, 1)
     caches = one.trt.recorder.named("IRuntimeConfig.set_runtime_cache")
     assert len(caches) == 2  # embed and text: one for each engine, whatever the number of contexts
+
+
+def test_rtx_kernels_are_kept_for_the_next_process(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    one = bench("tensorrt_rtx_1")
+    one.open().close()
+    assert not one.trt.recorder.named("IRuntimeCache.deserialize")
+    kept = sorted((tmp_path / "cache" / "arriero").iterdir())
+    assert [path.read_bytes() for path in kept] == [b"kernels for this GPU"] * 2  # embed and text
+    one.open().close()
+    calls = one.trt.recorder.named("IRuntimeCache.deserialize")
+    assert [call.arguments["blob"] for call in calls] == [b"kernels for this GPU"] * 2
+    assert sorted((tmp_path / "cache" / "arriero").iterdir()) == kept
+
+
+def test_a_cache_folder_that_cannot_be_written_is_done_without(bench, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    bench("tensorrt_rtx_1").open().close()
 
 
 # --- refusals

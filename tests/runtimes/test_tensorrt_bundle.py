@@ -63,10 +63,13 @@ def folder(scout: Path, reference: TorchBackend, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def machine(reference: TorchBackend, monkeypatch: pytest.MonkeyPatch):
+def machine(reference: TorchBackend, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory):
     """Make this machine one with a GPU and a product; gives the stand-ins."""
 
+    cache = tmp_path_factory.mktemp("cache")
+
     def set_up(product: str, arch: tuple[int, int] = GPU) -> tuple[FakeCuda, FakeTensorRt]:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         gpu = FakeCuda(arch=arch)
         trt = FakeTensorRt(product, gpu, reference.model)
         modules = dict.fromkeys(PRODUCTS[product].modules, trt.module)

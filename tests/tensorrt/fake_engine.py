@@ -128,6 +128,9 @@ class FakeTensorRt:
         answer("Refitter.get_missing_weights", self._missing)
         if "rtx" in product:
             answer("IExecutionContext.is_stream_capturable", lambda context, stream: self.capturable)
+            answer("IRuntimeConfig.get_runtime_cache", lambda config: config.__dict__.get("cache"))
+            answer("IRuntimeConfig.set_runtime_cache", self._share)
+            answer("IRuntimeCache.serialize", self._kernels)
 
     def _forward(self, name: str) -> None:
         def call(context: Any, **arguments: Any) -> Any:
@@ -159,6 +162,15 @@ class FakeTensorRt:
         context = self.recorder.make("IExecutionContext")
         context.__dict__["state"] = _State(self, engine.__dict__["plan"])
         return context
+
+    def _share(self, config: Any, cache: Any = None) -> bool:
+        config.__dict__["cache"] = cache
+        return True
+
+    def _kernels(self, cache: Any) -> Any:
+        memory = self.recorder.make("IHostMemory")
+        memory.extend(b"kernels for this GPU")
+        return memory
 
     def _set_weights(self, refitter: Any, name: str, weights: Any, location: Any = None) -> bool:
         given = weights.__dict__["_given"]
