@@ -88,6 +88,20 @@ class TensorRtBackend:
 
     def embed(self, input_ids: Ints, image_features: Floats) -> Floats:
         """Embed ids i64 [B, S], image placeholders taking `image_features` f32 [M, H] in order: f32 [B, S, H]."""
+        rows, tokens = (self._embed.signature.most("input_ids", axis) for axis in (0, 1))
+        pieces = [input_ids]
+        if len(input_ids) > rows or input_ids.shape[1] > tokens:
+            # more than a step of the text decoder may have; tokens are embedded one by one, so pieces give the same
+            flat = input_ids.reshape(1, -1)
+            pieces = [flat[:, start : start + tokens] for start in range(0, flat.shape[1], tokens)]
+        found, used = [], 0
+        for piece in pieces:
+            placeholders = int(np.sum(piece == self.spec.image_token_id))
+            found.append(self._embed_piece(piece, image_features[used : used + placeholders]))
+            used += placeholders
+        return np.concatenate(found, axis=1).reshape(*input_ids.shape, -1)
+
+    def _embed_piece(self, input_ids: Ints, image_features: Floats) -> Floats:
         given: dict[str, np.ndarray] = {"input_ids": input_ids, "image_features": image_features}
         # a text-only model's engine has no input for image features
         feeds = {name: given[name] for name in self._embed.signature.inputs}

@@ -6,8 +6,9 @@ with the PyTorch reference behind them. So names, types, shapes and profiles hav
 
 from __future__ import annotations
 
-import inspect
+import json
 import shutil
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from arriero.errors import ArrieroError
 from arriero.graphs import trace
@@ -25,6 +27,8 @@ from arriero.runtimes import products, tensorrt, tensorrt_rtx
 from arriero.runtimes.backend import module_of
 from arriero.runtimes.tensorrt import TensorRtBackend
 from arriero.runtimes.torch import TorchBackend
+from tests.command import arriero
+from tests.small import small_scout
 from tests.tensorrt.fake_builder import Building
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_engine import FakeTensorRt
@@ -35,8 +39,27 @@ if find_spec("arriero.export.compile.tensorrt") is None:
 
 PRODUCTS = {"tensorrt_10": "tensorrt", "tensorrt_11": "tensorrt", "tensorrt_rtx_1": "tensorrt-rtx"}
 PARTS = ("embed", "vision", "text")
+BUILD = """\
+version: 1
+model: scout
+modalities: [text, image]
+output: bundles
+targets: [{{name: card, backend: {backend}, profile: fp32, context: 1024, batch: 2, gpu: rtx-3090}}]
+calibration: {{samples: 4}}
+parity: {{cases: {{samples: 2}}, thresholds: {{task_accuracy_drop: 1.0}}}}
+"""
 CONTEXT, BATCH, CHUNK = 48, 2, 16
 CAPABILITY = 89
+
+
+def stand_in(trt: FakeTensorRt, gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch, cache: Path) -> products.Product:
+    """Let the runtime find the stand-ins; gives the product."""
+    product = tensorrt_rtx.PRODUCT if "rtx" in trt.recorder.title else tensorrt.PRODUCT
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(products, "import_module", dict.fromkeys(product.modules, trt.module).__getitem__)
+    for module in (products, tensorrt):
+        monkeypatch.setattr(module, "load_cuda", lambda extra: gpu.runtime)
+    return product
 
 
 class Lowered:
@@ -56,11 +79,8 @@ class Lowered:
         if folder not in self.made:
             lowering: Any = import_module(f"arriero.graphs.lower.{module_of(backend)}")
             schemes = load_profile(profile).naive().assign(self.checkpoint.tensors)
-            # the GPU decides the form of the experts, where the product has several
-            takes = inspect.signature(lowering.lower).parameters
-            gpu = {"capability": CAPABILITY} if "capability" in takes else {}
             for part in PARTS:
-                lowering.lower(part, self.graphs[part], self.config, self.checkpoint, schemes, folder, **gpu)
+                lowering.lower(part, self.graphs[part], self.config, self.checkpoint, schemes, folder)
             self.made.add(folder)
         return folder
 
@@ -97,11 +117,7 @@ class Bench:
         return made
 
     def open(self) -> TensorRtBackend:
-        product = tensorrt_rtx.PRODUCT if "rtx" in self.product else tensorrt.PRODUCT
-        self.monkeypatch.setenv("XDG_CACHE_HOME", str(self.folder / "cache"))
-        modules = dict.fromkeys(product.modules, self.trt.module)
-        self.monkeypatch.setattr(products, "import_module", modules.__getitem__)
-        self.monkeypatch.setattr(tensorrt, "load_cuda", lambda extra: self.cuda.runtime)
+        product = stand_in(self.trt, self.cuda, self.monkeypatch, self.folder / "cache")
         return TensorRtBackend(self.folder, self.reference.spec, product)
 
 
@@ -109,6 +125,15 @@ class Bench:
 def lowered(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
     folder = tmp_path_factory.mktemp("contract")
     return Lowered(make_scout_toy(folder / "scout", 3), folder / "lowered")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The toys are too small for more, and beside other work a second thread costs seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=PRODUCTS)
@@ -165,3 +190,45 @@ def test_what_the_parser_or_the_builder_refuses_is_told(bench):
     bench.building.refuse["parser"] = "Plugin not found, are the plugin name, version, and namespace correct?"
     with pytest.raises(ArrieroError, match=r"embed\.onnx: node layers\.0\.odd \(Odd\): .*Plugin not found"):
         bench.compile(("embed",))
+
+
+@pytest.fixture(scope="module")
+def scout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_scout(tmp_path_factory.mktemp("build") / "scout")
+
+
+@pytest.mark.parametrize("product", ["tensorrt_10", "tensorrt_rtx_1"])
+def test_the_command_builds_a_bundle_proves_it_and_asks_it(product, scout, tmp_path, monkeypatch):
+    from arriero.export import build as building
+    from arriero.export.compile import gpus, tensorrt_api
+    from arriero.export.compile import tensorrt as compiler
+    from arriero.export.compile import tensorrt_rtx as rtx_compiler
+
+    here = gpus.Gpu(86)
+    gpu = FakeCuda(arch=(8, 6))
+    trt = FakeTensorRt(product, gpu, TorchBackend(scout).model)
+    Building(trt)
+    for module in (building, gpus, tensorrt_api):
+        monkeypatch.setattr(module, "local_gpus", lambda: (here,))
+    for module in (compiler, rtx_compiler):
+        monkeypatch.setattr(module, "load", lambda name: tensorrt_api.Api(name, trt.module))
+    stand_in(trt, gpu, monkeypatch, tmp_path / "cache")
+
+    (tmp_path / "scout").symlink_to(scout)
+    (tmp_path / "build.yaml").write_text(BUILD.format(backend=PRODUCTS[product]))
+    built = arriero("build", tmp_path / "build.yaml")
+    assert built.code == 0, built.err
+    bundle = tmp_path / "bundles" / "card"
+    rows = {row["metric"]: row["value"] for row in json.loads((bundle / "parity.json").read_text())["rows"]}
+    assert rows["router_agreement"] == rows["same_top_token"] == 1.0
+    assert rows["logits_max_abs_error"] < 1e-4
+
+    asked = arriero("run", bundle, "What is 17 + 25?", "--max-tokens", "4")
+    assert asked.code == 0, asked.err
+    assert gpu.held == {"memory": 0, "pinned": 0, "handles": 0}
+    assert gpu.faults == []
+
+    gpu.arch = (8, 9)
+    refused = arriero("run", bundle, "What is 17 + 25?")
+    assert refused.code == 3
+    assert "the engines were built for sm_86 and this machine's GPU is sm_89" in " ".join(refused.err.split())
