@@ -84,6 +84,8 @@ def record(module: ModuleType, version: str) -> dict[str, Any]:
             enums[name] = _members(thing)
         elif hasattr(type(thing), "__members__") and type(thing).__name__ in vars(module):
             values[name] = f"{type(thing).__name__}.{thing.name}"
+        elif isinstance(thing, ModuleType):
+            continue
         elif isinstance(thing, type):
             classes[name] = describe_class(thing)
         elif callable(thing) and (found := signatures(thing)):
@@ -119,7 +121,7 @@ def describe_class(thing: type) -> dict[str, Any]:
             continue
         elif isinstance(member, property):
             properties[name] = [_returns(member.fget), _takes(member.fset)]
-        elif callable(member) or isinstance(member, staticmethod):
+        elif callable(member) or isinstance(member, staticmethod | classmethod):
             methods[name] = signatures(getattr(thing, name))
     methods = {name: forms for name, forms in methods.items() if forms}
     constructors = methods.pop("__init__", None)
@@ -196,6 +198,9 @@ def record_one(name: str, folder: str, module: str, version: str) -> None:
     sys.path.insert(0, folder)
     loaded = importlib.import_module(module)
     found = record(loaded, version)
+    if module == "tensorrt_bindings":
+        sys.modules["tensorrt"] = loaded  # as the package calls it
+        found["plugin"] = record(importlib.import_module(f"{module}.plugin"), version)
     (HERE / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     print(name, {key: len(value) for key, value in found.items() if key != "version"})
 
