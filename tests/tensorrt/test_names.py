@@ -58,7 +58,7 @@ def problem(recorded: dict[str, Any], names: tuple[str, ...], call: ast.Call | N
     first, *rest = names
     if first in NOT_RECORDED or first in recorded.get("values", {}):
         return None
-    if first in recorded["enums"]:
+    if first in recorded.get("enums", {}):
         members = {entry.partition("=")[0] for entry in recorded["enums"][first].split()}
         return None if not rest or rest[0] in members else f"{first} has no member {rest[0]}"
     if first in recorded["functions"]:
