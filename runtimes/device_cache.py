@@ -25,6 +25,21 @@ class Slots:
     most: int
 
 
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the keys and values of some rows lie: one object from one growth of the cache to the next.
+
+    `inputs` are the pasts by name, each an address and a shape; `outputs` the presents, which are the same memory: a
+    step writes its own slots and copies nothing.
+    """
+
+    inputs: dict[str, tuple[int, tuple[int, ...]]]
+    outputs: dict[str, int]
+
+
+NOWHERE = Places({}, {})
+
+
 class DeviceCache:
     """The [B, K, P, D] buffers of every layer on a GPU, and how many tokens each row holds."""
 
@@ -47,6 +62,8 @@ class DeviceCache:
         self._slots: list[int] = []
         self._keys: list[Memory] = []
         self._values: list[Memory] = []
+        self._places: dict[tuple[int, int], Places] = {}
+        self._fits = 0  # tokens that fit without growing
         self._stream = stream
         with self._finished():
             for layer in spec.layers:
@@ -90,6 +107,8 @@ class DeviceCache:
     def reserve(self, tokens: int) -> None:
         """Make sure every layer has slots for rows of `tokens` tokens; refuses more than `capacity`."""
         check_room(tokens, self.capacity)
+        if tokens <= self._fits:
+            return
         for number, layer in enumerate(self.spec.layers):
             have, limit = self._slots[number], self._limits[layer.attention].most
             if min(tokens, limit) > have:
@@ -98,6 +117,10 @@ class DeviceCache:
                 with self._finished():
                     keys, values = [self._grown(part[number], slots, have) for part in (self._keys, self._values)]
                 self._keys[number], self._values[number], self._slots[number] = keys, values, slots
+                self._places.clear()
+        growing = zip(self._slots, self.spec.layers, strict=True)
+        ends = [slots for slots, layer in growing if slots < self._limits[layer.attention].most]
+        self._fits = min(ends, default=self.capacity)
 
     def _grown(self, memory: Memory, slots: int, have: int) -> Memory:
         larger = self._empty(slots)
@@ -111,13 +134,27 @@ class DeviceCache:
         skip = start * self._row * slots * self._slot
         return self._keys[number].address + skip, self._values[number].address + skip, slots
 
+    def places(self, start: int = 0, stop: int | None = None) -> Places:
+        """Where the buffers of rows `start` to `stop` (all, when not given) lie, under their names in the engine."""
+        stop = self.batch if stop is None else stop
+        if (start, stop) not in self._places:
+            inputs, outputs = {}, {}
+            for number in range(len(self._slots)):
+                *addresses, slots = self.layer(number, start)
+                shape = (stop - start, self.spec.num_key_value_heads, slots, self.spec.head_dim)
+                for kind, address in zip(("key", "value"), addresses, strict=True):
+                    inputs[f"past_{kind}.{number}"] = address, shape
+                    outputs[f"present_{kind}.{number}"] = address
+            self._places[start, stop] = Places(inputs, outputs)
+        return self._places[start, stop]
+
 
 class DeviceRows:
     """Some neighbouring rows of a `DeviceCache`, with the same methods."""
 
     def __init__(self, whole: DeviceCache, start: int, stop: int) -> None:
         """View rows `start` to `stop` of `whole`."""
-        self._whole, self._start = whole, start
+        self._whole, self._start, self._stop = whole, start, stop
         self.spec, self.capacity = whole.spec, whole.capacity
         self.lengths: Ints = whole.lengths[start:stop]
 
@@ -136,3 +173,7 @@ class DeviceRows:
     def layer(self, number: int, start: int = 0) -> tuple[int, int, int]:
         """The addresses of these rows' keys and values from their row `start` on, and the slots P."""
         return self._whole.layer(number, self._start + start)
+
+    def places(self) -> Places:
+        """Where these rows' buffers lie, under their names in the engine."""
+        return self._whole.places(self._start, self._stop)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.cuda import Device
-from arriero.runtimes.engine_context import Context, Place
+from arriero.runtimes.device_cache import NOWHERE, Places
+from arriero.runtimes.engine_context import Context
 from arriero.runtimes.engine_signature import REBUILD, TYPES, Signature
 from arriero.runtimes.products import Product, listen
 from arriero.runtimes.refit import refit
@@ -30,6 +31,7 @@ class Engine:
         self._product, self._trt, self._device = product, trt, device
         self._lock = threading.Lock()
         self._idle: list[tuple[int, Context]] = []
+        self._last: tuple[Any, int] = (None, 0)
         self._logger = listen(trt)
         self._logger.errors.clear()
         if not self._path.is_file():
@@ -53,22 +55,19 @@ class Engine:
         self,
         feeds: Mapping[str, NDArray[Any]],
         wanted: tuple[str, ...],
-        bound: Mapping[str, Place] | None = None,
-        presents: Mapping[str, int] | None = None,
+        places: Places = NOWHERE,
         record: bool = True,
     ) -> dict[str, NDArray[Any]]:
-        """Run one step and give the outputs `wanted`; `bound` inputs and `presents` outputs lie on the GPU.
+        """Run one step and give the outputs `wanted`; what `places` names lies on the GPU.
 
         A step whose shapes no profile takes is refused. A decode step that comes again unchanged becomes a CUDA graph,
         unless `record` is false.
         """
-        bound, presents = bound or {}, presents or {}
-        shapes = {name: array.shape for name, array in feeds.items()}
-        number = self.signature.choose(shapes | {name: shape for name, (_, shape) in bound.items()})
-        context = self._borrow(number, bound)
+        number = self._choose(feeds, places)
+        context = self._borrow(number, places)
         record = record and self.signature.profiles[number].name == DECODE
         try:
-            results = context.run(feeds, bound, presents, wanted, record)
+            results = context.run(feeds, places, wanted, record)
         except BaseException:
             context.close()  # nobody knows what state it is in
             raise
@@ -76,12 +75,22 @@ class Engine:
             self._idle.append((number, context))
         return results
 
-    def _borrow(self, number: int, bound: Mapping[str, Place]) -> Context:
+    def _choose(self, feeds: Mapping[str, NDArray[Any]], places: Places) -> int:
+        """The profile for a step; a step like the last one takes the same."""
+        step = (places, *(array.shape for array in feeds.values()))
+        last, number = self._last
+        if step != last:
+            shapes = {name: array.shape for name, array in feeds.items()}
+            number = self.signature.choose(shapes | {name: shape for name, (_, shape) in places.inputs.items()})
+            self._last = step, number
+        return number
+
+    def _borrow(self, number: int, places: Places) -> Context:
         """An idle context of profile `number`, best one that ran over the same cache; else a new one."""
         with self._lock:
             idle = [entry for entry in self._idle if entry[0] == number]
             if idle:
-                chosen = next((entry for entry in idle if entry[1].bound_to(bound)), idle[-1])
+                chosen = next((entry for entry in idle if entry[1].bound_to(places)), idle[-1])
                 self._idle.remove(chosen)
                 return chosen[1]
             made = self._product.new_context(self._trt, self._engine, self._config)

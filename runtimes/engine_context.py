@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.cuda import Graph, Memory, Pinned, Stream
+from arriero.runtimes.device_cache import Places
 from arriero.runtimes.engine_signature import Shape, Signature, Tensor
 
-Place = tuple[int, Shape]  # an address on the GPU, and the shape that lies there
 Capturable = Callable[[Any, int], bool]  # of a TensorRT context and a stream
 Refused = Callable[[str], ArrieroError]
 
@@ -41,6 +41,10 @@ class Context:
         self._addresses: dict[str, int] = {}
         self._memory: dict[str, Memory] = {}
         self._pinned: dict[str, Pinned] = {}
+        self._asked: Any = None  # what the last step was asked for, and what came of it: ..
+        self._places: Places | None = None
+        self._step: Any = None
+        self._results: dict[str, Shape] = {}
         self._last: Any = None  # the step that ran last
         self._recorded: tuple[Any, Graph] | None = None
         self.graphs_refused: str | None = None
@@ -48,45 +52,55 @@ class Context:
             raise self._refused(f"profile {profile}")
         stream.wait()
 
-    def bound_to(self, places: Mapping[str, Place]) -> bool:
+    def bound_to(self, places: Places) -> bool:
         """Whether the last step used just these places: then its graph may serve again."""
-        return all(self._addresses.get(name) == address for name, (address, _) in places.items())
+        return self._places is places or all(
+            self._addresses.get(name) == address for name, (address, _) in places.inputs.items()
+        )
 
     def run(
-        self,
-        feeds: Mapping[str, NDArray[Any]],
-        bound: Mapping[str, Place],
-        presents: Mapping[str, int],
-        wanted: tuple[str, ...],
-        record: bool,
+        self, feeds: Mapping[str, NDArray[Any]], places: Places, wanted: tuple[str, ...], record: bool
     ) -> dict[str, NDArray[Any]]:
         """Run one step and give the outputs `wanted`.
 
-        `feeds` are the inputs from the host, `bound` those that lie on the GPU, `presents` the outputs that go to given
-        addresses. With `record` a step that comes again becomes a graph.
+        `feeds` are the inputs from the host; what `places` names lies on the GPU. With `record` a step that comes again
+        becomes a graph.
         """
-        arrays = {
-            name: np.ascontiguousarray(array, self._signature.inputs[name].numpy) for name, array in feeds.items()
-        }
-        for name, shape in [*((n, a.shape) for n, a in arrays.items()), *((n, s) for n, (_, s) in bound.items())]:
-            self._set_shape(name, shape)
-        results = {name: self._output_shape(self._signature.outputs[name]) for name in wanted}
-        self._place(arrays, bound, presents, wanted)
+        inputs, outputs = self._signature.inputs, self._signature.outputs
+        arrays = {name: np.ascontiguousarray(array, inputs[name].numpy) for name, array in feeds.items()}
+        asked = (places, wanted, *(array.shape for array in arrays.values()))
+        if asked != self._asked:
+            # a step that is asked for as the last one was needs none of this, and there are hundreds of names in it
+            self._asked = None
+            self._step, self._results = self._bind(arrays, places, wanted)
+            self._asked, self._places = asked, places
         for name, array in arrays.items():
-            room = self._pin(name, array.nbytes)
-            room.array(array.shape, array.dtype)[...] = array
-        for name, shape in results.items():
-            self._pin(name, self._signature.outputs[name].nbytes(shape))
-        pinned = tuple((name, self._pinned[name].address) for name in (*arrays, *results))
-        step = (tuple(self._shapes.items()), tuple(self._addresses.items()), pinned, wanted)
-        self._do(step, arrays, results, record)
-        self._last = step
+            self._pinned[name].array(array.shape, array.dtype)[...] = array
+        self._do(self._step, arrays, self._results, record)
+        self._last = self._step
         self._stream.wait()
-        outputs = self._signature.outputs
         return {
             name: outputs[name].read(self._pinned[name].array(shape, outputs[name].numpy))
-            for name, shape in results.items()
+            for name, shape in self._results.items()
         }
+
+    def _bind(
+        self, arrays: Mapping[str, NDArray[Any]], places: Places, wanted: tuple[str, ...]
+    ) -> tuple[Any, dict[str, Shape]]:
+        """Set every shape and address of a step; gives what tells it from other steps, and the shapes of `wanted`."""
+        for name, array in arrays.items():
+            self._set_shape(name, array.shape)
+        for name, (_, shape) in places.inputs.items():
+            self._set_shape(name, shape)
+        outputs = self._signature.outputs
+        results = {name: self._output_shape(outputs[name]) for name in wanted}
+        self._place(arrays, places, wanted)
+        for name, array in arrays.items():
+            self._pin(name, array.nbytes)
+        for name, shape in results.items():
+            self._pin(name, outputs[name].nbytes(shape))
+        pinned = tuple((name, self._pinned[name].address) for name in (*arrays, *results))
+        return (tuple(self._shapes.items()), tuple(self._addresses.items()), pinned, wanted), results
 
     def _do(self, step: Any, arrays: Mapping[str, NDArray[Any]], results: Mapping[str, Shape], record: bool) -> None:
         def queue() -> None:
@@ -141,22 +155,16 @@ class Context:
             self._output_shapes[tensor.name] = shape
         return self._output_shapes[tensor.name]
 
-    def _place(
-        self,
-        arrays: Mapping[str, NDArray[Any]],
-        bound: Mapping[str, Place],
-        presents: Mapping[str, int],
-        wanted: tuple[str, ...],
-    ) -> None:
+    def _place(self, arrays: Mapping[str, NDArray[Any]], places: Places, wanted: tuple[str, ...]) -> None:
         """Give every input and output its address."""
-        places = {name: address for name, (address, _) in bound.items()} | dict(presents)
+        addresses = {name: address for name, (address, _) in places.inputs.items()} | places.outputs
         for name, array in arrays.items():
-            places[name] = self._room(name, array.nbytes)
+            addresses[name] = self._room(name, array.nbytes)
         rooms: dict[str, str] = {}
         sizes: dict[str, int] = {}
         seen: dict[str, int] = {}
         for name, tensor in self._signature.outputs.items():
-            if name in presents:
+            if name in places.outputs:
                 continue
             rooms[name] = name
             if name not in wanted:
@@ -167,8 +175,8 @@ class Context:
                 rooms[name] = f"{kind}.unread{seen[kind] % 2}"
             nbytes = tensor.nbytes(self._output_shape(tensor))
             sizes[rooms[name]] = max(sizes.get(rooms[name], 0), nbytes)
-        places |= {name: self._room(room, sizes[room]) for name, room in rooms.items()}
-        for name, address in places.items():
+        addresses |= {name: self._room(room, sizes[room]) for name, room in rooms.items()}
+        for name, address in addresses.items():
             if self._addresses.get(name) != address:
                 if not self._made.set_tensor_address(name, address):
                     raise self._refused(f"an address for {name}")
@@ -182,13 +190,12 @@ class Context:
             self._memory[name] = self._device.memory(nbytes)
         return self._memory[name].address
 
-    def _pin(self, name: str, nbytes: int) -> Pinned:
+    def _pin(self, name: str, nbytes: int) -> None:
         held = self._pinned.get(name)
         if held is None or held.nbytes < nbytes:
             if held is not None:
                 held.free()
             self._pinned[name] = self._device.pinned(nbytes)
-        return self._pinned[name]
 
     def close(self) -> None:
         """Give back the graph, the memory and the stream, once what may still be queued is done."""

@@ -17,7 +17,6 @@ from arriero.runtimes.backend import TILES_AT_ONCE, Cache, Floats, Ints, ModelSp
 from arriero.runtimes.cuda import Device, load_cuda
 from arriero.runtimes.device_cache import DeviceCache, DeviceRows, Slots
 from arriero.runtimes.engine import Engine
-from arriero.runtimes.engine_context import Place
 from arriero.runtimes.engine_signature import REBUILD
 from arriero.runtimes.kvcache import check_step
 from arriero.runtimes.manifest import Manifest
@@ -131,24 +130,16 @@ class TensorRtBackend:
         batch, steps = positions.shape
         check_step(positions, cache)
         cache.reserve(int(cache.lengths.max()) + steps)
-        heads, dim = self.spec.num_key_value_heads, self.spec.head_dim
-        layers = range(len(self.spec.layers))
-        bound: dict[str, Place] = {}
-        presents: dict[str, int] = {}
-        for number in layers:
-            *addresses, slots = cache.layer(number)
-            for kind, address in zip(KINDS, addresses, strict=True):
-                bound[f"past_{kind}.{number}"] = address, (batch, heads, slots, dim)
-                # present is past's own memory: the step writes its S slots and copies nothing
-                presents[f"present_{kind}.{number}"] = address
-        ids = {i: f"expert_id.{i}" for i in layers if taps and f"expert_id.{i}" in self._text.signature.outputs}
-        hiddens = {i: f"hidden.{i}" for i in layers if taps}
+        layers = range(len(self.spec.layers)) if taps else ()
+        ids = {i: f"expert_id.{i}" for i in layers if f"expert_id.{i}" in self._text.signature.outputs}
+        hiddens = {i: f"hidden.{i}" for i in layers}
         feeds: dict[str, np.ndarray] = {
             "inputs_embeds": inputs_embeds,
             "positions": positions,
             "logits_index": logits_index,
         }
-        named = self._text.run(feeds, ("logits", *ids.values(), *hiddens.values()), bound, presents, record=not taps)
+        wanted = ("logits", *ids.values(), *hiddens.values())
+        named = self._text.run(feeds, wanted, cache.places(), record=not taps)
         cache.lengths += steps
         return StepOutput(
             logits=named["logits"],
