@@ -138,7 +138,8 @@ class DeviceCache:
         """Where the buffers of rows `start` to `stop` (all, when not given) lie, under their names in the engine."""
         stop = self.batch if stop is None else stop
         if (start, stop) not in self._places:
-            inputs, outputs = {}, {}
+            inputs: dict[str, tuple[int, tuple[int, ...]]] = {}
+            outputs: dict[str, int] = {}
             for number in range(len(self._slots)):
                 *addresses, slots = self.layer(number, start)
                 shape = (stop - start, self.spec.num_key_value_heads, slots, self.spec.head_dim)

@@ -293,6 +293,19 @@ def test_taps_cross_to_the_host_only_when_asked(bench):
     assert np.array_equal(plain.logits, again.logits)
 
 
+def test_taps_come_and_go_between_steps_of_one_shape(bench):
+    one = bench(fixed=True)
+    backend = one.open()
+    ours, theirs = backend.new_cache(1, 16), one.reference.new_cache(1, 16)
+    for turn, taps in enumerate((False, False, True, False, True, True, False)):
+        ids = draw(1, 1, turn)
+        found, expected = step(backend, ours, ids, taps), step(one.reference, theirs, ids, taps)
+        equal(found.logits, expected.logits)
+        assert sorted(found.hiddens) == sorted(found.expert_ids) == ([0, 1, 2, 3] if taps else [])
+        for layer, hidden in found.hiddens.items():
+            equal(hidden, expected.hiddens[layer])
+
+
 def test_dropped_caches_give_their_memory_back(bench):
     one = bench()
     backend = one.open()
