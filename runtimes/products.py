@@ -68,9 +68,10 @@ class Product:
 
 @functools.cache
 def listen(trt: Any) -> Any:
-    """A logger that keeps the last errors, as `errors`: one for each product, for as long as the process runs.
+    """A logger that keeps the last errors as `errors`, and as `layers` what a builder says it made of a graph.
 
-    A product keeps the first logger that it is given, whatever comes later, and does not keep it alive.
+    One for each product, for as long as the process runs: a product keeps the first logger that it is given, whatever
+    comes later, and does not keep it alive.
     """
     kept = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
 
@@ -78,10 +79,13 @@ def listen(trt: Any) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)  # pybind11 wants the base called by name
             self.errors: deque[str] = deque(maxlen=32)
+            self.layers: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity in kept:
                 self.errors.append(" ".join(message.split()))
+            elif message.startswith("Layers:"):
+                self.layers.append(message)
 
     return Listener()
 
