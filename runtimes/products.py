@@ -73,7 +73,6 @@ def listen(trt: Any) -> Any:
     One for each product, for as long as the process runs: a product keeps the first logger that it is given, whatever
     comes later, and does not keep it alive.
     """
-    kept = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
 
     class Listener(trt.ILogger):
         def __init__(self) -> None:
@@ -82,7 +81,7 @@ def listen(trt: Any) -> Any:
             self.layers: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in kept:
+            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
                 self.errors.append(" ".join(message.split()))
             elif message.startswith("Layers:"):
                 self.layers.append(message)
