@@ -577,23 +577,6 @@ def test_weights_are_streamed_when_the_engine_was_built_for_it(bench, product):
 # --- machines
 
 
-@pytest.mark.parametrize("chosen", [tensorrt.PRODUCT, tensorrt_rtx.PRODUCT])
-def test_a_missing_library_is_named_with_the_way_to_get_it(chosen, monkeypatch):
-    def absent(name: str):
-        raise ModuleNotFoundError(f"No module named {name!r}")
-
-    monkeypatch.setattr(products, "import_module", absent)
-    with pytest.raises(MachineLacks, match=rf"is not installed.*pip install 'arriero\[{chosen.extra}\]'"):
-        chosen.load()
-
-    def broken(name: str):
-        raise ImportError("libnvinfer.so.11: cannot open shared object file\nmore")
-
-    monkeypatch.setattr(products, "import_module", broken)
-    with pytest.raises(MachineLacks, match=r"does not load: libnvinfer\.so\.11: cannot open.*Reinstall it"):
-        chosen.load()
-
-
 @pytest.mark.parametrize("error", ["cudaErrorNoDevice", "cudaErrorInsufficientDriver"])
 def test_a_machine_without_gpu_or_driver(bench, error):
     one = bench()
