@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.budget import available_memory, cpu_count, free_disk, human_bytes, total_memory
+from arriero.export.checks import BUILD, RUN, Check, status
 from arriero.export.compile.build_kernels import LEVELS, find_compiler
+from arriero.export.gpu_checks import SUPPORTED, gpu_checks
 from arriero.runtimes.cpu import architecture, cpu_features
 from arriero.runtimes.tvm import load_runtime
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-BUILD, RUN = "build", "run"
 LEAST_MEMORY, LEAST_DISK = 2 << 30, 1 << 30
 PYTHON = (3, 11)
 
@@ -42,23 +43,23 @@ BACKEND_NEEDS: dict[str, dict[str, tuple[str, tuple[str, ...], str]]] = {
         "apache-tvm": ("0.27", (BUILD, RUN), "arriero[tvm]"),
         "apache-tvm-ffi": ("0.1.14", (BUILD, RUN), "arriero[tvm]"),
     },
+    "tensorrt": {
+        "tensorrt": ("10.16", (BUILD, RUN), "arriero[tensorrt]"),
+        "cuda-bindings": ("12.9", (RUN,), "arriero[tensorrt]"),
+    },
+    "tensorrt-rtx": {
+        "tensorrt_rtx_cu13_bindings": ("1.7.1", (BUILD, RUN), "arriero[tensorrt-rtx]"),
+        "onnxruntime-ep-nv-tensorrt-rtx-cu13": ("0.5", (BUILD, RUN), "arriero[tensorrt-rtx]"),
+        "cuda-bindings": ("12.9", (RUN,), "arriero[tensorrt-rtx]"),
+    },
 }
+# NVIDIA's own package, which brings bindings and libraries together, in the place of the registry's two.
+INSTEAD = {"tensorrt_rtx_cu13_bindings": "tensorrt_rtx", "onnxruntime-ep-nv-tensorrt-rtx-cu13": "tensorrt_rtx"}
 # Instruction sets that the CPU kernels of quantised products choose between, best first, per architecture.
 VECTOR_SETS = {
     "x86": ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2"),
     "arm": ("i8mm", "asimddp", "asimd"),
 }
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding: `status` is ok or missing; `needed_for` says what stops without it (nothing: it is optional)."""
-
-    name: str
-    status: str
-    found: str
-    needed_for: tuple[str, ...]
-    remedy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def _python() -> Check:
     wanted = ".".join(map(str, PYTHON))
     ok = sys.version_info >= PYTHON
     remedy = None if ok else f"Install Python {wanted} or newer"
-    return Check("python", _status(ok), platform.python_version(), (BUILD, RUN), remedy)
+    return Check("python", status(ok), platform.python_version(), (BUILD, RUN), remedy)
 
 
 def _hardware() -> tuple[Check, Check]:
@@ -143,7 +144,7 @@ def _hardware() -> tuple[Check, Check]:
     ok = least in have or not have
     remedy = None if ok else f"Without {least} quantised models run, but slowly: use a newer processor"
     listed = ", ".join(found) if have else "not known on this system"
-    return cores, Check("cpu features", _status(ok), listed or "none", (), remedy)
+    return cores, Check("cpu features", status(ok), listed or "none", (), remedy)
 
 
 def _memory() -> Check:
@@ -152,26 +153,30 @@ def _memory() -> Check:
         return Check("memory", "ok", "not known on this system", ())
     ok = free >= LEAST_MEMORY
     remedy = None if ok else f"Free some: a build needs at least {human_bytes(LEAST_MEMORY)}"
-    return Check("memory", _status(ok), f"{human_bytes(free)} free of {human_bytes(total)}", (BUILD,), remedy)
+    return Check("memory", status(ok), f"{human_bytes(free)} free of {human_bytes(total)}", (BUILD,), remedy)
 
 
 def _disk(folder: Path) -> Check:
     free = free_disk(folder)
     ok = free >= LEAST_DISK
     remedy = None if ok else f"Free some: a build needs at least {human_bytes(LEAST_DISK)}"
-    return Check("disk", _status(ok), f"{human_bytes(free)} free in {folder.absolute()}", (BUILD,), remedy)
+    return Check("disk", status(ok), f"{human_bytes(free)} free in {folder.absolute()}", (BUILD,), remedy)
 
 
 def _library(name: str, need: tuple[str, tuple[str, ...], str]) -> Check:
     least, needed_for, package = need
     installed = version_of(name)
+    if installed is None and name in INSTEAD and (whole := version_of(INSTEAD[name])):
+        return Check(name, "ok", f"{INSTEAD[name]} {whole} instead", needed_for)
     ok = installed is not None and _numbers(installed) >= _numbers(least)
     remedy = None if ok else f"pip install '{package}' (it needs {name} {least} or newer)"
-    return Check(name, _status(ok), installed or "not installed", needed_for, remedy)
+    return Check(name, status(ok), installed or "not installed", needed_for, remedy)
 
 
 def _backend(name: str) -> tuple[Check, ...]:
     checks = tuple(_library(library, need) for library, need in BACKEND_NEEDS[name].items())
+    if name in SUPPORTED:
+        return (*checks, *gpu_checks(name))
     if any(check.status != "ok" for check in checks):
         return checks
     return (*checks, *{"onnxruntime": _onnxruntime_providers, "tvm": _tvm_tools}[name]())
@@ -187,7 +192,7 @@ def _onnxruntime_providers() -> tuple[Check, ...]:
     providers = onnxruntime.get_available_providers()
     ok = "CPUExecutionProvider" in providers
     advice = None if ok else "Install an ONNX Runtime with the CPU provider: pip install 'arriero[onnxruntime]'"
-    return (Check("providers", _status(ok), ", ".join(providers), (BUILD, RUN), advice),)
+    return (Check("providers", status(ok), ", ".join(providers), (BUILD, RUN), advice),)
 
 
 def _tvm_tools() -> tuple[Check, ...]:
@@ -207,10 +212,6 @@ def _tvm_tools() -> tuple[Check, ...]:
         except MachineLacks as lack:
             checks.append(Check(f"compiler for {arch}", "missing", "not installed", needed, lack.remedy))
     return tuple(checks)
-
-
-def _status(ok: bool) -> str:
-    return "ok" if ok else "missing"
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -35,6 +35,9 @@ def open_session(manifest: Manifest, threads: int | None = None) -> Session:
             expected=f"one of {', '.join(BACKENDS)}",
             remedy="Use the arriero that built the bundle, or build a target with one of these backends",
         )
+    module = import_module(f"arriero.runtimes.{module_of(manifest.target.backend)}")
+    if hasattr(module, "check_machine"):  # what only this backend asks of a machine
+        module.check_machine(manifest)
     processor = Processor(manifest.bundle / "tokenizer", manifest.model)
     backend = open_backend(manifest.target.backend, manifest.bundle, manifest.model, threads)
     return Session(backend, processor, manifest.target.context, manifest.target.batch)

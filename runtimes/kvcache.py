@@ -8,7 +8,7 @@ which slots are valid: starting a new chunk moves nothing and clears nothing.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -48,18 +48,12 @@ class KVCache:
 
     def reserve(self, tokens: int) -> None:
         """Make sure every layer has slots for rows of `tokens` tokens; refuses more than `capacity`."""
-        if tokens > self.capacity:
-            raise ArrieroError(
-                f"{tokens} tokens do not fit a cache of {self.capacity}",
-                remedy="Shorten the prompt, ask for fewer tokens, or build the bundle with a larger `context`",
-            )
+        check_room(tokens, self.capacity)
         for number, layer in enumerate(self.spec.layers):
             limit = self.chunked_limit if layer.attention == "chunked" else self.capacity
             have = self.keys[number].shape[2]
             if min(tokens, limit) > have:
-                slots = have
-                while slots < min(tokens, limit):
-                    slots = min(2 * slots, limit)
+                slots = grown_slots(have, tokens, limit)
                 self.keys[number] = _grown(self.keys[number], slots)
                 self.values[number] = _grown(self.values[number], slots)
 
@@ -103,7 +97,30 @@ class RowView:
         return valid_slots(self.lengths, attention, self.spec.attention_chunk_size)
 
 
-def check_step(positions: Ints, cache: KVCache | RowView) -> None:
+class Step(Protocol):
+    """What `check_step` looks at: of any cache that is laid out like these."""
+
+    spec: ModelSpec
+    lengths: Ints
+
+
+def check_room(tokens: int, capacity: int) -> None:
+    """Refuse more tokens than a cache may hold."""
+    if tokens > capacity:
+        raise ArrieroError(
+            f"{tokens} tokens do not fit a cache of {capacity}",
+            remedy="Shorten the prompt, ask for fewer tokens, or build the bundle with a larger `context`",
+        )
+
+
+def grown_slots(have: int, tokens: int, limit: int) -> int:
+    """How many slots a buffer of `have` grows to, by doubling, so that `tokens` of at most `limit` fit."""
+    while have < min(tokens, limit):
+        have = min(2 * have, limit)
+    return have
+
+
+def check_step(positions: Ints, cache: Step) -> None:
     """Refuse a step that kernels over these buffers cannot take: see `Backend.forward`. Raises ValueError."""
     batch, steps = positions.shape
     chunk = cache.spec.attention_chunk_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
@@ -35,6 +35,8 @@ class Target:
     arch: str
     kv_cache: str
     features: tuple[str, ...] = ()  # of the processor, in Linux's names
+    gpu: str | None = None  # the architecture that engines were compiled for: sm_89, ..
+    plugins: dict[str, str] = field(default_factory=dict)  # name -> sha256 of the kernels compiled into the engines
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,12 @@ class Manifest:
             files=_files(raw["files"], f"{where}:files"),
             raw=raw,
         )
+
+    @property
+    def tools(self) -> dict[str, str]:
+        """The versions of the tools that made the bundle."""
+        tools = self.raw.get("tools")
+        return {str(name): str(version) for name, version in tools.items()} if isinstance(tools, Mapping) else {}
 
     def check_arch(self) -> None:
         """Refuse a bundle that was compiled for another kind of processor, or for one that can more."""
@@ -221,11 +229,13 @@ def _target(entry: Any, where: str) -> Target:
             batch=int(entry["batch"]),
             arch=str(entry["arch"]),
             kv_cache=str(entry["kv_cache"]),
-            features=tuple(map(str, entry.get("features", ()))),
+            features=tuple(map(str, entry.get("features") or ())),
+            gpu=None if entry.get("gpu") is None else str(entry["gpu"]),
+            plugins={str(name): str(digest) for name, digest in (entry.get("plugins") or {}).items()},
         )
     except KeyError as missing:
         raise ArrieroError(f"the key {missing} is missing", where=where, remedy=_COPY) from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise ArrieroError(f"an entry has the wrong shape ({error})", where=where, remedy=_COPY) from None
     if target.context < 1 or target.batch < 1:
         raise ArrieroError(

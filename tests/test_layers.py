@@ -22,7 +22,7 @@ MAY_IMPORT = {
 # The reference needs the model's definition; nothing that a bundle runs on imports it.
 EXCEPTIONS = {"runtimes/torch.py": {"graphs"}}
 # What an edge device has: everything else would have to be installed there.
-AT_RUN_TIME = {"numpy", "onnxruntime", "tvm_ffi", "tokenizers", "jinja2", "PIL", "av", "rich"}
+AT_RUN_TIME = {"numpy", "onnxruntime", "tvm_ffi", "cuda", "tokenizers", "jinja2", "PIL", "av", "rich"}
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "transformers", "pydantic", "ruamel", "safetensors", "typer", "rich"}
 MAX_LINES = 600
 
@@ -76,6 +76,17 @@ def test_nobody_imports_a_bare_layer(source):
 @pytest.mark.parametrize("source", SOURCES)
 def test_files_stay_short(source):
     assert len((ROOT / source).read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+def test_the_gpu_runtimes_load_nothing_before_they_are_asked():
+    """Not the heavy libraries ever, and NVIDIA's only with a bundle."""
+    script = f"""
+import sys
+import arriero.runtimes.tensorrt, arriero.runtimes.tensorrt_rtx
+print(sorted(({HEAVY!r} | {{"cuda", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"}}) & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("images", ["None", "np.zeros((40, 50, 3), np.uint8)"], ids=["text", "image"])

@@ -1,0 +1,100 @@
+"""The backend `tensorrt-rtx`: the engines of TensorRT for RTX, which finishes its kernels on the user's own GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from arriero.runtimes.backend import ModelSpec
+from arriero.runtimes.manifest import Manifest
+from arriero.runtimes.products import Product, check_product
+from arriero.runtimes.tensorrt import TensorRtBackend
+
+BINDINGS, LIBRARIES = "tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx"
+HEAD = 1 << 20  # bytes of a plan that tell it from others
+FILES = ("libtensorrt_rtx.so.*", "libtensorrt_onnxparser_rtx.so.*")  # the parser needs the first
+
+
+@dataclass(frozen=True)
+class RtxProduct(Product):
+    """TensorRT for RTX: contexts of an engine share the kernels that were compiled for this GPU."""
+
+    backend: str = "tensorrt-rtx"
+    title: str = "TensorRT for RTX"
+    # the first comes with NVIDIA's own package, libraries included
+    modules: tuple[str, ...] = ("tensorrt_rtx", BINDINGS)
+    extra: str = "tensorrt-rtx"
+    package: str = "tensorrt_rtx"
+    elsewhere: str = ""
+
+    def prepare(self, module: str) -> None:
+        """Load the libraries beside the bindings: these ask for them by their short names, which they carry inside."""
+        spec = find_spec(LIBRARIES) if module == BINDINGS else None
+        for folder in spec.submodule_search_locations or () if spec is not None else ():
+            for pattern in FILES:
+                for library in sorted(Path(folder).glob(pattern)):
+                    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+    def configure(self, trt: Any, engine: Any, plan: Path) -> Any:
+        """A configuration whose cache of kernels every context of the engine uses: each is compiled once.
+
+        It begins with what `put_away` kept of an earlier process.
+        """
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE)
+        cache = config.create_runtime_cache()
+        with suppress(OSError):
+            cache.deserialize(_kept(plan).read_bytes())  # False for those of another driver or GPU: compiled anew
+        config.set_runtime_cache(cache)
+        # graphs are recorded by us, over copies and step together
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+        return config
+
+    def put_away(self, config: Any, plan: Path) -> None:
+        """Keep the kernels that were compiled for this GPU, so that the next process need not wait for them."""
+        kernels = config.get_runtime_cache().serialize() if config is not None else None
+        place = _kept(plan)
+        if kernels is None or (place.is_file() and place.stat().st_size == len(memoryview(kernels))):
+            return
+        with suppress(OSError):  # it is a cache: where nothing can be written, kernels are compiled each time
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with NamedTemporaryFile(dir=place.parent, delete=False) as file:
+                file.write(memoryview(kernels))
+            Path(file.name).replace(place)
+
+    def new_context(self, trt: Any, engine: Any, config: Any) -> Any:
+        """An execution context over the shared configuration; None when TensorRT refuses."""
+        return engine.create_execution_context(config)
+
+    def capturable(self, context: Any, stream: int) -> bool:
+        """Whether all kernels of the next step are compiled, so that recording it meets nothing else."""
+        return bool(context.is_stream_capturable(stream))
+
+
+PRODUCT = RtxProduct()
+
+
+def _kept(plan: Path) -> Path:
+    """Where the kernels of a plan are kept: in the user's cache folder, under the hash of the plan's beginning."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    with plan.open("rb") as file:
+        head = file.read(HEAD)
+    name = hashlib.sha256(f"{plan.stat().st_size} ".encode() + head).hexdigest()[:32]
+    return Path(home) / "arriero" / f"{name}.rtx-kernels"
+
+
+def open_backend(bundle: Path, spec: ModelSpec, threads: int | None = None) -> TensorRtBackend:
+    """Load the engines in `bundle` for the model `spec`; the GPU has its own threads, so `threads` says nothing."""
+    return TensorRtBackend(bundle, spec, PRODUCT)
+
+
+def check_machine(manifest: Manifest) -> None:
+    """Refuse a bundle whose engines this machine cannot load, before any is. Raises MachineLacks with the remedy."""
+    check_product(manifest, PRODUCT)
