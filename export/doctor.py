@@ -15,7 +15,8 @@ from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.budget import available_memory, cpu_count, free_disk, human_bytes, total_memory
 from arriero.export.checks import BUILD, RUN, Check, status
 from arriero.export.compile.build_kernels import LEVELS, find_compiler
-from arriero.export.gpu_checks import SUPPORTED, gpu_checks
+from arriero.export.compile.gpus import GPU_BACKENDS
+from arriero.export.gpu_checks import gpu_checks
 from arriero.runtimes.cpu import architecture, cpu_features
 from arriero.runtimes.tvm import load_runtime
 
@@ -175,7 +176,7 @@ def _library(name: str, need: tuple[str, tuple[str, ...], str]) -> Check:
 
 def _backend(name: str) -> tuple[Check, ...]:
     checks = tuple(_library(library, need) for library, need in BACKEND_NEEDS[name].items())
-    if name in SUPPORTED:
+    if name in GPU_BACKENDS:
         return (*checks, *gpu_checks(name))
     if any(check.status != "ok" for check in checks):
         return checks

@@ -1,44 +1,24 @@
 """What this machine has and lacks for NVIDIA's two products: driver, GPU and its architecture, library and its version.
 
-The driver is asked directly, so that it is told apart from the packages even where none of these is installed.
+The driver is told apart from the packages even where none of these is installed.
 """
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
 
 from arriero.errors import MachineLacks
 from arriero.export.budget import human_bytes
 from arriero.export.checks import BUILD, RUN, Check, status
+from arriero.export.compile.gpus import PRODUCTS
+from arriero.export.compile.nvidia_driver import Card, list_cards, open_driver
 from arriero.runtimes.backend import module_of
 from arriero.runtimes.cuda import DRIVER
-from arriero.runtimes.products import Product, release
+from arriero.runtimes.products import Product
 
-# What each product makes engines for: TensorRT as its releases tell, TensorRT for RTX as its `ComputeCapability` lists.
-SUPPORTED: dict[str, tuple[int, ...]] = {
-    "tensorrt": (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121),
-    "tensorrt-rtx": (75, 80, 86, 89, 120, 121),
-}
-# Least versions, one for each major that we use.
-VERSIONS: dict[str, tuple[tuple[int, ...], ...]] = {"tensorrt": ((10, 16), (11, 0)), "tensorrt-rtx": ((1, 7),)}
 # A driver names the newest CUDA that it runs; an older one of the same major runs it too.
 OLDEST_CUDA = 12
-MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One GPU as the driver shows it."""
-
-    name: str
-    capability: int
-    memory: int
-
-    def __str__(self) -> str:
-        return f"{self.name}, sm_{self.capability}, {human_bytes(self.memory)}"
 
 
 def gpu_checks(backend: str) -> tuple[Check, ...]:
@@ -46,14 +26,6 @@ def gpu_checks(backend: str) -> tuple[Check, ...]:
     # TensorRT measures kernels while it builds, so it needs the GPU for that too; RTX finishes engines where they run
     needed = (BUILD, RUN) if backend == "tensorrt" else (RUN,)
     return (*_driver(backend, needed), _library(backend))
-
-
-def open_driver() -> Any | None:
-    """NVIDIA's driver library, ready for questions; None where it is missing or has no GPU to answer for."""
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
 
 
 def _driver(backend: str, needed: tuple[str, ...]) -> tuple[Check, ...]:
@@ -67,35 +39,20 @@ def _driver(backend: str, needed: tuple[str, ...]) -> tuple[Check, ...]:
     ok = cuda[0] >= OLDEST_CUDA
     remedy = None if ok else f"Install a driver for CUDA {OLDEST_CUDA} or newer"
     told = Check("NVIDIA driver", status(ok), f"for CUDA {cuda[0]}.{cuda[1]} and older", needed, remedy)
-    gpus = list_gpus(driver)
-    fitting = [number for number, gpu in enumerate(gpus) if gpu.capability in SUPPORTED[backend]]
-    listed = "; ".join(map(str, gpus)) or "none that this process may use"
-    advice = None if gpus else DRIVER
+    cards = list_cards(driver)
+    fitting = [number for number, card in enumerate(cards) if card.capability in PRODUCTS[backend]]
+    listed = "; ".join(map(_told, cards)) or "none that this process may use"
+    advice = None if cards else DRIVER
     if fitting and fitting[0] > 0:
         advice = f"Set CUDA_VISIBLE_DEVICES={fitting[0]}: the first GPU is the one that is used"
-    elif gpus and not fitting:
-        others = [name for name, arches in SUPPORTED.items() if gpus[0].capability in arches]
+    elif cards and not fitting:
+        others = [name for name, known in PRODUCTS.items() if cards[0].capability in known]
         advice = f"Take the backend {others[0]} for it" if others else "It is too old for this product: use a newer GPU"
     return told, Check("GPU", status(advice is None), listed, needed, advice)
 
 
-def list_gpus(driver: Any) -> list[Gpu]:
-    """The GPUs that the driver shows this process."""
-    count = ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return []
-    found = []
-    for number in range(count.value):
-        device, part, name, memory = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(96), ctypes.c_size_t()
-        driver.cuDeviceGet(ctypes.byref(device), number)
-        capability = 0
-        for attribute in (MAJOR, MINOR):
-            driver.cuDeviceGetAttribute(ctypes.byref(part), attribute, device)
-            capability = 10 * capability + part.value
-        driver.cuDeviceGetName(name, len(name), device)
-        driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-        found.append(Gpu(name.value.decode(errors="replace"), capability, memory.value))
-    return found
+def _told(card: Card) -> str:
+    return f"{card.name}, sm_{card.capability}, {human_bytes(card.memory)}"
 
 
 def _library(backend: str) -> Check:
@@ -109,9 +66,7 @@ def _library(backend: str) -> Check:
     except Exception as error:  # whatever a broken native library raises is the finding
         remedy = f"Reinstall it: pip install --force-reinstall 'arriero[{product.extra}]'"
         return Check(name, "missing", f"fails: {error}", both, remedy)
-    least = VERSIONS[backend]
-    if any(release(version)[0] == one[0] and release(version) >= one for one in least):
+    if product.supports(version):
         return Check(name, "ok", version, both)
-    wanted = " or ".join(".".join(map(str, one)) for one in least)
-    advice = f"Install {product.title} {wanted}: pip install 'arriero[{product.extra}]'{product.elsewhere}"
+    advice = f"Install {product.title} {product.wanted}: pip install 'arriero[{product.extra}]'{product.elsewhere}"
     return Check(name, "missing", version, both, advice)

@@ -28,7 +28,7 @@ from arriero.runtimes.manifest import file_sha256
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PARTS = ("export", "graphs", "profiles", "runtimes")
-SOURCES = (".py", ".yaml", ".jinja", ".cc", ".h")
+SOURCES = (".py", ".yaml", ".jinja", ".cc", ".cu", ".h")
 RECORD = "stage.json"
 DOOMED = ".deleting-"
 OLD = re.compile(r"(?P<final>.+)\.old-[0-9a-f]{8}")

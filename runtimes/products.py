@@ -26,6 +26,18 @@ class Product:
     extra: str = "tensorrt"
     package: str = "tensorrt"  # as pip names it
     elsewhere: str = "; on a Jetson it comes with JetPack (`apt-get install python3-libnvinfer`)"
+    # the least of each major: the first with IMoELayer and IKVCacheUpdateLayer
+    versions: tuple[tuple[int, ...], ...] = ((10, 16), (11, 0))
+
+    @property
+    def wanted(self) -> str:
+        """The versions that it may have, for people."""
+        return " or ".join(".".join(map(str, least)) for least in self.versions)
+
+    def supports(self, version: str) -> bool:
+        """Whether our networks and engines fit `version`."""
+        given = release(version)
+        return any(given[:1] == least[:1] and given >= least for least in self.versions)
 
     def load(self) -> Any:
         """The bindings' module. Raises MachineLacks with what to install."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+from arriero.errors import ArrieroError
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.manifest import Manifest
 from arriero.runtimes.products import Product, check_product
@@ -33,14 +34,25 @@ class RtxProduct(Product):
     extra: str = "tensorrt-rtx"
     package: str = "tensorrt_rtx"
     elsewhere: str = ""
+    versions: tuple[tuple[int, ...], ...] = ((1, 7),)
+
+    def load(self) -> Any:
+        """The bindings' module. Raises MachineLacks with what to install, ArrieroError for a pair that does not fit."""
+        module = super().load()
+        bundled = [library.name.partition(".so.")[2] for library in _libraries() if module.__name__ == BINDINGS]
+        if bundled and not f"{module.__version__}.".startswith(f"{bundled[0]}."):
+            raise ArrieroError(
+                f"the bindings are of version {module.__version__} and the libraries of {bundled[0]}",
+                where=LIBRARIES,
+                expected="the same version",
+                remedy=f"Install the pair that fits: pip install --force-reinstall 'arriero[{self.extra}]'",
+            )
+        return module
 
     def prepare(self, module: str) -> None:
         """Load the libraries beside the bindings: these ask for them by their short names, which they carry inside."""
-        spec = find_spec(LIBRARIES) if module == BINDINGS else None
-        for folder in spec.submodule_search_locations or () if spec is not None else ():
-            for pattern in FILES:
-                for library in sorted(Path(folder).glob(pattern)):
-                    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+        for library in _libraries() if module == BINDINGS else ():
+            ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
 
     def configure(self, trt: Any, engine: Any, plan: Path) -> Any:
         """A configuration whose cache of kernels every context of the engine uses: each is compiled once.
@@ -79,6 +91,13 @@ class RtxProduct(Product):
 
 
 PRODUCT = RtxProduct()
+
+
+def _libraries() -> list[Path]:
+    """NVIDIA's libraries in the package that brings them for the bindings; none where it is not installed."""
+    spec = find_spec(LIBRARIES)
+    folders = [] if spec is None else [Path(place) for place in spec.submodule_search_locations or ()]
+    return [library for folder in folders for pattern in FILES for library in sorted(folder.glob(pattern))]
 
 
 def _kept(plan: Path) -> Path:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import re
 from dataclasses import dataclass
 
 from arriero.errors import ArrieroError, MachineLacks
+from arriero.export.compile.nvidia_driver import list_cards, open_driver
 
 NATIVE = "native"
 NAMED: dict[str, int] = {
@@ -35,7 +35,6 @@ PRODUCTS: dict[str, tuple[int, ...]] = {
     "tensorrt": (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121),
 }
 GPU_BACKENDS = tuple(PRODUCTS)
-CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 
 @dataclass(frozen=True)
@@ -93,19 +92,5 @@ def native() -> Gpu:
 @functools.cache
 def local_gpus() -> tuple[Gpu, ...]:
     """The GPUs that NVIDIA's driver shows on this machine; none without a driver."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return ()
-    count = ctypes.c_int()
-    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
-        return ()
-    return tuple(Gpu(_capability(cuda, number)) for number in range(count.value))
-
-
-def _capability(cuda: ctypes.CDLL, number: int) -> int:
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    cuda.cuDeviceGet(ctypes.byref(device), number)
-    cuda.cuDeviceGetAttribute(ctypes.byref(major), CAPABILITY_MAJOR, device)
-    cuda.cuDeviceGetAttribute(ctypes.byref(minor), CAPABILITY_MINOR, device)
-    return 10 * major.value + minor.value
+    driver = open_driver()
+    return () if driver is None else tuple(Gpu(card.capability) for card in list_cards(driver))

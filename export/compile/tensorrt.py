@@ -6,7 +6,6 @@ every weight once. (Engines without weights, refitted at load, need a GPU even w
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -22,10 +21,10 @@ from arriero.export.compile.gpus import Gpu
 from arriero.export.compile.tensorrt_api import TENSORRT, Api, load
 from arriero.graphs.passes.replace_dispatch_with_plugins import PLUGINS
 from arriero.runtimes.cpu import architecture
+from arriero.runtimes.products import listen
 
 STEPS = 100  # of which a graph's progress is told
 TIMINGS = "timings.bin"
-LAYERS = "Layers:"
 
 
 def compile_graphs(
@@ -48,7 +47,7 @@ def compile_graphs(
     """
     product = api or load(TENSORRT)
     product.check_here(gpu)
-    log = listener(product.module)
+    log = listen(product.module)
     inside: Plugins | None = None
     for number, part in enumerate(parts):
         path = folder / f"{part}.onnx"
@@ -129,25 +128,6 @@ def build_engine(
     if cache is not None:
         _write(timings, config.get_timing_cache().serialize())
     return plan
-
-
-@functools.cache
-def listener(trt: Any) -> Any:
-    """A logger that keeps errors and what became of the graph; a product takes one in a process and no second."""
-
-    class Log(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.layers: list[str] = []  # of each profile, as the product chose them
-
-        def log(self, severity: Any, text: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(text)
-            elif text.startswith(LAYERS):
-                self.layers.append(text)
-
-    return Log()
 
 
 def monitor(trt: Any, step: Callable[[int, int], None]) -> Any:

@@ -7,23 +7,16 @@ under NVIDIA's own licence, so they are an optional extra and never part of this
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from arriero.errors import ArrieroError, MachineLacks
+from arriero.errors import MachineLacks
 from arriero.export.compile.gpus import Gpu, local_gpus
+from arriero.runtimes import tensorrt, tensorrt_rtx
 
 RTX, TENSORRT = "tensorrt-rtx", "tensorrt"
-TOLD = {RTX: "TensorRT for RTX", TENSORRT: "TensorRT"}
-# Importable modules of NVIDIA's own full packages, and of the registry's bindings without libraries.
-RTX_MODULES, RTX_BINDINGS, RTX_LIBRARIES = "tensorrt_rtx", "tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx"
-RTX_FILES = ("libtensorrt_rtx.so.*", "libtensorrt_onnxparser_rtx.so.*")  # the parser needs the first
-MAJORS = {10: (10, 16), 11: (11, 0)}  # major -> the least version of it: IMoELayer and IKVCacheUpdateLayer
+PRODUCTS = {RTX: tensorrt_rtx.PRODUCT, TENSORRT: tensorrt.PRODUCT}
 
 
 @dataclass(frozen=True)
@@ -41,7 +34,7 @@ class Api:
     @property
     def told(self) -> str:
         """Product and version for people."""
-        return f"{TOLD[self.product]} {self.version}"
+        return f"{PRODUCTS[self.product].title} {self.version}"
 
     @property
     def network_flags(self) -> int:
@@ -71,66 +64,13 @@ class Api:
 
 @functools.cache
 def load(product: str) -> Api:
-    """The product of the backend `product`. Raises MachineLacks with the package that is missing."""
-    if product == RTX:
-        return Api(RTX, _load_rtx())
-    if find_spec(TENSORRT) is None:
+    """The product of the backend `product`. Raises MachineLacks with the package that is missing or too old."""
+    wanted = PRODUCTS[product]
+    module = wanted.load()
+    if not wanted.supports(str(module.__version__)):
         raise MachineLacks(
-            "TensorRT is not installed",
-            expected="TensorRT 10.16 or newer of major 10, or 11",
-            remedy="Install it with `pip install 'arriero[tensorrt]'`; on a Jetson it comes with JetPack",
+            f"{wanted.title} {module.__version__} is installed",
+            expected=f"{wanted.wanted}, or newer of that major",
+            remedy=f"Install one of these: pip install 'arriero[{wanted.extra}]'{wanted.elsewhere}",
         )
-    module = import_module(TENSORRT)
-    check_version(str(module.__version__))
-    return Api(TENSORRT, module)
-
-
-def check_version(version: str) -> None:
-    """Refuse a TensorRT that our networks do not fit."""
-    numbers = tuple(int(part) for part in version.split(".")[:2])
-    if numbers[0] not in MAJORS or numbers < MAJORS[numbers[0]]:
-        raise MachineLacks(
-            f"TensorRT {version} is installed",
-            expected="10.16 or newer of major 10, or 11",
-            remedy="Install one of these; JetPack 6 takes 10.16",
-        )
-
-
-def _load_rtx() -> Any:
-    if find_spec(RTX_MODULES) is not None:  # NVIDIA's own package with libraries
-        return import_module(RTX_MODULES)
-    missing = [name for name in (RTX_BINDINGS, RTX_LIBRARIES) if find_spec(name) is None]
-    if missing:
-        raise MachineLacks(
-            f"TensorRT for RTX is not installed (no {' and no '.join(missing)})",
-            remedy="Install it with `pip install 'arriero[tensorrt-rtx]'`; NVIDIA's licence goes with it",
-        )
-    folder = _folder(RTX_LIBRARIES)
-    # The bindings ask for the libraries by their short names, which those carry inside: once loaded, they are found.
-    libraries = [next(iter(sorted(folder.glob(pattern))), folder / pattern) for pattern in RTX_FILES]
-    try:
-        for library in libraries:
-            ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-        module = import_module(RTX_BINDINGS)
-    except (OSError, ImportError) as error:
-        raise MachineLacks(
-            f"TensorRT for RTX does not load ({error})",
-            where=str(folder),
-            remedy="Reinstall it: pip install --force-reinstall 'arriero[tensorrt-rtx]'",
-        ) from error
-    bundled = libraries[0].name.partition(".so.")[2]
-    if not f"{module.__version__}.".startswith(f"{bundled}."):
-        raise ArrieroError(
-            f"the bindings are of version {module.__version__} and the libraries of {bundled}",
-            where=str(folder),
-            expected="the same version",
-            remedy="Install the pair that fits: pip install --force-reinstall 'arriero[tensorrt-rtx]'",
-        )
-    return module
-
-
-def _folder(package: str) -> Path:
-    spec = find_spec(package)
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    return Path(next(iter(spec.submodule_search_locations)))
+    return Api(product, module)

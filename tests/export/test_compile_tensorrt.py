@@ -26,6 +26,8 @@ from arriero.graphs.lower.tensorrt_rtx import lower
 from arriero.graphs.names import EMBEDDING
 from arriero.graphs.trace import trace_embed, trace_text, trace_vision
 from arriero.profiles.recipe import load_profile
+from arriero.runtimes import tensorrt_rtx
+from arriero.runtimes.products import Product, listen
 from tests.graphs.test_lower_onnxruntime import TOYS
 
 CHASQUI = Path(__file__).parents[2] / "models" / "chasqui"
@@ -100,7 +102,7 @@ def test_the_trained_model_becomes_engines(
     check_signature(json.loads((tmp_path / "text.json").read_text()), "BFLOAT16" if profile == "bf16" else "FLOAT16")
 
     # What reads a stack of experts hands on the tiles' own, as narrow as the profile stores or multiplies them.
-    found = kernels(tensorrt.listener(rtx.module))
+    found = kernels(listen(rtx.module))
     readers = [touched for _, touched in found if ("16,256,256", stored) in touched]
     assert len(readers) == 2 * 4  # in each profile and layer
     assert all(
@@ -201,28 +203,22 @@ def test_tensorrt_itself_needs_the_gpu_it_builds_for(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("version", "ok"), [("10.16.1", True), ("11.0.0.99", True), ("10.15.2", False), ("8.6.1", False), ("12.0", False)]
 )
-def test_two_majors_of_tensorrt_are_taken(version: str, ok: bool) -> None:
+def test_two_majors_of_tensorrt_are_taken(monkeypatch: pytest.MonkeyPatch, version: str, ok: bool) -> None:
+    module = ModuleType(TENSORRT)
+    module.__dict__.update(__version__=version)
+    monkeypatch.setattr(Product, "load", lambda self: module)
     if ok:
-        tensorrt_api.check_version(version)
+        assert tensorrt_api.load.__wrapped__(TENSORRT).version == version
     else:
-        with pytest.raises(MachineLacks, match=f"TensorRT {version} is installed"):
-            tensorrt_api.check_version(version)
-
-
-def test_a_product_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_api, "find_spec", lambda name: None)
-    for product in (RTX, TENSORRT):
-        with pytest.raises(MachineLacks, match=rf"pip install 'arriero\[{product}\]'"):
-            tensorrt_api.load.__wrapped__(product)
+        with pytest.raises(MachineLacks, match=f"TensorRT {version} is installed; expected 10.16 or 11.0"):
+            tensorrt_api.load.__wrapped__(TENSORRT)
 
 
 def test_bindings_and_libraries_of_two_versions_are_refused(
     rtx: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorrt_api, "_folder", lambda name: tmp_path)
-    monkeypatch.setattr(tensorrt_api.ctypes, "CDLL", lambda *given: None)
-    for name in ("libtensorrt_rtx.so.1.6.1", "libtensorrt_onnxparser_rtx.so.1.6.1"):
-        (tmp_path / name).touch()
+    monkeypatch.setattr(tensorrt_rtx, "_libraries", lambda: [tmp_path / "libtensorrt_rtx.so.1.6.1"])
+    monkeypatch.setattr(tensorrt_rtx.ctypes, "CDLL", lambda *given: None)
     with pytest.raises(ArrieroError, match=r"bindings are of version 1\.7.* and the libraries of 1\.6\.1"):
         tensorrt_api.load.__wrapped__(RTX)
 
@@ -235,7 +231,7 @@ def test_tensorrts_own_mixture_of_experts_is_parsed(chasqui: Traced, rtx: Api, t
     model = ir.load(tmp_path / "text.onnx")
     settle_capacities(model, LIMITS)
     ir.save(model, tmp_path / "text.onnx")
-    log = tensorrt.listener(rtx.module)
+    log = listen(rtx.module)
     network = rtx.module.Builder(log).create_network(rtx.network_flags)
     assert rtx.module.OnnxParser(network, log).parse_from_file(str(tmp_path / "text.onnx"))
     layers = [network.get_layer(number) for number in range(network.num_layers)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.export.compile import gpus
+from arriero.export.compile import gpus, nvidia_driver
 from arriero.export.compile.gpus import NAMED, PRODUCTS, Gpu, check_product, parse_gpu
 
 
@@ -65,9 +65,17 @@ class FakeCuda:
         found._obj.value = {75: (8, 12), 76: (9, 0)}[attribute][device.value]
         return 0
 
+    def cuDeviceGetName(self, name, size: int, device) -> int:
+        name.value = b"card"
+        return 0
+
+    def cuDeviceTotalMem_v2(self, size, device) -> int:
+        size._obj.value = 24 << 30
+        return 0
+
 
 def test_the_driver_is_asked_for_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpus.ctypes, "CDLL", lambda name: FakeCuda())
+    monkeypatch.setattr(nvidia_driver.ctypes, "CDLL", lambda name: FakeCuda())
     gpus.local_gpus.cache_clear()
     try:
         assert gpus.local_gpus() == (Gpu(89), Gpu(120))
@@ -79,7 +87,7 @@ def test_a_machine_without_a_driver_has_no_gpus(monkeypatch: pytest.MonkeyPatch)
     def missing(name: str) -> None:
         raise OSError(name)
 
-    monkeypatch.setattr(gpus.ctypes, "CDLL", missing)
+    monkeypatch.setattr(nvidia_driver.ctypes, "CDLL", missing)
     gpus.local_gpus.cache_clear()
     try:
         assert gpus.local_gpus() == ()

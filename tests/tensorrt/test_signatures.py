@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from arriero.errors import MachineLacks
-from arriero.export.gpu_checks import open_driver
+from arriero.export.compile.nvidia_driver import open_driver
 from arriero.runtimes import cuda, tensorrt_rtx
 from arriero.runtimes.engine_signature import TYPES
 from tests.tensorrt.record_signatures import WHEELS, record
