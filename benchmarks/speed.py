@@ -4,9 +4,11 @@
     python benchmarks/speed.py int8=out/mini-int8 --llama-bench llama-bench --gguf Q8_0=mini-Q8_0.gguf
 
 Every contender lives in a process of its own and answers one round at a time, so that no two ever compute together;
-the order turns from round to round. What counts are ratios within a round: their median is printed, not the best. The
-roofline of decode is the bandwidth with which the same threads read a large buffer, measured in every round too, over
-the bytes of weights that one token touches (all of the decoder's matrices, and k of E experts).
+the order turns from round to round. Every file is dropped from the system's memory and read anew first: pages that came
+there piecemeal, while a build was short of memory, have been seen to cost a quarter of the speed. What counts are
+ratios within a round: their median is printed, not the best. The roofline of decode is the bandwidth with which the
+same threads read a large buffer, measured in every round too, over the bytes of weights that one token touches (all of
+the decoder's matrices, and k of E experts).
 """
 
 from __future__ import annotations
@@ -112,6 +114,16 @@ def serve(bundle: Path, threads: int) -> None:
         print(json.dumps(round_of(*json.loads(line))), flush=True)
 
 
+def read_anew(path: Path) -> None:
+    """Have the system forget what it holds of the files under `path`, and read them in one go."""
+    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+        with file.open("rb", buffering=0) as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while opened.read(1 << 24):
+                pass
+
+
 def resident_mib() -> float:
     """Resident memory of this process, in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -174,9 +186,11 @@ def main() -> None:
     contenders: dict[str, Any] = {}
     for text in arguments.bundles:
         name, _, path = text.partition("=")
+        read_anew(Path(path))
         contenders[name] = Bundle(Path(path), arguments.threads)
     for text in arguments.gguf:
         name, _, path = text.partition("=")
+        read_anew(Path(path))
         for suffix, options in [("", []), *([(" no repack", ["--repack", "0"])] if arguments.no_repack else [])]:
             contenders[name + suffix] = LlamaCpp(arguments.llama_bench, Path(path), arguments.threads, options)
     if not contenders:

@@ -45,8 +45,8 @@ def test_a_shipped_profile_decides_every_tensor_of_every_shape(tmp_path: Path, t
         return
     kept = ["router", "norm", "embed", "vision_model", "multi_modal_projector"]
     on_gpu = name.startswith("gpu-")  # what is kept is kept in 16 bits there, but for router and norms
-    kept += [] if name in BIG_BLOCKS and not on_gpu else ["self_attn"]
-    kept += [] if name.startswith("int4") else ["lm_head"]
+    kept += [] if name in (*BIG_BLOCKS, "int8-all") and not on_gpu else ["self_attn"]
+    kept += [] if name.startswith(("int4", "int8-all")) else ["lm_head"]
     quantized = {tensor for tensor, scheme in assigned.items() if not isinstance(scheme, Exact | Half)}
     assert any(isinstance(scheme, Half) for scheme in assigned.values()) == on_gpu
     assert quantized == {tensor for tensor in names if not any(word in tensor for word in kept)}
