@@ -329,26 +329,20 @@ class Build:
         import onnx_ir as ir
 
         from arriero.graphs.check import part_tensors
+        from arriero.graphs.lower.part import Lowering
 
         lowering = import_module(f"arriero.graphs.lower.{module_of(target.backend)}")
         schemes = profile.assign([name for part in self.parts for name in part_tensors(part, self.model)])
         weights: dict[str, Any] = {}
         gpu = target_gpu(target)
-        extra = {} if gpu is None else {"capability": gpu.capability}
         for part in parts:
-            watch = partial(self.watch, f"{target.name}: write {part} weights")
-            weights |= lowering.lower(
-                part,
-                ir.load(graph / f"{part}.onnx"),
-                self.model,
-                self.checkpoint,
-                schemes,
-                folder,
-                lambda done, total, watch=watch: watch(done, total, "bytes"),
-                roundings,
-                cache,
-                **extra,
-            )
+
+            def told(done: int, total: int, step: str = f"{target.name}: write {part} weights") -> None:
+                self.watch(step, done, total, "bytes")
+
+            capability = 0 if gpu is None else gpu.capability
+            given = Lowering(self.model, self.checkpoint, schemes, folder, told, roundings, cache, capability)
+            weights |= lowering.lower(part, ir.load(graph / f"{part}.onnx"), given)
         return weights
 
     def manifest(self, target: Target, build: Mapping[str, str], lowered: Path, calibrated: Path, bundle: Path) -> None:

@@ -7,7 +7,6 @@ under NVIDIA's own licence, so they are an optional extra and never part of this
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +61,6 @@ class Api:
             )
 
 
-@functools.cache
 def load(product: str) -> Api:
     """The product of the backend `product`. Raises MachineLacks with the package that is missing or too old."""
     wanted = PRODUCTS[product]

@@ -6,15 +6,10 @@ initialiser name -> file, dtype, shape, scheme. The canonical model is left as i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-
 import onnx_ir as ir
 
-from arriero.graphs.checkpoint import Checkpoint
-from arriero.graphs.config import ModelConfig
 from arriero.graphs.functions import add_functions
-from arriero.graphs.lower.part import WeightTable, expect, lower_part
+from arriero.graphs.lower.part import Lowering, WeightTable, expect, lower_part
 from arriero.graphs.passes.become import CONTRIB
 from arriero.graphs.passes.fuse_rotary import fuse_rotary
 from arriero.graphs.passes.quantize_cache import quantize_cache
@@ -23,9 +18,6 @@ from arriero.graphs.passes.replace_attention_with_gqa import replace_attention_w
 from arriero.graphs.passes.replace_dispatch_with_moe import replace_dispatch_with_moe
 from arriero.graphs.passes.replace_linear import replace_linear
 from arriero.graphs.passes.store_weights import WeightStore
-from arriero.graphs.weights import Progress
-from arriero.profiles.kv_cache import CacheScales
-from arriero.profiles.roundings import Roundings
 from arriero.profiles.schemes import Exact, Fp8, Int8Dynamic, Int8Static, IntBlock, Scheme
 
 OPSET = (CONTRIB, 1)
@@ -39,20 +31,8 @@ def lacks(scheme: Scheme) -> str | None:
     return None if isinstance(scheme, SCHEMES) else scheme.told
 
 
-def lower(
-    part: str,
-    canonical: ir.Model,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    assignment: Mapping[str, Scheme],
-    out_dir: Path,
-    progress: Progress | None = None,
-    roundings: Roundings | None = None,
-    cache: Sequence[CacheScales] | None = None,
-) -> WeightTable:
-    """Lower one of the parts `text`, `vision` and `embed`. `assignment` is `Profile.assign` over the checkpoint's
-    tensors, `roundings` what calibration found for those that round by gptq. With `cache`, one entry per layer, keys
-    and values are kept in int8.
+def lower(part: str, canonical: ir.Model, given: Lowering) -> WeightTable:
+    """Lower one of the parts `text`, `vision` and `embed`.
 
     Text has the inputs `inputs_embeds`, `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` f32 or i8
     [B, K, C, D] and, for the chunked and the global layers, `{chunk,global}_seqlens_k` i32 [B] and
@@ -65,13 +45,14 @@ def lower(
         if part == "embed":
             return  # only standard operators, and a table in the checkpoint's dtype
         if part == "text":
-            expect("RotaryEmbedding", fuse_rotary(model), 2 * sum(layer.rope for layer in config.text.layers))
-            expect("GroupQueryAttention", replace_attention_with_gqa(model), len(config.text.layers))
-            if cache is not None:
-                expect("int8 cache", quantize_cache(model, cache), len(config.text.layers))
+            text = given.config.text
+            expect("RotaryEmbedding", fuse_rotary(model), 2 * sum(layer.rope for layer in text.layers))
+            expect("GroupQueryAttention", replace_attention_with_gqa(model), len(text.layers))
+            if given.cache is not None:
+                expect("int8 cache", quantize_cache(model, given.cache), len(text.layers))
             dispatches = quantize_dispatch(model, store) + replace_dispatch_with_moe(model, store)
-            expect("expert dispatch", dispatches, len(config.text.moe_layers))
+            expect("expert dispatch", dispatches, len(text.moe_layers))
         replace_linear(model, store)
         add_functions(model)
 
-    return lower_part(part, canonical, rewrite, OPSET, checkpoint, assignment, out_dir, progress, roundings)
+    return lower_part(part, canonical, given, rewrite, OPSET)

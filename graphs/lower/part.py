@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from onnx_ir.passes import Sequential
 from onnx_ir.passes import common as tidy
 
 from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.config import ModelConfig
 from arriero.graphs.passes.store_weights import WeightStore
 from arriero.graphs.passes.widen_weights import keep_weights, widen_weights
 from arriero.graphs.weights import Progress
+from arriero.profiles.kv_cache import CacheScales
 from arriero.profiles.roundings import Roundings
 from arriero.profiles.schemes import Scheme
 
@@ -21,16 +24,31 @@ WeightTable = dict[str, dict[str, Any]]
 Rewrite = Callable[[ir.Model, WeightStore], object]
 
 
+@dataclass(frozen=True)
+class Lowering:
+    """What the graphs of one target are lowered with, and to where.
+
+    `assignment` is `Profile.assign` over the checkpoint's tensors, `roundings` what calibration found for those that
+    round by gptq. With `cache`, one entry per layer, keys and values are kept in int8. `capability` is that of the
+    target's GPU (89 for 8.9; 0: none, or any).
+    """
+
+    config: ModelConfig
+    checkpoint: Checkpoint
+    assignment: Mapping[str, Scheme]
+    out_dir: Path
+    progress: Progress | None = None
+    roundings: Roundings | None = None
+    cache: Sequence[CacheScales] | None = None
+    capability: int = 0
+
+
 def lower_part(
     part: str,
     canonical: ir.Model,
+    given: Lowering,
     rewrite: Rewrite,
     opset: tuple[str, int],
-    checkpoint: Checkpoint,
-    assignment: Mapping[str, Scheme],
-    out_dir: Path,
-    progress: Progress | None,
-    roundings: Roundings | None,
     links: Mapping[Path, str] | None = None,
 ) -> WeightTable:
     """Write `<part>.onnx`, a clone of `canonical` under `rewrite`, and its weights; give the manifest's weight table.
@@ -39,7 +57,7 @@ def lower_part(
     """
     model = canonical.clone()
     model.functions.clear()
-    store = WeightStore(model.graph, checkpoint, assignment, roundings)
+    store = WeightStore(model.graph, given.checkpoint, given.assignment, given.roundings)
     rewrite(model, store)
     Sequential(tidy.RemoveUnusedNodesPass())(model)
     widen_weights(model, store)
@@ -47,8 +65,8 @@ def lower_part(
     model.opset_imports[opset[0]] = opset[1]
     passes = (tidy.RemoveUnusedNodesPass(), tidy.TopologicalSortPass(), tidy.RemoveUnusedOpsetsPass())
     Sequential(*passes)(model)
-    table = store.write(out_dir, f"weights/{part}.safetensors", progress, links)
-    ir.save(model, out_dir / f"{part}.onnx")
+    table = store.write(given.out_dir, f"weights/{part}.safetensors", given.progress, links)
+    ir.save(model, given.out_dir / f"{part}.onnx")
     return table
 
 

@@ -7,16 +7,13 @@ attention are in the profile's 16-bit format if it has one, else in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
 from arriero.errors import ArrieroError
-from arriero.graphs.checkpoint import Checkpoint
-from arriero.graphs.config import ModelConfig
 from arriero.graphs.functions import CACHED_ATTENTION, EXPERT_DISPATCH
-from arriero.graphs.lower.part import WeightTable, expect, lower_part
+from arriero.graphs.lower.part import Lowering, WeightTable, expect, lower_part
 from arriero.graphs.passes.expand_attention import expand_attention
 from arriero.graphs.passes.fuse_rotary import fuse_rotary
 from arriero.graphs.passes.multiply_in_scheme import TYPES, keep_half, multiply_in_scheme, sum_products
@@ -26,9 +23,6 @@ from arriero.graphs.passes.scatter_cache import narrow_attention, scatter_cache
 from arriero.graphs.passes.settle_reshapes import settle_reshapes
 from arriero.graphs.passes.store_weights import WeightStore
 from arriero.graphs.passes.tile_experts import tile_experts
-from arriero.graphs.weights import Progress
-from arriero.profiles.kv_cache import CacheScales
-from arriero.profiles.roundings import Roundings
 from arriero.profiles.schemes import Exact, Fp8Static, Half, Int8Static, IntBlock, Scheme
 
 FP8_SINCE, BF16_SINCE = 89, 80
@@ -71,48 +65,27 @@ def activations(assignment: Mapping[str, Scheme]) -> str:
     return formats.pop() if formats else "F32"
 
 
-def lower(
-    part: str,
-    canonical: ir.Model,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    assignment: Mapping[str, Scheme],
-    out_dir: Path,
-    progress: Progress | None = None,
-    roundings: Roundings | None = None,
-    cache: Sequence[CacheScales] | None = None,
-    *,
-    capability: int = 0,
-) -> WeightTable:
-    """Lower one part as `lower_standard` does, for a GPU of compute capability `capability` (89 for 8.9; 0: any).
+def lower(part: str, canonical: ir.Model, given: Lowering) -> WeightTable:
+    """Lower one part as `lower_standard` does, for the GPU of `given`.
 
     Experts take the form that the GPU has: TensorRT's own mixture of experts, our kernels as plugins, or tiles. The
     first two know some schemes only; the others are always tiles.
     """
-    assert cache is None
+    assert given.cache is None
 
     def experts(model: ir.Model, store: WeightStore, narrow: str) -> int:
         made = 0
-        if capability in NATIVE_MOE_ON:
+        if given.capability in NATIVE_MOE_ON:
             made = replace_dispatch_with_native_moe(model, store)
-        elif capability in PLUGINS_ON:
+        elif given.capability in PLUGINS_ON:
             made = replace_dispatch_with_plugins(model, store, narrow)
         return made + tile_experts(model, store, narrow)
 
-    return lower_standard(part, canonical, config, checkpoint, assignment, out_dir, progress, roundings, experts)
+    return lower_standard(part, canonical, given, experts)
 
 
 def lower_standard(
-    part: str,
-    canonical: ir.Model,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    assignment: Mapping[str, Scheme],
-    out_dir: Path,
-    progress: Progress | None,
-    roundings: Roundings | None,
-    experts: ExpertForm,
-    sums: bool = False,
+    part: str, canonical: ir.Model, given: Lowering, experts: ExpertForm, sums: bool = False
 ) -> WeightTable:
     """Write `<part>.onnx` and its weights, with each ExpertDispatch in the form that `experts` gives it.
 
@@ -122,13 +95,13 @@ def lower_standard(
     One step holds either one row within one chunk, or one token per row. Buffers hold finite numbers, zeros at first.
     The other parts' signatures stay.
     """
-    narrow = activations(assignment)
+    narrow, text = activations(given.assignment), given.config.text
 
     def rewrite(model: ir.Model, store: WeightStore) -> None:
         if part == "text":
-            expect("RotaryEmbedding", fuse_rotary(model), 2 * sum(layer.rope for layer in config.text.layers))
-            expect(CACHED_ATTENTION, scatter_cache(model, TYPES[narrow]), len(config.text.layers))
-            expect(EXPERT_DISPATCH, experts(model, store, narrow), len(config.text.moe_layers))
+            expect("RotaryEmbedding", fuse_rotary(model), 2 * sum(layer.rope for layer in text.layers))
+            expect(CACHED_ATTENTION, scatter_cache(model, TYPES[narrow]), len(text.layers))
+            expect(EXPERT_DISPATCH, experts(model, store, narrow), len(text.moe_layers))
         else:
             narrow_attention(model, TYPES[narrow])
         if narrow == "F32":
@@ -139,4 +112,4 @@ def lower_standard(
         settle_reshapes(model)
         keep_half(model, store)
 
-    return lower_part(part, canonical, rewrite, OPSET, checkpoint, assignment, out_dir, progress, roundings)
+    return lower_part(part, canonical, given, rewrite, OPSET)

@@ -7,16 +7,15 @@ canonical model is left as it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 
 from arriero.graphs.checkpoint import Checkpoint
-from arriero.graphs.config import ModelConfig
 from arriero.graphs.functions import CACHED_ATTENTION, DOMAIN, EXPERT_DISPATCH, VERSION
 from arriero.graphs.link_file import link_file
-from arriero.graphs.lower.part import WeightTable, expect, lower_part
+from arriero.graphs.lower.part import Lowering, WeightTable, expect, lower_part
 from arriero.graphs.passes.fuse_rotary import fuse_rotary
 from arriero.graphs.passes.keep_token_axes import keep_token_axes
 from arriero.graphs.passes.replace_with_kernels import (
@@ -28,9 +27,6 @@ from arriero.graphs.passes.replace_with_kernels import (
 )
 from arriero.graphs.passes.settle_reshapes import settle_reshapes
 from arriero.graphs.passes.store_weights import WeightStore
-from arriero.graphs.weights import Progress
-from arriero.profiles.kv_cache import CacheScales
-from arriero.profiles.roundings import Roundings
 from arriero.profiles.schemes import Exact, Fp8, IntBlock, Scheme
 
 OPSET = (DOMAIN, VERSION)
@@ -45,41 +41,31 @@ def lacks(scheme: Scheme) -> str | None:
     return None if isinstance(scheme, SCHEMES) else scheme.told
 
 
-def lower(
-    part: str,
-    canonical: ir.Model,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    assignment: Mapping[str, Scheme],
-    out_dir: Path,
-    progress: Progress | None = None,
-    roundings: Roundings | None = None,
-    cache: Sequence[CacheScales] | None = None,
-) -> WeightTable:
-    """Lower one of the parts `text`, `vision` and `embed`. `assignment` is `Profile.assign` over the checkpoint's
-    tensors, `roundings` what calibration found for those that round by gptq. There is no int8 `cache` here.
+def lower(part: str, canonical: ir.Model, given: Lowering) -> WeightTable:
+    """Lower one of the parts `text`, `vision` and `embed`. There is no int8 cache here.
 
     Text has the inputs `inputs_embeds`, `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` [B, K, C, D],
     into which the step writes its keys and values, and the outputs `logits`, `hidden.{i}`, `expert_id.{i}` [B, S, k].
     One step holds either one row within one chunk, or one token per row. The other parts' signatures stay.
     """
-    assert cache is None
+    assert given.cache is None
+    text = given.config.text
 
     def rewrite(model: ir.Model, store: WeightStore) -> None:
         if part == "text":
-            expect("RotaryEmbedding", fuse_rotary(model), 2 * sum(layer.rope for layer in config.text.layers))
-            expect(CACHED_ATTENTION, cache_in_place(model), len(config.text.layers))
-            expect(EXPERT_DISPATCH, bind_experts(model, store), len(config.text.moe_layers))
+            expect("RotaryEmbedding", fuse_rotary(model), 2 * sum(layer.rope for layer in text.layers))
+            expect(CACHED_ATTENTION, cache_in_place(model), len(text.layers))
+            expect(EXPERT_DISPATCH, bind_experts(model, store), len(text.moe_layers))
         if part == "embed":
             expect(LOOKUP, replace_lookup(model, store), 1)
         else:
             replace_linear_with_kernel(model, store)
         if part == "text":
-            expect("token Reshape", keep_token_axes(model), 2 * len(config.text.moe_layers))
+            expect("token Reshape", keep_token_axes(model), 2 * len(text.moe_layers))
         settle_reshapes(model)
 
-    links = _link_checkpoint(checkpoint, assignment, out_dir)
-    return lower_part(part, canonical, rewrite, OPSET, checkpoint, assignment, out_dir, progress, roundings, links)
+    links = _link_checkpoint(given.checkpoint, given.assignment, given.out_dir)
+    return lower_part(part, canonical, given, rewrite, OPSET, links)
 
 
 def _link_checkpoint(checkpoint: Checkpoint, assignment: Mapping[str, Scheme], out_dir: Path) -> dict[Path, str]:

@@ -22,6 +22,7 @@ from arriero.errors import ArrieroError
 from arriero.graphs import trace
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
+from arriero.graphs.lower.part import Lowering
 from arriero.profiles.recipe import load_profile
 from arriero.runtimes import products, tensorrt, tensorrt_rtx
 from arriero.runtimes.backend import module_of
@@ -80,7 +81,7 @@ class Lowered:
             lowering: Any = import_module(f"arriero.graphs.lower.{module_of(backend)}")
             schemes = load_profile(profile).naive().assign(self.checkpoint.tensors)
             for part in PARTS:
-                lowering.lower(part, self.graphs[part], self.config, self.checkpoint, schemes, folder)
+                lowering.lower(part, self.graphs[part], Lowering(self.config, self.checkpoint, schemes, folder))
             self.made.add(folder)
         return folder
 

@@ -21,6 +21,7 @@ from arriero.export.compile.tensorrt_api import RTX, TENSORRT, Api
 from arriero.export.compile.tensorrt_rtx import compile_graphs
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
+from arriero.graphs.lower.part import Lowering
 from arriero.graphs.lower.tensorrt import lower as lower_for_tensorrt
 from arriero.graphs.lower.tensorrt_rtx import lower
 from arriero.graphs.names import EMBEDDING
@@ -55,7 +56,7 @@ class Traced:
         """The graphs under the naive form of `profile`: what calibration finds changes numbers, and no graph."""
         schemes = load_profile(profile).naive().assign(self.checkpoint.tensors)
         for part in parts:
-            lower(part, self.graphs[part], self.config, self.checkpoint, schemes, out, capability=capability)
+            lower(part, self.graphs[part], Lowering(self.config, self.checkpoint, schemes, out, capability=capability))
         return out
 
 
@@ -208,10 +209,10 @@ def test_two_majors_of_tensorrt_are_taken(monkeypatch: pytest.MonkeyPatch, versi
     module.__dict__.update(__version__=version)
     monkeypatch.setattr(Product, "load", lambda self: module)
     if ok:
-        assert tensorrt_api.load.__wrapped__(TENSORRT).version == version
+        assert tensorrt_api.load(TENSORRT).version == version
     else:
         with pytest.raises(MachineLacks, match=f"TensorRT {version} is installed; expected 10.16 or 11.0"):
-            tensorrt_api.load.__wrapped__(TENSORRT)
+            tensorrt_api.load(TENSORRT)
 
 
 def test_bindings_and_libraries_of_two_versions_are_refused(
@@ -220,14 +221,14 @@ def test_bindings_and_libraries_of_two_versions_are_refused(
     monkeypatch.setattr(tensorrt_rtx, "_libraries", lambda: [tmp_path / "libtensorrt_rtx.so.1.6.1"])
     monkeypatch.setattr(tensorrt_rtx.ctypes, "CDLL", lambda *given: None)
     with pytest.raises(ArrieroError, match=r"bindings are of version 1\.7.* and the libraries of 1\.6\.1"):
-        tensorrt_api.load.__wrapped__(RTX)
+        tensorrt_api.load(RTX)
 
 
 def test_tensorrts_own_mixture_of_experts_is_parsed(chasqui: Traced, rtx: Api, tmp_path: Path) -> None:
     """The parser of TensorRT for RTX knows the node, and infers what follows it; its builder has no kernel for it."""
     schemes = load_profile("fp16").assign(chasqui.checkpoint.tensors)
-    given = (chasqui.config, chasqui.checkpoint, schemes, tmp_path)
-    lower_for_tensorrt("text", chasqui.graphs["text"], *given, capability=110)
+    given = Lowering(chasqui.config, chasqui.checkpoint, schemes, tmp_path, capability=110)
+    lower_for_tensorrt("text", chasqui.graphs["text"], given)
     model = ir.load(tmp_path / "text.onnx")
     settle_capacities(model, LIMITS)
     ir.save(model, tmp_path / "text.onnx")

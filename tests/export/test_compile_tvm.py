@@ -23,6 +23,7 @@ from arriero.export.compile.relax_import import import_graph
 from arriero.export.compile.tvm import compile_graphs, fuse
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
+from arriero.graphs.lower.part import Lowering
 from arriero.graphs.lower.tvm import lower as lower_graph
 from arriero.graphs.trace import trace_embed, trace_text
 from arriero.profiles.recipe import load_profile
@@ -49,7 +50,9 @@ def lower(toy: Path, out: Path) -> None:
     config, checkpoint = ModelConfig.load(toy), Checkpoint.open(toy)
     schemes = load_profile("fp32").assign(checkpoint.tensors)
     for part, trace in (("text", trace_text), ("embed", trace_embed)):
-        lower_graph(part, trace(config, checkpoint, out.parent / f"{part}.onnx"), config, checkpoint, schemes, out)
+        lower_graph(
+            part, trace(config, checkpoint, out.parent / f"{part}.onnx"), Lowering(config, checkpoint, schemes, out)
+        )
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from arriero.errors import ArrieroError
 from arriero.export.compile.onnxruntime import compile_graphs
 from arriero.graphs import model as reference_model
 from arriero.graphs.lower.onnxruntime import lower
+from arriero.graphs.lower.part import Lowering
 from arriero.graphs.model import Llama4
 from arriero.profiles.balance import fit_inputs
 from arriero.profiles.recipe import LAYER_MATRIX
@@ -127,7 +128,9 @@ def test_prefill_and_decode_compute_what_the_scheme_says(
     scheme = SCHEMES[name]
     roundings = round_inputs(built, scheme, tmp_path / "roundings") if scheme.calibrates else None
     table = lower(
-        "text", built.canonical, built.config, built.checkpoint, assign(built, scheme), tmp_path, roundings=roundings
+        "text",
+        built.canonical,
+        Lowering(built.config, built.checkpoint, assign(built, scheme), tmp_path, roundings=roundings),
     )
     compile_graphs(tmp_path, ["text"])
     embeds = built.embeds(1)
@@ -147,7 +150,9 @@ def test_prefill_and_decode_compute_what_the_scheme_says(
 
 
 def test_one_node_each_and_no_body_that_nobody_calls(built: Built, tmp_path: Path) -> None:
-    lower("text", built.canonical, built.config, built.checkpoint, assign(built, SCHEMES["dynamic"]), tmp_path)
+    lower(
+        "text", built.canonical, Lowering(built.config, built.checkpoint, assign(built, SCHEMES["dynamic"]), tmp_path)
+    )
     model = ir.load(tmp_path / "text.onnx")
     nodes = [node.op_type for node in model.graph if node.domain == "ai.arriero"]
     assert nodes.count("Int8DynamicExpertDispatch") == len(built.config.text.moe_layers)
@@ -170,13 +175,19 @@ def test_half_a_layer_is_refused(built: Built, tmp_path: Path, gate_up: str | No
         lower(
             "text",
             built.canonical,
-            built.config,
-            built.checkpoint,
-            mixed_schemes(built, pick(gate_up), pick(down)),
-            tmp_path,
+            Lowering(
+                built.config,
+                built.checkpoint,
+                mixed_schemes(built, pick(gate_up), pick(down)),
+                tmp_path,
+            ),
         )
 
 
 def test_a_range_that_calibration_did_not_leave_is_named(built: Built, tmp_path: Path) -> None:
     with pytest.raises(ArrieroError, match="calibration gave no rounding for this tensor"):
-        lower("text", built.canonical, built.config, built.checkpoint, assign(built, SCHEMES["static"]), tmp_path)
+        lower(
+            "text",
+            built.canonical,
+            Lowering(built.config, built.checkpoint, assign(built, SCHEMES["static"]), tmp_path),
+        )

@@ -19,6 +19,7 @@ from arriero.export.compile.onnxruntime import compile_graphs
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.lower.onnxruntime import lower
+from arriero.graphs.lower.part import Lowering
 from arriero.graphs.model import Llama4, StepTensors
 from arriero.graphs.trace import trace_embed, trace_text, trace_vision
 from arriero.profiles.quantize import dequantize, quantize
@@ -104,7 +105,9 @@ class Built:
         if not out.exists():
             out.mkdir()
             schemes = profile.assign(self.checkpoint.tensors)
-            self.tables[profile.name] = lower("text", self.canonical, self.config, self.checkpoint, schemes, out)
+            self.tables[profile.name] = lower(
+                "text", self.canonical, Lowering(self.config, self.checkpoint, schemes, out)
+            )
         return out
 
     def embeds(self, batch: int) -> torch.Tensor:
@@ -265,9 +268,11 @@ def test_vision_and_embed_match_the_reference(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     vision = lower(
-        "vision", trace_vision(config, checkpoint, tmp_path / "vision.onnx"), config, checkpoint, schemes, out
+        "vision", trace_vision(config, checkpoint, tmp_path / "vision.onnx"), Lowering(config, checkpoint, schemes, out)
     )
-    embed = lower("embed", trace_embed(config, checkpoint, tmp_path / "embed.onnx"), config, checkpoint, schemes, out)
+    embed = lower(
+        "embed", trace_embed(config, checkpoint, tmp_path / "embed.onnx"), Lowering(config, checkpoint, schemes, out)
+    )
     assert all(entry["dtype"] == "F32" for entry in vision.values())
     assert [entry["dtype"] for entry in embed.values()] == ["BF16"]  # the table is not doubled
     assert compile_graphs(out, ["vision", "embed"]).tools == {"onnxruntime": ort.__version__}
@@ -301,7 +306,7 @@ def test_a_scheme_without_a_kernel_is_refused_by_name(
     built: Built, tmp_path: Path, name: str, scheme: Scheme, words: str
 ) -> None:
     with pytest.raises(ArrieroError, match=words) as caught:
-        lower("text", built.canonical, built.config, built.checkpoint, altered(built, name, scheme), tmp_path)
+        lower("text", built.canonical, Lowering(built.config, built.checkpoint, altered(built, name, scheme), tmp_path))
     assert name in str(caught.value)
     assert not list(tmp_path.rglob("*.onnx"))
 

@@ -12,6 +12,7 @@ from arriero.errors import ArrieroError
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.lower.onnxruntime import lower
+from arriero.graphs.lower.part import Lowering
 from arriero.graphs.trace import trace_text
 from arriero.profiles.calibrate import gptq
 from arriero.profiles.quantize import dequantize
@@ -62,7 +63,7 @@ def test_the_kernels_compute_with_exactly_these_roundings(tmp_path: Path, toy: s
     store, values = round_all(checkpoint, schemes, tmp_path / "roundings")
     assert any((np.load(path) < 0).any() for path in store.folder.glob("*.scales.npy"))
     canonical = trace_text(config, checkpoint, tmp_path / "graph" / "text.onnx")
-    table = lower("text", canonical, config, checkpoint, schemes, tmp_path / "out", roundings=store)
+    table = lower("text", canonical, Lowering(config, checkpoint, schemes, tmp_path / "out", roundings=store))
     assert {entry["scheme"] for entry in table.values()} >= {"int4 block 16 gptq", "exact"}
     reference = load_reference(folder)
     state = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in values.items()}
@@ -80,4 +81,4 @@ def test_a_rounding_that_is_not_there_is_named(tmp_path: Path) -> None:
     config, checkpoint = ModelConfig.load(folder), Checkpoint.open(folder)
     canonical = trace_text(config, checkpoint, tmp_path / "graph" / "text.onnx")
     with pytest.raises(ArrieroError, match="calibration gave no rounding for this tensor"):
-        lower("text", canonical, config, checkpoint, assign(checkpoint), tmp_path / "out")
+        lower("text", canonical, Lowering(config, checkpoint, assign(checkpoint), tmp_path / "out"))

@@ -16,6 +16,7 @@ import torch
 from arriero.errors import ArrieroError
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
+from arriero.graphs.lower.part import Lowering
 from arriero.graphs.lower.tensorrt import activations
 from arriero.graphs.lower.tensorrt_rtx import lacks, lower
 from arriero.graphs.passes.store_weights import narrow
@@ -91,7 +92,7 @@ def assign(built: Built, scheme: Scheme, rest: Scheme | None = None) -> dict[str
 
 
 def text(built: Built, schemes: dict[str, Scheme], out: Path, roundings: Roundings | None = None) -> InPlace:
-    lower("text", built.canonical, built.config, built.checkpoint, schemes, out, roundings=roundings)
+    lower("text", built.canonical, Lowering(built.config, built.checkpoint, schemes, out, roundings=roundings))
     return InPlace(out / "text.onnx", built.config, 1)
 
 
@@ -153,8 +154,8 @@ def test_float16_rounds_products_and_attention_and_nothing_else(built: Built, tm
 def test_sums_in_place_of_float32_products_change_nothing_but_the_order(built: Built, tmp_path: Path) -> None:
     schemes, embeds = assign(built, HALF, HALF), built.embeds(1)[:, :9].numpy()
     wanted = text(built, schemes, tmp_path / "products").step(embeds)
-    given = (built.canonical, built.config, built.checkpoint, schemes, tmp_path / "sums")
-    lower("text", *given, capability=75)
+    given = Lowering(built.config, built.checkpoint, schemes, tmp_path / "sums", capability=75)
+    lower("text", built.canonical, given)
     found = InPlace(tmp_path / "sums" / "text.onnx", built.config, 1).step(embeds)
     assert relative(found["logits"], torch.from_numpy(wanted["logits"])) < 1e-3  # float16 rounds what differs at 1e-7
     wide = [node for node in ir.load(tmp_path / "sums" / "text.onnx").graph if node.op_type == "MatMul"]
@@ -233,7 +234,11 @@ def vision_and_embed(tmp_path: Path, scheme: Scheme) -> Iterator[tuple[float, An
     config, checkpoint, reference = ModelConfig.load(toy), Checkpoint.open(toy), load_reference(toy)
     schemes = dict.fromkeys(checkpoint.tensors, scheme)
     for part, trace in (("vision", trace_vision), ("embed", trace_embed)):
-        lower(part, trace(config, checkpoint, tmp_path / f"{part}.onnx"), config, checkpoint, schemes, tmp_path / "out")
+        lower(
+            part,
+            trace(config, checkpoint, tmp_path / f"{part}.onnx"),
+            Lowering(config, checkpoint, schemes, tmp_path / "out"),
+        )
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     features = reference.image_features(pixels)
     (ours,) = ort.InferenceSession(tmp_path / "out/vision.onnx").run(None, {"pixel_values": pixels.numpy()})
@@ -256,7 +261,9 @@ def test_vision_and_embed_match_the_reference(tmp_path: Path, scheme: Scheme, to
 
 def test_bfloat16_weights_are_the_checkpoints_own_bytes(built: Built, tmp_path: Path) -> None:
     scheme = Half(kind="half", format="bfloat16")
-    table = lower("text", built.canonical, built.config, built.checkpoint, assign(built, scheme, scheme), tmp_path)
+    table = lower(
+        "text", built.canonical, Lowering(built.config, built.checkpoint, assign(built, scheme, scheme), tmp_path)
+    )
     name = "language_model.model.layers.1.self_attn.o_proj.weight"
     assert table[name]["dtype"] == "BF16"
     stored = ir.load(tmp_path / "text.onnx").graph.initializers[name].const_value

@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from arriero.graphs.lower.part import Lowering
 from arriero.graphs.lower.tensorrt import lower
 from arriero.profiles.quantize import Quantized, quantize
 from arriero.profiles.schemes import Exact, Int8Static, IntBlock, Scheme
@@ -88,7 +89,7 @@ ExpertDown <plugin_namespace, form, aot> (inner, ids, w, scales) => (y)
 
 
 def lowered(built: Built, schemes: dict[str, Scheme], out: Path, capability: int) -> Counter[str]:
-    lower("text", built.canonical, built.config, built.checkpoint, schemes, out, capability=capability)
+    lower("text", built.canonical, Lowering(built.config, built.checkpoint, schemes, out, capability=capability))
     return Counter(node.op_type for node in ir.load(out / "text.onnx").graph)
 
 

@@ -14,6 +14,7 @@ import pytest
 from arriero.errors import ArrieroError
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
+from arriero.graphs.lower.part import Lowering
 from arriero.graphs.lower.tvm import lower
 from arriero.graphs.passes.keep_token_axes import keep_token_axes
 from arriero.graphs.passes.settle_reshapes import settle_reshapes
@@ -46,7 +47,7 @@ class Built:
         out.mkdir()
         table = {}
         for part, graph in self.graphs.items():
-            table |= lower(part, graph, self.config, self.checkpoint, schemes, out)
+            table |= lower(part, graph, Lowering(self.config, self.checkpoint, schemes, out))
         return table
 
 
@@ -132,7 +133,7 @@ def test_panels_stand_for_the_integers_of_the_profile(scout: Built, tmp_path: Pa
         name: scheme.model_copy(update={"block": 32}) if isinstance(scheme, IntBlock) else scheme  # the toy is narrow
         for name, scheme in naive.assign(checkpoint.tensors).items()
     }
-    lower("text", scout.graphs["text"], scout.config, checkpoint, schemes, out)
+    lower("text", scout.graphs["text"], Lowering(scout.config, checkpoint, schemes, out))
 
     def rounded(rows: np.ndarray, name: str) -> np.ndarray:
         scheme = schemes[name]
@@ -161,7 +162,11 @@ def test_panels_stand_for_the_integers_of_the_profile(scout: Built, tmp_path: Pa
 def test_fp8_panels_stand_for_the_floats_of_the_profile(scout: Built, tmp_path: Path) -> None:
     out, checkpoint = tmp_path / "out", scout.checkpoint
     out.mkdir()
-    lower("text", scout.graphs["text"], scout.config, checkpoint, load_profile("fp8").assign(checkpoint.tensors), out)
+    lower(
+        "text",
+        scout.graphs["text"],
+        Lowering(scout.config, checkpoint, load_profile("fp8").assign(checkpoint.tensors), out),
+    )
     whole = checkpoint.read_float32(SHARED, 0, checkpoint.tensors[SHARED].shape[0])
     codes, scales = (weight(out, "text", f"{SHARED}.{kind}") for kind in ("packed", "scales"))
     values = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * scales[:, None]  # [P, K, 16]
@@ -180,7 +185,7 @@ def test_a_vector_in_integers_is_refused_by_name(scout: Built, tmp_path: Path) -
     eight = IntBlock(kind="int_block", bits=8, block=32, accuracy_level=4)
     schemes = {**load_profile("fp32").assign(scout.checkpoint.tensors), name: eight}
     with pytest.raises(ArrieroError, match=r"input_layernorm.*no kernel of the backend reads it so"):
-        lower("text", scout.graphs["text"], scout.config, scout.checkpoint, schemes, tmp_path)
+        lower("text", scout.graphs["text"], Lowering(scout.config, scout.checkpoint, schemes, tmp_path))
 
 
 def test_lowering_leaves_the_canonical_graph_alone(scout: Built, tmp_path: Path) -> None:

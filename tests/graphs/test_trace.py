@@ -18,6 +18,7 @@ from arriero.graphs.check import check
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.lower.onnxruntime import lower
+from arriero.graphs.lower.part import Lowering
 from arriero.graphs.model import Llama4, StepTensors
 from arriero.graphs.trace import text_signature, trace_embed, trace_text, trace_vision
 from arriero.profiles.recipe import load_profile
@@ -170,7 +171,7 @@ def test_where_hard_links_are_impossible_lowering_still_works(tmp_path: Path, mo
     config, checkpoint = ModelConfig.load(toy), Checkpoint.open(toy)
     model = trace_embed(config, checkpoint, tmp_path / "graph" / "embed.onnx")
     assert (tmp_path / "graph" / "model.safetensors").is_symlink()
-    lower("embed", model, config, checkpoint, load_profile("fp32").assign(checkpoint.tensors), tmp_path)
+    lower("embed", model, Lowering(config, checkpoint, load_profile("fp32").assign(checkpoint.tensors), tmp_path))
     ids = torch.arange(6)[None]
     session = ort.InferenceSession(tmp_path / "embed.onnx")
     (ours,) = session.run(None, {"input_ids": ids.numpy(), "image_features": np.zeros((0, 64), np.float32)})
