@@ -335,12 +335,12 @@ class Build:
         schemes = profile.assign([name for part in self.parts for name in part_tensors(part, self.model)])
         weights: dict[str, Any] = {}
         gpu = target_gpu(target)
+        capability = 0 if gpu is None else gpu.capability
         for part in parts:
 
             def told(done: int, total: int, step: str = f"{target.name}: write {part} weights") -> None:
                 self.watch(step, done, total, "bytes")
 
-            capability = 0 if gpu is None else gpu.capability
             given = Lowering(self.model, self.checkpoint, schemes, folder, told, roundings, cache, capability)
             weights |= lowering.lower(part, ir.load(graph / f"{part}.onnx"), given)
         return weights

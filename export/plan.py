@@ -39,6 +39,7 @@ GPU_TOOLS = {
     "tensorrt-rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13"),
     "tensorrt": ("tensorrt",),
 }
+CACHE_BYTES = {**ITEM_BYTES, "float16": 2, "bfloat16": 2}  # of a number in a cache of keys and values
 COMPILES = ("tvm",)  # backends whose graphs are compiled for a processor, and read exact matrices as they are stored
 
 # The estimates' constants, rounded up from runs on small models.
@@ -452,7 +453,7 @@ def cache_type(target: Target, profile: Profile) -> str:
 
 def cache_bytes(target: Target, profile: Profile) -> int:
     """Bytes of one number in the target's cache of keys and values."""
-    return {**ITEM_BYTES, "float16": 2, "bfloat16": 2}[cache_type(target, profile)]
+    return CACHE_BYTES[cache_type(target, profile)]
 
 
 def _lower_memory(used: Iterable[TensorInfo]) -> int:
@@ -467,7 +468,7 @@ def _parity_memory(target: PlannedTarget, used: Iterable[TensorInfo]) -> int:
     reference's largest matrix in float32 (its other weights stay mapped), and both sides' caches.
     """
     largest = max((4 * math.prod(info.shape[-2:]) for info in used), default=0)
-    reference_cache = target.kv_bytes * ITEM_BYTES["float32"] // ITEM_BYTES.get(target.kv_cache, 2)
+    reference_cache = target.kv_bytes * CACHE_BYTES["float32"] // CACHE_BYTES[target.kv_cache]
     return TOOLS_MEMORY + target.weights_bytes + largest + target.kv_bytes + reference_cache
 
 

@@ -35,14 +35,9 @@ class Format:
     block: int = 0
 
     @property
-    def rounds(self) -> bool:
-        """Whether activations are rounded ahead of the product."""
-        return self.number in INTEGER_FORMATS.values()
-
-    @property
     def scaled(self) -> bool:
         """Whether scales come with the weights."""
-        return self.rounds or self.number == E4M3
+        return self.number in (E4M3, *INTEGER_FORMATS.values())
 
 
 def linear(form: Format, features: int) -> Callable[..., te.Tensor]:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from arriero.errors import ArrieroError
 from arriero.graphs.functions import EXPERT_DISPATCH
 from arriero.graphs.passes.become import CONTRIB, become, constant, insert
+from arriero.graphs.passes.choices import scale_inputs, sum_choices
 from arriero.graphs.passes.store_weights import WeightStore
 from arriero.profiles.schemes import Exact, IntBlock
 
@@ -40,23 +41,17 @@ def replace_dispatch_with_moe(model: ir.Model, store: WeightStore) -> int:
         assert isinstance(per_token, int)
         op_type, weights, extra = _weights(store, gate_up.name, down.name)
         experts, hidden = store.checkpoint.tensors[gate_up.name].shape[:2]
-        if per_token == 1:  # case 1
-            scaled = insert(node, "Mul", [x, score])
-        else:  # case 2
-            rows = insert(node, "Unsqueeze", [x, constant(node, [1])])
-            column = insert(node, "Unsqueeze", [score, constant(node, [2])])
-            scaled = insert(node, "Reshape", [insert(node, "Mul", [rows, column]), constant(node, [-1, hidden])])
+        scaled = scale_inputs(node, x, score, per_token, hidden)
         chosen = insert(node, "Reshape", [expert_id, constant(node, [-1])])
         levels = constant(node, ir.tensor(np.array([0, 1], np.float32)))
         logits = insert(node, "OneHot", [chosen, constant(node, experts), levels], axis=-1)
         inputs = [scaled, logits, *weights]
-        if per_token == 1:
+        if per_token == 1:  # case 1
             become(node, op_type, inputs, {**ROUTING, **SWIGLU, **extra})
-        else:
+        else:  # case 2
             mixed = ir.node(op_type, inputs, {**ROUTING, **SWIGLU, **extra}, domain=CONTRIB)
             model.graph.insert_before(node, mixed)
-            grouped = insert(node, "Reshape", [mixed.outputs[0], constant(node, [-1, per_token, hidden])])
-            become(node, "ReduceSum", [grouped, constant(node, [1])], {"keepdims": 0}, domain="")
+            sum_choices(node, mixed.outputs[0], per_token, hidden)
     return len(nodes)
 
 

@@ -15,9 +15,9 @@ import onnx_ir as ir
 
 from arriero.graphs.functions import EXPERT_DISPATCH
 from arriero.graphs.passes.become import become, constant, insert
+from arriero.graphs.passes.choices import scale_inputs, sum_choices
 from arriero.graphs.passes.multiply_in_scheme import FLOAT, TYPES
 from arriero.graphs.passes.store_weights import HALVES, WeightStore, narrow
-from arriero.graphs.passes.tile_experts import scale_inputs
 from arriero.graphs.weights import Spec
 from arriero.profiles.schemes import Half
 
@@ -55,8 +55,7 @@ def replace_dispatch_with_native_moe(model: ir.Model, store: WeightStore) -> int
         if per_token == 1:  # case 1
             become(node, "Reshape", [wide, constant(node, [-1, hidden])], {}, domain="")
         else:  # case 2
-            grouped = insert(node, "Reshape", [wide, constant(node, [-1, per_token, hidden])])
-            become(node, "ReduceSum", [grouped, constant(node, [1])], {"keepdims": 0}, domain="")
+            sum_choices(node, wide, per_token, hidden)
         count += 1
     if count:
         model.opset_imports[NATIVE_DOMAIN] = 1

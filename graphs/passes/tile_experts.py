@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from arriero.graphs.functions import EXPERT_DISPATCH
 from arriero.graphs.passes.become import become, constant, insert
+from arriero.graphs.passes.choices import scale_inputs, sum_choices
 from arriero.graphs.passes.multiply_in_scheme import multiply_gathered
 from arriero.graphs.passes.store_weights import WeightStore
 
@@ -51,9 +52,7 @@ def tile_experts(model: ir.Model, store: WeightStore, activations: str) -> int:
         if per_token == 1:
             become(node, "Gather", [flat, slot], {"axis": 0}, domain="")
             continue
-        found = insert(node, "Gather", [flat, slot], axis=0)  # [P, H]
-        grouped = insert(node, "Reshape", [found, constant(node, [-1, per_token, hidden])])
-        become(node, "ReduceSum", [grouped, constant(node, [1])], {"keepdims": 0}, domain="")
+        sum_choices(node, insert(node, "Gather", [flat, slot], axis=0), per_token, hidden)
     return len(nodes)
 
 
@@ -61,15 +60,6 @@ def tile_rows(experts: int, per_token: int) -> int:
     """M: twice the pairs that an expert gets of a prompt piece on average, as a power of two."""
     mean = 2 * PROMPT * per_token / experts
     return int(min(MOST, max(LEAST, 2 ** round(np.log2(mean)))))
-
-
-def scale_inputs(node: ir.Node, x: ir.Value | None, score: ir.Value | None, per_token: int, hidden: int) -> ir.Value:
-    """Emit the inputs of all pairs [P, H]: each token's, times the score of each of its experts."""
-    if per_token == 1:
-        return insert(node, "Mul", [x, score])
-    rows = insert(node, "Unsqueeze", [x, constant(node, [1])])
-    column = insert(node, "Unsqueeze", [score, constant(node, [2])])
-    return insert(node, "Reshape", [insert(node, "Mul", [rows, column]), constant(node, [-1, hidden])])
 
 
 def _pack(node: ir.Node, expert_id: ir.Value, experts: int, height: int) -> tuple[ir.Value, ir.Value, ir.Value]:

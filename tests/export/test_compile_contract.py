@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,6 @@ from tests.tensorrt.fake_builder import Building
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_engine import FakeTensorRt
 from tests.toys import load_reference, make_scout_toy
-
-if find_spec("arriero.export.compile.tensorrt") is None:
-    pytest.skip("needs the compiler arriero.export.compile.tensorrt", allow_module_level=True)
 
 PRODUCTS = {"tensorrt_10": "tensorrt", "tensorrt_11": "tensorrt", "tensorrt_rtx_1": "tensorrt-rtx"}
 PARTS = ("embed", "vision", "text")
