@@ -23,15 +23,14 @@ from arriero.export.compile.cpus import NATIVE
 from arriero.export.compile.engine_shapes import Limits
 from arriero.export.compile.gpus import Gpu, local_gpus
 from arriero.export.compile.tensorrt_api import load
+from arriero.export.device import kernel_arch, target_gpu
 from arriero.export.emulate import check_emulation
 from arriero.export.plan import (
     cache_bytes,
     calibrating,
-    kernel_arch,
     make_plan,
     rounding_folder,
     stage_inputs,
-    target_gpu,
     thresholds,
 )
 from arriero.export.schema import BuildConfig, Target

@@ -127,6 +127,12 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
+def build_tools(backend: str) -> tuple[str, ...]:
+    """The distributions of `backend` that a build's result depends on, and those that may stand in their place."""
+    needed = [name for name, (_, roles, _) in BACKEND_NEEDS[backend].items() if BUILD in roles]
+    return tuple(dict.fromkeys([*needed, *(INSTEAD[name] for name in needed if name in INSTEAD)]))
+
+
 def _python() -> Check:
     wanted = ".".join(map(str, PYTHON))
     ok = sys.version_info >= PYTHON

@@ -8,26 +8,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from arriero.errors import ArrieroError, Problems
 from arriero.export import estimate
 from arriero.export.budget import available_memory, check_budget, free_disk, human_bytes
-from arriero.export.cases import describe_set, draw_cases, encoded_sizes, modality
+from arriero.export.cases import describe_set, draw_cases, encoded_sizes
+from arriero.export.check_fit import check_fit, check_schemes
 from arriero.export.compile.cpus import NATIVE, parse_cpu
-from arriero.export.compile.gpus import GPU_BACKENDS, Gpu, check_product, parse_gpu
-from arriero.export.doctor import version_of
+from arriero.export.compile.gpus import GPU_BACKENDS
+from arriero.export.device import COMPILES, device_of, kernel_arch, target_gpu
+from arriero.export.doctor import build_tools, version_of
 from arriero.export.schema import EMBEDDED, BuildConfig, Samples, Target
 from arriero.export.stages import WorkDir, key_of, source_hash
 from arriero.graphs.checkpoint import Checkpoint, TensorInfo, check_ledger
 from arriero.graphs.config import ModelConfig, TextConfig
 from arriero.graphs.names import EMBEDDING, TEXT_PREFIX, expected_tensors
-from arriero.profiles.data import FAMILIES, TEXT_FAMILIES
 from arriero.profiles.kv_cache import ITEM_BYTES, widen_thresholds
 from arriero.profiles.recipe import Profile, check_shapes, load_profile
 from arriero.profiles.schemes import Chosen, Exact, Half
-from arriero.runtimes.backend import module_of
 from arriero.runtimes.cpu import architecture
 
 if TYPE_CHECKING:
@@ -35,12 +33,7 @@ if TYPE_CHECKING:
 
 CONTEXTS = {"8k": 1 << 13, "128k": 1 << 17, "1M": 1 << 20, "10M": 10 << 20}
 TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "apache-tvm", "apache-tvm-ffi", "numpy")
-GPU_TOOLS = {
-    "tensorrt-rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13"),
-    "tensorrt": ("tensorrt",),
-}
 CACHE_BYTES = {**ITEM_BYTES, "float16": 2, "bfloat16": 2}  # of a number in a cache of keys and values
-COMPILES = ("tvm",)  # backends whose graphs are compiled for a processor, and read exact matrices as they are stored
 
 # The estimates' constants, rounded up from runs on small models.
 TOOLS_MEMORY = 1 << 30  # Python with torch, onnx and ONNX Runtime loaded, and the graphs while they are traced
@@ -71,10 +64,15 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class PlannedTarget:
-    """A bundle to be: bytes of its weights by scheme, and of the KV cache at its full context and batch."""
+    """A bundle to be: bytes of its weights by scheme, and of the KV cache at its full context and batch.
+
+    `device` is what it is compiled for: an architecture of processors or of GPUs, "any" for a backend that compiles
+    for none.
+    """
 
     name: str
     backend: str
+    device: str
     profile: str
     context: int
     batch: int
@@ -83,6 +81,11 @@ class PlannedTarget:
     weights_bytes: int
     kv_bytes: int
     done: bool
+
+    @property
+    def bytes(self) -> int:
+        """Weights and cache together: what a device holds, beside scratch space."""
+        return self.weights_bytes + self.kv_bytes
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,11 @@ class Plan:
         return max((stage.memory for stage in self.stages if not stage.done), default=0)
 
     @property
+    def gpu_memory(self) -> int:
+        """Bytes of weights and cache of the largest target for a GPU; scratch space comes on top."""
+        return max((target.bytes for target in self.targets if target.backend in GPU_BACKENDS), default=0)
+
+    @property
     def disk(self) -> int:
         """Bytes of disk that all stages still to be done take together."""
         return sum(stage.disk for stage in self.stages if not stage.done)
@@ -126,13 +134,13 @@ class Plan:
         check_budget("disk space", self.disk, budget=self.disk_budget, available=room, where=f"{where}disk")
         for target in self.targets:
             if target.backend in GPU_BACKENDS and not target.done:
-                needed, budget = target.weights_bytes + target.kv_bytes, self.gpu_budget
-                check_budget("GPU memory", needed, budget=budget, available=None, where=f"{where}gpu_memory")
+                budget = self.gpu_budget
+                check_budget("GPU memory", target.bytes, budget=budget, available=None, where=f"{where}gpu_memory")
 
     def scratch(self, name: str) -> int | None:
         """What the budget leaves the engines of target `name` beside weights and cache; None without a budget."""
         target = next(target for target in self.targets if target.name == name)
-        return None if self.gpu_budget is None else self.gpu_budget - target.weights_bytes - target.kv_bytes
+        return None if self.gpu_budget is None else self.gpu_budget - target.bytes
 
     def to_json(self) -> dict[str, Any]:
         """Give the plan as JSON values."""
@@ -152,13 +160,13 @@ def make_plan(build: BuildConfig) -> Plan:
     work = WorkDir(build.output)
     profiles = {target.profile: load_profile(target.profile) for target in build.targets}
     content = checkpoint.known_content_hash(work.hash_memo)
-    _check_fit(build, config)
+    check_fit(build, config)
     inputs = stage_inputs(build, content or "", profiles)
     keys = {name: key_of(name, values) for name, values in inputs.items()}
     state = {name: bool(content) and work.is_done(name, key) for name, key in keys.items()}
     if not all(state.values()):
         check_ledger(checkpoint.tensors.values(), expected_tensors(config))
-        _check_backends(build, profiles)
+        check_schemes(build, profiles)
     sizes = _sample_sizes(build, config if "image" in build.modalities else config.without_vision(), state)
     used = [info for info in checkpoint.tensors.values() if _is_used(info, build, checkpoint)]
     targets = tuple(
@@ -247,21 +255,13 @@ def thresholds(build: BuildConfig, target: Target, profile: Profile) -> dict[str
     return own | build.parity.thresholds
 
 
-def kernel_arch(target: Target) -> str | None:
-    """The architecture that the target's kernels are compiled for; None for a backend that brings its own."""
-    return parse_cpu(target.cpu or NATIVE).arch if target.backend in COMPILES else None
-
-
-def target_gpu(target: Target) -> Gpu | None:
-    """The GPU that the target is compiled for; None for a backend on processors."""
-    return parse_gpu(target.gpu or NATIVE) if target.backend in GPU_BACKENDS else None
-
-
 def gpu_inputs(target: Target, memory: int | None) -> KeyInputs | None:
     """What the target's engines depend on beyond the graphs: GPU, `memory` budget, versions of what builds them."""
     gpu = target_gpu(target)
-    tools = {tool: version_of(tool) for tool in GPU_TOOLS.get(target.backend, ())}
-    return None if gpu is None else {"gpu": str(gpu), "memory": memory, "tools": tools}
+    if gpu is None:
+        return None
+    tools = {tool: version_of(tool) for tool in build_tools(target.backend)}
+    return {"gpu": str(gpu), "memory": memory, "tools": tools}
 
 
 def _kernel_archs(target: Target, profile: Profile) -> set[str]:
@@ -295,44 +295,6 @@ def kv_bytes(text: TextConfig, tokens: int, item_bytes: int) -> int:
     return 2 * text.kv_heads * text.head_dim * item_bytes * slots
 
 
-def _check_fit(build: BuildConfig, config: ModelConfig) -> None:
-    problems = []
-    if "image" in build.modalities and (found := _blind(build.calibration)):
-        problems.append(found)
-    if "image" in build.modalities and config.vision is None:
-        remedy = "Write `modalities: [text]`, or use a multimodal checkpoint"
-        problems.append(ArrieroError("the checkpoint has no vision tower", where="modalities", remedy=remedy))
-    for number, target in enumerate(build.targets):
-        if target.cpu is not None and target.backend not in COMPILES:
-            what = f"the backend {target.backend} compiles for no processor: its bundles run on any"
-            problems.append(ArrieroError(what, where=f"targets[{number}].cpu", remedy="Remove the key"))
-        problems += _gpu_problems(target, f"targets[{number}].gpu")
-        if target.kv_cache != "float32" and target.backend in (*COMPILES, *GPU_BACKENDS):
-            kept = "float32" if target.backend in COMPILES else "what the profile computes in"
-            what = f"the backend {target.backend} keeps keys and values in {kept}"
-            problems.append(ArrieroError(what, where=f"targets[{number}].kv_cache", remedy="Remove the key"))
-        if target.context > config.text.max_positions:
-            what = f"{target.context:,} tokens are more than the model's positions"
-            expected = f"at most {config.text.max_positions:,} (max_position_embeddings)"
-            problems.append(ArrieroError(what, where=f"targets[{number}].context", expected=expected))
-    if problems:
-        raise Problems(f"the build does not fit the checkpoint {build.model}", problems)
-
-
-def _gpu_problems(target: Target, where: str) -> list[ArrieroError]:
-    """A GPU beside a backend that runs on processors, none where one is needed, or one that it builds nothing for."""
-    if target.backend not in GPU_BACKENDS:
-        what = f"the backend {target.backend} runs on processors"
-        return [] if target.gpu is None else [ArrieroError(what, where=where, remedy="Remove the key")]
-    try:
-        gpu = target_gpu(target)
-        assert gpu is not None
-        check_product(target.backend, gpu, where)
-    except ArrieroError as error:
-        return [ArrieroError(error.what, where=where, expected=error.expected, remedy=error.remedy)]
-    return []
-
-
 def _sample_sizes(build: BuildConfig, config: ModelConfig, state: Mapping[str, bool]) -> list[estimate.Size]:
     """Tokens and image tiles of each calibration sample; an upper bound for those of the embedded set.
 
@@ -356,49 +318,6 @@ def _sample_sizes(build: BuildConfig, config: ModelConfig, state: Mapping[str, b
         encoded = [encoded_sizes(draw_cases(wanted, build.modalities), processor, most) for wanted, most in todo]
         sizes = sizes if settled else encoded[0]
     return sizes
-
-
-def _blind(wanted: Samples) -> ArrieroError | None:
-    """What is wrong with the calibration set of a build that takes in images, if it shows none."""
-    if wanted.set == EMBEDDED:
-        # Samples are drawn from the families in turn, those of text first.
-        count, key = wanted.samples or 0, "samples"
-        seeing = count > len(TEXT_FAMILIES)
-        expected = f"more than {len(TEXT_FAMILIES)}, better a multiple of the {len(FAMILIES)} task families"
-    else:
-        cases = draw_cases(wanted, ("text", "image"))
-        count, key, seeing = len(cases), "set", any(modality(case) != "text" for case in cases)
-        expected = f"images or videos among what is drawn of {wanted.set}"
-    if seeing:
-        return None
-    what = f"a calibration set of {count} samples holds no images"
-    return ArrieroError(what, where=f"calibration.{key}", expected=expected)
-
-
-def _check_backends(build: BuildConfig, profiles: Mapping[str, Profile]) -> None:
-    """Refuse profiles with schemes that their target's backend has no kernels for."""
-    problems = []
-    for number, target in enumerate(build.targets):
-        # Imported by name and late: an unchanged build is planned without the tools of any backend.
-        lowering = import_module(f"arriero.graphs.lower.{module_of(target.backend)}")
-        known = lowering.SCHEMES
-        profile = profiles[target.profile]
-        schemes = [rule.scheme for form in profile.forms for rule in form.rules]
-        gpu = target_gpu(target)
-        lacking = {lack for scheme in schemes if (lack := lowering.lacks(scheme)) is not None}
-        if gpu is not None:
-            lacking |= {lack for scheme in schemes if (lack := lowering.lacks_on(scheme, gpu.capability)) is not None}
-        if lacking:
-            what = (
-                f"{target.backend} has no kernels for {', '.join(sorted(lacking))}, as profile {profile.name} asks for"
-            )
-            remedy = "Choose another profile for it, or a backend that has them"
-            expected = (
-                f"schemes of kind {', '.join(get_args(scheme.model_fields['kind'].annotation)[0] for scheme in known)}"
-            )
-            problems.append(ArrieroError(what, where=f"targets[{number}]", expected=expected, remedy=remedy))
-    if problems:
-        raise Problems("the build asks for what its backends cannot do", problems)
 
 
 def _is_used(info: TensorInfo, build: BuildConfig, checkpoint: Checkpoint) -> bool:
@@ -434,6 +353,7 @@ def _plan_target(
     return PlannedTarget(
         name=target.name,
         backend=target.backend,
+        device=device_of(target),
         profile=profile.name,
         context=target.context,
         batch=target.batch,

@@ -38,6 +38,10 @@ def show_plan(plan: Plan, console: Console) -> None:
         need_text = f"about {human_bytes(need)}" if need else "nothing to do"
         verdict = "" if fits else " [bold red]too little[/]"
         console.print(f"{name:>6}: {need_text} ({limit}, {room}){verdict}", highlight=False)
+    if plan.gpu_memory:
+        limit = "no budget set" if plan.gpu_budget is None else f"budget {human_bytes(plan.gpu_budget)}"
+        held = f"{human_bytes(plan.gpu_memory)} of weights and cache in the largest target, scratch space on top"
+        console.print(f"   GPU: {held} ({limit})", highlight=False)
 
 
 def _stages(plan: Plan) -> Table:
@@ -55,14 +59,14 @@ def _stages(plan: Plan) -> Table:
 
 def _targets(plan: Plan) -> Table:
     table = Table(title="Bundles", title_justify="left")
-    for column in ("name", "backend", "profile"):
+    for column in ("name", "backend", "for", "profile"):
         table.add_column(column)
     for column in ("context", "batch", "weights", "KV cache"):
         table.add_column(column, justify="right")
     for target in plan.targets:
         parts = ", ".join(f"{label} {human_bytes(size)}" for label, size in target.weights.items())
         weights = f"{human_bytes(target.weights_bytes)} ({parts})"
-        cells = (target.name, target.backend, target.profile, f"{target.context:,}", str(target.batch))
+        cells = (target.name, target.backend, target.device, target.profile, f"{target.context:,}", str(target.batch))
         table.add_row(*cells, weights, f"{human_bytes(target.kv_bytes)} ({target.kv_cache})")
     return table
 

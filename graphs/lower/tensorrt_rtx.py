@@ -8,15 +8,18 @@ from arriero.graphs.lower.part import Lowering, WeightTable
 from arriero.graphs.lower.tensorrt import SCHEMES, lacks, lower_standard
 from arriero.graphs.lower.tensorrt import lacks_on as lacks_on_any
 from arriero.graphs.passes.tile_experts import tile_experts
-from arriero.profiles.schemes import IntBlock, Scheme, Static
+from arriero.profiles.schemes import Exact, IntBlock, Scheme, Static
 
 __all__ = ["SCHEMES", "lacks", "lacks_on", "lower"]
 TURING = 75
 
 
 def lacks_on(scheme: Scheme, capability: int) -> str | None:
-    """What of `scheme` this product does not compute on a GPU; None when it does. On Turing it knows float16 alone."""
-    if capability == TURING and isinstance(scheme, IntBlock | Static):
+    """What of `scheme` this product does not compute on a GPU; None when it does. On Turing it knows float16 alone.
+
+    What a profile keeps exact beside its rules, router and norms, is computed there too.
+    """
+    if capability == TURING and isinstance(scheme, Exact | IntBlock | Static):
         return f"{scheme.told} on sm_{TURING} (there it takes float16 alone)"
     return lacks_on_any(scheme, capability)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.export import build as building
 from arriero.export import plan as planning
+from arriero.export.budget import human_bytes
 from arriero.export.compile import gpus, tensorrt_api, tensorrt_rtx
 from arriero.export.compile.gpus import Gpu
 from arriero.export.config import load_build
@@ -89,6 +92,7 @@ def test_a_target_that_does_not_fit_is_refused_before_anything_runs(folder: Path
         ("mixed", "sm_89", "int4 in blocks of"),
         ("gpu-fp8", "sm_86", "on sm_86 .fp8 came with sm_89."),
         ("gpu-int8", "sm_75", "on sm_75 .there it takes float16 alone."),
+        ("fp32", "sm_75", "exact on sm_75 .there it takes float16 alone."),
         ("bf16", "sm_75", "bfloat16 on sm_75 .bfloat16 came with sm_80."),
     ],
 )
@@ -122,6 +126,17 @@ def test_the_gpu_and_the_products_version_decide_what_is_done_again(
     assert first != lowering(f"{RTX}, gpu: rtx-5090")
     monkeypatch.setattr(planning, "version_of", lambda name: "9.9")
     assert first != lowering(f"{RTX}, gpu: rtx-4090")
+
+
+def test_the_plan_names_the_gpu_and_what_it_holds(folder: Path) -> None:
+    plan = make_plan(load(folder, f"{RTX}, gpu: rtx-4090"))
+    target = plan.targets[0]
+    assert (target.device, plan.gpu_memory) == ("sm_89", target.weights_bytes + target.kv_bytes)
+    console = Console(file=io.StringIO(), width=140)
+    plan.render(console)
+    assert f"GPU: {human_bytes(target.bytes)} of weights and cache" in console.file.getvalue()
+    portable = make_plan(load(folder, "name: x, backend: onnxruntime, profile: fp32, context: 128"))
+    assert (portable.targets[0].device, portable.gpu_memory) == ("any", 0)
 
 
 def test_the_gpus_memory_is_a_budget(folder: Path) -> None:

@@ -1,0 +1,116 @@
+"""What the profiles for GPUs cost in accuracy, measured without a GPU.
+
+    python benchmarks/gpu_profiles.py [benchmarks/gpu_profiles.yaml] [--samples 200] [--targets gpu-int4 ...]
+
+Calibrates as a build does and lowers as a build does; the graphs that TensorRT for RTX would compile are then run by
+ONNX Runtime on this processor and judged against the PyTorch reference, and against their naive form. With --samples,
+that many held-out prompts of each task family are answered as well. What a GPU's own kernels change is not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from arriero.export.build import Build  # noqa: E402
+from arriero.export.config import load_build  # noqa: E402
+from arriero.export.naive import mean_kl, with_naive  # noqa: E402
+from arriero.export.plan import make_plan, thresholds  # noqa: E402
+from arriero.export.schema import Target  # noqa: E402
+from arriero.models.evaluate import family_accuracy  # noqa: E402
+from arriero.profiles.recipe import OVER_NAIVE  # noqa: E402
+from arriero.runtimes.onnxruntime import OrtBackend  # noqa: E402
+from arriero.runtimes.parity import compare  # noqa: E402
+from arriero.runtimes.processor import Processor  # noqa: E402
+from arriero.runtimes.session import Session  # noqa: E402
+
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class GpuGraphs(OrtBackend):
+    """The graphs lowered for TensorRT on ONNX Runtime's CPU: their caches are 16-bit and have no counters."""
+
+    def _check_signature(self) -> None:
+        caches = {entry.type for entry in self._text.get_inputs() if entry.name.startswith("past_")}
+        self._cache_type, self._counters = TYPES[caches.pop()], []
+
+
+def told(step: str, done: int, total: int, unit: str) -> None:
+    """One line of progress, written over."""
+    print(f"\r{step}: {done:,} of {total:,} {unit}".ljust(100), end="", file=sys.stderr, flush=True)
+
+
+def measure(build: Build, target: Target, graph: Path, calibrated: Path, samples: int) -> dict[str, Any]:
+    """The target's parity, its KL against the naive form's, and task accuracy on `samples` prompts of each family."""
+    profile, limits = (
+        build.decided(target, calibrated),
+        thresholds(build.config, target, build.profiles[target.profile]),
+    )
+    spec, cases = build.judge.reference.spec, build.judge.cases
+    processor = Processor(build.config.model, spec)
+
+    with tempfile.TemporaryDirectory(dir=build.config.output) as scratch:
+        folders = Path(scratch) / "calibrated", Path(scratch) / "naive"
+        forms = (profile, build.roundings(target, calibrated)), (profile.naive(), None)
+        for folder, (form, found) in zip(folders, forms, strict=True):
+            folder.mkdir()
+            build.lower_parts(target, build.parts, form, found, None, graph, folder)
+
+        def watch(done: int, total: int, *_: object) -> None:
+            told(target.name, done, total, "cases")
+
+        with Session(GpuGraphs(folders[0], spec), processor, target.context, target.batch) as session:
+            report = compare(
+                build.judge.reference,
+                session,
+                cases,
+                {name: value for name, value in limits.items() if name != OVER_NAIVE},
+                watch,
+            )
+            accuracy = family_accuracy(session, samples, 101) if samples else {}
+        naive = None
+        if profile.calibration is not None:
+            with Session(GpuGraphs(folders[1], spec), processor) as session:
+                naive = mean_kl(build.judge.reference, session, cases, watch)
+    report = with_naive(report, naive, limits)
+    rows = {row.metric: row.value for row in report.rows}
+    failed = [row.metric for row in report.failed]
+    return {"target": target.name, "failed": failed, "rows": rows, "accuracy": accuracy}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure every target of the build file; 1 if one is below its thresholds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", type=Path, default=Path(__file__).with_suffix(".yaml"))
+    parser.add_argument("--samples", type=int, default=0, help="held-out prompts of each task family to answer")
+    parser.add_argument("--targets", nargs="+", help="these alone; all, when left out")
+    options = parser.parse_args(arguments)
+    build = Build(load_build(options.file), str(options.file), told)
+    build.plan = make_plan(build.config)
+    results = []
+    with build.at_work():
+        graph = build.stage("graph", build.trace)
+        calibrated = build.stage("calibrate", build.calibrate, resumes=True)
+        for target in build.config.targets:
+            if options.targets and target.name not in options.targets:
+                continue
+            results.append(measure(build, target, graph, calibrated, options.samples))
+            print(json.dumps(results[-1], indent=1), flush=True)
+    print(datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    return 1 if any(result["failed"] for result in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
