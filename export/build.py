@@ -300,8 +300,8 @@ class Build:
                 number = min(done // each, len(parts) - 1)
                 self.watch(f"{step} {parts[number]}", 100 * (done - number * each) // each, 100, "%")
 
-            scratch = self.plan.scratch(target.name)
-            engines: Compiled = compiler.compile_graphs(folder, parts, gpu, limits, told, memory=scratch)
+            room = self.plan.room(target.name)
+            engines: Compiled = compiler.compile_graphs(folder, parts, gpu, limits, told, room=room)
             return engines
         compiled: Compiled = compiler.compile_graphs(
             folder, parts, target.cpu, kernels, lambda done, total: self.watch(step, done, total, "graphs")

@@ -14,6 +14,7 @@ from arriero.export import estimate
 from arriero.export.budget import available_memory, check_budget, free_disk, human_bytes
 from arriero.export.cases import describe_set, draw_cases, encoded_sizes
 from arriero.export.check_fit import check_fit, check_schemes
+from arriero.export.compile import Room
 from arriero.export.compile.cpus import NATIVE, parse_cpu
 from arriero.export.compile.gpus import GPU_BACKENDS
 from arriero.export.device import COMPILES, device_of, kernel_arch, target_gpu
@@ -40,6 +41,7 @@ TOOLS_MEMORY = 1 << 30  # Python with torch, onnx and ONNX Runtime loaded, and t
 KERNELS_MEMORY = 5 * (512 << 20)  # a compiler for each instruction set and one more, at the same time
 KERNELS_DISK = 8 << 20
 ENGINE_MEMORY, ENGINE_COPIES = 1 << 30, 3  # a builder, and the weights: mapped, in its network, serialized
+SCRATCH_SHARE = 8  # of a GPU's budget beside the cache, one in this many bytes is left to compute in at least
 ENGINE_DISK = 64 << 20  # the code in three engines
 GRAPH_DISK = 64 << 20  # traced and lowered graphs without weights, tokenizer, reports
 LARGEST_PIECE = 256 << 20  # a matrix is rounded in pieces of rows; an expert is rounded whole
@@ -134,13 +136,18 @@ class Plan:
         check_budget("disk space", self.disk, budget=self.disk_budget, available=room, where=f"{where}disk")
         for target in self.targets:
             if target.backend in GPU_BACKENDS and not target.done:
-                budget = self.gpu_budget
-                check_budget("GPU memory", target.bytes, budget=budget, available=None, where=f"{where}gpu_memory")
+                budget = self.gpu_budget  # weights that it has no room for stay with the host
+                check_budget("GPU memory", target.kv_bytes, budget=budget, available=None, where=f"{where}gpu_memory")
 
-    def scratch(self, name: str) -> int | None:
-        """What the budget leaves the engines of target `name` beside weights and cache; None without a budget."""
+    def room(self, name: str) -> Room | None:
+        """What the GPU's budget leaves the engines of target `name` beside its cache; None without a budget."""
+        if self.gpu_budget is None:
+            return None
         target = next(target for target in self.targets if target.name == name)
-        return None if self.gpu_budget is None else self.gpu_budget - target.bytes
+        left = self.gpu_budget - target.kv_bytes
+        least = left // SCRATCH_SHARE
+        fits = left - target.weights_bytes >= least
+        return Room(left - target.weights_bytes) if fits else Room(least, left - least)
 
     def to_json(self) -> dict[str, Any]:
         """Give the plan as JSON values."""

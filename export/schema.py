@@ -216,7 +216,7 @@ class Budgets(_Section):
     gpu_memory: Size | None = Field(
         default=None,
         description="Most memory of the GPU that a bundle may use: weights, keys and values, and its engines' scratch "
-        "space; no limit when left out.",
+        "space; weights beyond it are streamed from the host. No limit when left out.",
     )
 
 

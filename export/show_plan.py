@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from arriero.export.budget import human_bytes
+from arriero.export.compile.gpus import GPU_BACKENDS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,6 +43,11 @@ def show_plan(plan: Plan, console: Console) -> None:
         limit = "no budget set" if plan.gpu_budget is None else f"budget {human_bytes(plan.gpu_budget)}"
         held = f"{human_bytes(plan.gpu_memory)} of weights and cache in the largest target, scratch space on top"
         console.print(f"   GPU: {held} ({limit})", highlight=False)
+    for target in plan.targets:
+        share = plan.room(target.name) if target.backend in GPU_BACKENDS else None
+        if share is not None and share.weights is not None:
+            kept = f"{human_bytes(share.weights)} of {human_bytes(target.weights_bytes)} of weights stay on the GPU"
+            console.print(f"   GPU: {target.name}: {kept}; the rest is sent anew for every step", highlight=False)
 
 
 def _stages(plan: Plan) -> Table:

@@ -16,7 +16,6 @@ from arriero.runtimes.device_cache import NOWHERE, Places
 from arriero.runtimes.engine_context import Context
 from arriero.runtimes.engine_signature import REBUILD, TYPES, Signature
 from arriero.runtimes.products import Product, listen
-from arriero.runtimes.refit import refit
 
 DECODE = "decode"  # the profile whose steps become CUDA graphs
 
@@ -44,11 +43,10 @@ class Engine:
             raise self._refused("the plan")
         self._runtime = runtime  # TensorRT wants it to outlive the engine
         self._check_signature()
-        if self.signature.weights:
-            refit(trt, self._engine, self._logger, bundle, self.signature, self._refused)
-        if self._engine.streamable_weights_size > 0:
-            # built to stream weights from the host: as many stay on the GPU as TensorRT finds room for now
-            self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
+        if (most := self.signature.weights_on_gpu) is not None:
+            # the other weights are streamed from the host, as are those that TensorRT finds no room for now
+            automatic = self._engine.get_weight_streaming_automatic_budget()
+            self._engine.weight_streaming_budget_v2 = min(most, automatic)
         self._config = product.configure(trt, self._engine, self._path)
 
     def run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,6 @@ TYPES: dict[str, tuple[str, Any]] = {
     "INT8": ("INT8", np.int8),
     "UINT8": ("UINT8", np.uint8),
     "BOOL": ("BOOL", np.bool_),
-    "FLOAT8E4M3FN": ("FP8", np.uint8),
-    "INT4": ("INT4", np.uint8),  # two to a byte
 }
 
 
@@ -73,13 +71,16 @@ class Profile:
 
 @dataclass(frozen=True)
 class Signature:
-    """An engine's inputs and outputs in order, its profiles, and where its weights lie if they are not inside."""
+    """An engine's inputs and outputs in order, its profiles, and how many bytes of weights the GPU keeps at most.
+
+    `weights_on_gpu` None: all of them; the engine was not built to stream any.
+    """
 
     where: str
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     profiles: tuple[Profile, ...]
-    weights: dict[str, dict[str, Any]] = field(default_factory=dict)
+    weights_on_gpu: int | None = None
 
     @classmethod
     def read(cls, path: Path) -> Signature:
@@ -91,7 +92,8 @@ class Signature:
                 for entry in raw["profiles"]
             )
             inputs, outputs = (_tensors(raw[kind]) for kind in ("inputs", "outputs"))
-            found = cls(str(path), inputs, outputs, profiles, dict(raw.get("weights") or {}))
+            streamed = raw.get("weights_on_gpu")
+            found = cls(str(path), inputs, outputs, profiles, None if streamed is None else int(streamed))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArrieroError(
                 f"the engine's signature cannot be read ({error!r})", where=str(path), remedy=REBUILD

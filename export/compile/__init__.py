@@ -14,6 +14,18 @@ Watch = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
+class Room:
+    """What a budget leaves the engines of a GPU's memory beside the cache, in bytes.
+
+    `scratch` is for what they compute in, `weights` for their weights: those beyond it stay in the host's memory and
+    are sent anew for every step. None: all of them fit.
+    """
+
+    scratch: int
+    weights: int | None = None
+
+
+@dataclass(frozen=True)
 class Compiled:
     """What the manifest records of a compilation: the tools' versions, and what the result needs of a processor."""
 

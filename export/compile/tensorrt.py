@@ -1,7 +1,9 @@
 """Compiles for TensorRT and TensorRT for RTX: each lowered graph to one engine, for prompts and decoding alike.
 
 An engine holds its weights itself, so the files that the graph was lowered into go when it is built: the bundle has
-every weight once. (Engines without weights, refitted at load, need a GPU even where they are only compiled.)
+every weight once, in a file that the runtime maps. (Engines without weights, refitted at load, need a GPU even where
+they are only compiled.) Where a budget has no room for all weights, the text engine, which has most of them, is built
+to stream the rest from the host.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.export.compile import Compiled, Watch
+from arriero.export.compile import Compiled, Room, Watch
 from arriero.export.compile.engine_shapes import Limits, settle_capacities, signature
 from arriero.export.compile.gpus import Gpu
 from arriero.export.compile.tensorrt_api import TENSORRT, Api, load
@@ -25,6 +27,7 @@ from arriero.runtimes.products import listen
 
 STEPS = 100  # of which a graph's progress is told
 TIMINGS = "timings.bin"
+STREAMED = "text"  # the last of the parts
 
 
 def compile_graphs(
@@ -34,11 +37,11 @@ def compile_graphs(
     limits: Limits,
     watch: Watch | None = None,
     *,
-    memory: int | None = None,
+    room: Room | None = None,
     api: Api | None = None,
     plugins: Callable[[str], Plugins] | None = None,
 ) -> Compiled:
-    """Compile `<part>.onnx` of each of `parts` in `folder` for `gpu`, with at most `memory` bytes of scratch space.
+    """Compile `<part>.onnx` of each of `parts` in `folder` for `gpu`, in the `room` that a budget leaves (None: any).
 
     Leaves `<part>.engine` and `<part>.json` (see `engine_shapes.signature`) in the place of each graph and its weights.
     `api` may stand in for the installed product, `plugins` for `cuda.plugin.register_plugins`, which makes our own
@@ -58,7 +61,10 @@ def compile_graphs(
             inside = (plugins or _register)(str(gpu))
         told = signature(model, limits, part)
         step = _step(watch, number, len(parts))
-        plan = build_engine(product, log, path, told, gpu, memory, folder / TIMINGS, step)
+        if part == STREAMED and room is not None and room.weights is not None:
+            others = sum((folder / f"{other}.engine").stat().st_size for other in parts[:number])
+            told["weights_on_gpu"] = max(0, room.weights - others)
+        plan = build_engine(product, log, path, told, gpu, room, folder / TIMINGS, step)
         if inside is not None:
             told["plugins"] = inside.hashes
         _write(folder / f"{part}.engine", plan)
@@ -93,7 +99,7 @@ def build_engine(
     path: Path,
     told: Mapping[str, Any],
     gpu: Gpu,
-    memory: int | None,
+    room: Room | None,
     timings: Path,
     step: Callable[[int, int], None],
 ) -> Any:
@@ -110,8 +116,10 @@ def build_engine(
     api.aim(config, gpu)
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default: it would round the router's inputs to 10 bits
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # an engine can say what it consists of
-    if memory is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, memory)
+    if room is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, room.scratch)
+    if "weights_on_gpu" in told:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     cache = None
     if api.keeps_timings:
         cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
@@ -124,7 +132,7 @@ def build_engine(
     config.progress_monitor = monitor(trt, step)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise _unbuilt(api, path, gpu, memory, log.errors)
+        raise _unbuilt(api, path, gpu, room, log.errors)
     if cache is not None:
         _write(timings, config.get_timing_cache().serialize())
     return plan
@@ -178,11 +186,11 @@ def _refused(api: Api, path: Path, errors: Sequence[Any]) -> ArrieroError:
     )
 
 
-def _unbuilt(api: Api, path: Path, gpu: Gpu, memory: int | None, errors: Sequence[str]) -> ArrieroError:
+def _unbuilt(api: Api, path: Path, gpu: Gpu, room: Room | None, errors: Sequence[str]) -> ArrieroError:
     text = errors[-1] if errors else "no reason given"
-    if ("out of memory" in text.lower() or "OutOfMemory" in text) and memory is not None:
+    if ("out of memory" in text.lower() or "OutOfMemory" in text) and room is not None:
         return ArrieroError(
-            f"the engine needs more scratch space than the {memory} bytes that are left to it ({text})",
+            f"the engine needs more scratch space than the {room.scratch} bytes that are left to it ({text})",
             where=str(path),
             remedy="Raise budgets.gpu_memory, or choose a smaller profile, context or batch",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from arriero.export.compile import Compiled, Watch
+from arriero.export.compile import Compiled, Room, Watch
 from arriero.export.compile import tensorrt as shared
 from arriero.export.compile.engine_shapes import Limits
 from arriero.export.compile.gpus import Gpu
@@ -19,8 +19,8 @@ def compile_graphs(
     limits: Limits,
     watch: Watch | None = None,
     *,
-    memory: int | None = None,
+    room: Room | None = None,
     api: Api | None = None,
 ) -> Compiled:
     """Compile as `tensorrt.compile_graphs` does; no GPU is needed."""
-    return shared.compile_graphs(folder, parts, gpu, limits, watch, memory=memory, api=api or load(RTX))
+    return shared.compile_graphs(folder, parts, gpu, limits, watch, room=room, api=api or load(RTX))

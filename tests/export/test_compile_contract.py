@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from arriero.errors import ArrieroError
+from arriero.export.compile import Room
 from arriero.graphs import trace
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
@@ -47,6 +48,7 @@ parity: {cases: {samples: 2}, thresholds: {task_accuracy_drop: 1.0}}
 """
 CONTEXT, BATCH, CHUNK = 48, 2, 16
 CAPABILITY = 89
+ROOM = Room(1 << 30)
 
 
 def stand_in(trt: FakeTensorRt, gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch, cache: Path) -> products.Product:
@@ -96,7 +98,7 @@ class Bench:
     def lower(self, profile: str) -> None:
         shutil.copytree(self.lowered.lower(self.backend, profile), self.folder)
 
-    def compile(self, parts: tuple[str, ...] = PARTS) -> Any:
+    def compile(self, parts: tuple[str, ...] = PARTS, room: Room = ROOM) -> Any:
         from arriero.export.compile import tensorrt as compiler
         from arriero.export.compile import tensorrt_api
         from arriero.export.compile.engine_shapes import Limits
@@ -107,7 +109,7 @@ class Bench:
         told: list[tuple[int, int]] = []
         limits = Limits(context=CONTEXT, batch=BATCH, chunk=CHUNK)
         made = compiler.compile_graphs(
-            self.folder, parts, Gpu(CAPABILITY), limits, lambda *now: told.append(now), memory=1 << 30, api=api
+            self.folder, parts, Gpu(CAPABILITY), limits, lambda *now: told.append(now), room=room, api=api
         )
         assert told == sorted(told)
         assert told[-1][0] == told[-1][1]
@@ -166,6 +168,20 @@ def test_what_is_compiled_is_what_the_runtime_loads_and_runs(bench):
     backend.close()
     assert bench.cuda.held == {"memory": 0, "pinned": 0, "handles": 0}
     assert bench.cuda.faults == []
+
+
+def test_weights_without_room_are_streamed_by_the_text_engine_alone(bench):
+    bench.lower("fp32")
+    bench.compile(room=Room(1 << 20, 1 << 20))
+    others = sum((bench.folder / f"{part}.engine").stat().st_size for part in PARTS if part != "text")
+    told = {part: json.loads((bench.folder / f"{part}.json").read_text()).get("weights_on_gpu") for part in PARTS}
+    assert told == {"embed": None, "vision": None, "text": (1 << 20) - others}
+    flags = [call.arguments["flag"].name for call in bench.trt.recorder.named("IBuilderConfig.set_flag")]
+    assert flags == ["WEIGHT_STREAMING"]
+    bench.trt.streamable = 1 << 30
+    bench.open()
+    kept = bench.trt.recorder.named("ICudaEngine.weight_streaming_budget_v2=")
+    assert [call.arguments["value"] for call in kept] == [told["text"]]
 
 
 def test_narrow_profiles_keep_their_cache_narrow(bench):

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.export.compile import tensorrt, tensorrt_api
+from arriero.export.compile import Room, tensorrt, tensorrt_api
 from arriero.export.compile.engine_shapes import Limits, settle_capacities
 from arriero.export.compile.gpus import Gpu
 from arriero.export.compile.tensorrt_api import RTX, TENSORRT, Api
@@ -158,7 +158,14 @@ def test_a_node_that_the_parser_does_not_take_is_named(rtx: Api, tmp_path: Path)
 def test_scratch_space_has_a_limit(chasqui: Traced, tmp_path: Path) -> None:
     chasqui.lower("fp16", tmp_path, ("text",))
     with pytest.raises(ArrieroError, match=r"text\.onnx: the engine needs more scratch.*1048576.*budgets\.gpu_memory"):
-        compile_graphs(tmp_path, ("text",), Gpu(89), LIMITS, memory=1 << 20)
+        compile_graphs(tmp_path, ("text",), Gpu(89), LIMITS, room=Room(1 << 20))
+
+
+def test_weights_that_a_budget_has_no_room_for_are_streamed(chasqui: Traced, tmp_path: Path) -> None:
+    chasqui.lower("fp16", tmp_path, ("text",))
+    compile_graphs(tmp_path, ("text",), Gpu(89), LIMITS, room=Room(1 << 30, 4 << 20))
+    assert json.loads((tmp_path / "text.json").read_text())["weights_on_gpu"] == 4 << 20
+    assert (tmp_path / "text.engine").stat().st_size > 16 << 20  # the plan has them all
 
 
 def test_what_the_builder_refuses_is_told_in_its_own_words(chasqui: Traced, tmp_path: Path) -> None:

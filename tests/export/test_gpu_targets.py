@@ -14,7 +14,7 @@ from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.export import build as building
 from arriero.export import plan as planning
 from arriero.export.budget import human_bytes
-from arriero.export.compile import gpus, tensorrt_api, tensorrt_rtx
+from arriero.export.compile import Room, gpus, tensorrt_api, tensorrt_rtx
 from arriero.export.compile.gpus import Gpu
 from arriero.export.config import load_build
 from arriero.export.plan import make_plan, stage_inputs
@@ -144,15 +144,25 @@ def test_the_gpus_memory_is_a_budget(folder: Path) -> None:
     plan = make_plan(build)
     target = plan.targets[0]
     plan.check_budgets("build.yaml")
-    assert plan.scratch("card") is None
-    tight = replace(plan, gpu_budget=target.weights_bytes + target.kv_bytes + 1000)
-    tight.check_budgets("build.yaml")
-    assert tight.scratch("card") == 1000
+    assert plan.room("card") is None
+    wide = replace(plan, gpu_budget=2 * target.bytes)
+    assert wide.room("card") == Room(target.bytes)
     with pytest.raises(ArrieroError, match=r"budgets\.gpu_memory: the build needs about .* of GPU memory"):
-        replace(plan, gpu_budget=target.weights_bytes).check_budgets("build.yaml")
+        replace(plan, gpu_budget=target.kv_bytes - 1).check_budgets("build.yaml")
     file = folder / "build.yaml"
     file.write_text(file.read_text() + "budgets: {gpu_memory: 24GiB}\n")
     assert make_plan(load_build(file)).gpu_budget == 24 << 30
+
+
+def test_weights_that_a_budget_has_no_room_for_are_streamed(folder: Path) -> None:
+    plan = make_plan(load(folder, f"{RTX}, gpu: rtx-4090"))
+    target = plan.targets[0]
+    tight = replace(plan, gpu_budget=target.kv_bytes + 8000)
+    tight.check_budgets("build.yaml")
+    assert tight.room("card") == Room(1000, 7000)
+    console = Console(file=io.StringIO(), width=140)
+    tight.render(console)
+    assert "card: 6.84 KiB of" in console.file.getvalue()
 
 
 def test_a_product_that_is_missing_is_told_before_anything_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -515,63 +515,26 @@ def _fewer_layers(spec):
     return dataclasses.replace(spec, layers=spec.layers[:3])
 
 
-# --- weights beside the plan
+# --- weights beside the GPU
 
 
-def stripped(one: Bench, **changes: Any) -> np.ndarray:
-    """Strip the text engine of two weights, which lie in a file of the bundle from byte 64 on."""
-    values = np.arange(24, dtype=np.float32)
-    (one.folder / "weights").mkdir()
-    (one.folder / "weights" / "text.safetensors").write_bytes(bytes(64) + values.tobytes())
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize(("most", "kept"), [(300, 300), (900, 500)], ids=["budget", "what is free"])
+def test_weights_are_streamed_beyond_what_the_gpu_has_room_for(bench, product, most, kept):
+    one = bench(product)
     described = signature(one.reference.model, "text", BATCH, CONTEXT)
-    entry = {"file": "weights/text.safetensors", "dtype": "FLOAT", "shape": [3, 4]}
-    described["stripped"] = ["first", "second"]
-    described["weights"] = {"first": entry | {"offset": 64}, "second": entry | {"offset": 64 + 48}} | changes
-    write_engine(one.folder, "text", described)
-    return values
-
-
-@pytest.mark.parametrize("product", PRODUCTS)
-def test_a_stripped_engine_gets_its_weights_from_the_bundles_file(bench, product):
-    one = bench(product)
-    values = stripped(one)
-    one.open()
-    assert one.trt.refitted == {"first": values[:12].tobytes(), "second": values[12:].tobytes()}
-    assert len(one.trt.recorder.named("Refitter.refit_cuda_engine")) == 1
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"second": {"file": "weights/text.safetensors"}}, r"weights\.second: the entry is malformed"),
-        (
-            {"second": {"file": "weights/text.safetensors", "offset": 65, "dtype": "FLOAT", "shape": [24]}},
-            "ends at byte 161",
-        ),
-    ],
-)
-def test_a_refit_table_that_does_not_fit_is_refused(bench, changes, told):
-    one = bench()
-    stripped(one, **changes)
-    with pytest.raises(ArrieroError, match=told):
-        one.open()
-
-
-def test_weights_that_are_nowhere_are_named(bench):
-    one = bench()
-    stripped(one)
-    one.trt.recorder.answer("Refitter.get_missing_weights", ["third"])
-    with pytest.raises(ArrieroError, match="not in the table: third"):
-        one.open()
-
-
-@pytest.mark.parametrize("product", PRODUCTS)
-def test_weights_are_streamed_when_the_engine_was_built_for_it(bench, product):
-    one = bench(product)
+    write_engine(one.folder, "text", described | {"weights_on_gpu": most})
     one.trt.streamable = 1000
     one.open()
     calls = one.trt.recorder.named("ICudaEngine.weight_streaming_budget_v2=")
-    assert [call.arguments["value"] for call in calls] == [500, 500]
+    assert [call.arguments["value"] for call in calls] == [kept]
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_an_engine_with_room_for_its_weights_streams_none(bench, product):
+    one = bench(product)
+    one.open()
+    assert not one.trt.recorder.named("ICudaEngine.weight_streaming_budget_v2=")
 
 
 # --- machines

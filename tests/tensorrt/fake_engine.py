@@ -9,7 +9,6 @@ Legend: B batch, S new tokens, K key/value heads, C slots of a buffer, D head di
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import json
 import math
@@ -109,7 +108,6 @@ class FakeTensorRt:
         self.capture_works = True
         self.while_capturing: Callable[[], object] = lambda: None
         self.executions = 0
-        self.refitted: dict[str, bytes] = {}
         self.streamable = 0
         answer = self.recorder.answer
         answer("Runtime.deserialize_cuda_engine", self._deserialize)
@@ -118,14 +116,11 @@ class FakeTensorRt:
         answer("ICudaEngine.get_tensor_mode", self._mode)
         answer("ICudaEngine.get_tensor_dtype", self._dtype)
         answer("ICudaEngine.num_optimization_profiles", lambda engine: len(engine.__dict__["plan"].profiles))
-        answer("ICudaEngine.streamable_weights_size", lambda engine: self.streamable)
         answer("ICudaEngine.get_weight_streaming_automatic_budget", lambda engine: self.streamable // 2)
         answer("ICudaEngine.create_execution_context", self._context)
         for name in ("set_optimization_profile_async", "set_input_shape", "get_tensor_shape", "set_tensor_address"):
             self._forward(name)
         self._forward("execute_async_v3")
-        answer("Refitter.set_named_weights", self._set_weights)
-        answer("Refitter.get_missing_weights", self._missing)
         if "rtx" in product:
             answer("IExecutionContext.is_stream_capturable", lambda context, stream: self.capturable)
             answer("IRuntimeConfig.get_runtime_cache", lambda config: config.__dict__.get("cache"))
@@ -172,16 +167,6 @@ class FakeTensorRt:
         memory.extend(b"kernels for this GPU")
         return memory
 
-    def _set_weights(self, refitter: Any, name: str, weights: Any, location: Any = None) -> bool:
-        given = weights.__dict__["_given"]
-        count = given["count"] * {"FLOAT": 4, "HALF": 2, "BF16": 2}[given["type"].name]
-        self.refitted[name] = ctypes.string_at(given["ptr"], count)
-        return True
-
-    def _missing(self, refitter: Any) -> list[str]:
-        plan = refitter.__dict__["_given"]["engine"].__dict__["plan"]
-        return [name for name in plan.stripped if name not in self.refitted]
-
 
 class _Plan:
     def __init__(self, raw: dict[str, Any]) -> None:
@@ -190,7 +175,6 @@ class _Plan:
         self.outputs = {one["name"]: one for one in raw["outputs"]}
         self.tensors = self.inputs | self.outputs
         self.profiles = raw["profiles"]
-        self.stripped = list(raw.get("stripped", ()))
 
 
 class _State:
