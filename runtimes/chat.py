@@ -55,9 +55,9 @@ class ChatTemplate:
 
 def as_messages(prompt: str | Sequence[Message], images: int, image_token: str) -> list[Message]:
     """Wrap a plain `prompt` as one user message; its images come first unless it holds `image_token`s itself."""
+    if not isinstance(prompt, Sequence):
+        raise ArrieroError(f"the prompt is a {type(prompt).__name__}", expected="a text or a list of messages")
     if not isinstance(prompt, str):
-        if not isinstance(prompt, Sequence):
-            raise ArrieroError(f"the prompt is a {type(prompt).__name__}", expected="a text or a list of messages")
         return list(prompt)
     if not images or image_token in prompt:
         return [{"role": "user", "content": prompt}]
