@@ -278,6 +278,9 @@ def test_schema_agrees_with_the_models_and_describes_every_field():
         assert section["additionalProperties"] is False
         for field in section["properties"].values():
             assert field["description"].endswith(".")
+    name = schema["$defs"]["Target"]["properties"]["name"]["pattern"]
+    names = ("int8", "a.b-c_d", "x" * 64, "a/b", ".a", "a.", "a.partial", "a.old-1", "ñ", "x" * 65)
+    assert [bool(re.search(name, one)) for one in names] == [True] * 3 + [False] * 7
     metric = schema["$defs"]["Parity"]["properties"]["thresholds"]["propertyNames"]["pattern"]
     assert re.search(metric, "router_agreement")
     assert not re.search(metric, "rooter_agreement")
