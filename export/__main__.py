@@ -6,6 +6,7 @@ A package that is missing, a full disk and Ctrl-C may strike while the command's
 from __future__ import annotations
 
 import errno
+import io
 import signal
 import sys
 from types import FrameType
@@ -26,6 +27,9 @@ def main() -> None:
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not where it is ignored, as under nohup
         signal.signal(signal.SIGINT, stop)
+    for stream in (sys.stdout, sys.stderr):  # a terminal of few characters shows what it can
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         from arriero.export.cli import main as command
 

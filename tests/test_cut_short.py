@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -69,6 +70,27 @@ def test_ctrl_c_in_a_build_says_that_it_goes_on(workshop, tmp_path):
     assert process.returncode == 130
     assert "goes on from here" in told
     assert "Traceback" not in told
+
+
+def test_an_answer_in_a_terminal_of_few_characters(workshop):
+    asked = [
+        "run",
+        str(workshop / "bundles" / "fp32"),
+        "Hello",
+        "--temperature",
+        "5",
+        "--seed",
+        "1",
+        "--max-tokens",
+        "40",
+    ]
+    wide, narrow = (
+        subprocess.run([*COMMAND, *asked], capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding})
+        for encoding in ("utf-8", "ascii")
+    )
+    assert narrow.returncode == 0, narrow.stderr
+    assert not wide.stdout.isascii()
+    assert narrow.stdout.decode("ascii") == wide.stdout.decode().encode("ascii", "replace").decode()
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full, which Linux has")
