@@ -36,6 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 out, err = Console(), Console(stderr=True)
+SEED = 29  # of the held-out prompts
 
 profiles_app = typer.Typer(
     name="profiles", help="Say what number formats there are, and why each tensor has its own.", no_args_is_help=True
@@ -134,7 +135,7 @@ def parity(
     ] = None,
     data: Set = None,
     samples: SampleCount = None,
-    seed: Annotated[int, typer.Option(help="Which held-out prompts, with --against.", min=0)] = 29,
+    seed: Annotated[int, typer.Option(help="Which held-out prompts, with --against.", min=0)] = SEED,
     junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML here, one test case per row.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page here.")] = None,
     as_json: Json = False,
@@ -152,6 +153,9 @@ def parity(
     if against is None:
         from arriero.runtimes.manifest import open_manifest
 
+        if (data, samples, seed) != (None, None, SEED):
+            what = "--set, --samples and --seed choose what is measured, and without --against nothing is"
+            raise ArrieroError(what, remedy="Add --against with the checkpoint folder")
         open_manifest(bundle)
         report = read_json(bundle / "parity.json")
     else:
@@ -282,7 +286,7 @@ def compare(
     against: Annotated[Path, typer.Option(help="The checkpoint folder that they were made from.")],
     data: Set = None,
     samples: SampleCount = None,
-    seed: Annotated[int, typer.Option(help="Which held-out prompts.", min=0)] = 29,
+    seed: Annotated[int, typer.Option(help="Which held-out prompts.", min=0)] = SEED,
     html: Annotated[Path | None, typer.Option(help="Also write a page with a plot of quality against size.")] = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -396,16 +400,9 @@ def main() -> None:
     except ArrieroError as error:
         err.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        err.print("stopped; the same command goes on from here")
-        sys.exit(130)
 
 
 def _escape(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,13 +9,15 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.export.schema import EMBEDDED, BuildConfig, nearest
 
 Key = tuple[str | int, ...]
+
+START = "Start from the example build.yaml of the repository"
 
 # What pydantic found, and what we say was expected instead.
 EXPECTED = {
@@ -46,7 +48,9 @@ def load_build(path: str | Path) -> BuildConfig:
     try:
         build = BuildConfig.model_validate(document.data, context={"folder": file.absolute().parent})
     except ValidationError as error:
-        problems += [document.translate(dict(found)) for found in error.errors(include_url=False)]
+        found = [dict(one) for one in error.errors(include_url=False)]
+        # a list whose entries are all wrong counts as empty, which is not what is wrong with it
+        problems += [document.translate(one) for one in found if one["type"] != "too_short" or not one["input"]]
     problems += _cross_checks(document)
     if len(problems) == 1 and isinstance(problems[0], MachineLacks):
         raise problems[0]
@@ -77,7 +81,7 @@ class _Document:
         """Say one pydantic error in our words, with its line."""
         key, kind, value, context = found["loc"], found["type"], found["input"], found.get("ctx", {})
         where = self.where(key)
-        if kind == "arriero":
+        if kind == "arriero" and value is not None:
             error = MachineLacks if context["machine"] else ArrieroError
             return error(context["what"], where=where, expected=context["expected"], remedy=context["remedy"])
         if kind == "missing":
@@ -88,9 +92,12 @@ class _Document:
             return ArrieroError("unknown key", where=where, expected=expected, remedy=nearest(str(key[-1]), known))
         expected = EXPECTED[kind].format(**context) if kind in EXPECTED else found["msg"]
         if value is None:
+            expected = context.get("expected") or expected
             return ArrieroError("has no value", where=where, expected=expected, remedy="Give one, or remove the key")
         known = expected.replace("'", "").replace(" or ", ", ").split(", ")
         remedy = nearest(str(value), known) if kind == "literal_error" else None
+        if value in known:
+            remedy = "Write it without quotes"
         shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "..."
         return ArrieroError(f"{shown} is not valid", where=where, expected=expected, remedy=remedy)
 
@@ -107,6 +114,8 @@ class _Document:
         except UnicodeDecodeError as error:
             what = f"is not UTF-8 text (byte {error.start})"
             raise ArrieroError(what, where=str(self.file), remedy="Save it as UTF-8") from None
+        except OSError as error:
+            raise ArrieroError(f"cannot be read ({error.strerror})", where=str(self.file)) from None
         try:
             node = YAML().compose(text)
         except MarkedYAMLError as error:
@@ -117,10 +126,12 @@ class _Document:
             )
             what = f"is not YAML: {error.problem}" + (f" ({error.context})" if error.context else "")
             raise ArrieroError(what, where=f"{self.file}:{line}", remedy=remedy) from None
+        except (YAMLError, RecursionError) as error:
+            what = f"is not YAML: {str(error).splitlines()[0]}"
+            raise ArrieroError(what, where=str(self.file), remedy=START) from None
         if not isinstance(node, MappingNode):
             what = "is empty" if node is None else "is not a mapping at its top"
-            remedy = "Start from the example build.yaml of the repository"
-            raise ArrieroError(what, where=f"{self.file}:1", expected="`key: value` lines", remedy=remedy)
+            raise ArrieroError(what, where=f"{self.file}:1", expected="`key: value` lines", remedy=START)
         return node
 
     def _plain(self, node: Node, key: Key, inside: tuple[Node, ...]) -> Any:
@@ -155,7 +166,17 @@ class _Document:
 
     def _scalar(self, node: ScalarNode, key: Key) -> Any:
         text: str = node.value
-        match str(node.tag).rpartition(":")[2]:
+        try:
+            text.encode()
+            return self._value(text, str(node.tag).rpartition(":")[2], key)
+        except UnicodeEncodeError:
+            self.problems.append(ArrieroError("holds half of a surrogate pair", where=self.where(key), expected="text"))
+            return text.encode(errors="replace").decode()
+        except ValueError:  # of a number that is none, as in `!!int many`: the schema says what belongs there
+            return text
+
+    def _value(self, text: str, tag: str, key: Key) -> Any:
+        match tag:
             case "null":
                 return None
             case "bool":
@@ -166,7 +187,7 @@ class _Document:
                 return float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
             case "str" | "timestamp":
                 return text
-            case tag:
+            case _:
                 self.problems.append(ArrieroError(f"the YAML tag {tag} has no meaning here", where=self.where(key)))
                 return text
 

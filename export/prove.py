@@ -109,7 +109,7 @@ def check_answers(cases: Sequence[ParityCase], thresholds: Mapping[str, float]) 
                 f"no parity case{f' of {family}' if family else ''} has an answer",
                 where=f"thresholds.{name}",
                 expected=f"cases with answers (there are some of: {', '.join(scored) or 'none'})",
-                remedy="Give answers to the cases of parity.cases.set, more samples, or another profile",
+                remedy="Give answers to the cases of the set, more samples, or another profile",
             )
 
 
@@ -131,6 +131,7 @@ def prove_bundle(bundle: Path, checkpoint: Path, wanted: Cases, watch: Watch) ->
         row.metric: row.threshold for row in recorded.rows if row.threshold is not None and row.metric not in ALWAYS
     }
     judge = Judge.open(checkpoint, wanted, modalities_of(open_manifest(bundle)))
+    check_answers(judge.cases, thresholds)
     report = measure(bundle, judge, thresholds, watch)
     return replace(report, rows=(*report.rows, *recorded_rows(recorded)))
 

@@ -31,6 +31,7 @@ from arriero.runtimes.backend import BackendName
 
 Modality = Literal["text", "image"]
 EMBEDDED = "embedded"
+NAME = r"(?!.*(\.|\.partial|\.old.*)$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 
 def refusal(error: ArrieroError) -> PydanticCustomError:
@@ -70,7 +71,8 @@ class Target(_Section):
     """One bundle to build."""
 
     name: str = Field(
-        description="Name of the bundle and of its folder under `output`: letters, digits, dot, dash, underscore."
+        description="Name of the bundle and of its folder under `output`: letters, digits, dot, dash, underscore.",
+        json_schema_extra={"pattern": f"^{NAME}$"},
     )
     backend: BackendName = Field(description="The runtime that will execute the bundle.")
     profile: str = Field(
@@ -98,7 +100,7 @@ class Target(_Section):
     @field_validator("name")
     @classmethod
     def _filesystem_safe(cls, name: str) -> str:
-        if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) and not re.search(r"(\.|\.partial|\.old.*)$", name):
+        if re.fullmatch(NAME, name):
             return name
         rule = "at most 64 letters, digits, dots, dashes and underscores, the first a letter or digit"
         remedy = f"For example `{re.sub(r'[^A-Za-z0-9_-]+', '-', name).strip('-_')[:64] or 'portable-int8'}`"

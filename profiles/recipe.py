@@ -255,7 +255,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
         )
     try:
         data: Any = YAML(typ="safe").load(path)
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ArrieroError(f"is not readable as YAML: {error}", where=str(path)) from error
     try:
         return Profile.model_validate(data)

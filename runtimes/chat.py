@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -55,6 +55,8 @@ class ChatTemplate:
 
 def as_messages(prompt: str | Sequence[Message], images: int, image_token: str) -> list[Message]:
     """Wrap a plain `prompt` as one user message; its images come first unless it holds `image_token`s itself."""
+    if not isinstance(prompt, Sequence):
+        raise ArrieroError(f"the prompt is a {type(prompt).__name__}", expected="a text or a list of messages")
     if not isinstance(prompt, str):
         return list(prompt)
     if not images or image_token in prompt:
@@ -107,9 +109,10 @@ def _expand_entry(
         if picture is None:
             picture = next(given, None)
         return [{"type": "image"}], [] if picture is None else [picture]
-    if kind == "video" and ("frames" in entry or "path" in entry):
+    has_frames = kind == "video" and isinstance(entry.get("frames"), Iterable)
+    if has_frames or (kind == "video" and entry.get("path") is not None):
         frames: list[ImageLike] = (
-            list(entry["frames"]) if "frames" in entry else [*read_video(entry["path"], entry.get("num_frames", 8))]
+            list(entry["frames"]) if has_frames else [*read_video(entry["path"], entry.get("num_frames", 8))]
         )
         if not frames:
             raise ArrieroError("the video has no frames", where=where, expected="at least one frame")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,8 +44,11 @@ class Limits:
     never: tuple[int, ...] = ()  # tokens that are never chosen
 
     def __post_init__(self) -> None:
-        if any(not text for text in self.stop):
-            raise ArrieroError("a stop text is empty", expected="at least one character")
+        for text in self.stop:
+            if not isinstance(text, str):
+                raise ArrieroError(f"a stop text is {text!r}", expected="text")
+            if not text:
+                raise ArrieroError("a stop text is empty", expected="at least one character")
 
 
 class Answer:
@@ -152,4 +155,4 @@ def _overlap(text: str, stop: str) -> int:
 
 def as_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
     """Take one stop text or several."""
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+    return (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def as_list(images: Images) -> list[ImageLike]:
     """Take one image, several, or none."""
     if isinstance(images, str | bytes | os.PathLike | Image.Image | np.ndarray):
         return [images]
-    return list(images or ())
+    return list(images) if isinstance(images, Iterable) else [] if images is None else [images]
 
 
 def read_image(image: ImageLike) -> Image.Image:
@@ -167,7 +168,7 @@ def read_image(image: ImageLike) -> Image.Image:
             return _loaded(opened, name)
     except FileNotFoundError:
         raise ArrieroError("there is no such image file", where=name, remedy="Check the path") from None
-    except (OSError, TypeError, AttributeError, Image.DecompressionBombError) as error:
+    except (OSError, TypeError, ValueError, AttributeError, Image.DecompressionBombError) as error:
         raise ArrieroError(
             f"this is not a readable image ({error})",
             where=name,
@@ -177,6 +178,10 @@ def read_image(image: ImageLike) -> Image.Image:
 
 
 def _loaded(image: Image.Image, name: str) -> Image.Image:
+    if 0 in image.size:
+        raise ArrieroError(
+            f"the image is {image.width} by {image.height} pixels", where=name, expected="at least one pixel"
+        )
     try:
         image.load()
         turned = ImageOps.exif_transpose(image)
@@ -189,8 +194,8 @@ def _loaded(image: Image.Image, name: str) -> Image.Image:
 
 def read_video(path: str | os.PathLike[str], num_frames: int) -> list[Image.Image]:
     """Give `num_frames` frames of a video, the middles of as many equal parts of it (fewer if it has fewer)."""
-    if num_frames < 1:
-        raise ArrieroError(f"num_frames is {num_frames}", where=str(path), expected="at least 1")
+    if not (isinstance(num_frames, Integral) and num_frames >= 1):
+        raise ArrieroError(f"num_frames is {num_frames!r}", where=str(path), expected="a whole number of at least 1")
     try:
         import av
     except ImportError:
@@ -199,7 +204,7 @@ def read_video(path: str | os.PathLike[str], num_frames: int) -> list[Image.Imag
             where=str(path),
             remedy="Install it with `pip install 'arriero[video]'`, or pass the frames as images",
         ) from None
-    if not Path(path).is_file():
+    if not (isinstance(path, str | os.PathLike) and Path(path).is_file()):
         raise ArrieroError("there is no such video file", where=str(path), remedy="Check the path")
     try:
         # two passes, since many containers do not state their frame count and all frames at once may not fit memory

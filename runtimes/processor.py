@@ -138,7 +138,12 @@ class Processor:
 
     def tokenize(self, text: str) -> Ints:
         """Give the ids of `text` as it stands [S]: special tokens in it are recognised, none is added."""
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+        try:
+            return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+        except TypeError:  # of a str, only one that holds half of a surrogate pair
+            raise ArrieroError(
+                "the prompt holds what is no character", expected="text that can be written as UTF-8"
+            ) from None
 
     def decode(self, ids: Sequence[int] | Ints, skip_special_tokens: bool = True) -> str:
         """Give the text of `ids`."""

@@ -6,6 +6,7 @@ Files appear whole or not at all. Numbers that are not finite survive the round 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -392,14 +393,16 @@ def _write(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
-    except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # the path is not what is wrong
+            raise
         raise ArrieroError(
             f"the report cannot be written ({error.strerror})",
             where=str(path),
             remedy="Give a path that can be written",
         ) from error
     finally:
-        with contextlib.suppress(NotADirectoryError):
+        with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -22,6 +23,12 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in (("temperature", Real), ("top_k", Integral), ("top_p", Real), ("seed", Integral)):
+            value = getattr(self, name)
+            if not isinstance(value, kind) and (value is not None or name == "temperature"):
+                raise ArrieroError(
+                    f"{name} is {value!r}", expected="a whole number" if kind is Integral else "a number"
+                )
         if not self.temperature >= 0 or self.temperature == float("inf"):
             raise ArrieroError(
                 f"temperature is {self.temperature}", expected="a number of at least 0", remedy="0 is greedy"
@@ -43,8 +50,9 @@ class Sampling:
             return int(np.argmax(logits))
         # float64 keeps the cumulative sum of a large vocabulary exact enough for top-p and for `searchsorted`
         order = np.argsort(-logits, kind="stable")[: self.top_k]
-        scaled = logits[order].astype(np.float64) / self.temperature
-        weights = np.exp(scaled - scaled[0])
+        likeliest_first = logits[order].astype(np.float64)
+        with np.errstate(over="ignore"):  # next to no temperature leaves the others no chance
+            weights = np.exp((likeliest_first - likeliest_first[0]) / self.temperature)
         cumulative = np.cumsum(weights / weights.sum())
         if self.top_p is not None:
             # the smallest head whose probability reaches top_p

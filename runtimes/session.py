@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from types import TracebackType
 from typing import Literal, Self, overload
 
@@ -43,7 +44,8 @@ class Session:
         self, backend: Backend, processor: Processor, context: int | None = None, batch: int | None = None
     ) -> None:
         """Serve sequences of at most `context` tokens (the model's own limit when None), `batch` of them at once."""
-        self.backend, self.processor = backend, processor
+        self._backend: Backend | None = backend
+        self.processor = processor
         self.spec = backend.spec
         self.context = min(context or self.spec.max_position_embeddings, self.spec.max_position_embeddings)
         self.batch = batch
@@ -54,9 +56,18 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    @property
+    def backend(self) -> Backend:
+        """What runs the graphs; `ArrieroError` once the session is closed."""
+        if self._backend is None:
+            raise ArrieroError("the session is closed", remedy="Load the bundle again")
+        return self._backend
+
     def close(self) -> None:
-        """Free the backend; the session is not used afterwards."""
-        self.backend.close()
+        """Free the backend; answers still on their way end with an `ArrieroError`."""
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            backend.close()
 
     # --- answers
 
@@ -184,9 +195,9 @@ class Session:
         a prompt is.
         """
         prompt = Prompt(np.asarray(input_ids, np.int64), pixel_values)
-        if len(prompt.input_ids) > self.context:
-            raise self._too_long(len(prompt.input_ids), 0)
-        cache = self.backend.new_cache(1, len(prompt.input_ids))
+        if prompt.input_ids.size > self.context:
+            raise self._too_long(prompt.input_ids.size, 0)
+        cache = self.backend.new_cache(1, prompt.input_ids.size)
         steps = [
             self.backend.forward(embeds, positions, cache, np.arange(embeds.shape[1]), taps)
             for embeds, positions in self._embedded(prompt)
@@ -216,8 +227,8 @@ class Session:
         length = len(prompt.input_ids)
         if length == 0:
             raise ArrieroError("the prompt has no tokens", expected="at least one")
-        if max_tokens is not None and max_tokens < 1:
-            raise ArrieroError(f"max_tokens is {max_tokens}", expected="at least 1")
+        if max_tokens is not None and not (isinstance(max_tokens, Integral) and max_tokens >= 1):
+            raise ArrieroError(f"max_tokens is {max_tokens!r}", expected="a whole number of at least 1")
         if length + (max_tokens or 1) > self.context:
             raise self._too_long(length, max_tokens or 1)
         return max_tokens or self.context - length
@@ -296,8 +307,15 @@ class Session:
         if ids.ndim != 1 or np.any((ids < 0) | (ids >= vocabulary)):
             raise ArrieroError("the ids are not a flat list of known tokens", expected=f"numbers below {vocabulary}")
         features = np.zeros((0, self.spec.hidden_size), np.float32)
-        if prompt.pixel_values is not None and len(prompt.pixel_values):
-            features = self.backend.vision(prompt.pixel_values)
+        tiles, vision = prompt.pixel_values, self.spec.vision
+        if tiles is not None and len(tiles):
+            if vision is not None and tiles.shape[1:] != (3, vision.image_size, vision.image_size):
+                raise ArrieroError(
+                    f"pixel_values has the shape {list(tiles.shape)}",
+                    expected=f"tiles [n, 3, {vision.image_size}, {vision.image_size}]",
+                    remedy="Encode the images with the session's processor",
+                )
+            features = self.backend.vision(tiles.astype(np.float32, copy=False))
         placeholders = int(np.sum(ids == self.spec.image_token_id))
         if placeholders != len(features):
             raise ArrieroError(

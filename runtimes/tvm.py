@@ -149,11 +149,18 @@ _configured = threading.local()
 
 def use_threads(threads: int) -> None:
     """Let the calling thread's next run use `threads` threads; TVM keeps a pool of workers per calling thread."""
-    if getattr(_configured, "threads", None) != threads:
+    process, configured = getattr(_configured, "pool", (os.getpid(), None))
+    if process != os.getpid():  # it would wait for workers that did not come along
+        raise ArrieroError(
+            "TVM was used in this process before it was forked",
+            expected="a pool of threads that is this process's own",
+            remedy="Start the process by spawn, or load bundles after the fork only",
+        )
+    if configured != threads:
         import tvm_ffi
 
         tvm_ffi.get_global_func("runtime.config_threadpool")(1, threads)
-        _configured.threads = threads
+        _configured.pool = process, threads
 
 
 def load_runtime() -> Any:

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-COMMAND = [sys.executable, "-m", "arriero.export.cli"]
+COMMAND = [sys.executable, "-m", "arriero.export"]
 
 
 def stages(output: Path) -> dict[str, int]:

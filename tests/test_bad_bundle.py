@@ -184,6 +184,12 @@ def test_a_report_that_cannot_be_written(workshop, tmp_path):
     check(arriero("parity", workshop / "bundles" / "fp32", "--html", tmp_path), "cannot be written", "", "path")
 
 
+@pytest.mark.parametrize("chosen", [("--set", "seen.jsonl"), ("--samples", "9"), ("--seed", "3")])
+def test_a_choice_of_prompts_that_nothing_would_be_measured_on(workshop, chosen):
+    refused = arriero("parity", workshop / "bundles" / "fp32", *chosen)
+    check(refused, "without --against nothing is", chosen[0], "Add --against")
+
+
 @pytest.mark.parametrize("against", ["gone", "scout/config.json"])
 def test_parity_against_no_checkpoint(workshop, against):
     refused = arriero("parity", workshop / "bundles" / "fp32", "--against", workshop / against)

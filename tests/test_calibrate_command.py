@@ -184,4 +184,9 @@ def test_parity_on_prompts_of_ones_own(bench: Path, workshop: Path, tmp_path: Pa
     names = [case["name"] for case in told.json["cases"]]
     assert len(names) == 3
     assert all(name.startswith("seen.jsonl:") for name in names)
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "What is 2 + 2?"}\n')
+    unanswered = arriero(*asked, "--set", tmp_path / "asked.jsonl")
+    assert unanswered.code == 0, "float32 promises no accuracy"
+    judged = ("parity", workshop / "bundles" / "int8", *asked[2:], "--set", tmp_path / "asked.jsonl")
+    check(arriero(*judged), "no parity case has an answer", "thresholds.task_accuracy_drop", "Give answers")
     check(arriero(*asked, "--set", tmp_path / "gone.jsonl"), "no such data set", "gone.jsonl", "JSONL file")

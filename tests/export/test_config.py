@@ -97,10 +97,17 @@ BAD = {
     "nested unknown": ("context: 4096", "contxt: 4096", r":9: targets\[0\].contxt: unknown key.*mean 'context'"),
     "nested missing": ("    backend: onnxruntime\n", "", r":6: targets\[0\].backend: is missing\. The runtime"),
     "version": ("version: 1", "version: 2", r":1: version: 2 is not valid; expected 1"),
+    "version quoted": (
+        "version: 1",
+        'version: "1"',
+        r":1: version: '1' is not valid; expected 1. Write it without quo",
+    ),
     "version text": ("version: 1", "version: one", r":1: version: 'one' is not valid; expected 1"),
     "model folder": ("model: model", "model: modle", r":2: model: there is no folder .*modle; .*Did you mean model\?"),
     "model file": ("model: model", "model: build.yaml", r":2: model: build.yaml is a file; .* Write the folder: \."),
     "model number": ("model: model", "model: 7", r":2: model: 7 names no model; expected a folder, or hf://"),
+    "model none": ("model: model", "model:", r":2: model: has no value; expected a folder, or hf://"),
+    "model half a character": ("model: model", 'model: "\\ud800"', r":2: model: holds half of a surrogate pair"),
     "model hub": ("model: model", "model: hf://scout", r"'hf://scout' is malformed; .*For example hf://meta-llama"),
     "no text": ("[text, image]", "[image]", r":3: modalities: text is missing: .* Write `modalities: \[text, image\]`"),
     "modality": ("[text, image]", "[text, imge]", r":3: modalities\[1\]: 'imge' .*expected 'text' or 'image'.*'image'"),
@@ -207,6 +214,8 @@ BAD = {
     "colon": ("output: out", "output: a: b", r"build.yaml:4: is not YAML: mapping values are not allowed"),
     "two documents": ("targets:", "---\ntargets:", r"build.yaml:5: is not YAML: but found another document"),
     "alias": ("output: out", "output: *x", r"build.yaml:4: is not YAML: found undefined alias 'x'"),
+    "number that is none": ("context: 4096", "context: !!int many", r"context: 'many' is not valid; .*whole number"),
+    "number too long": ("context: 4096", f"context: {'9' * 5000}", r"context: '9+\.\.\. is not valid; .*whole number"),
     "tag": ("output: out", "output: !env OUT", r"build.yaml:4: output: the YAML tag !env has no meaning here"),
     "key a list": ("output: out", "[a]: out", r"build.yaml:4: a list or mapping cannot be a key; expected text"),
     "loop": ("parity:\n", "parity: &p\n  more: *p\n", r":14: parity.more: an alias contains itself"),
@@ -227,6 +236,8 @@ def test_a_mistake_is_named_with_its_place(folder, case):
     [
         (b"", "build.yaml:1: is empty; expected `key: value` lines. Start from the example"),
         (b"- a\n- b\n", "build.yaml:1: is not a mapping at its top"),
+        (b"version: 1\0", r"build.yaml: is not YAML: unacceptable character #x0000"),
+        (b"version: " + b"[" * 2000, r"build.yaml: is not YAML: maximum recursion depth"),
         (b"version: \xff", r"build.yaml: is not UTF-8 text \(byte 9\). Save it as UTF-8"),
     ],
 )
@@ -252,6 +263,12 @@ def test_all_mistakes_at_once_in_the_file_s_order(folder):
     assert caught.value.exit_code == 2
 
 
+def test_entries_that_are_all_wrong_are_still_entries(folder):
+    with pytest.raises(Problems) as caught:
+        load_build(write(folder, GOOD.replace("name: exact", "name: a/b").replace("name: portable-int8", "name: .a")))
+    assert ["cannot be a folder name" in problem.what for problem in caught.value.problems] == [True, True]
+
+
 def test_schema_agrees_with_the_models_and_describes_every_field():
     schema = json_schema()
     assert schema["required"] == ["version", "model", "modalities", "targets"]
@@ -261,6 +278,9 @@ def test_schema_agrees_with_the_models_and_describes_every_field():
         assert section["additionalProperties"] is False
         for field in section["properties"].values():
             assert field["description"].endswith(".")
+    name = schema["$defs"]["Target"]["properties"]["name"]["pattern"]
+    names = ("int8", "a.b-c_d", "x" * 64, "a/b", ".a", "a.", "a.partial", "a.old-1", "ñ", "x" * 65)
+    assert [bool(re.search(name, one)) for one in names] == [True] * 3 + [False] * 7
     metric = schema["$defs"]["Parity"]["properties"]["thresholds"]["propertyNames"]["pattern"]
     assert re.search(metric, "router_agreement")
     assert not re.search(metric, "rooter_agreement")

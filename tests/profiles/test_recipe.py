@@ -105,6 +105,7 @@ def test_a_pattern_must_take_the_whole_name() -> None:
     ("text", "words"),
     [
         ("name: [", ["not readable as YAML"]),
+        ("name: " + "[" * 2000, ["not readable as YAML", "recursion"]),
         ("name: p\nversion: 0\ndescription: d\nthresholds: {}\n", ["version"]),
         ("name: p\nversion: 1\ndescription: d\nthresholds: {}\nkep: []\n", ["kep"]),
         ("name: p\nversion: 1\ndescription: d\nthresholds: {}\nkeep: [{match: x}]\n", ["keep.0.reason"]),

@@ -163,8 +163,11 @@ def test_broken_images_are_refused(tmp_path):
         read_image(tmp_path / "b.png")
     with pytest.raises(ArrieroError, match="not a readable image"):
         read_image(tmp_path)
-    with pytest.raises(ArrieroError, match="not a readable image"):
-        read_image(17)
+    for neither in (17, "a\0b"):
+        with pytest.raises(ArrieroError, match="not a readable image"):
+            read_image(neither)
+    with pytest.raises(ArrieroError, match="the image is 0 by 5 pixels"):
+        read_image(Image.new("RGB", (0, 5)))
     for array in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)):
         with pytest.raises(ArrieroError, match="an image array is"):
             read_image(array)
@@ -191,8 +194,9 @@ def test_video_frames_are_the_middles_of_equal_parts(tmp_path):
     shades = [int(np.asarray(frame).mean()) for frame in frames]
     np.testing.assert_allclose(shades, [20, 70, 120, 170], atol=5)  # frames 2, 7, 12, 17; lossy colour coding
     assert len(read_video(path, 50)) == 20
-    with pytest.raises(ArrieroError, match="num_frames is 0"):
-        read_video(path, 0)
+    for count in (0, "4", 1.5):
+        with pytest.raises(ArrieroError, match=f"num_frames is {count!r}"):
+            read_video(path, count)
     path.write_bytes(b"no video")
     with pytest.raises(ArrieroError, match="video cannot be decoded"):
         read_video(path, 4)

@@ -87,6 +87,10 @@ def test_images_keep_the_order_of_their_places(processor, tmp_path):
         ([{"role": "user", "content": [{"type": "audio"}]}], [], r"content\[0\]: the entry of type 'audio'"),
         ([{"role": "user", "content": ["a"]}], [], "the entry of str is unknown"),
         ([{"role": "user", "content": [{"type": "video", "frames": []}]}], [], "the video has no frames"),
+        ([{"role": "user", "content": [{"type": "video", "frames": None}]}], [], "the entry of type 'video'"),
+        ([{"role": "user", "content": [{"type": "video", "path": None}]}], [], "the entry of type 'video'"),
+        ("a\udcff", [], "no character; expected text that can be written as UTF-8"),
+        ("a", 5, "5: this is not a readable image"),
     ],
 )
 def test_wrong_prompts_are_refused(processor, prompt, images, sentence):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -96,10 +97,19 @@ def test_json_round_trip_is_whole_and_repeatable(tmp_path):
     assert os.listdir(tmp_path) == ["parity.json"]
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "kind", "told"),
+    [
+        (errno.ENOSPC, OSError, "No space left"),
+        (errno.EROFS, ArrieroError, r"cannot be written \(Read-only"),
+        (errno.ENOENT, ArrieroError, "a path that can be written"),
+    ],
+)
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, number, kind, told):
     (tmp_path / "parity.json").write_text("old")
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    failure = OSError(number, os.strerror(number))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(failure))
+    with pytest.raises(kind, match=told):
         write_json(make_report(), tmp_path / "parity.json")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("parity.json", "old")]
 

@@ -27,6 +27,7 @@ def test_greedy_takes_the_likeliest_and_the_first_of_equals():
         (Sampling(temperature=1.0, top_p=0.81), [0, 0.5 / 0.95, 0.15 / 0.95, 0.3 / 0.95]),
         (Sampling(temperature=1.0, top_p=1e-9), [0, 1, 0, 0]),
         (Sampling(temperature=1.0, top_k=3, top_p=0.5), [0, 1, 0, 0]),
+        (Sampling(temperature=1e-320), [0, 1, 0, 0]),
         (Sampling(temperature=0.5), np.array([0.0025, 0.25, 0.0225, 0.09]) / 0.365),
     ],
 )

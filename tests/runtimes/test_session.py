@@ -176,16 +176,28 @@ def test_threads_sharing_a_session_answer_as_alone(session):
         ({"prompt": "x" * 100}, "exceed the context; expected at most 64 tokens together"),
         ({"prompt": "x", "max_tokens": 64}, "64 for the answer exceed the context"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens is 0"),
+        ({"prompt": "x", "max_tokens": "3"}, "max_tokens is '3'; expected a whole number"),
+        ({"prompt": "x", "max_tokens": 1.5}, "max_tokens is 1.5"),
         ({"prompt": "x", "temperature": -1.0}, "temperature is -1"),
+        ({"prompt": "x", "temperature": None}, "temperature is None; expected a number"),
+        ({"prompt": "x", "temperature": 1.0, "top_k": 1.5}, "top_k is 1.5; expected a whole number"),
+        ({"prompt": "x", "temperature": 1.0, "seed": "a"}, "seed is 'a'"),
         ({"prompt": "x", "temperature": float("nan")}, "temperature is nan"),
         ({"prompt": "x", "top_k": 0}, "top_k is 0"),
         ({"prompt": "x", "top_p": 1.5}, "top_p is 1.5"),
         ({"prompt": "x", "stop": [""]}, "a stop text is empty"),
+        ({"prompt": "x", "stop": None}, "a stop text is None; expected text"),
+        ({"prompt": "x", "stop": ["a", 5]}, "a stop text is 5"),
         ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": None}, "the prompt is a NoneType; expected a text"),
         ({"prompt": []}, "list of messages is empty"),
         ({"prompt": Prompt(np.zeros(0, np.int64))}, "the prompt has no tokens"),
         ({"prompt": Prompt(np.array([1, 999]))}, "not a flat list of known tokens"),
         ({"prompt": Prompt(np.array([IMAGE_TOKEN]))}, "hold 1 image placeholders and the images make 0"),
+        (
+            {"prompt": Prompt(np.array([1]), np.zeros((1, 3, 5, 5), np.float32))},
+            r"shape \[1, 3, 5, 5\]; expected tiles",
+        ),
         ({"prompt": Prompt(np.array([1])), "images": ["a.png"]}, "beside an encoded prompt"),
     ],
 )
@@ -205,3 +217,19 @@ def test_the_context_can_be_filled_to_its_last_token(session):
         session.decode(state, 5)
     with pytest.raises(ArrieroError, match="no image placeholder"):
         session.decode(session.prefill(Prompt(np.arange(3))), session.spec.image_token_id)
+
+
+def test_a_closed_session_says_so_and_may_be_closed_again(session):
+    stream, state = session.generate("hello", stream=True, max_tokens=9), session.prefill("hello")
+    next(stream)
+    session.close()
+    session.close()
+    for use in (
+        lambda: next(stream),
+        lambda: session.generate("hello"),
+        lambda: session.generate_batch(["hello"]),
+        lambda: session.decode(state, 5),
+        lambda: session.logits(np.arange(3)),
+    ):
+        with pytest.raises(ArrieroError, match="the session is closed"):
+            use()
