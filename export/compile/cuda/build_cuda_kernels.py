@@ -22,9 +22,9 @@ from arriero.export.compile.cuda.launch import KERNELS, Kernel, source_of
 from arriero.profiles.float8 import FP8_SINCE
 
 SOURCES = Path(__file__).parent
-# The GPUs that the kernels are compiled for, and the oldest PTX that knows the GPU and what the kernels ask of it: on
-# sm_89 and sm_90 products of E4M3, which are younger than these. A driver refuses PTX newer than itself, and nvcc stamps
-# its own version on code that needs nothing new, so the stamp is taken back to this; ptxas then checks that it holds.
+# The GPUs that the kernels are compiled for, and the oldest PTX that knows them and what the kernels ask of them (on
+# sm_89 and sm_90, products of E4M3). A driver refuses PTX newer than itself, and nvcc stamps its own version on code
+# that needs nothing new, so the stamp is taken back to this; ptxas then checks that it holds.
 PTX_VERSIONS = {
     "sm_80": "7.4",
     "sm_86": "7.4",

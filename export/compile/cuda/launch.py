@@ -85,11 +85,16 @@ def source_of(kernels: Iterable[Kernel]) -> str:
     return f"#define ARRIERO_KERNELS {' '.join(kernel.entry for kernel in kernels)}\n#include <experts.cu>\n"
 
 
+def activations_of(form: str, where: str) -> tuple[str, ...]:
+    """The activation types that `form` has kernels for. Raises ArrieroError for a form without any, naming the node."""
+    if form not in FORMS:
+        raise ArrieroError(f"there is no CUDA kernel for weights in {form!r}", where=where, expected=", ".join(FORMS))
+    return FORMS[form]
+
+
 def check_sizes(op: Op, form: str, experts: int, hidden: int, ffn: int, block: int, where: str) -> None:
     """Refuse sizes that the kernels of `op` do not compute, naming the node or tensor `where`."""
     remedy = "Choose a profile that has it, or the portable form of the experts"
-    if form not in FORMS:
-        raise ArrieroError(f"there is no CUDA kernel for weights in {form!r}", where=where, expected=", ".join(FORMS))
     if not 1 <= experts <= MOST_EXPERTS:
         raise ArrieroError(f"{experts} experts", where=where, expected=f"1 to {MOST_EXPERTS}", remedy=remedy)
     for name, size in (("hidden size", hidden), ("expert width", ffn)):

@@ -131,8 +131,8 @@ struct Int8Product {
     }
 };
 
-// E4M3 floats, from sm_89 on. The machine code of sm_89, 120 and 121 has this product (QMMA); for sm_90, 100, 103 and
-// 110 ptxas widens both sides and multiplies in float16 (F2FP, HMMA), which is the same function at float16's rate.
+// E4M3 floats, from sm_89 on. In machine code this is QMMA on sm_89, 120 and 121; F2FP and HMMA, so widened to float16,
+// on sm_90, 100, 103 and 110, whose own E4M3 products are other instructions, for whole warp groups.
 struct E4m3Product {
     using Sum = float;
     static ARRIERO_DEVICE u32 narrow(u32 first, u32 second) {
