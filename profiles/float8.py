@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from arriero.profiles.quantize import check_weight
 
 LARGEST = 448.0
+FP8_SINCE = 89  # the first GPUs whose tensor cores multiply it, by their compute capability times ten
 
 
 @dataclass(frozen=True)

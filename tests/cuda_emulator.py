@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from arriero.export.compile.cuda.launch import SCALARS, THREADS, Kernel
+from arriero.export.compile.cuda.launch import KERNELS, SCALARS, THREADS, Kernel, source_of
 
 HEADERS = Path(__file__).with_name("cuda_emulated")
 SOURCES = Path(__file__).parents[1] / "export" / "compile" / "cuda"
@@ -19,8 +19,11 @@ FLAGS = ["-x", "c++", "-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra
 FORWARD = np.arange(THREADS)
 
 
-def build(out: Path, headers: Sequence[Path] = (HEADERS, SOURCES), source: str = "#include <experts.cu>\n") -> None:
-    """Compile all kernels into the shared library `out`."""
+EVERY = source_of(KERNELS)
+
+
+def build(out: Path, headers: Sequence[Path] = (HEADERS, SOURCES), source: str = EVERY) -> None:
+    """Compile `source`, by default all kernels, into the shared library `out`."""
     include = [f"-I{folder}" for folder in headers]
     done = subprocess.run(["g++", *FLAGS, *include, "-", "-o", str(out)], input=source, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -29,11 +32,27 @@ def build(out: Path, headers: Sequence[Path] = (HEADERS, SOURCES), source: str =
 def cached_library(config: pytest.Config) -> Path:
     """All kernels over the emulation, compiled once per version of the sources."""
     files = sorted([*HEADERS.iterdir(), *SOURCES.glob("*.h"), *SOURCES.glob("*.cu")])
-    key = hashlib.sha256(b"".join([*(file.read_bytes() for file in files), *map(str.encode, FLAGS)])).hexdigest()[:16]
+    parts = [*(file.read_bytes() for file in files), *map(str.encode, [*FLAGS, EVERY])]
+    key = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
     path = config.cache.mkdir("cuda") / f"emulated-{key}.so"
     if not path.is_file():
         build(path)
     return path
+
+
+def build_altered(folder: Path, kernel: Kernel, changes: Mapping[str, tuple[str, str]]) -> Path:
+    """`kernel` alone, of sources or an emulation with `changes`: file -> what is there, and what instead."""
+    own = [source for source in [*SOURCES.glob("*.h"), *SOURCES.glob("*.cu")] if source.name != "ptx.h"]
+    folder.mkdir(exist_ok=True)
+    for source in [*own, *HEADERS.iterdir()]:
+        text = source.read_text()
+        if source.name in changes:
+            right, wrong = changes[source.name]
+            assert right in text
+            text = text.replace(right, wrong)
+        (folder / source.name).write_text(text)
+    build(folder / "altered.so", (folder,), source_of([kernel]))
+    return folder / "altered.so"
 
 
 class Broken(AssertionError):

@@ -10,34 +10,54 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from arriero.profiles.float8 import dequantize_float8, quantize_float8
-from arriero.profiles.lanes import pack_float8_lanes, pack_lanes
+from arriero.profiles.balance import InputScale, quantize_static, quantize_static_float8
+from arriero.profiles.float8 import to_bits
+from arriero.profiles.lanes import pack_byte_lanes, pack_int4_lanes
 from arriero.profiles.quantize import dequantize, quantize
 
 TYPES = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """A stack as the kernels read it, and the float64 values [E, N, K] that it stands for."""
+    """A stack as the kernels read it, and the numbers [E, N, K] multiplied: of eight bits, before the scales."""
 
     stored: np.ndarray
     scales: np.ndarray
-    values: np.ndarray
+    numbers: np.ndarray
+
+    @property
+    def values(self) -> np.ndarray:
+        """What the stack stands for, float64."""
+        wide = self.numbers.astype(np.float64)
+        return wide * self.scales[..., None] if self.scales.ndim == 2 else wide
 
 
-def store(weight: np.ndarray, form: str, activation: str, block: int) -> Matrices:
-    """Store float32 [E, N, K]."""
+def store(
+    weight: np.ndarray, inputs: np.ndarray, form: str, activation: str, block: int
+) -> tuple[Matrices, np.ndarray]:
+    """Store float32 [E, N, K], and what of float32 `inputs` [.., K] it is multiplied with: rounded, or codes."""
     if form == "exact":
         rounded = weight.astype(TYPES[activation])
-        return Matrices(rounded, np.full(1, np.nan, np.float32), rounded.astype(np.float64))
-    if form == "fp8":
-        floats = quantize_float8(weight, name="weight")
-        return Matrices(pack_float8_lanes(floats), floats.scales, dequantize_float8(floats).astype(np.float64))
-    bits = 4 if form == "int4" else 8
-    integers = quantize(weight, bits=bits, block=block or weight.shape[-1], name="weight")
-    scales = integers.scales if block else np.ascontiguousarray(integers.scales[..., 0])
-    return Matrices(pack_lanes(integers), scales, dequantize(integers).astype(np.float64))
+        return Matrices(rounded, np.full(1, np.nan, np.float32), rounded), inputs.astype(TYPES[activation])
+    if form == "int4":
+        integers = quantize(weight, bits=4, block=block, name="weight")
+        stack = Matrices(pack_int4_lanes(integers), integers.scales, dequantize(integers))
+        return stack, inputs.astype(TYPES[activation])
+    experts, _, features = weight.shape
+    known = InputScale(np.ones((experts, features), np.float32), np.full((experts, 1), np.abs(inputs).max()))
+    if form == "int8":
+        static = quantize_static(weight, known, name="weight")
+        codes = np.clip(np.rint(inputs * static.multiplier[0]), -127, 127)
+        packed = static.packed ^ 0x80
+        numbers = packed.view(np.int8)
+    else:
+        static = quantize_static_float8(weight, known, name="weight")
+        codes = to_bits(inputs * static.multiplier[0]).view(FLOAT8)
+        packed = static.bits
+        numbers = packed.view(FLOAT8)
+    return Matrices(pack_byte_lanes(packed), static.scales, numbers), codes.astype(np.float16)
 
 
 @dataclass(frozen=True)
@@ -57,7 +77,7 @@ class Case:
     @property
     def sizes(self) -> dict[str, int]:
         tokens, choices = self.expert_id.shape
-        experts, hidden, ffn = self.down.values.shape
+        experts, hidden, ffn = self.down.numbers.shape
         return {
             "tokens": tokens,
             "choices": choices,
@@ -86,23 +106,23 @@ class Case:
     def experts(self) -> np.ndarray:
         """Of each row, its expert, or -1."""
         ids = self.expert_id.reshape(-1)
-        return np.where((ids >= 0) & (ids < len(self.down.values)), ids, -1)
+        return np.where((ids >= 0) & (ids < len(self.down.numbers)), ids, -1)
 
     def gate_up_rows(self) -> np.ndarray:
-        rows = np.full(self.inner.shape, np.nan)
+        rows, values = np.full(self.inner.shape, np.nan), self.gate_up.values
         for row, expert in enumerate(self.experts()):
             if expert >= 0:
                 token = self.x[row // self.expert_id.shape[1]].astype(np.float64)
                 scaled = token * float(self.score.reshape(-1)[row])
-                gate, up = np.split(self.gate_up.values[expert] @ scaled, 2)
+                gate, up = np.split(values[expert] @ scaled, 2)
                 rows[row] = gate / (1 + np.exp(-gate)) * up
         return rows
 
     def down_rows(self) -> np.ndarray:
-        y = np.zeros(self.x.shape)
+        y, values = np.zeros(self.x.shape), self.down.values
         for row, expert in enumerate(self.experts()):
             if expert >= 0:
-                y[row // self.expert_id.shape[1]] += self.down.values[expert] @ self.inner[row].astype(np.float64)
+                y[row // self.expert_id.shape[1]] += values[expert] @ self.inner[row].astype(np.float64)
         return y
 
 
@@ -115,9 +135,10 @@ def draw_case(
     expert_id = np.ascontiguousarray(ids, dtype=np.int32)
     tokens, choices = expert_id.shape
     score = draw.uniform(0.02, 0.4, expert_id.shape).astype(np.float32)
-    x = (4 * draw.standard_normal((tokens, hidden))).astype(TYPES[activation])
-    inner = draw.standard_normal((tokens * choices, ffn)).astype(TYPES[activation])
+    x = 4 * draw.standard_normal((tokens, hidden), dtype=np.float32)
+    inner = draw.standard_normal((tokens * choices, ffn), dtype=np.float32)
     gate_up = 3 * draw.standard_normal((experts, 2 * ffn, hidden), dtype=np.float32) / hidden**0.5
     down = draw.standard_normal((experts, hidden, ffn), dtype=np.float32) / ffn**0.5
-    stored = (store(weight, form, activation, block) for weight in (gate_up, down))
-    return Case(form, activation, block, expert_id, score, x, inner, *stored)
+    first, x_codes = store(gate_up, x, form, activation, block)
+    second, inner_codes = store(down, inner, form, activation, block)
+    return Case(form, activation, block, expert_id, score, x_codes, inner_codes, first, second)

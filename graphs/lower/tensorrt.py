@@ -23,11 +23,12 @@ from arriero.graphs.passes.scatter_cache import narrow_attention, scatter_cache
 from arriero.graphs.passes.settle_reshapes import settle_reshapes
 from arriero.graphs.passes.store_weights import WeightStore
 from arriero.graphs.passes.tile_experts import tile_experts
+from arriero.profiles.float8 import FP8_SINCE
 from arriero.profiles.schemes import Exact, Fp8Static, Half, Int8Static, IntBlock, Scheme
 
-FP8_SINCE, BF16_SINCE = 89, 80
+BF16_SINCE = 80
 NATIVE_MOE_ON = (100, 103, 110)
-PLUGINS_ON = (87, 89, 90, 120)
+PLUGINS_SINCE = 80  # asynchronous copies came with it; every GPU since then has our kernels
 OPSET = ("", 24)  # the first with TensorScatter
 SCHEMES = (Exact, Half, IntBlock, Fp8Static, Int8Static)
 ExpertForm = Callable[[ir.Model, WeightStore, str], int]
@@ -68,17 +69,17 @@ def activations(assignment: Mapping[str, Scheme]) -> str:
 def lower(part: str, canonical: ir.Model, given: Lowering) -> WeightTable:
     """Lower one part as `lower_standard` does, for the GPU of `given`.
 
-    Experts take the form that the GPU has: TensorRT's own mixture of experts, our kernels as plugins, or tiles. The
-    first two know some schemes only; the others are always tiles.
+    Experts take the first form that the GPU has and that knows their scheme: TensorRT's own mixture of experts, our
+    kernels as plugins, or tiles, which know all.
     """
     assert given.cache is None
 
     def experts(model: ir.Model, store: WeightStore, narrow: str) -> int:
         made = 0
         if given.capability in NATIVE_MOE_ON:
-            made = replace_dispatch_with_native_moe(model, store)
-        elif given.capability in PLUGINS_ON:
-            made = replace_dispatch_with_plugins(model, store, narrow)
+            made += replace_dispatch_with_native_moe(model, store)
+        if given.capability >= PLUGINS_SINCE:
+            made += replace_dispatch_with_plugins(model, store, narrow)
         return made + tile_experts(model, store, narrow)
 
     return lower_standard(part, canonical, given, experts)

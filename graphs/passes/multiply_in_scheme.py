@@ -90,11 +90,23 @@ def keep_half(model: ir.Model, store: WeightStore) -> int:
     return count
 
 
-def _unit(before: ir.Node, scheme: Static) -> tuple[ir.Value, ir.Value]:
-    """The scale 1 and the zero of a static scheme's codes."""
-    one = constant(before, ir.tensor(np.array(1, np.float32)))
+def round_inputs(
+    before: ir.Node, scheme: Static, x: ir.Value, multiplier: ir.Value, dtype: ir.DataType = FLOAT
+) -> ir.Value:
+    """Emit the codes that x f32 times its multiplier is rounded to, as numbers of `dtype`, which holds them exactly."""
+    multiplied = insert(before, "Mul", [x, multiplier])
+    if isinstance(scheme, Int8Static):  # the operator would saturate at -128
+        ends = [constant(before, ir.tensor(np.array(end, np.float32))) for end in (-127, 127)]
+        multiplied = insert(before, "Clip", [multiplied, *ends])
     zero = np.array(0, np.int8 if isinstance(scheme, Int8Static) else ml_dtypes.float8_e4m3fn)
-    return one, constant(before, ir.tensor(zero))
+    none = constant(before, ir.tensor(zero))
+    rounded = insert(before, "QuantizeLinear", [multiplied, _one(before, FLOAT), none])
+    return insert(before, "DequantizeLinear", [rounded, _one(before, dtype), none])
+
+
+def _one(before: ir.Node, dtype: ir.DataType) -> ir.Value:
+    """The scale of codes that stay as they are."""
+    return constant(before, ir.tensor(np.array(1, dtype.numpy())))
 
 
 def _multiply(
@@ -136,19 +148,13 @@ def _static(
     experts: ir.Value | None,
 ) -> ir.Value:
     codes, scales, multiplier = store_static(store, name, new_name)
-    one, zero = _unit(before, scheme)
     if experts is not None:
         multiplier, scales = (_per_tile(before, value, experts) for value in (multiplier, scales))
-    multiplied = insert(before, "Mul", [x, multiplier])
-    if isinstance(scheme, Int8Static):  # the operator would saturate at -128
-        ends = [constant(before, ir.tensor(np.array(end, np.float32))) for end in (-127, 127)]
-        multiplied = insert(before, "Clip", [multiplied, *ends])
-    rounded = insert(before, "QuantizeLinear", [multiplied, one, zero])
-    inputs = insert(before, "DequantizeLinear", [rounded, one, zero])
+    inputs = round_inputs(before, scheme, x, multiplier)
     if experts is None:
         weight = insert(before, "DequantizeLinear", [codes, scales], axis=0)
         return insert(before, "MatMul", [inputs, _taken(before, weight, None)])
-    weight = insert(before, "DequantizeLinear", [codes, one])
+    weight = insert(before, "DequantizeLinear", [codes, _one(before, FLOAT)])
     return insert(before, "Mul", [insert(before, "MatMul", [inputs, _taken(before, weight, experts)]), scales])
 
 

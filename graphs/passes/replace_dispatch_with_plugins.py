@@ -2,8 +2,10 @@
 
 The nodes are plugins compiled ahead of time into the engine; their layouts of weights are the kernels' own. Case 1,
 16-bit floats: rows of output features, plain, and one scale that nothing reads. Case 2, int4 in blocks: packed rows
-with a float32 scale per block.
-Legend: T tokens, k experts per token, E experts, N output and K input features of an expert's matrix.
+with a float32 scale per block. Case 3, static eight bits beside float16: packed rows with a float32 scale per output,
+and inputs that the graph rounds to codes; as an expert has a range of its own for the inputs that the score has scaled,
+each pair goes into ExpertGateUp as a token of its own, with score 1.
+Legend: T tokens, k experts per token, P = T k pairs, E experts, N output and K input features of an expert's matrix.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ import onnx_ir as ir
 
 from arriero.graphs.functions import EXPERT_DISPATCH
 from arriero.graphs.passes.become import become, constant, insert
-from arriero.graphs.passes.multiply_in_scheme import FLOAT, TYPES
-from arriero.graphs.passes.store_codes import rounded_experts
+from arriero.graphs.passes.choices import scale_inputs
+from arriero.graphs.passes.multiply_in_scheme import FLOAT, TYPES, round_inputs
+from arriero.graphs.passes.store_codes import Arrays, rounded_experts, static_experts
 from arriero.graphs.passes.store_weights import HALVES, WeightStore, narrow
 from arriero.graphs.weights import Spec
-from arriero.profiles.schemes import Half, IntBlock, Scheme
+from arriero.profiles.lanes import pack_byte_lanes, pack_int4_lanes, row_words
+from arriero.profiles.schemes import Half, IntBlock, Scheme, Static
 
 PLUGINS = "arriero"
 GATE_UP, DOWN = "ExpertGateUp", "ExpertDown"
@@ -30,69 +34,100 @@ BLOCKS = (32, 64, 128)  # those that the kernels read
 def replace_dispatch_with_plugins(model: ir.Model, store: WeightStore, activations: str) -> int:
     """Rewrite every ExpertDispatch whose experts the kernels read; give how many. Others are left as they are.
 
-    ExpertGateUp(x [T, H], expert_id i32 [T, k], score f32 [T, k], gate_up, scales) -> inner [T*k, F];
-    ExpertDown(inner, expert_id, down, scales) -> [T, H]. Attributes: `form` of the weights (exact, int4), and `aot`,
-    which asks for the kind of plugin that needs no Python. `activations`: F16 or BF16; in float32 there is no kernel.
+    ExpertGateUp(x [T, H], expert_id i32 [T, k], score f32 [T, k], gate_up, scales) -> inner [P, F];
+    ExpertDown(inner, expert_id, down, scales) -> [T, H]. Attributes: `form`, exact, int4, int8 or fp8, and `aot`, which
+    asks for the kind of plugin that needs no Python. `activations`: F16 or BF16; in float32 there is no kernel.
     """
     count = 0
     for node in [node for node in model.graph if node.op_type == EXPERT_DISPATCH]:
         x, expert_id, score, *stacks = node.inputs
         names = [str(value.name) for value in stacks if value is not None]
-        schemes = [store.schemes[name] for name in names]
-        if activations == "F32" or not all(_read(scheme, activations) for scheme in schemes):
+        gate_up, down = (store.schemes[name] for name in names)
+        forms = [form for form in (_form(scheme, activations) for scheme in (gate_up, down)) if form is not None]
+        if len(forms) < len(names):
             continue
-        dtype = int(TYPES[activations])
-        first, second = (_weights(node, store, name, scheme) for name, scheme in zip(names, schemes, strict=True))
-        narrowed = insert(node, "Cast", [x], to=dtype)
+        assert expert_id is not None
+        assert expert_id.shape is not None
+        per_token, hidden = expert_id.shape[1], store.checkpoint.tensors[names[0]].shape[1]
+        assert isinstance(per_token, int)
         chosen = insert(node, "Cast", [expert_id], to=INT32)
-        inner = ir.node(GATE_UP, [narrowed, chosen, score, *first], _attributes(schemes[0]), domain=PLUGINS)
-        outer = ir.node(DOWN, [inner.outputs[0], chosen, *second], _attributes(schemes[1]), domain=PLUGINS)
-        model.graph.insert_before(node, [inner, outer])
-        become(node, "Cast", [outer.outputs[0]], {"to": int(FLOAT)}, domain="")
+        pairs = insert(node, "Reshape", [chosen, constant(node, [-1])])  # [P]
+        weights, scales, *multiplier = _weights(node, store, names[0], gate_up)
+        if isinstance(gate_up, Static):  # case 3
+            scaled = scale_inputs(node, x, score, per_token, hidden)
+            column = insert(node, "Unsqueeze", [pairs, constant(node, [1])])
+            one = constant(node, ir.tensor(np.array(1, np.float32)))
+            ones = insert(node, "Expand", [one, insert(node, "Shape", [column])])
+            routed: list[ir.Value | None] = [_codes(node, gate_up, scaled, multiplier[0], pairs), column, ones]
+        else:
+            routed = [insert(node, "Cast", [x], to=int(TYPES[activations])), chosen, score]
+        inner = _plugin(node, GATE_UP, [*routed, weights, scales], forms[0])
+        weights, scales, *multiplier = _weights(node, store, names[1], down)
+        if isinstance(down, Static):  # case 3
+            inner = _codes(node, down, insert(node, "Cast", [inner], to=int(FLOAT)), multiplier[0], pairs)
+        outer = _plugin(node, DOWN, [inner, chosen, weights, scales], forms[1])
+        become(node, "Cast", [outer], {"to": int(FLOAT)}, domain="")
         count += 1
     if count:
         model.opset_imports[PLUGINS] = 1
     return count
 
 
-def _read(scheme: Scheme, activations: str) -> bool:
+def _form(scheme: Scheme, activations: str) -> str | None:
+    """The kernels' form for a scheme beside `activations`; None where there is none."""
     if isinstance(scheme, Half):
-        return scheme.label.upper() == activations
-    return isinstance(scheme, IntBlock) and (scheme.bits, scheme.accuracy_level) == (4, 0) and scheme.block in BLOCKS
+        return "exact" if scheme.label.upper() == activations else None
+    if isinstance(scheme, Static):
+        return scheme.word if activations == "F16" else None
+    read = isinstance(scheme, IntBlock) and (scheme.bits, scheme.accuracy_level) == (4, 0) and scheme.block in BLOCKS
+    return "int4" if read and activations != "F32" else None
 
 
-def _attributes(scheme: Scheme) -> dict[str, str | int]:
-    return {"plugin_namespace": PLUGINS, "form": "int4" if isinstance(scheme, IntBlock) else "exact", "aot": 1}
+def _plugin(node: ir.Node, kind: str, inputs: list[ir.Value | None], form: str) -> ir.Value:
+    plugin = ir.node(kind, inputs, {"plugin_namespace": PLUGINS, "form": form, "aot": 1}, domain=PLUGINS)
+    assert node.graph is not None
+    node.graph.insert_before(node, plugin)
+    return plugin.outputs[0]
+
+
+def _codes(node: ir.Node, scheme: Static, x: ir.Value, multiplier: ir.Value, pairs: ir.Value) -> ir.Value:
+    """The codes f16 [P, K] of x f32 [P, K], each pair's by the multipliers [E, K] of its expert."""
+    return round_inputs(node, scheme, x, insert(node, "Gather", [multiplier, pairs], axis=0), TYPES["F16"])
 
 
 def _weights(node: ir.Node, store: WeightStore, name: str, scheme: Scheme) -> list[ir.Value]:
-    """The weights of the stack `name` [E, K, N], output features first, and their scales."""
+    """The stack `name` [E, K, N], output features first, and its scales; in case 3 multipliers of its inputs, too."""
     experts, features, outputs = store.checkpoint.tensors[name].shape
-    if isinstance(scheme, IntBlock):
-        return _packed(store, name, scheme)
-    label = scheme.label.upper()
+    if isinstance(scheme, Half):  # case 1
+        label = scheme.label.upper()
 
-    def pieces() -> Iterator[tuple[np.ndarray]]:
-        for expert in range(experts):
-            rows = store.checkpoint.read_float32(name, expert, expert + 1)[0].T
-            yield (narrow(np.ascontiguousarray(rows), HALVES[label], name).view(np.uint16)[None],)
+        def rows() -> Iterator[Arrays]:
+            for expert in range(experts):
+                turned = np.ascontiguousarray(store.checkpoint.read_float32(name, expert, expert + 1)[0].T)
+                yield (narrow(turned, HALVES[label], name).view(np.uint16)[None],)
 
-    rows = store.promise([Spec(f"{name}.rows", label, (experts, outputs, features))], scheme.label, pieces)
-    return [*rows, constant(node, ir.tensor(np.ones(1, np.float32)))]
+        plain = store.promise([Spec(f"{name}.rows", label, (experts, outputs, features))], scheme.label, rows)
+        return [*plain, constant(node, ir.tensor(np.ones(1, np.float32)))]
+    if isinstance(scheme, IntBlock):  # case 2
+        specs = [
+            Spec(f"{name}.packed", "I32", (experts, outputs, row_words(scheme.bits, features))),
+            Spec(f"{name}.scales", "F32", (experts, outputs, features // scheme.block)),
+        ]
 
+        def blocks() -> Iterator[Arrays]:
+            for found in rounded_experts(store, name, scheme):
+                yield pack_int4_lanes(found)[None], found.scales[None]
 
-def _packed(store: WeightStore, name: str, scheme: IntBlock) -> list[ir.Value]:
-    # Imported here: only engines with our own kernels have this layout.
-    from arriero.profiles.lanes import pack_lanes, row_words
-
-    experts, features, outputs = store.checkpoint.tensors[name].shape
+        return store.promise(specs, scheme.label, blocks)
+    assert isinstance(scheme, Static)  # case 3
     specs = [
-        Spec(f"{name}.packed", "I32", (experts, outputs, row_words(scheme.bits, features))),
-        Spec(f"{name}.scales", "F32", (experts, outputs, features // scheme.block)),
+        Spec(f"{name}.packed", "I32", (experts, outputs, row_words(8, features))),
+        Spec(f"{name}.scales", "F32", (experts, outputs)),
+        Spec(f"{name}.multiplier", "F32", (experts, features)),
     ]
 
-    def pieces() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for found in rounded_experts(store, name, scheme):
-            yield pack_lanes(found)[None], found.scales[None]
+    def channels() -> Iterator[Arrays]:
+        for codes, factors, multiplier in static_experts(store, name, scheme):
+            yield pack_byte_lanes(codes)[None], factors[None], multiplier[None]
 
-    return store.promise(specs, scheme.label, pieces)
+    return store.promise(specs, scheme.label, channels)

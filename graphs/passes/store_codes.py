@@ -57,17 +57,23 @@ def store_static(store: WeightStore, name: str, new_name: str | None = None) -> 
     ]
 
     def pieces() -> Iterator[Arrays]:
-        inputs = _inputs(store, name, scheme)
         if not stacked:
+            inputs = _inputs(store, name, scheme)
             parts = [_round(rows, scheme, inputs, name) for rows in store.rows(name)]
             yield (*(np.concatenate([part[kind] for part in parts]) for kind in (0, 1)), parts[0][2])
             return
-        for expert in range(shape[0]):
-            mine = InputScale(inputs.divisors[expert], inputs.largest[expert])
-            packed, factors, multiplier = _round(_expert(store, name, expert), scheme, mine, name)
+        for packed, factors, multiplier in static_experts(store, name, scheme):
             yield np.ascontiguousarray(packed.T)[None], factors[None], multiplier[None]
 
     return store.promise(specs, scheme.label, pieces)
+
+
+def static_experts(store: WeightStore, name: str, scheme: Static) -> Iterator[Arrays]:
+    """Codes [N, K], as bytes, scales [N] and multipliers of inputs [K] of each expert of the stack `name`."""
+    inputs = _inputs(store, name, scheme)
+    for expert in range(store.checkpoint.tensors[name].shape[0]):
+        mine = InputScale(inputs.divisors[expert], inputs.largest[expert])
+        yield _round(_expert(store, name, expert), scheme, mine, name)
 
 
 def _round(rows: np.ndarray, scheme: Static, inputs: InputScale, name: str) -> Arrays:

@@ -80,38 +80,40 @@ inline u32 choose_bytes(u32 a, u32 b, u32 selector) {
 inline float exponential2(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 
-// sum[16x8] += a[16x16] b[16x8]; lane 4g + t holds, in words of two values, of a the rows g and g + 8 in the columns
-// 2t and 2t + 8, of b the column g in the rows 2t and 2t + 8, of sum the rows g and g + 8 in the columns 2t, 2t + 1.
-template <class Act>
+// sum[16xK] += a[16xK] b[Kx8] of values that lie `PER_WORD` in a word, K = 8 PER_WORD. Lane 4g + t holds, of a the rows g
+// and g + 8, of b the column g, in each the words t and 4 + t of the row or column; of sum the rows g and g + 8 in the
+// columns 2t, 2t + 1.
+template <class Type>
 void multiply_fragments(emulator::Operands* lanes) {
-    float a[16][16], b[16][8];
+    constexpr int PER_WORD = Type::PER_WORD, K = 8 * PER_WORD, BITS = 32 / PER_WORD;
+    typename Type::Sum a[16][K], b[K][8];
+    const auto value = [](u32 word, int j) { return Type::value(word >> BITS * j & ((1u << BITS) - 1)); };
     for (int lane = 0; lane < 32; ++lane) {
         const int g = lane / 4, t = lane % 4;
         const u32* word = lanes[lane].word;
-        for (int i = 0; i < 4; ++i) {
-            for (int j = 0; j < 2; ++j) {
-                a[g + 8 * (i % 2)][2 * t + 8 * (i / 2) + j] = Act::value(static_cast<u16>(word[i] >> 16 * j));
-            }
-        }
-        for (int i = 0; i < 2; ++i) {
-            for (int j = 0; j < 2; ++j) b[2 * t + 8 * i + j][g] = Act::value(static_cast<u16>(word[4 + i] >> 16 * j));
+        for (int j = 0; j < PER_WORD; ++j) {
+            for (int i = 0; i < 4; ++i) a[g + 8 * (i % 2)][(t + 4 * (i / 2)) * PER_WORD + j] = value(word[i], j);
+            for (int i = 0; i < 2; ++i) b[(t + 4 * i) * PER_WORD + j][g] = value(word[4 + i], j);
         }
     }
     for (int lane = 0; lane < 32; ++lane) {
+        typename Type::Sum sums[4];
+        memcpy(sums, lanes[lane].sum, sizeof sums);
         for (int i = 0; i < 4; ++i) {
             const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
-            float sum = 0;
-            for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
-            lanes[lane].sum[i] += sum;
+            typename Type::Sum sum = 0;
+            for (int k = 0; k < K; ++k) sum += a[row][k] * b[k][column];
+            sums[i] += sum;
         }
+        memcpy(lanes[lane].sum, sums, sizeof sums);
     }
 }
 
-template <class Act>
-inline void multiply_tile_of(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+template <class Type>
+inline void multiply_tile_of(typename Type::Sum (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     emulator::Operands mine{nullptr, {a0, a1, a2, a3, b0, b1}, {}};
     memcpy(mine.sum, sum, sizeof sum);
-    memcpy(sum, emulator::warp_together(multiply_fragments<Act>, mine).sum, sizeof sum);
+    memcpy(sum, emulator::warp_together(multiply_fragments<Type>, mine).sum, sizeof sum);
 }
 
 template <class Act>
@@ -126,6 +128,8 @@ inline u32 multiply_add_of(u32 a, u32 b, u32 c) {
 }
 
 struct Half {
+    using Sum = float;
+    static constexpr int PER_WORD = 2;
     static float value(u16 bits) {
         _Float16 x;
         memcpy(&x, &bits, 2);
@@ -145,6 +149,8 @@ struct Half {
 };
 
 struct Bfloat {
+    using Sum = float;
+    static constexpr int PER_WORD = 2;
     static float value(u16 bits) {
         const u32 wide = static_cast<u32>(bits) << 16;
         float x;
@@ -161,6 +167,45 @@ struct Bfloat {
     static u32 multiply_add(u32 a, u32 b, u32 c) { return multiply_add_of<Bfloat>(a, b, c); }
     static void multiply_tile(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
         multiply_tile_of<Bfloat>(sum, a0, a1, a2, a3, b0, b1);
+    }
+};
+
+struct Int8Product {
+    using Sum = int;
+    static constexpr int PER_WORD = 4;
+    static int value(u32 bits) { return static_cast<signed char>(bits); }
+    static void multiply_tile(int (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+        multiply_tile_of<Int8Product>(sum, a0, a1, a2, a3, b0, b1);
+    }
+};
+
+struct E4m3Product {
+    using Sum = float;
+    static constexpr int PER_WORD = 4;
+    static float value(u32 bits) {
+        const int exponent = bits >> 3 & 15, fraction = bits & 7;
+        if (exponent == 15 && fraction == 7) return NAN;
+        const float magnitude = exponent ? std::ldexp(8.0f + fraction, exponent - 10) : std::ldexp(1.0f * fraction, -9);
+        return bits & 0x80 ? -magnitude : magnitude;
+    }
+    // the nearest, of two the one with an even fraction; what is beyond 448 becomes 448
+    static u32 nearest(float x) {
+        if (std::isnan(x)) return 0x7f;
+        const float magnitude = std::fmin(std::fabs(x), 448.0f);
+        const int exponent = magnitude < 0x1p-6f ? -6 : std::ilogb(magnitude);
+        const u32 eighths = static_cast<u32>(std::nearbyint(std::ldexp(magnitude, 3 - exponent)));  // 16 is the next 8
+        return (std::signbit(x) ? 0x80 : 0) | ((exponent + 6) * 8 + eighths);
+    }
+    static u32 narrow(u32 first, u32 second) {
+        u32 bytes = 0;
+        for (int i = 0; i < 4; ++i) {
+            const u32 word = i < 2 ? first : second;
+            bytes |= nearest(Half::value(static_cast<u16>(word >> 16 * (i % 2)))) << 8 * i;
+        }
+        return bytes;
+    }
+    static void multiply_tile(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+        multiply_tile_of<E4m3Product>(sum, a0, a1, a2, a3, b0, b1);
     }
 };
 

@@ -30,16 +30,18 @@ SYMBOLS = (
 ).split()
 TYPES = {"f16": "HALF", "bf16": "BF16"}
 TOKENS, EXPERTS, HIDDEN, FFN = 150, 6, 256, 192
-GROUPS = {"int8": 64, "int8_block": 64, "fp8": 64, "int4": 128}  # weights in 16 words
+GROUPS = {"int8": 64, "fp8": 64, "int4": 128}  # weights in 16 words
 
 # op, form, activation, experts per token, block, whether the kernels are compiled
 WALKS = [
     ("gate_up", "int4", "f16", 1, 64, True),
-    ("down", "fp8", "bf16", 2, 0, True),
+    ("down", "fp8", "f16", 2, 0, True),
+    ("gate_up", "int8", "f16", 1, 0, True),
     ("gate_up", "exact", "bf16", 2, 0, False),
-    ("gate_up", "int8", "f16", 1, 0, False),
+    ("gate_up", "fp8", "f16", 1, 0, False),
     ("down", "exact", "f16", 1, 0, False),
-    ("down", "int8_block", "bf16", 1, 32, False),
+    ("down", "int8", "f16", 1, 0, False),
+    ("down", "int4", "bf16", 1, 32, False),
     ("down", "int4", "f16", 3, 32, False),
 ]
 
@@ -167,7 +169,15 @@ def test_what_the_kernels_do_not_compute_is_refused(probe):
     refusals = [
         (
             changed(gate_up, 0, kind="FLOAT"),
-            "ExpertGateUp: the type of its activations is FLOAT; expected HALF or BF16.",
+            "ExpertGateUp: the type of its activations is FLOAT; expected HALF beside int8.",
+        ),
+        (
+            changed(gate_up, 0, kind="BF16"),
+            "ExpertGateUp: the type of its activations is BF16; expected HALF beside int8.",
+        ),
+        (
+            changed(down, 0, kind="INT8"),
+            "ExpertDown: the type of its activations is INT8; expected HALF or BF16 beside int4.",
         ),
         (changed(gate_up, 1, kind="INT64"), "ExpertGateUp: the type of expert_id is INT64; expected INT32."),
         (changed(gate_up, 3, kind="INT8"), "ExpertGateUp: the type of int8 weights is INT8; expected INT32."),

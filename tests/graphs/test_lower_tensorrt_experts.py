@@ -15,12 +15,15 @@ import pytest
 
 from arriero.graphs.lower.part import Lowering
 from arriero.graphs.lower.tensorrt import lower
+from arriero.profiles.lanes import pack_int4_lanes
 from arriero.profiles.quantize import Quantized, quantize
-from arriero.profiles.schemes import Exact, Int8Static, IntBlock, Scheme
+from arriero.profiles.schemes import Exact, Half, Int8Static, IntBlock, Scheme
 from tests.graphs.test_lower_onnxruntime import CUTS, Built, relative, stepped, whole
 from tests.graphs.test_lower_tensorrt import HALF, HALF_TOLERANCE, INT4, InPlace, assign, built, same_routes
 
 __all__ = ["built"]
+
+INT8 = Int8Static(kind="int8_static").naive()
 
 # The node weights what an expert gives by its score; weights are [E, in, out], gate and up apart.
 NATIVE = """
@@ -95,7 +98,7 @@ def lowered(built: Built, schemes: dict[str, Scheme], out: Path, capability: int
 
 @pytest.mark.parametrize(
     ("capability", "nodes", "bodies"),
-    [(110, {"TRT_MoE": 1}, [NATIVE]), (89, {"ExpertGateUp": 1, "ExpertDown": 1}, [GATE_UP, DOWN]), (86, {}, [])],
+    [(110, {"TRT_MoE": 1}, [NATIVE]), (89, {"ExpertGateUp": 1, "ExpertDown": 1}, [GATE_UP, DOWN]), (75, {}, [])],
     ids=["native", "plugins", "tiles"],
 )
 def test_each_form_computes_llama_4s_dispatch(
@@ -120,17 +123,41 @@ def test_each_form_computes_llama_4s_dispatch(
 
 
 @pytest.mark.parametrize("capability", [110, 89])
-@pytest.mark.parametrize("scheme", [Int8Static(kind="int8_static").naive(), Exact()], ids=["int8", "fp32"])
+@pytest.mark.parametrize(
+    ("scheme", "rest"),
+    [(INT8, None), (INT8, Half(kind="half", format="bfloat16")), (INT4, None), (Exact(), None)],
+    ids=["int8 beside fp32", "int8 beside bf16", "int4 beside fp32", "fp32"],
+)
 def test_what_a_form_does_not_know_is_computed_in_tiles(
-    built: Built, tmp_path: Path, scheme: Scheme, capability: int
+    built: Built, tmp_path: Path, scheme: Scheme, rest: Scheme | None, capability: int
 ) -> None:
-    found = lowered(built, assign(built, scheme), tmp_path, capability)
+    found = lowered(built, assign(built, scheme, rest), tmp_path, capability)
     assert not {"TRT_MoE", "ExpertGateUp", "ExpertDispatch"} & set(found)
     assert found["ScatterElements"] == len(built.config.text.moe_layers)
 
 
+@pytest.mark.parametrize("scheme", [INT8, INT4], ids=["int8", "int4"])
+@pytest.mark.parametrize("capability", [75, 80, 110])
+def test_every_gpu_but_turing_has_the_plugins(built: Built, tmp_path: Path, scheme: Scheme, capability: int) -> None:
+    found = lowered(built, assign(built, scheme, HALF), tmp_path, capability)
+    assert found["ExpertGateUp"] == found["ExpertDown"] == (capability > 75) * len(built.config.text.moe_layers)
+    assert not {"TRT_MoE", "ExpertDispatch"} & set(found)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_layers_two_matrices_may_have_different_forms(built: Built, tmp_path: Path, order: int) -> None:
+    """Codes are made for the one in eight bits alone."""
+    schemes = assign(built, HALF, HALF)
+    pair = dict(zip(("gate_up_proj", "down_proj"), [INT8, INT4][::order], strict=True))
+    lowered(built, {name: pair.get(name.split(".")[-1], scheme) for name, scheme in schemes.items()}, tmp_path, 89)
+    nodes = [node for node in ir.load(tmp_path / "text.onnx").graph if node.domain == "arriero"]
+    forms = [node.attributes["form"].as_string() for node in nodes]
+    assert forms == ["int8", "int4"][::order] * len(built.config.text.moe_layers)
+    for node, form in zip(nodes, forms, strict=True):
+        assert (node.inputs[0].producer().op_type == "DequantizeLinear") == (form == "int8")
+
+
 def test_int4_goes_to_the_plugins_in_their_own_layout(built: Built, tmp_path: Path) -> None:
-    lanes = pytest.importorskip("arriero.profiles.lanes", reason="needs arriero.profiles.lanes, the kernels' layout")
     found = lowered(built, assign(built, INT4, HALF), tmp_path, 87)
     assert found["ExpertGateUp"] == found["ExpertDown"] == len(built.config.text.moe_layers)
     model = ir.load(tmp_path / "text.onnx")
@@ -144,7 +171,7 @@ def test_int4_goes_to_the_plugins_in_their_own_layout(built: Built, tmp_path: Pa
     name = str(node.inputs[2].name).removesuffix(".packed")
     stack = built.checkpoint.read_float32(name)
     wanted: Quantized = quantize(np.ascontiguousarray(stack.swapaxes(1, 2)), bits=4, block=32, name=name)
-    assert np.array_equal(packed, lanes.pack_lanes(wanted))
+    assert np.array_equal(packed, pack_int4_lanes(wanted))
     assert np.array_equal(scales, wanted.scales)
 
 

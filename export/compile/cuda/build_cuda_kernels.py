@@ -18,17 +18,19 @@ from functools import cache
 from pathlib import Path
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.export.compile.cuda.launch import Kernel, source_of
+from arriero.export.compile.cuda.launch import KERNELS, Kernel, source_of
+from arriero.profiles.float8 import FP8_SINCE
 
 SOURCES = Path(__file__).parent
-# The oldest PTX that knows the architecture. A driver refuses PTX newer than itself, and nvcc stamps its own version on
-# code that needs nothing new, so the stamp is taken back to this; ptxas then checks that it holds.
+# The GPUs that the kernels are compiled for, and the oldest PTX that knows them and what the kernels ask of them (on
+# sm_89 and sm_90, products of E4M3). A driver refuses PTX newer than itself, and nvcc stamps its own version on code
+# that needs nothing new, so the stamp is taken back to this; ptxas then checks that it holds.
 PTX_VERSIONS = {
     "sm_80": "7.4",
     "sm_86": "7.4",
     "sm_87": "7.4",
-    "sm_89": "7.8",
-    "sm_90": "7.8",
+    "sm_89": "8.4",
+    "sm_90": "8.4",
     "sm_100": "8.6",
     "sm_103": "8.8",
     "sm_110": "9.0",
@@ -49,24 +51,43 @@ class Blob:
     sha256: str
 
 
+def kernels_for(gpu: str) -> tuple[Kernel, ...]:
+    """The kernels that `gpu` ("sm_89") runs. Raises ArrieroError for a GPU that runs none."""
+    if gpu not in PTX_VERSIONS:
+        raise ArrieroError(
+            f"the experts' CUDA kernels do not run on {gpu}",
+            expected=f"one of {', '.join(PTX_VERSIONS)}",
+            remedy="Choose such a GPU, or the portable form of the experts",
+        )
+    return tuple(kernel for kernel in KERNELS if kernel.runs_on(gpu))
+
+
 def build_kernel(kernel: Kernel, gpu: str) -> Blob:
     """Compile `kernel` for `gpu` ("sm_89"). Raises ArrieroError for a GPU it does not run on, MachineLacks without a
     compiler. The same sources and compiler give the same bytes."""
+    if kernel not in kernels_for(gpu):
+        raise ArrieroError(
+            f"{gpu} has no products of weights in {kernel.form!r}",
+            where=kernel.name,
+            expected=f"sm_{FP8_SINCE} or newer",
+            remedy="Choose such a GPU, or a profile in int8",
+        )
     ptx = compile_ptx(source_of([kernel]), gpu)
     return Blob(kernel, gpu, ptx, hashlib.sha256(ptx.encode()).hexdigest())
 
 
 def compile_ptx(source: str, gpu: str) -> str:
     """PTX of `source` for `gpu`, readable by any driver that knows the architecture."""
+    nvcc = find_nvcc()
+    if shutil.which("g++") is None:
+        raise MachineLacks("nvcc needs a C++ compiler (`g++`)", remedy="Install it: `apt-get install g++`")
     with tempfile.TemporaryDirectory(prefix="cuda-") as scratch:
-        out = Path(scratch) / "kernels.ptx"
-        _compile(source, gpu, out, ["--ptx"])
-        return re.sub(r"^\.version \S+$", f".version {PTX_VERSIONS[gpu]}", out.read_text(), flags=re.MULTILINE)
-
-
-def compile_cubin(source: str, gpu: str, out: Path) -> str:
-    """Write machine code of `source` for `gpu` to `out`; gives what the assembler says of registers and spills."""
-    return _compile(source, gpu, out, ["--cubin", "-Xptxas=-v"])
+        # a name that does not change, as it may end up in what is compiled
+        (Path(scratch) / "kernels.cu").write_text(source)
+        command = [str(nvcc), *FLAGS, f"-arch={gpu}", "--ptx", f"-I{SOURCES}", "kernels.cu", "-o", "kernels.ptx"]
+        _run(command, gpu, scratch)
+        found = (Path(scratch) / "kernels.ptx").read_text()
+    return re.sub(r"^\.version \S+$", f".version {PTX_VERSIONS[gpu]}", found, flags=re.MULTILINE)
 
 
 def assemble(ptx: str, gpu: str, out: Path) -> str:
@@ -114,23 +135,6 @@ def find_nvcc() -> Path:
         expected="CUDA 12.8 or newer; 13.0 for Jetson Thor (sm_110)",
         remedy=f"Install it: `pip install {WHEELS}`, or CUDA's own package",
     )
-
-
-def _compile(source: str, gpu: str, out: Path, more: Sequence[str]) -> str:
-    if gpu not in PTX_VERSIONS:
-        raise ArrieroError(
-            f"the experts' CUDA kernels do not run on {gpu}",
-            expected=f"one of {', '.join(PTX_VERSIONS)}",
-            remedy="Choose such a GPU, or the portable form of the experts",
-        )
-    nvcc = find_nvcc()
-    if shutil.which("g++") is None:
-        raise MachineLacks("nvcc needs a C++ compiler (`g++`)", remedy="Install it: `apt-get install g++`")
-    with tempfile.TemporaryDirectory(prefix="cuda-") as scratch:
-        # a name that does not change, as it may end up in what is compiled
-        (Path(scratch) / "kernels.cu").write_text(source)
-        command = [str(nvcc), *FLAGS, f"-arch={gpu}", *more, f"-I{SOURCES}", "kernels.cu", "-o", str(out.resolve())]
-        return _run(command, gpu, scratch)
 
 
 def _run(command: Sequence[str], gpu: str, folder: str | None = None) -> str:

@@ -17,14 +17,16 @@ struct DecodeShared {
     Quad weights[WARPS][DEPTH][2][32];
     Quad tokens[WARPS][DEPTH][Form::STEPS][32];
     float scales[Form::scales == Scales::block ? WARPS : 1][DEPTH][2][8][Form::STEPS];
-    float sums[WARPS][4][32];
+    typename Form::Sum sums[WARPS][4][32];
     int items[DECODE_COLUMNS], count, next;
 };
 
-// sum += the product of 16 outputs of `expert` from `first` on with the columns' source rows, of this warp's groups.
-template <class Act, class Form, class Op>
+// sum += the product of 16 outputs of `expert` from `first` on with the columns' source rows, of this warp's groups,
+// but for the scales of whole rows.
+template <class Form, class Op>
 ARRIERO_DEVICE void decode_product(DecodeShared<Form>& shared, const Op& op, const Stack<Form>& stack,
-                                   const u16* source, int expert, int first, int row, float (&sum)[4]) {
+                                   const u16* source, int expert, int first, int row,
+                                   typename Form::Sum (&sum)[4]) {
     constexpr int DEPTH = DecodeShared<Form>::DEPTH, STEPS = Form::STEPS, GROUP = Stack<Form>::GROUP;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane / 4, mine = lane % 4;
     const int groups = stack.groups();
@@ -33,7 +35,7 @@ ARRIERO_DEVICE void decode_product(DecodeShared<Form>& shared, const Op& op, con
     for (int half = 0; half < 2; ++half) {
         const int output = op.half(first, half) + quad;
         weights[half] = stack.row_start(expert, output) + 16 * mine;
-        if (Form::scales != Scales::none) scales[half] = stack.scale_start(expert, output);
+        if (Form::scales == Scales::block) scales[half] = stack.scale_start(expert, output);
     }
     const u16* tokens = source + static_cast<size_t>(row < 0 ? 0 : row) * stack.inputs;
 
@@ -61,7 +63,6 @@ ARRIERO_DEVICE void decode_product(DecodeShared<Form>& shared, const Op& op, con
         commit_copies();
     };
 
-    float channel[4] = {0, 0, 0, 0};
     for (int ahead = 0; ahead < DEPTH - 1; ++ahead) request(warp + ahead * WARPS);
     for (int group = warp; group < groups; group += WARPS) {
         wait_copies<DEPTH - 2>();
@@ -72,23 +73,23 @@ ARRIERO_DEVICE void decode_product(DecodeShared<Form>& shared, const Op& op, con
         const Quad low = shared.weights[warp][slot][0][lane], high = shared.weights[warp][slot][1][lane];
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
-            u32 a[4], b[4];
-            Form::widen(low, step, a);
-            Form::widen(high, step, b);
-            const Quad x = shared.tokens[warp][slot][step][lane];
-            float part[4] = {0, 0, 0, 0};
-            float(&to)[4] = Form::scales == Scales::block ? part : Form::scales == Scales::channel ? channel : sum;
-            Act::multiply_tile(to, a[0], b[0], a[1], b[1], x.word[0], x.word[1]);
-            Act::multiply_tile(to, a[2], b[2], a[3], b[3], x.word[2], x.word[3]);
-            if (Form::scales == Scales::block) {
-                for (int i = 0; i < 4; ++i) sum[i] += part[i] * shared.scales[warp][slot][i / 2][quad][step];
+            u32 a[2][Form::WORDS], b[Form::WORDS];
+            Form::weights(low, step, a[0]);
+            Form::weights(high, step, a[1]);
+            Form::tokens(shared.tokens[warp][slot][step][lane], b);
+            if constexpr (Form::SPAN == 0) {
+                Form::multiply(sum, a[0], a[1], b);
+            } else {
+                float part[4] = {0, 0, 0, 0};
+                Form::multiply(part, a[0], a[1], b);
+                for (int i = 0; i < 4; ++i) {
+                    sum[i] += Form::scales == Scales::block ? part[i] * shared.scales[warp][slot][i / 2][quad][step]
+                                                            : part[i];
+                }
             }
         }
     }
     wait_copies<0>();
-    if (Form::scales == Scales::channel) {
-        for (int i = 0; i < 4; ++i) sum[i] += channel[i] * load_float(scales[i / 2]);
-    }
     // the next product's copies must not overtake this one's reads of scales
     if (Form::scales == Scales::block) warp_barrier();
 }
@@ -116,7 +117,7 @@ ARRIERO_DEVICE void find_items(DecodeShared<Form>& shared, const Op& op, const i
 
 // Grid: (items, width / TILE_OUTPUTS). The first item of each expert has the block that does all of them; where a
 // token's experts are summed, each token has its own block, so that the sum has one order.
-template <class Act, class Form, class Op>
+template <class Form, class Op>
 ARRIERO_DEVICE void decode(const Op& op, const int* expert_id, const u16* source, const Stack<Form>& stack) {
     ARRIERO_SHARED(DecodeShared<Form>, shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, item = blockIdx.x;
@@ -140,20 +141,26 @@ ARRIERO_DEVICE void decode(const Op& op, const int* expert_id, const u16* source
         block_barrier();
         const int count = shared.count, column = lane / 4;
         next = shared.next;
-        float sum[4] = {0, 0, 0, 0};
+        float total[4] = {0, 0, 0, 0};  // of the first warp
         for (int choice = 0; choice < op.passes(); ++choice) {
             const int expert = alone ? load_int(expert_id + op.id_of(item, choice)) : id;
-            if (expert < 0 || expert >= op.sizes.experts) continue;
+            const bool routed = expert >= 0 && expert < op.sizes.experts;
             const int row = column < count ? op.source_row(shared.items[column], choice) : -1;
-            decode_product<Act>(shared, op, stack, source, expert, first, row, sum);
-        }
-        for (int i = 0; i < 4; ++i) shared.sums[warp][i][lane] = sum[i];
-        block_barrier();
-        if (warp == 0) {
-            float total[4] = {0, 0, 0, 0};
-            for (int w = 0; w < WARPS; ++w) {
-                for (int i = 0; i < 4; ++i) total[i] += shared.sums[w][i][lane];
+            typename Form::Sum sum[4] = {0, 0, 0, 0};
+            if (routed) decode_product(shared, op, stack, source, expert, first, row, sum);
+            // the first warp may still read the sums of the choice before
+            if (choice > 0) block_barrier();
+            for (int i = 0; i < 4; ++i) shared.sums[warp][i][lane] = sum[i];
+            block_barrier();
+            if (warp == 0 && routed) {
+                for (int i = 0; i < 4; ++i) {
+                    typename Form::Sum whole = 0;
+                    for (int w = 0; w < WARPS; ++w) whole += shared.sums[w][i][lane];
+                    total[i] += static_cast<float>(whole) * stack.scale(expert, op.half(first, i / 2) + lane / 4);
+                }
             }
+        }
+        if (warp == 0) {
             for (int i = 0; i < 2; ++i) {
                 const int mine = 2 * (lane % 4) + i;
                 if (mine < count) op.store(shared.items[mine], first, lane, total[i], total[2 + i]);

@@ -1,12 +1,7 @@
-// The kernels' entry points: all of them, or those that ARRIERO_ONLY names, such as GATE_UP(decode, Half, f16, INT4).
+// The kernels' entry points: those that ARRIERO_KERNELS names, such as GATE_UP(decode, Half, f16, INT4).
 #include "arriero_experts.h"
 
 namespace arriero {
-
-template <class Act>
-using Int8Channel = Int8<Act, Scales::channel>;
-template <class Act>
-using Int8Block = Int8<Act, Scales::block>;
 
 template <class Form, class Op>
 ARRIERO_DEVICE Stack<Form> stack_of(const Op& op, const void* weights, const float* scales) {
@@ -26,35 +21,23 @@ ARRIERO_DEVICE Stack<Form> stack_of(const Op& op, const void* weights, const flo
                                    const void* gate_up, const float* scales, SIZES, arriero::u16* inner) {      \
         using namespace arriero;                                                                                \
         const GateUp<Act> op{{tokens, choices, experts, hidden, ffn, block}, score, inner};                     \
-        shape<Act>(op, expert_id, x, stack_of<Form<Act>>(op, gate_up, scales));                                 \
+        shape(op, expert_id, x, stack_of<Form>(op, gate_up, scales));                                           \
     }
 #define DOWN_ENTRY(shape, Act, name, Form)                                                                      \
     ENTRY(shape) down_##shape##_##name(const arriero::u16* inner, const int* expert_id, const void* down,              \
                                 const float* scales, SIZES, arriero::u16* y) {                                  \
         using namespace arriero;                                                                                \
         const Down<Act> op{{tokens, choices, experts, hidden, ffn, block}, y};                                  \
-        shape<Act>(op, expert_id, inner, stack_of<Form<Act>>(op, down, scales));                                \
+        shape(op, expert_id, inner, stack_of<Form>(op, down, scales));                                          \
     }
 
 // One per form: ENTRY_OF is one of the two above, `act` the activation type's name.
-#define EXACT(ENTRY_OF, shape, Act, act) ENTRY_OF(shape, Act, act##_exact, Exact)
-#define INT8(ENTRY_OF, shape, Act, act) ENTRY_OF(shape, Act, act##_int8, Int8Channel)
-#define INT8_BLOCK(ENTRY_OF, shape, Act, act) ENTRY_OF(shape, Act, act##_int8_block, Int8Block)
+#define EXACT(ENTRY_OF, shape, Act, act) ENTRY_OF(shape, Act, act##_exact, Exact<Act>)
+#define INT8(ENTRY_OF, shape, Act, act) ENTRY_OF(shape, Act, act##_int8, Int8)
 #define FP8(ENTRY_OF, shape, Act, act) ENTRY_OF(shape, Act, act##_fp8, Fp8)
-#define INT4(ENTRY_OF, shape, Act, act) ENTRY_OF(shape, Act, act##_int4, Int4)
+#define INT4(ENTRY_OF, shape, Act, act) ENTRY_OF(shape, Act, act##_int4, Int4<Act>)
 
 #define GATE_UP(shape, Act, act, FORM) FORM(GATE_UP_ENTRY, shape, Act, act)
 #define DOWN(shape, Act, act, FORM) FORM(DOWN_ENTRY, shape, Act, act)
 
-#ifdef ARRIERO_ONLY
-ARRIERO_ONLY
-#else
-#define EVERY_OP(shape, Act, act, FORM) GATE_UP(shape, Act, act, FORM) DOWN(shape, Act, act, FORM)
-#define EVERY_SHAPE(Act, act, FORM) EVERY_OP(decode, Act, act, FORM) EVERY_OP(prefill, Act, act, FORM)
-#define EVERY_TYPE(FORM) EVERY_SHAPE(Half, f16, FORM) EVERY_SHAPE(Bfloat, bf16, FORM)
-EVERY_TYPE(EXACT)
-EVERY_TYPE(INT8)
-EVERY_TYPE(INT8_BLOCK)
-EVERY_TYPE(FP8)
-EVERY_TYPE(INT4)
-#endif
+ARRIERO_KERNELS

@@ -1,4 +1,4 @@
-// The stored forms of a weight: how 16 bytes of a lane become exact pairs of the activation type.
+// The stored forms of a weight: how 16 bytes of a lane become operands of a product, and what they are multiplied with.
 #pragma once
 
 #include <ptx.h>
@@ -15,89 +15,84 @@ struct Bits;
 
 template <>
 struct Bits<Half> {
-    static constexpr u32 one = 0x3c00, base = 0x6400;              // 1024
-    static constexpr u32 minus_base_128 = 0xe480;                  // -(1024 + 128)
-    static constexpr u32 minus_base_8 = 0xe408;                    // -(1024 + 8)
-    static constexpr u32 fp8_shift = 1, fp8_mask = 0x3f80;         // exponent and fraction of E4M3, in Half's place
-    static constexpr u32 fp8_factor = 0x5c00;                      // 2^8: the difference of the exponents' biases
+    static constexpr u32 one = 0x3c00, base = 0x6400;  // 1024
+    static constexpr u32 minus_base_8 = 0xe408;        // -(1024 + 8)
 };
 
 template <>
 struct Bits<Bfloat> {
-    static constexpr u32 one = 0x3f80, base = 0x4300;              // 128
-    static constexpr u32 minus_base_8 = 0xc308;                    // -(128 + 8)
-    static constexpr u32 fp8_shift = 4, fp8_mask = 0x07f0;
-    static constexpr u32 fp8_factor = 0x7b80;                      // 2^120
+    static constexpr u32 one = 0x3f80, base = 0x4300;  // 128
+    static constexpr u32 minus_base_8 = 0xc308;        // -(128 + 8)
 };
 
-// Each form: STEPS blocks of 32 features in a group, and the 8 values of a lane in one of them as four pairs.
+// Each form: STEPS blocks of 32 features in a group; what a lane's 8 values of a block are as operands, WORDS words,
+// of weights and of tokens; the product of 16 outputs, of which each lane has two rows, with 8 tokens; and SPAN, the
+// steps after which the tensor cores' own sums are moved into float32 registers, 0 where they are good for a whole row.
+
+// Products in 16-bit floats.
+template <class Act>
+struct Wide {
+    using Sum = float;
+    static constexpr int WORDS = 4;
+    static ARRIERO_DEVICE void tokens(const Quad& x, u32 (&b)[4]) {
+        for (int i = 0; i < 4; ++i) b[i] = x.word[i];
+    }
+    static ARRIERO_DEVICE void multiply(float (&sum)[4], const u32 (&low)[4], const u32 (&high)[4], const u32 (&b)[4]) {
+        Act::multiply_tile(sum, low[0], high[0], low[1], high[1], b[0], b[1]);
+        Act::multiply_tile(sum, low[2], high[2], low[3], high[3], b[2], b[3]);
+    }
+};
 
 template <class Act>
-struct Exact {
+struct Exact : Wide<Act> {
     static constexpr Scales scales = Scales::none;
-    static constexpr int STEPS = 1;
-    static ARRIERO_DEVICE void widen(const Quad& raw, int, u32 (&pairs)[4]) {
-        for (int i = 0; i < 4; ++i) pairs[i] = raw.word[i];
-    }
-};
-
-// Offset binary bytes a c b d -> pairs (a, b), (c, d).
-ARRIERO_DEVICE void widen_bytes(Half, u32 word, u32& first, u32& second) {
-    constexpr u32 one = pair(Bits<Half>::one), offset = pair(Bits<Half>::minus_base_128), base = pair(0x6400);
-    first = Half::multiply_add(choose_bytes(word, base, 0x5250), one, offset);
-    second = Half::multiply_add(choose_bytes(word, base, 0x5351), one, offset);
-}
-
-// Bfloat has 7 bits of fraction: they take the low 7 bits, and the eighth chooses what is subtracted, 256 or 128.
-ARRIERO_DEVICE u32 widen_byte_pair(u32 bytes) {
-    const u32 low = (bytes & pair(0x7f)) | pair(Bits<Bfloat>::base);
-    const u32 offset = (bytes & pair(0x80)) ^ pair(0xc380);
-    return Bfloat::multiply_add(low, pair(Bits<Bfloat>::one), offset);
-}
-
-ARRIERO_DEVICE void widen_bytes(Bfloat, u32 word, u32& first, u32& second) {
-    first = widen_byte_pair(word & pair(0xff));
-    second = widen_byte_pair(word >> 8 & pair(0xff));
-}
-
-template <class Act, Scales where>
-struct Int8 {
-    static constexpr Scales scales = where;
-    static constexpr int STEPS = 2;
-    static ARRIERO_DEVICE void widen(const Quad& raw, int step, u32 (&pairs)[4]) {
-        for (int i = 0; i < 2; ++i) widen_bytes(Act{}, raw.word[2 * step + i], pairs[2 * i], pairs[2 * i + 1]);
+    static constexpr int STEPS = 1, SPAN = 0;
+    static ARRIERO_DEVICE void weights(const Quad& raw, int, u32 (&a)[4]) {
+        for (int i = 0; i < 4; ++i) a[i] = raw.word[i];
     }
 };
 
 template <class Act>
-struct Fp8 {
-    static constexpr Scales scales = Scales::channel;
-    static constexpr int STEPS = 2;
-    // E4M3 in the upper byte of each half of `bytes`; its subnormals become those of Act, so the product is exact
-    static ARRIERO_DEVICE u32 widen_pair(u32 bytes) {
-        using B = Bits<Act>;
-        const u32 value = (bytes & pair(0x8000)) | (bytes >> B::fp8_shift & pair(B::fp8_mask));
-        return Act::multiply_add(value, pair(B::fp8_factor), pair(0x8000));
-    }
-    static ARRIERO_DEVICE void widen(const Quad& raw, int step, u32 (&pairs)[4]) {
-        for (int i = 0; i < 2; ++i) {
-            const u32 word = raw.word[2 * step + i];
-            pairs[2 * i] = widen_pair(word << 8);
-            pairs[2 * i + 1] = widen_pair(word);
-        }
-    }
-};
-
-template <class Act>
-struct Int4 {
+struct Int4 : Wide<Act> {
     static constexpr Scales scales = Scales::block;
-    static constexpr int STEPS = 4;
-    static ARRIERO_DEVICE void widen(const Quad& raw, int step, u32 (&pairs)[4]) {
+    static constexpr int STEPS = 4, SPAN = 1;
+    static ARRIERO_DEVICE void weights(const Quad& raw, int step, u32 (&a)[4]) {
         using B = Bits<Act>;
         for (int i = 0; i < 4; ++i) {
             const u32 value = (raw.word[step] >> 4 * i & pair(0xf)) | pair(B::base);
-            pairs[i] = Act::multiply_add(value, pair(B::one), pair(B::minus_base_8));
+            a[i] = Act::multiply_add(value, pair(B::one), pair(B::minus_base_8));
         }
+    }
+};
+
+// Products in eight bits: weights as they are stored, tokens narrowed, as float16 holds their codes.
+template <class Product>
+struct Bytes {
+    using Sum = typename Product::Sum;
+    static constexpr Scales scales = Scales::channel;
+    static constexpr int STEPS = 2, WORDS = 2;
+    static ARRIERO_DEVICE void weights(const Quad& raw, int step, u32 (&a)[2]) {
+        for (int i = 0; i < 2; ++i) a[i] = raw.word[2 * step + i];
+    }
+    static ARRIERO_DEVICE void multiply(Sum (&sum)[4], const u32 (&low)[2], const u32 (&high)[2], const u32 (&b)[2]) {
+        Product::multiply_tile(sum, low[0], high[0], low[1], high[1], b[0], b[1]);
+    }
+};
+
+struct Int8 : Bytes<Int8Product> {
+    static constexpr int SPAN = 0;  // launch.py keeps rows short enough for 32-bit sums
+    // A float16 integer plus 1536 has the integer's two's complement in its low byte.
+    static ARRIERO_DEVICE void tokens(const Quad& x, u32 (&b)[2]) {
+        u32 moved[4];
+        for (int i = 0; i < 4; ++i) moved[i] = Half::multiply_add(x.word[i], pair(Bits<Half>::one), pair(0x6600));
+        for (int i = 0; i < 2; ++i) b[i] = choose_bytes(moved[2 * i], moved[2 * i + 1], 0x6420);
+    }
+};
+
+struct Fp8 : Bytes<E4m3Product> {
+    static constexpr int SPAN = 4;  // tensor cores add such products up in fewer bits than float32 has
+    static ARRIERO_DEVICE void tokens(const Quad& x, u32 (&b)[2]) {
+        for (int i = 0; i < 2; ++i) b[i] = E4m3Product::narrow(x.word[2 * i], x.word[2 * i + 1]);
     }
 };
 
@@ -121,6 +116,10 @@ struct Stack {
     }
     ARRIERO_DEVICE const float* scale_start(int expert, int output) const {
         return scales + row(expert, output) * (Form::scales == Scales::block ? inputs / block : 1);
+    }
+    // The scale of a whole row.
+    ARRIERO_DEVICE float scale(int expert, int output) const {
+        return Form::scales == Scales::channel ? load_float(scale_start(expert, output)) : 1.0f;
     }
     // Whether a lane's 16 bytes of a group exist.
     ARRIERO_DEVICE bool has(int group, int lane) const {

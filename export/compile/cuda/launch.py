@@ -11,16 +11,19 @@ from itertools import product
 from typing import Any, Literal
 
 from arriero.errors import ArrieroError
+from arriero.profiles.float8 import FP8_SINCE
 
 Op = Literal["gate_up", "down"]
 Shape = Literal["decode", "prefill"]
 OPS: tuple[Op, ...] = ("gate_up", "down")
 SHAPES: tuple[Shape, ...] = ("decode", "prefill")
 ACTIVATIONS = {"f16": "Half", "bf16": "Bfloat"}  # name -> its C++ type
-FORMS = {"exact": "EXACT", "int8": "INT8", "int8_block": "INT8_BLOCK", "fp8": "FP8", "int4": "INT4"}
-BITS = {"int8": 8, "int8_block": 8, "fp8": 8, "int4": 4}  # of a packed weight
-BLOCK_FORMS = ("int8_block", "int4")
+# The activation types beside each form of the weights. Float16 holds the codes of int8 and fp8 activations exactly.
+FORMS = {"exact": ("f16", "bf16"), "int8": ("f16",), "fp8": ("f16",), "int4": ("f16", "bf16")}
+BITS = {"int8": 8, "fp8": 8, "int4": 4}  # of a packed weight
+BLOCKED = "int4"  # the form with a scale per block
 BLOCKS = (32, 64, 128)
+MOST_INT8_FEATURES = 2**31 // 127**2  # of a row whose sums fit 32 bits
 THREADS = 128
 MOST_EXPERTS = 512
 ITEMS = 64  # of a prefill tile
@@ -52,8 +55,12 @@ class Kernel:
     @property
     def entry(self) -> str:
         """The macro of `experts.cu` that defines it."""
-        words = f"{self.shape}, {ACTIVATIONS[self.activation]}, {self.activation}, {FORMS[self.form]}"
+        words = f"{self.shape}, {ACTIVATIONS[self.activation]}, {self.activation}, {self.form.upper()}"
         return f"{self.op.upper()}({words})"
+
+    def runs_on(self, gpu: str) -> bool:
+        """Whether `gpu` ("sm_89") has its products, given that it runs any of the kernels."""
+        return self.form != "fp8" or int(gpu.removeprefix("sm_")) >= FP8_SINCE
 
     def grid(self, tokens: Any, choices: int, experts: int, hidden: int, ffn: int) -> tuple[Any, int]:
         """Blocks in x and y; `tokens` may be a number or a symbol that knows +, * and //."""
@@ -66,32 +73,44 @@ class Kernel:
         return rows, -(-width // (TILES * tile))
 
 
-KERNELS = tuple(Kernel(*key) for key in product(OPS, SHAPES, ACTIVATIONS, FORMS))
+KERNELS = tuple(
+    Kernel(op, shape, activation, form)
+    for op, shape, (form, activations) in product(OPS, SHAPES, FORMS.items())
+    for activation in activations
+)
 
 
 def source_of(kernels: Iterable[Kernel]) -> str:
     """C++ that compiles to these entry points alone."""
-    return f"#define ARRIERO_ONLY {' '.join(kernel.entry for kernel in kernels)}\n#include <experts.cu>\n"
+    return f"#define ARRIERO_KERNELS {' '.join(kernel.entry for kernel in kernels)}\n#include <experts.cu>\n"
+
+
+def activations_of(form: str, where: str) -> tuple[str, ...]:
+    """The activation types that `form` has kernels for. Raises ArrieroError for a form without any, naming the node."""
+    if form not in FORMS:
+        raise ArrieroError(f"there is no CUDA kernel for weights in {form!r}", where=where, expected=", ".join(FORMS))
+    return FORMS[form]
 
 
 def check_sizes(op: Op, form: str, experts: int, hidden: int, ffn: int, block: int, where: str) -> None:
     """Refuse sizes that the kernels of `op` do not compute, naming the node or tensor `where`."""
     remedy = "Choose a profile that has it, or the portable form of the experts"
-    if form not in FORMS:
-        raise ArrieroError(f"there is no CUDA kernel for weights in {form!r}", where=where, expected=", ".join(FORMS))
     if not 1 <= experts <= MOST_EXPERTS:
         raise ArrieroError(f"{experts} experts", where=where, expected=f"1 to {MOST_EXPERTS}", remedy=remedy)
     for name, size in (("hidden size", hidden), ("expert width", ffn)):
         if size < 16 or size % 16:
             raise ArrieroError(f"the {name} is {size}", where=where, expected="a multiple of 16", remedy=remedy)
-    if form not in BLOCK_FORMS:
+    name, size = ("hidden size", hidden) if op == "gate_up" else ("expert width", ffn)
+    if form == "int8" and size > MOST_INT8_FEATURES:
+        expected = f"at most {MOST_INT8_FEATURES}, whose sums fit 32 bits"
+        raise ArrieroError(f"the {name} is {size}", where=where, expected=expected, remedy=remedy)
+    if form != BLOCKED:
         if block:
             raise ArrieroError(f"a block of {block}", where=where, expected=f"0: {form} has none", remedy=remedy)
         return
     if block not in BLOCKS:
         expected = f"one of {', '.join(map(str, BLOCKS))}"
         raise ArrieroError(f"blocks of {block} weights per scale", where=where, expected=expected, remedy=remedy)
-    name, size = ("hidden size", hidden) if op == "gate_up" else ("expert width", ffn)
     if size % block:
         expected = f"a multiple of the block, {block}"
         raise ArrieroError(f"the {name} is {size}", where=where, expected=expected, remedy=remedy)

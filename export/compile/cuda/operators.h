@@ -17,7 +17,6 @@ struct Sizes {
 
 template <class Act>
 struct GateUp {
-    static constexpr bool sums_choices = false;
     static constexpr int TILE_OUTPUTS = 8;
     Sizes sizes;
     const float* score;
@@ -45,7 +44,6 @@ struct GateUp {
 
 template <class Act>
 struct Down {
-    static constexpr bool sums_choices = true;
     static constexpr int TILE_OUTPUTS = 16;
     Sizes sizes;
     u16* y;

@@ -2,8 +2,9 @@
 
 TensorRT takes a plugin's one kernel into the engine, so that running it needs neither Python nor this package. Each
 plugin offers two tactics, its decode and its prefill kernel, both right for every shape; TensorRT times them in each
-optimisation profile. Networks are strongly typed, so types follow the inputs. A node's only attribute is `form`, a key
-of `launch.FORMS`; TensorRT hands a plugin its attributes in an order of its own, so there had better be one.
+optimisation profile. Networks are strongly typed, so types follow the inputs; eight-bit activations are codes in
+float16, so that TensorRT's rules for INT8 tensors never apply. A node's only attribute is `form`, a key of
+`launch.FORMS`; TensorRT hands a plugin its attributes in an order of its own, so there had better be one.
 
 Legend: T tokens, k experts per token, E experts, H hidden, F expert width, J blocks of a row.
 """
@@ -19,12 +20,13 @@ from typing import Any
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.compile.cuda.build_cuda_kernels import Blob, build_kernel
-from arriero.export.compile.cuda.launch import BITS, SHAPES, THREADS, Kernel, Op, check_sizes
+from arriero.export.compile.cuda.launch import BITS, SHAPES, THREADS, Kernel, Op, activations_of, check_sizes
 from arriero.profiles.lanes import row_words
 
 NAMESPACE = "arriero"
 GATE_UP, DOWN = "ExpertGateUp", "ExpertDown"
 TACTICS = dict(enumerate(SHAPES, 1))  # TensorRT wants them positive
+TYPES = {"f16": "FP16", "bf16": "BF16"}  # activation types, as TensorRT's combinations name them
 
 
 class Plugins:
@@ -156,7 +158,7 @@ def _combination(
 ) -> Any:
     """The one combination of types that the kernels read, all arrays row-major, with both tactics."""
     form = form.rstrip("\0")
-    activation = _activation(trt, x.dtype, node)
+    activation = TYPES[_activation(trt, x.dtype, form, node)]
     stored = activation if form == "exact" else "INT32"
     kinds = {
         "FP32": trt.DataType.FLOAT,
@@ -176,12 +178,16 @@ def _combination(
     return trtp.AutoTuneCombination(", ".join(types), "LINEAR", list(TACTICS))
 
 
-def _activation(trt: ModuleType, dtype: Any, node: str) -> str:
-    names = {trt.DataType.HALF: "FP16", trt.DataType.BF16: "BF16"}
-    if dtype not in names:
-        found = str(dtype).removeprefix("DataType.")
-        raise ArrieroError(f"the type of its activations is {found}", where=node, expected="HALF or BF16")
-    return names[dtype]
+def _activation(trt: ModuleType, dtype: Any, form: str, node: str) -> str:
+    """The activation type `dtype`, if it is one that `form` has kernels for."""
+    types = {"f16": trt.DataType.HALF, "bf16": trt.DataType.BF16}
+    taken = {types[name]: name for name in activations_of(form, node)}
+    if dtype not in taken:
+        found, *expected = (str(kind).removeprefix("DataType.") for kind in (dtype, *taken))
+        raise ArrieroError(
+            f"the type of its activations is {found}", where=node, expected=f"{' or '.join(expected)} beside {form}"
+        )
+    return taken[dtype]
 
 
 def _launch(
@@ -200,6 +206,7 @@ def _launch(
     """Name, PTX, launch parameters and scalar arguments of the kernel of `op` that `tactic` is."""
     node = GATE_UP if op == "gate_up" else DOWN
     form = form.rstrip("\0")  # a parser may count the string's end in
+    activation = _activation(trt, x.dtype, form, node)
     experts, choices = _constant(weights, 0, "the weights"), _constant(expert_id, 1, "expert_id")
     features = hidden if op == "gate_up" else ffn
     # scales are [E, N, J], or have fewer axes where there are no blocks
@@ -212,7 +219,6 @@ def _launch(
         _check_shape(node, "scales", scales, [experts, outputs, *([features // block] if block else [])])
     if _in_force is None:
         raise RuntimeError("register_plugins was not called")
-    activation = {"FP16": "f16", "BF16": "bf16"}[_activation(trt, x.dtype, node)]
     # Where TensorRT asks without having set a tactic, it gets the kernel that is good at most shapes.
     kernel = Kernel(op, TACTICS.get(tactic, "prefill"), activation, form)
     tokens = expert_id.shape_expr[0]

@@ -88,7 +88,7 @@ ARRIERO_DEVICE bool find_tile(PrefillShared<Form>& shared, const Op& op, const i
 
 // total += the product of this warp's 32 outputs of `expert` with the source rows of the columns. `tiles` columns of 8
 // are in use. All threads of the block must call it, and a barrier must lie before shared.rows change.
-template <class Act, class Form, class Op>
+template <class Form, class Op>
 ARRIERO_DEVICE void prefill_product(PrefillShared<Form>& shared, const Op& op, const Stack<Form>& stack,
                                     const u16* source, int expert, int first, int tiles,
                                     float (&total)[ROW_TILES][COLUMN_TILES][4]) {
@@ -99,6 +99,7 @@ ARRIERO_DEVICE void prefill_product(PrefillShared<Form>& shared, const Op& op, c
     // row tiles past the end read the first one instead, and are never stored
     const char* weights[ROW_TILES][2];
     const float* scales[ROW_TILES][2];
+    float channel[ROW_TILES][2];
 #pragma unroll
     for (int tile = 0; tile < ROW_TILES; ++tile) {
         const int start = first + tile * Op::TILE_OUTPUTS;
@@ -106,7 +107,8 @@ ARRIERO_DEVICE void prefill_product(PrefillShared<Form>& shared, const Op& op, c
         for (int half = 0; half < 2; ++half) {
             const int output = op.half(start < op.width() ? start : 0, half) + quad;
             weights[tile][half] = stack.row_start(expert, output) + 16 * mine;
-            if (Form::scales != Scales::none) scales[tile][half] = stack.scale_start(expert, output);
+            if (Form::scales == Scales::block) scales[tile][half] = stack.scale_start(expert, output);
+            channel[tile][half] = stack.scale(expert, output);
         }
     }
     // a column's row is read in pieces of 8 features by neighbouring threads
@@ -149,8 +151,8 @@ ARRIERO_DEVICE void prefill_product(PrefillShared<Form>& shared, const Op& op, c
         commit_copies();
     };
 
-    float part[ROW_TILES][COLUMN_TILES][4] = {};
-    const int block_steps = Form::scales == Scales::block ? stack.block / 32 : 0;
+    typename Form::Sum part[ROW_TILES][COLUMN_TILES][4] = {};
+    const int span = Form::scales == Scales::block ? stack.block / 32 : Form::SPAN;
     for (int step = 0; step < Shared::TOKEN_DEPTH - 1; ++step) request(step);
     for (int begin = 0; begin < steps; begin += STEPS) {
         const int place = begin / STEPS % DEPTH;
@@ -161,61 +163,57 @@ ARRIERO_DEVICE void prefill_product(PrefillShared<Form>& shared, const Op& op, c
             wait_copies<Shared::TOKEN_DEPTH - 2>();
             block_barrier();
             request(step + Shared::TOKEN_DEPTH - 1);
-            u32 a[ROW_TILES][2][4];
+            u32 a[ROW_TILES][2][Form::WORDS];
 #pragma unroll
             for (int tile = 0; tile < ROW_TILES; ++tile) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    Form::widen(shared.weights[place][tile][half][thread], within, a[tile][half]);
+                    Form::weights(shared.weights[place][tile][half][thread], within, a[tile][half]);
                 }
             }
             const int slot = step % Shared::TOKEN_DEPTH;
 #pragma unroll
             for (int n = 0; n < COLUMN_TILES; ++n) {
                 if (n >= tiles) break;
-                const Quad x = shared.tokens[slot][8 * n + quad][mine];
+                u32 b[Form::WORDS];
+                Form::tokens(shared.tokens[slot][8 * n + quad][mine], b);
 #pragma unroll
                 for (int tile = 0; tile < ROW_TILES; ++tile) {
-                    float(&to)[4] = Form::scales == Scales::none ? total[tile][n] : part[tile][n];
-                    const auto& w = a[tile];
-                    Act::multiply_tile(to, w[0][0], w[1][0], w[0][1], w[1][1], x.word[0], x.word[1]);
-                    Act::multiply_tile(to, w[0][2], w[1][2], w[0][3], w[1][3], x.word[2], x.word[3]);
+                    if constexpr (Form::scales == Scales::none) {
+                        Form::multiply(total[tile][n], a[tile][0], a[tile][1], b);
+                    } else {
+                        Form::multiply(part[tile][n], a[tile][0], a[tile][1], b);
+                    }
                 }
             }
-            if (Form::scales == Scales::block && (step + 1) % block_steps == 0) {
+            if (Form::scales == Scales::none) continue;
+            if (step + 1 < steps && (span == 0 || (step + 1) % span != 0)) continue;
 #pragma unroll
-                for (int tile = 0; tile < ROW_TILES; ++tile) {
-                    const float low = shared.scales[place][tile][0][thread / 4][within];
-                    const float high = shared.scales[place][tile][1][thread / 4][within];
+            for (int tile = 0; tile < ROW_TILES; ++tile) {
+                float scale[2];
 #pragma unroll
-                    for (int n = 0; n < COLUMN_TILES; ++n) {
+                for (int half = 0; half < 2; ++half) {
+                    scale[half] = Form::scales == Scales::block
+                                      ? shared.scales[place][tile][half][thread / 4][within]
+                                      : channel[tile][half];
+                }
 #pragma unroll
-                        for (int i = 0; i < 4; ++i) {
-                            total[tile][n][i] += part[tile][n][i] * (i < 2 ? low : high);
-                            part[tile][n][i] = 0;
-                        }
+                for (int n = 0; n < COLUMN_TILES; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        total[tile][n][i] += static_cast<float>(part[tile][n][i]) * scale[i / 2];
+                        part[tile][n][i] = 0;
                     }
                 }
             }
         }
     }
     wait_copies<0>();
-    if (Form::scales == Scales::channel) {
-#pragma unroll
-        for (int tile = 0; tile < ROW_TILES; ++tile) {
-            const float low = load_float(scales[tile][0]), high = load_float(scales[tile][1]);
-#pragma unroll
-            for (int n = 0; n < COLUMN_TILES; ++n) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) total[tile][n][i] += part[tile][n][i] * (i < 2 ? low : high);
-            }
-        }
-    }
 }
 
 // Grid: (tiles of items, width / (WARPS * ROW_TILES * TILE_OUTPUTS) rounded up). Tiles of items are at most
 // items / 64 + experts + 1, or tokens / 64 rounded up where experts are summed.
-template <class Act, class Form, class Op>
+template <class Form, class Op>
 ARRIERO_DEVICE void prefill(const Op& op, const int* expert_id, const u16* source, const Stack<Form>& stack) {
     ARRIERO_SHARED(PrefillShared<Form>, shared);
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, tile = blockIdx.x;
@@ -237,7 +235,7 @@ ARRIERO_DEVICE void prefill(const Op& op, const int* expert_id, const u16* sourc
         if (thread < COLUMNS) shared.rows[thread] = thread < count ? op.source_row(shared.items[thread], 0) : -1;
         block_barrier();
         if (expert < op.sizes.experts) {
-            prefill_product<Act>(shared, op, stack, source, expert, first, tiles, total);
+            prefill_product(shared, op, stack, source, expert, first, tiles, total);
         }
     } else {
         for (int choice = 0; choice < op.passes(); ++choice) {
@@ -255,7 +253,7 @@ ARRIERO_DEVICE void prefill(const Op& op, const int* expert_id, const u16* sourc
                 if (block_any(match && thread < leader)) continue;
                 if (thread < COLUMNS) shared.rows[thread] = match ? op.source_row(shared.items[thread], choice) : -1;
                 block_barrier();
-                prefill_product<Act>(shared, op, stack, source, id, first, tiles, total);
+                prefill_product(shared, op, stack, source, id, first, tiles, total);
                 // the next pass writes over what slower warps still read
                 block_barrier();
             }

@@ -79,7 +79,7 @@ ARRIERO_DEVICE float reciprocal(float x) {
     return y;
 }
 
-// An activation type: a pair of its values is a 32-bit word, the first one low.
+// A type of operands: a 32-bit word holds two or four values, the first one lowest.
 struct Half {
     static ARRIERO_DEVICE u16 round(float x) {
         u16 bits;
@@ -114,6 +114,39 @@ struct Bfloat {
     }
     static ARRIERO_DEVICE void multiply_tile(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
         asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    }
+};
+
+// Signed bytes. sum[16x8] += a[16x32] b[32x8]
+struct Int8Product {
+    using Sum = int;
+    static ARRIERO_DEVICE void multiply_tile(int (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    }
+};
+
+// E4M3 floats, from sm_89 on. In machine code this is QMMA on sm_89, 120 and 121; F2FP and HMMA, so widened to float16,
+// on sm_90, 100, 103 and 110, whose own E4M3 products are other instructions, for whole warp groups.
+struct E4m3Product {
+    using Sum = float;
+    static ARRIERO_DEVICE u32 narrow(u32 first, u32 second) {
+        u32 bytes;
+        asm("{\n\t.reg .b16 low, high;\n\t"
+            "cvt.rn.satfinite.e4m3x2.f16x2 low, %1;\n\t"
+            "cvt.rn.satfinite.e4m3x2.f16x2 high, %2;\n\t"
+            "mov.b32 %0, {low, high};\n\t}"
+            : "=r"(bytes)
+            : "r"(first), "r"(second));
+        return bytes;
+    }
+    static ARRIERO_DEVICE void multiply_tile(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+        asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%0, %1, %2, %3};"
             : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
             : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
