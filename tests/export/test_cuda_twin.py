@@ -24,10 +24,8 @@ ROUTES = {
 
 @pytest.fixture(scope="module")
 def twin():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        pytest.importorskip("triton", reason="needs triton: pip install 'triton==3.9.*'")
-        yield importlib.import_module("tests.triton_twin")
+    pytest.importorskip("triton", reason="needs triton: pip install 'triton==3.9.*'")
+    return importlib.import_module("tests.triton_twin")
 
 
 @pytest.fixture(scope="module")
