@@ -2,8 +2,8 @@
 
 Tokens are sorted by expert on the host, and weights are plain numbers, input-major as in a checkpoint, each times its
 output's scale. Codes, int8 or E4M3 on both sides, are multiplied as they are; of what is wider the inputs are scaled by
-the score first, in float32. Under Triton's interpreter it runs on a CPU, right for float32, float16 and codes (its
-bfloat16 is not), which `conftest.py` asks for.
+the score first, in float32. Under Triton's interpreter, which `conftest.py` asks for, it runs on a CPU, right for
+float32, float16 and codes (its bfloat16 is not).
 Legend: T tokens, k experts per token, E experts, H hidden, F expert width.
 """
 
