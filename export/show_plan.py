@@ -33,21 +33,23 @@ def show_plan(plan: Plan, console: Console) -> None:
         ("memory", plan.peak_memory, plan.memory_budget, plan.memory_available),
         ("disk", plan.disk, plan.disk_budget, plan.disk_available),
     ):
-        limit = "no budget set" if budget is None else f"budget {human_bytes(budget)}"
         room = "free: unknown" if there is None else f"free {human_bytes(there)}"
         fits = need <= min(size for size in (budget, there, need) if size is not None)
         need_text = f"about {human_bytes(need)}" if need else "nothing to do"
         verdict = "" if fits else " [bold red]too little[/]"
-        console.print(f"{name:>6}: {need_text} ({limit}, {room}){verdict}", highlight=False)
+        console.print(f"{name:>6}: {need_text} ({_limit(budget)}, {room}){verdict}", highlight=False)
     if plan.gpu_memory:
-        limit = "no budget set" if plan.gpu_budget is None else f"budget {human_bytes(plan.gpu_budget)}"
         held = f"{human_bytes(plan.gpu_memory)} of weights and cache in the largest target, scratch space on top"
-        console.print(f"   GPU: {held} ({limit})", highlight=False)
+        console.print(f"   GPU: {held} ({_limit(plan.gpu_budget)})", highlight=False)
     for target in plan.targets:
         share = plan.room(target.name) if target.backend in GPU_BACKENDS else None
         if share is not None and share.weights is not None:
             kept = f"{human_bytes(share.weights)} of {human_bytes(target.weights_bytes)} of weights stay on the GPU"
             console.print(f"   GPU: {target.name}: {kept}; the rest is sent anew for every step", highlight=False)
+
+
+def _limit(budget: int | None) -> str:
+    return "no budget set" if budget is None else f"budget {human_bytes(budget)}"
 
 
 def _stages(plan: Plan) -> Table:

@@ -109,12 +109,17 @@ void multiply_fragments(emulator::Operands* lanes) {
     }
 }
 
-template <class Type>
-inline void multiply_tile_of(typename Type::Sum (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    emulator::Operands mine{nullptr, {a0, a1, a2, a3, b0, b1}, {}};
-    memcpy(mine.sum, sum, sizeof sum);
-    memcpy(sum, emulator::warp_together(multiply_fragments<Type>, mine).sum, sizeof sum);
-}
+// What all types of operands have in common: their sums' type, and how many values a word holds.
+template <class Type, class SumOf, int COUNT>
+struct Operand {
+    using Sum = SumOf;
+    static constexpr int PER_WORD = COUNT;
+    static void multiply_tile(Sum (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+        emulator::Operands mine{nullptr, {a0, a1, a2, a3, b0, b1}, {}};
+        memcpy(mine.sum, sum, sizeof sum);
+        memcpy(sum, emulator::warp_together(multiply_fragments<Type>, mine).sum, sizeof sum);
+    }
+};
 
 template <class Act>
 inline u32 multiply_add_of(u32 a, u32 b, u32 c) {
@@ -127,9 +132,7 @@ inline u32 multiply_add_of(u32 a, u32 b, u32 c) {
     return d;
 }
 
-struct Half {
-    using Sum = float;
-    static constexpr int PER_WORD = 2;
+struct Half : Operand<Half, float, 2> {
     static float value(u16 bits) {
         _Float16 x;
         memcpy(&x, &bits, 2);
@@ -143,14 +146,9 @@ struct Half {
         return bits;
     }
     static u32 multiply_add(u32 a, u32 b, u32 c) { return multiply_add_of<Half>(a, b, c); }
-    static void multiply_tile(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-        multiply_tile_of<Half>(sum, a0, a1, a2, a3, b0, b1);
-    }
 };
 
-struct Bfloat {
-    using Sum = float;
-    static constexpr int PER_WORD = 2;
+struct Bfloat : Operand<Bfloat, float, 2> {
     static float value(u16 bits) {
         const u32 wide = static_cast<u32>(bits) << 16;
         float x;
@@ -165,23 +163,13 @@ struct Bfloat {
         return static_cast<u16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
     }
     static u32 multiply_add(u32 a, u32 b, u32 c) { return multiply_add_of<Bfloat>(a, b, c); }
-    static void multiply_tile(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-        multiply_tile_of<Bfloat>(sum, a0, a1, a2, a3, b0, b1);
-    }
 };
 
-struct Int8Product {
-    using Sum = int;
-    static constexpr int PER_WORD = 4;
+struct Int8Product : Operand<Int8Product, int, 4> {
     static int value(u32 bits) { return static_cast<signed char>(bits); }
-    static void multiply_tile(int (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-        multiply_tile_of<Int8Product>(sum, a0, a1, a2, a3, b0, b1);
-    }
 };
 
-struct E4m3Product {
-    using Sum = float;
-    static constexpr int PER_WORD = 4;
+struct E4m3Product : Operand<E4m3Product, float, 4> {
     static float value(u32 bits) {
         const int exponent = bits >> 3 & 15, fraction = bits & 7;
         if (exponent == 15 && fraction == 7) return NAN;
@@ -203,9 +191,6 @@ struct E4m3Product {
             bytes |= nearest(Half::value(static_cast<u16>(word >> 16 * (i % 2)))) << 8 * i;
         }
         return bytes;
-    }
-    static void multiply_tile(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-        multiply_tile_of<E4m3Product>(sum, a0, a1, a2, a3, b0, b1);
     }
 };
 

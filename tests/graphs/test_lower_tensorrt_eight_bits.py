@@ -27,20 +27,27 @@ from tests.profiles.test_lanes import read_back
 __all__ = ["built"]
 
 CODES = {"int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn}
-# Rows of codes in float16, each a pair with one expert and score 1; numbers [E, out, in] as float32, scales [E, out].
-GATE_UP = """
-<domain: "arriero", opset_import: ["" : 24]>
-ExpertGateUp <plugin_namespace, form, aot> (x, ids, score, numbers, scales) => (y)
-{
+# Each row of codes times its expert's numbers, and the scale of each output.
+PRODUCT = """
     last = Constant <value_ints: ints = [-1]> ()
     expert = Reshape (ids, last)
-    codes = Cast <to: int = 1> (x)
+    codes = Cast <to: int = 1> (ROWS)
     column = Unsqueeze (codes, last)
     taken = Gather <axis: int = 0> (numbers, expert)
     products = MatMul (taken, column)
     sums = Squeeze (products, last)
     factors = Gather <axis: int = 0> (scales, expert)
     plain = Mul (sums, factors)
+"""
+# Rows of codes in float16, each a pair with one expert and score 1; numbers [E, out, in] as float32, scales [E, out].
+GATE_UP = (
+    """
+<domain: "arriero", opset_import: ["" : 24]>
+ExpertGateUp <plugin_namespace, form, aot> (x, ids, score, numbers, scales) => (y)
+{
+"""
+    + PRODUCT.replace("ROWS", "x")
+    + """
     both = Mul (plain, score)
     gate, up = Split <axis: int = -1, num_outputs: int = 2> (both)
     sigmoid = Sigmoid (gate)
@@ -49,27 +56,24 @@ ExpertGateUp <plugin_namespace, form, aot> (x, ids, score, numbers, scales) => (
     y = Cast <to: int = 10> (inner)
 }
 """
-DOWN = """
+)
+DOWN = (
+    """
 <domain: "arriero", opset_import: ["" : 24]>
 ExpertDown <plugin_namespace, form, aot> (inner, ids, numbers, scales) => (y)
 {
-    last = Constant <value_ints: ints = [-1]> ()
     one = Constant <value_ints: ints = [1]> ()
-    expert = Reshape (ids, last)
-    codes = Cast <to: int = 1> (inner)
-    column = Unsqueeze (codes, last)
-    taken = Gather <axis: int = 0> (numbers, expert)
-    products = MatMul (taken, column)
-    sums = Squeeze (products, last)
-    factors = Gather <axis: int = 0> (scales, expert)
-    outer = Mul (sums, factors)
+"""
+    + PRODUCT.replace("ROWS", "inner")
+    + """
     choices = Shape (ids)
     shape = Concat <axis: int = 0> (choices, last)
-    grouped = Reshape (outer, shape)
+    grouped = Reshape (plain, shape)
     summed = ReduceSum <keepdims: int = 0> (grouped, one)
     y = Cast <to: int = 10> (summed)
 }
 """
+)
 
 
 @pytest.fixture(params=["gpu-int8", "gpu-fp8"])

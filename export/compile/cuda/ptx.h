@@ -79,6 +79,14 @@ ARRIERO_DEVICE float reciprocal(float x) {
     return y;
 }
 
+// sum += a b in one instruction, whose name tells the shapes and types; `in` is the constraint of a sum's register.
+#define ARRIERO_MULTIPLY_TILE(name, Sum, in)                                                                          \
+    static ARRIERO_DEVICE void multiply_tile(Sum (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {         \
+        asm("mma.sync.aligned." name " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"               \
+            : in(sum[0]), in(sum[1]), in(sum[2]), in(sum[3])                                                          \
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                                  \
+    }
+
 // A type of operands: a 32-bit word holds two or four values, the first one lowest.
 struct Half {
     static ARRIERO_DEVICE u16 round(float x) {
@@ -93,12 +101,7 @@ struct Half {
         return d;
     }
     // sum[16x8] += a[16x16] b[16x8]
-    static ARRIERO_DEVICE void multiply_tile(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%0, %1, %2, %3};"
-            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-    }
+    ARRIERO_MULTIPLY_TILE("m16n8k16.row.col.f32.f16.f16.f32", float, "+f")
 };
 
 struct Bfloat {
@@ -112,23 +115,13 @@ struct Bfloat {
         asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
         return d;
     }
-    static ARRIERO_DEVICE void multiply_tile(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%0, %1, %2, %3};"
-            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-    }
+    ARRIERO_MULTIPLY_TILE("m16n8k16.row.col.f32.bf16.bf16.f32", float, "+f")
 };
 
 // Signed bytes. sum[16x8] += a[16x32] b[32x8]
 struct Int8Product {
     using Sum = int;
-    static ARRIERO_DEVICE void multiply_tile(int (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%0, %1, %2, %3};"
-            : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-    }
+    ARRIERO_MULTIPLY_TILE("m16n8k32.row.col.s32.s8.s8.s32", int, "+r")
 };
 
 // E4M3 floats, from sm_89 on. In machine code this is QMMA on sm_89, 120 and 121; F2FP and HMMA, so widened to float16,
@@ -145,12 +138,9 @@ struct E4m3Product {
             : "r"(first), "r"(second));
         return bytes;
     }
-    static ARRIERO_DEVICE void multiply_tile(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-        asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%0, %1, %2, %3};"
-            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-    }
+    ARRIERO_MULTIPLY_TILE("m16n8k32.row.col.f32.e4m3.e4m3.f32", float, "+f")
 };
+
+#undef ARRIERO_MULTIPLY_TILE
 
 }  // namespace arriero
