@@ -32,7 +32,7 @@ if str(ROOT) not in sys.path:
 
 from arriero.export.compile.cuda.build_cuda_kernels import kernels_for  # noqa: E402
 from arriero.export.compile.cuda.launch import BITS, BLOCKED, FORMS, OPS, SHAPES, Kernel  # noqa: E402
-from arriero.profiles.lanes import row_words  # noqa: E402
+from arriero.graphs.stored.mma_layout import row_words  # noqa: E402
 from tests.dispatch_cases import draw_case  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"

@@ -3,7 +3,7 @@
     python benchmarks/gpu_profiles.py [benchmarks/gpu_profiles.yaml] [--samples 200] [--targets gpu-int4 ...]
 
 Calibrates as a build does and lowers as a build does; the graphs that TensorRT for RTX would compile are then run by
-ONNX Runtime on this processor and judged against the PyTorch reference, and against their naive form. With --samples,
+ONNX Runtime on this processor and judged against the PyTorch reference, and against their RTN baseline. With --samples,
 that many held-out prompts of each task family are answered as well. What a GPU's own kernels change is not in it.
 """
 
@@ -24,16 +24,16 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from arriero.export.build import Build  # noqa: E402
-from arriero.export.config import load_build  # noqa: E402
-from arriero.export.naive import mean_kl, with_naive  # noqa: E402
-from arriero.export.plan import make_plan, thresholds  # noqa: E402
-from arriero.export.schema import Target  # noqa: E402
+from arriero.export.build_file.read import load_build  # noqa: E402
+from arriero.export.build_file.schema import Target  # noqa: E402
+from arriero.export.pipeline.build import Build  # noqa: E402
+from arriero.export.pipeline.plan import make_plan, thresholds  # noqa: E402
+from arriero.export.proof.rtn_baseline import mean_kl, with_rtn_baseline  # noqa: E402
 from arriero.models.evaluate import family_accuracy  # noqa: E402
-from arriero.profiles.recipe import OVER_NAIVE  # noqa: E402
+from arriero.profiles.recipe import OVER_RTN  # noqa: E402
 from arriero.runtimes.onnxruntime import OrtBackend  # noqa: E402
-from arriero.runtimes.parity import compare  # noqa: E402
-from arriero.runtimes.processor import Processor  # noqa: E402
+from arriero.runtimes.processor.processor import Processor  # noqa: E402
+from arriero.runtimes.proof.parity import compare  # noqa: E402
 from arriero.runtimes.session import Session  # noqa: E402
 
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -53,7 +53,7 @@ def told(step: str, done: int, total: int, unit: str) -> None:
 
 
 def measure(build: Build, target: Target, graph: Path, calibrated: Path, samples: int) -> dict[str, Any]:
-    """The target's parity, its KL against the naive form's, and task accuracy on `samples` prompts of each family."""
+    """The target's parity, its KL against the RTN baseline's, and task accuracy on `samples` prompts of each family."""
     profile, limits = (
         build.decided(target, calibrated),
         thresholds(build.config, target, build.profiles[target.profile]),
@@ -62,8 +62,8 @@ def measure(build: Build, target: Target, graph: Path, calibrated: Path, samples
     processor = Processor(build.config.model, spec)
 
     with tempfile.TemporaryDirectory(dir=build.config.output) as scratch:
-        folders = Path(scratch) / "calibrated", Path(scratch) / "naive"
-        forms = (profile, build.roundings(target, calibrated)), (profile.naive(), None)
+        folders = Path(scratch) / "calibrated", Path(scratch) / "rtn"
+        forms = (profile, build.roundings(target, calibrated)), (profile.rtn_baseline(), None)
         for folder, (form, found) in zip(folders, forms, strict=True):
             folder.mkdir()
             build.lower_parts(target, build.parts, form, found, None, graph, folder)
@@ -76,15 +76,15 @@ def measure(build: Build, target: Target, graph: Path, calibrated: Path, samples
                 build.judge.reference,
                 session,
                 cases,
-                {name: value for name, value in limits.items() if name != OVER_NAIVE},
+                {name: value for name, value in limits.items() if name != OVER_RTN},
                 watch,
             )
             accuracy = family_accuracy(session, samples, 101) if samples else {}
-        naive = None
+        rtn = None
         if profile.calibration is not None:
             with Session(GpuGraphs(folders[1], spec), processor) as session:
-                naive = mean_kl(build.judge.reference, session, cases, watch)
-    report = with_naive(report, naive, limits)
+                rtn = mean_kl(build.judge.reference, session, cases, watch)
+    report = with_rtn_baseline(report, rtn, limits)
     rows = {row.metric: row.value for row in report.rows}
     failed = [row.metric for row in report.failed]
     return {"target": target.name, "failed": failed, "rows": rows, "accuracy": accuracy}

@@ -24,7 +24,7 @@ import numpy as np
 from roofline import build_probe, read_sum
 
 from arriero.export.compile.build_kernels import build_kernels, link_shared
-from arriero.export.compile.call_kernels import Kernels, Weight
+from tests.call_kernels import Kernels, Weight
 
 COLD_BYTES = 600_000_000  # beyond the largest cache we have met, 260 MB
 FORMATS_MEASURED = {"int8": (32, 128), "int4": (32, 64, 128), "e4m3": (0,), "bf16": (0,), "f32": (0,)}

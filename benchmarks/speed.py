@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from roofline import build_probe, read_sum
 
-from arriero.export.compare import decoder_bytes
+from arriero.export.proof.compare import decoder_bytes
 
 READ = 1 << 30  # bytes of the buffer whose reading is the roofline, beyond any cache
 
@@ -89,7 +89,7 @@ def touched_bytes(manifest: dict[str, Any]) -> int:
 def serve(bundle: Path, threads: int) -> None:
     """The worker: opens the bundle, then answers a line `[prefill, decode]` with tokens per second."""
     from arriero import load
-    from arriero.runtimes.processor import Prompt
+    from arriero.runtimes.processor.processor import Prompt
 
     started = time.perf_counter()
     session = load(bundle, threads)

@@ -31,7 +31,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        from arriero.export.cli import main as command
+        from arriero.export.cli.app import main as command
 
         command()
     except BaseException as error:

@@ -27,7 +27,7 @@ from arriero.graphs import functions
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.model import Llama4
-from arriero.graphs.passes.anchor_sizes import anchor_sizes
+from arriero.graphs.passes.canonicalize_shape_sources import canonicalize_shape_sources
 from arriero.graphs.safetensors_header import TensorInfo
 
 DTYPES = {"BF16": ir.DataType.BFLOAT16, "F16": ir.DataType.FLOAT16, "F32": ir.DataType.FLOAT}
@@ -215,7 +215,7 @@ def _finish(model: ir.Model, checkpoint: Checkpoint, path: Path) -> ir.Model:
         tidy.ClearMetadataAndDocStringPass(),
     )
     Sequential(*passes)(model)
-    anchor_sizes(model)
+    canonicalize_shape_sources(model)
     path.parent.mkdir(parents=True, exist_ok=True)
     for value in model.graph.initializers.values():
         if value.const_value is None:

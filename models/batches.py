@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from arriero.profiles.data import Sample
-from arriero.runtimes.processor import Processor
+from arriero.runtimes.processor.processor import Processor
 
 ANSWER_OPENS = "<|header_start|>assistant<|header_end|>\n\n"
 ANSWER_ENDS = "<|eot|>"

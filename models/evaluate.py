@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from arriero.export.cases import draw_samples
+from arriero.export.proof.reference import TorchBackend
+from arriero.export.samples.cases import draw_samples
 from arriero.graphs.model import MoE
 from arriero.profiles.data import FAMILIES, Sample, accuracy, make
 from arriero.runtimes.api import load
-from arriero.runtimes.metrics import accuracy_error
-from arriero.runtimes.processor import Processor
+from arriero.runtimes.processor.processor import Processor
+from arriero.runtimes.proof.metrics import accuracy_error
 from arriero.runtimes.session import Session
-from arriero.runtimes.torch import TorchBackend
 
 ROWS = 16  # sequences decoded together
 ANSWER_TOKENS = 48
@@ -45,7 +45,7 @@ def count_experts(session: Session, samples: Sequence[Sample]) -> dict[int, np.n
     counts: dict[int, np.ndarray] = {}
     for sample in samples:
         prompt = session.encode(sample.prompt, sample.images)
-        for layer, ids in session.logits(prompt.input_ids, prompt.pixel_values, taps=True).expert_ids.items():
+        for layer, ids in session.logits(prompt.input_ids, prompt.pixel_values, captures=True).expert_ids.items():
             counts[layer] = counts.get(layer, 0) + np.bincount(ids.ravel(), minlength=session.spec.num_local_experts)
     return counts
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from arriero.graphs.model import Llama4, temperature
 from arriero.models.batches import IGNORED, Batch
 from arriero.profiles.data.words import KEYS
-from arriero.runtimes.processor import Processor
+from arriero.runtimes.processor.processor import Processor
 
 HEAD = 0  # the query head that is told
 

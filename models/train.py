@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from arriero.export.build_file.model_spec import model_spec
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.model import Llama4, MoE
 from arriero.models.batches import IGNORED, Batch, collate, encode
@@ -33,8 +34,7 @@ from arriero.models.chasqui import write_skeleton
 from arriero.models.guide_recall import RecallGuide
 from arriero.models.pretrain_vision import pretrain_vision
 from arriero.profiles.data import make
-from arriero.runtimes.processor import Processor
-from arriero.runtimes.torch import model_spec
+from arriero.runtimes.processor.processor import Processor
 
 # Samples per step of each family, by first step; families of one group share a batch. What is learned gives way to
 # what is not yet: to arithmetic, at last to counting, description and several images.

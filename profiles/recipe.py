@@ -17,7 +17,7 @@ from arriero.errors import ArrieroError, Problems
 from arriero.profiles.schemes import Candidate, Chosen, Exact, Half, IntBlock, Record, Scheme, Static
 
 SHIPPED = Path(__file__).parent
-OVER_NAIVE = "kl_over_naive"
+OVER_RTN = "kl_over_rtn"
 LAYER_MATRIX = re.compile(r"language_model\.model\.layers\.\d+\.(self_attn|feed_forward)\.(?!router).+")
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
@@ -81,7 +81,7 @@ class Choose(Record):
 class Profile(Record):
     """One profile. `keep` is asked before `rules`, each in order, and the first selector that matches wins.
 
-    A profile that calibrates must set the threshold `kl_over_naive`, below 1: its logits' KL over that of its own naive
+    A profile that calibrates must set the threshold `kl_over_rtn`, below 1: its logits' KL over that of its own rtn
     form, in which every integer is the nearest one and every scale the block's largest magnitude.
     """
 
@@ -100,14 +100,14 @@ class Profile(Record):
         if (self.choose is not None) != any(isinstance(scheme, Chosen) for scheme in schemes):
             raise ValueError("rules of kind `chosen` and a section `choose` need each other")
         if self.choose is not None and not any(candidate.calibrates for candidate in self.choose.candidates):
-            raise ValueError("no candidate of `choose` rounds by gptq, so the profile could not beat its naive form")
+            raise ValueError("no candidate of `choose` rounds by gptq, so the profile could not beat its RTN baseline")
         uses = any(scheme.calibrates for scheme in schemes)
         if uses and rule is None:
             raise ValueError("a rule needs to see activations, so the profile needs a `calibration` section")
         if not uses and rule is not None:
             raise ValueError("no rule needs to see activations, so the `calibration` section would do nothing")
-        if uses and not 0 < self.thresholds.get(OVER_NAIVE, 1) < 1:
-            raise ValueError(f"a profile that calibrates must beat its naive form: set thresholds.{OVER_NAIVE} below 1")
+        if uses and not 0 < self.thresholds.get(OVER_RTN, 1) < 1:
+            raise ValueError(f"a profile that calibrates must beat its RTN baseline: set thresholds.{OVER_RTN} below 1")
         if rule is None:
             return self
         static = any(isinstance(scheme, Static) and scheme.calibrates for scheme in schemes)
@@ -144,9 +144,9 @@ class Profile(Record):
         rest = [rule for rule in self.rules if not isinstance(rule.scheme, Chosen)]
         return self.model_copy(update={"rules": [*made, *rest], "choose": None})
 
-    def naive(self) -> Profile:
-        """This profile without calibration: the same tensors stored the same way, each scheme in its naive form."""
-        return self._with_rules(lambda rule: rule.scheme.naive()).model_copy(update={"calibration": None})
+    def rtn_baseline(self) -> Profile:
+        """This profile without calibration: the same tensors stored the same way, each scheme in its RTN baseline."""
+        return self._with_rules(lambda rule: rule.scheme.rtn_baseline()).model_copy(update={"calibration": None})
 
     def _with_rules(self, scheme: Callable[[Rule], Scheme]) -> Profile:
         rules = [rule.model_copy(update={"scheme": scheme(rule)}) for rule in self.rules]

@@ -45,7 +45,7 @@ class _Scheme(Record):
         """Whether its numbers come from activations, so that the build must see some."""
         return False
 
-    def naive(self) -> Self:
+    def rtn_baseline(self) -> Self:
         """The same storage with every scale the largest magnitude of the weights: what calibration has to beat."""
         return self
 
@@ -133,7 +133,7 @@ class IntBlock(_Scheme):
         return self.rounding != "nearest"
 
     @override
-    def naive(self) -> Self:
+    def rtn_baseline(self) -> Self:
         return self.model_copy(update={"rounding": "nearest"})
 
     @override
@@ -199,7 +199,7 @@ class Static(_PerChannel):
     """One byte per weight with a scale per output, activations in eight bits at one scale per matrix, known beforehand.
 
     `ranges` observed: the largest magnitude that calibration saw in this matrix's inputs (of each expert: in the rows
-    routed to it, times the router's score); weights: that of the weights, the naive guess. `smooth` is the exponent of
+    routed to it, times the router's score); weights: that of the weights, a guess. `smooth` is the exponent of
     SmoothQuant (Xiao et al. 2023): how much of the inputs' uneven size per feature is moved into the weights.
     """
 
@@ -232,7 +232,7 @@ class Static(_PerChannel):
         return self.ranges == "observed"
 
     @override
-    def naive(self) -> Self:
+    def rtn_baseline(self) -> Self:
         return self.model_copy(update={"ranges": "weights", "smooth": None})
 
     @override

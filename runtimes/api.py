@@ -9,7 +9,7 @@ from pathlib import Path
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import BACKENDS, Backend, ModelSpec, module_of
 from arriero.runtimes.manifest import Manifest, open_manifest
-from arriero.runtimes.processor import Processor
+from arriero.runtimes.processor.processor import Processor
 from arriero.runtimes.session import Session
 
 

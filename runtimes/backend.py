@@ -132,7 +132,7 @@ def _layer(entry: Mapping[str, str], where: str) -> LayerSpec:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one forward gives; the two dictionaries are keyed by layer number and empty unless taps were asked for."""
+    """What one forward gives; the two dictionaries are by layer number, empty unless captures were asked for."""
 
     logits: Floats  # [B, L, V]
     expert_ids: dict[int, Ints] = field(default_factory=dict)  # MoE layers: [B, S, k]
@@ -183,7 +183,7 @@ class Backend(Protocol):
         ...
 
     def forward(
-        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, taps: bool = False
+        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, captures: bool = False
     ) -> StepOutput:
         """Run `inputs_embeds` [B, S, H] at `positions` [B, S] after `cache`; logits for the slots `logits_index` [L].
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Floats
-from arriero.runtimes.detokenize import Detokenizer
+from arriero.runtimes.processor.detokenize import Detokenizer
 from arriero.runtimes.sampling import Sampling
 
 FinishReason = Literal["stop", "length", "cancelled"]

@@ -15,8 +15,8 @@ import numpy as np
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes.backend import TILES_AT_ONCE, Cache, Floats, Ints, ModelSpec, StepOutput, no_vision
+from arriero.runtimes.cache import KVCache, RowView, check_step
 from arriero.runtimes.cpu import usable_cores
-from arriero.runtimes.kvcache import KVCache, RowView, check_step
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -94,7 +94,7 @@ class OrtBackend:
         return KVCache(self.spec, batch, capacity, self._cache_type)
 
     def forward(
-        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, taps: bool = False
+        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, captures: bool = False
     ) -> StepOutput:
         """Run `inputs_embeds` [B, S, H]; see `Backend.forward`. The cache must come from `new_cache`."""
         import onnxruntime
@@ -114,7 +114,7 @@ class OrtBackend:
         kept = [tensor(np.ascontiguousarray(array)) for array in feeds.values()]
         for name, value in zip(feeds, kept, strict=True):
             binding.bind_ortvalue_input(name, value)
-        outputs = ["logits", *(self._tap_names() if taps else ())]
+        outputs = ["logits", *(self._tap_names() if captures else ())]
         for name in outputs:
             binding.bind_output(name)
         for number in range(len(self.spec.layers)):

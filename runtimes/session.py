@@ -17,10 +17,10 @@ import numpy as np
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Backend, Cache, Floats, Ints, StepOutput
-from arriero.runtimes.chat import Message
 from arriero.runtimes.generation import Answer, Generation, Limits, Stream, as_stops
-from arriero.runtimes.images import Images, as_list
-from arriero.runtimes.processor import Processor, Prompt
+from arriero.runtimes.processor.chat import Message
+from arriero.runtimes.processor.images import Images, as_list
+from arriero.runtimes.processor.processor import Processor, Prompt
 from arriero.runtimes.sampling import Sampling
 
 # Activations grow with the piece and weights are read once per piece; at 512 the matrix products already saturate.
@@ -188,10 +188,10 @@ class Session:
         state.logits = self._step(state.cache, [token])[0]
         return state.logits
 
-    def logits(self, input_ids: Ints, pixel_values: Floats | None = None, taps: bool = False) -> StepOutput:
+    def logits(self, input_ids: Ints, pixel_values: Floats | None = None, captures: bool = False) -> StepOutput:
         """Run given ids i64 [S] from the start and give the logits of every position [1, S, V].
 
-        `taps` adds what each layer gave and where each token was routed. The ids are read in the same pieces as
+        `captures` adds what each layer gave and where each token was routed. The ids are read in the same pieces as
         a prompt is.
         """
         prompt = Prompt(np.asarray(input_ids, np.int64), pixel_values)
@@ -199,7 +199,7 @@ class Session:
             raise self._too_long(prompt.input_ids.size, 0)
         cache = self.backend.new_cache(1, prompt.input_ids.size)
         steps = [
-            self.backend.forward(embeds, positions, cache, np.arange(embeds.shape[1]), taps)
+            self.backend.forward(embeds, positions, cache, np.arange(embeds.shape[1]), captures)
             for embeds, positions in self._embedded(prompt)
         ]
         if not steps:

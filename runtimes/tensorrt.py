@@ -14,13 +14,13 @@ import numpy as np
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import TILES_AT_ONCE, Cache, Floats, Ints, ModelSpec, StepOutput, no_vision
-from arriero.runtimes.cuda import Device, load_cuda
-from arriero.runtimes.device_cache import DeviceCache, DeviceRows, Slots
-from arriero.runtimes.engine import Engine
-from arriero.runtimes.engine_signature import REBUILD
-from arriero.runtimes.kvcache import check_step
+from arriero.runtimes.cache import check_step
 from arriero.runtimes.manifest import Manifest
-from arriero.runtimes.products import Product, check_product
+from arriero.runtimes.nvidia.cuda import Device, load_cuda
+from arriero.runtimes.nvidia.device_cache import DeviceCache, DeviceRows, SlotLimits
+from arriero.runtimes.nvidia.engine import Engine
+from arriero.runtimes.nvidia.engine_signature import REBUILD
+from arriero.runtimes.nvidia.products import Product, check_product
 
 PRODUCT = Product()
 KINDS = ("key", "value")
@@ -70,7 +70,9 @@ class TensorRtBackend:
                 for i, layer in enumerate(self.spec.layers)
                 if layer.attention == attention
             ]
-            self._slots[attention] = Slots(max((a for a, _ in ends), default=0), min((b for _, b in ends), default=0))
+            self._slots[attention] = SlotLimits(
+                max((a for a, _ in ends), default=0), min((b for _, b in ends), default=0)
+            )
 
     def vision(self, pixel_values: Floats) -> Floats:
         """Turn tiles f32 [n, 3, h, w] into features f32 [n * tokens_per_tile, H]."""
@@ -123,14 +125,14 @@ class TensorRtBackend:
         return DeviceCache(self._cache_stream, self.spec, batch, capacity, self._item, self._slots)
 
     def forward(
-        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, taps: bool = False
+        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, captures: bool = False
     ) -> StepOutput:
         """Run `inputs_embeds` [B, S, H]; see `Backend.forward`. The cache must come from `new_cache`."""
         assert isinstance(cache, DeviceCache | DeviceRows)
         batch, steps = positions.shape
         check_step(positions, cache)
         cache.reserve(int(cache.lengths.max()) + steps)
-        layers = range(len(self.spec.layers)) if taps else ()
+        layers = range(len(self.spec.layers)) if captures else ()
         ids = {i: f"expert_id.{i}" for i in layers if f"expert_id.{i}" in self._text.signature.outputs}
         hiddens = {i: f"hidden.{i}" for i in layers}
         feeds: dict[str, np.ndarray] = {
@@ -139,7 +141,7 @@ class TensorRtBackend:
             "logits_index": logits_index,
         }
         wanted = ("logits", *ids.values(), *hiddens.values())
-        named = self._text.run(feeds, wanted, cache.places(), record=not taps)
+        named = self._text.run(feeds, wanted, cache.places(), record=not captures)
         cache.lengths += steps
         return StepOutput(
             logits=named["logits"],

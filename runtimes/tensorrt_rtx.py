@@ -15,7 +15,7 @@ from typing import Any
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.manifest import Manifest
-from arriero.runtimes.products import Product, check_product
+from arriero.runtimes.nvidia.products import Product, check_product
 from arriero.runtimes.tensorrt import TensorRtBackend
 
 BINDINGS, LIBRARIES = "tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx"

@@ -23,8 +23,8 @@ import numpy as np
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes.backend import TILES_AT_ONCE, Cache, Floats, Ints, ModelSpec, StepOutput, no_vision
+from arriero.runtimes.cache import KVCache, RowView, check_step
 from arriero.runtimes.cpu import usable_cores
-from arriero.runtimes.kvcache import KVCache, RowView, check_step
 
 if TYPE_CHECKING:
     import tvm_ffi
@@ -68,7 +68,7 @@ class TvmBackend:
         return KVCache(self.spec, batch, capacity)
 
     def forward(
-        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, taps: bool = False
+        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, captures: bool = False
     ) -> StepOutput:
         """Run `inputs_embeds` [B, S, H]; see `Backend.forward`. The cache must come from `new_cache`."""
         assert isinstance(cache, KVCache | RowView)
@@ -80,7 +80,7 @@ class TvmBackend:
         for number in range(len(self.spec.layers)):
             for kind, buffer in zip(("key", "value"), cache.layer(number), strict=True):
                 feeds[f"past_{kind}.{number}"] = buffer
-        if not taps:
+        if not captures:
             (logits,) = self._text.run(feeds, "step")
             cache.lengths += steps
             return StepOutput(logits)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from arriero.export.cli import main
+from arriero.export.cli.app import main
 
 BUILD = """\
 version: 1

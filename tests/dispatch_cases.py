@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from arriero.profiles.balance import InputScale, quantize_static, quantize_static_float8
+from arriero.graphs.stored.mma_layout import pack_byte_lanes, pack_int4_lanes
 from arriero.profiles.float8 import to_bits
-from arriero.profiles.lanes import pack_byte_lanes, pack_int4_lanes
 from arriero.profiles.quantize import dequantize, quantize
+from arriero.profiles.static_scales import InputScale, quantize_static, quantize_static_float8
 
 TYPES = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from arriero.export.compile.build_kernels import SOURCES, find_compiler
-from arriero.export.compile.call_kernels import FORMATS, Weight
+from tests.call_kernels import FORMATS, Weight
 
 RUNNER = Path(__file__).with_name("kernel_runner.cc")
 

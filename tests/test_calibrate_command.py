@@ -26,7 +26,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small_scout(folder / "scout")
     # The shipped profile with blocks that divide the small model, and without promises on what random weights know.
     text = shipped()["int4"].read_text().replace("block: 64", "block: 32").replace("name: int4", "name: small4")
-    text = text.replace("kl_over_naive: 0.5", "kl_over_naive: 0.9").replace("task_accuracy_drop: 0.02", "")
+    text = text.replace("kl_over_rtn: 0.5", "kl_over_rtn: 0.9").replace("task_accuracy_drop: 0.02", "")
     (folder / "small4.yaml").write_text(text)
     (folder / "data").mkdir()
     Image.new("RGB", (60, 40), (200, 30, 60)).save(folder / "data" / "red.png")
@@ -71,8 +71,8 @@ def test_a_calibrated_build_is_killed_goes_on_and_says_what_it_saw(build_file: P
     assert finished.items() <= stages(output).items()
     bundle = output / "small4"
     rows = {row["metric"]: row for row in arriero("parity", bundle, "--json").json["rows"]}
-    assert rows["kl_over_naive"]["status"] == "pass"
-    assert 0 < rows["logits_kl_mean"]["value"] / rows["naive_kl_mean"]["value"] <= 0.9
+    assert rows["kl_over_rtn"]["status"] == "pass"
+    assert 0 < rows["logits_kl_mean"]["value"] / rows["rtn_kl_mean"]["value"] <= 0.9
     described = arriero("inspect", bundle, "--json").json
     assert described["calibration"] == seen.json["calibration"]
     assert described["calibration"]["samples"] == {"text": SAMPLES - 1, "image": 1}

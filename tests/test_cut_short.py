@@ -35,14 +35,15 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(package, verb):
 
 
 def test_a_missing_part_of_arriero_itself_is_no_missing_package():
-    assert "Traceback" in without("arriero.export.cli", "--version").stderr
+    assert "Traceback" in without("arriero.export.cli.app", "--version").stderr
 
 
 @pytest.mark.parametrize("raised", ["AttributeError('half a module')", "SystemExit(130)", "KeyboardInterrupt"])
 def test_what_a_library_raises_when_it_is_interrupted_counts_as_stopped(raised):
     code = f"""
 import signal
-from arriero.export import __main__, cli
+from arriero.export.cli.app import app as cli
+from arriero.export import __main__
 
 def interrupted():
     try:

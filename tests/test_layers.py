@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-LAYERS = ("profiles", "runtimes", "graphs", "export", "models")
-MAY_IMPORT = {
-    "profiles": {"errors", "profiles"},
-    "runtimes": {"errors", "runtimes"},
-    "graphs": {"errors", "profiles", "graphs"},
-    "export": {"errors", "version", "profiles", "runtimes", "graphs", "export"},
-    "models": {"errors", "version", *LAYERS},
-}
-# The reference needs the model's definition; nothing that a bundle runs on imports it.
-EXCEPTIONS = {"runtimes/torch.py": {"graphs"}}
+from docs.rooms import MAY_IMPORT, ROOMS, ROOT, edges, imported, sources
+
+LAYERS = (*ROOMS, "models")
 # What an edge device has: everything else would have to be installed there.
 AT_RUN_TIME = {"numpy", "onnxruntime", "tvm_ffi", "cuda", "tokenizers", "jinja2", "PIL", "av", "rich"}
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "transformers", "pydantic", "ruamel", "safetensors", "typer", "rich"}
-MAX_LINES = 600
+MAX_LINES = 500
 
 SOURCES = sorted(
     path.relative_to(ROOT).as_posix()
@@ -32,31 +21,38 @@ SOURCES = sorted(
 )
 
 
-def imported(source: str) -> Iterator[str]:
-    """Full names of the modules that a file imports, wherever in it the import stands."""
-    for node in ast.walk(ast.parse((ROOT / source).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{source}:{node.lineno} imports relatively"
-            # `from arriero import graphs` imports arriero.graphs
-            names = [f"arriero.{name.name}" for name in node.names] if node.module == "arriero" else [node.module]
-            yield from (name for name in names if name)
-
-
 def test_every_layer_has_sources():
     assert {source.partition("/")[0] for source in SOURCES} >= {*LAYERS, "tests"}
 
 
-@pytest.mark.parametrize("source", [source for source in SOURCES if source.startswith(tuple(f"{x}/" for x in LAYERS))])
-def test_a_layer_imports_only_what_it_may(source):
-    layer = source.partition("/")[0]
-    allowed = MAY_IMPORT[layer] | EXCEPTIONS.get(source, set())
-    ours = {name.split(".")[1] for name in imported(source) if name.startswith("arriero.")}
-    assert ours <= allowed
+@pytest.mark.parametrize("folder", LAYERS)
+def test_a_layer_imports_only_what_it_may(folder):
+    allowed = MAY_IMPORT[folder] | {folder, "errors", "version"}
+    for source in sources(folder):
+        ours = {name.split(".")[1] for name in imported(source) if name.startswith("arriero.")}
+        assert ours <= allowed, source
 
 
-@pytest.mark.parametrize("source", [s for s in SOURCES if s.startswith("runtimes/") and s not in EXCEPTIONS])
+@pytest.mark.parametrize("folder", ROOMS)
+def test_a_room_imports_no_room_above_it(folder):
+    order = list(ROOMS[folder])
+    upward = {
+        f"{above} of {', '.join(sorted(files))}": room
+        for (room, above), files in edges().items()
+        if room[0] == above[0] == folder and order.index(above[1]) < order.index(room[1])
+    }
+    assert not upward
+
+
+@pytest.mark.parametrize("folder", ROOMS)
+def test_every_folder_and_named_file_is_a_room(folder):
+    """A new folder that no room names would be taken for loose files."""
+    named = {member for members in ROOMS[folder].values() for member in members} - {"*"}
+    assert named <= {path.name for path in (ROOT / folder).iterdir()}
+    assert {path.name for path in (ROOT / folder).iterdir() if path.is_dir() and any(path.glob("*.py"))} <= named
+
+
+@pytest.mark.parametrize("source", sources("runtimes"))
 def test_the_runtime_needs_little(source):
     modules = {name.partition(".")[0] for name in imported(source)}
     assert modules - {"arriero"} - set(sys.stdlib_module_names) <= AT_RUN_TIME

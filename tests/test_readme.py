@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from arriero.export.build import Build
-from arriero.export.cli import app
-from arriero.export.config import load_build
+from arriero.export.build_file.read import load_build
+from arriero.export.cli.app import app
+from arriero.export.pipeline.build import Build
 from arriero.profiles.data import make, score
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ Watch = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Room:
+class MemoryBudget:
     """What a budget leaves the engines of a GPU's memory beside the cache, in bytes.
 
     `scratch` is for what they compute in, `weights` for their weights: those beyond it stay in the host's memory and

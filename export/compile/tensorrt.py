@@ -17,13 +17,13 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.export.compile import Compiled, Room, Watch
-from arriero.export.compile.engine_shapes import Limits, settle_capacities, signature
-from arriero.export.compile.gpus import Gpu
-from arriero.export.compile.tensorrt_api import TENSORRT, Api, load
+from arriero.export.compile import Compiled, MemoryBudget, Watch
+from arriero.export.compile.nvidia.engine_shapes import Limits, settle_capacities, signature
+from arriero.export.compile.nvidia.gpus import Gpu
+from arriero.export.compile.nvidia.tensorrt_api import TENSORRT, Api, load
 from arriero.graphs.passes.replace_dispatch_with_plugins import PLUGINS
 from arriero.runtimes.cpu import architecture
-from arriero.runtimes.products import listen
+from arriero.runtimes.nvidia.products import listen
 
 STEPS = 100  # of which a graph's progress is told
 TIMINGS = "timings.bin"
@@ -37,7 +37,7 @@ def compile_graphs(
     limits: Limits,
     watch: Watch | None = None,
     *,
-    room: Room | None = None,
+    room: MemoryBudget | None = None,
     api: Api | None = None,
     plugins: Callable[[str], Plugins] | None = None,
 ) -> Compiled:
@@ -99,7 +99,7 @@ def build_engine(
     path: Path,
     told: Mapping[str, Any],
     gpu: Gpu,
-    room: Room | None,
+    room: MemoryBudget | None,
     timings: Path,
     step: Callable[[int, int], None],
 ) -> Any:
@@ -186,7 +186,7 @@ def _refused(api: Api, path: Path, errors: Sequence[Any]) -> ArrieroError:
     )
 
 
-def _unbuilt(api: Api, path: Path, gpu: Gpu, room: Room | None, errors: Sequence[str]) -> ArrieroError:
+def _unbuilt(api: Api, path: Path, gpu: Gpu, room: MemoryBudget | None, errors: Sequence[str]) -> ArrieroError:
     text = errors[-1] if errors else "no reason given"
     if ("out of memory" in text.lower() or "OutOfMemory" in text) and room is not None:
         return ArrieroError(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from arriero.export.compile import Compiled, Room, Watch
+from arriero.export.compile import Compiled, MemoryBudget, Watch
 from arriero.export.compile import tensorrt as shared
-from arriero.export.compile.engine_shapes import Limits
-from arriero.export.compile.gpus import Gpu
-from arriero.export.compile.tensorrt_api import RTX, Api, load
+from arriero.export.compile.nvidia.engine_shapes import Limits
+from arriero.export.compile.nvidia.gpus import Gpu
+from arriero.export.compile.nvidia.tensorrt_api import RTX, Api, load
 
 
 def compile_graphs(
@@ -19,7 +19,7 @@ def compile_graphs(
     limits: Limits,
     watch: Watch | None = None,
     *,
-    room: Room | None = None,
+    room: MemoryBudget | None = None,
     api: Api | None = None,
 ) -> Compiled:
     """Compile as `tensorrt.compile_graphs` does; no GPU is needed."""

@@ -17,7 +17,7 @@ from arriero.errors import ArrieroError
 from arriero.export.compile import Compiled, Watch
 from arriero.export.compile.build_kernels import find_compiler
 from arriero.export.compile.cpus import LINUX_NAMES, NATIVE, Cpu, parse_cpu
-from arriero.export.compile.relax_import import ANY_ALIGNMENT, import_graph
+from arriero.export.compile.relax.import_graph import ANY_ALIGNMENT, import_graph
 
 
 def compile_graphs(

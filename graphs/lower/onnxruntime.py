@@ -10,14 +10,14 @@ import onnx_ir as ir
 
 from arriero.graphs.functions import add_functions
 from arriero.graphs.lower.part import Lowering, WeightTable, expect, lower_part
-from arriero.graphs.passes.become import CONTRIB
 from arriero.graphs.passes.fuse_rotary import fuse_rotary
 from arriero.graphs.passes.quantize_cache import quantize_cache
 from arriero.graphs.passes.quantize_dispatch import quantize_dispatch
 from arriero.graphs.passes.replace_attention_with_gqa import replace_attention_with_gqa
 from arriero.graphs.passes.replace_dispatch_with_moe import replace_dispatch_with_moe
 from arriero.graphs.passes.replace_linear import replace_linear
-from arriero.graphs.passes.store_weights import WeightStore
+from arriero.graphs.rewrite import CONTRIB
+from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.schemes import Exact, Fp8, Int8Dynamic, Int8Static, IntBlock, Scheme
 
 OPSET = (CONTRIB, 1)

@@ -13,11 +13,11 @@ from onnx_ir.passes import common as tidy
 
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
-from arriero.graphs.passes.store_weights import WeightStore
 from arriero.graphs.passes.widen_weights import keep_weights, widen_weights
-from arriero.graphs.weights import Progress
+from arriero.graphs.stored.safetensors_writer import Progress
+from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.kv_cache import CacheScales
-from arriero.profiles.roundings import Roundings
+from arriero.profiles.quantized_weights import QuantizedWeights
 from arriero.profiles.schemes import Scheme
 
 WeightTable = dict[str, dict[str, Any]]
@@ -38,7 +38,7 @@ class Lowering:
     assignment: Mapping[str, Scheme]
     out_dir: Path
     progress: Progress | None = None
-    roundings: Roundings | None = None
+    roundings: QuantizedWeights | None = None
     cache: Sequence[CacheScales] | None = None
     capability: int = 0
 

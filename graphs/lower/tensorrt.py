@@ -15,14 +15,14 @@ from arriero.errors import ArrieroError
 from arriero.graphs.functions import CACHED_ATTENTION, EXPERT_DISPATCH
 from arriero.graphs.lower.part import Lowering, WeightTable, expect, lower_part
 from arriero.graphs.passes.expand_attention import expand_attention
+from arriero.graphs.passes.fold_reshape_shapes import fold_reshape_shapes
 from arriero.graphs.passes.fuse_rotary import fuse_rotary
 from arriero.graphs.passes.multiply_in_scheme import TYPES, keep_half, multiply_in_scheme, sum_products
 from arriero.graphs.passes.replace_dispatch_with_native_moe import replace_dispatch_with_native_moe
 from arriero.graphs.passes.replace_dispatch_with_plugins import replace_dispatch_with_plugins
 from arriero.graphs.passes.scatter_cache import narrow_attention, scatter_cache
-from arriero.graphs.passes.settle_reshapes import settle_reshapes
-from arriero.graphs.passes.store_weights import WeightStore
 from arriero.graphs.passes.tile_experts import tile_experts
+from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.float8 import FP8_SINCE
 from arriero.profiles.schemes import Exact, Fp8Static, Half, Int8Static, IntBlock, Scheme
 
@@ -110,7 +110,7 @@ def lower_standard(
         multiply_in_scheme(model, store, narrow)
         if sums:
             sum_products(model)
-        settle_reshapes(model)
+        fold_reshape_shapes(model)
         keep_half(model, store)
 
     return lower_part(part, canonical, given, rewrite, OPSET)

@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.functions import CACHED_ATTENTION, DOMAIN, EXPERT_DISPATCH, VERSION
-from arriero.graphs.link_file import link_file
 from arriero.graphs.lower.part import Lowering, WeightTable, expect, lower_part
+from arriero.graphs.passes.fold_reshape_shapes import fold_reshape_shapes
 from arriero.graphs.passes.fuse_rotary import fuse_rotary
 from arriero.graphs.passes.keep_token_axes import keep_token_axes
 from arriero.graphs.passes.replace_with_kernels import (
@@ -25,8 +25,8 @@ from arriero.graphs.passes.replace_with_kernels import (
     replace_linear_with_kernel,
     replace_lookup,
 )
-from arriero.graphs.passes.settle_reshapes import settle_reshapes
-from arriero.graphs.passes.store_weights import WeightStore
+from arriero.graphs.stored.link_file import link_file
+from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.schemes import Exact, Fp8, IntBlock, Scheme
 
 OPSET = (DOMAIN, VERSION)
@@ -62,7 +62,7 @@ def lower(part: str, canonical: ir.Model, given: Lowering) -> WeightTable:
             replace_linear_with_kernel(model, store)
         if part == "text":
             expect("token Reshape", keep_token_axes(model), 2 * len(text.moe_layers))
-        settle_reshapes(model)
+        fold_reshape_shapes(model)
 
     links = _link_checkpoint(given.checkpoint, given.assignment, given.out_dir)
     return lower_part(part, canonical, given, rewrite, OPSET, links)

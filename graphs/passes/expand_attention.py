@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from arriero.graphs.passes.become import become, constant, insert
+from arriero.graphs.rewrite import add_constant, insert_node, replace_node
 
 HIDDEN = np.float32(-1e30)  # finite: where all keys are hidden, infinities would give NaN
 
@@ -23,16 +23,18 @@ def expand_attention(model: ir.Model) -> int:
         q, k, v = node.inputs[:3]
         seen = node.inputs[3] if len(node.inputs) > 3 else None
         heads, kv_heads, size = _sizes(q, k)
-        query = insert(node, "Reshape", [q, constant(node, [0, kv_heads, heads // kv_heads, -1, size])])
-        scaled = insert(node, "Mul", [query, constant(node, ir.tensor(np.array(size**-0.5, np.float32)))])
-        keys = insert(node, "Transpose", [insert(node, "Unsqueeze", [k, constant(node, [2])])], perm=[0, 1, 2, 4, 3])
-        scores = insert(node, "MatMul", [scaled, keys])  # [B, K, G, S, C]
+        query = insert_node(node, "Reshape", [q, add_constant(node, [0, kv_heads, heads // kv_heads, -1, size])])
+        scaled = insert_node(node, "Mul", [query, add_constant(node, ir.tensor(np.array(size**-0.5, np.float32)))])
+        keys = insert_node(
+            node, "Transpose", [insert_node(node, "Unsqueeze", [k, add_constant(node, [2])])], perm=[0, 1, 2, 4, 3]
+        )
+        scores = insert_node(node, "MatMul", [scaled, keys])  # [B, K, G, S, C]
         if seen is not None:
-            mask = insert(node, "Unsqueeze", [seen, constant(node, [1])])
-            scores = insert(node, "Where", [mask, scores, constant(node, ir.tensor(HIDDEN))])
-        shares = insert(node, "Softmax", [scores], axis=-1)
-        mixed = insert(node, "MatMul", [shares, insert(node, "Unsqueeze", [v, constant(node, [2])])])
-        become(node, "Reshape", [mixed, constant(node, [0, heads, -1, size])], {}, domain="")
+            mask = insert_node(node, "Unsqueeze", [seen, add_constant(node, [1])])
+            scores = insert_node(node, "Where", [mask, scores, add_constant(node, ir.tensor(HIDDEN))])
+        shares = insert_node(node, "Softmax", [scores], axis=-1)
+        mixed = insert_node(node, "MatMul", [shares, insert_node(node, "Unsqueeze", [v, add_constant(node, [2])])])
+        replace_node(node, "Reshape", [mixed, add_constant(node, [0, heads, -1, size])], {}, domain="")
     return len(nodes)
 
 

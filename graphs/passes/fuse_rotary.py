@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from arriero.graphs.passes.become import become, constant, insert
+from arriero.graphs.rewrite import add_constant, insert_node, replace_node
 
 # What the trace puts between a factor and the value it comes from; none of it changes an element.
 VIEWS = ("Unsqueeze", "Slice", "Squeeze", "Reshape")
@@ -28,8 +28,8 @@ def fuse_rotary(model: ir.Model) -> int:
         heads, size = reshape.outputs[0].shape[2:]
         assert isinstance(heads, int)
         assert isinstance(size, int)
-        turned = insert(reshape, "RotaryEmbedding", [x, cos, sin], num_heads=heads, interleaved=1)
-        become(reshape, "Reshape", [turned, constant(reshape, [0, 0, heads, size])], {}, domain="")
+        turned = insert_node(reshape, "RotaryEmbedding", [x, cos, sin], num_heads=heads, interleaved=1)
+        replace_node(reshape, "Reshape", [turned, add_constant(reshape, [0, 0, heads, size])], {}, domain="")
         count += 1
     return count
 

@@ -20,10 +20,10 @@ from onnx_ir.passes import Sequential
 from onnx_ir.passes import common as tidy
 
 from arriero.errors import ArrieroError
-from arriero.graphs.passes.become import become, constant, insert
 from arriero.graphs.passes.replace_linear import TIED, linear_weight
-from arriero.graphs.passes.store_codes import store_blocks, store_static
-from arriero.graphs.passes.store_weights import WeightStore
+from arriero.graphs.rewrite import add_constant, insert_node, replace_node
+from arriero.graphs.stored.codes import store_blocks, store_static
+from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.schemes import Exact, Half, Int8Static, IntBlock, Scheme, Static
 
 FLOAT = ir.DataType.FLOAT
@@ -40,7 +40,7 @@ def multiply_in_scheme(model: ir.Model, store: WeightStore, activations: str) ->
         x = node.inputs[0]
         assert x is not None
         out = _multiply(node, store, name, x, activations, TIED.get(name))
-        become(node, "Identity", [out], {}, domain="")
+        replace_node(node, "Identity", [out], {}, domain="")
         count += 1
     return count
 
@@ -58,9 +58,13 @@ def sum_products(model: ir.Model) -> int:
         weight = turned.inputs[0]
         if not weight.is_initializer() or weight.dtype != FLOAT:
             continue
-        rows = insert(node, "Unsqueeze", [node.inputs[0], constant(node, [-2])])  # [.., 1, K]
-        become(
-            node, "ReduceSum", [insert(node, "Mul", [rows, weight]), constant(node, [-1])], {"keepdims": 0}, domain=""
+        rows = insert_node(node, "Unsqueeze", [node.inputs[0], add_constant(node, [-2])])  # [.., 1, K]
+        replace_node(
+            node,
+            "ReduceSum",
+            [insert_node(node, "Mul", [rows, weight]), add_constant(node, [-1])],
+            {"keepdims": 0},
+            domain="",
         )
         count += 1
     return count
@@ -94,19 +98,19 @@ def round_inputs(
     before: ir.Node, scheme: Static, x: ir.Value, multiplier: ir.Value, dtype: ir.DataType = FLOAT
 ) -> ir.Value:
     """Emit the codes that x f32 times its multiplier is rounded to, as numbers of `dtype`, which holds them exactly."""
-    multiplied = insert(before, "Mul", [x, multiplier])
+    multiplied = insert_node(before, "Mul", [x, multiplier])
     if isinstance(scheme, Int8Static):  # the operator would saturate at -128
-        ends = [constant(before, ir.tensor(np.array(end, np.float32))) for end in (-127, 127)]
-        multiplied = insert(before, "Clip", [multiplied, *ends])
+        ends = [add_constant(before, ir.tensor(np.array(end, np.float32))) for end in (-127, 127)]
+        multiplied = insert_node(before, "Clip", [multiplied, *ends])
     zero = np.array(0, np.int8 if isinstance(scheme, Int8Static) else ml_dtypes.float8_e4m3fn)
-    none = constant(before, ir.tensor(zero))
-    rounded = insert(before, "QuantizeLinear", [multiplied, _one(before, FLOAT), none])
-    return insert(before, "DequantizeLinear", [rounded, _one(before, dtype), none])
+    none = add_constant(before, ir.tensor(zero))
+    rounded = insert_node(before, "QuantizeLinear", [multiplied, _one(before, FLOAT), none])
+    return insert_node(before, "DequantizeLinear", [rounded, _one(before, dtype), none])
 
 
 def _one(before: ir.Node, dtype: ir.DataType) -> ir.Value:
     """The scale of codes that stay as they are."""
-    return constant(before, ir.tensor(np.array(1, dtype.numpy())))
+    return add_constant(before, ir.tensor(np.array(1, dtype.numpy())))
 
 
 def _multiply(
@@ -128,14 +132,14 @@ def _multiply(
         weight, dtype = store.half(name, new_name), TYPES[scheme.label.upper()]
     elif isinstance(scheme, IntBlock) and scheme.bits == 4:  # case 3
         codes, scales = store_blocks(store, name, activations, new_name)
-        weight = insert(before, "DequantizeLinear", [codes, scales], axis=1, block_size=scheme.block)
+        weight = insert_node(before, "DequantizeLinear", [codes, scales], axis=1, block_size=scheme.block)
         dtype = TYPES[activations]
     else:
         raise ArrieroError(f"no standard operator multiplies with {scheme.told}", where=name)
     if dtype != FLOAT:
-        x = insert(before, "Cast", [x], to=int(dtype))
-    product = insert(before, "MatMul", [x, _taken(before, weight, experts)])
-    return product if dtype == FLOAT else insert(before, "Cast", [product], to=int(FLOAT))
+        x = insert_node(before, "Cast", [x], to=int(dtype))
+    product = insert_node(before, "MatMul", [x, _taken(before, weight, experts)])
+    return product if dtype == FLOAT else insert_node(before, "Cast", [product], to=int(FLOAT))
 
 
 def _static(
@@ -152,19 +156,23 @@ def _static(
         multiplier, scales = (_per_tile(before, value, experts) for value in (multiplier, scales))
     inputs = round_inputs(before, scheme, x, multiplier)
     if experts is None:
-        weight = insert(before, "DequantizeLinear", [codes, scales], axis=0)
-        return insert(before, "MatMul", [inputs, _taken(before, weight, None)])
-    weight = insert(before, "DequantizeLinear", [codes, _one(before, FLOAT)])
-    return insert(before, "Mul", [insert(before, "MatMul", [inputs, _taken(before, weight, experts)]), scales])
+        weight = insert_node(before, "DequantizeLinear", [codes, scales], axis=0)
+        return insert_node(before, "MatMul", [inputs, _taken(before, weight, None)])
+    weight = insert_node(before, "DequantizeLinear", [codes, _one(before, FLOAT)])
+    return insert_node(
+        before, "Mul", [insert_node(before, "MatMul", [inputs, _taken(before, weight, experts)]), scales]
+    )
 
 
 def _taken(before: ir.Node, weight: ir.Value, experts: ir.Value | None) -> ir.Value:
     """The right side of the product: a matrix [N, K] turned, or each tile's expert [n, K, N] of a stack."""
     if experts is None:
-        return insert(before, "Transpose", [weight], perm=[1, 0])
-    return insert(before, "Gather", [weight, experts], axis=0)
+        return insert_node(before, "Transpose", [weight], perm=[1, 0])
+    return insert_node(before, "Gather", [weight, experts], axis=0)
 
 
 def _per_tile(before: ir.Node, values: ir.Value, experts: ir.Value) -> ir.Value:
     """Rows [E, ..] of each tile's expert as [n, 1, ..]."""
-    return insert(before, "Unsqueeze", [insert(before, "Gather", [values, experts], axis=0), constant(before, [1])])
+    return insert_node(
+        before, "Unsqueeze", [insert_node(before, "Gather", [values, experts], axis=0), add_constant(before, [1])]
+    )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from arriero.graphs.passes.become import constant
+from arriero.graphs.rewrite import add_constant
 from arriero.profiles.kv_cache import CacheScales
 
 # Where k_scale and v_scale stand among the operator's inputs.
@@ -26,7 +26,7 @@ def quantize_cache(model: ir.Model, scales: Sequence[CacheScales]) -> int:
         node.resize_inputs(SCALES_AT + 2)
         for index, steps in enumerate((scales[layer].key, scales[layer].value)):
             node.replace_input_with(
-                SCALES_AT + index, constant(node, ir.tensor(steps[None, :, None].astype(np.float32)))
+                SCALES_AT + index, add_constant(node, ir.tensor(steps[None, :, None].astype(np.float32)))
             )
         for attribute in ir.convenience.convert_attributes(
             {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}

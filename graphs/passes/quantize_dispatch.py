@@ -7,9 +7,9 @@ import onnx_ir as ir
 from arriero.errors import ArrieroError
 from arriero.graphs.dispatch_functions import dispatch_over
 from arriero.graphs.functions import DOMAIN, EXPERT_DISPATCH
-from arriero.graphs.passes.become import become
-from arriero.graphs.passes.store_channels import ByteScheme, linear_name, store_experts
-from arriero.graphs.passes.store_weights import WeightStore
+from arriero.graphs.rewrite import replace_node
+from arriero.graphs.stored.channels import ByteScheme, linear_name, store_experts
+from arriero.graphs.stored.weight_store import WeightStore
 
 
 def quantize_dispatch(model: ir.Model, store: WeightStore) -> int:
@@ -32,6 +32,6 @@ def quantize_dispatch(model: ir.Model, store: WeightStore) -> int:
                 expected=f"{first.told} for both",
             )
         weights = [*store_experts(store, names[0], first), *store_experts(store, names[1], second)]
-        become(node, dispatch_over(linear_name(first)), [*node.inputs[:3], *weights], {}, DOMAIN)
+        replace_node(node, dispatch_over(linear_name(first)), [*node.inputs[:3], *weights], {}, DOMAIN)
         count += 1
     return count

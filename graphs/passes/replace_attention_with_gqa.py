@@ -10,7 +10,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from arriero.graphs.functions import CACHED_ATTENTION
-from arriero.graphs.passes.become import become
+from arriero.graphs.rewrite import replace_node
 
 
 def replace_attention_with_gqa(model: ir.Model) -> int:
@@ -29,7 +29,7 @@ def replace_attention_with_gqa(model: ir.Model) -> int:
             "kv_num_heads": node.attributes["kv_heads"].as_int(),
             "do_rotary": 0,
         }
-        become(node, "GroupQueryAttention", [*node.inputs[:5], *kinds[kind]], attributes)
+        replace_node(node, "GroupQueryAttention", [*node.inputs[:5], *kinds[kind]], attributes)
         for value in (*node.inputs[3:5], *node.outputs[1:]):
             assert value is not None
             assert value.shape is not None

@@ -15,9 +15,9 @@ import onnx_ir as ir
 
 from arriero.errors import ArrieroError
 from arriero.graphs.functions import EXPERT_DISPATCH
-from arriero.graphs.passes.become import CONTRIB, become, constant, insert
-from arriero.graphs.passes.choices import scale_inputs, sum_choices
-from arriero.graphs.passes.store_weights import WeightStore
+from arriero.graphs.passes.topk_rows import scale_inputs, sum_choices
+from arriero.graphs.rewrite import CONTRIB, add_constant, insert_node, replace_node
+from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.schemes import Exact, IntBlock
 
 Attributes = dict[str, int | float | str]
@@ -42,12 +42,12 @@ def replace_dispatch_with_moe(model: ir.Model, store: WeightStore) -> int:
         op_type, weights, extra = _weights(store, gate_up.name, down.name)
         experts, hidden = store.checkpoint.tensors[gate_up.name].shape[:2]
         scaled = scale_inputs(node, x, score, per_token, hidden)
-        chosen = insert(node, "Reshape", [expert_id, constant(node, [-1])])
-        levels = constant(node, ir.tensor(np.array([0, 1], np.float32)))
-        logits = insert(node, "OneHot", [chosen, constant(node, experts), levels], axis=-1)
+        chosen = insert_node(node, "Reshape", [expert_id, add_constant(node, [-1])])
+        levels = add_constant(node, ir.tensor(np.array([0, 1], np.float32)))
+        logits = insert_node(node, "OneHot", [chosen, add_constant(node, experts), levels], axis=-1)
         inputs = [scaled, logits, *weights]
         if per_token == 1:  # case 1
-            become(node, op_type, inputs, {**ROUTING, **SWIGLU, **extra})
+            replace_node(node, op_type, inputs, {**ROUTING, **SWIGLU, **extra})
         else:  # case 2
             mixed = ir.node(op_type, inputs, {**ROUTING, **SWIGLU, **extra}, domain=CONTRIB)
             model.graph.insert_before(node, mixed)

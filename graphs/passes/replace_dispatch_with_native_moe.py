@@ -14,11 +14,11 @@ import numpy as np
 import onnx_ir as ir
 
 from arriero.graphs.functions import EXPERT_DISPATCH
-from arriero.graphs.passes.become import become, constant, insert
-from arriero.graphs.passes.choices import scale_inputs, sum_choices
 from arriero.graphs.passes.multiply_in_scheme import FLOAT, TYPES
-from arriero.graphs.passes.store_weights import HALVES, WeightStore, narrow
-from arriero.graphs.weights import Spec
+from arriero.graphs.passes.topk_rows import scale_inputs, sum_choices
+from arriero.graphs.rewrite import add_constant, insert_node, replace_node
+from arriero.graphs.stored.safetensors_writer import Spec
+from arriero.graphs.stored.weight_store import HALVES, WeightStore, narrow
 from arriero.profiles.schemes import Half
 
 NATIVE_MOE, NATIVE_DOMAIN = "TRT_MoE", "trt"
@@ -40,20 +40,20 @@ def replace_dispatch_with_native_moe(model: ir.Model, store: WeightStore) -> int
         per_token, hidden = expert_id.shape[1], store.checkpoint.tensors[names[0]].shape[1]
         assert isinstance(per_token, int)
         dtype = TYPES[scheme.label.upper()]
-        scaled = insert(node, "Cast", [scale_inputs(node, x, score, per_token, hidden)], to=int(dtype))
-        rows = insert(node, "Reshape", [scaled, constant(node, [1, -1, hidden])])  # [1, P, H]
-        ids = insert(node, "Reshape", [expert_id, constant(node, [1, -1, 1])])
-        chosen = insert(node, "Cast", [ids], to=INT32)
-        one = insert(node, "Cast", [constant(node, ir.tensor(np.array(1, np.float32)))], to=int(dtype))
-        ones = insert(node, "Expand", [one, insert(node, "Shape", [chosen])])
+        scaled = insert_node(node, "Cast", [scale_inputs(node, x, score, per_token, hidden)], to=int(dtype))
+        rows = insert_node(node, "Reshape", [scaled, add_constant(node, [1, -1, hidden])])  # [1, P, H]
+        ids = insert_node(node, "Reshape", [expert_id, add_constant(node, [1, -1, 1])])
+        chosen = insert_node(node, "Cast", [ids], to=INT32)
+        one = insert_node(node, "Cast", [add_constant(node, ir.tensor(np.array(1, np.float32)))], to=int(dtype))
+        ones = insert_node(node, "Expand", [one, insert_node(node, "Shape", [chosen])])
         weights = [*_halves(store, names[0], scheme), store.half(names[1])]
         mixed = ir.node(
             NATIVE_MOE, [rows, chosen, ones, *weights], {"activation_type": SILU}, domain=NATIVE_DOMAIN
         )  # [1, P, H]
         model.graph.insert_before(node, mixed)
-        wide = insert(node, "Cast", [mixed.outputs[0]], to=int(FLOAT))
+        wide = insert_node(node, "Cast", [mixed.outputs[0]], to=int(FLOAT))
         if per_token == 1:  # case 1
-            become(node, "Reshape", [wide, constant(node, [-1, hidden])], {}, domain="")
+            replace_node(node, "Reshape", [wide, add_constant(node, [-1, hidden])], {}, domain="")
         else:  # case 2
             sum_choices(node, wide, per_token, hidden)
         count += 1

@@ -16,13 +16,13 @@ import numpy as np
 import onnx_ir as ir
 
 from arriero.graphs.functions import EXPERT_DISPATCH
-from arriero.graphs.passes.become import become, constant, insert
-from arriero.graphs.passes.choices import scale_inputs
 from arriero.graphs.passes.multiply_in_scheme import FLOAT, TYPES, round_inputs
-from arriero.graphs.passes.store_codes import Arrays, rounded_experts, static_experts
-from arriero.graphs.passes.store_weights import HALVES, WeightStore, narrow
-from arriero.graphs.weights import Spec
-from arriero.profiles.lanes import pack_byte_lanes, pack_int4_lanes, row_words
+from arriero.graphs.passes.topk_rows import scale_inputs
+from arriero.graphs.rewrite import add_constant, insert_node, replace_node
+from arriero.graphs.stored.codes import Arrays, rounded_experts, static_experts
+from arriero.graphs.stored.mma_layout import pack_byte_lanes, pack_int4_lanes, row_words
+from arriero.graphs.stored.safetensors_writer import Spec
+from arriero.graphs.stored.weight_store import HALVES, WeightStore, narrow
 from arriero.profiles.schemes import Half, IntBlock, Scheme, Static
 
 PLUGINS = "arriero"
@@ -50,23 +50,23 @@ def replace_dispatch_with_plugins(model: ir.Model, store: WeightStore, activatio
         assert expert_id.shape is not None
         per_token, hidden = expert_id.shape[1], store.checkpoint.tensors[names[0]].shape[1]
         assert isinstance(per_token, int)
-        chosen = insert(node, "Cast", [expert_id], to=INT32)
-        pairs = insert(node, "Reshape", [chosen, constant(node, [-1])])  # [P]
+        chosen = insert_node(node, "Cast", [expert_id], to=INT32)
+        pairs = insert_node(node, "Reshape", [chosen, add_constant(node, [-1])])  # [P]
         weights, scales, *multiplier = _weights(node, store, names[0], gate_up)
         if isinstance(gate_up, Static):  # case 3
             scaled = scale_inputs(node, x, score, per_token, hidden)
-            column = insert(node, "Unsqueeze", [pairs, constant(node, [1])])
-            one = constant(node, ir.tensor(np.array(1, np.float32)))
-            ones = insert(node, "Expand", [one, insert(node, "Shape", [column])])
+            column = insert_node(node, "Unsqueeze", [pairs, add_constant(node, [1])])
+            one = add_constant(node, ir.tensor(np.array(1, np.float32)))
+            ones = insert_node(node, "Expand", [one, insert_node(node, "Shape", [column])])
             routed: list[ir.Value | None] = [_codes(node, gate_up, scaled, multiplier[0], pairs), column, ones]
         else:
-            routed = [insert(node, "Cast", [x], to=int(TYPES[activations])), chosen, score]
+            routed = [insert_node(node, "Cast", [x], to=int(TYPES[activations])), chosen, score]
         inner = _plugin(node, GATE_UP, [*routed, weights, scales], forms[0])
         weights, scales, *multiplier = _weights(node, store, names[1], down)
         if isinstance(down, Static):  # case 3
-            inner = _codes(node, down, insert(node, "Cast", [inner], to=int(FLOAT)), multiplier[0], pairs)
+            inner = _codes(node, down, insert_node(node, "Cast", [inner], to=int(FLOAT)), multiplier[0], pairs)
         outer = _plugin(node, DOWN, [inner, chosen, weights, scales], forms[1])
-        become(node, "Cast", [outer], {"to": int(FLOAT)}, domain="")
+        replace_node(node, "Cast", [outer], {"to": int(FLOAT)}, domain="")
         count += 1
     if count:
         model.opset_imports[PLUGINS] = 1
@@ -92,7 +92,7 @@ def _plugin(node: ir.Node, kind: str, inputs: list[ir.Value | None], form: str) 
 
 def _codes(node: ir.Node, scheme: Static, x: ir.Value, multiplier: ir.Value, pairs: ir.Value) -> ir.Value:
     """The codes f16 [P, K] of x f32 [P, K], each pair's by the multipliers [E, K] of its expert."""
-    return round_inputs(node, scheme, x, insert(node, "Gather", [multiplier, pairs], axis=0), TYPES["F16"])
+    return round_inputs(node, scheme, x, insert_node(node, "Gather", [multiplier, pairs], axis=0), TYPES["F16"])
 
 
 def _weights(node: ir.Node, store: WeightStore, name: str, scheme: Scheme) -> list[ir.Value]:
@@ -107,7 +107,7 @@ def _weights(node: ir.Node, store: WeightStore, name: str, scheme: Scheme) -> li
                 yield (narrow(turned, HALVES[label], name).view(np.uint16)[None],)
 
         plain = store.promise([Spec(f"{name}.rows", label, (experts, outputs, features))], scheme.label, rows)
-        return [*plain, constant(node, ir.tensor(np.ones(1, np.float32)))]
+        return [*plain, add_constant(node, ir.tensor(np.ones(1, np.float32)))]
     if isinstance(scheme, IntBlock):  # case 2
         specs = [
             Spec(f"{name}.packed", "I32", (experts, outputs, row_words(scheme.bits, features))),

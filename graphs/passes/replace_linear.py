@@ -13,10 +13,10 @@ import onnx_ir as ir
 
 from arriero.graphs.functions import DOMAIN
 from arriero.graphs.names import EMBEDDING, HEAD
-from arriero.graphs.passes.become import become
 from arriero.graphs.passes.find_weight import find_weight
-from arriero.graphs.passes.store_channels import ByteScheme, linear_name, store_matrix
-from arriero.graphs.passes.store_weights import WeightStore
+from arriero.graphs.rewrite import replace_node
+from arriero.graphs.stored.channels import ByteScheme, linear_name, store_matrix
+from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.schemes import Exact, IntBlock
 
 # With tied embeddings the head gets a name of its own: the embedding graph stores the table under its name, as it is.
@@ -33,7 +33,7 @@ def replace_linear(model: ir.Model, store: WeightStore) -> int:
         shape = store.checkpoint.tensors[name].shape
         scheme = store.schemes[name]
         if isinstance(scheme, Exact):  # case 1
-            become(node, "FusedMatMul", [node.inputs[0], store.exact(name, TIED.get(name))], {"transB": 1})
+            replace_node(node, "FusedMatMul", [node.inputs[0], store.exact(name, TIED.get(name))], {"transB": 1})
         elif isinstance(scheme, IntBlock):  # case 2
             blob = (shape[0], shape[1] // scheme.block, scheme.block * scheme.bits // 8)
             packed, scales = store.quantized_rows(name, scheme, shape, blob)
@@ -44,10 +44,10 @@ def replace_linear(model: ir.Model, store: WeightStore) -> int:
                 "block_size": scheme.block,
                 "accuracy_level": scheme.accuracy_level,
             }
-            become(node, "MatMulNBits", [node.inputs[0], packed, scales], attributes)
+            replace_node(node, "MatMulNBits", [node.inputs[0], packed, scales], attributes)
         else:  # case 3
             assert isinstance(scheme, ByteScheme)
-            become(node, linear_name(scheme), [node.inputs[0], *store_matrix(store, name, scheme)], {}, DOMAIN)
+            replace_node(node, linear_name(scheme), [node.inputs[0], *store_matrix(store, name, scheme)], {}, DOMAIN)
         count += 1
     return count
 

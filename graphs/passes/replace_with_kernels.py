@@ -1,7 +1,7 @@
 """Gives attention, expert dispatch and products with checkpoint matrices the form that the compiled kernels take.
 
 The three become one node each of domain `ai.arriero`, whose weight inputs are stored as the kernels read them: exact
-ones byte for byte as the checkpoint has them, integers in panels (`arriero.profiles.panels`).
+ones byte for byte as the checkpoint has them, integers in panels (`arriero.graphs.stored.packed_panels`).
 Legend: B batch, S new tokens, K key/value heads, D head size, C buffer capacity in tokens, T tokens, k experts per
 token, E experts, H hidden, F expert width.
 """
@@ -11,10 +11,10 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from arriero.graphs.functions import CACHED_ATTENTION, DOMAIN, EXPERT_DISPATCH
-from arriero.graphs.passes.become import become
 from arriero.graphs.passes.replace_linear import TIED, linear_weight
-from arriero.graphs.passes.store_panels import store_experts, store_matrix
-from arriero.graphs.passes.store_weights import WeightStore
+from arriero.graphs.rewrite import replace_node
+from arriero.graphs.stored.panels import store_experts, store_matrix
+from arriero.graphs.stored.weight_store import WeightStore
 
 LINEAR = "Linear"
 LOOKUP = "EmbeddingLookup"
@@ -56,7 +56,7 @@ def bind_experts(model: ir.Model, store: WeightStore) -> int:
         first, first_form = store_experts(store, gate_up, gated=True)
         second, second_form = store_experts(store, down, gated=False)
         attributes = {"forms": [*first_form, *second_form], "width": store.checkpoint.tensors[down].shape[1]}
-        become(node, EXPERT_DISPATCH, [*node.inputs[:3], *first, *second], attributes, DOMAIN)
+        replace_node(node, EXPERT_DISPATCH, [*node.inputs[:3], *first, *second], attributes, DOMAIN)
     return len(nodes)
 
 
@@ -72,7 +72,7 @@ def replace_linear_with_kernel(model: ir.Model, store: WeightStore) -> int:
             continue
         weight, form = store_matrix(store, name, TIED.get(name))
         attributes = {"form": form, "features": store.checkpoint.tensors[name].shape[0]}
-        become(node, LINEAR, [node.inputs[0], *weight], attributes, DOMAIN)
+        replace_node(node, LINEAR, [node.inputs[0], *weight], attributes, DOMAIN)
         count += 1
     return count
 
@@ -86,6 +86,6 @@ def replace_lookup(model: ir.Model, store: WeightStore) -> int:
             continue
         cast = next(iter(node.outputs[0].consumers()), node)
         owner = cast if cast.op_type == "Cast" else node
-        become(owner, LOOKUP, [store.stored(str(table.name)), node.inputs[1]], {}, DOMAIN)
+        replace_node(owner, LOOKUP, [store.stored(str(table.name)), node.inputs[1]], {}, DOMAIN)
         count += 1
     return count

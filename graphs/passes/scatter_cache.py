@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from arriero.graphs.functions import CACHED_ATTENTION
-from arriero.graphs.passes.become import become, constant, insert
+from arriero.graphs.rewrite import add_constant, insert_node, replace_node
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
@@ -44,7 +44,7 @@ def scatter_cache(model: ir.Model, dtype: ir.DataType) -> int:
         first, seen = views[chunk]
         presents = []
         for new, past, present in ((k, past_key, node.outputs[1]), (v, past_value, node.outputs[2])):
-            update = insert(node, "Cast", [_heads(node, new, kv_heads, size)], to=int(dtype))
+            update = insert_node(node, "Cast", [_heads(node, new, kv_heads, size)], to=int(dtype))
             present.shape, present.type = ir.Shape(shape), ir.TensorType(dtype)
             scatter = ir.node(
                 "TensorScatter",
@@ -54,15 +54,15 @@ def scatter_cache(model: ir.Model, dtype: ir.DataType) -> int:
             )
             graph.insert_before(node, scatter)
             presents.append(scatter.outputs[0])
-        query = insert(node, "Cast", [_heads(node, q, heads, size)], to=int(dtype))
+        query = insert_node(node, "Cast", [_heads(node, q, heads, size)], to=int(dtype))
         query.shape, query.type = ir.Shape(["batch", heads, "seq", size]), ir.TensorType(dtype)
-        attended = insert(node, "Attention", [query, *presents, seen])  # [B, N, S, D]
-        rows = insert(node, "Transpose", [attended], perm=[0, 2, 1, 3])
-        flat = insert(node, "Reshape", [rows, constant(node, [0, 0, heads * size])])
+        attended = insert_node(node, "Attention", [query, *presents, seen])  # [B, N, S, D]
+        rows = insert_node(node, "Transpose", [attended], perm=[0, 2, 1, 3])
+        flat = insert_node(node, "Reshape", [rows, add_constant(node, [0, 0, heads * size])])
         for old, made in zip(node.outputs[1:], presents, strict=True):
             _rename(graph, old, made)
         node.resize_outputs(1)
-        become(node, "Cast", [flat], {"to": int(FLOAT)}, domain="")
+        replace_node(node, "Cast", [flat], {"to": int(FLOAT)}, domain="")
     for name in ("chunk_past_positions", "global_past_positions"):
         graph.inputs.remove(next(value for value in graph.inputs if value.name == name))
     return len(nodes)
@@ -73,7 +73,7 @@ def narrow_attention(model: ir.Model, dtype: ir.DataType) -> int:
     nodes = [node for node in model.graph if node.op_type == "Attention"]
     for node in nodes if dtype != FLOAT else ():
         for index, value in enumerate(node.inputs[:3]):
-            node.replace_input_with(index, insert(node, "Cast", [value], to=int(dtype)))
+            node.replace_input_with(index, insert_node(node, "Cast", [value], to=int(dtype)))
         out = node.outputs[0]
         wide = ir.node("Cast", [out], {"to": int(FLOAT)})
         out.replace_all_uses_with(wide.outputs[0])
@@ -87,19 +87,19 @@ def _view(node: ir.Node, positions: ir.Value, past: ir.Value, chunk: int) -> tup
     """Where each row's first new token goes [B], and what each query sees, bool [B, 1, S, C]."""
     slots = positions
     if chunk:
-        slots = insert(node, "Mod", [positions, constant(node, chunk)])
-    first = insert(node, "Gather", [slots, constant(node, 0)], axis=1)
-    size = insert(node, "Squeeze", [insert(node, "Shape", [past], start=2, end=3), constant(node, [0])])
-    limits = [constant(node, ir.tensor(np.array(value, np.int64))) for value in (0, 1)]
-    every = insert(node, "Range", [limits[0], size, limits[1]])  # [C]
-    query = insert(node, "Unsqueeze", [slots, constant(node, [1, 3])])  # [B, 1, S, 1]
-    return first, insert(node, "LessOrEqual", [every, query])
+        slots = insert_node(node, "Mod", [positions, add_constant(node, chunk)])
+    first = insert_node(node, "Gather", [slots, add_constant(node, 0)], axis=1)
+    size = insert_node(node, "Squeeze", [insert_node(node, "Shape", [past], start=2, end=3), add_constant(node, [0])])
+    limits = [add_constant(node, ir.tensor(np.array(value, np.int64))) for value in (0, 1)]
+    every = insert_node(node, "Range", [limits[0], size, limits[1]])  # [C]
+    query = insert_node(node, "Unsqueeze", [slots, add_constant(node, [1, 3])])  # [B, 1, S, 1]
+    return first, insert_node(node, "LessOrEqual", [every, query])
 
 
 def _heads(node: ir.Node, x: ir.Value | None, heads: int, size: int) -> ir.Value:
     """[B, S, heads*D] as [B, heads, S, D]."""
-    split = insert(node, "Reshape", [x, constant(node, [0, 0, heads, size])])
-    return insert(node, "Transpose", [split], perm=[0, 2, 1, 3])
+    split = insert_node(node, "Reshape", [x, add_constant(node, [0, 0, heads, size])])
+    return insert_node(node, "Transpose", [split], perm=[0, 2, 1, 3])
 
 
 def _rename(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:

@@ -16,10 +16,10 @@ import numpy as np
 import onnx_ir as ir
 
 from arriero.graphs.functions import EXPERT_DISPATCH
-from arriero.graphs.passes.become import become, constant, insert
-from arriero.graphs.passes.choices import scale_inputs, sum_choices
 from arriero.graphs.passes.multiply_in_scheme import multiply_gathered
-from arriero.graphs.passes.store_weights import WeightStore
+from arriero.graphs.passes.topk_rows import scale_inputs, sum_choices
+from arriero.graphs.rewrite import add_constant, insert_node, replace_node
+from arriero.graphs.stored.weight_store import WeightStore
 
 INT32, INT64 = int(ir.DataType.INT32), int(ir.DataType.INT64)
 PROMPT = 512  # tokens of a prompt piece, for which tiles are dimensioned
@@ -40,19 +40,19 @@ def tile_experts(model: ir.Model, store: WeightStore, activations: str) -> int:
         scaled = scale_inputs(node, x, score, per_token, hidden)  # [P, H]: the score scales the expert's input
         height = tile_rows(experts, per_token)
         slot, pair, expert = _pack(node, expert_id, experts, height)
-        rows = insert(node, "Gather", [scaled, pair], axis=0)
-        tiles = insert(node, "Reshape", [rows, constant(node, [-1, height, hidden])])
+        rows = insert_node(node, "Gather", [scaled, pair], axis=0)
+        tiles = insert_node(node, "Reshape", [rows, add_constant(node, [-1, height, hidden])])
         both = multiply_gathered(node, store, str(gate_up.name), tiles, expert, activations)
         split = ir.node("Split", [both], {"axis": -1, "num_outputs": 2}, num_outputs=2)
         model.graph.insert_before(node, split)
         gate, up = split.outputs
-        inner = insert(node, "Mul", [insert(node, "Mul", [gate, insert(node, "Sigmoid", [gate])]), up])
+        inner = insert_node(node, "Mul", [insert_node(node, "Mul", [gate, insert_node(node, "Sigmoid", [gate])]), up])
         outer = multiply_gathered(node, store, str(down.name), inner, expert, activations)
-        flat = insert(node, "Reshape", [outer, constant(node, [-1, hidden])])
+        flat = insert_node(node, "Reshape", [outer, add_constant(node, [-1, hidden])])
         if per_token == 1:
-            become(node, "Gather", [flat, slot], {"axis": 0}, domain="")
+            replace_node(node, "Gather", [flat, slot], {"axis": 0}, domain="")
             continue
-        sum_choices(node, insert(node, "Gather", [flat, slot], axis=0), per_token, hidden)
+        sum_choices(node, insert_node(node, "Gather", [flat, slot], axis=0), per_token, hidden)
     return len(nodes)
 
 
@@ -66,40 +66,44 @@ def _pack(node: ir.Node, expert_id: ir.Value, experts: int, height: int) -> tupl
     """The slot of each pair [P], the pair in each slot [n M] (0 where none is), the expert of each tile [n]."""
 
     def number(value: int) -> ir.Value:
-        return constant(node, ir.tensor(np.array(value, np.int32)))
+        return add_constant(node, ir.tensor(np.array(value, np.int32)))
 
-    ids = insert(node, "Cast", [insert(node, "Reshape", [expert_id, constant(node, [-1])])], to=INT32)  # [P]
-    every = constant(node, ir.tensor(np.arange(experts, dtype=np.int32)))
-    chosen = insert(node, "Equal", [insert(node, "Unsqueeze", [ids, constant(node, [1])]), every])
-    onehot = insert(node, "Cast", [chosen], to=INT32)  # [P, E]
+    ids = insert_node(
+        node, "Cast", [insert_node(node, "Reshape", [expert_id, add_constant(node, [-1])])], to=INT32
+    )  # [P]
+    every = add_constant(node, ir.tensor(np.arange(experts, dtype=np.int32)))
+    chosen = insert_node(node, "Equal", [insert_node(node, "Unsqueeze", [ids, add_constant(node, [1])]), every])
+    onehot = insert_node(node, "Cast", [chosen], to=INT32)  # [P, E]
     # the rank of a pair among those of its expert
-    running = insert(node, "CumSum", [onehot, constant(node, ir.tensor(np.array(0, np.int64)))])
-    own = insert(node, "ReduceSum", [insert(node, "Mul", [running, onehot]), constant(node, [1])], keepdims=0)
-    rank = insert(node, "Sub", [own, number(1)])
-    counts = insert(node, "ReduceSum", [onehot, constant(node, [0])], keepdims=0)  # [E]
-    full = insert(node, "Div", [insert(node, "Add", [counts, number(height - 1)]), number(height)])
-    end = insert(node, "CumSum", [full, constant(node, ir.tensor(np.array(0, np.int64)))])  # [E], in tiles
-    start = insert(node, "Mul", [insert(node, "Sub", [end, full]), number(height)])  # [E], in slots
-    slot = insert(node, "Add", [insert(node, "Gather", [start, ids], axis=0), rank])  # [P]
+    running = insert_node(node, "CumSum", [onehot, add_constant(node, ir.tensor(np.array(0, np.int64)))])
+    own = insert_node(
+        node, "ReduceSum", [insert_node(node, "Mul", [running, onehot]), add_constant(node, [1])], keepdims=0
+    )
+    rank = insert_node(node, "Sub", [own, number(1)])
+    counts = insert_node(node, "ReduceSum", [onehot, add_constant(node, [0])], keepdims=0)  # [E]
+    full = insert_node(node, "Div", [insert_node(node, "Add", [counts, number(height - 1)]), number(height)])
+    end = insert_node(node, "CumSum", [full, add_constant(node, ir.tensor(np.array(0, np.int64)))])  # [E], in tiles
+    start = insert_node(node, "Mul", [insert_node(node, "Sub", [end, full]), number(height)])  # [E], in slots
+    slot = insert_node(node, "Add", [insert_node(node, "Gather", [start, ids], axis=0), rank])  # [P]
 
     # sizes, from shapes alone
-    pairs = insert(node, "Shape", [ids])  # [1]
-    most = insert(node, "Min", [pairs, constant(node, [experts])])
-    padded = insert(node, "Add", [pairs, insert(node, "Mul", [most, constant(node, [height - 1])])])
-    tiles = insert(node, "Div", [padded, constant(node, [height])])
-    slots = insert(node, "Mul", [tiles, constant(node, [height])])
+    pairs = insert_node(node, "Shape", [ids])  # [1]
+    most = insert_node(node, "Min", [pairs, add_constant(node, [experts])])
+    padded = insert_node(node, "Add", [pairs, insert_node(node, "Mul", [most, add_constant(node, [height - 1])])])
+    tiles = insert_node(node, "Div", [padded, add_constant(node, [height])])
+    slots = insert_node(node, "Mul", [tiles, add_constant(node, [height])])
 
-    empty = insert(node, "Expand", [number(0), slots])
-    pair = insert(node, "ScatterElements", [empty, slot, _count(node, pairs)], axis=0)  # [n M]
-    tile = insert(node, "Unsqueeze", [_count(node, tiles), constant(node, [1])])  # [n, 1]
-    past = insert(node, "Cast", [insert(node, "LessOrEqual", [end, tile])], to=INT32)  # [n, E]
-    owner = insert(node, "ReduceSum", [past, constant(node, [1])], keepdims=0)
-    last = insert(node, "ReduceMax", [ids, constant(node, [0])], keepdims=1)
-    return slot, pair, insert(node, "Min", [owner, last])
+    empty = insert_node(node, "Expand", [number(0), slots])
+    pair = insert_node(node, "ScatterElements", [empty, slot, _count(node, pairs)], axis=0)  # [n M]
+    tile = insert_node(node, "Unsqueeze", [_count(node, tiles), add_constant(node, [1])])  # [n, 1]
+    past = insert_node(node, "Cast", [insert_node(node, "LessOrEqual", [end, tile])], to=INT32)  # [n, E]
+    owner = insert_node(node, "ReduceSum", [past, add_constant(node, [1])], keepdims=0)
+    last = insert_node(node, "ReduceMax", [ids, add_constant(node, [0])], keepdims=1)
+    return slot, pair, insert_node(node, "Min", [owner, last])
 
 
 def _count(node: ir.Node, size: ir.Value) -> ir.Value:
     """0, 1, .. up to `size` [1] as int32."""
-    stop = insert(node, "Squeeze", [size, constant(node, [0])])
-    limits = [constant(node, ir.tensor(np.array(value, np.int64))) for value in (0, 1)]
-    return insert(node, "Cast", [insert(node, "Range", [limits[0], stop, limits[1]])], to=INT32)
+    stop = insert_node(node, "Squeeze", [size, add_constant(node, [0])])
+    limits = [add_constant(node, ir.tensor(np.array(value, np.int64))) for value in (0, 1)]
+    return insert_node(node, "Cast", [insert_node(node, "Range", [limits[0], stop, limits[1]])], to=INT32)

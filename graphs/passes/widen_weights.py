@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from arriero.graphs.passes.find_weight import find_weight
-from arriero.graphs.passes.store_weights import WeightStore
+from arriero.graphs.stored.weight_store import WeightStore
 
 
 def widen_weights(model: ir.Model, store: WeightStore) -> int:

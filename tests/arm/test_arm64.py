@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from arriero.export import emulate
+from arriero.export.proof import emulate
 from tests.command import arriero, write_build
 
 pytestmark = pytest.mark.skipif(platform.machine() == "aarch64", reason="this machine is 64-bit ARM itself")

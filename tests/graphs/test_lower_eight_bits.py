@@ -19,10 +19,10 @@ from arriero.graphs import model as reference_model
 from arriero.graphs.lower.onnxruntime import lower
 from arriero.graphs.lower.part import Lowering
 from arriero.graphs.model import Llama4
-from arriero.profiles.balance import fit_inputs
+from arriero.profiles.quantized_weights import QuantizedWeights, RoundingRecord
 from arriero.profiles.recipe import LAYER_MATRIX
-from arriero.profiles.roundings import Note, Roundings
 from arriero.profiles.schemes import Exact, Fp8, Fp8Static, Int8Dynamic, Int8Static, Scheme, Static
+from arriero.profiles.static_scales import fit_inputs
 from tests.graphs.test_lower_onnxruntime import CUTS, Built, Stepper, relative, stepped, whole
 
 SCHEMES: dict[str, Scheme] = {
@@ -31,7 +31,7 @@ SCHEMES: dict[str, Scheme] = {
     "dynamic": Int8Dynamic(kind="int8_dynamic"),
     "static": Int8Static(kind="int8_static"),
     "smooth": Int8Static(kind="int8_static", smooth=0.5),
-    "naive": Int8Static(kind="int8_static").naive(),
+    "rtn": Int8Static(kind="int8_static").rtn_baseline(),
 }
 # The first token, the same arithmetic in another order of summation: measured 1e-7 to 4e-7.
 TOLERANCE = 5e-6
@@ -54,15 +54,15 @@ def seen(features: int) -> np.ndarray:
     return (RANGE / (1 + np.arange(features) % 3)).astype(np.float32)
 
 
-def round_inputs(built: Built, scheme: Scheme, folder: Path) -> Roundings:
-    roundings = Roundings(folder)
+def round_inputs(built: Built, scheme: Scheme, folder: Path) -> QuantizedWeights:
+    roundings = QuantizedWeights(folder)
     assert isinstance(scheme, Static)
     for name in filter(LAYER_MATRIX.fullmatch, built.checkpoint.tensors):
         weight = built.checkpoint.read_float32(name)
         for number, matrix in enumerate(weight.swapaxes(1, 2) if weight.ndim == 3 else weight[None]):
             fitted = fit_inputs(seen(matrix.shape[1]), np.abs(matrix).max(0), scheme.smooth, name)
             expert = number if weight.ndim == 3 else None
-            roundings.write(name, expert, len(weight), fitted, Note(name, expert, "observed", 9, RANGE, None))
+            roundings.write(name, expert, len(weight), fitted, RoundingRecord(name, expert, "observed", 9, RANGE, None))
     return roundings
 
 

@@ -14,10 +14,10 @@ from arriero.graphs.config import ModelConfig
 from arriero.graphs.lower.onnxruntime import lower
 from arriero.graphs.lower.part import Lowering
 from arriero.graphs.trace import trace_text
-from arriero.profiles.calibrate import gptq
+from arriero.profiles.gptq import gptq
 from arriero.profiles.quantize import dequantize
+from arriero.profiles.quantized_weights import QuantizedWeights, RoundingRecord
 from arriero.profiles.recipe import LAYER_MATRIX
-from arriero.profiles.roundings import Note, Roundings
 from arriero.profiles.schemes import Exact, IntBlock, Scheme
 from tests.graphs.test_lower_onnxruntime import CUTS, LENGTH, Stepper, stepped, whole
 from tests.toys import load_reference, make_maverick_toy, make_scout_toy
@@ -34,9 +34,9 @@ def assign(checkpoint: Checkpoint) -> dict[str, Scheme]:
 
 def round_all(
     checkpoint: Checkpoint, schemes: dict[str, Scheme], folder: Path
-) -> tuple[Roundings, dict[str, np.ndarray]]:
+) -> tuple[QuantizedWeights, dict[str, np.ndarray]]:
     """Every matrix rounded for made-up inputs; also what the roundings stand for, in the checkpoint's layout."""
-    store, rng = Roundings(folder), np.random.default_rng(0)
+    store, rng = QuantizedWeights(folder), np.random.default_rng(0)
     values = {}
     for name, scheme in schemes.items():
         if not isinstance(scheme, IntBlock):
@@ -49,7 +49,7 @@ def round_all(
             shape = {"bits": scheme.bits, "block": scheme.block}
             rounded = gptq(np.ascontiguousarray(matrix), x.T @ x, **shape, damping=0.03, name=name)
             expert = number if weight.ndim == 3 else None
-            store.write(name, expert, len(stack), rounded, Note(name, expert, "gptq", 40, 1.0, 0.5))
+            store.write(name, expert, len(stack), rounded, RoundingRecord(name, expert, "gptq", 40, 1.0, 0.5))
             made.append(dequantize(rounded))
         values[name] = np.stack(made).swapaxes(-1, -2) if weight.ndim == 3 else made[0]
     return store, values

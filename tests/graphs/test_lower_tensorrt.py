@@ -19,11 +19,11 @@ from arriero.graphs.config import ModelConfig
 from arriero.graphs.lower.part import Lowering
 from arriero.graphs.lower.tensorrt import activations
 from arriero.graphs.lower.tensorrt_rtx import lacks, lower
-from arriero.graphs.passes.store_weights import narrow
 from arriero.graphs.passes.tile_experts import tile_rows
+from arriero.graphs.stored.weight_store import narrow
 from arriero.graphs.trace import trace_embed, trace_vision
+from arriero.profiles.quantized_weights import QuantizedWeights
 from arriero.profiles.recipe import LAYER_MATRIX, load_profile
-from arriero.profiles.roundings import Roundings
 from arriero.profiles.schemes import Exact, Fp8, Fp8Static, Half, Int8Dynamic, Int8Static, IntBlock, Scheme
 from tests.graphs.test_lower_eight_bits import OTHER_WAY, round_inputs, rounding
 from tests.graphs.test_lower_onnxruntime import CAPACITY, CUTS, TOYS, Built, Stepper, relative, rounded, stepped, whole
@@ -38,7 +38,7 @@ INT4 = IntBlock(kind="int_block", bits=4, block=32, accuracy_level=0)
 HALF = Half(kind="half", format="float16")
 STATIC: dict[str, Scheme] = {
     "int8 smooth": Int8Static(kind="int8_static", smooth=0.5),
-    "int8 naive": Int8Static(kind="int8_static").naive(),
+    "int8 rtn": Int8Static(kind="int8_static").rtn_baseline(),
     "fp8": Fp8Static(kind="fp8_static"),
 }
 
@@ -91,7 +91,7 @@ def assign(built: Built, scheme: Scheme, rest: Scheme | None = None) -> dict[str
     return {name: scheme if LAYER_MATRIX.fullmatch(name) else other[name] for name in names}
 
 
-def text(built: Built, schemes: dict[str, Scheme], out: Path, roundings: Roundings | None = None) -> InPlace:
+def text(built: Built, schemes: dict[str, Scheme], out: Path, roundings: QuantizedWeights | None = None) -> InPlace:
     lower("text", built.canonical, Lowering(built.config, built.checkpoint, schemes, out, roundings=roundings))
     return InPlace(out / "text.onnx", built.config, 1)
 

@@ -16,13 +16,13 @@ import torch
 
 from arriero.graphs.lower.part import Lowering
 from arriero.graphs.lower.tensorrt import lower
-from arriero.graphs.passes.become import insert
+from arriero.graphs.rewrite import insert_node
 from arriero.profiles.recipe import load_profile
 from arriero.profiles.schemes import Static
+from tests.graphs.stored.test_mma_layout import read_back
 from tests.graphs.test_lower_eight_bits import OTHER_WAY, round_inputs
 from tests.graphs.test_lower_onnxruntime import CUTS, Built, relative, stepped, whole
 from tests.graphs.test_lower_tensorrt import TOLERANCE, InPlace, built
-from tests.profiles.test_lanes import read_back
 
 __all__ = ["built"]
 
@@ -152,7 +152,7 @@ def round_as_plugins(built: Built, folder: Path) -> InPlace:
 
 
 def halved(before: ir.Node, value: ir.Value) -> ir.Value:
-    return insert(before, "Cast", [insert(before, "Cast", [value], to=10)], to=1)
+    return insert_node(before, "Cast", [insert_node(before, "Cast", [value], to=10)], to=1)
 
 
 def test_plugins_equal_tiles(built: Built, lowered: tuple[Path, Path]) -> None:

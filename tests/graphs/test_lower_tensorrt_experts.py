@@ -15,7 +15,7 @@ import pytest
 
 from arriero.graphs.lower.part import Lowering
 from arriero.graphs.lower.tensorrt import lower
-from arriero.profiles.lanes import pack_int4_lanes
+from arriero.graphs.stored.mma_layout import pack_int4_lanes
 from arriero.profiles.quantize import Quantized, quantize
 from arriero.profiles.schemes import Exact, Half, Int8Static, IntBlock, Scheme
 from tests.graphs.test_lower_onnxruntime import CUTS, Built, relative, stepped, whole
@@ -23,7 +23,7 @@ from tests.graphs.test_lower_tensorrt import HALF, HALF_TOLERANCE, INT4, InPlace
 
 __all__ = ["built"]
 
-INT8 = Int8Static(kind="int8_static").naive()
+INT8 = Int8Static(kind="int8_static").rtn_baseline()
 
 # The node weights what an expert gives by its score; weights are [E, in, out], gate and up apart.
 NATIVE = """

@@ -16,8 +16,8 @@ from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.lower.part import Lowering
 from arriero.graphs.lower.tvm import lower
+from arriero.graphs.passes.fold_reshape_shapes import fold_reshape_shapes
 from arriero.graphs.passes.keep_token_axes import keep_token_axes
-from arriero.graphs.passes.settle_reshapes import settle_reshapes
 from arriero.graphs.trace import trace_embed, trace_text, trace_vision
 from arriero.profiles.float8 import dequantize_float8, quantize_float8
 from arriero.profiles.quantize import dequantize, quantize
@@ -128,10 +128,10 @@ def unpacked(packed: np.ndarray, scales: np.ndarray, bits: int, block: int) -> n
 def test_panels_stand_for_the_integers_of_the_profile(scout: Built, tmp_path: Path, profile: str, bits: int) -> None:
     out, checkpoint = tmp_path / "out", scout.checkpoint
     out.mkdir()
-    naive = load_profile(profile).naive()  # nearest rounding: no calibration has run here
+    rtn = load_profile(profile).rtn_baseline()  # nearest rounding: no calibration has run here
     schemes = {
         name: scheme.model_copy(update={"block": 32}) if isinstance(scheme, IntBlock) else scheme  # the toy is narrow
-        for name, scheme in naive.assign(checkpoint.tensors).items()
+        for name, scheme in rtn.assign(checkpoint.tensors).items()
     }
     lower("text", scout.graphs["text"], Lowering(scout.config, checkpoint, schemes, out))
 
@@ -221,7 +221,7 @@ def test_reshapes_get_constant_targets_where_shapes_decide(before, after, target
     source = value("x", before)
     node, out = reshape(source, after)
     model = graph_of([node], [source], [out])
-    assert settle_reshapes(model) == (target is not None)
+    assert fold_reshape_shapes(model) == (target is not None)
     made = model.graph[-1].inputs[1].producer()
     assert (tuple(made.attributes["value_ints"].value) if made else None) == target
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from arriero.export.cases import draw_samples
+from arriero.export.proof.reference import TorchBackend
+from arriero.export.samples.cases import draw_samples
 from arriero.graphs.config import ModelConfig
 from arriero.models.chasqui import write_skeleton
 from arriero.models.evaluate import SATURATED, count_experts, family_accuracy, router_scores
 from arriero.profiles.data import FAMILIES
-from arriero.runtimes.processor import Processor
+from arriero.runtimes.processor.processor import Processor
 from arriero.runtimes.session import Session
-from arriero.runtimes.torch import TorchBackend
 
 CHASQUI = Path(__file__).parents[2] / "models" / "chasqui"
 BAR = 0.90  # task accuracy per family; measured on many more samples in models/README.md

@@ -6,9 +6,9 @@ import json
 
 import torch
 
+from arriero.export.proof.reference import TorchBackend
 from arriero.models import train as trainer
 from arriero.models.train import train
-from arriero.runtimes.torch import TorchBackend
 
 
 def test_a_short_run_writes_a_checkpoint_and_resumes(tmp_path, monkeypatch, capsys):

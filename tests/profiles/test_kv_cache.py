@@ -96,9 +96,9 @@ def test_an_int8_item_is_a_quarter() -> None:
 def test_thresholds_are_loosened_by_what_the_cache_may_cost() -> None:
     exact = {"router_agreement": 1.0, "same_top_token": 1.0, "logits_max_abs_error": 1e-4}
     assert widen_thresholds(exact) == {"router_agreement": 0.97, "same_top_token": 0.97, "task_accuracy_drop": 0.005}
-    coarse = {"kl_over_naive": 0.5, "task_accuracy_drop": 0.02, "task_accuracy_drop.recall": 0.0, "logits_kl_mean": 0.1}
+    coarse = {"kl_over_rtn": 0.5, "task_accuracy_drop": 0.02, "task_accuracy_drop.recall": 0.0, "logits_kl_mean": 0.1}
     assert widen_thresholds(coarse) == {
-        "kl_over_naive": 0.5,
+        "kl_over_rtn": 0.5,
         "task_accuracy_drop": 0.025,
         "task_accuracy_drop.recall": 0.005,
         "logits_kl_mean": 0.11,

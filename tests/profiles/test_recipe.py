@@ -140,15 +140,15 @@ CALIBRATION = {"damping": 0.03, "minimum_tokens": 8, "below": "nearest", "reason
 
 def calibrated(**changes: object) -> dict[str, object]:
     rules = [selector(f"{LAYER}.self_attn.q_proj.weight", scheme=GPTQ)]
-    return {**MINIMAL, "rules": rules, "calibration": CALIBRATION, "thresholds": {"kl_over_naive": 0.5}, **changes}
+    return {**MINIMAL, "rules": rules, "calibration": CALIBRATION, "thresholds": {"kl_over_rtn": 0.5}, **changes}
 
 
 def test_a_profile_that_calibrates_says_how_and_what_it_must_beat() -> None:
     assert Profile.model_validate(calibrated()).calibration is not None
     with pytest.raises(ValueError, match="needs a `calibration` section"):
         Profile.model_validate(calibrated(calibration=None))
-    for thresholds in ({}, {"kl_over_naive": 1.0}):
-        with pytest.raises(ValueError, match="must beat its naive form"):
+    for thresholds in ({}, {"kl_over_rtn": 1.0}):
+        with pytest.raises(ValueError, match="must beat its RTN baseline"):
             Profile.model_validate(calibrated(thresholds=thresholds))
     with pytest.raises(ValueError, match="the `calibration` section would do nothing"):
         Profile.model_validate(calibrated(rules=[]))
@@ -200,7 +200,7 @@ def test_a_choice_takes_every_form_and_is_made_tensor_by_tensor() -> None:
         "a.proj": "int8 block 32",
         "b.proj": "int4 block 32 gptq",
     }
-    assert {scheme.label for scheme in made.naive().assign(["a.proj", "b.proj"]).values()} == {
+    assert {scheme.label for scheme in made.rtn_baseline().assign(["a.proj", "b.proj"]).values()} == {
         "int8 block 32",
         "int4 block 32",
     }
@@ -235,13 +235,13 @@ def test_a_budget_that_cannot_be_kept_is_refused_before_anything_runs() -> None:
         check_shapes(Profile.model_validate(choosing()), {"vision.proj": (64, 64)})
 
 
-def test_the_naive_form_of_static_scales_sees_no_activation() -> None:
+def test_the_rtn_baseline_of_static_scales_sees_no_activation() -> None:
     profile = Profile.model_validate(static())
-    assert profile.naive().assign(["a"])["a"] == Int8Static(kind="int8_static", ranges="weights")
+    assert profile.rtn_baseline().assign(["a"])["a"] == Int8Static(kind="int8_static", ranges="weights")
     floats = Profile.model_validate(static(rules=[selector("a", scheme={"kind": "fp8_static"})]))
-    assert floats.naive().assign(["a"])["a"] == Fp8Static(kind="fp8_static", ranges="weights")
+    assert floats.rtn_baseline().assign(["a"])["a"] == Fp8Static(kind="fp8_static", ranges="weights")
     assert floats.assign(["a"])["a"].label == "fp8 per channel static observed"
-    assert profile.naive().calibration is None
+    assert profile.rtn_baseline().calibration is None
     assert not profile.rounds_by_gptq
 
 
@@ -261,21 +261,21 @@ def test_a_scheme_knows_its_size(scheme: Scheme, size: int) -> None:
     assert scheme.stored_bytes((3, 64, 10)) == 3 * size
 
 
-def test_the_naive_form_differs_in_nothing_but_rounding() -> None:
+def test_the_rtn_baseline_differs_in_nothing_but_rounding() -> None:
     profile = Profile.model_validate(calibrated())
-    naive = profile.naive()
+    rtn = profile.rtn_baseline()
     name = f"{LAYER}.self_attn.q_proj.weight"
-    scheme, plain = profile.assign([name])[name], naive.assign([name])[name]
+    scheme, plain = profile.assign([name])[name], rtn.assign([name])[name]
     assert isinstance(scheme, IntBlock)
     assert plain == scheme.model_copy(update={"rounding": "nearest"})
-    assert naive.calibration is None
-    assert naive.naive() == naive
+    assert rtn.calibration is None
+    assert rtn.rtn_baseline() == rtn
 
 
 @pytest.mark.parametrize("name", [name for name in shipped() if name.startswith("int4")])
 def test_shipped_int4_profiles_calibrate_every_matrix_and_leave_nothing_else(name: str) -> None:
     profile = load_profile(name)
-    assert profile.thresholds["kl_over_naive"] == 0.5
+    assert profile.thresholds["kl_over_rtn"] == 0.5
     assert profile.thresholds["task_accuracy_drop"] == 0.02
     tensors = [f"{LAYER}.self_attn.k_proj.weight", f"{LAYER}.feed_forward.experts.down_proj"]
     others = ["language_model.model.norm.weight", "language_model.model.embed_tokens.weight"]

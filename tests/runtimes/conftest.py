@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from arriero.runtimes.backend import Floats, Ints, ModelSpec, StepOutput
 from arriero.runtimes.manifest import artifact_digest, file_sha256, link, parity_digest
-from arriero.runtimes.processor import IMAGE_TOKENS, PATCH, Processor
+from arriero.runtimes.processor.processor import IMAGE_TOKENS, PATCH, Processor
 
 HIDDEN, HEADS, KV_HEADS, DIM, EXPERTS, CHUNK, CONTEXT = 16, 4, 2, 8, 4, 8, 64
 IMAGE_SIZE, PATCH_SIZE, TILE_TOKENS = 28, 7, 4
@@ -133,7 +133,7 @@ class ToyBackend:
         return ToyCache([[(empty, empty)] * 2 for _ in range(batch)], np.zeros(batch, np.int64), capacity)
 
     def forward(
-        self, inputs_embeds: Floats, positions: Ints, cache: Any, logits_index: Ints, taps: bool = False
+        self, inputs_embeds: Floats, positions: Ints, cache: Any, logits_index: Ints, captures: bool = False
     ) -> StepOutput:
         batch, steps, _ = inputs_embeds.shape
         self.steps.append((batch, steps))
@@ -142,7 +142,7 @@ class ToyBackend:
         rows = [self._row(inputs_embeds[b], positions[b], cache.store[b]) for b in range(batch)]
         cache.lengths += steps
         logits = np.stack([hiddens[-1][logits_index] @ self.weights.head for hiddens, _ in rows])
-        if not taps:
+        if not captures:
             return StepOutput(logits)
         return StepOutput(
             logits, {0: np.stack([ids for _, ids in rows])}, {i: np.stack([h[i] for h, _ in rows]) for i in range(2)}

@@ -11,7 +11,7 @@ import pytest
 
 import arriero
 from arriero.errors import ArrieroError
-from arriero.runtimes import kvcache
+from arriero.runtimes import cache as kvcache
 from arriero.runtimes.onnxruntime import OrtBackend
 from arriero.runtimes.session import Session
 from tests.runtimes.conftest import CHUNK, CONTEXT, DIM, KV_HEADS, ToyBackend, write_graphs
@@ -48,7 +48,7 @@ def read(backend, cache, tokens):
     empty = np.zeros((0, backend.spec.hidden_size), np.float32)
     embeds = backend.embed(tokens, empty)
     positions = cache.lengths[:, None] + np.arange(tokens.shape[1])
-    return backend.forward(embeds, positions, cache, np.arange(tokens.shape[1]), taps=True)
+    return backend.forward(embeds, positions, cache, np.arange(tokens.shape[1]), captures=True)
 
 
 def test_prefill_and_decode_match_explicit_masks_over_chunks(backend, toy):

@@ -8,7 +8,7 @@ import pytest
 
 from arriero.errors import ArrieroError
 from arriero.runtimes import session as session_module
-from arriero.runtimes.processor import Prompt
+from arriero.runtimes.processor.processor import Prompt
 from arriero.runtimes.session import Session
 
 IMAGE_TOKEN = 261
@@ -22,10 +22,10 @@ def session(toy, processor):
 def test_prefill_pieces_keep_to_size_and_chunks_and_change_nothing(session, toy, monkeypatch):
     monkeypatch.setattr(session_module, "PIECE", 5)
     ids = np.random.default_rng(0).integers(0, 256, 21)
-    out = session.logits(ids, taps=True)
+    out = session.logits(ids, captures=True)
     assert toy.steps == [(1, 5), (1, 3), (1, 5), (1, 3), (1, 5)]
     embeds = toy.embed(ids[None], np.zeros((0, 16), np.float32))
-    whole = toy.forward(embeds, np.arange(21)[None], toy.new_cache(1, 21), np.arange(21), taps=True)
+    whole = toy.forward(embeds, np.arange(21)[None], toy.new_cache(1, 21), np.arange(21), captures=True)
     np.testing.assert_allclose(out.logits, whole.logits, atol=2e-4)
     np.testing.assert_allclose(out.hiddens[1], whole.hiddens[1], atol=2e-4)
     assert np.array_equal(out.expert_ids[0], whole.expert_ids[0])

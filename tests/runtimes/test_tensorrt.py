@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.runtimes import device_cache, products, tensorrt, tensorrt_rtx
+from arriero.export.proof.reference import TorchBackend
+from arriero.runtimes import tensorrt, tensorrt_rtx
+from arriero.runtimes.nvidia import device_cache, products
 from arriero.runtimes.tensorrt import TensorRtBackend
-from arriero.runtimes.torch import TorchBackend
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_engine import FakeTensorRt, signature, write_engine
 from tests.tensorrt.recorder import PRODUCTS
@@ -99,11 +100,11 @@ def draw(rows: int, tokens: int, seed: int = 0):
     return np.random.default_rng(seed).integers(3, 150, (rows, tokens))
 
 
-def step(backend, cache, ids, taps=False, wanted=None):
+def step(backend, cache, ids, captures=False, wanted=None):
     embeds = backend.embed(ids, np.zeros((0, backend.spec.hidden_size), np.float32))
     positions = cache.lengths[:, None] + np.arange(ids.shape[1])
     index = np.arange(ids.shape[1]) if wanted is None else wanted
-    return backend.forward(embeds, positions, cache, index, taps)
+    return backend.forward(embeds, positions, cache, index, captures)
 
 
 def equal(ours, theirs, rtol=1e-5):
@@ -121,7 +122,7 @@ def test_prefill_and_decode_over_chunks_are_the_references(bench, product, model
     at = 0
     for count in (10, 6, 16, 1, 1, 1, 1, 3, 1):  # 16 is the chunk: the last two prefills begin at its edge
         piece = ids[:, at : at + count]
-        found, expected = step(backend, ours, piece, taps=True), step(one.reference, theirs, piece, taps=True)
+        found, expected = step(backend, ours, piece, captures=True), step(one.reference, theirs, piece, captures=True)
         equal(found.logits, expected.logits)
         assert found.expert_ids.keys() == expected.expert_ids.keys()
         assert found.hiddens.keys() == expected.hiddens.keys()
@@ -288,7 +289,7 @@ def test_taps_cross_to_the_host_only_when_asked(bench):
     assert copied() - before == 160 * 4
     assert not plain.hiddens
     assert not plain.expert_ids
-    again = backend.forward(embeds, np.arange(8)[None], backend.new_cache(1, CONTEXT), np.array([7]), taps=True)
+    again = backend.forward(embeds, np.arange(8)[None], backend.new_cache(1, CONTEXT), np.array([7]), captures=True)
     assert copied() - before == 2 * 160 * 4 + 4 * (8 * 64 * 4 + 8 * 8)
     assert np.array_equal(plain.logits, again.logits)
 
@@ -297,11 +298,11 @@ def test_taps_come_and_go_between_steps_of_one_shape(bench):
     one = bench(fixed=True)
     backend = one.open()
     ours, theirs = backend.new_cache(1, 16), one.reference.new_cache(1, 16)
-    for turn, taps in enumerate((False, False, True, False, True, True, False)):
+    for turn, captures in enumerate((False, False, True, False, True, True, False)):
         ids = draw(1, 1, turn)
-        found, expected = step(backend, ours, ids, taps), step(one.reference, theirs, ids, taps)
+        found, expected = step(backend, ours, ids, captures), step(one.reference, theirs, ids, captures)
         equal(found.logits, expected.logits)
-        assert sorted(found.hiddens) == sorted(found.expert_ids) == ([0, 1, 2, 3] if taps else [])
+        assert sorted(found.hiddens) == sorted(found.expert_ids) == ([0, 1, 2, 3] if captures else [])
         for layer, hidden in found.hiddens.items():
             equal(hidden, expected.hiddens[layer])
 

@@ -16,11 +16,12 @@ import torch
 
 import arriero
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.export.bundle import copy_tokenizer
-from arriero.runtimes import products, tensorrt, tensorrt_rtx
-from arriero.runtimes.processor import Processor
+from arriero.export.pipeline.bundle import copy_tokenizer
+from arriero.export.proof.reference import TorchBackend
+from arriero.runtimes import tensorrt, tensorrt_rtx
+from arriero.runtimes.nvidia import products
+from arriero.runtimes.processor.processor import Processor
 from arriero.runtimes.session import Session
-from arriero.runtimes.torch import TorchBackend
 from tests.runtimes.conftest import write_manifest
 from tests.small import CONTEXT, TILE, small_scout
 from tests.tensorrt.fake_cuda import FakeCuda

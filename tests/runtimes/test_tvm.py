@@ -14,7 +14,8 @@ import pytest
 
 import arriero
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.runtimes import cpu, kvcache
+from arriero.runtimes import cache as kvcache
+from arriero.runtimes import cpu
 from arriero.runtimes import tvm as runtime
 from arriero.runtimes.cpu import usable_cores
 from arriero.runtimes.manifest import Manifest, open_manifest
@@ -33,10 +34,10 @@ def backend(bundles: Path) -> TvmBackend:
     return TvmBackend(bundles / "fp32", open_manifest(bundles / "fp32").model, threads=1)
 
 
-def read(backend, cache, ids, taps=False):
+def read(backend, cache, ids, captures=False):
     found = backend.embed(ids, np.zeros((0, backend.spec.hidden_size), np.float32))
     positions = cache.lengths[:, None] + np.arange(ids.shape[1])
-    return backend.forward(found, positions, cache, np.arange(ids.shape[1]), taps)
+    return backend.forward(found, positions, cache, np.arange(ids.shape[1]), captures)
 
 
 def draw(count, seed=0):
@@ -79,7 +80,7 @@ def test_steps_write_into_the_same_memory_and_touch_only_their_slots(backend):
 
 
 def test_a_step_without_taps_gives_the_same_logits(backend):
-    with_taps = read(backend, backend.new_cache(1, 8), draw(8), taps=True)
+    with_taps = read(backend, backend.new_cache(1, 8), draw(8), captures=True)
     without = read(backend, backend.new_cache(1, 8), draw(8))
     assert np.array_equal(without.logits, with_taps.logits)
     assert not without.hiddens

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from arriero.graphs.model import Llama4
-from arriero.runtimes.engine_signature import TYPES
+from arriero.runtimes.nvidia.engine_signature import TYPES
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.recorder import Recorder
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from arriero.errors import MachineLacks
-from arriero.export.compile.nvidia_driver import open_driver
-from arriero.runtimes import cuda, tensorrt_rtx
-from arriero.runtimes.engine_signature import TYPES
+from arriero.export.compile.nvidia.driver import open_driver
+from arriero.runtimes import tensorrt_rtx
+from arriero.runtimes.nvidia import cuda
+from arriero.runtimes.nvidia.engine_signature import TYPES
 from tests.tensorrt.record_signatures import WHEELS, record
 from tests.tensorrt.recorder import PRODUCTS, SIGNATURES, Form
 
@@ -109,7 +110,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from arriero.runtimes import tensorrt_rtx
-from arriero.runtimes.engine import Engine
+from arriero.runtimes.nvidia.engine import Engine
 product = tensorrt_rtx.PRODUCT
 try:
     Engine(Path(sys.argv[1]), "text", product, product.load(), None)

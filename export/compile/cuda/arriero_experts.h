@@ -31,7 +31,7 @@
 //   int8, fp8     two words, in bytes, lowest first:    v0 v1 v2 v3 | v4 v5 v6 v7
 //   int4          one word, in nibbles, lowest first:   v0 v2 v4 v6 v1 v3 v5 v7, so that masking gives pairs
 // Features from K on, in the last group, are stored as zero.
-// arriero.profiles.lanes packs them.
+// arriero.graphs.stored.mma_layout packs them.
 //
 // --- Products, as mma.sync ------------------------------------------------------------------------------------------
 //   exact, int4   in the activation type, int4 widened to it as it is read; sums in float32

@@ -21,7 +21,7 @@ from typing import Any
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.compile.cuda.build_cuda_kernels import Blob, build_kernel
 from arriero.export.compile.cuda.launch import BITS, SHAPES, THREADS, Kernel, Op, activations_of, check_sizes
-from arriero.profiles.lanes import row_words
+from arriero.graphs.stored.mma_layout import row_words
 
 NAMESPACE = "arriero"
 GATE_UP, DOWN = "ExpertGateUp", "ExpertDown"

@@ -30,7 +30,7 @@
  *   E4M3   u8 [P, K, 16]
  *   scales f32 [P, K/block, 16] (E4M3: [P, 16]), zero in padding.
  * Experts add a leading E. Their gate_up panels alternate, gate 0, up 0, gate 1, up 1, ..: [E, 2*ceil(F/16), ..].
- * arriero.profiles.panels packs them.
+ * arriero.graphs.stored.packed_panels packs them.
  */
 #ifndef ARRIERO_KERNELS_H
 #define ARRIERO_KERNELS_H

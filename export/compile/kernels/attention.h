@@ -98,7 +98,7 @@ inline void scale_in_place(float* row, float factor, int64_t count) {
 
 // Turns one row's scores of KEYS keys, of which it sees the first `seen`, into weights relative to its largest score so
 // far, and brings what was summed before to the same measure.
-inline void soften(float* scores, int64_t seen, float scale, float& most, float& total, float* sums, int64_t D) {
+inline void online_softmax_update(float* scores, int64_t seen, float scale, float& most, float& total, float* sums, int64_t D) {
     constexpr int64_t KEYS = AttentionWorkspace::KEYS;
     Float above = all(most), added = all(0.0f);
     for (int64_t j = seen; j < KEYS; ++j) scores[j] = -__builtin_inff();
@@ -149,7 +149,7 @@ inline int32_t attention(const float* q, const int64_t* positions, const float* 
             }
             for (int64_t i = 0; i < rows; ++i) {
                 const int64_t seen = smaller(count, slot + i / heads + 1 - key);
-                soften(space.scores + i * AttentionWorkspace::KEYS, seen > 0 ? seen : 0, scale, space.most[i],
+                online_softmax_update(space.scores + i * AttentionWorkspace::KEYS, seen > 0 ? seen : 0, scale, space.most[i],
                        space.total[i], space.sums + i * D, D);
             }
             add_values(space.scores, rows, values + key * D, count, D, space.sums);

@@ -24,7 +24,7 @@ constexpr int CPU = 1;  // DLPack's number
 
 // Where tasks wait for each other. They look rather than sleep: a step of decode takes a few microseconds, and waking a
 // thread as much.
-class Meeting {
+class SpinBarrier {
    public:
     void wait(int32_t tasks) {
         const int32_t round = __atomic_load_n(&round_, __ATOMIC_ACQUIRE);
@@ -61,7 +61,7 @@ template <class... Steps>
 int32_t run(int64_t bytes, int64_t parts, const Steps&... steps) {
     void* space = TVMBackendAllocWorkspace(CPU, 0, bytes, 1, 8);
     if (!space) return -1;
-    Meeting meeting;
+    SpinBarrier meeting;
     auto work = [&](int32_t task, int32_t tasks) {
         bool first = true;
         const auto do_step = [&](const auto& step) {

@@ -1,0 +1,268 @@
+"""Stage `calibrate`: what the reference's layers and experts really see, and the roundings and scales that follow.
+
+Layer by layer: run all samples through it, count and measure the inputs of each matrix and each expert, round its
+matrices for every profile that calibrates, forget the inputs. A killed stage goes on after its last finished layer.
+Legend: E experts, n tokens of one expert, H hidden, F expert width, K input features, N output features.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arriero.errors import ArrieroError
+from arriero.export.calibration.choice import decide, open_groups
+from arriero.export.calibration.sensitivity import expert_errors, linear_error
+from arriero.export.proof.walk_layers import LayerInputs, Routed, Walk, expert_activation
+from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.names import expert_tensors
+from arriero.profiles.gptq import gptq, output_error
+from arriero.profiles.moments import Moments, check_finite
+from arriero.profiles.quantize import Quantized, dequantize, quantize
+from arriero.profiles.quantized_weights import QuantizedWeights, RoundingRecord
+from arriero.profiles.recipe import Profile
+from arriero.profiles.schemes import IntBlock, Static
+from arriero.profiles.static_scales import fit_inputs
+from arriero.profiles.stored_values import stored_values
+
+Watch = Callable[[str, int, int, str], None]
+Matrix = tuple[str, int | None, Callable[[], NDArray[np.float32]], Moments]  # tensor, expert, weight [N, K], its inputs
+
+
+class Calibration:
+    """One calibration at work in `folder`; `profiles` are those that calibrate, by the name of their sub-folder."""
+
+    def __init__(
+        self, walk: Walk, checkpoint: Checkpoint, profiles: Mapping[str, Profile], folder: Path, watch: Watch
+    ) -> None:
+        self.walk, self.checkpoint, self.folder, self.watch = walk, checkpoint, folder, watch
+        self.choosing = {key: profile for key, profile in profiles.items() if profile.choose is not None}
+        self.profiles = {
+            f"{key}/{number}" if key in self.choosing else key: form
+            for key, profile in profiles.items()
+            for number, form in enumerate(profile.forms)
+        }
+        self.schemes = {key: profile.assign(checkpoint.tensors) for key, profile in self.profiles.items()}
+        self.roundings = {key: QuantizedWeights(folder / key) for key in self.profiles}
+
+    def run(self) -> None:
+        """Write roundings, `coverage.json` (MoE layer -> tokens per expert), `ranges.json` (tensor -> tokens, absmax)
+        and `cache.json` (each layer's range of keys and values).
+
+        Raises ArrieroError for activations that are not finite (layer, expert, sample), and for experts that too few
+        tokens reached where a profile says `below: stop`.
+        """
+        layers = range(len(self.walk.text.layers))
+        for layer in layers[self._resume() :]:
+            self._layer(layer)
+        found = [json.loads(self._record(layer).read_text()) for layer in layers]
+        coverage = {layer: one["coverage"] for layer, one in enumerate(found) if one["coverage"] is not None}
+        (self.folder / "coverage.json").write_text(json.dumps(coverage))
+        ranges = {tensor: entry for one in found for tensor, entry in one["ranges"].items()}
+        (self.folder / "ranges.json").write_text(json.dumps(ranges))
+        (self.folder / "cache.json").write_text(json.dumps([one["cache"] for one in found]))
+        shapes = {name: info.shape for name, info in self.checkpoint.tensors.items()}
+        for key, profile in self.choosing.items():
+            errors = {group: error for one in found for group, error in one["errors"].get(key, {}).items()}
+            decide(profile, shapes, errors, self.folder / key)
+        for left in (*self.folder.glob("hidden-*"), *self.folder.glob("routed.*")):
+            left.unlink()
+
+    def _resume(self) -> int:
+        """The first layer to do: the one after the last that is done, or 0, the samples embedded."""
+        start = 0
+        while self._record(start).is_file():
+            start += 1
+        if start == len(self.walk.text.layers) or self.walk.hidden_file(start).is_file():
+            return start
+        self.walk.embed(lambda done, total: self.watch("calibrate: embed samples", done, total, "samples"))
+        return 0
+
+    def _record(self, layer: int) -> Path:
+        """What a finished layer leaves; the hidden states after it are there before it appears."""
+        return self.folder / f"layer-{layer:03}.json"
+
+    def _layer(self, layer: int) -> None:
+        step = f"calibrate: layer {layer}"
+        inputs = self.walk.observe(layer, lambda at, total: self.watch(step, at, total, "samples"))
+        coverage = inputs.routed.counts(self.walk.text.experts) if inputs.routed else None
+        self._refuse_thin(layer, coverage)
+        ranges: dict[str, Any] = {}
+        matrices = len(inputs.moments) + (2 * self.walk.text.experts if inputs.routed else 0)
+        for number, (tensor, expert, weight, seen) in enumerate(self._matrices(inputs), 1):
+            entry = {"tokens": seen.count, "largest": float(seen.largest.max(initial=0))}
+            if expert is None:
+                ranges[tensor] = entry
+            else:
+                ranges.setdefault(tensor, []).append(entry)
+            for key, profile in self.profiles.items():
+                scheme = self.schemes[key][tensor]
+                if isinstance(scheme, IntBlock) and scheme.calibrates:
+                    self._round(self.roundings[key], profile, scheme, tensor, expert, weight(), seen)
+                elif isinstance(scheme, Static) and scheme.calibrates:
+                    self._fit(self.roundings[key], profile, scheme, tensor, expert, weight(), seen)
+            self.watch(f"{step}, matrices", number, matrices, "matrices")
+        for key in self.profiles:
+            self._widen_thin(key, layer, ranges)
+        errors = {key: self._errors(key, profile, inputs) for key, profile in self.choosing.items()}
+        partial = self._record(layer).with_suffix(".partial")
+        record = {"coverage": coverage, "ranges": ranges, "cache": inputs.cache.to_json(), "errors": errors}
+        partial.write_text(json.dumps(record))
+        partial.replace(self._record(layer))
+        self.walk.hidden_file(layer).unlink()
+
+    def _matrices(self, inputs: LayerInputs) -> Iterator[Matrix]:
+        for tensor, seen in inputs.moments.items():
+            yield tensor, None, partial(self._weight, tensor, None), seen
+        if inputs.routed is not None:
+            yield from self._experts(inputs.layer, inputs.routed)
+
+    def _experts(self, layer: int, routed: Routed) -> Iterator[Matrix]:
+        """Both matrices of each expert, with the moments of what really goes into them; one expert at a time."""
+        gate_up, down = expert_tensors(layer)
+        for expert in range(self.walk.text.experts):
+            first = self._weight(gate_up, expert)
+            inputs, inners = (Moments(n, self.walk.second) for n in (first.shape[1], first.shape[0] // 2))
+            for rows, samples in routed.of(expert):
+                check_finite(rows, f"layer {layer}, expert {expert}, input", samples)
+                inputs.add(rows)
+                inner = expert_activation(rows, first)
+                check_finite(inner, f"layer {layer}, expert {expert}, input of down_proj", samples)
+                inners.add(inner)
+            yield gate_up, expert, partial(_same, first), inputs
+            del first
+            yield down, expert, partial(self._weight, down, expert), inners
+
+    def _weight(self, tensor: str, expert: int | None) -> NDArray[np.float32]:
+        """A matrix [N, K], or that of one expert."""
+        if expert is None:
+            return self.checkpoint.read_float32(tensor)
+        return np.ascontiguousarray(self.checkpoint.read_float32(tensor, expert, expert + 1)[0].T)
+
+    def _round(
+        self,
+        roundings: QuantizedWeights,
+        profile: Profile,
+        scheme: IntBlock,
+        tensor: str,
+        expert: int | None,
+        weight: NDArray[np.float32],
+        seen: Moments,
+    ) -> None:
+        assert profile.calibration is not None
+        experts = self.walk.text.experts
+        shape = {"bits": scheme.bits, "block": scheme.block}
+        plain = quantize(weight, **shape, name=tensor)
+        rounded, rounding, gain = plain, "nearest", None
+        rule = profile.calibration
+        if seen.count >= rule.minimum_tokens:
+            assert rule.damping is not None
+            found = gptq(weight, seen.moment, **shape, damping=rule.damping, name=tensor)
+            errors = [output_error(weight, dequantize(one), seen.moment) for one in (found, plain)]
+            gain = errors[0] / errors[1] if errors[1] > 0 else None
+            if errors[0] <= errors[1]:  # a matrix whose rounding was better left alone is left alone
+                rounded, rounding = found, "gptq"
+        largest = float(seen.largest.max(initial=0))
+        roundings.write(
+            tensor, expert, experts, rounded, RoundingRecord(tensor, expert, rounding, seen.count, largest, gain)
+        )
+
+    def _fit(
+        self,
+        roundings: QuantizedWeights,
+        profile: Profile,
+        scheme: Static,
+        tensor: str,
+        expert: int | None,
+        weight: NDArray[np.float32],
+        seen: Moments,
+    ) -> None:
+        if expert is not None and _too_little(profile, seen.count, float(seen.largest.max())):
+            return  # `_widen_thin` will see to it, when all experts of the layer are known
+        columns = np.abs(weight).max(0)
+        fitted = fit_inputs(seen.largest, columns, scheme.smooth, tensor if expert is None else f"{tensor}[{expert}]")
+        note = RoundingRecord(tensor, expert, "observed", seen.count, float(seen.largest.max()), None)
+        roundings.write(tensor, expert, self.walk.text.experts, fitted, note)
+
+    def _widen_thin(self, key: str, layer: int, ranges: Mapping[str, Any]) -> None:
+        """Give experts that too few tokens reached the widest range of inputs that an expert of `layer` saw."""
+        for tensor in expert_tensors(layer):
+            scheme = self.schemes[key].get(tensor)
+            if tensor not in ranges or not isinstance(scheme, Static) or not scheme.calibrates:
+                continue
+            widest = np.array([max(entry["largest"] for entry in ranges[tensor])], np.float32)
+            features = self.checkpoint.tensors[tensor].shape[1]
+            for expert, entry in enumerate(ranges[tensor]):
+                if _too_little(self.profiles[key], entry["tokens"], entry["largest"]):
+                    fitted = fit_inputs(np.repeat(widest, features), np.ones(features, np.float32), None, tensor)
+                    note = RoundingRecord(tensor, expert, "widest", entry["tokens"], entry["largest"], None)
+                    self.roundings[key].write(tensor, expert, len(ranges[tensor]), fitted, note)
+
+    def _errors(self, key: str, profile: Profile, inputs: LayerInputs) -> dict[str, list[float]]:
+        """The error that each candidate of a choosing profile makes in each group of this layer."""
+        layer, errors = inputs.layer, {}
+        forms = [partial(self._stored, f"{key}/{number}") for number in range(len(profile.forms))]
+        groups = {
+            kind: names for (at, kind), names in open_groups(profile, [*self.checkpoint.tensors]).items() if at == layer
+        }
+        for number, (where, tensors) in enumerate(groups.items()):
+            self.watch(f"calibrate: layer {layer}, sensitivity", number, len(groups), "groups")
+            if where == "experts":
+                assert inputs.routed is not None
+                errors[f"{layer} {where}"] = expert_errors(self.walk, layer, inputs.routed, self._weight, forms)
+            else:
+                errors[f"{layer} {where}"] = [
+                    linear_error(self.walk, layer, {tensor: form(tensor, None) for tensor in tensors}) for form in forms
+                ]
+        return errors
+
+    def _stored(self, form: str, tensor: str, expert: int | None) -> NDArray[np.float32]:
+        """The values [N, K] that a matrix is stored as in one of the forms."""
+        scheme = self.schemes[form][tensor]
+        if not isinstance(scheme, IntBlock) or not scheme.calibrates:
+            return stored_values(self._weight(tensor, expert), scheme, name=tensor)
+        found, one = self.roundings[form].read(tensor, scheme.bits, scheme.block), expert if expert is not None else ...
+        return dequantize(Quantized(found.packed[one], found.scales[one], found.bits, found.block))
+
+    def _refuse_thin(self, layer: int, coverage: list[int] | None) -> None:
+        for profile in self.profiles.values():
+            rule = profile.calibration
+            thin = [n for n, count in enumerate(coverage or ()) if rule is not None and count < rule.minimum_tokens]
+            if rule is not None and rule.below == "stop" and thin:
+                shown = ", ".join(f"{expert} ({coverage[expert]})" for expert in thin) if coverage else ""
+                raise ArrieroError(
+                    f"too few calibration tokens reached experts {shown}",
+                    where=f"layer {layer}",
+                    expected=f"at least {rule.minimum_tokens} for each, as profile `{profile.name}` says",
+                    remedy="Raise calibration.samples, or let the profile fall back with another `below`",
+                )
+
+
+def fallbacks(profile: Profile, notes: Sequence[RoundingRecord]) -> list[dict[str, Any]]:
+    """The experts that too few tokens reached, as the manifest lists them: layer, expert, tokens, rule."""
+    if profile.calibration is None:
+        return []
+    thin = {
+        (int(note.tensor.split(".layers.")[1].split(".")[0]), note.expert): note
+        for note in notes
+        if note.expert is not None and (note.rounding == "widest" or note.tokens < profile.calibration.minimum_tokens)
+    }
+    return [
+        {"layer": layer, "expert": expert, "tokens": note.tokens, "rule": note.rounding}
+        for (layer, expert), note in sorted(thin.items(), key=lambda item: item[0])
+    ]
+
+
+def _too_little(profile: Profile, tokens: int, largest: float) -> bool:
+    """Whether what calibration saw of an expert's inputs is too little for a range of its own."""
+    return profile.calibration is None or tokens < profile.calibration.minimum_tokens or largest == 0
+
+
+def _same(weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    return weight

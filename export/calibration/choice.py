@@ -1,0 +1,84 @@
+"""Which candidate each group of matrices gets: errors measured layer by layer, then the best choice under the budget.
+
+A profile with a `choose` section is calibrated once per candidate, each in a sub-folder of its roundings; when the
+choice is made, what was chosen moves up and the rest is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from arriero.export.calibration.sensitivity import group_of
+from arriero.profiles.knapsack import Option, choose
+from arriero.profiles.quantized_weights import QuantizedWeights
+from arriero.profiles.recipe import Profile
+from arriero.profiles.schemes import Chosen
+
+CHOICE = "choice.json"
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def open_groups(profile: Profile, tensors: Sequence[str]) -> dict[tuple[int, str], list[str]]:
+    """The groups that `profile` leaves to choice: layer and kind -> their tensors."""
+    groups: dict[tuple[int, str], list[str]] = {}
+    for tensor, scheme in profile.assign(tensors).items():
+        if isinstance(scheme, Chosen):
+            groups.setdefault(group_of(tensor), []).append(tensor)
+    return dict(sorted(groups.items()))
+
+
+def decide(profile: Profile, shapes: Shapes, errors: Mapping[str, Sequence[float]], folder: Path) -> None:
+    """Choose by `errors` ("layer kind" -> error of each candidate), keep the choice and its roundings in `folder`."""
+    assert profile.choose is not None
+    candidates = profile.choose.candidates
+    if not (folder / CHOICE).is_file():
+        groups = open_groups(profile, list(shapes))
+        options = [
+            [
+                Option(sum(candidate.stored_bytes(shapes[tensor]) for tensor in tensors), error)
+                for candidate, error in zip(candidates, errors[f"{layer} {kind}"], strict=True)
+            ]
+            for (layer, kind), tensors in groups.items()
+        ]
+        whole = sum(2 * math.prod(shapes[tensor]) for tensors in groups.values() for tensor in tensors)
+        chosen = choose(options, int(profile.choose.budget * whole))
+        for tensors, number in zip(groups.values(), chosen, strict=True):
+            QuantizedWeights(folder).adopt(QuantizedWeights(folder / str(number)), tensors)
+        rows: list[dict[str, Any]] = [
+            {
+                "layer": layer,
+                "group": kind,
+                "scheme": candidates[number].label,
+                "candidate": number,
+                "bytes": option[number].bytes,
+                "errors": {one.label: each.error for one, each in zip(candidates, option, strict=True)},
+                "tensors": tensors,
+            }
+            for ((layer, kind), tensors), option, number in zip(groups.items(), options, chosen, strict=True)
+        ]
+        share = sum(row["bytes"] for row in rows) / whole
+        partial = folder / f"{CHOICE}.partial"
+        folder.mkdir(exist_ok=True)
+        partial.write_text(json.dumps({"budget": profile.choose.budget, "share": share, "groups": rows}))
+        partial.replace(folder / CHOICE)
+    for number in range(len(candidates)):
+        shutil.rmtree(folder / str(number), ignore_errors=True)
+
+
+def read_choice(folder: Path) -> dict[str, Any] | None:
+    """What was chosen for the profile whose roundings lie in `folder`; None where nothing was left to choice."""
+    path = folder / CHOICE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def decided(profile: Profile, folder: Path) -> Profile:
+    """`profile` with the choice that calibration made in `folder`."""
+    made = read_choice(folder)
+    if made is None:
+        return profile
+    return profile.decide({tensor: row["candidate"] for row in made["groups"] for tensor in row["tensors"]})

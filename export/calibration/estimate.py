@@ -1,0 +1,90 @@
+"""What calibration will take of memory and disk, from the checkpoint's shapes and the samples' sizes.
+
+Legend: S tokens of the longest sample, T tokens of all samples, H hidden, F the widest inner width, K input and N
+output features of a matrix, P patches of an image tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from arriero.graphs.checkpoint import TensorInfo
+from arriero.graphs.config import ModelConfig, VisionConfig
+from arriero.profiles.moments import ROWS
+from arriero.profiles.recipe import LAYER_MATRIX, Profile
+
+# Rounded up from runs on small models.
+REFERENCE_MEMORY = 512 << 20  # Python with torch and its mapped weights; 330 MiB after a graph was traced
+MOMENT_COPIES = 5  # second moments in float64: as seen, damped, in GPTQ's order, inverted, factored
+ROUND_COPIES = 12  # a matrix in float32, over its scales, rounded, what is left of it, packed; its error in float64
+SQUARE = 16  # bytes per pair of tokens: the attention's mask on its way from positions to float32
+EMBEDDED_TOKENS = 256  # words of a long embedded sample; its mean is 66 with the embedded model's tokenizer
+
+Size = tuple[int, int]  # of a sample: tokens, image tiles
+
+
+def embedded_size(vision: VisionConfig | None) -> Size:
+    """The most that an embedded sample may be; its pictures are four frames of 64 pixels, or one image of 128."""
+    tiles = 0 if vision is None else 20 if vision.image_size < 64 else 5 if vision.image_size < 128 else 4
+    return EMBEDDED_TOKENS + tiles * (0 if vision is None else vision.tokens_per_tile), tiles
+
+
+def calibration_memory(config: ModelConfig, used: Iterable[TensorInfo], sizes: Sequence[Size], second: bool) -> int:
+    """Bytes that calibration holds at most: a sample's step, or the moments of a layer and one matrix at work.
+
+    `second`: whether a profile rounds by gptq, so that second moments are kept and matrices are rounded.
+    """
+    layers = [info for info in used if LAYER_MATRIX.fullmatch(info.name)]
+    shapes = [_features(info) for info in layers]
+    widened = 4 * max((outputs * inputs for outputs, inputs in shapes), default=0)
+    text = config.text
+    tokens, tiles = (max((size[n] for size in sizes), default=0) for n in (0, 1))
+    inner = max(text.expert_ffn, text.dense_ffn, text.heads * text.head_dim)
+    step = 4 * tokens * (8 * text.hidden_size + 6 * inner) + SQUARE * tokens**2
+    rows = 4 * min(ROWS, sum(size[0] for size in sizes)) * (2 * text.hidden_size + 4 * text.expert_ffn)
+    walk = widened + max(step, rows)
+    if second:
+        moments = max((8 * _layer_moments(layers, layer) for layer in range(len(text.layers))), default=0)
+        work = max((8 * MOMENT_COPIES * k**2 + 4 * ROUND_COPIES * n * k for n, k in shapes), default=0)
+        walk = moments + max(walk, work + rows)
+    return REFERENCE_MEMORY + max(walk, _tower(config.vision, tiles) if config.vision else 0)
+
+
+def walk_disk(config: ModelConfig, sizes: Sequence[Size]) -> int:
+    """Bytes of the hidden states before and after a layer, and of the rows that its experts read."""
+    return 4 * sum(size[0] for size in sizes) * config.text.hidden_size * (2 + config.text.experts_per_token)
+
+
+def roundings_disk(profiles: Iterable[Profile], used: Iterable[TensorInfo]) -> int:
+    """Bytes of the calibrated integers and scales, which lie in their stage until the bundle is written."""
+    infos = {info.name: info for info in used}
+    return sum(
+        scheme.calibrated_bytes(infos[name].shape)
+        for profile in profiles
+        for form in profile.forms
+        for name, scheme in form.assign(infos).items()
+    )
+
+
+def _features(info: TensorInfo) -> tuple[int, int]:
+    """N and K of a matrix, or of one expert's."""
+    return (info.shape[0], info.shape[1]) if len(info.shape) == 2 else (info.shape[2], info.shape[1])
+
+
+def _layer_moments(layers: Iterable[TensorInfo], layer: int) -> int:
+    """Elements of the second moments of one layer's inputs; matrices with one input share theirs."""
+    shared: Mapping[str, int] = {
+        info.name.replace(".k_proj", ".q_proj").replace(".v_proj", ".q_proj").replace(".up_proj", ".gate_proj"): (
+            _features(info)[1] ** 2
+        )
+        for info in layers
+        if f".layers.{layer}." in info.name and len(info.shape) == 2
+    }
+    return sum(shared.values())
+
+
+def _tower(vision: VisionConfig, tiles: int) -> int:
+    """Activations of one layer of the vision tower over all tiles of a sample, and its widest matrix in float32."""
+    patches = vision.grid**2 + 1
+    activations = 4 * tiles * patches * (8 * vision.hidden_size + 3 * vision.ffn)
+    return activations + 4 * vision.hidden_size * vision.ffn

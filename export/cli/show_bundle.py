@@ -1,0 +1,117 @@
+"""What a bundle holds, read from its manifest after every file was hashed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from arriero.export.machine.budget import human_bytes
+from arriero.export.proof.prove import tell_fallback
+from arriero.export.samples.cases import tell_set
+from arriero.runtimes.manifest import open_manifest
+from arriero.runtimes.proof.report import read_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+FALLBACKS = {
+    "nearest": "scales from the weights alone",
+    "widest": "the widest range of inputs that an expert of their layer saw",
+}
+
+
+def describe_bundle(bundle: Path) -> dict[str, Any]:
+    """The manifest's facts with weights summed by scheme and parity in short. Raises `ArrieroError` if damaged."""
+    manifest = open_manifest(bundle, full=True)
+    raw = manifest.raw
+    schemes: Counter[str] = Counter()
+    for weight in raw["weights"].values():
+        schemes[str(weight["scheme"])] += 1
+    report = read_json(bundle / "parity.json")
+    return {
+        "name": raw["name"],
+        "arriero": raw["arriero"],
+        "model": raw["model"],
+        "target": raw["target"],
+        "chain": raw["chain"],
+        "bytes": sum(record.bytes for record in manifest.files.values()),
+        "files": {name: record.bytes for name, record in manifest.files.items()},
+        "weights": dict(schemes),
+        "calibration": raw["calibration"],
+        "coverage": raw["coverage"],
+        "fallback": raw.get("fallback", []),
+        "choice": raw.get("choice"),
+        "kv_cache": manifest.target.kv_cache,
+        "kv_bytes_per_token": raw["kv_bytes_per_token"],
+        "measured": raw["measured"],
+        "tools": raw["tools"],
+        "parity": {"failed": [row.metric for row in report.failed], "rows": len(report.rows)},
+    }
+
+
+def show_bundle(described: dict[str, Any], console: Console) -> None:
+    """Print a described bundle for people."""
+    target, text = described["target"], described["model"]["text"]
+    kinds = Counter(f"{layer['attention']} {layer['ffn']}" for layer in text["layers"])
+    layers = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    vision = "text and image" if described["model"]["vision"] else "text"
+    failed = described["parity"]["failed"]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    rows = {
+        "bundle": f"[bold]{described['name']}[/], {human_bytes(described['bytes'])}, every file as recorded",
+        "target": f"{target['backend']}, profile {target['profile']}, context {target['context']:,}, "
+        f"batch {target['batch']}, arch {target['arch']}",
+        "model": f"{described['model']['model_type']} ({vision}); {layers}; {text['num_local_experts']} experts, "
+        f"{text['num_experts_per_tok']} per token; chunk {text['attention_chunk_size']:,}",
+        "weights": ", ".join(f"{count} x {scheme}" for scheme, count in described["weights"].items()),
+        "chain": " → ".join(f"{name} {value[:8]}" for name, value in described["chain"].items()),
+        "KV cache": f"{described['kv_cache']}, "
+        + ", ".join(
+            f"{human_bytes(size)} per token and {kind} layer" for kind, size in described["kv_bytes_per_token"].items()
+        ),
+        "calibration": tell_set(described["calibration"]),
+        "coverage": _coverage(described["coverage"]),
+        "fallback": _fallback(described["fallback"]),
+        "choice": _choice(described["choice"]),
+        "parity": f"[red]failed: {', '.join(failed)}[/]" if failed else "[green]passed[/], see `arriero parity`",
+        "built with": ", ".join(f"{name} {version}" for name, version in described["tools"].items()),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _fallback(entries: list[dict[str, Any]]) -> str:
+    if not entries:
+        return "none: no matrix of an expert was rounded for lack of calibration tokens"
+    told = [
+        f"[yellow]too few calibration tokens, so {meaning}:[/] {', '.join(map(tell_fallback, thin))}"
+        for rule, meaning in FALLBACKS.items()
+        if (thin := [entry for entry in entries if entry["rule"] == rule])
+    ]
+    return "; ".join(told)
+
+
+def _choice(choice: dict[str, Any] | None) -> str:
+    if choice is None:
+        return "none: the profile names every tensor's scheme"
+    by_scheme: dict[str, list[str]] = {}
+    for row in choice["groups"]:
+        by_scheme.setdefault(row["scheme"], []).append(f"{row['group']} {row['layer']}")
+    told = "; ".join(f"{scheme}: {', '.join(groups)}" for scheme, groups in by_scheme.items())
+    return f"{choice['share']:.3f} of bf16, budget {choice['budget']:g}; by group and layer, {told}"
+
+
+def _coverage(coverage: dict[str, list[int]]) -> str:
+    unseen = [
+        f"layer {layer} expert {n}" for layer, counts in coverage.items() for n, got in enumerate(counts) if not got
+    ]
+    if unseen:
+        return f"[yellow]no calibration token reached {', '.join(unseen)}[/]"
+    lows = ", ".join(f"layer {layer}: {min(counts)} to {max(counts)}" for layer, counts in coverage.items())
+    return f"every expert reached; tokens per expert, {lows}"

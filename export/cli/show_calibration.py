@@ -1,0 +1,47 @@
+"""Shows on a terminal what the stage `calibrate` saw."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from arriero.export.calibration.coverage import RANGES
+from arriero.export.machine.budget import human_bytes
+from arriero.export.proof.prove import tell_fallback
+from arriero.export.samples.cases import tell_set
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def show_calibration(described: dict[str, Any], console: Console) -> None:
+    """Print a described calibration for people."""
+    console.print(tell_set(described["calibration"]), highlight=False, soft_wrap=True)
+    planned = described["planned_memory_bytes"]
+    expected = f" (planned: {human_bytes(planned)})" if planned else ""
+    console.print(
+        f"{described['seconds']:.1f} s in the run that finished it, peak memory "
+        f"{human_bytes(described['peak_memory_bytes'])}{expected}",
+        highlight=False,
+    )
+    table = Table("layer", box=SIMPLE_HEAD, pad_edge=False, header_style="bold", padding=0)
+    for column in ("tokens per expert\nleast/median/most", *(name.replace(" ", "\n") for name in RANGES)):
+        table.add_column(column, justify="right", no_wrap=True)
+    for layer in described["layers"]:
+        counts, seen = layer["tokens_per_expert"], layer["largest_input"]
+        spread = (min(counts), median(counts), max(counts)) if counts else ()
+        told = "/".join(f"{count:,.6g}" for count in spread) or "dense"
+        table.add_row(str(layer["layer"]), told, *(f"{seen[name]:.3g}" if name in seen else "" for name in RANGES))
+    console.print(table)
+    console.print("Right of the tokens: the largest magnitude of what goes in.", style="dim")
+    for profile in described["profiles"]:
+        told = ", ".join(map(tell_fallback, profile["experts"])) or "none"
+        console.print(
+            f"experts below the {profile['minimum_tokens']} tokens of profile {profile['name']}: {told}",
+            style="yellow" if profile["experts"] else None,
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,1 @@
+"""NVIDIA's side: GPUs, engine shapes, TensorRT's interface."""

@@ -1,0 +1,96 @@
+"""The GPUs that a target may be compiled for: friendly names, or a compute capability as in `sm_89`."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+
+from arriero.errors import ArrieroError, MachineLacks
+from arriero.export.compile.nvidia.driver import list_cards, open_driver
+
+NATIVE = "native"
+NAMED: dict[str, int] = {
+    "rtx-2080-ti": 75,
+    "t4": 75,
+    "a100": 80,
+    "rtx-3090": 86,
+    "a10": 86,
+    "jetson-orin": 87,
+    "rtx-4090": 89,
+    "l4": 89,
+    "l40s": 89,
+    "h100": 90,
+    "h200": 90,
+    "b200": 100,
+    "b300": 103,
+    "jetson-thor": 110,
+    "rtx-5090": 120,
+    "rtx-pro-6000": 120,
+    "dgx-spark": 121,
+}
+# What each product compiles for: TensorRT for RTX as its `ComputeCapability` lists them, TensorRT as its releases do.
+PRODUCTS: dict[str, tuple[int, ...]] = {
+    "tensorrt-rtx": (75, 80, 86, 89, 120, 121),
+    "tensorrt": (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121),
+}
+GPU_BACKENDS = tuple(PRODUCTS)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU: its compute capability times ten."""
+
+    capability: int
+
+    def __str__(self) -> str:
+        return f"sm_{self.capability}"
+
+    @property
+    def told(self) -> str:
+        """The capability as NVIDIA writes it, and cards that have it."""
+        cards = [name for name, capability in NAMED.items() if capability == self.capability]
+        return f"compute capability {self.capability / 10} ({', '.join([str(self), *cards])})"
+
+
+def parse_gpu(text: str) -> Gpu:
+    """Read a friendly name or `sm_NN`; `native` is the GPU of this machine. Raises ArrieroError with what is known."""
+    if text == NATIVE:
+        return native()
+    found = re.fullmatch(r"sm_(\d{2,3})", text)
+    capability = int(found.group(1)) if found else NAMED.get(text)
+    if capability is None or capability not in PRODUCTS["tensorrt"]:
+        known = ", ".join(f"sm_{number}" for number in PRODUCTS["tensorrt"])
+        raise ArrieroError(f"there is no GPU {text!r}", expected=f"one of {NATIVE}, {', '.join(NAMED)}, or of {known}")
+    return Gpu(capability)
+
+
+def check_product(backend: str, gpu: Gpu, where: str) -> None:
+    """Refuse a GPU that the product behind `backend` has no engines for."""
+    if gpu.capability not in PRODUCTS[backend]:
+        other = next((name for name, known in PRODUCTS.items() if gpu.capability in known), None)
+        raise ArrieroError(
+            f"the backend {backend} builds no engines for {gpu.told}",
+            where=where,
+            expected=f"one of {', '.join(f'sm_{number}' for number in PRODUCTS[backend])}",
+            remedy=f"Take the backend {other} for it" if other else None,
+        )
+
+
+def native() -> Gpu:
+    """The first GPU of this machine. Raises MachineLacks without one."""
+    found = local_gpus()
+    if not found:
+        raise MachineLacks(
+            "this machine has no NVIDIA GPU to compile for, or no driver for it",
+            expected="a GPU, or the name of one",
+            remedy="Name the target's GPU in `gpu`, for example `gpu: rtx-4090` or `gpu: sm_89`",
+        )
+    return found[0]
+
+
+@functools.cache
+def local_gpus() -> tuple[Gpu, ...]:
+    """The GPUs that NVIDIA's driver shows on this machine; none without a driver."""
+    driver = open_driver()
+    return () if driver is None else tuple(Gpu(card.capability) for card in list_cards(driver))

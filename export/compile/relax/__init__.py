@@ -1,0 +1,1 @@
+"""TVM's side: lowered graphs imported into Relax."""

@@ -1,0 +1,1 @@
+"""This machine: memory, disk, and what it has and lacks."""

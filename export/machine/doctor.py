@@ -1,0 +1,234 @@
+"""What this machine has and lacks for each backend, and how to get what is missing."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arriero.errors import ArrieroError, MachineLacks
+from arriero.export.compile.build_kernels import LEVELS, find_compiler
+from arriero.export.compile.nvidia.gpus import GPU_BACKENDS
+from arriero.export.machine.budget import available_memory, cpu_count, free_disk, human_bytes, total_memory
+from arriero.export.machine.checks import BUILD, RUN, Check, status
+from arriero.export.machine.gpu_checks import gpu_checks
+from arriero.runtimes.cpu import architecture, cpu_features
+from arriero.runtimes.tvm import load_runtime
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LEAST_MEMORY, LEAST_DISK = 2 << 30, 1 << 30
+PYTHON = (3, 11)
+
+# Distribution -> lowest version, for what, how to get it. The lowest versions are those of pyproject.toml.
+NEEDS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "numpy": ("2", (BUILD, RUN), "arriero"),
+    "tokenizers": ("0.21", (BUILD, RUN), "arriero"),
+    "jinja2": ("3.1", (BUILD, RUN), "arriero"),
+    "pillow": ("11", (BUILD, RUN), "arriero"),
+    "torch": ("2.13", (BUILD,), "arriero[export]"),
+    "onnx": ("1.23", (BUILD,), "arriero[export]"),
+    "onnx-ir": ("1.1", (BUILD,), "arriero[export]"),
+    "onnxscript": ("0.7.2", (BUILD,), "arriero[export]"),
+    "av": ("14", (), "arriero[video]"),
+}
+BACKEND_NEEDS: dict[str, dict[str, tuple[str, tuple[str, ...], str]]] = {
+    "onnxruntime": {"onnxruntime": ("1.32", (BUILD, RUN), "arriero[onnxruntime]")},
+    "tvm": {
+        "apache-tvm": ("0.27", (BUILD, RUN), "arriero[tvm]"),
+        "apache-tvm-ffi": ("0.1.14", (BUILD, RUN), "arriero[tvm]"),
+    },
+    "tensorrt": {
+        "tensorrt": ("10.16", (BUILD, RUN), "arriero[tensorrt]"),
+        "cuda-bindings": ("12.9", (RUN,), "arriero[tensorrt]"),
+    },
+    "tensorrt-rtx": {
+        "tensorrt_rtx_cu13_bindings": ("1.7.1", (BUILD, RUN), "arriero[tensorrt-rtx]"),
+        "onnxruntime-ep-nv-tensorrt-rtx-cu13": ("0.5", (BUILD, RUN), "arriero[tensorrt-rtx]"),
+        "cuda-bindings": ("12.9", (RUN,), "arriero[tensorrt-rtx]"),
+    },
+}
+# NVIDIA's own package, which brings bindings and libraries together, in the place of the registry's two.
+INSTEAD = {"tensorrt_rtx_cu13_bindings": "tensorrt_rtx", "onnxruntime-ep-nv-tensorrt-rtx-cu13": "tensorrt_rtx"}
+# Instruction sets that the CPU kernels of quantised products choose between, best first, per architecture.
+VECTOR_SETS = {
+    "x86": ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2"),
+    "arm": ("i8mm", "asimddp", "asimd"),
+}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All checks, those of the machine and those of each backend."""
+
+    machine: tuple[Check, ...]
+    backends: dict[str, tuple[Check, ...]]
+
+    def can(self, action: str, backend: str) -> bool:
+        """Whether `action` ("build" or "run") is possible for `backend` here."""
+        checks = (*self.machine, *self.backends[backend])
+        return all(check.status == "ok" or action not in check.needed_for for check in checks)
+
+    def exit_code(self, backend: str | None = None) -> int:
+        """Give 3 when a build is impossible for `backend`, or for every backend when none is given; else 0."""
+        asked = [backend] if backend else list(self.backends)
+        return 0 if any(self.can(BUILD, name) for name in asked) else 3
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the diagnosis as JSON values."""
+        can = {name: {BUILD: self.can(BUILD, name), RUN: self.can(RUN, name)} for name in self.backends}
+        return {**asdict(self), "can": can}
+
+    def render(self, console: Console) -> None:
+        """Print the diagnosis for people."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("what", "found", "status", "how to get it")
+        for title, checks in (("machine", self.machine), *self.backends.items()):
+            table.add_section()
+            if title != "machine":
+                table.add_row(f"[bold]backend {title}[/]", "", "", "")
+            for check in checks:
+                colour = "green" if check.status == "ok" else "red" if check.needed_for else "yellow"
+                # Text, because remedies hold `[extra]`, which rich would take for a style.
+                table.add_row(check.name, check.found, Text(check.status, colour), Text(check.remedy or ""))
+        console.print(table)
+        for name in self.backends:
+            can = ", ".join(f"{action} {'yes' if self.can(action, name) else 'no'}" for action in (BUILD, RUN))
+            console.print(f"{name}: {can}", highlight=False)
+
+
+def diagnose(folder: Path, backend: str | None = None) -> Diagnosis:
+    """Look at this machine, with the disk under `folder`, for one backend or all.
+
+    Raises `ArrieroError` for a backend we do not have.
+    """
+    if backend is not None and backend not in BACKEND_NEEDS:
+        known = ", ".join(BACKEND_NEEDS)
+        raise ArrieroError(f"there is no backend {backend!r}", expected=f"one of {known}", remedy="Choose one of these")
+    machine = (_python(), *_hardware(), _memory(), _disk(folder), *(_library(name, NEEDS[name]) for name in NEEDS))
+    asked = [backend] if backend else list(BACKEND_NEEDS)
+    return Diagnosis(machine, {name: _backend(name) for name in asked})
+
+
+@functools.cache
+def version_of(distribution: str) -> str | None:
+    """Give the installed version of a distribution, or None; imports nothing of it."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def build_tools(backend: str) -> tuple[str, ...]:
+    """The distributions of `backend` that a build's result depends on, and those that may stand in their place."""
+    needed = [name for name, (_, roles, _) in BACKEND_NEEDS[backend].items() if BUILD in roles]
+    return tuple(dict.fromkeys([*needed, *(INSTEAD[name] for name in needed if name in INSTEAD)]))
+
+
+def _python() -> Check:
+    wanted = ".".join(map(str, PYTHON))
+    ok = sys.version_info >= PYTHON
+    remedy = None if ok else f"Install Python {wanted} or newer"
+    return Check("python", status(ok), platform.python_version(), (BUILD, RUN), remedy)
+
+
+def _hardware() -> tuple[Check, Check]:
+    model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.M)
+    name = model.group(1) if model else platform.processor() or platform.machine()
+    have = cpu_features()
+    family = "arm" if architecture() == "aarch64" else "x86"
+    found = [feature for feature in VECTOR_SETS[family] if feature in have]
+    cores = Check("cpu", "ok", f"{name}, {cpu_count()} cores, {platform.machine()}", ())
+    least = VECTOR_SETS[family][-1]
+    ok = least in have or not have
+    remedy = None if ok else f"Without {least} quantised models run, but slowly: use a newer processor"
+    listed = ", ".join(found) if have else "not known on this system"
+    return cores, Check("cpu features", status(ok), listed or "none", (), remedy)
+
+
+def _memory() -> Check:
+    free, total = available_memory(), total_memory()
+    if free is None or total is None:
+        return Check("memory", "ok", "not known on this system", ())
+    ok = free >= LEAST_MEMORY
+    remedy = None if ok else f"Free some: a build needs at least {human_bytes(LEAST_MEMORY)}"
+    return Check("memory", status(ok), f"{human_bytes(free)} free of {human_bytes(total)}", (BUILD,), remedy)
+
+
+def _disk(folder: Path) -> Check:
+    free = free_disk(folder)
+    ok = free >= LEAST_DISK
+    remedy = None if ok else f"Free some: a build needs at least {human_bytes(LEAST_DISK)}"
+    return Check("disk", status(ok), f"{human_bytes(free)} free in {folder.absolute()}", (BUILD,), remedy)
+
+
+def _library(name: str, need: tuple[str, tuple[str, ...], str]) -> Check:
+    least, needed_for, package = need
+    installed = version_of(name)
+    if installed is None and name in INSTEAD and (whole := version_of(INSTEAD[name])):
+        return Check(name, "ok", f"{INSTEAD[name]} {whole} instead", needed_for)
+    ok = installed is not None and _numbers(installed) >= _numbers(least)
+    remedy = None if ok else f"pip install '{package}' (it needs {name} {least} or newer)"
+    return Check(name, status(ok), installed or "not installed", needed_for, remedy)
+
+
+def _backend(name: str) -> tuple[Check, ...]:
+    checks = tuple(_library(library, need) for library, need in BACKEND_NEEDS[name].items())
+    if name in GPU_BACKENDS:
+        return (*checks, *gpu_checks(name))
+    if any(check.status != "ok" for check in checks):
+        return checks
+    return (*checks, *{"onnxruntime": _onnxruntime_providers, "tvm": _tvm_tools}[name]())
+
+
+def _onnxruntime_providers() -> tuple[Check, ...]:
+    """Import ONNX Runtime for real: a library that is installed may still not load."""
+    try:
+        import onnxruntime
+    except Exception as error:  # whatever a broken native library raises is the finding
+        remedy = "Reinstall it: pip install --force-reinstall 'arriero[onnxruntime]'"
+        return (Check("onnxruntime loads", "missing", f"import fails: {error}", (BUILD, RUN), remedy),)
+    providers = onnxruntime.get_available_providers()
+    ok = "CPUExecutionProvider" in providers
+    advice = None if ok else "Install an ONNX Runtime with the CPU provider: pip install 'arriero[onnxruntime]'"
+    return (Check("providers", status(ok), ", ".join(providers), (BUILD, RUN), advice),)
+
+
+def _tvm_tools() -> tuple[Check, ...]:
+    """Load TVM's runtime for real, and look for the compilers of our kernels."""
+    checks = []
+    try:
+        load_runtime()
+        checks.append(Check("tvm runtime loads", "ok", "yes", (BUILD, RUN)))
+    except Exception as error:  # whatever a broken native library raises is the finding
+        remedy = "Reinstall it: pip install --force-reinstall 'arriero[tvm]'"
+        checks.append(Check("tvm runtime loads", "missing", f"fails: {error}", (BUILD, RUN), remedy))
+    for arch in LEVELS:
+        # without the cross compiler only targets of the other architecture cannot be built
+        needed = (BUILD,) if arch == architecture() else ()
+        try:
+            checks.append(Check(f"compiler for {arch}", "ok", find_compiler(arch), needed))
+        except MachineLacks as lack:
+            checks.append(Check(f"compiler for {arch}", "missing", "not installed", needed, lack.remedy))
+    return tuple(checks)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: 2.13.0+cpu -> (2, 13, 0)."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in found.group().split(".")) if found else ()
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

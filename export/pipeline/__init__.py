@@ -1,0 +1,1 @@
+"""The build: its plan, its stages, and the bundle that they make."""

@@ -1,0 +1,101 @@
+"""Refuses what a build file asks of a checkpoint or of a backend that neither has, all of it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import get_args
+
+from arriero.errors import ArrieroError, Problems
+from arriero.export.build_file.device import COMPILES, target_gpu
+from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Samples, Target
+from arriero.export.compile.nvidia.gpus import GPU_BACKENDS, check_product
+from arriero.export.samples.cases import draw_cases, modality
+from arriero.graphs.config import ModelConfig
+from arriero.profiles.data import FAMILIES, TEXT_FAMILIES
+from arriero.profiles.recipe import Profile
+from arriero.profiles.schemes import Exact
+from arriero.runtimes.backend import module_of
+
+
+def check_fit(build: BuildConfig, config: ModelConfig) -> None:
+    """Refuse modalities, devices, caches and contexts that do not fit the checkpoint or the target's backend."""
+    problems = []
+    if "image" in build.modalities and (found := _blind(build.calibration)):
+        problems.append(found)
+    if "image" in build.modalities and config.vision is None:
+        remedy = "Write `modalities: [text]`, or use a multimodal checkpoint"
+        problems.append(ArrieroError("the checkpoint has no vision tower", where="modalities", remedy=remedy))
+    for number, target in enumerate(build.targets):
+        if target.cpu is not None and target.backend not in COMPILES:
+            what = f"the backend {target.backend} compiles for no processor: its bundles run on any"
+            problems.append(ArrieroError(what, where=f"targets[{number}].cpu", remedy="Remove the key"))
+        problems += _gpu_problems(target, f"targets[{number}].gpu")
+        if target.kv_cache != "float32" and target.backend in (*COMPILES, *GPU_BACKENDS):
+            kept = "float32" if target.backend in COMPILES else "what the profile computes in"
+            what = f"the backend {target.backend} keeps keys and values in {kept}"
+            problems.append(ArrieroError(what, where=f"targets[{number}].kv_cache", remedy="Remove the key"))
+        if target.context > config.text.max_positions:
+            what = f"{target.context:,} tokens are more than the model's positions"
+            expected = f"at most {config.text.max_positions:,} (max_position_embeddings)"
+            problems.append(ArrieroError(what, where=f"targets[{number}].context", expected=expected))
+    if problems:
+        raise Problems(f"the build does not fit the checkpoint {build.model}", problems)
+
+
+def check_schemes(build: BuildConfig, profiles: Mapping[str, Profile]) -> None:
+    """Refuse profiles with schemes that their target's backend has no kernels for."""
+    problems = []
+    for number, target in enumerate(build.targets):
+        # Imported by name and late: an unchanged build is planned without the tools of any backend.
+        lowering = import_module(f"arriero.graphs.lower.{module_of(target.backend)}")
+        known = lowering.SCHEMES
+        profile = profiles[target.profile]
+        # what is kept beside rules is few and computed anywhere; without rules it is all there is
+        schemes = [rule.scheme for form in profile.forms for rule in form.rules] or [Exact()]
+        gpu = target_gpu(target)
+        lacking = {lack for scheme in schemes if (lack := lowering.lacks(scheme)) is not None}
+        if gpu is not None:
+            lacking |= {lack for scheme in schemes if (lack := lowering.lacks_on(scheme, gpu.capability)) is not None}
+        if lacking:
+            what = (
+                f"{target.backend} has no kernels for {', '.join(sorted(lacking))}, as profile {profile.name} asks for"
+            )
+            remedy = "Choose another profile for it, or a backend that has them"
+            expected = (
+                f"schemes of kind {', '.join(get_args(scheme.model_fields['kind'].annotation)[0] for scheme in known)}"
+            )
+            problems.append(ArrieroError(what, where=f"targets[{number}]", expected=expected, remedy=remedy))
+    if problems:
+        raise Problems("the build asks for what its backends cannot do", problems)
+
+
+def _gpu_problems(target: Target, where: str) -> list[ArrieroError]:
+    """A GPU beside a backend that runs on processors, none where one is needed, or one that it builds nothing for."""
+    if target.backend not in GPU_BACKENDS:
+        what = f"the backend {target.backend} runs on processors"
+        return [] if target.gpu is None else [ArrieroError(what, where=where, remedy="Remove the key")]
+    try:
+        gpu = target_gpu(target)
+        assert gpu is not None
+        check_product(target.backend, gpu, where)
+    except ArrieroError as error:
+        return [ArrieroError(error.what, where=where, expected=error.expected, remedy=error.remedy)]
+    return []
+
+
+def _blind(wanted: Samples) -> ArrieroError | None:
+    """What is wrong with the calibration set of a build that takes in images, if it shows none."""
+    if wanted.set == EMBEDDED:
+        # Samples are drawn from the families in turn, those of text first.
+        count, key = wanted.samples or 0, "samples"
+        seeing = count > len(TEXT_FAMILIES)
+        expected = f"more than {len(TEXT_FAMILIES)}, better a multiple of the {len(FAMILIES)} task families"
+    else:
+        cases = draw_cases(wanted, ("text", "image"))
+        count, key, seeing = len(cases), "set", any(modality(case) != "text" for case in cases)
+        expected = f"images or videos among what is drawn of {wanted.set}"
+    if seeing:
+        return None
+    what = f"a calibration set of {count} samples holds no images"
+    return ArrieroError(what, where=f"calibration.{key}", expected=expected)

@@ -1,0 +1,414 @@
+"""What a build would do, before it does anything: stages, bytes, peak memory, and what context costs.
+
+Nothing is written and no tensor is read: sizes come from the checkpoint's headers and the profile's bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from arriero.export.build_file.device import COMPILES, device_of, kernel_arch, target_gpu
+from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Samples, Target
+from arriero.export.calibration import estimate
+from arriero.export.compile import MemoryBudget
+from arriero.export.compile.cpus import NATIVE, parse_cpu
+from arriero.export.compile.nvidia.gpus import GPU_BACKENDS
+from arriero.export.machine.budget import available_memory, check_budget, free_disk, human_bytes
+from arriero.export.machine.doctor import build_tools, version_of
+from arriero.export.pipeline.check_fit import check_fit, check_schemes
+from arriero.export.pipeline.stages import WorkDir, key_of, source_hash
+from arriero.export.samples.cases import describe_set, draw_cases, encoded_sizes
+from arriero.graphs.checkpoint import Checkpoint, TensorInfo, check_ledger
+from arriero.graphs.config import ModelConfig, TextConfig
+from arriero.graphs.names import EMBEDDING, TEXT_PREFIX, expected_tensors
+from arriero.profiles.kv_cache import ITEM_BYTES, widen_thresholds
+from arriero.profiles.recipe import Profile, check_shapes, load_profile
+from arriero.profiles.schemes import Chosen, Exact, Half
+from arriero.runtimes.cpu import architecture
+
+CONTEXTS = {"8k": 1 << 13, "128k": 1 << 17, "1M": 1 << 20, "10M": 10 << 20}
+TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "apache-tvm", "apache-tvm-ffi", "numpy")
+CACHE_BYTES = {**ITEM_BYTES, "float16": 2, "bfloat16": 2}  # of a number in a cache of keys and values
+
+# The estimates' constants, rounded up from runs on small models.
+TOOLS_MEMORY = 1 << 30  # Python with torch, onnx and ONNX Runtime loaded, and the graphs while they are traced
+KERNELS_MEMORY = 5 * (512 << 20)  # a compiler for each instruction set and one more, at the same time
+KERNELS_DISK = 8 << 20
+ENGINE_MEMORY, ENGINE_COPIES = 1 << 30, 3  # a builder, and the weights: mapped, in its network, serialized
+SCRATCH_SHARE = 8  # of a GPU's budget beside the cache, one in this many bytes is left to compute in at least
+ENGINE_DISK = 64 << 20  # the code in three engines
+GRAPH_DISK = 64 << 20  # traced and lowered graphs without weights, tokenizer, reports
+LARGEST_PIECE = 256 << 20  # a matrix is rounded in pieces of rows; an expert is rounded whole
+PIECE_COPIES = 4  # the piece in float32, over its scales, rounded, and packed
+
+KeyInputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage of the build; `key` is None while the checkpoint has not been hashed yet.
+
+    `memory` and `disk` are estimates, in bytes, of what it takes to do it, done or not.
+    """
+
+    name: str
+    key: str | None
+    done: bool
+    memory: int
+    disk: int
+
+
+@dataclass(frozen=True)
+class PlannedTarget:
+    """A bundle to be: bytes of its weights by scheme, and of the KV cache at its full context and batch.
+
+    `device` is what it is compiled for: an architecture of processors or of GPUs, "any" for a backend that compiles
+    for none.
+    """
+
+    name: str
+    backend: str
+    device: str
+    profile: str
+    context: int
+    batch: int
+    kv_cache: str
+    weights: dict[str, int]
+    weights_bytes: int
+    kv_bytes: int
+    done: bool
+
+    @property
+    def bytes(self) -> int:
+        """Weights and cache together: what a device holds, beside scratch space."""
+        return self.weights_bytes + self.kv_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `arriero plan` says. Sizes in bytes; memory and disk are estimates of what is still to be done."""
+
+    model: dict[str, Any]
+    stages: tuple[PlannedStage, ...]
+    targets: tuple[PlannedTarget, ...]
+    context_prices: tuple[dict[str, Any], ...]
+    memory_available: int | None
+    memory_budget: int | None
+    disk_available: int
+    disk_budget: int | None
+    gpu_budget: int | None
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        return all(stage.done for stage in self.stages)
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes of memory that the hungriest stage still to be done takes."""
+        return max((stage.memory for stage in self.stages if not stage.done), default=0)
+
+    @property
+    def gpu_memory(self) -> int:
+        """Bytes of weights and cache of the largest target for a GPU; scratch space comes on top."""
+        return max((target.bytes for target in self.targets if target.backend in GPU_BACKENDS), default=0)
+
+    @property
+    def disk(self) -> int:
+        """Bytes of disk that all stages still to be done take together."""
+        return sum(stage.disk for stage in self.stages if not stage.done)
+
+    def only(self, *names: str) -> Plan:
+        """The plan of these stages alone."""
+        return replace(self, stages=tuple(stage for stage in self.stages if stage.name in names))
+
+    def check_budgets(self, file: str) -> None:
+        """Refuse a plan that needs more memory or disk than the build file `file` or the machine gives it."""
+        where, room = f"{file}: budgets.", self.memory_available
+        check_budget("memory", self.peak_memory, budget=self.memory_budget, available=room, where=f"{where}host_memory")
+        room = self.disk_available
+        check_budget("disk space", self.disk, budget=self.disk_budget, available=room, where=f"{where}disk")
+        for target in self.targets:
+            if target.backend in GPU_BACKENDS and not target.done:
+                budget = self.gpu_budget  # weights that it has no room for stay with the host
+                check_budget("GPU memory", target.kv_bytes, budget=budget, available=None, where=f"{where}gpu_memory")
+
+    def room(self, name: str) -> MemoryBudget | None:
+        """What the GPU's budget leaves the engines of target `name` beside its cache; None without a budget."""
+        if self.gpu_budget is None:
+            return None
+        target = next(target for target in self.targets if target.name == name)
+        left = self.gpu_budget - target.kv_bytes
+        least = left // SCRATCH_SHARE
+        fits = left - target.weights_bytes >= least
+        return MemoryBudget(left - target.weights_bytes) if fits else MemoryBudget(least, left - least)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the plan as JSON values."""
+        return {**asdict(self), "peak_memory": self.peak_memory, "disk": self.disk, "done": self.done}
+
+
+def make_plan(build: BuildConfig) -> Plan:
+    """Plan `build`. Raises `ArrieroError`/`Problems` for a checkpoint that is not sound or does not fit the build."""
+    checkpoint = Checkpoint.open(build.model)
+    config = ModelConfig.load(build.model)
+    work = WorkDir(build.output)
+    profiles = {target.profile: load_profile(target.profile) for target in build.targets}
+    content = checkpoint.known_content_hash(work.hash_memo)
+    check_fit(build, config)
+    inputs = stage_inputs(build, content or "", profiles)
+    keys = {name: key_of(name, values) for name, values in inputs.items()}
+    state = {name: bool(content) and work.is_done(name, key) for name, key in keys.items()}
+    if not all(state.values()):
+        check_ledger(checkpoint.tensors.values(), expected_tensors(config))
+        check_schemes(build, profiles)
+    sizes = _sample_sizes(build, config if "image" in build.modalities else config.without_vision(), state)
+    used = [info for info in checkpoint.tensors.values() if _is_used(info, build, checkpoint)]
+    targets = tuple(
+        _plan_target(target, profiles[target.profile], checkpoint, used, config, state) for target in build.targets
+    )
+    calibrates = calibrating(profiles)
+    needs = {
+        "graph": (TOOLS_MEMORY, 0),
+        "calibrate": (
+            estimate.calibration_memory(
+                config, used, sizes, second=any(profile.rounds_by_gptq for profile in calibrates)
+            ),
+            estimate.walk_disk(config, sizes) + estimate.roundings_disk(calibrates, used),
+        ),
+    }
+    needs |= {name: (KERNELS_MEMORY, KERNELS_DISK) for name in keys if name.startswith("kernels-")}
+    for target in targets:
+        lowering = (_lower_memory(used), target.weights_bytes)
+        if target.backend in GPU_BACKENDS:  # an engine beside the weights that it is made of
+            engine = ENGINE_MEMORY + ENGINE_COPIES * target.weights_bytes
+            lowering = (max(lowering[0], engine), 2 * target.weights_bytes + ENGINE_DISK)
+        needs[f"lower-{target.name}"] = lowering
+        needs[f"parity-{target.name}"] = (_parity_memory(target, used), GRAPH_DISK)
+    return Plan(
+        model=_describe(build, checkpoint, config),
+        stages=tuple(
+            PlannedStage(name, key if content else None, state[name], *needs[name]) for name, key in keys.items()
+        ),
+        targets=targets,
+        context_prices=tuple(_price(config.text, label, tokens) for label, tokens in CONTEXTS.items()),
+        memory_available=available_memory(),
+        memory_budget=build.budgets.host_memory,
+        disk_available=free_disk(build.output),
+        disk_budget=build.budgets.disk,
+        gpu_budget=build.budgets.gpu_memory,
+    )
+
+
+def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, Profile]) -> dict[str, KeyInputs]:
+    """Give every stage of `build` in order, by name, with what its result depends on.
+
+    A later stage names the keys of the earlier ones that it reads, so that a change runs through.
+    """
+    tools = {tool: version_of(tool) for tool in TOOLS}
+    seen: KeyInputs = {"checkpoint": content_hash, "modalities": list(build.modalities), "tools": tools}
+    stages: dict[str, KeyInputs] = {
+        # The traced graph's weights point into the checkpoint's files, so where these are matters too.
+        "graph": {**seen, "folder": str(build.model), "source": source_hash("graphs")},
+        "calibrate": {
+            **seen,
+            "set": _set_inputs(build.calibration, build.modalities),
+            "profiles": [rounding_folder(profile) for profile in calibrating(profiles)],
+            "source": source_hash(),
+        },
+    }
+    for target in build.targets:
+        for arch in _kernel_archs(target, profiles[target.profile]):
+            stages[f"kernels-{arch}"] = {
+                "source": source_hash("export/compile/kernels", "export/compile/build_kernels.py")
+            }
+    graph = key_of("graph", stages["graph"])
+    coverage = key_of("calibrate", stages["calibrate"])
+    for target in build.targets:
+        lower, parity = f"lower-{target.name}", f"parity-{target.name}"
+        stages[lower] = {
+            "graph": graph,
+            "calibrate": coverage,
+            "target": target.model_dump(),
+            "cpu": asdict(parse_cpu(target.cpu or NATIVE)) if target.backend in COMPILES else None,
+            "gpu": gpu_inputs(target, build.budgets.gpu_memory),
+            "profile": profiles[target.profile].model_dump(exclude={"thresholds", "description"}),
+            "source": source_hash("graphs", "profiles", "export"),
+        }
+        stages[parity] = {
+            "lower": key_of(lower, stages[lower]),
+            "cases": _set_inputs(build.parity.cases, build.modalities),
+            "thresholds": thresholds(build, target, profiles[target.profile]),
+            "source": source_hash(),
+        }
+    return stages
+
+
+def thresholds(build: BuildConfig, target: Target, profile: Profile) -> dict[str, float]:
+    """The parity thresholds of `target`: its profile's, with what an int8 cache may cost, and the build file's own."""
+    own = widen_thresholds(profile.thresholds) if target.kv_cache == "int8" else profile.thresholds
+    return own | build.parity.thresholds
+
+
+def gpu_inputs(target: Target, memory: int | None) -> KeyInputs | None:
+    """What the target's engines depend on beyond the graphs: GPU, `memory` budget, versions of what builds them."""
+    gpu = target_gpu(target)
+    if gpu is None:
+        return None
+    tools = {tool: version_of(tool) for tool in build_tools(target.backend)}
+    return {"gpu": str(gpu), "memory": memory, "tools": tools}
+
+
+def _kernel_archs(target: Target, profile: Profile) -> set[str]:
+    """What a target's build compiles kernels for: its processor, and this one where its RTN baseline is measured."""
+    arch = kernel_arch(target)
+    return set() if arch is None else {arch, architecture()} if profile.calibration else {arch}
+
+
+def _set_inputs(wanted: Samples, modalities: Sequence[str]) -> KeyInputs:
+    """What samples depend on: generated ones on their numbers (and our sources), others on their content."""
+    if wanted.set == EMBEDDED:
+        return wanted.model_dump()
+    return describe_set(wanted, draw_cases(wanted, modalities))
+
+
+def calibrating(profiles: Mapping[str, Profile]) -> list[Profile]:
+    """The profiles that calibrate, each once, in a fixed order."""
+    unique = {rounding_folder(profile): profile for profile in profiles.values() if profile.calibration is not None}
+    return [unique[key] for key in sorted(unique)]
+
+
+def rounding_folder(profile: Profile) -> str:
+    """The folder of a profile's roundings in the stage `calibrate`: its name, and a hash of what decides them."""
+    kept = profile.model_dump(mode="json", include={"keep", "rules", "calibration", "choose"})
+    return f"{profile.name}-{key_of('roundings', kept)}"
+
+
+def kv_bytes(text: TextConfig, tokens: int, item_bytes: int) -> int:
+    """Bytes of the KV cache of one sequence of `tokens`; a chunked layer never holds more than its chunk."""
+    slots = sum(min(tokens, text.chunk) if layer.chunked else tokens for layer in text.layers)
+    return 2 * text.kv_heads * text.head_dim * item_bytes * slots
+
+
+def _sample_sizes(build: BuildConfig, config: ModelConfig, state: Mapping[str, bool]) -> list[estimate.Size]:
+    """Tokens and image tiles of each calibration sample; an upper bound for those of the embedded set.
+
+    Sets from files are encoded as long as their stage is to be done, so that a sample which the model cannot read is
+    found now. Raises Problems with all of those.
+    """
+    settled = state["calibrate"] or build.calibration.set == EMBEDDED
+    todo: list[tuple[Samples, int]] = []
+    if not settled:
+        todo.append((build.calibration, config.text.max_positions))
+    contexts = [target.context for target in build.targets if not state[f"parity-{target.name}"]]
+    if build.parity.cases.set != EMBEDDED and contexts:
+        todo.append((build.parity.cases, min(contexts) - 1))  # room for one token of an answer
+    sizes = [estimate.embedded_size(config.vision)] * (build.calibration.samples or 0)
+    if todo:
+        # Imported here: an unchanged build never gets this far, and torch takes a second to import.
+        from arriero.export.build_file.model_spec import model_spec
+        from arriero.runtimes.processor.processor import Processor
+
+        processor = Processor(build.model, model_spec(config))
+        encoded = [encoded_sizes(draw_cases(wanted, build.modalities), processor, most) for wanted, most in todo]
+        sizes = sizes if settled else encoded[0]
+    return sizes
+
+
+def _is_used(info: TensorInfo, build: BuildConfig, checkpoint: Checkpoint) -> bool:
+    if "image" in build.modalities or checkpoint.text_only:
+        return True
+    return info.name.startswith(TEXT_PREFIX)
+
+
+def _plan_target(
+    target: Target,
+    profile: Profile,
+    checkpoint: Checkpoint,
+    used: Iterable[TensorInfo],
+    config: ModelConfig,
+    state: Mapping[str, bool],
+) -> PlannedTarget:
+    check_shapes(profile, {name: info.shape for name, info in checkpoint.tensors.items()})
+    schemes = profile.assign(checkpoint.tensors)
+    sizes: dict[str, int] = {}
+    for info in used:
+        scheme = schemes[info.name]
+        label, size = scheme.dtype, 0 if isinstance(scheme, Chosen) else scheme.stored_bytes(info.shape)
+        if isinstance(scheme, Chosen):
+            assert profile.choose is not None
+            size = int(profile.choose.budget * 2 * math.prod(info.shape))
+        elif info.name == EMBEDDING and isinstance(scheme, Exact):
+            # The table is looked up, not multiplied, so it keeps its own dtype; a tied head is a second copy in f32.
+            sizes["f32"] = sizes.get("f32", 0) + (size if config.text.tied_embeddings else 0)
+            label, size = info.dtype.lower(), info.nbytes
+        elif target.backend in COMPILES and len(info.shape) > 1:
+            label, size = info.dtype.lower(), info.nbytes
+        sizes[label] = sizes.get(label, 0) + size
+    return PlannedTarget(
+        name=target.name,
+        backend=target.backend,
+        device=device_of(target),
+        profile=profile.name,
+        context=target.context,
+        batch=target.batch,
+        kv_cache=cache_type(target, profile),
+        weights={label: size for label, size in sizes.items() if size},
+        weights_bytes=sum(sizes.values()),
+        kv_bytes=target.batch * kv_bytes(config.text, target.context, cache_bytes(target, profile)),
+        done=state[f"lower-{target.name}"] and state[f"parity-{target.name}"],
+    )
+
+
+def cache_type(target: Target, profile: Profile) -> str:
+    """The type of the target's keys and values: as it asks, on GPUs as the profile computes."""
+    formats = [rule.scheme.format for rule in profile.rules if isinstance(rule.scheme, Half)]
+    return formats[0] if target.backend in GPU_BACKENDS and formats else target.kv_cache
+
+
+def cache_bytes(target: Target, profile: Profile) -> int:
+    """Bytes of one number in the target's cache of keys and values."""
+    return CACHE_BYTES[cache_type(target, profile)]
+
+
+def _lower_memory(used: Iterable[TensorInfo]) -> int:
+    """Estimate lowering: one piece of a matrix is rounded after another."""
+    matrices = [4 * math.prod(info.shape[-2:]) for info in used]
+    experts = [4 * math.prod(info.shape[-2:]) for info in used if len(info.shape) > 2]
+    return TOOLS_MEMORY + PIECE_COPIES * max([min(max(matrices, default=0), LARGEST_PIECE), *experts])
+
+
+def _parity_memory(target: PlannedTarget, used: Iterable[TensorInfo]) -> int:
+    """Estimate parity: it holds the bundle's weights (kernels repack them, so a memory map does not help), the
+    reference's largest matrix in float32 (its other weights stay mapped), and both sides' caches.
+    """
+    largest = max((4 * math.prod(info.shape[-2:]) for info in used), default=0)
+    reference_cache = target.kv_bytes * CACHE_BYTES["float32"] // CACHE_BYTES[target.kv_cache]
+    return TOOLS_MEMORY + target.weights_bytes + largest + target.kv_bytes + reference_cache
+
+
+def _price(text: TextConfig, label: str, tokens: int) -> dict[str, Any]:
+    prices = {dtype: kv_bytes(text, tokens, size) for dtype, size in ITEM_BYTES.items()}
+    return {"context": label, "tokens": tokens, **prices, "within_model": tokens <= text.max_positions}
+
+
+def _describe(build: BuildConfig, checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Any]:
+    text = config.text
+    kinds = [("chunked" if layer.chunked else "global", "moe" if layer.moe else "dense") for layer in text.layers]
+    return {
+        "folder": str(build.model),
+        "model_type": checkpoint.config["model_type"],
+        "modalities": list(build.modalities),
+        "tensors": len(checkpoint.tensors),
+        "bytes": sum(info.nbytes for info in checkpoint.tensors.values()),
+        "parameters": sum(math.prod(info.shape) for info in checkpoint.tensors.values()),
+        "layers": {f"{attention} {ffn}": kinds.count((attention, ffn)) for attention, ffn in dict.fromkeys(kinds)},
+        "experts": text.experts,
+        "experts_per_token": text.experts_per_token,
+        "chunk": text.chunk,
+        "max_positions": text.max_positions,
+        "size": human_bytes(sum(info.nbytes for info in checkpoint.tensors.values())),
+    }

@@ -1,0 +1,1 @@
+"""Proof: the PyTorch reference and its layer walk, and bundles measured against it."""

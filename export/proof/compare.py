@@ -1,0 +1,226 @@
+"""Bundles side by side: size, speed, and every quality figure against one checkpoint, on the same held-out prompts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arriero.errors import ArrieroError
+from arriero.export.machine.budget import human_bytes
+from arriero.export.proof.prove import Judge, check_origin, measure, modalities_of
+from arriero.graphs.stored.safetensors_writer import ITEM_BYTES
+from arriero.runtimes.api import load
+from arriero.runtimes.manifest import Manifest
+from arriero.runtimes.proof import plots, report
+from arriero.runtimes.proof.metrics import accuracy_error
+from arriero.runtimes.proof.report import ParityReport
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from arriero.export.build_file.schema import Cases
+
+Watch = Callable[[str, int, int, str], None]
+SPEED_PROMPT, SPEED_TOKENS, SPEED_RUNS = "Count from one to one hundred.", 48, 3
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One bundle's line. Bytes are of files; shares lie in [0, 1]; KL is the mean over tokens, in nats.
+
+    `decoder_bits` are bits per weight of the decoder layers' matrices, scales counted, router and norms not;
+    `kv_bytes_per_token` those of all layers.
+    """
+
+    bundle: str
+    name: str
+    profile: str
+    bytes: int
+    text_bytes: int
+    decoder_bits: float
+    kv_cache: str
+    kv_bytes_per_token: int
+    tokens_per_second: float
+    logits_kl_mean: float | None
+    kl_over_rtn: float | None
+    same_top_token: float | None
+    router_agreement: float | None
+    accuracy_reference: float | None
+    accuracy: float | None
+    accuracy_error: float | None
+    cases: int
+
+
+def compare_bundles(
+    bundles: Sequence[Path], checkpoint: Path, wanted: Cases, threads: int | None, watch: Watch
+) -> list[Compared]:
+    """Measure each bundle. Raises ArrieroError, before anything is measured, for one of another checkpoint."""
+    for bundle in bundles:
+        check_origin(bundle, checkpoint)
+    judge = cache(partial(Judge.open, checkpoint, wanted))
+    lines = []
+    for bundle in bundles:
+        manifest = Manifest.read(bundle)
+        step = partial(watch, f"{manifest.name}: speed")
+        speed = _tokens_per_second(bundle, threads, step)
+        measured = measure(bundle, judge(modalities_of(manifest)), {}, watch)
+        lines.append(_line(bundle, manifest, measured, speed))
+    return lines
+
+
+def to_json(lines: Sequence[Compared], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The comparison as JSON values."""
+    return {**settings, "bundles": [asdict(line) for line in lines]}
+
+
+def show(lines: Sequence[Compared], console: Console) -> None:
+    """Print the comparison as a table, one column per bundle."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table.add_column("")
+    columns = [cells(line) for line in lines]
+    for column in columns:
+        table.add_column(column[0], justify="right", overflow="fold")
+    for number, head in enumerate(HEADS[1:], 1):
+        table.add_row(head, *(column[number] for column in columns))
+    console.print(table)
+
+
+NOTES = (
+    "Bits: per weight of the decoder layers' matrices, scales counted. KV cache: its type, and what one token takes in "
+    "all layers together. Tokens/s: decoding one sequence, the best of three runs.",
+    "Of RTN: mean KL over that of the profile's own form without calibration, as the build measured it.",
+    "Top token and Router: the share that agrees with the reference, its near ties apart. ± is one standard error.",
+)
+HEADS = (
+    "Bundle",
+    "Profile",
+    "Size",
+    "Text",
+    "Bits",
+    "KV cache",
+    "Tokens/s",
+    "KL",
+    "Of RTN",
+    "Top token",
+    "Router",
+    "Accuracy",
+    "Reference",
+)
+
+
+def cells(line: Compared) -> tuple[str, ...]:
+    """One line for people, in the order of `HEADS`."""
+
+    def share(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:.2f} %"
+
+    accuracy = "–"
+    if line.accuracy is not None and line.accuracy_error is not None:
+        accuracy = f"{100 * line.accuracy:.1f} ± {100 * line.accuracy_error:.1f} %"
+    return (
+        line.name,
+        line.profile,
+        human_bytes(line.bytes),
+        human_bytes(line.text_bytes),
+        f"{line.decoder_bits:.2f}",
+        f"{line.kv_cache}, {human_bytes(line.kv_bytes_per_token)}",
+        f"{line.tokens_per_second:.1f}",
+        "–" if line.logits_kl_mean is None else f"{line.logits_kl_mean:.3g}",
+        share(line.kl_over_rtn),
+        share(line.same_top_token),
+        share(line.router_agreement),
+        accuracy,
+        share(line.accuracy_reference),
+    )
+
+
+def write_page(lines: Sequence[Compared], labels: Mapping[str, str], path: Path) -> None:
+    """Write the comparison as a self-contained HTML page with a plot of quality against size."""
+    points = {line.name: (line.bytes / 2**20, line.logits_kl_mean) for line in lines if line.logits_kl_mean is not None}
+    plot = plots.size_and_error(points)
+    report.write_page(
+        path, "Bundles compared", labels, HEADS, [cells(line) for line in lines], NOTES, [plot] if plot else []
+    )
+
+
+def decoder_bytes(weights: Mapping[str, Mapping[str, Any]], of_experts: float = 1) -> int:
+    """Bytes of the text decoder's weights in a manifest's weight table, the embedding table not counted.
+
+    `of_experts` is the share of the experts' that counts: k of E, where what one token reads is asked for.
+    """
+    return round(
+        sum(
+            prod(entry["shape"]) * ITEM_BYTES[entry["dtype"]] * (of_experts if ".experts." in name else 1)
+            for name, entry in weights.items()
+            if name.startswith("language_model.") and "embed_tokens" not in name
+        )
+    )
+
+
+def decoder_bits(weights: Mapping[str, Mapping[str, Any]]) -> float:
+    """Bits per weight of the decoder layers' matrices in a manifest's weight table, scales counted."""
+    bits = values = 0
+    for name, entry in weights.items():
+        if ".layers." not in name or not name.startswith("language_model.") or "router" in name or "norm" in name:
+            continue
+        count = prod(entry["shape"])
+        bits += 8 * count * ITEM_BYTES[entry["dtype"]]
+        if name.endswith(".packed"):
+            width = int(re.findall(r"\d+", entry["scheme"])[0])
+            values += int(8 * count * ITEM_BYTES[entry["dtype"]]) // width
+        elif not name.endswith((".scales", ".multiplier")):
+            values += count
+    return bits / values
+
+
+def _line(bundle: Path, manifest: Manifest, measured: ParityReport, speed: float) -> Compared:
+    values = {row.metric: row.value for row in measured.rows}
+    recorded = {row.metric: row.value for row in report.read_json(bundle / "parity.json").rows}
+    right, count = sum(one.candidate_right for one in measured.families), sum(one.count for one in measured.families)
+    return Compared(
+        bundle=str(bundle),
+        name=manifest.name,
+        profile=manifest.target.profile,
+        bytes=sum(record.bytes for record in manifest.files.values()),
+        text_bytes=decoder_bytes(manifest.raw["weights"]),
+        decoder_bits=decoder_bits(manifest.raw["weights"]),
+        kv_cache=manifest.target.kv_cache,
+        kv_bytes_per_token=sum(manifest.raw["kv_bytes_per_token"][layer.attention] for layer in manifest.model.layers),
+        tokens_per_second=speed,
+        logits_kl_mean=values["logits_kl_mean"],
+        kl_over_rtn=recorded.get("kl_over_rtn"),
+        same_top_token=values["same_top_token"],
+        router_agreement=values["router_agreement"],
+        accuracy_reference=values["task_accuracy_reference"],
+        accuracy=values["task_accuracy_candidate"],
+        accuracy_error=accuracy_error(right, count) if count else None,
+        cases=len(measured.cases),
+    )
+
+
+def _tokens_per_second(bundle: Path, threads: int | None, progress: Callable[[int, int, str], None]) -> float:
+    """Decoding rate of the best of `SPEED_RUNS` runs of `SPEED_TOKENS` greedy steps, one sequence."""
+    import time
+
+    best = 0.0
+    with load(bundle, threads) as session:
+        for run in range(SPEED_RUNS):
+            state = session.prefill(SPEED_PROMPT)
+            steps = min(SPEED_TOKENS, session.context - int(state.cache.lengths[0]))
+            start = time.perf_counter()
+            for _ in range(steps):
+                token = int(state.logits.argmax())
+                session.decode(state, 0 if token == session.spec.image_token_id else token)
+            best = max(best, steps / (time.perf_counter() - start))
+            progress(run + 1, SPEED_RUNS, "runs")
+    if not best:
+        raise ArrieroError("the context leaves no room to decode", where=str(bundle))
+    return best

@@ -1,0 +1,218 @@
+"""Walks the calibration samples through the reference's decoder, one layer at a time, and sees what goes into each.
+
+Between two layers the hidden states of all samples lie in a memory-mapped file, and so do the rows that were routed to
+experts; in memory there is one sample's step and the moments of one layer's matrices.
+Legend: S tokens of a sample, T tokens of all samples, H hidden, F expert width, E experts, k experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from arriero.graphs.config import TextConfig
+from arriero.graphs.model import KeyValue, MoE, rotation_table
+from arriero.profiles.kv_cache import CacheRange
+from arriero.profiles.moments import ROWS, Moments, check_finite
+
+if TYPE_CHECKING:
+    from arriero.runtimes.proof.parity import ParityCase
+    from arriero.runtimes.session import Session
+
+Floats = NDArray[np.float32]
+Progress = Callable[[int, int], None]
+# Which matrices of a layer read which input: the module that is watched -> the matrices it stands for.
+DENSE = {"gate_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+WATCHED = {
+    "self_attn.q_proj": tuple(f"self_attn.{name}_proj" for name in "qkv"),
+    "self_attn.o_proj": ("self_attn.o_proj",),
+    **{f"feed_forward.{site}": tuple(f"feed_forward.{name}" for name in names) for site, names in DENSE.items()},
+    **{
+        f"feed_forward.shared_expert.{site}": tuple(f"feed_forward.shared_expert.{name}" for name in names)
+        for site, names in DENSE.items()
+    },
+}
+
+
+@dataclass
+class Routed:
+    """What the router of one layer sent to its experts: rows f32 [T*k, H], already scaled by the score."""
+
+    rows: Floats
+    expert: NDArray[np.int64]  # [T*k]
+    sample: NDArray[np.int64]  # [T*k]
+    names: Sequence[str]  # of the samples
+
+    def counts(self, experts: int) -> list[int]:
+        """Tokens per expert [E]."""
+        return [int(count) for count in np.bincount(self.expert, minlength=experts)]
+
+    def of(self, expert: int) -> Iterator[tuple[Floats, list[str]]]:
+        """The rows [n, H] that `expert` reads, at most `ROWS` at a time, and the name of each one's sample."""
+        here = np.flatnonzero(self.expert == expert)
+        for start in range(0, len(here), ROWS):
+            piece = here[start : start + ROWS]
+            yield np.asarray(self.rows[piece]), [self.names[number] for number in self.sample[piece]]
+
+
+@dataclass
+class LayerInputs:
+    """One layer's inputs: moments by tensor name (matrices with one input share one), the routed rows of a MoE, and the
+    range of the keys and values that it caches.
+    """
+
+    layer: int
+    moments: dict[str, Moments]
+    routed: Routed | None
+    cache: CacheRange
+
+
+class Walk:
+    """The samples' way through the decoder. `bounds` [samples + 1] says which rows of a hidden file are whose."""
+
+    def __init__(self, session: Session, samples: Sequence[ParityCase], folder: Path, second: bool = True) -> None:
+        """Encode `samples`, prompt and answer, as the reference `session` does; its files will lie in `folder`.
+
+        `second`: whether second moments are wanted, or counts and ranges only.
+        """
+        self.second = second
+        self.model: Any = session.backend.model.language_model  # type: ignore[attr-defined]
+        self.session, self.folder = session, folder
+        self.text: TextConfig = self.model.config
+        self.samples = samples
+        # Pixels are made again when they are embedded: those of all samples at once may not fit memory.
+        self.prompts = [replace(session.encode(s.prompt, s.images), pixel_values=None) for s in samples]
+        self.answers = [session.processor.tokenize(sample.answer) for sample in samples]
+        lengths = [len(p.input_ids) + len(a) for p, a in zip(self.prompts, self.answers, strict=True)]
+        self.bounds = np.concatenate([[0], np.cumsum(lengths)])
+
+    @property
+    def tokens(self) -> int:
+        """T, the tokens of all samples."""
+        return int(self.bounds[-1])
+
+    def hidden_file(self, layer: int) -> Path:
+        """The hidden states f32 [T, H] that go into `layer`."""
+        return self.folder / f"hidden-{layer:03}.npy"
+
+    def embed(self, progress: Progress | None = None) -> None:
+        """Write the hidden states that go into layer 0: embedded ids, with images in their places."""
+        out = _create(self.hidden_file(0), self.tokens, self.text.hidden_size)
+        backend = self.session.backend
+        for number, (sample, answer) in enumerate(zip(self.samples, self.answers, strict=True)):
+            prompt = self.session.encode(sample.prompt, sample.images)
+            pixels = prompt.pixel_values
+            features = np.zeros((0, self.text.hidden_size), np.float32) if pixels is None else backend.vision(pixels)
+            embeds = backend.embed(np.concatenate([prompt.input_ids, answer])[None], features)[0]
+            check_finite(embeds, "embeddings", sample.name)
+            out[self.bounds[number] : self.bounds[number + 1]] = embeds
+            if progress:
+                progress(number + 1, len(self.prompts))
+        _finish(out, self.hidden_file(0))
+
+    @torch.inference_mode()
+    def observe(self, layer: int, progress: Progress | None = None) -> LayerInputs:
+        """Run `layer` over all samples, give what its matrices read, and write the hidden states after it.
+
+        Raises ArrieroError naming layer, input or expert, and sample when an activation is not finite.
+        """
+        module, per_token = self.model.model.layers[layer], self.text.experts_per_token
+        hidden = np.load(self.hidden_file(layer), mmap_mode="r")
+        out = _create(self.hidden_file(layer + 1), *hidden.shape)
+        moe, routed, choices = isinstance(module.feed_forward, MoE), None, []
+        if moe:
+            rows = _create(self.folder / "routed.npy", self.tokens * per_token, self.text.hidden_size)
+            samples = np.repeat(np.arange(len(self.prompts)), np.diff(self.bounds) * per_token)
+        moments: dict[str, Moments] = {}
+        cache = CacheRange(self.text.kv_heads, self.text.head_dim, self.text.layers[layer].rope)
+        for number, (start, stop) in enumerate(zip(self.bounds[:-1], self.bounds[1:], strict=True)):
+            with _watched(module) as seen:
+                after, present = self.step(layer, np.array(hidden[start:stop]))
+            cache.add(*(one[0].transpose(0, 1).numpy() for one in present))
+            for site, (x, _) in seen.items():
+                if site == "feed_forward.router":
+                    continue
+                check_finite(x, f"layer {layer}, input of {site}", self.samples[number].name)
+                for name in WATCHED[site]:
+                    tensor = f"language_model.model.layers.{layer}.{name}.weight"
+                    moments.setdefault(
+                        tensor, moments.get(self._shared(layer, site)) or Moments(x.shape[-1], self.second)
+                    )
+                moments[self._shared(layer, site)].add(x)
+            if moe:
+                x, logits = seen["feed_forward.router"]
+                value, chosen = torch.from_numpy(logits).topk(per_token, dim=-1)
+                scaled = x[:, None] * value.sigmoid().numpy()[..., None]  # the score scales the expert's input
+                rows[start * per_token : stop * per_token] = scaled.reshape(-1, x.shape[-1])
+                choices.append(chosen.numpy().reshape(-1))
+            out[start:stop] = after
+            if progress:
+                progress(number + 1, len(self.prompts))
+        if moe:
+            routed = Routed(rows, np.concatenate(choices), samples, [sample.name for sample in self.samples])
+        _finish(out, self.hidden_file(layer + 1))
+        return LayerInputs(layer, moments, routed, cache)
+
+    def _shared(self, layer: int, site: str) -> str:
+        return f"language_model.model.layers.{layer}.{WATCHED[site][0]}.weight"
+
+    @torch.inference_mode()
+    def step(self, layer: int, hidden: Floats) -> tuple[Floats, KeyValue]:
+        """`layer` over one whole sample [S, H]: the hidden states after it [S, H], its keys and values [1, K, S, D]."""
+        x = torch.from_numpy(hidden)[None]
+        positions = torch.arange(x.shape[1])[None]
+        rotation = rotation_table(positions, self.text.rope, self.text.head_dim)
+        empty = torch.zeros(1, self.text.kv_heads, 0, self.text.head_dim)
+        no_past = torch.zeros(1, 0, dtype=torch.int64)
+        after, present, _ = self.model.model.layers[layer](x, rotation, (empty, empty), positions, no_past)
+        return after[0].numpy(), present
+
+
+def expert_activation(rows: Floats, gate_up: Floats) -> Floats:
+    """What an expert's down_proj reads: silu(gate) * up [n, F] of [n, H]; `gate_up` [2F, H] has halves gate|up."""
+    gate, up = np.split(rows @ gate_up.T, 2, -1)
+    with np.errstate(over="ignore"):  # exp(-gate) may overflow to inf, which makes the quotient the 0 it should be
+        return np.asarray(gate / (1 + np.exp(-gate)) * up)
+
+
+def expert_output(rows: Floats, gate_up: Floats, down: Floats) -> Floats:
+    """What an expert adds to the residual stream [n, H] for its input [n, H]; `down` is [H, F]."""
+    return expert_activation(rows, gate_up) @ down.T
+
+
+@contextmanager
+def _watched(module: nn.Module) -> Iterator[dict[str, tuple[Floats, Floats]]]:
+    """Within the block, note the input [S, K] and output [S, N] of each watched linear layer and of the router."""
+    seen: dict[str, tuple[Floats, Floats]] = {}
+
+    def note(site: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[site] = (inputs[0].flatten(0, -2).numpy(), output.flatten(0, -2).numpy())
+
+        return hook
+
+    sites = {*WATCHED, "feed_forward.router"}
+    hooks = [part.register_forward_hook(note(name)) for name, part in module.named_modules() if name in sites]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _create(path: Path, rows: int, columns: int) -> Any:
+    return np.lib.format.open_memmap(path.with_suffix(".partial"), "w+", np.float32, (rows, columns))
+
+
+def _finish(array: Any, path: Path) -> None:
+    """Flush what `_create` made and give it its name, so that a file of that name is whole."""
+    array.flush()
+    path.with_suffix(".partial").replace(path)

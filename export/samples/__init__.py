@@ -1,0 +1,1 @@
+"""Sample sets: embedded, JSONL files, folders of images."""

@@ -1,0 +1,156 @@
+"""Samples of the named sets as what the stages take: calibration samples and parity cases are one thing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from arriero.errors import ArrieroError, MachineLacks, Problems
+from arriero.export.build_file.schema import EMBEDDED, Cases, Samples
+from arriero.profiles.data import IMAGE_FAMILIES, TEXT_FAMILIES, Sample, make, score
+from arriero.runtimes.manifest import file_sha256
+from arriero.runtimes.proof.parity import ParityCase
+
+if TYPE_CHECKING:
+    from arriero.runtimes.processor.processor import Processor
+
+MODALITIES = ("text", "image", "video")
+
+
+def draw_samples(modalities: Sequence[str], count: int, seed: int, split: str) -> list[Sample]:
+    """`count` samples of the embedded families of `modalities`, spread evenly, in turn."""
+    families = [*TEXT_FAMILIES, *(IMAGE_FAMILIES if "image" in modalities else ())]
+    share = -(-count // len(families))
+    columns = [make(family, share, seed, split) for family in families]
+    return [sample for row in zip(*columns, strict=True) for sample in row][:count]
+
+
+def draw_cases(wanted: Samples, modalities: Sequence[str]) -> list[ParityCase]:
+    """The samples that `wanted` names, in the set's order; parity cases are of the embedded sets' held-out split.
+
+    Of a file or folder, the seed chooses which. Raises ArrieroError/Problems, with all its mistakes, for a set that
+    cannot be read, that holds fewer samples than wanted, or that shows images to a build of text only.
+    """
+    if wanted.set == EMBEDDED:
+        split = "held-out" if isinstance(wanted, Cases) else "train"
+        samples = draw_samples(modalities, wanted.samples or wanted.usual, wanted.seed, split)
+        return [_embedded_case(number, sample) for number, sample in enumerate(samples)]
+    # Imported here: an embedded set needs neither Pillow nor the reader.
+    from arriero.export.samples.data_files import read_cases
+
+    held = read_cases(Path(wanted.set))
+    if wanted.samples is not None and wanted.samples > len(held):
+        raise ArrieroError(
+            f"{wanted.samples} samples are wanted and the set holds {len(held)}",
+            where=wanted.set,
+            expected=f"at most {len(held)}",
+            remedy="Lower `samples`, or leave it out to use them all",
+        )
+    chosen = np.random.default_rng(wanted.seed).permutation(len(held))[: wanted.samples]
+    cases = [held[number] for number in sorted(chosen)]
+    seeing = [case for case in cases if case.family != "text"] if "image" not in modalities else []
+    if seeing:
+        what = f"shows {'a video' if seeing[0].family == 'video' else 'an image'}, and the build takes in text only"
+        remedy = "Write `modalities: [text, image]`, or take the samples with pictures out of the set"
+        more = f" and {len(seeing) - 1} more" if len(seeing) > 1 else ""
+        raise ArrieroError(what, where=f"{wanted.set}: {seeing[0].name}{more}", remedy=remedy)
+    return cases
+
+
+def _embedded_case(number: int, sample: Sample) -> ParityCase:
+    return ParityCase(
+        name=f"{sample.family}-{number}",
+        family=sample.family,
+        prompt=sample.prompt,
+        images=sample.images,
+        answer=sample.answer,
+        score=partial(score, sample),
+    )
+
+
+def describe_set(wanted: Samples, cases: Sequence[ParityCase]) -> dict[str, Any]:
+    """What identifies drawn samples, wherever their files lie: set, seed, content hash, samples per modality."""
+    counts = Counter(map(modality, cases))
+    return {
+        "set": wanted.set if wanted.set == EMBEDDED else Path(wanted.set).name,
+        "seed": wanted.seed,
+        "sha256": content_hash(cases),
+        "samples": {kind: counts[kind] for kind in MODALITIES if counts[kind]},
+    }
+
+
+def tell_set(described: Mapping[str, Any]) -> str:
+    """A described set for people."""
+    counts = ", ".join(f"{count} {kind}" for kind, count in described["samples"].items())
+    return f"{described['set']}, seed {described['seed']}: {counts} samples; sha256 {described['sha256'][:12]}"
+
+
+def modality(case: ParityCase) -> str:
+    """`text`, `image` or `video`: what a case shows besides its words."""
+    return "video" if case.family == "video" else "text" if case.family in ("text", *TEXT_FAMILIES) else "image"
+
+
+def content_hash(cases: Iterable[ParityCase]) -> str:
+    """The sha256 over all that is asked, shown and answered: words, and the bytes of every image and video file."""
+    known: dict[str, str] = {}
+    digest = hashlib.sha256()
+    for case in cases:
+        asked = case.prompt if isinstance(case.prompt, str) else [_hashed(m, known) for m in case.prompt]
+        shown = [_image_hash(image, known) for image in case.images]
+        digest.update(json.dumps([asked, shown, case.answer]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _hashed(message: Mapping[str, Any], known: dict[str, str]) -> dict[str, Any]:
+    """A message with the content hash of each picture in the place of its path."""
+    if isinstance(message["content"], str):
+        return dict(message)
+    entries = [
+        {**entry, "path": _image_hash(entry["path"], known)} if "path" in entry else entry
+        for entry in message["content"]
+    ]
+    return {**message, "content": entries}
+
+
+def _image_hash(image: Any, known: dict[str, str]) -> str:
+    if isinstance(image, np.ndarray):
+        return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
+    if image not in known:
+        known[image] = file_sha256(Path(image))
+    return known[image]
+
+
+def encoded_sizes(cases: Sequence[ParityCase], processor: Processor, most_tokens: int) -> list[tuple[int, int]]:
+    """Tokens (prompt and answer) and image tiles of each case, as the model will read it.
+
+    Raises Problems with every case that cannot be read: pictures that do not open, a chat template that refuses,
+    placeholders without images, more than `most_tokens` tokens.
+    """
+    from arriero.export.samples.data_files import at_case
+
+    sizes, problems = [], []
+    for case in cases:
+        try:
+            prompt = processor.encode(case.prompt, list(case.images))
+        except ArrieroError as error:
+            problems.append(at_case(case, error))
+            continue
+        tokens = len(prompt.input_ids) + len(processor.tokenize(case.answer))
+        if tokens > most_tokens:
+            remedy = "Shorten it, or raise the context"
+            problems.append(
+                ArrieroError(f"has {tokens} tokens", where=case.name, expected=f"at most {most_tokens}", remedy=remedy)
+            )
+        sizes.append((tokens, 0 if prompt.pixel_values is None else len(prompt.pixel_values)))
+    if problems and all(isinstance(problem, MachineLacks) for problem in problems):
+        raise problems[0]
+    if problems:
+        raise Problems("samples that the model cannot read", problems)
+    return sizes

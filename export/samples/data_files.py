@@ -1,0 +1,227 @@
+"""Sets of prompts that users bring: a JSONL file, or a folder of images.
+
+A line of the file is an object with `prompt` (a text) or `messages` (as a session takes them: text, image and video
+entries, pictures by path), and optionally `answer`. What the assistant says last in `messages` is the answer too. An
+image of a folder is asked `QUESTION`, and no answer is known. Paths start at the file's folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from arriero.errors import ArrieroError, MachineLacks, Problems
+from arriero.export.build_file.schema import nearest
+from arriero.profiles.data import same_answer
+from arriero.runtimes.processor.images import read_image, read_video
+from arriero.runtimes.proof.parity import ParityCase
+
+QUESTION = "Describe the image."
+PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+FRAMES = 8  # of a video whose entry does not say `num_frames`; what a session takes
+EXAMPLE = '{"prompt": "What is 17 + 25?", "answer": "42"}'
+ROLES = ("system", "user", "assistant")
+ENTRIES = {"text": ("type", "text"), "image": ("type", "path"), "video": ("type", "path", "num_frames")}
+
+
+def read_cases(path: Path) -> list[ParityCase]:
+    """Every sample of the file or folder `path`, in its order, named `file:line` or after its picture.
+
+    Raises ArrieroError/Problems with all mistakes, each at its line: pictures that are missing; once anything is
+    wrong, those that cannot be read too. What nothing else is wrong with is read when it is encoded.
+    """
+    if path.is_dir():
+        return _pictures(path)
+    reader = _Lines(path)
+    cases = list(reader.read())
+    if reader.problems:
+        problems = sorted([*reader.problems, *_unreadable(cases)], key=_line)
+        raise Problems(f"{path} has mistakes", problems)
+    if not cases:
+        raise ArrieroError("the file holds no prompts", where=str(path), expected=f"lines such as {EXAMPLE}")
+    return cases
+
+
+def entries_of(case: ParityCase) -> Iterator[Mapping[str, Any]]:
+    """The text, image and video entries of a case that is given as messages."""
+    for message in () if isinstance(case.prompt, str) else case.prompt:
+        if not isinstance(message["content"], str):
+            yield from message["content"]
+
+
+def _pictures(folder: Path) -> list[ParityCase]:
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES and file.is_file())
+    if not files:
+        raise ArrieroError(
+            "the folder holds no images",
+            where=str(folder),
+            expected=f"files with {', '.join(PICTURES)} directly in it",
+            remedy="Give the folder of the images themselves, or a JSONL file that names them",
+        )
+    return [ParityCase(file.name, "image", QUESTION, (str(file),)) for file in files]
+
+
+class _Lines:
+    """A JSONL file on its way to cases, and the problems found."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.problems: list[ArrieroError] = []
+
+    def read(self) -> Iterator[ParityCase]:
+        """Give the case of every line that is sound."""
+        try:
+            text = self.file.read_text("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ArrieroError(
+                f"is not UTF-8 text (byte {error.start})",
+                where=str(self.file),
+                expected=f"JSONL, a line such as {EXAMPLE}",
+                remedy="Save it as UTF-8; a folder of images is given by the folder's path",
+            ) from None
+        # JSON may hold U+2028 and its like as they are, so only line feeds end a line.
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
+            found = len(self.problems)
+            case = self._case(number, line)
+            if case is not None and len(self.problems) == found:
+                yield case
+
+    def _wrong(self, what: str, at: str, expected: str | None = None, remedy: str | None = None) -> None:
+        self.problems.append(ArrieroError(what, where=f"{self.file}:{at}", expected=expected, remedy=remedy))
+
+    def _case(self, number: int, line: str) -> ParityCase | None:
+        at = str(number)
+        try:
+            data = json.loads(line)
+            json.dumps(data, ensure_ascii=False).encode()  # half a surrogate pair is JSON, and is no text
+        except (ValueError, RecursionError) as error:
+            self._wrong(f"is not JSON ({error})", at, f"one object per line, such as {EXAMPLE}")
+            return None
+        if not isinstance(data, dict):
+            self._wrong(f"is {type(data).__name__}, not an object", at, f"one object per line, such as {EXAMPLE}")
+            return None
+        self._keys(data, ("prompt", "messages", "answer"), at)
+        if ("prompt" in data) == ("messages" in data):
+            what = "has both prompt and messages" if "prompt" in data else "has no prompt"
+            self._wrong(what, at, "one of `prompt` (a text) and `messages` (in chat form)")
+            return None
+        answer = self._text(data["answer"], f"{at}: answer") if "answer" in data else ""
+        if "prompt" in data:
+            prompt: Any = self._text(data["prompt"], f"{at}: prompt")
+        else:
+            prompt, said = self._messages(data["messages"], f"{at}: messages")
+            if said and answer:
+                self._wrong("has two answers", at, "`answer`, or an assistant's last message", "Remove one of them")
+            answer = answer or said
+        return _as_case(f"{self.file.name}:{number}", prompt, answer)
+
+    def _keys(self, data: Mapping[str, Any], known: tuple[str, ...], at: str) -> None:
+        for key in data:
+            if key not in known:
+                self._wrong(f"unknown key {key!r}", at, f"one of {', '.join(known)}", nearest(key, list(known)))
+
+    def _text(self, value: Any, at: str) -> str:
+        if isinstance(value, str) and value.strip():
+            return value
+        self._wrong(f"{_short(value)} is not a text" if value not in ("", None) else "is empty", at, "some text")
+        return ""
+
+    def _messages(self, messages: Any, at: str) -> tuple[list[dict[str, Any]], str]:
+        """The messages up to where the answer begins, pictures by absolute path; and the answer, if it is there."""
+        if not isinstance(messages, list) or not messages:
+            self._wrong(f"{_short(messages)} is no conversation", at, 'a list of {"role": ..., "content": ...}')
+            return [], ""
+        read = [self._message(message, f"{at}[{number}]") for number, message in enumerate(messages)]
+        answer = ""
+        if read[-1]["role"] == "assistant":
+            last = read.pop()["content"]
+            if isinstance(last, list) and len(last) == 1:
+                last = last[0].get("text")
+            answer = self._text(last, f"{at}[{len(read)}].content")
+            if not read:
+                self._wrong("nothing comes before the assistant's answer", at, "a question")
+        return read, answer
+
+    def _message(self, message: Any, at: str) -> dict[str, Any]:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            self._wrong(f"{_short(message)} is no message", at, '{"role": ..., "content": ...}')
+            return {"role": None, "content": []}
+        self._keys(message, ("role", "content"), at)
+        role, content = message["role"], message["content"]
+        if role not in ROLES:
+            self._wrong(f"{_short(role)} is no role", f"{at}.role", f"one of {', '.join(ROLES)}")
+        if isinstance(content, list) and content:
+            content = [self._entry(entry, f"{at}.content[{number}]") for number, entry in enumerate(content)]
+        else:
+            content = self._text(content, f"{at}.content")
+        return {"role": role, "content": content}
+
+    def _entry(self, entry: Any, at: str) -> dict[str, Any]:
+        kind = entry.get("type") if isinstance(entry, dict) else None
+        if not isinstance(kind, str) or kind not in ENTRIES:
+            expected = '{"type": "text", "text": ...}, {"type": "image", "path": ...} or {"type": "video", "path": ...}'
+            self._wrong(f"{_short(entry)} is no entry", at, expected, nearest(str(kind), list(ENTRIES)))
+            return {"type": "text", "text": ""}
+        self._keys(entry, ENTRIES[kind], at)
+        if kind == "text":
+            return {"type": "text", "text": self._text(entry.get("text"), f"{at}.text")}
+        read: dict[str, Any] = {"type": kind, "path": self._path(entry.get("path"), f"{at}.path", kind)}
+        if kind == "video":
+            frames = read["num_frames"] = entry.get("num_frames", FRAMES)
+            if not isinstance(frames, int) or isinstance(frames, bool) or frames < 1:
+                self._wrong(f"{_short(frames)} is no number of frames", f"{at}.num_frames", "a whole number from 1")
+        return read
+
+    def _path(self, value: Any, at: str, kind: str) -> str:
+        text = self._text(value, at)
+        path = self.file.absolute().parent / text
+        try:
+            there = path.is_file()
+        except (OSError, ValueError):  # too long a name, or one with a zero byte
+            there = False
+        if text and not there:
+            near = sorted(file.name for file in path.parent.iterdir()) if path.parent.is_dir() else []
+            remedy = nearest(path.name, near) or "Paths start at the folder of the JSONL file"
+            self._wrong(f"there is no {kind} {_short(text)}", at, remedy=remedy)
+        return str(path)
+
+
+def _as_case(name: str, prompt: Any, answer: str) -> ParityCase:
+    kinds = {entry["type"] for entry in entries_of(ParityCase(name, "", prompt))}
+    family = "video" if "video" in kinds else "image" if "image" in kinds else "text"
+    return ParityCase(name, family, prompt, (), answer, partial(same_answer, answer) if answer else None)
+
+
+def _unreadable(cases: Iterable[ParityCase]) -> Iterator[ArrieroError]:
+    """Open every picture of sound lines, beside lines that are not sound: one list of all that is to be mended."""
+    for case in cases:
+        for entry in entries_of(case):
+            try:
+                if entry["type"] == "image":
+                    read_image(entry["path"])
+                elif entry["type"] == "video":
+                    read_video(entry["path"], entry["num_frames"])
+            except ArrieroError as error:
+                yield at_case(case, error)
+
+
+def at_case(case: ParityCase, error: ArrieroError) -> ArrieroError:
+    """`error` with the case's place before its own."""
+    kind = MachineLacks if isinstance(error, MachineLacks) else ArrieroError
+    where = f"{case.name}: {error.where}" if error.where else case.name
+    return kind(error.what, where=where, expected=error.expected, remedy=error.remedy)
+
+
+def _line(problem: ArrieroError) -> int:
+    parts = (problem.where or "").split(":")
+    return next((int(part) for part in parts[1:] if part.isdigit()), 0)
+
+
+def _short(value: Any) -> str:
+    shown = json.dumps(value, ensure_ascii=False)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -1,0 +1,1 @@
+"""Weights as backends store them: layouts, and the files that hold them."""

@@ -1,0 +1,123 @@
+"""Stores matrices as the operands of ONNX's own DequantizeLinear: integers or E4M3 floats in their types, and scales.
+
+A matrix lies as [N, K], a stack of experts as [E, K, N], the orientation that each is multiplied in.
+Legend: N output features, K input features, J = K / block, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from arriero.graphs.stored.safetensors_writer import PIECE_BYTES, Spec
+from arriero.graphs.stored.weight_store import HALVES, WeightStore, narrow
+from arriero.profiles.quantize import Quantized, quantize
+from arriero.profiles.schemes import Int8Static, IntBlock, Static
+from arriero.profiles.static_scales import InputScale, guess_inputs, quantize_static, quantize_static_float8
+
+Arrays = tuple[np.ndarray, ...]
+
+
+def store_blocks(store: WeightStore, name: str, scales: str, new_name: str | None = None) -> list[ir.Value]:
+    """Four-bit codes of the matrix or stack `name` and their scales [N, J] or [E, J, N] in the dtype `scales`."""
+    scheme = store.schemes[name]
+    assert isinstance(scheme, IntBlock)
+    shape, given = store.checkpoint.tensors[name].shape, new_name or name
+    stacked = len(shape) == 3
+    lengths = (shape[0], shape[1] // scheme.block, shape[2]) if stacked else (shape[0], shape[1] // scheme.block)
+    specs = [Spec(f"{given}.packed", "I4", shape), Spec(f"{given}.scales", scales, lengths)]
+
+    def pieces() -> Iterator[Arrays]:
+        for found in rounded_experts(store, name, scheme):
+            factors = found.scales if scales == "F32" else narrow(found.scales, HALVES[scales], name).view(np.uint16)
+            if stacked:
+                yield _columns(found.packed)[None], np.ascontiguousarray(factors.T)[None]
+            else:
+                yield found.packed ^ 0x88, factors
+
+    return store.promise(specs, scheme.label, pieces)
+
+
+def store_static(store: WeightStore, name: str, new_name: str | None = None) -> list[ir.Value]:
+    """Eight-bit codes of the matrix or stack `name`, scales [N] or [E, N], multipliers of inputs [K] or [E, K]."""
+    scheme = store.schemes[name]
+    assert isinstance(scheme, Static)
+    shape, given = store.checkpoint.tensors[name].shape, new_name or name
+    stacked = len(shape) == 3
+    outputs, features = (shape[2], shape[1]) if stacked else shape
+    experts = shape[:1] if stacked else ()
+    codes = "I8" if isinstance(scheme, Int8Static) else "F8_E4M3"
+    specs = [
+        Spec(f"{given}.packed", codes, shape),
+        Spec(f"{given}.scales", "F32", (*experts, outputs)),
+        Spec(f"{given}.multiplier", "F32", (*experts, features)),
+    ]
+
+    def pieces() -> Iterator[Arrays]:
+        if not stacked:
+            inputs = _inputs(store, name, scheme)
+            parts = [_round(rows, scheme, inputs, name) for rows in store.rows(name)]
+            yield (*(np.concatenate([part[kind] for part in parts]) for kind in (0, 1)), parts[0][2])
+            return
+        for packed, factors, multiplier in static_experts(store, name, scheme):
+            yield np.ascontiguousarray(packed.T)[None], factors[None], multiplier[None]
+
+    return store.promise(specs, scheme.label, pieces)
+
+
+def static_experts(store: WeightStore, name: str, scheme: Static) -> Iterator[Arrays]:
+    """Codes [N, K], as bytes, scales [N] and multipliers of inputs [K] of each expert of the stack `name`."""
+    inputs = _inputs(store, name, scheme)
+    for expert in range(store.checkpoint.tensors[name].shape[0]):
+        mine = InputScale(inputs.divisors[expert], inputs.largest[expert])
+        yield _round(_expert(store, name, expert), scheme, mine, name)
+
+
+def _round(rows: np.ndarray, scheme: Static, inputs: InputScale, name: str) -> Arrays:
+    """Codes [n, K], scales [n] and multiplier [K] of `rows` f32 [n, K]."""
+    if isinstance(scheme, Int8Static):
+        found = quantize_static(rows, inputs, name=name)
+        return found.packed ^ 0x80, found.scales, found.multiplier  # from offset binary to two's complement
+    floats = quantize_static_float8(rows, inputs, name=name)
+    return floats.bits, floats.scales, floats.multiplier
+
+
+def _inputs(store: WeightStore, name: str, scheme: Static) -> InputScale:
+    """What the inputs of `name` are taken to be: as calibration saw them, or as large as the weights."""
+    if scheme.calibrates:
+        return store.calibrated(name).read_inputs(name)
+    shape = store.checkpoint.tensors[name].shape
+    whole = np.concatenate([np.abs(rows).reshape(len(rows), -1).max(-1) for rows in store.rows(name)])
+    return guess_inputs(whole[:, None] if len(shape) == 3 else whole.max(keepdims=True), shape[1])
+
+
+def rounded_experts(store: WeightStore, name: str, scheme: IntBlock) -> Iterator[Quantized]:
+    """Pieces of rows [n, K] of a matrix, or each expert's [N, K], rounded."""
+    shape: dict[str, Any] = {"bits": scheme.bits, "block": scheme.block}
+    tensor = store.checkpoint.tensors[name].shape
+    spans: list[Any] = list(range(tensor[0]))
+    if len(tensor) == 2:
+        step = max(1, PIECE_BYTES // (4 * tensor[1]))
+        spans = [slice(start, min(start + step, tensor[0])) for start in range(0, tensor[0], step)]
+    found = store.calibrated(name).read(name, **shape) if scheme.calibrates else None
+    for span in spans:
+        if found is not None:
+            yield Quantized(np.asarray(found.packed[span]), np.asarray(found.scales[span]), **shape)
+        elif isinstance(span, slice):
+            yield quantize(store.checkpoint.read_float32(name, span.start, span.stop), **shape, name=name)
+        else:
+            yield quantize(_expert(store, name, span), **shape, name=name)
+
+
+def _expert(store: WeightStore, name: str, expert: int) -> np.ndarray:
+    """One expert's matrix f32 [N, K]."""
+    return np.ascontiguousarray(store.checkpoint.read_float32(name, expert, expert + 1)[0].T)
+
+
+def _columns(packed: np.ndarray) -> np.ndarray:
+    """Offset-binary nibbles [N, K/2] as two's complement ones [K, N/2], the even element in the low nibble."""
+    codes = np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1).T ^ 8  # [K, N]
+    return np.ascontiguousarray(codes[:, 0::2] | (codes[:, 1::2] << 4))

@@ -1,0 +1,90 @@
+"""Calibrated roundings on disk: a folder of one profile's integers and scales, opened without reading them.
+
+Legend: N output features, K input features, J = K / block, E experts.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arriero.profiles.quantize import Quantized
+from arriero.profiles.static_scales import InputScale
+
+NOTES = "roundings.jsonl"
+
+
+@dataclass(frozen=True)
+class RoundingRecord:
+    """How one matrix was rounded. `expert` None: not an expert's. `gain`: output error over that of plain rounding.
+
+    `rounding` is gptq or observed (a range of inputs), or where too few tokens came, the profile's rule.
+    """
+
+    tensor: str
+    expert: int | None
+    rounding: str
+    tokens: int
+    largest: float  # absmax of its inputs, 0 if none came
+    gain: float | None
+
+
+class QuantizedWeights:
+    """The roundings in `folder`: integers of matrices [N, K] or stacks [E, N, K], or the scales of their inputs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __contains__(self, name: str) -> bool:
+        return any((self.folder / f"{name}.{kind}.npy").is_file() for kind in ("packed", "divisors"))
+
+    def write(
+        self, name: str, expert: int | None, experts: int, rounded: Quantized | InputScale, note: RoundingRecord
+    ) -> None:
+        """Keep one matrix; `expert` is its place in a stack of `experts`. Writing one again replaces it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kinds = ("packed", "scales") if isinstance(rounded, Quantized) else ("divisors", "largest")
+        for kind, values in ((kind, getattr(rounded, kind)) for kind in kinds):
+            path = self.folder / f"{name}.{kind}.npy"
+            if expert is None:
+                np.save(path, values)
+                continue
+            mode = "r+" if path.is_file() else "w+"
+            shape: Any = (experts, *values.shape)
+            stack = np.lib.format.open_memmap(path, mode, values.dtype, shape)
+            stack[expert] = values
+            stack.flush()
+        with (self.folder / NOTES).open("a", encoding="utf-8") as notes:
+            notes.write(json.dumps(asdict(note)) + "\n")
+
+    def read(self, name: str, bits: int, block: int) -> Quantized:
+        """The matrix or stack `name`, memory-mapped."""
+        packed, scales = (np.load(self.folder / f"{name}.{kind}.npy", mmap_mode="r") for kind in ("packed", "scales"))
+        return Quantized(packed, scales, bits, block)
+
+    def read_inputs(self, name: str) -> InputScale:
+        """The scale of the inputs of the matrix or stack `name`."""
+        return InputScale(*(np.load(self.folder / f"{name}.{kind}.npy") for kind in ("divisors", "largest")))
+
+    def adopt(self, other: QuantizedWeights, names: Iterable[str]) -> None:
+        """Take over what `other`, on the same file system, holds of the tensors `names`."""
+        taken = set(names)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for source in (path for name in taken for path in other.folder.glob(f"{glob.escape(name)}.*.npy")):
+            (self.folder / source.name).unlink(missing_ok=True)
+            (self.folder / source.name).hardlink_to(source)
+        with (self.folder / NOTES).open("a", encoding="utf-8") as notes:
+            notes.writelines(json.dumps(asdict(note)) + "\n" for note in other.notes() if note.tensor in taken)
+
+    def notes(self) -> Sequence[RoundingRecord]:
+        """How each matrix was rounded, the last word on each."""
+        path = self.folder / NOTES
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        found = [RoundingRecord(**json.loads(line)) for line in lines]
+        return list({(note.tensor, note.expert): note for note in found}.values())

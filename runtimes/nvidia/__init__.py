@@ -1,0 +1,1 @@
+"""What the runtimes of TensorRT's products share: driver, engine, cache on the device."""

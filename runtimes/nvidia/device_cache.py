@@ -1,0 +1,180 @@
+"""Key and value buffers in a GPU's memory, laid out and grown as `kvcache` does it in numpy.
+
+Shapes: B batch rows, K key/value heads, P slots of a buffer, D head dimension, C attention chunk.
+A step reads and writes them where they lie; growing moves them, so addresses hold from one growth to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from arriero.runtimes.backend import Ints, ModelSpec
+from arriero.runtimes.cache import FIRST_SLOTS, check_room, grown_slots
+from arriero.runtimes.nvidia.cuda import Memory, Stream
+
+
+@dataclass(frozen=True)
+class SlotLimits:
+    """The fewest and the most slots that the engine takes of one class of layers, chunked or global."""
+
+    least: int
+    most: int
+
+
+@dataclass(frozen=True, eq=False)
+class CacheBindings:
+    """Where the keys and values of some rows lie: one object from one growth of the cache to the next.
+
+    `inputs` are the pasts by name, each an address and a shape; `outputs` the presents, which are the same memory: a
+    step writes its own slots and copies nothing.
+    """
+
+    inputs: dict[str, tuple[int, tuple[int, ...]]]
+    outputs: dict[str, int]
+
+
+NOWHERE = CacheBindings({}, {})
+
+
+class DeviceCache:
+    """The [B, K, P, D] buffers of every layer on a GPU, and how many tokens each row holds."""
+
+    def __init__(
+        self, stream: Stream, spec: ModelSpec, batch: int, capacity: int, item: int, slots: Mapping[str, SlotLimits]
+    ) -> None:
+        """Make empty buffers for `batch` rows of at most `capacity` tokens, each value of `item` bytes.
+
+        `stream` does the cache's own work: clearing, growing, copying rows; each is done when its method returns.
+        `slots` are the engine's limits for `chunked` and `global` layers. Raises MachineLacks when the GPU is full.
+        """
+        self.spec, self.batch, self.capacity = spec, batch, capacity
+        self.lengths: Ints = np.zeros(batch, np.int64)
+        self._row = spec.num_key_value_heads  # rows of P * D values that one row of the batch has
+        self._slot = spec.head_dim * item  # bytes
+        self._limits = {
+            "chunked": SlotLimits(slots["chunked"].least, max(min(spec.attention_chunk_size, capacity), 1)),
+            "global": SlotLimits(slots["global"].least, max(capacity, 1)),
+        }
+        self._slots: list[int] = []
+        self._keys: list[Memory] = []
+        self._values: list[Memory] = []
+        self._places: dict[tuple[int, int], CacheBindings] = {}
+        self._fits = 0  # tokens that fit without growing
+        self._stream = stream
+        with self._finished():
+            for layer in spec.layers:
+                limit = self._limits[layer.attention]
+                # an engine may have a least size of its own, whatever the capacity
+                self._slots.append(max(min(FIRST_SLOTS, limit.most), limit.least))
+                self._keys.append(self._empty(self._slots[-1]))
+                self._values.append(self._empty(self._slots[-1]))
+
+    @contextmanager
+    def _finished(self) -> Iterator[None]:
+        """What the block queues is done after it, even when it fails: then its memory is dropped."""
+        try:
+            yield
+            self._stream.wait()
+        except BaseException:
+            self._stream.settle()
+            raise
+
+    def _empty(self, slots: int) -> Memory:
+        # Zeros, not leftovers: a slot beyond the row's tokens has weight zero in attention, and 0 * NaN is NaN.
+        nbytes = self.batch * self._row * slots * self._slot
+        memory = self._stream.device.memory(nbytes)
+        self._stream.zero(memory.address, nbytes)
+        return memory
+
+    def rows(self, start: int, stop: int) -> DeviceRows:
+        """Rows `start` to `stop` as a cache that shares this one's memory and lengths."""
+        return DeviceRows(self, start, stop)
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make row `target` hold what row `source` holds."""
+        if source != target:
+            with self._finished():
+                for slots, *pair in zip(self._slots, self._keys, self._values, strict=True):
+                    nbytes = self._row * slots * self._slot
+                    for memory in pair:
+                        self._stream.within(memory.address + target * nbytes, memory.address + source * nbytes, nbytes)
+        self.lengths[target] = self.lengths[source]
+
+    def reserve(self, tokens: int) -> None:
+        """Make sure every layer has slots for rows of `tokens` tokens; refuses more than `capacity`."""
+        check_room(tokens, self.capacity)
+        if tokens <= self._fits:
+            return
+        for number, layer in enumerate(self.spec.layers):
+            have, limit = self._slots[number], self._limits[layer.attention].most
+            if min(tokens, limit) > have:
+                slots = grown_slots(have, tokens, limit)
+                # both or none: a GPU that is full in between must leave the layer as it was
+                with self._finished():
+                    keys, values = [self._grown(part[number], slots, have) for part in (self._keys, self._values)]
+                self._keys[number], self._values[number], self._slots[number] = keys, values, slots
+                self._places.clear()
+        growing = zip(self._slots, self.spec.layers, strict=True)
+        ends = [slots for slots, layer in growing if slots < self._limits[layer.attention].most]
+        self._fits = min(ends, default=self.capacity)
+
+    def _grown(self, memory: Memory, slots: int, have: int) -> Memory:
+        larger = self._empty(slots)
+        rows = self.batch * self._row
+        self._stream.spread(larger.address, slots * self._slot, memory.address, have * self._slot, rows)
+        return larger
+
+    def layer(self, number: int, start: int = 0) -> tuple[int, int, int]:
+        """The addresses of layer `number`'s keys and values from row `start` on, and its slots P."""
+        slots = self._slots[number]
+        skip = start * self._row * slots * self._slot
+        return self._keys[number].address + skip, self._values[number].address + skip, slots
+
+    def places(self, start: int = 0, stop: int | None = None) -> CacheBindings:
+        """Where the buffers of rows `start` to `stop` (all, when not given) lie, under their names in the engine."""
+        stop = self.batch if stop is None else stop
+        if (start, stop) not in self._places:
+            inputs: dict[str, tuple[int, tuple[int, ...]]] = {}
+            outputs: dict[str, int] = {}
+            for number in range(len(self._slots)):
+                *addresses, slots = self.layer(number, start)
+                shape = (stop - start, self.spec.num_key_value_heads, slots, self.spec.head_dim)
+                for kind, address in zip(("key", "value"), addresses, strict=True):
+                    inputs[f"past_{kind}.{number}"] = address, shape
+                    outputs[f"present_{kind}.{number}"] = address
+            self._places[start, stop] = CacheBindings(inputs, outputs)
+        return self._places[start, stop]
+
+
+class DeviceRows:
+    """Some neighbouring rows of a `DeviceCache`, with the same methods."""
+
+    def __init__(self, whole: DeviceCache, start: int, stop: int) -> None:
+        """View rows `start` to `stop` of `whole`."""
+        self._whole, self._start, self._stop = whole, start, stop
+        self.spec, self.capacity = whole.spec, whole.capacity
+        self.lengths: Ints = whole.lengths[start:stop]
+
+    def rows(self, start: int, stop: int) -> DeviceRows:
+        """Rows `start` to `stop` of these rows."""
+        return DeviceRows(self._whole, self._start + start, self._start + stop)
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make row `target` of these rows hold what row `source` of them holds."""
+        self._whole.copy_row(self._start + source, self._start + target)
+
+    def reserve(self, tokens: int) -> None:
+        """Make sure every layer has slots for rows of `tokens` tokens."""
+        self._whole.reserve(tokens)
+
+    def layer(self, number: int, start: int = 0) -> tuple[int, int, int]:
+        """The addresses of these rows' keys and values from their row `start` on, and the slots P."""
+        return self._whole.layer(number, self._start + start)
+
+    def places(self) -> CacheBindings:
+        """Where these rows' buffers lie, under their names in the engine."""
+        return self._whole.places(self._start, self._stop)

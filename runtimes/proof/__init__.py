@@ -1,0 +1,1 @@
+"""Parity: metrics, the report over them, its plots."""

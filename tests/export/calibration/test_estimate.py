@@ -1,0 +1,72 @@
+"""What calibration is said to take, against what it takes on a layer large enough to show."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arriero.export.calibration.calibrate import Calibration
+from arriero.export.calibration.estimate import REFERENCE_MEMORY, calibration_memory, embedded_size, walk_disk
+from arriero.export.machine.budget import PeakMemory
+from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.config import ModelConfig
+from tests.export.proof.test_walk_layers import LENGTH, SAMPLES, profile, walk_over
+from tests.toys import load_reference, make_scout_toy
+
+HIDDEN = 512
+
+
+@pytest.fixture(scope="module")
+def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "num_hidden_layers": 1, "num_local_experts": 1}
+    return make_scout_toy(tmp_path_factory.mktemp("layer"), 1, vision=False, **sizes)
+
+
+def resident() -> int:
+    found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found
+    return 1024 * int(found.group(1))
+
+
+def test_memory_is_estimated_from_above_and_not_far_off(layer: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(layer)
+    sizes = [(LENGTH, 0)] * SAMPLES
+    infos = list(checkpoint.tensors.values())
+    said = calibration_memory(ModelConfig.load(layer), infos, sizes, second=True) - REFERENCE_MEMORY
+    walk = walk_over(load_reference(layer), tmp_path / "stage")
+    before = resident()
+    with PeakMemory(interval=0.002) as memory:
+        Calibration(walk, checkpoint, {"p": profile()}, tmp_path / "stage", lambda *_: None).run()
+    taken = memory.anonymous - before
+    # What earlier tests left free in the process is used again, so the measured end may be short, never long.
+    assert taken < 1.1 * said
+    assert said < 3 * (8 * 5 * (2 * HIDDEN) ** 2)  # three times GPTQ's five matrices of second moments
+    plain = calibration_memory(ModelConfig.load(layer), infos, sizes, second=False) - REFERENCE_MEMORY
+    assert plain < said / 4
+
+
+def test_disk_is_what_lies_there_while_a_layer_is_seen(layer: Path, tmp_path: Path) -> None:
+    walk = walk_over(load_reference(layer), tmp_path / "stage")
+    walk.embed()
+    walk.observe(0)
+    lying = sum(np.load(file, mmap_mode="r").nbytes for file in (tmp_path / "stage").glob("hidden-*.npy"))
+    lying += (tmp_path / "stage" / "routed.partial").stat().st_size - 128  # its header
+    assert walk_disk(ModelConfig.load(layer), [(LENGTH, 0)] * SAMPLES) == lying
+
+
+def test_embedded_samples_are_never_larger_than_said(tmp_path: Path) -> None:
+    from arriero.export.build_file.model_spec import model_spec
+    from arriero.export.build_file.schema import Calibration as Wanted
+    from arriero.export.samples.cases import draw_cases, encoded_sizes
+    from arriero.runtimes.processor.processor import Processor
+    from tests.small import small_scout
+
+    config = ModelConfig.load(small_scout(tmp_path))
+    processor = Processor(tmp_path, model_spec(config))
+    sizes = encoded_sizes(draw_cases(Wanted(samples=120), ("text", "image")), processor, 10_000)
+    tokens, tiles = embedded_size(config.vision)
+    assert max(size[0] for size in sizes) <= tokens
+    assert max(size[1] for size in sizes) <= tiles

@@ -1,0 +1,380 @@
+"""The C++ kernels against float64 numpy, at every instruction-set level that this machine has or can emulate."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import subprocess
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from arriero.errors import ArrieroError, MachineLacks
+from arriero.export.compile.build_kernels import FLAGS, LEVELS, SOURCES, build_kernels, find_compiler, link_shared
+from arriero.graphs.stored.packed_panels import (
+    pack_e4m3_panels,
+    pack_gate_up_e4m3_panels,
+    pack_gate_up_panels,
+    pack_panels,
+)
+from arriero.profiles.quantize import Quantized, dequantize, pack, quantize
+from tests import kernel_judge as judge
+from tests.call_kernels import ALIGNMENT, Kernels, Weight
+from tests.kernel_emulated import RUNNER, EmulatedKernels, link_runner
+
+HERE = platform.machine()
+EXACT = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16}
+# float32 sums of a few hundred terms, in any order
+SUM_ERROR = 3e-6
+
+
+class Guarded(Kernels):
+    """Kernels whose workspace starts as NaNs and must not be overrun."""
+
+    FENCE = 4096
+
+    def _workspace(self, name, *sizes):
+        size = len(super()._workspace(name, *sizes))
+        self._space = np.full(size + self.FENCE + ALIGNMENT, 255, np.uint8)
+        space = super()._workspace(name, *sizes)
+        self._fence = self._space[space.ctypes.data + size - self._space.ctypes.data :]
+        return space
+
+    def _run(self, *arguments):
+        super()._run(*arguments)
+        assert (self._fence == 255).all()
+
+
+def cached(request, name, more=b""):
+    """A path that stays from run to run until the kernels' sources or `more` change."""
+    sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
+    key = hashlib.sha256(b"".join([*sources, json.dumps([LEVELS, FLAGS]).encode(), more])).hexdigest()[:16]
+    return request.config.cache.mkdir("kernels") / f"{name}-{key}.so"
+
+
+@pytest.fixture(scope="session")
+def library(request):
+    """The kernels of this machine, compiled once per version of the sources."""
+    path = cached(request, HERE)
+    if not path.is_file():
+        build_kernels(HERE, path.with_suffix(".o"))
+        link_shared(path.with_suffix(".o"), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def runner(request):
+    """The program that runs aarch64 kernels under qemu; skipped where the machine lacks a tool for it."""
+    if shutil.which("qemu-aarch64-static") is None:
+        pytest.skip("needs qemu: apt-get install qemu-user-static")
+    try:
+        find_compiler("aarch64")
+    except MachineLacks as lacks:
+        pytest.skip(f"needs a compiler: {lacks}")
+    path = cached(request, "aarch64-runner", RUNNER.read_bytes())
+    if not path.is_file():
+        build_kernels("aarch64", path.with_suffix(".o"))
+        link_runner("aarch64", path.with_suffix(".o"), path)
+    return path
+
+
+# A CPU that has each level and nothing above it
+EMULATED = {"neon": "cortex-a53", "dotprod": "neoverse-n1", "i8mm": "max"}
+
+
+@pytest.fixture(params=[*LEVELS.get(HERE, {}), *(f"emulated {level}" for level in EMULATED if HERE != "aarch64")])
+def kernels(request, tmp_path):
+    """The kernels at one level, with the work cut in three."""
+    level = request.param.removeprefix("emulated ")
+    if level != request.param:
+        emulator = ["qemu-aarch64-static", "-cpu", EMULATED[level]]
+        return EmulatedKernels(emulator, request.getfixturevalue("runner"), level, 3, tmp_path)
+    kernels = Guarded(request.getfixturevalue("library"), 3)
+    if not kernels.use_level(level):
+        pytest.skip(f"needs a CPU with {level}")
+    assert kernels.level() == level
+    return kernels
+
+
+@pytest.fixture
+def draw():
+    return np.random.default_rng(7)
+
+
+def normal(draw, *shape):
+    return draw.standard_normal(shape, dtype=np.float32)
+
+
+def stored_int(form, weight, block, gate_up=False):
+    """Quantised `weight` [..., N, K]: what the kernel reads, and what numpy computes with."""
+    plain = quantize(weight, bits=int(form[3:]), block=block, name="w")
+    panels = pack_gate_up_panels(plain) if gate_up else pack_panels(plain)
+    return Weight(form, panels.packed, panels.scales, block), plain
+
+
+def stored_e4m3(weight, gate_up=False):
+    scales = (np.abs(weight).max(-1) / 448).astype(np.float32)
+    codes = (weight / scales[..., None]).astype(ml_dtypes.float8_e4m3fn)
+    packed = (pack_gate_up_e4m3_panels if gate_up else pack_e4m3_panels)(codes.view(np.uint8), scales)
+    return Weight("e4m3", *packed), codes.astype(np.float64) * scales[..., None]
+
+
+def assert_close(found, wanted, magnitude, error=SUM_ERROR):
+    assert found.shape == wanted.shape
+    assert np.all(np.abs(found - wanted) <= error * magnitude)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3, 17])
+@pytest.mark.parametrize(("outputs", "features"), [(1, 5), (200, 600)])
+@pytest.mark.parametrize("form", EXACT)
+def test_exact_linear(kernels, draw, form, tokens, outputs, features):
+    x, weight = normal(draw, tokens, features), normal(draw, outputs, features).astype(EXACT[form])
+    wide = weight.astype(np.float64)
+    assert_close(kernels.linear(x, Weight(form, weight), outputs), x @ wide.T, np.abs(x) @ np.abs(wide).T)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3, 17])
+@pytest.mark.parametrize(("outputs", "features"), [(5, 7), (200, 600)])
+def test_e4m3_linear(kernels, draw, tokens, outputs, features):
+    x = normal(draw, tokens, features)
+    weight, wide = stored_e4m3(normal(draw, outputs, features))
+    assert_close(kernels.linear(x, weight, outputs), x @ wide.T, np.abs(x) @ np.abs(wide).T)
+
+
+def test_every_e4m3_code_is_widened_exactly(kernels):
+    codes = np.array([code for code in range(256) if code & 127 != 127], np.uint8)[:, None]
+    weight = Weight("e4m3", *pack_e4m3_panels(codes, np.ones(len(codes), np.float32)))
+    for tokens in (1, 5):
+        found = kernels.linear(np.ones((tokens, 1), np.float32), weight, len(codes))
+        assert_array_equal(found[-1], codes[:, 0].view(ml_dtypes.float8_e4m3fn).astype(np.float32))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3, 17])
+@pytest.mark.parametrize(("outputs", "features", "block"), [(5, 16, 16), (33, 96, 32), (70, 512, 512), (100, 512, 256)])
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_int_linear(kernels, draw, form, tokens, outputs, features, block):
+    x = normal(draw, tokens, features)
+    weight, plain = stored_int(form, normal(draw, outputs, features), block)
+    found = kernels.linear(x, weight, outputs)
+    assert_close(found, *judge.rounded_linear(x, plain), error=1e-6)
+    # and the rounding is as small as int8 activations are: half a step of each block's largest, added in quadrature
+    exact = x @ dequantize(plain).astype(np.float64).T
+    assert np.linalg.norm(found - exact) <= 0.02 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_integer_sums_are_exact_at_the_extremes(kernels, draw, form):
+    """Largest magnitudes and equal signs: where a 16-bit intermediate would saturate."""
+    bits, block, outputs = int(form[3:]), 256, 40
+    low = -(2 ** (bits - 1))
+    values = draw.choice([low, low + 1, -low - 1], (outputs, block)).astype(np.float32)
+    values[0], values[1] = low, -low - 1
+    scales = np.exp2(draw.integers(-3, 3, (outputs, 1))).astype(np.float32)
+    plain = pack(values, scales, bits=bits, block=block)
+    panels = pack_panels(plain)
+    x = draw.choice(np.float32([-127, 127]), (7, block))
+    x[0], x[1] = 127, -127  # activation scales are then exactly 1
+    found = kernels.linear(x, Weight(form, panels.packed, panels.scales, block), outputs)
+    assert_array_equal(found, x.astype(np.float64) @ (values * scales).T.astype(np.float64))
+
+
+def test_blocks_of_zeros_and_of_almost_nothing_count_as_zero(kernels, draw):
+    weight, plain = stored_int("int8", normal(draw, 20, 96), 32)
+    x = normal(draw, 2, 96)
+    x[0, :32], x[0, 32:64], x[1] = 0, 1e-32, 0
+    found = kernels.linear(x, weight, 20)
+    assert_close(found, *judge.rounded_linear(x, plain), error=1e-6)
+    assert not found[1].any()
+
+
+@pytest.mark.parametrize("form", ["int8", "f32", "e4m3"])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_a_nan_stays_in_its_token(kernels, draw, form, tokens):
+    matrix = normal(draw, 20, 64)
+    weight = {"int8": lambda: stored_int("int8", matrix, 32)[0], "e4m3": lambda: stored_e4m3(matrix)[0]}.get(
+        form, lambda: Weight("f32", matrix)
+    )()
+    x = normal(draw, tokens + 1, 64)
+    x[0, 40] = np.nan
+    found = kernels.linear(x, weight, 20)
+    assert np.isnan(found[0]).all()
+    assert np.isfinite(found[1:]).all()
+
+
+def experts(draw, gate_up_form, down_form, count, hidden, width, block):
+    """Stored gate_up and down, and the float64 weights [E, H, 2F] and [E, F, H] they stand for."""
+    gate_up = normal(draw, count, hidden, 2 * width) * np.float32(hidden**-0.5)
+    down = normal(draw, count, width, hidden) * np.float32(width**-0.5)
+    stored, wide = [], []
+    for form, weight, halves in ((gate_up_form, gate_up, True), (down_form, down, False)):
+        rows = np.ascontiguousarray(weight.swapaxes(1, 2))
+        if form in EXACT:
+            stored.append(Weight(form, weight.astype(EXACT[form])))
+            wide.append(stored[-1].data.astype(np.float64))
+            continue
+        if form == "e4m3":
+            one, values = stored_e4m3(rows, halves)
+        else:
+            one, plain = stored_int(form, rows, block, halves)
+            values = dequantize(plain).astype(np.float64)
+        stored.append(one)
+        wide.append(values.swapaxes(1, 2))
+    return stored, wide
+
+
+ROUTES = {
+    "none": lambda draw, experts: np.zeros((0, 1), np.int64),
+    "one token": lambda draw, experts: np.array([[experts - 1]]),
+    "all to one": lambda draw, experts: np.full((17, 1), 1),
+    "spread": lambda draw, experts: draw.integers(0, experts, (9, 1)),
+    "two each": lambda draw, experts: draw.integers(0, experts, (13, 2)),
+    "some to none": lambda draw, experts: np.array([[0], [-1], [experts], [2], [2]]),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("gate_up", "down"),
+    [("f32", "f32"), ("bf16", "bf16"), ("e4m3", "e4m3"), ("int8", "int8"), ("int4", "int4"), ("bf16", "int4")],
+)
+def test_dispatch(kernels, draw, gate_up, down, route):
+    hidden, width, count = 96, 160, 4
+    stored, wide = experts(draw, gate_up, down, count, hidden, width, 32)
+    expert_id = ROUTES[route](draw, count)
+    x = normal(draw, len(expert_id), hidden)
+    score = draw.uniform(0.1, 1, expert_id.shape).astype(np.float32)
+    found = kernels.dispatch(x, expert_id, score, *stored, width)
+    wanted = judge.dispatch(x, expert_id, score, *wide)
+    rounds = "int" in gate_up + down
+    assert np.linalg.norm(found - wanted) <= (0.02 if rounds else SUM_ERROR) * np.linalg.norm(wanted)
+    assert not found[(expert_id < 0).all(1) | (expert_id >= count).all(1)].any()
+
+
+@pytest.mark.parametrize(("form", "hidden", "width"), [("f32", 30, 37), ("bf16", 5, 70), ("e4m3", 30, 37)])
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_dispatch_of_sizes_that_fill_no_vector(kernels, draw, form, hidden, width, tokens):
+    stored, wide = experts(draw, form, form, 3, hidden, width, 0)
+    expert_id = draw.integers(0, 3, (tokens, 1))
+    x, score = normal(draw, tokens, hidden), draw.uniform(0.1, 1, (tokens, 1)).astype(np.float32)
+    wanted = judge.dispatch(x, expert_id, score, *wide)
+    found = kernels.dispatch(x, expert_id, score, *stored, width)
+    assert np.linalg.norm(found - wanted) <= SUM_ERROR * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 11])
+def test_int_dispatch_is_two_rounded_products(kernels, draw, form, tokens):
+    """Against the same rounding in numpy: the only difference left is float32 arithmetic."""
+    hidden, width, block = 64, 96, 32
+    rows = [normal(draw, 2, n, k) / np.float32(k**0.5) for n, k in ((2 * width, hidden), (hidden, width))]
+    gate_up, plain_gate_up = stored_int(form, rows[0], block, gate_up=True)
+    down, plain_down = stored_int(form, rows[1], block)
+    expert_id = draw.integers(0, 2, (tokens, 1))
+    x, score = normal(draw, tokens, hidden), draw.uniform(0.1, 1, (tokens, 1)).astype(np.float32)
+    found = kernels.dispatch(x, expert_id, score, gate_up, down, width)
+    flips = 0
+    for t, (e,) in enumerate(expert_id):
+        one, two = (Quantized(p.packed[e], p.scales[e], p.bits, block) for p in (plain_gate_up, plain_down))
+        both, _ = judge.rounded_linear(x[t : t + 1] * score[t], one)
+        inner = (judge.silu(both[:, :width]) * both[:, width:]).astype(np.float32)
+        wanted, magnitude = judge.rounded_linear(inner, two)
+        # an `inner` that lies on a rounding edge may fall on its other side
+        flips += int(np.any(np.abs(found[t] - wanted[0]) > 3e-6 * magnitude[0]))
+        assert np.all(np.abs(found[t] - wanted[0]) <= 2e-3 * magnitude[0])
+    assert flips <= tokens // 5
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "size"), [(4, 2, 16), (5, 1, 128), (12, 2, 64), (2, 2, 80)], ids="{}".format
+)
+@pytest.mark.parametrize(("start", "steps"), [(0, 1), (70, 1), (0, 33), (50, 40), (0, 130)])
+def test_attention(kernels, draw, heads, groups, size, start, steps):
+    chunk, slots = 0, 200
+    q, k, v = (normal(draw, 1, steps, n * size) for n in (heads, groups, groups))
+    caches = [normal(draw, 1, groups, slots, size) for _ in range(2)]
+    for cache in caches:
+        cache[:, :, start:] = np.nan  # nobody may look at slots that hold no token
+    before = [cache.copy() for cache in caches]
+    positions = start + np.arange(steps)[None]
+    found = kernels.attention(q, k, v, positions, *caches, chunk)
+    split = [values.reshape(1, steps, -1, size) for values in (q, k, v)]
+    wanted = judge.attention(*split, [start], *before).reshape(found.shape)
+    assert_close(found, wanted, 1.0, 1e-5)
+    for cache, old, new in zip(caches, before, split[1:], strict=True):
+        assert_array_equal(cache[0, :, start : start + steps], new[0].swapaxes(0, 1))
+        assert_array_equal(cache[:, :, :start], old[:, :, :start])
+        assert_array_equal(cache[:, :, start + steps :], old[:, :, start + steps :])
+
+
+def test_attention_of_rows_of_different_lengths_in_chunks(kernels, draw):
+    """Row b's token is at its own position; a chunked layer's cache holds its chunk from slot 0 on."""
+    heads, groups, size, chunk = 4, 2, 32, 64
+    positions = np.array([[5], [64], [200], [127]])
+    start = positions[:, 0] % chunk
+    q, k, v = (normal(draw, 4, 1, n * size) for n in (heads, groups, groups))
+    caches = [normal(draw, 4, groups, chunk, size) for _ in range(2)]
+    before = [cache.copy() for cache in caches]
+    found = kernels.attention(q, k, v, positions, *caches, chunk)
+    split = [values.reshape(4, 1, -1, size) for values in (q, k, v)]
+    assert_close(found, judge.attention(*split, start, *before).reshape(found.shape), 1.0, 1e-5)
+
+
+def test_attention_with_large_scores_does_not_overflow(kernels, draw):
+    q, k, v = (normal(draw, 1, 70, 64) * scale for scale in (100, 100, 1))
+    caches = [np.zeros((1, 1, 70, 64), np.float32) for _ in range(2)]
+    found = kernels.attention(q, k, v, np.arange(70)[None], *caches, 0)
+    split = [values.reshape(1, 70, 1, 64) for values in (q, k, v)]
+    wanted = judge.attention(*split, [0], *caches).reshape(found.shape)
+    # scores near 1e5 have float32 errors near 1e-2, which exp turns into the same relative error of a weight
+    assert_close(found, wanted, 1.0, 0.05)
+
+
+@pytest.mark.parametrize("form", ["f32", "int8"])
+def test_results_do_not_depend_on_the_number_of_parts(library, draw, form):
+    hidden, width = 96, 160
+    stored, _ = experts(draw, form, form, 4, hidden, width, 32)
+    x, expert_id = normal(draw, 21, hidden), draw.integers(0, 4, (21, 1))
+    score = draw.uniform(0.1, 1, (21, 1)).astype(np.float32)
+    one, *others = (Guarded(library, parts).dispatch(x, expert_id, score, *stored, width) for parts in (1, 2, 7))
+    for other in others:
+        assert_array_equal(other, one)
+
+
+def test_a_level_that_there_is_not_changes_nothing(library):
+    kernels = Kernels(library)
+    before = kernels.level()
+    assert not kernels.use_level("altivec")
+    assert kernels.level() == before
+
+
+def test_an_architecture_without_kernels_is_refused(tmp_path):
+    with pytest.raises(ArrieroError, match="no kernels for 'riscv64'; expected one of x86_64, aarch64"):
+        build_kernels("riscv64", tmp_path / "kernels.o")
+
+
+@pytest.mark.parametrize(("machine", "package"), [("other", "g\\+\\+-aarch64-linux-gnu"), ("aarch64", "g\\+\\+`? ?on")])
+def test_a_missing_compiler_is_named_with_its_package(monkeypatch, machine, package):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(MachineLacks, match=f"apt-get install {package}"):
+        find_compiler("aarch64")
+
+
+def test_code_of_one_level_is_in_no_other(library):
+    """Instructions of AVX-512 stand in the functions of its own level only."""
+    if HERE != "x86_64" or shutil.which("objdump") is None:
+        pytest.skip("needs an x86-64 machine with binutils")
+    listing = subprocess.run(
+        ["objdump", "-d", "-C", "--no-show-raw-insn", library], capture_output=True, text=True, check=True
+    ).stdout
+    users = set()
+    for line in listing.splitlines():
+        if line.endswith(">:"):
+            function = line.partition("<")[2]
+        elif "%zmm" in line or "%k1" in line:
+            users.add("avx512vnni" in function)
+    assert users == {True}

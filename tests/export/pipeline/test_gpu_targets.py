@@ -1,0 +1,226 @@
+"""Targets for GPUs, from the build file to the point where only the GPU itself can go on."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from arriero.errors import ArrieroError, MachineLacks, Problems
+from arriero.export.build_file.read import load_build
+from arriero.export.build_file.schema import BuildConfig
+from arriero.export.cli.show_plan import show_plan
+from arriero.export.compile import MemoryBudget, tensorrt_rtx
+from arriero.export.compile.nvidia import gpus, tensorrt_api
+from arriero.export.compile.nvidia.gpus import Gpu
+from arriero.export.machine.budget import human_bytes
+from arriero.export.pipeline import build as building
+from arriero.export.pipeline import plan as planning
+from arriero.export.pipeline.plan import make_plan, stage_inputs
+from arriero.profiles.recipe import load_profile, shipped
+from tests.command import arriero
+from tests.small import small_scout
+from tests.toys import make_scout_toy
+
+BUILD = """\
+version: 1
+model: model
+modalities: [text]
+output: out
+targets:
+{targets}
+calibration: {{samples: 4}}
+parity: {{cases: {{samples: 4}}}}
+"""
+RTX = "name: card, backend: tensorrt-rtx, profile: fp16, context: 128"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_scout_toy(tmp_path_factory.mktemp("scout"), seed=3)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for build files on a machine without a GPU."""
+    (tmp_path / "model").symlink_to(toy)
+    for module in (gpus, building):
+        monkeypatch.setattr(module, "local_gpus", lambda: ())
+    return tmp_path
+
+
+def load(folder: Path, *targets: str) -> BuildConfig:
+    (folder / "build.yaml").write_text(BUILD.format(targets="\n".join(f"  - {{{one}}}" for one in targets)))
+    return load_build(folder / "build.yaml")
+
+
+@pytest.mark.parametrize("gpu", ["rtx-4090", "sm_89", "rtx-pro-6000", "native"])
+def test_a_gpu_is_named_as_a_card_or_by_its_capability(folder: Path, gpu: str) -> None:
+    assert load(folder, f"{RTX}, gpu: {gpu}").targets[0].gpu == gpu
+
+
+def test_an_unknown_gpu_is_refused_on_its_line(folder: Path) -> None:
+    with pytest.raises(Problems, match=r"build\.yaml:6: targets\[0\]\.gpu: there is no GPU 'rtx-9'"):
+        load(folder, f"{RTX}, gpu: rtx-9")
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (f"{RTX}, gpu: h100", r"targets\[0\]\.gpu: the backend tensorrt-rtx builds no engines for .*h100"),
+        (f"{RTX}", r"targets\[0\]\.gpu: this machine has no NVIDIA GPU .*Name the target's GPU in `gpu`"),
+        ("name: x, backend: onnxruntime, profile: fp32, gpu: h100", r"targets\[0\]\.gpu: .*runs on processors"),
+        (f"{RTX}, gpu: t4, cpu: native", r"targets\[0\]\.cpu: the backend tensorrt-rtx compiles for no processor"),
+        (f"{RTX}, gpu: t4, kv_cache: int8", r"targets\[0\]\.kv_cache: .*in what the profile computes in"),
+    ],
+    ids=["other product", "no native", "processor", "cpu", "cache"],
+)
+def test_a_target_that_does_not_fit_is_refused_before_anything_runs(folder: Path, target: str, message: str) -> None:
+    with pytest.raises(Problems, match=message):
+        make_plan(load(folder, target))
+
+
+@pytest.mark.parametrize(
+    ("profile", "gpu", "told"),
+    [
+        ("int8", "sm_89", "int8 in blocks of 32"),
+        ("int8-dynamic", "sm_89", "int8 activations per token"),
+        ("fp8", "sm_89", "fp8 activations per token"),
+        ("int4-b128", "sm_89", "int4 in blocks of 128, int8 activations"),
+        ("mixed", "sm_89", "int4 in blocks of"),
+        ("gpu-fp8", "sm_86", "on sm_86 .fp8 came with sm_89."),
+        ("gpu-int8", "sm_75", "on sm_75 .there it takes float16 alone."),
+        ("fp32", "sm_75", "exact on sm_75 .there it takes float16 alone."),
+        ("bf16", "sm_75", "bfloat16 on sm_75 .bfloat16 came with sm_80."),
+    ],
+)
+def test_a_profile_that_cannot_be_honoured_is_refused_by_name(folder: Path, profile: str, gpu: str, told: str) -> None:
+    text = shipped()[profile].read_text().replace("block: 128", "block: 32").replace("block: 64", "block: 32")
+    (folder / "own.yaml").write_text(text)  # blocks that divide the toy's features
+    told = told.replace("blocks of 128", "blocks of 32")
+    with pytest.raises(Problems, match=f"tensorrt-rtx has no kernels for .*{told}"):
+        make_plan(load(folder, f"name: x, backend: tensorrt-rtx, profile: own.yaml, context: 128, gpu: {gpu}"))
+
+
+@pytest.mark.parametrize("profile", ["fp32", "fp16", "bf16", "int8-static", "gpu-int8", "gpu-fp8"])
+def test_the_others_are_planned(folder: Path, profile: str) -> None:
+    target = f"name: x, backend: tensorrt-rtx, profile: {profile}, context: 128, gpu: sm_89"
+    plan = make_plan(load(folder, target))
+    exact = make_plan(load(folder, "name: x, backend: onnxruntime, profile: fp32, context: 128"))
+    narrow = profile not in ("fp32", "int8-static")
+    assert plan.targets[0].kv_bytes * (2 if narrow else 1) == exact.targets[0].kv_bytes
+    kept = {"fp32": "float32", "int8-static": "float32", "bf16": "bfloat16"}.get(profile, "float16")
+    assert plan.targets[0].kv_cache == kept
+
+
+def test_the_gpu_and_the_products_version_decide_what_is_done_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lowering(target: str) -> object:
+        build = load(folder, target)
+        return stage_inputs(build, "", {"fp16": load_profile("fp16")})["lower-card"]
+
+    first = lowering(f"{RTX}, gpu: rtx-4090")
+    assert first != lowering(f"{RTX}, gpu: rtx-5090")
+    monkeypatch.setattr(planning, "version_of", lambda name: "9.9")
+    assert first != lowering(f"{RTX}, gpu: rtx-4090")
+
+
+def test_the_plan_names_the_gpu_and_what_it_holds(folder: Path) -> None:
+    plan = make_plan(load(folder, f"{RTX}, gpu: rtx-4090"))
+    target = plan.targets[0]
+    assert (target.device, plan.gpu_memory) == ("sm_89", target.weights_bytes + target.kv_bytes)
+    console = Console(file=io.StringIO(), width=140)
+    show_plan(plan, console)
+    assert f"GPU: {human_bytes(target.bytes)} of weights and cache" in console.file.getvalue()
+    portable = make_plan(load(folder, "name: x, backend: onnxruntime, profile: fp32, context: 128"))
+    assert (portable.targets[0].device, portable.gpu_memory) == ("any", 0)
+
+
+def test_the_gpus_memory_is_a_budget(folder: Path) -> None:
+    build = load(folder, f"{RTX}, gpu: rtx-4090")
+    plan = make_plan(build)
+    target = plan.targets[0]
+    plan.check_budgets("build.yaml")
+    assert plan.room("card") is None
+    wide = replace(plan, gpu_budget=2 * target.bytes)
+    assert wide.room("card") == MemoryBudget(target.bytes)
+    with pytest.raises(ArrieroError, match=r"budgets\.gpu_memory: the build needs about .* of GPU memory"):
+        replace(plan, gpu_budget=target.kv_bytes - 1).check_budgets("build.yaml")
+    file = folder / "build.yaml"
+    file.write_text(file.read_text() + "budgets: {gpu_memory: 24GiB}\n")
+    assert make_plan(load_build(file)).gpu_budget == 24 << 30
+
+
+def test_weights_that_a_budget_has_no_room_for_are_streamed(folder: Path) -> None:
+    plan = make_plan(load(folder, f"{RTX}, gpu: rtx-4090"))
+    target = plan.targets[0]
+    tight = replace(plan, gpu_budget=target.kv_bytes + 8000)
+    tight.check_budgets("build.yaml")
+    assert tight.room("card") == MemoryBudget(1000, 7000)
+    console = Console(file=io.StringIO(), width=140)
+    tight.render(console)
+    assert "card: 6.84 KiB of" in console.file.getvalue()
+
+
+def test_a_product_that_is_missing_is_told_before_anything_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building.Build, "check_inputs", lambda build: None)
+
+    def missing(product: str) -> None:
+        raise MachineLacks(f"{product} is not installed")
+
+    monkeypatch.setattr(building, "load", missing)
+    build = load(folder, f"{RTX}, gpu: rtx-4090")
+    with pytest.raises(MachineLacks, match="tensorrt-rtx is not installed"):
+        building.Build(build, "build.yaml", lambda *told: None).run()
+    assert not (folder / "out" / ".work").exists()
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    try:
+        tensorrt_api.load("tensorrt-rtx")
+    except MachineLacks as lack:
+        pytest.skip(str(lack))
+    monkeypatch.setattr(building, "local_gpus", lambda: ())
+    small_scout(tmp_path / "model", vision=False)
+    return tmp_path
+
+
+def test_a_build_goes_as_far_as_the_machine_and_on_from_there(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = "name: exact, backend: onnxruntime, profile: fp32, context: 1024"
+    file, card = small / "build.yaml", RTX.replace("128", "1024")
+    text = BUILD.format(targets=f"  - {{{card}, gpu: rtx-4090}}\n  - {{{exact}}}\n")
+    file.write_text(text.replace("samples: 4}}", "samples: 4}, thresholds: {task_accuracy_drop: 1.0}}"))
+    first = arriero("build", file)
+    assert first.code == 3
+    told = "target card is compiled and kept, and not proven: its engines run on compute capability 8.9"
+    assert told in " ".join(first.err.split())
+    assert (small / "out" / "exact" / "manifest.json").is_file()  # the other target is done all the same
+    assert not (small / "out" / "card").exists()
+    (lowered,) = (small / "out" / ".work").glob("lower-card-*")
+    assert {path.name for path in lowered.glob("*.*")} == {
+        *("embed.engine", "embed.json", "text.engine", "text.json", "lowering.json", "stage.json")
+    }
+    made = json.loads((lowered / "lowering.json").read_text())
+    assert (made["gpu"], made["arch"], list(made["tools"])) == ("sm_89", "x86_64", ["tensorrt-rtx"])
+    assert {entry["file"] for entry in made["weights"].values()} == {"embed.engine", "text.engine"}
+    manifest = json.loads((small / "out" / "card.partial" / "manifest.json").read_text())
+    assert (manifest["target"]["gpu"], manifest["target"]["plugins"]) == ("sm_89", {})
+    assert manifest["kv_bytes_per_token"]["global"] == 2 * 2 * 16 * 2
+
+    def never(*given: object) -> None:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(tensorrt_rtx, "compile_graphs", never)
+    assert arriero("build", file).code == 3
+    reached = []
+    monkeypatch.setattr(building, "local_gpus", lambda: (Gpu(89),))
+    monkeypatch.setattr("arriero.export.proof.prove.measure", lambda bundle, *given: reached.append(bundle) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # the proof itself needs the GPU
+        arriero("build", file)
+    assert reached == [small / "out" / "card.partial"]

@@ -1,0 +1,73 @@
+"""The comparison's own figures and its page; what it measures is parity's, tested there."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+from rich.console import Console
+
+from arriero.export.proof.compare import Compared, decoder_bits, show, to_json, write_page
+from arriero.runtimes.proof.plots import size_and_error
+
+LAYER = "language_model.model.layers.0"
+
+
+def line(name: str, size: int, kl: float) -> Compared:
+    return Compared(
+        name, name, "int4", size, size // 2, 4.5, "int8", 512, 31.4, kl, 0.4, 0.99, 0.98, 0.5, 0.48, 0.05, 100
+    )
+
+
+def test_bits_count_scales_but_not_routers_and_tables() -> None:
+    weights = {
+        f"{LAYER}.self_attn.q_proj.weight.packed": {
+            "dtype": "U8",
+            "shape": [64, 2, 16],
+            "scheme": "int4 block 32 gptq",
+        },
+        f"{LAYER}.self_attn.q_proj.weight.scales": {"dtype": "F32", "shape": [64, 2], "scheme": "int4 block 32 gptq"},
+        f"{LAYER}.feed_forward.router.weight": {"dtype": "F32", "shape": [4, 64], "scheme": "exact"},
+        f"{LAYER}.input_layernorm.weight": {"dtype": "F32", "shape": [64], "scheme": "exact"},
+        "language_model.lm_head.weight": {"dtype": "F32", "shape": [160, 64], "scheme": "exact"},
+    }
+    assert decoder_bits(weights) == 5.0
+    scales = {"dtype": "F32", "shape": [64], "scheme": "fp8 per channel"}
+    byte = {
+        f"{LAYER}.self_attn.q_proj.weight.packed": {**scales, "dtype": "F8_E4M3", "shape": [64, 64]},
+        f"{LAYER}.self_attn.q_proj.weight.scales": scales,
+    }
+    assert decoder_bits(byte) == 8.5
+    static = {**byte, f"{LAYER}.self_attn.q_proj.weight.multiplier": scales}
+    assert decoder_bits(static) == 9.0
+    exact = {f"{LAYER}.self_attn.q_proj.weight": {"dtype": "F32", "shape": [64, 64], "scheme": "exact"}}
+    assert decoder_bits(exact) == 32.0
+
+
+def test_the_page_stands_alone_and_shows_every_bundle(tmp_path: Path) -> None:
+    lines = [line("small", 5 << 20, 0.02), line("large <&>", 30 << 20, 1e-13)]
+    write_page(lines, {"checkpoint": "c"}, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    for wanted in ("small", "large &lt;&amp;&gt;", "<svg", "48.0 ± 5.0 %", "40.00 %", "int8, 512 B"):
+        assert wanted in page
+    for banned in ("<script", "http://", "https://", "{%"):
+        assert banned not in page
+    assert len(to_json(lines, {"seed": 1})["bundles"]) == 2
+    console = Console(width=80, record=True)
+    show(lines, console)
+    assert "31.4" in console.export_text()
+
+
+def test_labels_of_bundles_that_are_close_do_not_cover_each_other() -> None:
+    plot = size_and_error({"one": (9.0, 0.02), "two": (9.1, 0.02), "exact": (33.0, 0.0)})
+    assert plot is not None
+    heights = {
+        text.text: float(text.attrib["y"])
+        for text in ET.fromstring(plot.svg).iter("text")
+        if text.text in ("one", "two")
+    }
+    assert abs(heights["one"] - heights["two"]) >= 12.9
+
+
+def test_no_points_no_plot() -> None:
+    assert size_and_error({}) is None

@@ -1,0 +1,312 @@
+"""What calibration sees, against an explicit recomputation from the reference's own parts; and how a build uses it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from arriero.errors import ArrieroError
+from arriero.export.calibration.calibrate import Calibration, fallbacks
+from arriero.export.proof.reference import TorchBackend
+from arriero.export.proof.walk_layers import Walk
+from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.model import Llama4
+from arriero.profiles.quantize import dequantize, quantize
+from arriero.profiles.quantized_weights import QuantizedWeights
+from arriero.profiles.recipe import Profile
+from arriero.runtimes.processor.processor import Prompt
+from tests.toys import VOCABULARY, load_reference, make_maverick_toy, make_scout_toy
+
+LAYER = "language_model.model.layers"
+SAMPLES, LENGTH = 5, 40  # each crosses two chunk boundaries of 16
+TOYS: dict[str, Any] = {
+    "scout": lambda folder: make_scout_toy(folder, 1, vision=False),
+    "maverick": lambda folder: make_maverick_toy(folder, 2),
+    "top-2": lambda folder: make_scout_toy(folder, 3, vision=False, num_experts_per_tok=2),
+}
+
+
+class FakeSession:
+    """As much of a session as a walk asks for: ids are drawn, not tokenised."""
+
+    def __init__(self, model: Llama4) -> None:
+        self.backend, self.processor = TorchBackend.of(model), self
+
+    def encode(self, messages: Any, images: Any) -> Prompt:
+        draw = np.random.default_rng(messages)
+        return Prompt(draw.integers(3, VOCABULARY - 10, LENGTH - 2), None)
+
+    def tokenize(self, text: str) -> np.ndarray:
+        return np.array([5, 6], np.int64)
+
+
+class FakeSample:
+    def __init__(self, number: int) -> None:
+        self.name, self.prompt, self.answer = f"set.jsonl:{number}", number, "x"
+        self.images: list[Any] = []
+
+
+def walk_over(model: Llama4, folder: Path, second: bool = True) -> Walk:
+    folder.mkdir(exist_ok=True)
+    samples: Any = [FakeSample(number) for number in range(SAMPLES)]
+    session: Any = FakeSession(model)
+    return Walk(session, samples, folder, second)
+
+
+def profile(below: str = "nearest", minimum: int = 8) -> Profile:
+    scheme = {"kind": "int_block", "bits": 4, "block": 16, "accuracy_level": 0, "rounding": "gptq"}
+    matrices = r"re:language_model\.model\.layers\.\d+\.(self_attn|feed_forward)\.(?!router).*"
+    return Profile.model_validate(
+        {
+            "name": "toy4",
+            "version": 1,
+            "description": "d",
+            "thresholds": {"kl_over_rtn": 0.9},
+            "calibration": {"damping": 0.03, "minimum_tokens": minimum, "below": below, "reason": "r"},
+            "keep": [{"match": r"re:.*(router|norm|embed_tokens|lm_head).*", "reason": "r"}],
+            "rules": [{"match": matrices, "scheme": scheme, "reason": "r"}],
+        }
+    )
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_a_walk_gives_the_references_hidden_states_and_inputs(tmp_path: Path, name: str) -> None:
+    model = load_reference(TOYS[name](tmp_path / "toy"))
+    walk = walk_over(model, tmp_path / "walk")
+    walk.embed()
+    seen = [walk.observe(layer) for layer in range(4)]
+    for number in range(SAMPLES):
+        ids = np.concatenate([walk.prompts[number].input_ids, walk.answers[number]])[None]
+        backend = walk.session.backend
+        embeds = backend.embed(ids, np.zeros((0, 64), np.float32))
+        whole = backend.forward(
+            embeds, np.arange(LENGTH)[None], backend.new_cache(1, LENGTH), np.arange(1), captures=True
+        )
+        rows = slice(walk.bounds[number], walk.bounds[number + 1])
+        for layer in range(4):
+            hidden = np.load(walk.hidden_file(layer + 1))[rows]
+            np.testing.assert_allclose(hidden, whole.hiddens[layer][0], atol=1e-5)
+            routed = seen[layer].routed
+            if routed is not None:
+                per_token = whole.expert_ids[layer].shape[-1]
+                here = routed.expert[rows.start * per_token : rows.stop * per_token]
+                np.testing.assert_array_equal(here, whole.expert_ids[layer].reshape(-1))
+                assert (routed.sample[rows.start * per_token : rows.stop * per_token] == number).all()
+
+
+@pytest.mark.parametrize("name", TOYS)
+@torch.inference_mode()
+def test_statistics_are_those_of_an_explicit_recomputation(tmp_path: Path, name: str) -> None:
+    folder = TOYS[name](tmp_path / "toy")
+    model = load_reference(folder)
+    walk = walk_over(model, tmp_path / "walk")
+    walk.embed()
+    layer = 1  # a MoE layer of each toy
+    for before in range(layer):
+        walk.observe(before)
+    seen = walk.observe(layer)
+    module: Any = model.language_model.model.layers[layer]
+    hidden = torch.from_numpy(np.load(walk.hidden_file(layer)))
+    x = module.input_layernorm(hidden).numpy()
+    moments = seen.moments[f"{LAYER}.{layer}.self_attn.k_proj.weight"]
+    assert moments.count == SAMPLES * LENGTH
+    np.testing.assert_allclose(moments.moment, x.T.astype(np.float64) @ x, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(moments.largest, np.abs(x).max(0), rtol=1e-5)
+    # What the experts read: the normalised stream after attention, times the router's score.
+    attended = np.concatenate([_attended(walk, layer, number) for number in range(SAMPLES)])
+    y = module.post_attention_layernorm(torch.from_numpy(attended))
+    value, chosen = module.feed_forward.router(y).topk(walk.text.experts_per_token, -1)
+    assert seen.routed is not None
+    counts = seen.routed.counts(walk.text.experts)
+    assert sum(counts) == SAMPLES * LENGTH * walk.text.experts_per_token
+    calibration = Calibration(walk, Checkpoint.open(folder), {}, tmp_path, lambda *_: None)
+    found = list(calibration._experts(layer, seen.routed))
+    for expert in range(walk.text.experts):
+        token, slot = torch.nonzero(chosen == expert, as_tuple=True)
+        rows = y[token] * value[token, slot].sigmoid()[:, None]
+        gate, up = (rows @ module.feed_forward.experts.gate_up_proj[expert].float()).chunk(2, -1)
+        inner = F.silu(gate) * up
+        for (_, _, _, moments), want in zip(found[2 * expert : 2 * expert + 2], (rows, inner), strict=True):
+            assert moments.count == counts[expert] == len(want)
+            np.testing.assert_allclose(moments.moment, (want.T @ want).numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_cache_ranges_are_those_of_the_references_own_cache(tmp_path: Path, name: str) -> None:
+    model = load_reference(TOYS[name](tmp_path / "toy"))
+    walk = walk_over(model, tmp_path / "walk")
+    walk.embed()
+    seen = [walk.observe(layer).cache for layer in range(4)]
+    backend: Any = walk.session.backend
+    held = []
+    for prompt, answer in zip(walk.prompts, walk.answers, strict=True):
+        ids = np.concatenate([prompt.input_ids, answer])[None]
+        cache = backend.new_cache(1, LENGTH)
+        backend.forward(backend.embed(ids, np.zeros((0, 64), np.float32)), np.arange(LENGTH)[None], cache, np.arange(1))
+        held.append(cache.padded()[0])
+    for layer, found in enumerate(seen):
+        keys, values = (torch.cat([past[layer][which] for past in held], 2)[0].numpy() for which in (0, 1))  # [K, T, D]
+        assert found.tokens == keys.shape[1] == SAMPLES * LENGTH
+        np.testing.assert_allclose(found.value, np.abs(values).max(1), rtol=1e-4)
+        if walk.text.layers[layer].rope:
+            keys = np.repeat(np.hypot(keys[..., 0::2], keys[..., 1::2]), 2, -1)
+        np.testing.assert_allclose(found.key, np.abs(keys).max(1), rtol=1e-4)
+
+
+def _attended(walk: Walk, layer: int, number: int) -> np.ndarray:
+    """The residual stream between attention and feed-forward: the layer without what its feed-forward adds."""
+    module: Any = walk.model.model.layers[layer]
+    hidden = np.load(walk.hidden_file(layer))[walk.bounds[number] : walk.bounds[number + 1]]
+    kept = module.feed_forward.forward
+    module.feed_forward.forward = lambda y: (torch.zeros_like(y), torch.zeros(len(y), 1, dtype=torch.int64))
+    try:
+        return walk.step(layer, np.array(hidden))[0]
+    finally:
+        module.feed_forward.forward = kept
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_every_expert_is_calibrated_or_listed_and_no_scale_is_made_up(tmp_path: Path, name: str) -> None:
+    folder = TOYS[name](tmp_path / "toy")
+    checkpoint, mine = Checkpoint.open(folder), profile()
+    stage = tmp_path / "stage"
+    walk = walk_over(load_reference(folder), stage)
+    Calibration(walk, checkpoint, {"p": mine}, stage, lambda *_: None).run()
+    coverage = {int(layer): counts for layer, counts in json.loads((stage / "coverage.json").read_text()).items()}
+    assert set(coverage) == set(walk.text.moe_layers)
+    roundings = QuantizedWeights(stage / "p")
+    thin = [(layer, e, n) for layer, counts in coverage.items() for e, n in enumerate(counts) if n < 8]
+    listed = fallbacks(mine, roundings.notes())
+    assert [(one["layer"], one["expert"], one["tokens"]) for one in listed] == thin
+    ranges = json.loads((stage / "ranges.json").read_text())
+    for tensor, scheme in mine.assign(checkpoint.tensors).items():
+        if scheme.kind == "exact":
+            assert tensor not in roundings
+            continue
+        assert tensor in ranges
+        rounded = roundings.read(tensor, 4, 16)
+        assert np.isfinite(rounded.scales).all()
+        assert not (rounded.scales == 1).any()
+        weight = checkpoint.read_float32(tensor)
+        weight = weight.swapaxes(-1, -2) if weight.ndim == 3 else weight
+        assert np.abs(dequantize(rounded) - weight).max() < 0.5 * np.abs(weight).max()
+        for layer, expert, _ in thin:
+            if tensor.startswith(f"{LAYER}.{layer}.feed_forward.experts"):
+                plain = quantize(np.ascontiguousarray(weight[expert]), bits=4, block=16, name="w")
+                np.testing.assert_array_equal(rounded.packed[expert], plain.packed)
+    if name == "maverick":
+        assert thin  # 200 tokens cannot fill 128 experts
+    assert [one["tokens"] for one in json.loads((stage / "cache.json").read_text())] == [SAMPLES * LENGTH] * 4
+    assert not list(stage.glob("hidden-*")) + list(stage.glob("routed.*"))
+
+
+def static_profile(smooth: float | None) -> Profile:
+    data = profile().model_dump()
+    data["calibration"] |= {"damping": None, "below": "widest"}
+    data["rules"][0]["scheme"] = {"kind": "int8_static", "smooth": smooth}
+    return Profile.model_validate(data)
+
+
+@pytest.mark.parametrize("smooth", [None, 0.5])
+@pytest.mark.parametrize("name", TOYS)
+def test_every_static_scale_comes_from_rows_that_were_seen(tmp_path: Path, name: str, smooth: float | None) -> None:
+    folder = TOYS[name](tmp_path / "toy")
+    checkpoint, mine = Checkpoint.open(folder), static_profile(smooth)
+    stage = tmp_path / "stage"
+    walk = walk_over(load_reference(folder), stage, second=mine.rounds_by_gptq)
+    Calibration(walk, checkpoint, {"p": mine}, stage, lambda *_: None).run()
+    ranges = json.loads((stage / "ranges.json").read_text())
+    roundings = QuantizedWeights(stage / "p")
+    listed = {(one["layer"], one["expert"]) for one in fallbacks(mine, roundings.notes())}
+    for tensor, scheme in mine.assign(checkpoint.tensors).items():
+        if not scheme.calibrates:
+            assert tensor not in roundings
+            continue
+        inputs = roundings.read_inputs(tensor)
+        entries = ranges[tensor] if isinstance(ranges[tensor], list) else [ranges[tensor]]
+        divisors = inputs.divisors.reshape(len(entries), -1)
+        assert np.isfinite(divisors).all()
+        assert (divisors > 0).all()
+        widest = max(entry["largest"] for entry in entries)
+        layer = int(tensor.split(".layers.")[1].split(".")[0])
+        for expert, (entry, largest, divisor) in enumerate(zip(entries, inputs.largest.ravel(), divisors, strict=True)):
+            thin = len(entries) > 1 and entry["tokens"] < 8
+            assert ((layer, expert) in listed) == thin or len(entries) == 1
+            if thin or smooth is None:
+                assert (divisor == 1).all()
+                assert largest == pytest.approx(widest if thin else entry["largest"])
+            else:
+                assert 0 < largest <= entry["largest"] / divisor.min() * 1.0001
+                assert len(set(divisor)) > 1
+    if name == "maverick":
+        assert listed
+
+
+def test_a_killed_calibration_goes_on_after_its_last_layer(tmp_path: Path) -> None:
+    folder = TOYS["scout"](tmp_path / "toy")
+    checkpoint, model = Checkpoint.open(folder), load_reference(folder)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    Calibration(walk_over(model, whole), checkpoint, {"p": profile()}, whole, lambda *_: None).run()
+
+    def killed(step: str, done: int, total: int, unit: str) -> None:
+        if step == "calibrate: layer 2, matrices" and done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Calibration(walk_over(model, parts), checkpoint, {"p": profile()}, parts, killed).run()
+    steps: list[str] = []
+    again = Calibration(
+        walk_over(model, parts), checkpoint, {"p": profile()}, parts, lambda step, *_: steps.append(step)
+    )
+    again.run()
+    assert {step.split(",")[0] for step in steps} == {"calibrate: layer 2", "calibrate: layer 3"}
+    for file in (
+        "coverage.json",
+        "ranges.json",
+        "cache.json",
+        *(f"p/{path.name}" for path in (whole / "p").glob("*.npy")),
+    ):
+        assert (whole / file).read_bytes() == (parts / file).read_bytes()
+
+
+def test_a_profile_may_stop_the_build_for_thin_experts(tmp_path: Path) -> None:
+    folder = TOYS["maverick"](tmp_path / "toy")
+    walk = walk_over(load_reference(folder), tmp_path)
+    strict = profile(below="stop", minimum=3)
+    told = r"layer 1: too few calibration tokens reached experts .*2 \(0\).* as profile `toy4` says"
+    with pytest.raises(ArrieroError, match=told):
+        Calibration(walk, Checkpoint.open(folder), {"p": strict}, tmp_path, lambda *_: None).run()
+
+
+def test_an_expert_that_overflows_is_named_with_layer_and_sample(tmp_path: Path) -> None:
+    folder = TOYS["scout"](tmp_path / "toy")
+    model: Any = load_reference(folder)
+    walk = walk_over(model, tmp_path / "walk")
+    walk.embed()
+    hidden = np.load(walk.hidden_file(0), mmap_mode="r+")
+    hidden[walk.bounds[3] + 4, 7] = np.inf
+    hidden.flush()
+    with pytest.raises(
+        ArrieroError, match=r"layer 0, input of self_attn.q_proj, calibration sample set.jsonl:3: 1 of 40"
+    ):
+        walk.observe(0)
+
+
+def test_an_expert_whose_inner_activation_overflows_is_named(tmp_path: Path) -> None:
+    folder = TOYS["scout"](tmp_path / "toy")
+    walk = walk_over(load_reference(folder), tmp_path / "walk")
+    walk.embed()
+    routed = walk.observe(0).routed
+    assert routed is not None
+    expert = int(routed.expert[90])
+    routed.rows[90] = 3e38
+    calibration = Calibration(walk, Checkpoint.open(folder), {}, tmp_path, lambda *_: None)
+    told = rf"layer 0, expert {expert}, input of down_proj, calibration sample set.jsonl:2: "
+    with np.errstate(all="ignore"), pytest.raises(ArrieroError, match=told):
+        list(calibration._experts(0, routed))

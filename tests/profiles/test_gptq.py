@@ -1,0 +1,98 @@
+"""GPTQ against brute force and against plain rounding, on matrices small enough to try every answer."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from arriero.errors import ArrieroError
+from arriero.profiles.gptq import gptq, output_error, search_scales
+from arriero.profiles.quantize import dequantize, quantize
+
+DAMPING = 0.03
+
+
+def draw(seed: int, rows: int = 8, features: int = 64, tokens: int = 300) -> tuple[np.ndarray, np.ndarray]:
+    """A weight [N, K] and the second moments [K, K] of correlated inputs of very different sizes."""
+    rng = np.random.default_rng(seed)
+    mix = rng.standard_normal((features, features)) / features**0.5 + np.eye(features)
+    x = rng.standard_normal((tokens, features)) @ mix * 10.0 ** rng.uniform(-1, 1, features)
+    return rng.standard_normal((rows, features)).astype(np.float32), x.T @ x
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("seed", range(12))
+def test_the_output_error_is_strictly_below_plain_rounding(bits: int, seed: int) -> None:
+    weight, moment = draw(seed)
+    shape = {"bits": bits, "block": 16}
+    calibrated = dequantize(gptq(weight, moment, **shape, damping=DAMPING, name="w"))
+    plain = dequantize(quantize(weight, **shape, name="w"))
+    ratio = output_error(weight, calibrated, moment) / output_error(weight, plain, moment)
+    assert ratio < 0.5  # measured 0.19 to 0.42
+
+
+def test_with_uncorrelated_inputs_it_is_rounding_to_nearest_at_the_best_scales() -> None:
+    weight, _ = draw(0)
+    rounded = gptq(weight, np.eye(64), bits=4, block=16, damping=DAMPING, name="w")
+    steps = np.repeat(rounded.scales, 16, -1)
+    np.testing.assert_allclose(dequantize(rounded), np.clip(np.rint(weight / steps), -8, 7) * steps, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_it_comes_close_to_the_best_of_all_roundings_up_and_down(seed: int) -> None:
+    """At its own scales: 12 features, each rounded down or up, 4096 answers per row, the best of them found."""
+    weight, moment = draw(seed, rows=32, features=12)
+    rounded = gptq(weight, moment, bits=4, block=12, damping=1e-6, name="w")
+    best = 0.0
+    for row, step in zip(weight, rounded.scales[:, 0], strict=True):
+        error = row - np.clip(np.floor(row / step) + np.array(list(product((0, 1), repeat=12))), -8, 7) * step
+        best += np.einsum("ij,jk,ik->i", error, moment, error).min()
+    nearest = np.clip(np.rint(weight / rounded.scales), -8, 7) * rounded.scales
+    mine, plain = (output_error(weight, one, moment) for one in (dequantize(rounded), nearest))
+    assert mine <= 1.05 * best  # measured 0.77 to 1.003: it also goes further than the neighbours, where that pays
+    assert mine < 0.8 * plain  # measured 0.48 to 0.69
+
+
+def test_the_scale_search_tries_both_signs_and_never_loses_to_absmax() -> None:
+    weight, moment = draw(3)
+    importance = np.diagonal(moment)
+    scales = search_scales(weight, importance, bits=4, block=16)
+    assert (scales < 0).any()
+    assert (scales > 0).any()
+
+    def error(steps: np.ndarray, low: int) -> np.ndarray:
+        wide = np.repeat(steps, 16, -1)
+        off = (weight - np.clip(np.rint(weight / wide), low, 7) * wide) ** 2 * importance
+        return off.reshape(8, 4, 16).sum(-1)
+
+    absmax = np.abs(weight.reshape(8, 4, 16)).max(-1) / 8
+    assert (error(scales, -8) <= error(absmax, -8) * 1.0001).all()
+
+
+def test_zero_blocks_and_inputs_that_never_came_are_sound() -> None:
+    weight, moment = draw(1)
+    weight[:, :16] = 0
+    moment[16:32] = moment[:, 16:32] = 0
+    rounded = gptq(weight, moment, bits=4, block=16, damping=DAMPING, name="w")
+    back = dequantize(rounded)
+    assert np.isfinite(rounded.scales).all()
+    assert (rounded.scales != 0).all()
+    assert (back[:, :16] == 0).all()
+    assert np.abs(back - weight).max() < 1
+
+
+def test_no_inputs_at_all_is_plain_rounding_not_nan() -> None:
+    weight, _ = draw(2)
+    back = dequantize(gptq(weight, np.zeros((64, 64)), bits=4, block=16, damping=DAMPING, name="w"))
+    assert np.abs(back - weight).max() < 0.5
+
+
+def test_what_plain_rounding_refuses_is_refused_by_name() -> None:
+    weight, moment = draw(0)
+    with pytest.raises(ArrieroError, match=r"layers\.3\.w: 64 input features do not divide into blocks of 48"):
+        gptq(weight, moment, bits=4, block=48, damping=DAMPING, name="layers.3.w")
+    weight[0, 0] = np.nan
+    with pytest.raises(ArrieroError, match=r"layers\.3\.w: 1 of 512 values are NaN"):
+        gptq(weight, moment, bits=4, block=16, damping=DAMPING, name="layers.3.w")

@@ -1,0 +1,38 @@
+"""Calibrated roundings written one expert at a time and read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from arriero.profiles.quantize import Quantized, dequantize, quantize
+from arriero.profiles.quantized_weights import QuantizedWeights, RoundingRecord
+
+
+def rounded(seed: int) -> Quantized:
+    weight = np.random.default_rng(seed).standard_normal((6, 32)).astype(np.float32)
+    return quantize(weight, bits=4, block=16, name="w")
+
+
+def test_a_matrix_and_a_stack_come_back(tmp_path: Path) -> None:
+    store = QuantizedWeights(tmp_path / "new")
+    assert "w" not in store
+    assert store.notes() == []
+    store.write("w", None, 0, rounded(0), RoundingRecord("w", None, "gptq", 9, 1.5, 0.3))
+    for expert in (0, 2, 1):
+        store.write("e", expert, 3, rounded(expert), RoundingRecord("e", expert, "gptq", 9, 1.5, 0.3))
+    assert "w" in store
+    assert "e" in store
+    np.testing.assert_array_equal(dequantize(store.read("w", 4, 16)), dequantize(rounded(0)))
+    stack = dequantize(store.read("e", 4, 16))
+    for expert in range(3):
+        np.testing.assert_array_equal(stack[expert], dequantize(rounded(expert)))
+
+
+def test_writing_again_replaces_and_the_last_note_counts(tmp_path: Path) -> None:
+    store = QuantizedWeights(tmp_path)
+    for seed in (1, 2):
+        store.write("e", 0, 2, rounded(seed), RoundingRecord("e", 0, "gptq", seed, 1.0, None))
+    np.testing.assert_array_equal(dequantize(store.read("e", 4, 16))[0], dequantize(rounded(2)))
+    assert [note.tokens for note in store.notes()] == [2]

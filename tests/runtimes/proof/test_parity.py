@@ -1,0 +1,323 @@
+"""`compare` on a real toy reference: an honest candidate passes, each subtly wrong one fails by the row it should."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import replace
+from types import MethodType
+
+import numpy as np
+import pytest
+import torch
+
+from arriero.errors import ArrieroError, Problems
+from arriero.export.proof.reference import TorchBackend
+from arriero.graphs.ops import expert_dispatch
+from arriero.runtimes.backend import StepOutput
+from arriero.runtimes.processor.detokenize import Detokenizer
+from arriero.runtimes.processor.processor import Prompt
+from arriero.runtimes.proof.parity import ParityCase, check_thresholds, compare
+from arriero.runtimes.proof.report import ParityReport
+from arriero.runtimes.session import Session
+from tests.toys import IMAGE_TOKEN, make_maverick_toy, make_scout_toy
+
+# The float32 profile's promise. Every wrong candidate below is off by far more.
+EXACT = {"router_agreement": 1.0, "same_top_token": 1.0, "logits_max_abs_error": 1e-4}
+
+
+class ToyProcessor:
+    """One character is one token; each image is one noise tile of four placeholders before the text."""
+
+    def encode(self, prompt, images=()):
+        ids = [1] + [IMAGE_TOKEN] * (4 * len(images)) + [ord(c) for c in prompt]
+        tiles = [np.random.default_rng(seed).normal(size=(3, 32, 32)) for seed in images]
+        return Prompt(np.array(ids, np.int64), np.stack(tiles).astype(np.float32) if tiles else None)
+
+    def tokenize(self, text):
+        return np.array([ord(c) for c in text], np.int64)
+
+    def detokenizer(self):
+        return Detokenizer(lambda ids: "".join(chr(i) for i in ids))
+
+
+class Wrapped:
+    """A backend with one of its methods replaced."""
+
+    def __init__(self, inner: TorchBackend, **methods) -> None:
+        self.spec, self._inner = inner.spec, inner
+        for name in ("vision", "embed", "new_cache", "forward", "close"):
+            setattr(self, name, methods.get(name, getattr(inner, name)))
+
+
+def session(backend, processor=None) -> Session:
+    return Session(backend, processor or ToyProcessor())
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> Session:
+    return session(TorchBackend(make_scout_toy(tmp_path_factory.mktemp("scout"), seed=3)))
+
+
+@pytest.fixture(scope="module")
+def cases(reference) -> list[ParityCase]:
+    """Prompts over several chunks of 16, one with two images; right is what the reference answers, but for one."""
+    prompts = [("recall", "the key of gate nine is blue; what opens gate nine?", ())]
+    prompts += [
+        ("arithmetic", "12 + 30 - 5 + 7 - 9 + 11 = ", ()),
+        ("image", "which of the two has more corners?", (7, 8)),
+    ]
+    made = []
+    for number, (family, text, images) in enumerate(prompts):
+        answer = reference.generate(reference.encode(text, list(images)), max_tokens=12).text
+        right = "no such answer" if number == 1 else answer
+        made.append(ParityCase(f"{family}-{number}", family, text, images, answer[:6], right.__eq__))
+    return made
+
+
+def run(reference: Session, candidate: Session, cases, thresholds=EXACT) -> ParityReport:
+    return compare(reference, candidate, cases, thresholds, max_new_tokens=12)
+
+
+def twin(reference: Session) -> TorchBackend:
+    return TorchBackend.of(copy.deepcopy(reference.backend.model))
+
+
+def row(report: ParityReport, name: str):
+    return next(row for row in report.rows if row.metric == name)
+
+
+def failed(report: ParityReport) -> set[str]:
+    return {row.metric for row in report.failed}
+
+
+def test_an_honest_candidate_passes_every_row(reference, cases):
+    seen = []
+    thresholds = {
+        **EXACT,
+        "logits_relative_l2": 1e-5,
+        "logits_kl_mean": 1e-9,
+        "layer_relative_l2_highest": 1e-5,
+        "layer_snr_db_lowest": 100.0,
+        "router_agreement_lowest": 1.0,
+        "vision_relative_l2": 1e-6,
+        "embeddings_relative_l2": 0.0,
+        "greedy_prefix_length": 1.0,
+        "task_accuracy_drop": 0.0,
+        "task_accuracy_candidate.image": 1.0,
+    }
+    model = copy.deepcopy(reference.backend.model).float()  # the same numbers, wider
+    report = compare(
+        reference,
+        session(TorchBackend.of(model)),
+        cases,
+        thresholds,
+        lambda *step: seen.append(step),
+        max_new_tokens=12,
+    )
+    assert not report.failed, failed(report)
+    assert seen == [(1, 3, "recall-0"), (2, 3, "arithmetic-1"), (3, 3, "image-2")]
+    assert [layer.attention for layer in report.layers] == ["chunked"] * 3 + ["global"]
+    assert row(report, "task_accuracy_reference").value == pytest.approx(2 / 3)
+    assert {score.family: score.reference_right for score in report.families} == {
+        "recall": 1,
+        "arithmetic": 0,
+        "image": 1,
+    }
+    assert [case.image_tiles for case in report.cases] == [0, 0, 2]
+
+
+def score_on_the_output(moe, x):
+    value, expert_id = moe.router(x).topk(moe.per_token, dim=-1)
+    whole = torch.ones_like(value)
+    routed = expert_dispatch(x, expert_id, whole, moe.experts.gate_up_proj, moe.experts.down_proj)
+    return moe.shared_expert(x) + routed * value.sigmoid(), expert_id
+
+
+def scores_of_one(moe, x):
+    value, expert_id = moe.router(x).topk(moe.per_token, dim=-1)
+    routed = expert_dispatch(x, expert_id, torch.ones_like(value), moe.experts.gate_up_proj, moe.experts.down_proj)
+    return moe.shared_expert(x) + routed, expert_id
+
+
+def no_shared_expert(moe, x):
+    value, expert_id = moe.router(x).topk(moe.per_token, dim=-1)
+    score = value.sigmoid()
+    return expert_dispatch(x, expert_id, score, moe.experts.gate_up_proj, moe.experts.down_proj), expert_id
+
+
+@pytest.mark.parametrize("wrong", [score_on_the_output, scores_of_one, no_shared_expert])
+def test_a_wrong_expert_formula_fails(reference, cases, wrong):
+    backend = twin(reference)
+    for layer in backend.model.language_model.model.layers:
+        layer.feed_forward.forward = MethodType(wrong, layer.feed_forward)
+    report = run(reference, session(backend), cases)
+    assert "logits_max_abs_error" in failed(report)
+    assert row(report, "embeddings_relative_l2").value == 0.0, "the fault is not there"
+
+
+def test_one_lost_expert_in_one_layer_fails_and_the_series_shows_the_layer(reference, cases):
+    backend = twin(reference)
+    experts = backend.model.language_model.model.layers[2].feed_forward.experts
+    experts.down_proj.data = experts.down_proj.data.clone()
+    experts.down_proj.data[1] = 0
+    report = run(reference, session(backend), cases)
+    assert "logits_max_abs_error" in failed(report)
+    errors = [layer.relative_l2 for layer in report.layers]
+    assert errors[:2] == [0.0, 0.0]
+    assert errors[2] > 1e-3
+
+
+def test_a_dropped_chunk_mask_fails(reference, cases):
+    backend = twin(reference)
+    for layer in backend.model.language_model.model.layers:
+        layer.self_attn.layer = replace(layer.self_attn.layer, chunked=False)
+    assert "logits_max_abs_error" in failed(run(reference, session(backend), cases))
+
+
+def test_a_dropped_chunk_mask_is_not_seen_within_one_chunk(reference):
+    """Why the cases above are longer than a chunk."""
+    backend = twin(reference)
+    for layer in backend.model.language_model.model.layers:
+        layer.self_attn.layer = replace(layer.self_attn.layer, chunked=False)
+    assert not compare(reference, session(backend), [ParityCase("short", "x", "abc")], EXACT, max_new_tokens=4).failed
+
+
+def test_a_fault_of_decode_alone_fails_by_the_greedy_rows(reference, cases):
+    backend = twin(reference)
+
+    def forward(embeds, positions, cache, index, captures=False):
+        output = backend.forward(embeds, positions, cache, index, captures)
+        return StepOutput(np.roll(output.logits, 1, axis=-1)) if positions.shape[1] == 1 and not captures else output
+
+    limits = {**EXACT, "greedy_prefix_length": 1.0, "task_accuracy_drop": 0.01}
+    report = run(reference, session(Wrapped(backend, forward=forward)), cases, limits)
+    assert failed(report) == {"greedy_prefix_length", "task_accuracy_drop"}
+    assert row(report, "task_accuracy_drop").detail == "2 right before, 0 now of 3: 2 lost, 0 gained"
+
+
+def test_images_merged_in_the_wrong_order_fail_by_the_embeddings(reference, cases):
+    backend = twin(reference)
+    candidate = session(Wrapped(backend, embed=lambda ids, features: backend.embed(ids, features[::-1])))
+    report = run(reference, candidate, cases, {**EXACT, "embeddings_relative_l2": 1e-6, "vision_relative_l2": 1e-6})
+    assert failed(report) >= {"embeddings_relative_l2", "logits_max_abs_error"}
+    assert row(report, "vision_relative_l2").status == "pass"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["logits", "hidden", "vision"])
+def test_one_value_that_is_not_finite_fails_even_without_thresholds(reference, cases, bad, where):
+    backend = twin(reference)
+
+    def forward(embeds, positions, cache, index, captures=False):
+        output = backend.forward(embeds, positions, cache, index, captures)
+        if captures:
+            target = output.logits if where == "logits" else output.hiddens[1]
+            target[0, -1, 5] = bad
+        return output
+
+    def vision(pixels):
+        features = backend.vision(pixels)
+        features[0, 0] = bad
+        return features
+
+    wrong = {"vision": vision} if where == "vision" else {"forward": forward}
+    report = run(reference, session(Wrapped(backend, **wrong)), cases, {})
+    assert "nonfinite_values" in failed(report)
+    again = ParityReport.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False)))
+    assert repr(again) == repr(report), "NaN is never equal, but reads the same"
+
+
+def test_another_tokenizer_fails(reference, cases):
+    class Shifted(ToyProcessor):
+        def encode(self, prompt, images=()):
+            plain = super().encode(prompt, images)
+            return Prompt(np.concatenate([plain.input_ids, [9]]), plain.pixel_values)
+
+    report = run(reference, session(reference.backend, Shifted()), cases, {})
+    assert failed(report) == {"same_prompt"}
+    assert row(report, "same_prompt").detail == "differ: recall-0, arithmetic-1, image-2"
+
+
+def test_a_threshold_on_what_was_not_measured_fails(reference, cases):
+    blind = Wrapped(
+        reference.backend, forward=lambda *a: StepOutput(reference.backend.forward(*a[:4], captures=False).logits)
+    )
+    limits = {
+        "router_agreement": 0.5,
+        "layer_snr_db_lowest": 1.0,
+        "vision_relative_l2": 1.0,
+        "task_accuracy_drop": 1.0,
+        "task_accuracy_drop.recal": 1.0,
+    }
+    unscored = [replace(case, score=None) for case in cases[:2]]
+    report = run(reference, session(blind), unscored, limits)
+    assert failed(report) == set(limits)
+    assert row(report, "vision_relative_l2").detail == "not measured: no image cases"
+    assert row(report, "router_agreement").detail == "not measured: no expert ids for layers [0, 1, 2, 3]"
+    loose = run(reference, session(blind), unscored, {})
+    assert not loose.failed
+    assert row(loose, "router_agreement").status == "info"
+
+
+def test_near_tie_routing_is_counted_apart(reference, cases):
+    """A candidate that differs only where the reference's router is a near tie keeps full agreement."""
+    case = cases[0]
+    ids = np.concatenate([reference.processor.encode(case.prompt).input_ids, reference.processor.tokenize(case.answer)])
+    with reference.backend.router_margins() as noted:
+        reference.logits(ids, None, captures=True)
+    margins = np.concatenate(noted[0])
+    near_tie = float(np.nextafter(margins.min(), np.float32(1)))
+
+    def flipped_at(position):
+        def forward(embeds, positions, cache, index, captures=False):
+            output = reference.backend.forward(embeds, positions, cache, index, captures)
+            if captures:
+                output.expert_ids[0][positions == position] += 1
+            return output
+
+        candidate = session(Wrapped(reference.backend, forward=forward))
+        return compare(reference, candidate, [case], EXACT, max_new_tokens=4, near_tie=near_tie)
+
+    apart = flipped_at(margins.argmin())
+    assert row(apart, "router_agreement").value == 1.0
+    assert apart.layers[0].near_tie_flips == 1
+    clear = flipped_at(margins.argmax())
+    assert row(clear, "router_agreement").status == "fail"
+    assert clear.layers[0].real_flips == 1
+
+
+def test_mavericks_dense_layers_have_no_routers(tmp_path):
+    backend = TorchBackend(make_maverick_toy(tmp_path / "maverick", seed=4))
+    text = [ParityCase("text", "x", "a prompt that is longer than one chunk")]
+    report = compare(session(backend), session(backend), text, EXACT, max_new_tokens=4)
+    assert not report.failed, failed(report)
+    assert [layer.router_agreement for layer in report.layers] == [None, 1.0, None, 1.0]
+
+
+def test_the_report_survives_json(reference, cases):
+    report = replace(run(reference, session(twin(reference)), cases), labels={"bundle": "toy"})
+    assert ParityReport.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False))) == report
+    for broken in ({}, {"format": 2}, {**report.to_dict(), "rows": [{"metric": "x"}]}, []):
+        with pytest.raises(ArrieroError, match="parity report"):
+            ParityReport.from_dict(broken)
+
+
+def test_unknown_thresholds_are_listed_with_the_nearest_name():
+    with pytest.raises(ArrieroError, match=r"thresholds\.router_agrement: .* Did you mean router_agreement\?"):
+        check_thresholds({"router_agrement": 0.9})
+    with pytest.raises(Problems, match="3 problems"):
+        check_thresholds({"nonfinite_values": 3, "same_top_token": math.nan, "logits_kl_mean.recall": 0.1})
+    check_thresholds({"task_accuracy_drop.recall": 0.01, **EXACT})
+
+
+def test_what_cannot_be_compared_is_refused(reference, cases, tmp_path):
+    with pytest.raises(ArrieroError, match="no parity cases"):
+        compare(reference, reference, [], {})
+    other = session(TorchBackend(make_maverick_toy(tmp_path / "maverick", seed=4)))
+    with pytest.raises(ArrieroError, match="num_local_experts is 128; expected 4"):
+        compare(reference, other, cases, {})
+    short = Wrapped(reference.backend, vision=lambda pixels: reference.backend.vision(pixels)[:-1])
+    with pytest.raises(ArrieroError, match=r"parity case image-2: shapes differ"):
+        compare(reference, session(short), cases[2:], {})

@@ -1,0 +1,273 @@
+"""The forms of a parity report: each parses, says what failed, and stands alone."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import math
+import os
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from arriero.errors import ArrieroError
+from arriero.runtimes.proof import plots
+from arriero.runtimes.proof.report import (
+    METRICS,
+    CaseResult,
+    FamilyScore,
+    LayerSeries,
+    ParityReport,
+    judge,
+    read_json,
+    render_html,
+    render_table,
+    show,
+    write_html,
+    write_json,
+    write_junit,
+)
+
+HOSTILE = "<script>alert('x')</script> & \x00\x1b"
+
+
+def make_report(layers: int = 8) -> ParityReport:
+    """A report with every kind of row, layers of both kinds, and hostile text wherever text comes from a model."""
+    series = tuple(
+        LayerSeries(
+            layer=n,
+            attention="global" if n % 4 == 3 else "chunked",
+            ffn="moe" if n % 2 else "dense",
+            relative_l2=[0.0, math.nan][n == 2] if n in (0, 2) else 3e-4 * 1.7**n,
+            snr_db=math.inf if n == 0 else 70.0 - 4.6 * n,
+            router_agreement=1.0 - 0.0007 * n if n % 2 else None,
+            near_ties=3 if n % 2 else 0,
+            near_tie_flips=1 if n % 2 else 0,
+            real_flips=n if n % 2 else 0,
+        )
+        for n in range(layers)
+    )
+    cases = tuple(
+        CaseResult(
+            name=f"recall-{n}",
+            family="recall",
+            tokens=212 + n,
+            image_tiles=n % 2,
+            logits_relative_l2=0.004 * (n + 1),
+            logits_max_abs_error=0.02,
+            kl_mean=2e-5,
+            token_flips=n,
+            router_flips=None if n == 2 else n,
+            greedy_prefix=1.0 if n else 0.4,
+            expected="blue",
+            reference_text="blue",
+            candidate_text=HOSTILE if n == 0 else "blue",
+            reference_right=True,
+            candidate_right=n > 0,
+        )
+        for n in range(3)
+    )
+    rows = (
+        judge("nonfinite_values", 0.0, 0.0, ""),
+        judge("logits_max_abs_error", 0.021, None, "worst case recall-0"),
+        judge("router_agreement", 0.99913, 0.999, "4 layers: 5 of 5760 clear choices differ; apart: 3 of 12 near ties"),
+        judge("router_agreement_lowest", 0.9951, 0.998, f"layer 7 {HOSTILE}"),
+        judge("layer_snr_db_lowest", 37.8, None, "layer 7"),
+        judge("vision_relative_l2", None, 0.01, "no image cases"),
+        judge("embeddings_relative_l2", None, None, "no cases"),
+        judge("task_accuracy_drop.recall", 0.02, None, "1 lost, 0 gained of 48"),
+    )
+    families = (FamilyScore("recall", 48, 47, 46, 1, 0), FamilyScore("video direction of motion", 40, 40, 40, 0, 0))
+    return ParityReport(rows, series, families, cases, 1e-3, {"bundle": "portable-int8", "profile": "int8 (version 1)"})
+
+
+def test_json_round_trip_is_whole_and_repeatable(tmp_path):
+    report = make_report()
+    write_json(report, tmp_path / "parity.json")
+    first = (tmp_path / "parity.json").read_bytes()
+    write_json(report, tmp_path / "parity.json")
+    assert (tmp_path / "parity.json").read_bytes() == first
+    assert repr(read_json(tmp_path / "parity.json")) == repr(report)
+    assert json.loads(first, parse_constant=pytest.fail)["passed"] is False
+    assert os.listdir(tmp_path) == ["parity.json"]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "told"),
+    [
+        (errno.ENOSPC, OSError, "No space left"),
+        (errno.EROFS, ArrieroError, r"cannot be written \(Read-only"),
+        (errno.ENOENT, ArrieroError, "a path that can be written"),
+    ],
+)
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, number, kind, told):
+    (tmp_path / "parity.json").write_text("old")
+    failure = OSError(number, os.strerror(number))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(failure))
+    with pytest.raises(kind, match=told):
+        write_json(make_report(), tmp_path / "parity.json")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("parity.json", "old")]
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"format": 1}', '{"format": 9}', "\x00"])
+def test_a_damaged_report_is_refused_with_its_path(tmp_path, text):
+    if text is not None:
+        (tmp_path / "parity.json").write_text(text)
+    with pytest.raises(ArrieroError, match="Run `arriero parity` again") as caught:
+        read_json(tmp_path / "parity.json")
+    assert "parity.json" in str(caught.value)
+
+
+def test_junit_has_a_case_per_row_and_a_failure_per_failed_row(tmp_path):
+    report = make_report()
+    write_junit(report, tmp_path / "out" / "parity.xml")
+    suite = ET.parse(tmp_path / "out" / "parity.xml").getroot().find("testsuite")
+    cases = {case.get("name"): case for case in suite.iter("testcase")}
+    assert list(cases) == [row.metric for row in report.rows]
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("8", "2", "1")
+    assert {name for name, case in cases.items() if case.find("failure") is not None} == {
+        "router_agreement_lowest",
+        "vision_relative_l2",
+    }
+    message = cases["router_agreement_lowest"].find("failure").get("message")
+    assert message.startswith("Router agreement, lowest layer: 99.51 %, at least 99.8 %. layer 7 <script>")
+    assert cases["embeddings_relative_l2"].find("skipped") is not None
+    assert "0.021" in cases["logits_max_abs_error"].find("system-out").text
+
+
+class Tags(HTMLParser):
+    """Collects tags with their attributes, and checks that they nest."""
+
+    VOID = frozenset({"meta", "br", "hr", "img", "link", "input"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_stands_alone_and_nests(tmp_path):
+    write_html(make_report(), tmp_path / "parity.html")
+    page = (tmp_path / "parity.html").read_text(encoding="utf-8")
+    tags = Tags()
+    tags.feed(page)
+    assert not tags.open
+    names = {name for name, _ in tags.seen}
+    assert not names & {"script", "link", "img", "iframe", "object", "image", "use"}
+    attributes = {key for _, attributes in tags.seen for key in attributes}
+    assert not attributes & {"src", "href", "xlink:href", "srcset", "onclick", "onload"}
+    assert not re.search(r"https?:|//|url\(|@import", page)
+
+
+def test_the_page_tells_what_failed_and_escapes_what_a_model_wrote():
+    page = render_html(make_report())
+    assert "2 of 4 judged rows failed" in page
+    assert "&lt;script&gt;alert" in page
+    assert page.index("Router agreement, lowest layer") < page.index("Values not finite"), "failures come first"
+    assert "portable-int8" in page
+    assert page.count("<svg") == 3
+
+
+def test_the_page_of_a_passing_report_without_layers_families_or_labels():
+    report = replace(make_report(), rows=(judge("nonfinite_values", 0.0, 0.0, ""),), layers=(), families=(), labels={})
+    page = render_html(report)
+    assert "all 1 judged rows passed" in page
+    assert "<svg" not in page
+
+
+def test_the_table_ends_with_failures_and_the_verdict():
+    out = io.StringIO()
+    render_table(make_report(), Console(file=out, width=140, color_system=None))
+    text = out.getvalue()
+    assert text.index("Logits, largest error") < text.index("Router agreement, lowest layer")
+    assert text.rstrip().endswith("2 of 4 judged rows failed")
+    passing = replace(make_report(), rows=(judge("nonfinite_values", 0.0, 0.0, ""),))
+    render_table(passing, Console(file=out, width=140, color_system=None))
+    assert out.getvalue().rstrip().endswith("all 1 judged rows passed")
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "text"),
+    [
+        ("router_agreement", 1.0, "100.00 %"),
+        ("router_agreement", 0.999999, "> 99.99 %"),
+        ("layer_snr_db_lowest", math.inf, "∞"),
+        ("layer_snr_db_lowest", 41.26, "41.3 dB"),
+        ("logits_kl_mean", 2.5e-6, "2.5e-06 nat"),
+        ("logits_max_abs_error", math.nan, "not a number"),
+        ("nonfinite_values", 1234.0, "1,234"),
+        ("vision_relative_l2", None, "–"),
+    ],
+)
+def test_numbers_read_well(metric, value, text):
+    assert show(judge(metric, value, None, "")) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "threshold", "status"),
+    [
+        (None, None, "info"),
+        (None, 0.9, "fail"),
+        (math.nan, None, "fail"),
+        (math.nan, 0.0, "fail"),
+        (0.95, 0.9, "pass"),
+        (0.85, 0.9, "fail"),
+        (0.1, None, "info"),
+    ],
+)
+def test_judge(value, threshold, status):
+    assert judge("router_agreement", value, threshold, "").status == status
+
+
+def test_every_metric_says_what_it_is():
+    for metric in METRICS.values():
+        assert metric.direction in ("min", "max")
+        assert metric.unit in ("", "share", "count", "nat", "dB")
+        assert metric.meaning.endswith(".")
+
+
+@pytest.mark.parametrize(
+    "errors",
+    [{0: 0.0}, {0: math.nan}, {0: math.inf}, {0: 1e-7, 1: 1e3}, {n: 10.0 ** (n - 30) for n in range(48)}],
+)
+@pytest.mark.parametrize("limit", [None, 0.0, 1e-3])
+def test_error_bars_stay_inside_the_picture(errors, limit):
+    svg = ET.fromstring(plots.error_bars(errors, dict.fromkeys(errors, "chunked, moe"), limit).svg)
+    bottom = plots.TOP + plots.DEEP
+    for bar in svg.iter("rect"):
+        top, height = float(bar.get("y")), float(bar.get("height"))
+        assert plots.TOP - 0.1 <= top <= top + height <= bottom + 0.1
+        assert 0 <= float(bar.get("x")) <= float(bar.get("x")) + float(bar.get("width")) <= plots.WIDTH
+    for line in svg.iter("line"):
+        assert plots.TOP - 0.1 <= float(line.get("y1")) <= bottom + 0.1
+    broken = [value for value in errors.values() if not math.isfinite(value)]
+    assert sum(bar.get("class") == "bad" for bar in svg.iter("rect")) == len(broken)
+
+
+@pytest.mark.parametrize("shares", [{0: 1.0}, {1: 0.0, 3: 1.0}, {0: math.nan}, {n: 1 - n / 1e4 for n in range(48)}])
+@pytest.mark.parametrize("limit", [None, 0.99, 1.0])
+def test_agreement_dots_stay_inside_the_picture(shares, limit):
+    svg = ET.fromstring(plots.agreement_bars(shares, {}, limit).svg)
+    dots = list(svg.iter("circle"))
+    assert len(dots) == len(shares)
+    for dot in dots:
+        assert plots.TOP <= float(dot.get("cy")) <= plots.TOP + plots.DEEP + 0.1
+
+
+def test_no_data_gives_no_plot():
+    assert plots.error_bars({}, {}, None) is None
+    assert plots.agreement_bars({}, {}, 0.9) is None
+    assert plots.family_bars({}) is None

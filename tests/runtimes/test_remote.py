@@ -1,0 +1,53 @@
+"""A backend behind a pipe does what it does in the process; what it refuses comes through as a sentence."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+
+from arriero.runtimes.remote import Server, read_message, write_message
+
+
+def over_the_wire(server, call, arrays=None):
+    """One call as bytes there and back."""
+    there, back = io.BytesIO(), io.BytesIO()
+    write_message(there, {"dropped": [], **call}, arrays or {})
+    there.seek(0)
+    write_message(back, *server.answer(*read_message(there)))
+    back.seek(0)
+    return read_message(back)
+
+
+def test_steps_over_the_wire_equal_steps_in_the_process(toy):
+    server = Server(toy)
+    number = over_the_wire(server, {"do": "new_cache", "batch": 2, "capacity": 20})[0]["cache"]
+    other = toy.new_cache(1, 20)
+    ids = np.arange(6)[None]
+    empty = np.zeros((0, toy.spec.hidden_size), np.float32)
+    _, embedded = over_the_wire(server, {"do": "embed"}, {"input_ids": ids, "image_features": empty})
+    positions, index = np.arange(6)[None], np.array([0, 5])
+    call = {"do": "forward", "cache": number, "start": 1, "stop": 2, "captures": True}
+    given = {"inputs_embeds": embedded["found"], "positions": positions, "logits_index": index}
+    _, found = over_the_wire(server, call, given)
+    wanted = toy.forward(toy.embed(ids, empty), positions, other, index, captures=True)
+    assert np.array_equal(found["logits"], wanted.logits)
+    assert np.array_equal(found["expert_id.0"], wanted.expert_ids[0])
+    assert np.array_equal(found["hidden.1"], wanted.hiddens[1])
+    assert server.caches[number].lengths.tolist() == [0, 6]
+    over_the_wire(server, {"do": "copy_row", "cache": number, "source": 1, "target": 0})
+    assert server.caches[number].lengths.tolist() == [6, 6]
+
+
+def test_dropped_caches_are_let_go(toy):
+    server = Server(toy)
+    first = over_the_wire(server, {"do": "new_cache", "batch": 1, "capacity": 4})[0]["cache"]
+    second = over_the_wire(server, {"do": "new_cache", "batch": 1, "capacity": 4, "dropped": [first]})[0]["cache"]
+    assert first != second
+    assert list(server.caches) == [second]
+
+
+def test_a_closed_pipe_ends_the_conversation():
+    with pytest.raises(EOFError):
+        read_message(io.BytesIO(b""))
