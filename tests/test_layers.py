@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from docs.rooms import MAY_IMPORT, ROOMS, ROOT, edges, imported, sources
+from arriero.export.pipeline.sources import imports
+from docs.rooms import MAY_IMPORT, ROOMS, ROOT, edges, sources
 
 LAYERS = (*ROOMS, "models")
 # What an edge device has: everything else would have to be installed there.
@@ -29,7 +30,7 @@ def test_every_layer_has_sources():
 def test_a_layer_imports_only_what_it_may(folder):
     allowed = MAY_IMPORT[folder] | {folder, "errors", "version"}
     for source in sources(folder):
-        ours = {name.split(".")[1] for name in imported(source) if name.startswith("arriero.")}
+        ours = {name.split(".")[1] for name in imports(source) if name.startswith("arriero.")}
         assert ours <= allowed, source
 
 
@@ -54,19 +55,19 @@ def test_every_folder_and_named_file_is_a_room(folder):
 
 @pytest.mark.parametrize("source", sources("runtimes"))
 def test_the_runtime_needs_little(source):
-    modules = {name.partition(".")[0] for name in imported(source)}
+    modules = {name.partition(".")[0] for name in imports(source)}
     assert modules - {"arriero"} - set(sys.stdlib_module_names) <= AT_RUN_TIME
 
 
 def test_only_models_imports_models():
-    importers = {source for source in SOURCES if any(name.startswith("arriero.models") for name in imported(source))}
+    importers = {source for source in SOURCES if any(name.startswith("arriero.models") for name in imports(source))}
     assert {source.partition("/")[0] for source in importers} <= {"models", "tests"}
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_nobody_imports_a_bare_layer(source):
     """`import export` would be a second copy of `arriero.export`."""
-    assert not {name.partition(".")[0] for name in imported(source)} & set(LAYERS)
+    assert not {name.partition(".")[0] for name in imports(source)} & set(LAYERS)
 
 
 @pytest.mark.parametrize("source", SOURCES)

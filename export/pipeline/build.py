@@ -265,7 +265,7 @@ class Build:
     def calibrate(self, folder: Path) -> None:
         """Stage `calibrate`: tokens per expert, ranges, and the roundings of every profile that calibrates."""
         from arriero.export.calibration.calibrate import Calibration
-        from arriero.export.proof.prove import open_reference
+        from arriero.export.proof.reference import open_reference
         from arriero.export.proof.walk_layers import Walk
 
         samples = draw_cases(self.config.calibration, self.config.modalities)

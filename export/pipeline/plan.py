@@ -19,7 +19,8 @@ from arriero.export.compile.nvidia.gpus import GPU_BACKENDS
 from arriero.export.machine.budget import available_memory, check_budget, free_disk, human_bytes
 from arriero.export.machine.doctor import build_tools, version_of
 from arriero.export.pipeline.check_fit import check_fit, check_schemes
-from arriero.export.pipeline.stages import WorkDir, key_of, source_hash
+from arriero.export.pipeline.sources import source_hash
+from arriero.export.pipeline.stages import WorkDir, key_of
 from arriero.export.samples.cases import describe_set, draw_cases, encoded_sizes
 from arriero.graphs.checkpoint import Checkpoint, TensorInfo, check_ledger
 from arriero.graphs.config import ModelConfig, TextConfig
@@ -27,6 +28,7 @@ from arriero.graphs.names import EMBEDDING, TEXT_PREFIX, expected_tensors
 from arriero.profiles.kv_cache import ITEM_BYTES, widen_thresholds
 from arriero.profiles.recipe import Profile, check_shapes, load_profile
 from arriero.profiles.schemes import Chosen, Exact, Half
+from arriero.runtimes.backend import module_of
 from arriero.runtimes.cpu import architecture
 
 CONTEXTS = {"8k": 1 << 13, "128k": 1 << 17, "1M": 1 << 20, "10M": 10 << 20}
@@ -43,6 +45,11 @@ ENGINE_DISK = 64 << 20  # the code in three engines
 GRAPH_DISK = 64 << 20  # traced and lowered graphs without weights, tokenizer, reports
 LARGEST_PIECE = 256 << 20  # a matrix is rounded in pieces of rows; an expert is rounded whole
 PIECE_COPIES = 4  # the piece in float32, over its scales, rounded, and packed
+
+# The sources that stages begin in: what they import decides the result, and so the key.
+TRACES = ("graphs/trace.py", "graphs/check.py")
+CALIBRATES = ("export/calibration/calibrate.py", "export/proof/reference.py", "export/samples/cases.py")
+PROVES = ("export/proof/prove.py", "export/proof/rtn_baseline.py")
 
 KeyInputs = dict[str, Any]
 
@@ -212,12 +219,12 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
     seen: KeyInputs = {"checkpoint": content_hash, "modalities": list(build.modalities), "tools": tools}
     stages: dict[str, KeyInputs] = {
         # The traced graph's weights point into the checkpoint's files, so where these are matters too.
-        "graph": {**seen, "folder": str(build.model), "source": source_hash("graphs")},
+        "graph": {**seen, "folder": str(build.model), "source": source_hash(*TRACES)},
         "calibrate": {
             **seen,
             "set": _set_inputs(build.calibration, build.modalities),
             "profiles": [rounding_folder(profile) for profile in calibrating(profiles)],
-            "source": source_hash(),
+            "source": source_hash(*CALIBRATES),
         },
     }
     for target in build.targets:
@@ -236,15 +243,22 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
             "cpu": asdict(parse_cpu(target.cpu or NATIVE)) if target.backend in COMPILES else None,
             "gpu": gpu_inputs(target, build.budgets.gpu_memory),
             "profile": profiles[target.profile].model_dump(exclude={"thresholds", "description"}),
-            "source": source_hash("graphs", "profiles", "export"),
+            "source": source_hash(*_lowers(target)),
         }
         stages[parity] = {
             "lower": key_of(lower, stages[lower]),
             "cases": _set_inputs(build.parity.cases, build.modalities),
             "thresholds": thresholds(build, target, profiles[target.profile]),
-            "source": source_hash(),
+            "source": source_hash(*PROVES, f"runtimes/{module_of(target.backend)}.py"),
         }
     return stages
+
+
+def _lowers(target: Target) -> tuple[str, ...]:
+    """The sources that a target's lowering begins in, with the folder of the kernels that go into engines."""
+    module = module_of(target.backend)
+    kernels = ("export/compile/cuda",) if target.backend in GPU_BACKENDS else ()
+    return f"graphs/lower/{module}.py", f"export/compile/{module}.py", *kernels
 
 
 def thresholds(build: BuildConfig, target: Target, profile: Profile) -> dict[str, float]:

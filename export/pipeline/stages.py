@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -26,9 +25,6 @@ from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.machine.budget import PeakMemory
 from arriero.runtimes.manifest import file_sha256
 
-PACKAGE = Path(__file__).resolve().parents[2]
-PARTS = ("export", "graphs", "profiles", "runtimes")
-SOURCES = (".py", ".yaml", ".jinja", ".cc", ".cu", ".h")
 RECORD = "stage.json"
 DOOMED = ".deleting-"
 OLD = re.compile(r"(?P<final>.+)\.old-[0-9a-f]{8}")
@@ -194,18 +190,6 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{folder / RECORD} is no record")
     return record
-
-
-@functools.cache
-def source_hash(*parts: str) -> str:
-    """Give the sha256 over our own sources (all, or the named folders and files): other code, other results."""
-    digest = hashlib.sha256()
-    for part in sorted(parts or PARTS):
-        files = (PACKAGE / part).rglob("*") if (PACKAGE / part).is_dir() else (PACKAGE / part,)
-        for file in sorted(file for file in files if file.suffix in SOURCES):
-            digest.update(f"{file.relative_to(PACKAGE).as_posix()}\0".encode())
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

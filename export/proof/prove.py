@@ -28,17 +28,6 @@ if TYPE_CHECKING:
 Watch = Callable[[str, int, int, str], None]
 
 
-def open_reference(checkpoint: Path, text_only: bool) -> Session:
-    """The PyTorch reference of a checkpoint folder, as a session. Raises `ArrieroError` when it is not sound."""
-    # Imported here: an unchanged build never gets this far, and torch takes a second to import.
-    from arriero.export.proof.reference import TorchBackend
-    from arriero.runtimes.processor.processor import Processor
-    from arriero.runtimes.session import Session
-
-    backend = TorchBackend(checkpoint, text_only)
-    return Session(backend, Processor(checkpoint, backend.spec))
-
-
 @dataclass(frozen=True)
 class Judge:
     """What bundles are judged by: the reference, the held-out prompts, and the labels that name these in a report."""
@@ -50,6 +39,9 @@ class Judge:
     @classmethod
     def open(cls, checkpoint: Path, wanted: Cases, modalities: Sequence[str]) -> Judge:
         """Open the reference of a checkpoint folder and draw the cases, for bundles of these modalities."""
+        # Imported here: an unchanged build never gets this far, and torch takes a second to import.
+        from arriero.export.proof.reference import open_reference
+
         labels = {"held-out prompts": Path(wanted.set).name, "seed": str(wanted.seed)}
         return cls(open_reference(checkpoint, "image" not in modalities), draw_cases(wanted, modalities), labels)
 

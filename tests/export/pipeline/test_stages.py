@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.export.pipeline.stages import Stage, WorkDir, key_of, read_record, source_hash
+from arriero.export.pipeline.stages import Stage, WorkDir, key_of, read_record
 
 
 def writer(text: str = "x"):
@@ -236,36 +235,6 @@ def test_the_lock_is_free_again_after_a_build(tmp_path):
     for _ in range(2):
         with work.locked():
             assert (work.root / "lock").read_text() == str(os.getpid())
-
-
-def test_source_hash_is_quick_and_knows_its_parts():
-    source_hash.cache_clear()
-    start = time.monotonic()
-    whole = source_hash()
-    assert time.monotonic() - start < 1
-    assert len({whole, source_hash("graphs"), source_hash("graphs", "profiles")}) == 3
-    assert whole == source_hash("runtimes", "export", "graphs", "profiles")
-
-
-def test_source_hash_follows_the_sources_only(tmp_path, monkeypatch):
-    for part in ("export", "graphs", "profiles", "runtimes"):
-        (tmp_path / part / "__pycache__").mkdir(parents=True)
-        (tmp_path / part / "a.py").write_text("a")
-    monkeypatch.setattr("arriero.export.pipeline.stages.PACKAGE", tmp_path)
-
-    def now() -> str:
-        source_hash.cache_clear()
-        return source_hash()
-
-    seen = [now()]
-    (tmp_path / "graphs" / "__pycache__" / "a.pyc").write_text("compiled")
-    (tmp_path / "graphs" / "notes.md").write_text("notes")
-    assert now() == seen[0]
-    for name, text in (("profiles/int4.yaml", "x"), ("runtimes/a.jinja", "x"), ("export/a.py", "b")):
-        (tmp_path / name).write_text(text)
-        seen.append(now())
-    assert len(set(seen)) == 4
-    source_hash.cache_clear()
 
 
 def test_records_are_json_for_machines(tmp_path):
