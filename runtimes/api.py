@@ -7,8 +7,10 @@ from importlib import import_module
 from pathlib import Path
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.backend import BACKENDS, Backend, ModelSpec, module_of
-from arriero.runtimes.manifest import Manifest, open_manifest
+from arriero.runtimes.backend import Backend, ModelSpec, module_of
+from arriero.runtimes.integrity import check_proven, open_manifest
+from arriero.runtimes.machine_fit import check_machine
+from arriero.runtimes.manifest import Manifest
 from arriero.runtimes.processor.processor import Processor
 from arriero.runtimes.session import Session
 
@@ -22,22 +24,13 @@ def load(bundle: str | os.PathLike[str], threads: int | None = None, verify: boo
     if threads is not None and threads < 1:
         raise ArrieroError(f"threads is {threads}", expected="at least 1")
     manifest = open_manifest(Path(bundle), verify or None)
-    manifest.check_proven()
+    check_proven(manifest)
     return open_session(manifest, threads)
 
 
 def open_session(manifest: Manifest, threads: int | None = None) -> Session:
-    """Give a session over a bundle whose manifest was checked, proven or not yet."""
-    if manifest.target.backend not in BACKENDS:
-        raise ArrieroError(
-            f"the backend {manifest.target.backend!r} is unknown",
-            where=f"{manifest.bundle / 'manifest.json'}:target.backend",
-            expected=f"one of {', '.join(BACKENDS)}",
-            remedy="Use the arriero that built the bundle, or build a target with one of these backends",
-        )
-    module = import_module(f"arriero.runtimes.{module_of(manifest.target.backend)}")
-    if hasattr(module, "check_machine"):  # what only this backend asks of a machine
-        module.check_machine(manifest)
+    """Give a session over a bundle that is what its manifest says, proven or not yet. Raises as `check_machine`."""
+    check_machine(manifest)
     processor = Processor(manifest.bundle / "tokenizer", manifest.model)
     backend = open_backend(manifest.target.backend, manifest.bundle, manifest.model, threads)
     return Session(backend, processor, manifest.target.context, manifest.target.batch)

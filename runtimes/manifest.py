@@ -1,4 +1,8 @@
-"""A bundle's manifest, read and checked before anything else: format, keys, and every file's size and hash."""
+"""A bundle's manifest as typed data: what each stage of its build says of it, the chain of hashes, every file's record.
+
+Reading it checks its own shape alone. Whether the bundle is what it says is `integrity`'s question, and whether this
+machine can run it `machine_fit`'s.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,126 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
-from arriero.errors import ArrieroError, MachineLacks, Problems
+from arriero.errors import ArrieroError
 from arriero.runtimes.backend import ModelSpec
-from arriero.runtimes.cpu import architecture, check_features
+from arriero.runtimes.typed_json import decode
 
-FORMAT = 2
-KEYS = ("format", "arriero", "name", "model", "target", "chain", "build", "files")
-CHAIN = ("checkpoint", "graph", "profile", "artifact", "parity")
+FORMAT = 3
+FILE = "manifest.json"
 REPORTS = ("parity.json", "parity.html")
-FULL_HASH_BYTES = 1 << 30  # bundles up to here are hashed whole at every load: about a second
-QUICK_HASH_BYTES = 64 << 20  # in larger bundles, only files up to here are
 
-_COPY = "Copy the bundle again, or rebuild it with `arriero build`"
+COPY_AGAIN = "Copy the bundle again, or rebuild it with `arriero build`"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest says of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One initialiser of a lowered graph: dtype as safetensors names it, shape, label of its scheme, file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    scheme: str
+    file: str
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compilation says of its result: the tools' versions, and what the result needs of a machine."""
+
+    tools: dict[str, str]
+    cpu: str | None = None  # as LLVM names it: triple, CPU, features
+    arch: str = "any"
+    features: tuple[str, ...] = ()  # of the processor, in Linux's names
+    gpu: str | None = None  # the architecture that engines were compiled for: sm_89, ..
+    plugins: dict[str, str] = field(default_factory=dict)  # name -> sha256 of the kernels compiled into the engines
+
+
+@dataclass(frozen=True)
+class LoweredPart:
+    """What the stage `lower-*` says: every stored weight by its name, and the compilation."""
+
+    weights: dict[str, StoredWeight]
+    compiled: Compiled
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """What identifies drawn samples: set, seed, sha256 over their content, how many of each modality."""
+
+    set: str
+    seed: int
+    sha256: str
+    samples: dict[str, int]
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} {kind}" for kind, count in self.samples.items())
+        return f"{self.set}, seed {self.seed}: {counts} samples; sha256 {self.sha256[:12]}"
+
+
+@dataclass(frozen=True)
+class CalibratedPart:
+    """What the stage `calibrate` says, whatever the profile: its samples, and tokens per expert of each MoE layer."""
+
+    calibration: SampleSet
+    coverage: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """An expert that too few calibration tokens reached, and its profile's rule that applied: nearest, widest."""
+
+    layer: int
+    expert: int
+    tokens: int
+    rule: str
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} expert {self.expert} ({self.tokens} tokens)"
+
+
+@dataclass(frozen=True)
+class ChosenScheme:
+    """The scheme that a group of matrices got by its measured sensitivity, and what error each would have cost."""
+
+    layer: int
+    group: str
+    scheme: str
+    candidate: int
+    bytes: int
+    errors: dict[str, float]
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a profile left to choice: its budget and what was used of it, as shares of bf16, and each group's scheme."""
+
+    budget: float
+    share: float
+    groups: tuple[ChosenScheme, ...]
+
+
+@dataclass(frozen=True)
+class RoundedPart:
+    """What the stage `calibrate` says of one profile."""
+
+    fallback: tuple[Fallback, ...] = ()
+    choice: Choice | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the build took: bytes of its hungriest stage, and seconds of each."""
+
+    peak_memory_bytes: int
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -34,34 +146,47 @@ class Target:
     batch: int
     arch: str
     kv_cache: str
-    features: tuple[str, ...] = ()  # of the processor, in Linux's names
-    gpu: str | None = None  # the architecture that engines were compiled for: sm_89, ..
-    plugins: dict[str, str] = field(default_factory=dict)  # name -> sha256 of the kernels compiled into the engines
+    cpu: str | None = None
+    features: tuple[str, ...] = ()
+    gpu: str | None = None
+    plugins: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class FileRecord:
-    """What the manifest says of one file."""
+class Chain:
+    """Each link is the hash of the one before it and of what its step adds."""
 
-    bytes: int
-    sha256: str
+    checkpoint: str
+    graph: str
+    profile: str
+    artifact: str
+    parity: str
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest that was read and whose own shape is right; `raw` is its JSON as it stands."""
+    """A manifest whose own shape is right. `digest` is that of all it says but its chain and its parity reports."""
 
     bundle: Path
+    digest: str
+    arriero: str
     name: str
     model: ModelSpec
     target: Target
     files: dict[str, FileRecord]
-    raw: dict[str, Any]
+    chain: Chain
+    build: dict[str, str]
+    tools: dict[str, str]
+    weights: dict[str, StoredWeight]
+    calibrated: CalibratedPart
+    rounded: RoundedPart
+    kv_bytes_per_token: dict[str, int]
+    measured: Measured
 
     @classmethod
     def read(cls, bundle: Path) -> Self:
         """Read `bundle`/manifest.json; what is wrong with it is an `ArrieroError`."""
-        path = bundle / "manifest.json"
+        path = bundle / FILE
         where = str(path)
         raw = _read_json(bundle, path)
         # the format comes first: another format may well lack keys, and that is not what is wrong with it
@@ -72,105 +197,38 @@ class Manifest:
                 expected=f"format {FORMAT}",
                 remedy="Use the arriero that built it, or rebuild the bundle with this one",
             )
-        missing = [key for key in KEYS if key not in raw]
+        missing = [key for key in ("format", *KEYS) if key not in raw]
         if missing:
-            raise ArrieroError(f"keys are missing: {', '.join(missing)}", where=where, remedy=_COPY)
+            raise ArrieroError(f"keys are missing: {', '.join(missing)}", where=where, remedy=COPY_AGAIN)
+
+        def entry(kind: Any, name: str) -> Any:
+            return decode(kind, raw[name], f"{where}:{name}", COPY_AGAIN)
+
+        target, files = entry(Target, "target"), entry(dict[str, FileRecord], "files")
+        if target.context < 1 or target.batch < 1:
+            what = f"context is {target.context} and batch {target.batch}"
+            raise ArrieroError(what, where=f"{where}:target", expected="at least 1", remedy=COPY_AGAIN)
+        _check_names(files, f"{where}:files")
         return cls(
             bundle=bundle,
+            digest=manifest_digest(raw),
+            arriero=str(raw["arriero"]),
             name=str(raw["name"]),
             model=ModelSpec.parse(raw["model"], f"{where}:model"),
-            target=_target(raw["target"], f"{where}:target"),
-            files=_files(raw["files"], f"{where}:files"),
-            raw=raw,
+            target=target,
+            files=files,
+            chain=entry(Chain, "chain"),
+            build=entry(dict[str, str], "build"),
+            tools=entry(dict[str, str], "tools"),
+            weights=entry(dict[str, StoredWeight], "weights"),
+            calibrated=entry(CalibratedPart, "calibrated"),
+            rounded=entry(RoundedPart, "rounded"),
+            kv_bytes_per_token=entry(dict[str, int], "kv_bytes_per_token"),
+            measured=entry(Measured, "measured"),
         )
 
-    @property
-    def tools(self) -> dict[str, str]:
-        """The versions of the tools that made the bundle."""
-        tools = self.raw.get("tools")
-        return {str(name): str(version) for name, version in tools.items()} if isinstance(tools, Mapping) else {}
 
-    def check_arch(self) -> None:
-        """Refuse a bundle that was compiled for another kind of processor, or for one that can more."""
-        here = architecture()
-        if self.target.arch != "any" and architecture(self.target.arch) != here:
-            raise MachineLacks(
-                f"the bundle was built for {self.target.arch} and this machine is {here}",
-                where=f"{self.bundle / 'manifest.json'}:target.arch",
-                remedy="Build a target for this machine, or one with arch any",
-            )
-        check_features(self.target.features, f"{self.bundle / 'manifest.json'}:target.features")
-
-    def check_chain(self) -> None:
-        """Refuse a manifest that was edited, or put together from those of several builds."""
-        where = f"{self.bundle / 'manifest.json'}:chain"
-        chain, build = self.raw["chain"], self.raw["build"]
-        if not isinstance(chain, Mapping) or not all(name in chain for name in CHAIN) or not isinstance(build, Mapping):
-            raise ArrieroError("the hash chain is incomplete", where=where, expected=", ".join(CHAIN), remedy=_COPY)
-        # The profile's own digest is not recorded; its link is held by the one after it.
-        for before, name, digest, what in (
-            ("checkpoint", "graph", str(build.get("graph")), "the graphs are not those of this checkpoint"),
-            ("profile", "artifact", artifact_digest(self.raw), "the manifest or its file records were changed"),
-            ("artifact", "parity", parity_digest(self.raw["files"]), "the parity report is not that of this bundle"),
-        ):
-            if chain[name] != link(str(chain[before]), digest):
-                raise ArrieroError(
-                    f"the link {before} -> {name} is broken: {what}", where=f"{where}.{name}", remedy=_COPY
-                )
-
-    def check_proven(self) -> None:
-        """Refuse a bundle without a parity report: its build is not finished."""
-        if "parity.json" not in self.files:
-            raise ArrieroError(
-                "the bundle was not proven against its reference: its build did not finish",
-                where=str(self.bundle),
-                remedy="Run `arriero build` again and take the bundle that it publishes",
-            )
-
-    def check_files(self, full: bool | None = None) -> None:
-        """Compare the files with their records; all differences are raised together.
-
-        Sizes are always compared. Hashes are compared for all files when `full`, or when `full` is None and the
-        bundle has at most `FULL_HASH_BYTES`; otherwise for files up to `QUICK_HASH_BYTES`.
-        """
-        if full is None:
-            full = sum(record.bytes for record in self.files.values()) <= FULL_HASH_BYTES
-        problems = []
-        for name, record in self.files.items():
-            path = self.bundle / name
-            if not path.is_file():
-                problems.append(ArrieroError("the file is missing from the bundle", where=name, remedy=_COPY))
-            elif (size := path.stat().st_size) != record.bytes:
-                problems.append(
-                    ArrieroError(
-                        f"the file has {size} bytes: it is incomplete or belongs to another build",
-                        where=name,
-                        expected=f"the {record.bytes} bytes that manifest.json records",
-                        remedy=_COPY,
-                    )
-                )
-            elif full or size <= QUICK_HASH_BYTES:
-                found = file_sha256(path)
-                if found != record.sha256:
-                    problems.append(
-                        ArrieroError(
-                            f"the file's content was changed or damaged: sha256 {found[:12]}...",
-                            where=name,
-                            expected=f"{record.sha256[:12]}... that manifest.json records",
-                            remedy=_COPY,
-                        )
-                    )
-        if problems:
-            raise Problems(f"{self.bundle}: the bundle's files do not match its manifest", problems)
-
-
-def open_manifest(bundle: Path, full: bool | None = None) -> Manifest:
-    """Read a bundle's manifest and check what it says: arch, hash chain, files (`full` as in `check_files`)."""
-    manifest = Manifest.read(bundle)
-    manifest.check_arch()
-    manifest.check_chain()
-    manifest.check_files(full)
-    return manifest
+KEYS = tuple(name for name in Manifest.__dataclass_fields__ if name not in ("bundle", "digest"))
 
 
 def link(previous: str, digest: str) -> str:
@@ -178,28 +236,28 @@ def link(previous: str, digest: str) -> str:
     return hashlib.sha256(f"{previous} {digest}".encode()).hexdigest()
 
 
-def artifact_digest(manifest: Mapping[str, Any]) -> str:
-    """Give the sha256 over everything a manifest says but its chain and its parity reports."""
-    said = {key: value for key, value in manifest.items() if key != "chain"}
-    said["files"] = {name: record for name, record in manifest["files"].items() if name not in REPORTS}
+def manifest_digest(entries: Mapping[str, Any]) -> str:
+    """Give the sha256 over everything a manifest's JSON says but its chain and its parity reports."""
+    said = {key: value for key, value in entries.items() if key != "chain"}
+    said["files"] = {name: record for name, record in entries["files"].items() if name not in REPORTS}
     # `build` also names the stage that made the reports.
-    said["build"] = {name: key for name, key in manifest["build"].items() if not name.startswith("parity-")}
+    said["build"] = {name: key for name, key in entries["build"].items() if not name.startswith("parity-")}
     return _digest(said)
 
 
-def parity_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
+def parity_digest(files: Mapping[str, FileRecord]) -> str:
     """Give the sha256 over the file records of the parity reports."""
-    return _digest({name: files[name]["sha256"] for name in REPORTS if name in files})
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return _digest({name: files[name].sha256 for name in REPORTS if name in files})
 
 
 def file_sha256(path: Path) -> str:
     """Give the sha256 of a file's content in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _read_json(bundle: Path, path: Path) -> dict[str, Any]:
@@ -209,53 +267,20 @@ def _read_json(bundle: Path, path: Path) -> dict[str, Any]:
         remedy = "Give a directory that `arriero build` published"
         if bundle.name.endswith(".partial"):
             remedy = "This build was not finished: run `arriero build` again"
-        raise ArrieroError("the bundle has no manifest.json", where=str(bundle), remedy=remedy)
+        raise ArrieroError(f"the bundle has no {FILE}", where=str(bundle), remedy=remedy)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArrieroError(f"the manifest is not valid JSON ({error})", where=str(path), remedy=_COPY) from None
+    except (ValueError, RecursionError) as error:
+        raise ArrieroError(f"the manifest is not valid JSON ({error})", where=str(path), remedy=COPY_AGAIN) from None
     if not isinstance(raw, dict):
-        raise ArrieroError("the manifest is not a JSON object", where=str(path), remedy=_COPY)
+        raise ArrieroError("the manifest is not a JSON object", where=str(path), remedy=COPY_AGAIN)
     return raw
 
 
-def _target(entry: Any, where: str) -> Target:
-    try:
-        target = Target(
-            name=str(entry["name"]),
-            backend=str(entry["backend"]),
-            profile=str(entry["profile"]),
-            context=int(entry["context"]),
-            batch=int(entry["batch"]),
-            arch=str(entry["arch"]),
-            kv_cache=str(entry["kv_cache"]),
-            features=tuple(map(str, entry.get("features") or ())),
-            gpu=None if entry.get("gpu") is None else str(entry["gpu"]),
-            plugins={str(name): str(digest) for name, digest in (entry.get("plugins") or {}).items()},
-        )
-    except KeyError as missing:
-        raise ArrieroError(f"the key {missing} is missing", where=where, remedy=_COPY) from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ArrieroError(f"an entry has the wrong shape ({error})", where=where, remedy=_COPY) from None
-    if target.context < 1 or target.batch < 1:
-        raise ArrieroError(
-            f"context is {target.context} and batch {target.batch}", where=where, expected="at least 1", remedy=_COPY
-        )
-    return target
-
-
-def _files(entries: Any, where: str) -> dict[str, FileRecord]:
-    if not isinstance(entries, Mapping) or not entries:
-        raise ArrieroError("no files are recorded", where=where, remedy=_COPY)
-    files = {}
-    for name, entry in entries.items():
+def _check_names(files: Mapping[str, FileRecord], where: str) -> None:
+    if not files:
+        raise ArrieroError("no files are recorded", where=where, remedy=COPY_AGAIN)
+    for name in files:
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts:
-            raise ArrieroError(f"{name!r} points outside the bundle", where=where, remedy=_COPY)
-        try:
-            files[name] = FileRecord(int(entry["bytes"]), str(entry["sha256"]))
-        except (KeyError, TypeError, ValueError):
-            raise ArrieroError(
-                f"the record of {name} is malformed", where=where, expected="bytes and sha256", remedy=_COPY
-            ) from None
-    return files
+            raise ArrieroError(f"{name!r} points outside the bundle", where=where, remedy=COPY_AGAIN)

@@ -21,7 +21,8 @@ import numpy as np
 from arriero.errors import ArrieroError
 from arriero.runtimes.api import open_backend
 from arriero.runtimes.backend import Backend, Cache
-from arriero.runtimes.manifest import open_manifest
+from arriero.runtimes.integrity import open_manifest
+from arriero.runtimes.machine_fit import check_machine
 
 Arrays = dict[str, np.ndarray]
 
@@ -84,6 +85,7 @@ def main() -> None:
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     try:
         manifest = open_manifest(Path(sys.argv[1]))
+        check_machine(manifest)
         server = Server(open_backend(manifest.target.backend, manifest.bundle, manifest.model, int(sys.argv[2])))
     except ArrieroError as error:
         write_message(answers, {"error": str(error)}, {})

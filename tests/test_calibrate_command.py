@@ -91,7 +91,7 @@ def test_a_calibrated_build_is_killed_goes_on_and_says_what_it_saw(build_file: P
 
 
 def _agrees_with_the_stage(told: dict, stage: Path) -> None:  # type: ignore[type-arg]
-    coverage = json.loads((stage / "coverage.json").read_text())
+    coverage = json.loads((stage / "part.json").read_text())["coverage"]
     ranges = json.loads((stage / "ranges.json").read_text())
     layers = told["layers"]
     assert {str(layer["layer"]): layer["tokens_per_expert"] for layer in layers} == coverage

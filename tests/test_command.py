@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import arriero as package
-from arriero.runtimes.manifest import open_manifest
+from arriero.runtimes.integrity import open_manifest
 from tests.command import arriero, contents, write_build
 from tests.conftest import workshop_profiles
 from tests.small import small_maverick, small_scout

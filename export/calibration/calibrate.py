@@ -30,6 +30,7 @@ from arriero.profiles.recipe import Profile
 from arriero.profiles.schemes import IntBlock, Static
 from arriero.profiles.static_scales import fit_inputs
 from arriero.profiles.stored_values import stored_values
+from arriero.runtimes.manifest import Fallback
 
 Watch = Callable[[str, int, int, str], None]
 Matrix = tuple[str, int | None, Callable[[], NDArray[np.float32]], Moments]  # tensor, expert, weight [N, K], its inputs
@@ -51,9 +52,9 @@ class Calibration:
         self.schemes = {key: profile.assign(checkpoint.tensors) for key, profile in self.profiles.items()}
         self.roundings = {key: QuantizedWeights(folder / key) for key in self.profiles}
 
-    def run(self) -> None:
-        """Write roundings, `coverage.json` (MoE layer -> tokens per expert), `ranges.json` (tensor -> tokens, absmax)
-        and `cache.json` (each layer's range of keys and values).
+    def run(self) -> dict[str, tuple[int, ...]]:
+        """Write roundings, `ranges.json` (tensor -> tokens, absmax) and `cache.json` (each layer's range of keys and
+        values); give the tokens of each expert by MoE layer.
 
         Raises ArrieroError for activations that are not finite (layer, expert, sample), and for experts that too few
         tokens reached where a profile says `below: stop`.
@@ -62,8 +63,7 @@ class Calibration:
         for layer in layers[self._resume() :]:
             self._layer(layer)
         found = [json.loads(self._record(layer).read_text()) for layer in layers]
-        coverage = {layer: one["coverage"] for layer, one in enumerate(found) if one["coverage"] is not None}
-        (self.folder / "coverage.json").write_text(json.dumps(coverage))
+        coverage = {str(layer): one["coverage"] for layer, one in enumerate(found) if one["coverage"] is not None}
         ranges = {tensor: entry for one in found for tensor, entry in one["ranges"].items()}
         (self.folder / "ranges.json").write_text(json.dumps(ranges))
         (self.folder / "cache.json").write_text(json.dumps([one["cache"] for one in found]))
@@ -73,6 +73,7 @@ class Calibration:
             decide(profile, shapes, errors, self.folder / key)
         for left in (*self.folder.glob("hidden-*"), *self.folder.glob("routed.*")):
             left.unlink()
+        return {layer: tuple(counts) for layer, counts in coverage.items()}
 
     def _resume(self) -> int:
         """The first layer to do: the one after the last that is done, or 0, the samples embedded."""
@@ -244,19 +245,19 @@ class Calibration:
                 )
 
 
-def fallbacks(profile: Profile, notes: Sequence[RoundingRecord]) -> list[dict[str, Any]]:
-    """The experts that too few tokens reached, as the manifest lists them: layer, expert, tokens, rule."""
+def fallbacks(profile: Profile, records: Sequence[RoundingRecord]) -> tuple[Fallback, ...]:
+    """The experts that too few tokens reached, in order of layer and expert."""
     if profile.calibration is None:
-        return []
+        return ()
+    least = profile.calibration.minimum_tokens
     thin = {
-        (int(note.tensor.split(".layers.")[1].split(".")[0]), note.expert): note
-        for note in notes
-        if note.expert is not None and (note.rounding == "widest" or note.tokens < profile.calibration.minimum_tokens)
+        (int(record.tensor.split(".layers.")[1].split(".")[0]), record.expert): record
+        for record in records
+        if record.expert is not None and (record.rounding == "widest" or record.tokens < least)
     }
-    return [
-        {"layer": layer, "expert": expert, "tokens": note.tokens, "rule": note.rounding}
-        for (layer, expert), note in sorted(thin.items(), key=lambda item: item[0])
-    ]
+    return tuple(
+        Fallback(layer, expert, record.tokens, record.rounding) for (layer, expert), record in sorted(thin.items())
+    )
 
 
 def _too_little(profile: Profile, tokens: int, largest: float) -> bool:

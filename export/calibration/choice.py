@@ -10,14 +10,16 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from arriero.export.calibration.sensitivity import group_of
 from arriero.profiles.knapsack import Option, choose
 from arriero.profiles.quantized_weights import QuantizedWeights
 from arriero.profiles.recipe import Profile
 from arriero.profiles.schemes import Chosen
+from arriero.runtimes.manifest import Choice, ChosenScheme
+from arriero.runtimes.typed_json import decode
 
 CHOICE = "choice.json"
 Shapes = Mapping[str, tuple[int, ...]]
@@ -49,31 +51,32 @@ def decide(profile: Profile, shapes: Shapes, errors: Mapping[str, Sequence[float
         chosen = choose(options, int(profile.choose.budget * whole))
         for tensors, number in zip(groups.values(), chosen, strict=True):
             QuantizedWeights(folder).adopt(QuantizedWeights(folder / str(number)), tensors)
-        rows: list[dict[str, Any]] = [
-            {
-                "layer": layer,
-                "group": kind,
-                "scheme": candidates[number].label,
-                "candidate": number,
-                "bytes": option[number].bytes,
-                "errors": {one.label: each.error for one, each in zip(candidates, option, strict=True)},
-                "tensors": tensors,
-            }
+        rows = tuple(
+            ChosenScheme(
+                layer=layer,
+                group=kind,
+                scheme=candidates[number].label,
+                candidate=number,
+                bytes=option[number].bytes,
+                errors={one.label: each.error for one, each in zip(candidates, option, strict=True)},
+                tensors=tuple(tensors),
+            )
             for ((layer, kind), tensors), option, number in zip(groups.items(), options, chosen, strict=True)
-        ]
-        share = sum(row["bytes"] for row in rows) / whole
+        )
+        choice = Choice(profile.choose.budget, sum(row.bytes for row in rows) / whole, rows)
         partial = folder / f"{CHOICE}.partial"
         folder.mkdir(exist_ok=True)
-        partial.write_text(json.dumps({"budget": profile.choose.budget, "share": share, "groups": rows}))
+        partial.write_text(json.dumps(asdict(choice)))
         partial.replace(folder / CHOICE)
     for number in range(len(candidates)):
         shutil.rmtree(folder / str(number), ignore_errors=True)
 
 
-def read_choice(folder: Path) -> dict[str, Any] | None:
+def read_choice(folder: Path) -> Choice | None:
     """What was chosen for the profile whose roundings lie in `folder`; None where nothing was left to choice."""
     path = folder / CHOICE
-    return json.loads(path.read_text()) if path.is_file() else None
+    remedy = "Delete the folder and calibrate again"
+    return decode(Choice, json.loads(path.read_text()), str(path), remedy) if path.is_file() else None
 
 
 def decided(profile: Profile, folder: Path) -> Profile:
@@ -81,4 +84,4 @@ def decided(profile: Profile, folder: Path) -> Profile:
     made = read_choice(folder)
     if made is None:
         return profile
-    return profile.decide({tensor: row["candidate"] for row in made["groups"] for tensor in row["tensors"]})
+    return profile.decide({tensor: row.candidate for row in made.groups for tensor in row.tensors})

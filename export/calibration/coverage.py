@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from arriero.runtimes.manifest import CalibratedPart, Fallback
 
 if TYPE_CHECKING:
     from arriero.profiles.recipe import Profile
@@ -22,26 +25,25 @@ RANGES = {
 
 
 def describe_calibration(
-    folder: Path, record: Mapping[str, Any], profiles: Iterable[Profile], planned: int | None
+    folder: Path, part: CalibratedPart, record: Mapping[str, Any], profiles: Iterable[Profile], planned: int | None
 ) -> dict[str, Any]:
-    """The finished stage in `folder`, with its `record`, as JSON values; `profiles` are those that calibrate.
+    """The finished stage in `folder`, its `part` and `record`, as JSON values; `profiles` are those that calibrate.
 
     `planned` is what the plan said of its peak memory, in bytes; None when it was done before. Seconds are those of
     the run that finished it.
     """
-    coverage: dict[str, list[int]] = json.loads((folder / "coverage.json").read_text())
     ranges = json.loads((folder / "ranges.json").read_text())
     names = {name.removesuffix(".weight").partition(".layers.")[2]: seen for name, seen in ranges.items()}
     layers = sorted({int(name.partition(".")[0]) for name in names})
     return {
-        "calibration": json.loads((folder / "set.json").read_text()),
+        "calibration": asdict(part.calibration),
         "seconds": record["seconds"],
         "peak_memory_bytes": record["peak_memory_bytes"],
         "planned_memory_bytes": planned,
         "layers": [
             {
                 "layer": layer,
-                "tokens_per_expert": coverage.get(str(layer)),
+                "tokens_per_expert": part.coverage.get(str(layer)),
                 "largest_input": {
                     column: _largest(names[f"{layer}.{name}"])
                     for column, candidates in RANGES.items()
@@ -51,7 +53,7 @@ def describe_calibration(
             }
             for layer in layers
         ],
-        "profiles": [_thin(profile, coverage) for profile in profiles],
+        "profiles": [_thin(profile, part.coverage) for profile in profiles],
     }
 
 
@@ -60,12 +62,12 @@ def _largest(seen: Any) -> float:
     return max(one["largest"] for one in seen) if isinstance(seen, list) else seen["largest"]
 
 
-def _thin(profile: Profile, coverage: dict[str, list[int]]) -> dict[str, Any]:
+def _thin(profile: Profile, coverage: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """A profile's rule, and the experts that it applies to."""
     assert profile.calibration is not None
     least = profile.calibration.minimum_tokens
     experts = [
-        {"layer": int(layer), "expert": expert, "tokens": count}
+        asdict(Fallback(int(layer), expert, count, profile.calibration.below))
         for layer, counts in coverage.items()
         for expert, count in enumerate(counts)
         if count < least

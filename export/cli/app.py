@@ -152,7 +152,7 @@ def parity(
     from arriero.runtimes.proof.report import read_json, render_table, write_html, write_junit
 
     if against is None:
-        from arriero.runtimes.manifest import open_manifest
+        from arriero.runtimes.integrity import open_manifest
 
         if (data, samples, seed) != (None, None, SEED):
             what = "--set, --samples and --seed choose what is measured, and without --against nothing is"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from arriero.export.machine.budget import human_bytes
-from arriero.export.proof.prove import tell_fallback
-from arriero.export.samples.cases import tell_set
-from arriero.runtimes.manifest import open_manifest
+from arriero.runtimes.integrity import open_manifest
+from arriero.runtimes.manifest import Fallback, SampleSet
 from arriero.runtimes.proof.report import read_json
 
 if TYPE_CHECKING:
@@ -27,28 +27,23 @@ FALLBACKS = {
 def describe_bundle(bundle: Path) -> dict[str, Any]:
     """The manifest's facts with weights summed by scheme and parity in short. Raises `ArrieroError` if damaged."""
     manifest = open_manifest(bundle, full=True)
-    raw = manifest.raw
-    schemes: Counter[str] = Counter()
-    for weight in raw["weights"].values():
-        schemes[str(weight["scheme"])] += 1
     report = read_json(bundle / "parity.json")
     return {
-        "name": raw["name"],
-        "arriero": raw["arriero"],
-        "model": raw["model"],
-        "target": raw["target"],
-        "chain": raw["chain"],
+        "name": manifest.name,
+        "arriero": manifest.arriero,
+        "model": manifest.model.entry(),
+        "target": asdict(manifest.target),
+        "chain": asdict(manifest.chain),
         "bytes": sum(record.bytes for record in manifest.files.values()),
         "files": {name: record.bytes for name, record in manifest.files.items()},
-        "weights": dict(schemes),
-        "calibration": raw["calibration"],
-        "coverage": raw["coverage"],
-        "fallback": raw.get("fallback", []),
-        "choice": raw.get("choice"),
+        "weights": dict(Counter(weight.scheme for weight in manifest.weights.values())),
+        "calibration": asdict(manifest.calibrated.calibration),
+        "coverage": manifest.calibrated.coverage,
+        **asdict(manifest.rounded),
         "kv_cache": manifest.target.kv_cache,
-        "kv_bytes_per_token": raw["kv_bytes_per_token"],
-        "measured": raw["measured"],
-        "tools": raw["tools"],
+        "kv_bytes_per_token": manifest.kv_bytes_per_token,
+        "measured": asdict(manifest.measured),
+        "tools": manifest.tools,
         "parity": {"failed": [row.metric for row in report.failed], "rows": len(report.rows)},
     }
 
@@ -74,7 +69,7 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
         + ", ".join(
             f"{human_bytes(size)} per token and {kind} layer" for kind, size in described["kv_bytes_per_token"].items()
         ),
-        "calibration": tell_set(described["calibration"]),
+        "calibration": str(SampleSet(**described["calibration"])),
         "coverage": _coverage(described["coverage"]),
         "fallback": _fallback(described["fallback"]),
         "choice": _choice(described["choice"]),
@@ -90,7 +85,7 @@ def _fallback(entries: list[dict[str, Any]]) -> str:
     if not entries:
         return "none: no matrix of an expert was rounded for lack of calibration tokens"
     told = [
-        f"[yellow]too few calibration tokens, so {meaning}:[/] {', '.join(map(tell_fallback, thin))}"
+        f"[yellow]too few calibration tokens, so {meaning}:[/] {', '.join(str(Fallback(**entry)) for entry in thin)}"
         for rule, meaning in FALLBACKS.items()
         if (thin := [entry for entry in entries if entry["rule"] == rule])
     ]

@@ -7,7 +7,7 @@ the target in place of processor and kernels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 # What a compiler tells: how many graphs (for GPUs: hundredths of graphs) are done, of how many.
 Watch = Callable[[int, int], None]
@@ -23,15 +23,3 @@ class MemoryBudget:
 
     scratch: int
     weights: int | None = None
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What the manifest records of a compilation: the tools' versions, and what the result needs of a processor."""
-
-    tools: dict[str, str]
-    cpu: str | None = None  # as LLVM names it: triple, CPU, features
-    arch: str = "any"
-    features: tuple[str, ...] = ()  # in Linux's names
-    gpu: str | None = None  # as in sm_89
-    plugins: dict[str, str] = field(default_factory=dict)  # name -> sha256 of the code inside the engines

@@ -8,7 +8,8 @@ from pathlib import Path
 import onnxruntime
 
 from arriero.errors import ArrieroError
-from arriero.export.compile import Compiled, Watch
+from arriero.export.compile import Watch
+from arriero.runtimes.manifest import Compiled
 
 
 def compile_graphs(

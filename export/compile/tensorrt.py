@@ -17,12 +17,13 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.export.compile import Compiled, MemoryBudget, Watch
+from arriero.export.compile import MemoryBudget, Watch
 from arriero.export.compile.nvidia.engine_shapes import Limits, settle_capacities, signature
 from arriero.export.compile.nvidia.gpus import Gpu
 from arriero.export.compile.nvidia.tensorrt_api import TENSORRT, Api, load
 from arriero.graphs.passes.replace_dispatch_with_plugins import PLUGINS
 from arriero.runtimes.cpu import architecture
+from arriero.runtimes.manifest import Compiled
 from arriero.runtimes.nvidia.products import listen
 
 STEPS = 100  # of which a graph's progress is told

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from arriero.export.compile import Compiled, MemoryBudget, Watch
+from arriero.export.compile import MemoryBudget, Watch
 from arriero.export.compile import tensorrt as shared
 from arriero.export.compile.nvidia.engine_shapes import Limits
 from arriero.export.compile.nvidia.gpus import Gpu
 from arriero.export.compile.nvidia.tensorrt_api import RTX, Api, load
+from arriero.runtimes.manifest import Compiled
 
 
 def compile_graphs(

@@ -14,10 +14,11 @@ from tvm.support import cc
 from tvm.target import codegen
 
 from arriero.errors import ArrieroError
-from arriero.export.compile import Compiled, Watch
+from arriero.export.compile import Watch
 from arriero.export.compile.build_kernels import find_compiler
 from arriero.export.compile.cpus import LINUX_NAMES, NATIVE, Cpu, parse_cpu
 from arriero.export.compile.relax.import_graph import ANY_ALIGNMENT, import_graph
+from arriero.runtimes.manifest import Compiled
 
 
 def compile_graphs(

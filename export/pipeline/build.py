@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError, BelowThreshold, MachineLacks, Problems
 from arriero.export.build_file.device import kernel_arch, target_gpu
+from arriero.export.build_file.model_spec import model_spec
 from arriero.export.build_file.schema import BuildConfig, Target
-from arriero.export.compile import Compiled
 from arriero.export.compile.cpus import NATIVE
 from arriero.export.compile.nvidia.engine_shapes import Limits
 from arriero.export.compile.nvidia.gpus import Gpu, local_gpus
 from arriero.export.compile.nvidia.tensorrt_api import load
-from arriero.export.pipeline.bundle import assemble, copy_tokenizer, is_current, write_manifest
+from arriero.export.pipeline.bundle import Parts, assemble, copy_tokenizer, is_current, write_manifest
+from arriero.export.pipeline.parts import read_part, write_part
 from arriero.export.pipeline.plan import (
     cache_bytes,
     calibrating,
@@ -42,13 +43,11 @@ from arriero.profiles.quantized_weights import QuantizedWeights
 from arriero.profiles.recipe import Profile, load_profile
 from arriero.runtimes.backend import module_of
 from arriero.runtimes.cpu import architecture
-from arriero.runtimes.manifest import link
+from arriero.runtimes.manifest import CalibratedPart, Compiled, LoweredPart, Measured, RoundedPart, StoredWeight
 
 if TYPE_CHECKING:
     from arriero.export.proof.prove import Judge
     from arriero.graphs.check import Part
-
-TARGET_KEYS = ("cpu", "arch", "features", "gpu", "plugins")  # of the manifest's target, as the compilation left them
 
 # What a watcher is told: the step, how much of it is done, of how much, and in which unit ("bytes" or "samples").
 Watch = Callable[[str, int, int, str], None]
@@ -150,7 +149,8 @@ class Build:
         with self.at_work():
             folder = self.stage("calibrate", self.calibrate, resumes=True)
             planned = None if plan.done else plan.stages[0].memory
-            return describe_calibration(folder, read_record(folder), calibrating(self.profiles), planned)
+            part = read_part(CalibratedPart, folder)
+            return describe_calibration(folder, part, read_record(folder), calibrating(self.profiles), planned)
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -185,7 +185,6 @@ class Build:
         """Refuse what would end the work late: thresholds that no metric has, a checkpoint without its processor,
         parity cases that do not fit a target's context, or have no answers where answers are judged.
         """
-        from arriero.export.build_file.model_spec import model_spec
         from arriero.export.proof.prove import check_answers
         from arriero.runtimes.processor.processor import Processor
         from arriero.runtimes.proof.parity import check_thresholds
@@ -269,13 +268,13 @@ class Build:
         from arriero.export.proof.walk_layers import Walk
 
         samples = draw_cases(self.config.calibration, self.config.modalities)
-        (folder / "set.json").write_text(json.dumps(describe_set(self.config.calibration, samples)))
         reference = open_reference(self.config.model, self.model.vision is None)
         profiles = {rounding_folder(profile): profile for profile in calibrating(self.profiles)}
         walk = Walk(reference, samples, folder, second=any(profile.rounds_by_gptq for profile in profiles.values()))
         if any(target.kv_cache == "int8" for target in self.config.targets):
             check_tokens(walk.tokens)
-        Calibration(walk, self.checkpoint, profiles, folder, self.watch).run()
+        coverage = Calibration(walk, self.checkpoint, profiles, folder, self.watch).run()
+        write_part(CalibratedPart(describe_set(self.config.calibration, samples), coverage), folder)
 
     def lower(self, target: Target, made: Made, folder: Path) -> None:
         """Stage `lower-*`: the backend's graphs and weights, the tokenizer, and proof that the backend loads them."""
@@ -286,7 +285,8 @@ class Build:
         compiled = self.compile(target, self.parts, made.kernels, folder)
         if compiled.gpu is not None:  # an engine has swallowed the file of its part's weights
             weights = {name: {**one, "file": f"{Path(one['file']).stem}.engine"} for name, one in weights.items()}
-        (folder / "lowering.json").write_text(json.dumps({"weights": weights, **asdict(compiled)}))
+        stored = {name: StoredWeight(**one) for name, one in weights.items()}
+        write_part(LoweredPart(stored, compiled), folder)
 
     def compile(self, target: Target, parts: tuple[str, ...], kernels: Path | None, folder: Path) -> Compiled:
         """Make of the lowered graphs in `folder` what the backend loads."""
@@ -345,47 +345,36 @@ class Build:
         return weights
 
     def manifest(self, target: Target, build: Mapping[str, str], lowered: Path, calibrated: Path, bundle: Path) -> None:
-        """Write the bundle's manifest from what the stages recorded."""
-        from arriero.export.build_file.model_spec import model_spec
+        """Write the bundle's manifest from the parts that the stages wrote."""
+        stages = {"graph": self.work.folder("graph", build["graph"]), "calibrate": calibrated, "lower": lowered}
+        records = {name: read_record(folder) for name, folder in stages.items()}
+        text = self.model.text
+        per_layer = 2 * text.kv_heads * text.head_dim * cache_bytes(target, self.profiles[target.profile])
+        kinds = sorted({"chunked" if layer.chunked else "global" for layer in text.layers})
+        parts = Parts(
+            model=model_spec(self.model),
+            target=target.model_dump(),
+            tools={name: version for name, version in self.inputs["graph"]["tools"].items() if version},
+            lowered=read_part(LoweredPart, lowered),
+            calibrated=read_part(CalibratedPart, calibrated),
+            rounded=self.rounded(target, calibrated),
+            kv_bytes_per_token=dict.fromkeys(kinds, per_layer),
+            measured=Measured(
+                peak_memory_bytes=max(record["peak_memory_bytes"] for record in records.values()),
+                seconds={name: record["seconds"] for name, record in records.items()},
+            ),
+        )
+        write_manifest(bundle, parts, self.content, self.profile_digest(target), build)
+
+    def rounded(self, target: Target, calibrated: Path) -> RoundedPart:
+        """What calibration says of the target's profile: what it chose, and the experts that fell back."""
+        from arriero.export.calibration.calibrate import fallbacks
         from arriero.export.calibration.choice import read_choice
 
-        graph = self.work.folder("graph", build["graph"])
-        stages = (("graph", graph), ("calibrate", calibrated), ("lower", lowered))
-        records = {name: read_record(folder) for name, folder in stages}
-        made = json.loads((lowered / "lowering.json").read_text())
-        text = self.model.text
-        item = cache_bytes(target, self.profiles[target.profile])
-        per_layer = 2 * text.kv_heads * text.head_dim * item
-        kinds = {"chunked" if layer.chunked else "global" for layer in text.layers}
-        tools = {name: version for name, version in self.inputs["graph"]["tools"].items() if version}
-        linked = link(self.content, build["graph"])
-        write_manifest(
-            bundle,
-            target.name,
-            model_spec(self.model),
-            {
-                "tools": {**tools, **made["tools"]},
-                "target": {**target.model_dump(), **{key: made[key] for key in TARGET_KEYS}},
-                "weights": made["weights"],
-                "coverage": json.loads((calibrated / "coverage.json").read_text()),
-                "fallback": self.fallback(target, calibrated),
-                "choice": read_choice(self.roundings(target, calibrated).folder),
-                "calibration": json.loads((calibrated / "set.json").read_text()),
-                "kv_bytes_per_token": dict.fromkeys(sorted(kinds), per_layer),
-                "measured": {
-                    "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records.values()),
-                    "seconds": {name: record["seconds"] for name, record in records.items()},
-                },
-            },
-            {"checkpoint": self.content, "graph": linked, "profile": link(linked, self.profile_digest(target))},
-            build,
+        roundings = self.roundings(target, calibrated)
+        return RoundedPart(
+            fallback=fallbacks(self.profiles[target.profile], roundings.notes()), choice=read_choice(roundings.folder)
         )
-
-    def fallback(self, target: Target, calibrated: Path) -> list[dict[str, Any]]:
-        """The experts that fell back by the profile's rule, because too few calibration tokens reached them."""
-        from arriero.export.calibration.calibrate import fallbacks
-
-        return fallbacks(self.profiles[target.profile], self.roundings(target, calibrated).notes())
 
     def roundings(self, target: Target, calibrated: Path) -> QuantizedWeights:
         """What calibration found for the target's profile."""

@@ -6,14 +6,31 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from arriero.errors import ArrieroError
+from arriero.export.pipeline.parts import PART
+from arriero.export.pipeline.stages import RECORD
 from arriero.graphs.checkpoint import SIDE_FILES
 from arriero.graphs.stored.link_file import link_file
 from arriero.runtimes.backend import ModelSpec
-from arriero.runtimes.manifest import FORMAT, artifact_digest, file_sha256, link, open_manifest, parity_digest
+from arriero.runtimes.integrity import open_manifest
+from arriero.runtimes.manifest import (
+    FILE,
+    FORMAT,
+    CalibratedPart,
+    Chain,
+    FileRecord,
+    LoweredPart,
+    Measured,
+    RoundedPart,
+    file_sha256,
+    link,
+    manifest_digest,
+    parity_digest,
+)
 from arriero.version import __version__
 
 
@@ -37,48 +54,62 @@ def assemble(lowered: Path, partial: Path) -> None:
     if partial.exists():
         shutil.rmtree(partial)
     for file in sorted(lowered.rglob("*")):
-        if file.is_file() and file.name not in ("stage.json", "lowering.json"):
+        if file.is_file() and file.name not in (RECORD, PART):
             link_file(file, partial / file.relative_to(lowered))
 
 
-def write_manifest(
-    partial: Path,
-    name: str,
-    spec: ModelSpec,
-    kept: Mapping[str, Any],
-    chain: Mapping[str, str],
-    build: Mapping[str, str],
-) -> None:
+@dataclass(frozen=True)
+class Parts:
+    """What the stages of one target say of its bundle, each its own part."""
+
+    model: ModelSpec
+    target: Mapping[str, Any]  # as the build file has it
+    tools: Mapping[str, str]
+    lowered: LoweredPart
+    calibrated: CalibratedPart
+    rounded: RoundedPart
+    kv_bytes_per_token: Mapping[str, int]
+    measured: Measured
+
+
+def write_manifest(partial: Path, parts: Parts, checkpoint: str, profile: str, build: Mapping[str, str]) -> None:
     """Write `manifest.json` over the files that are in `partial` now.
 
-    `kept` are the entries that come as they are (target, weights, coverage, measured, tools, kv_bytes_per_token),
-    `chain` the links up to the profile, `build` the keys of the stages that made the bundle.
+    `checkpoint` and `profile` are the hashes that the chain takes up, `build` the keys of the stages that made the
+    bundle.
     """
     names = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file())
     files = {
-        name: {"bytes": (partial / name).stat().st_size, "sha256": file_sha256(partial / name)}
-        for name in names
-        if name != "manifest.json"
+        name: FileRecord((partial / name).stat().st_size, file_sha256(partial / name)) for name in names if name != FILE
     }
-    manifest = {
+    compiled = {key: value for key, value in asdict(parts.lowered.compiled).items() if key != "tools"}
+    entries = {
         "format": FORMAT,
         "arriero": __version__,
-        "name": name,
-        "model": spec.entry(),
+        "name": parts.target["name"],
+        "model": parts.model.entry(),
+        "target": {**parts.target, **compiled},
         "build": dict(build),
-        "files": files,
-        **kept,
+        "files": {name: asdict(record) for name, record in files.items()},
+        "tools": {**parts.tools, **parts.lowered.compiled.tools},
+        "weights": {name: asdict(weight) for name, weight in parts.lowered.weights.items()},
+        "calibrated": asdict(parts.calibrated),
+        "rounded": asdict(parts.rounded),
+        "kv_bytes_per_token": dict(parts.kv_bytes_per_token),
+        "measured": asdict(parts.measured),
     }
-    artifact = link(chain["profile"], artifact_digest(manifest))
-    manifest["chain"] = {**chain, "artifact": artifact, "parity": link(artifact, parity_digest(files))}
-    path = partial / "manifest.json.partial"
-    path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    os.replace(path, partial / "manifest.json")
+    graph = link(checkpoint, build["graph"])
+    decided = link(graph, profile)
+    artifact = link(decided, manifest_digest(entries))
+    entries["chain"] = asdict(Chain(checkpoint, graph, decided, artifact, link(artifact, parity_digest(files))))
+    path = partial / f"{FILE}.partial"
+    path.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    os.replace(path, partial / FILE)
 
 
 def is_current(bundle: Path, build: Mapping[str, str]) -> bool:
-    """Whether the published `bundle` was made by the stages named in `build` and opens without complaint."""
+    """Whether the published `bundle` was made by the stages named in `build` and is what it says."""
     try:
-        return bool(open_manifest(bundle).raw["build"] == dict(build))
+        return open_manifest(bundle).build == dict(build)
     except ArrieroError:
         return False

@@ -286,7 +286,7 @@ def _set_inputs(wanted: Samples, modalities: Sequence[str]) -> KeyInputs:
     """What samples depend on: generated ones on their numbers (and our sources), others on their content."""
     if wanted.set == EMBEDDED:
         return wanted.model_dump()
-    return describe_set(wanted, draw_cases(wanted, modalities))
+    return asdict(describe_set(wanted, draw_cases(wanted, modalities)))
 
 
 def calibrating(profiles: Mapping[str, Profile]) -> list[Profile]:

@@ -15,7 +15,7 @@ from arriero.export.machine.budget import human_bytes
 from arriero.export.proof.prove import Judge, check_origin, measure, modalities_of
 from arriero.graphs.stored.safetensors_writer import ITEM_BYTES
 from arriero.runtimes.api import load
-from arriero.runtimes.manifest import Manifest
+from arriero.runtimes.manifest import Manifest, StoredWeight
 from arriero.runtimes.proof import plots, report
 from arriero.runtimes.proof.metrics import accuracy_error
 from arriero.runtimes.proof.report import ParityReport
@@ -151,31 +151,31 @@ def write_page(lines: Sequence[Compared], labels: Mapping[str, str], path: Path)
     )
 
 
-def decoder_bytes(weights: Mapping[str, Mapping[str, Any]], of_experts: float = 1) -> int:
+def decoder_bytes(weights: Mapping[str, StoredWeight], of_experts: float = 1) -> int:
     """Bytes of the text decoder's weights in a manifest's weight table, the embedding table not counted.
 
     `of_experts` is the share of the experts' that counts: k of E, where what one token reads is asked for.
     """
     return round(
         sum(
-            prod(entry["shape"]) * ITEM_BYTES[entry["dtype"]] * (of_experts if ".experts." in name else 1)
+            prod(entry.shape) * ITEM_BYTES[entry.dtype] * (of_experts if ".experts." in name else 1)
             for name, entry in weights.items()
             if name.startswith("language_model.") and "embed_tokens" not in name
         )
     )
 
 
-def decoder_bits(weights: Mapping[str, Mapping[str, Any]]) -> float:
+def decoder_bits(weights: Mapping[str, StoredWeight]) -> float:
     """Bits per weight of the decoder layers' matrices in a manifest's weight table, scales counted."""
-    bits = values = 0
+    bits, values = 0.0, 0
     for name, entry in weights.items():
         if ".layers." not in name or not name.startswith("language_model.") or "router" in name or "norm" in name:
             continue
-        count = prod(entry["shape"])
-        bits += 8 * count * ITEM_BYTES[entry["dtype"]]
+        count = prod(entry.shape)
+        bits += 8 * count * ITEM_BYTES[entry.dtype]
         if name.endswith(".packed"):
-            width = int(re.findall(r"\d+", entry["scheme"])[0])
-            values += int(8 * count * ITEM_BYTES[entry["dtype"]]) // width
+            width = int(re.findall(r"\d+", entry.scheme)[0])
+            values += int(8 * count * ITEM_BYTES[entry.dtype]) // width
         elif not name.endswith((".scales", ".multiplier")):
             values += count
     return bits / values
@@ -190,10 +190,10 @@ def _line(bundle: Path, manifest: Manifest, measured: ParityReport, speed: float
         name=manifest.name,
         profile=manifest.target.profile,
         bytes=sum(record.bytes for record in manifest.files.values()),
-        text_bytes=decoder_bytes(manifest.raw["weights"]),
-        decoder_bits=decoder_bits(manifest.raw["weights"]),
+        text_bytes=decoder_bytes(manifest.weights),
+        decoder_bits=decoder_bits(manifest.weights),
         kv_cache=manifest.target.kv_cache,
-        kv_bytes_per_token=sum(manifest.raw["kv_bytes_per_token"][layer.attention] for layer in manifest.model.layers),
+        kv_bytes_per_token=sum(manifest.kv_bytes_per_token[layer.attention] for layer in manifest.model.layers),
         tokens_per_second=speed,
         logits_kl_mean=values["logits_kl_mean"],
         kl_over_rtn=recorded.get("kl_over_rtn"),

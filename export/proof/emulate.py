@@ -20,18 +20,12 @@ import numpy as np
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes.backend import Cache, Floats, Ints, ModelSpec, StepOutput
 from arriero.runtimes.cpu import architecture
-from arriero.runtimes.manifest import Manifest
 from arriero.runtimes.remote import Arrays, read_message, write_message
 
 PACKAGE = Path(__file__).resolve().parents[2]
 VARIABLE = "ARRIERO_ARM64"
 EMULATOR = "qemu-aarch64-static"
 PYTHON = "usr/bin/python3.11"
-
-
-def is_foreign(manifest: Manifest) -> bool:
-    """Whether the bundle was compiled for another architecture than this machine's."""
-    return manifest.target.arch != "any" and architecture(manifest.target.arch) != architecture()
 
 
 def check_emulation(arch: str, where: str) -> Path:

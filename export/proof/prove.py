@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from arriero.errors import ArrieroError
-from arriero.export.proof.emulate import EmulatedBackend, is_foreign
+from arriero.export.proof.emulate import EmulatedBackend
 from arriero.export.proof.rtn_baseline import recorded_rows
 from arriero.export.samples.cases import draw_cases, encoded_sizes
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.profiles.recipe import OVER_RTN
 from arriero.runtimes.api import open_session
-from arriero.runtimes.manifest import Manifest, open_manifest
+from arriero.runtimes.integrity import open_manifest
+from arriero.runtimes.machine_fit import is_foreign
+from arriero.runtimes.manifest import Manifest
 from arriero.runtimes.proof.parity import compare
 from arriero.runtimes.proof.report import ALWAYS, PER_FAMILY, ParityReport, read_json
 
@@ -66,18 +68,16 @@ def measure(bundle: Path, judge: Judge, thresholds: Mapping[str, float], watch: 
         )
     labels = {"bundle": target.name, "profile": target.profile, "backend": target.backend}
     labels |= {"KV cache": target.kv_cache, **judge.labels}
-    fallback = manifest.raw.get("fallback") or ()
-    if fallback:
-        labels["experts rounded without calibration"] = "; ".join(map(tell_fallback, fallback))
+    if manifest.rounded.fallback:
+        labels["experts rounded without calibration"] = "; ".join(map(str, manifest.rounded.fallback))
     return replace(report, labels=labels)
 
 
 @contextmanager
 def open_candidate(bundle: Path) -> Iterator[tuple[Manifest, Session]]:
     """The bundle's manifest and a session over it, under emulation when it was compiled for another architecture."""
-    manifest = Manifest.read(bundle)
+    manifest = open_manifest(bundle)
     if not is_foreign(manifest):
-        manifest = open_manifest(bundle)
         with open_session(manifest) as session:
             yield manifest, session
         return
@@ -105,11 +105,6 @@ def check_answers(cases: Sequence[ParityCase], thresholds: Mapping[str, float]) 
             )
 
 
-def tell_fallback(entry: Mapping[str, Any]) -> str:
-    """One entry of the manifest's `fallback` for people."""
-    return f"layer {entry['layer']} expert {entry['expert']} ({entry['tokens']} tokens)"
-
-
 def prove_bundle(bundle: Path, checkpoint: Path, wanted: Cases, watch: Watch) -> ParityReport:
     """Measure a published bundle again on the `wanted` cases, with the thresholds it was published under.
 
@@ -132,10 +127,10 @@ def check_origin(bundle: Path, checkpoint: Path) -> None:
     """Refuse a bundle that was not made from this checkpoint."""
     manifest = open_manifest(bundle)
     found = Checkpoint.open(checkpoint).content_hash()
-    if manifest.raw["chain"]["checkpoint"] != found:
+    if manifest.chain.checkpoint != found:
         raise ArrieroError(
             "the bundle was not made from this checkpoint",
             where=str(checkpoint),
-            expected=f"a checkpoint with hash {manifest.raw['chain']['checkpoint'][:12]}...",
+            expected=f"a checkpoint with hash {manifest.chain.checkpoint[:12]}...",
             remedy="Give the checkpoint that the bundle was built from, or build a bundle from this one",
         )

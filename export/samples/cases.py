@@ -15,7 +15,7 @@ import numpy as np
 from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.export.build_file.schema import EMBEDDED, Cases, Samples
 from arriero.profiles.data import IMAGE_FAMILIES, TEXT_FAMILIES, Sample, make, score
-from arriero.runtimes.manifest import file_sha256
+from arriero.runtimes.manifest import SampleSet, file_sha256
 from arriero.runtimes.proof.parity import ParityCase
 
 if TYPE_CHECKING:
@@ -75,21 +75,15 @@ def _embedded_case(number: int, sample: Sample) -> ParityCase:
     )
 
 
-def describe_set(wanted: Samples, cases: Sequence[ParityCase]) -> dict[str, Any]:
+def describe_set(wanted: Samples, cases: Sequence[ParityCase]) -> SampleSet:
     """What identifies drawn samples, wherever their files lie: set, seed, content hash, samples per modality."""
     counts = Counter(map(modality, cases))
-    return {
-        "set": wanted.set if wanted.set == EMBEDDED else Path(wanted.set).name,
-        "seed": wanted.seed,
-        "sha256": content_hash(cases),
-        "samples": {kind: counts[kind] for kind in MODALITIES if counts[kind]},
-    }
-
-
-def tell_set(described: Mapping[str, Any]) -> str:
-    """A described set for people."""
-    counts = ", ".join(f"{count} {kind}" for kind, count in described["samples"].items())
-    return f"{described['set']}, seed {described['seed']}: {counts} samples; sha256 {described['sha256'][:12]}"
+    return SampleSet(
+        set=wanted.set if wanted.set == EMBEDDED else Path(wanted.set).name,
+        seed=wanted.seed,
+        sha256=content_hash(cases),
+        samples={kind: counts[kind] for kind in MODALITIES if counts[kind]},
+    )
 
 
 def modality(case: ParityCase) -> str:

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from arriero.runtimes.backend import Floats, Ints, ModelSpec, StepOutput
-from arriero.runtimes.manifest import artifact_digest, file_sha256, link, parity_digest
+from arriero.runtimes.manifest import FORMAT, FileRecord, file_sha256, link, manifest_digest, parity_digest
 from arriero.runtimes.processor.processor import IMAGE_TOKENS, PATCH, Processor
 
 HIDDEN, HEADS, KV_HEADS, DIM, EXPERTS, CHUNK, CONTEXT = 16, 4, 2, 8, 4, 8, 64
@@ -292,7 +292,7 @@ def write_manifest(folder: Path, **changes: Any) -> dict[str, Any]:
     """Write a manifest that fits the files in `folder`."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json"]
     manifest = {
-        "format": 2,
+        "format": FORMAT,
         "arriero": "0.1.0",
         "name": "toy",
         "model": model_entry(),
@@ -306,6 +306,12 @@ def write_manifest(folder: Path, **changes: Any) -> dict[str, Any]:
             "kv_cache": "float32",
         },
         "build": {"graph": "0"},
+        "tools": {},
+        "weights": {},
+        "calibrated": {"calibration": {"set": "none", "seed": 0, "sha256": "0", "samples": {}}, "coverage": {}},
+        "rounded": {"fallback": [], "choice": None},
+        "kv_bytes_per_token": {},
+        "measured": {"peak_memory_bytes": 0, "seconds": {}},
         "files": {
             str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files
         },
@@ -318,8 +324,8 @@ def write_manifest(folder: Path, **changes: Any) -> dict[str, Any]:
 def seal(manifest: dict[str, Any]) -> None:
     """Give the manifest the hash chain that fits what it says."""
     graph, profile = link("0", "0"), link("0", "1")
-    artifact = link(profile, artifact_digest(manifest))
-    parity = link(artifact, parity_digest(manifest["files"]))
+    artifact = link(profile, manifest_digest(manifest))
+    parity = link(artifact, parity_digest({name: FileRecord(**record) for name, record in manifest["files"].items()}))
     manifest["chain"] = {
         "checkpoint": "0",
         "graph": graph,

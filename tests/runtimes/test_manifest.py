@@ -11,7 +11,9 @@ import pytest
 
 import arriero
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.runtimes import manifest as manifest_module
+from arriero.runtimes import integrity
+from arriero.runtimes.integrity import check_files, open_manifest
+from arriero.runtimes.machine_fit import check_machine
 from arriero.runtimes.manifest import Manifest
 from tests.runtimes.conftest import seal, write_manifest
 
@@ -54,13 +56,16 @@ def put(value, *keys):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (put(1, "format"), r"format 1; expected format 2\. Use the arriero that built it"),
-        (put("2", "format"), "has format '2'"),
+        (put(1, "format"), r"format 1; expected format 3\. Use the arriero that built it"),
+        (put("3", "format"), "has format '3'"),
         (drop("files"), "keys are missing: files"),
         (drop("format"), "keys are missing: format"),
         (drop("target", "context"), "manifest.json:target: the key 'context' is missing"),
         (drop("target", "kv_cache"), "manifest.json:target: the key 'kv_cache' is missing"),
-        (put("much", "target", "context"), "manifest.json:target: an entry has the wrong shape"),
+        (
+            put("much", "target", "context"),
+            "manifest.json:target.context: an entry has the wrong shape: 'much'; expected a value of type int",
+        ),
         (put(0, "target", "batch"), "batch 0; expected at least 1"),
         (put("openvino", "target", "backend"), "the backend 'openvino' is unknown; expected one of onnxruntime, tvm"),
         (drop("model", "text", "head_dim"), "manifest.json:model: the key 'head_dim' is missing"),
@@ -68,7 +73,7 @@ def put(value, *keys):
         (put(3, "model", "text", "num_hidden_layers"), "2 layers are listed; expected 3"),
         (put("sliding", "model", "text", "layers", 0, "attention"), r"layers\[0\]: attention 'sliding'"),
         (put({}, "files"), "no files are recorded"),
-        (put({"bytes": 1}, "files", "text.onnx"), "the record of text.onnx is malformed"),
+        (put({"bytes": 1}, "files", "text.onnx"), "manifest.json:files.text.onnx: the key 'sha256' is missing"),
         (put({"bytes": 1, "sha256": ""}, "files", "../x"), "'../x' points outside the bundle"),
         (put({"bytes": 1, "sha256": ""}, "files", "/etc/x"), "'/etc/x' points outside the bundle"),
         (put(100, "model", "text", "vocab_size"), "the tokenizer knows 266 tokens, the model 100"),
@@ -129,13 +134,13 @@ def test_all_damage_is_told_at_once(copy):
 
 
 def test_large_files_of_large_bundles_are_hashed_on_request(copy, monkeypatch):
-    monkeypatch.setattr(manifest_module, "FULL_HASH_BYTES", 10)
-    monkeypatch.setattr(manifest_module, "QUICK_HASH_BYTES", (copy / "text.onnx").stat().st_size)
+    monkeypatch.setattr(integrity, "FULL_HASH_BYTES", 10)
+    monkeypatch.setattr(integrity, "QUICK_HASH_BYTES", (copy / "text.onnx").stat().st_size)
     vision = copy / "vision.onnx"  # the largest file
     vision.write_bytes(bytes(vision.stat().st_size))
-    Manifest.read(copy).check_files()
+    check_files(Manifest.read(copy))
     with pytest.raises(ArrieroError, match=r"vision\.onnx: the file's content was changed"):
-        Manifest.read(copy).check_files(full=True)
+        check_files(Manifest.read(copy), full=True)
     with pytest.raises(ArrieroError, match=r"vision\.onnx"):
         arriero.load(copy, verify=True)
 
@@ -144,6 +149,9 @@ def test_another_processor_is_refused_and_its_synonym_is_not(copy, monkeypatch):
     edit(copy, put("riscv64", "target", "arch"))
     with pytest.raises(MachineLacks, match="built for riscv64 and this machine is"):
         arriero.load(copy)
+    foreign = open_manifest(copy, full=True)  # it is what it says all the same
+    with pytest.raises(MachineLacks, match="built for riscv64"):
+        check_machine(foreign)
     monkeypatch.setattr(platform, "machine", lambda: "AMD64")
     edit(copy, put("x86_64", "target", "arch"))
     arriero.load(copy, threads=1).close()

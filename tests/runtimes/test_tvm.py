@@ -18,7 +18,8 @@ from arriero.runtimes import cache as kvcache
 from arriero.runtimes import cpu
 from arriero.runtimes import tvm as runtime
 from arriero.runtimes.cpu import usable_cores
-from arriero.runtimes.manifest import Manifest, open_manifest
+from arriero.runtimes.integrity import open_manifest
+from arriero.runtimes.manifest import Manifest
 from arriero.runtimes.tvm import TvmBackend
 from tests.runtimes.conftest import seal
 from tests.small import CHUNK

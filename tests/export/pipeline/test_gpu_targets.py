@@ -163,7 +163,7 @@ def test_weights_that_a_budget_has_no_room_for_are_streamed(folder: Path) -> Non
     tight.check_budgets("build.yaml")
     assert tight.room("card") == MemoryBudget(1000, 7000)
     console = Console(file=io.StringIO(), width=140)
-    tight.render(console)
+    show_plan(tight, console)
     assert "card: 6.84 KiB of" in console.file.getvalue()
 
 
@@ -204,10 +204,11 @@ def test_a_build_goes_as_far_as_the_machine_and_on_from_there(small: Path, monke
     assert not (small / "out" / "card").exists()
     (lowered,) = (small / "out" / ".work").glob("lower-card-*")
     assert {path.name for path in lowered.glob("*.*")} == {
-        *("embed.engine", "embed.json", "text.engine", "text.json", "lowering.json", "stage.json")
+        *("embed.engine", "embed.json", "text.engine", "text.json", "part.json", "stage.json")
     }
-    made = json.loads((lowered / "lowering.json").read_text())
-    assert (made["gpu"], made["arch"], list(made["tools"])) == ("sm_89", "x86_64", ["tensorrt-rtx"])
+    made = json.loads((lowered / "part.json").read_text())
+    compiled = made["compiled"]
+    assert (compiled["gpu"], compiled["arch"], list(compiled["tools"])) == ("sm_89", "x86_64", ["tensorrt-rtx"])
     assert {entry["file"] for entry in made["weights"].values()} == {"embed.engine", "text.engine"}
     manifest = json.loads((small / "out" / "card.partial" / "manifest.json").read_text())
     assert (manifest["target"]["gpu"], manifest["target"]["plugins"]) == ("sm_89", {})

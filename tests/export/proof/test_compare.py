@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from arriero.export.proof.compare import Compared, decoder_bits, show, to_json, write_page
+from arriero.runtimes.manifest import StoredWeight
 from arriero.runtimes.proof.plots import size_and_error
 
 LAYER = "language_model.model.layers.0"
@@ -19,29 +20,28 @@ def line(name: str, size: int, kl: float) -> Compared:
     )
 
 
+def stored(dtype: str, *shape: int, scheme: str = "exact") -> StoredWeight:
+    return StoredWeight(dtype, shape, scheme, "text.safetensors")
+
+
 def test_bits_count_scales_but_not_routers_and_tables() -> None:
     weights = {
-        f"{LAYER}.self_attn.q_proj.weight.packed": {
-            "dtype": "U8",
-            "shape": [64, 2, 16],
-            "scheme": "int4 block 32 gptq",
-        },
-        f"{LAYER}.self_attn.q_proj.weight.scales": {"dtype": "F32", "shape": [64, 2], "scheme": "int4 block 32 gptq"},
-        f"{LAYER}.feed_forward.router.weight": {"dtype": "F32", "shape": [4, 64], "scheme": "exact"},
-        f"{LAYER}.input_layernorm.weight": {"dtype": "F32", "shape": [64], "scheme": "exact"},
-        "language_model.lm_head.weight": {"dtype": "F32", "shape": [160, 64], "scheme": "exact"},
+        f"{LAYER}.self_attn.q_proj.weight.packed": stored("U8", 64, 2, 16, scheme="int4 block 32 gptq"),
+        f"{LAYER}.self_attn.q_proj.weight.scales": stored("F32", 64, 2, scheme="int4 block 32 gptq"),
+        f"{LAYER}.feed_forward.router.weight": stored("F32", 4, 64),
+        f"{LAYER}.input_layernorm.weight": stored("F32", 64),
+        "language_model.lm_head.weight": stored("F32", 160, 64),
     }
     assert decoder_bits(weights) == 5.0
-    scales = {"dtype": "F32", "shape": [64], "scheme": "fp8 per channel"}
+    scales = stored("F32", 64, scheme="fp8 per channel")
     byte = {
-        f"{LAYER}.self_attn.q_proj.weight.packed": {**scales, "dtype": "F8_E4M3", "shape": [64, 64]},
+        f"{LAYER}.self_attn.q_proj.weight.packed": stored("F8_E4M3", 64, 64, scheme="fp8 per channel"),
         f"{LAYER}.self_attn.q_proj.weight.scales": scales,
     }
     assert decoder_bits(byte) == 8.5
     static = {**byte, f"{LAYER}.self_attn.q_proj.weight.multiplier": scales}
     assert decoder_bits(static) == 9.0
-    exact = {f"{LAYER}.self_attn.q_proj.weight": {"dtype": "F32", "shape": [64, 64], "scheme": "exact"}}
-    assert decoder_bits(exact) == 32.0
+    assert decoder_bits({f"{LAYER}.self_attn.q_proj.weight": stored("F32", 64, 64)}) == 32.0
 
 
 def test_the_page_stands_alone_and_shows_every_bundle(tmp_path: Path) -> None:

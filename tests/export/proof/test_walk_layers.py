@@ -177,13 +177,13 @@ def test_every_expert_is_calibrated_or_listed_and_no_scale_is_made_up(tmp_path: 
     checkpoint, mine = Checkpoint.open(folder), profile()
     stage = tmp_path / "stage"
     walk = walk_over(load_reference(folder), stage)
-    Calibration(walk, checkpoint, {"p": mine}, stage, lambda *_: None).run()
-    coverage = {int(layer): counts for layer, counts in json.loads((stage / "coverage.json").read_text()).items()}
+    counted = Calibration(walk, checkpoint, {"p": mine}, stage, lambda *_: None).run()
+    coverage = {int(layer): counts for layer, counts in counted.items()}
     assert set(coverage) == set(walk.text.moe_layers)
     roundings = QuantizedWeights(stage / "p")
     thin = [(layer, e, n) for layer, counts in coverage.items() for e, n in enumerate(counts) if n < 8]
     listed = fallbacks(mine, roundings.notes())
-    assert [(one["layer"], one["expert"], one["tokens"]) for one in listed] == thin
+    assert [(one.layer, one.expert, one.tokens) for one in listed] == thin
     ranges = json.loads((stage / "ranges.json").read_text())
     for tensor, scheme in mine.assign(checkpoint.tensors).items():
         if scheme.kind == "exact":
@@ -223,7 +223,7 @@ def test_every_static_scale_comes_from_rows_that_were_seen(tmp_path: Path, name:
     Calibration(walk, checkpoint, {"p": mine}, stage, lambda *_: None).run()
     ranges = json.loads((stage / "ranges.json").read_text())
     roundings = QuantizedWeights(stage / "p")
-    listed = {(one["layer"], one["expert"]) for one in fallbacks(mine, roundings.notes())}
+    listed = {(one.layer, one.expert) for one in fallbacks(mine, roundings.notes())}
     for tensor, scheme in mine.assign(checkpoint.tensors).items():
         if not scheme.calibrates:
             assert tensor not in roundings
@@ -252,7 +252,7 @@ def test_a_killed_calibration_goes_on_after_its_last_layer(tmp_path: Path) -> No
     folder = TOYS["scout"](tmp_path / "toy")
     checkpoint, model = Checkpoint.open(folder), load_reference(folder)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    Calibration(walk_over(model, whole), checkpoint, {"p": profile()}, whole, lambda *_: None).run()
+    coverage = Calibration(walk_over(model, whole), checkpoint, {"p": profile()}, whole, lambda *_: None).run()
 
     def killed(step: str, done: int, total: int, unit: str) -> None:
         if step == "calibrate: layer 2, matrices" and done == 5:
@@ -264,10 +264,9 @@ def test_a_killed_calibration_goes_on_after_its_last_layer(tmp_path: Path) -> No
     again = Calibration(
         walk_over(model, parts), checkpoint, {"p": profile()}, parts, lambda step, *_: steps.append(step)
     )
-    again.run()
+    assert again.run() == coverage
     assert {step.split(",")[0] for step in steps} == {"calibrate: layer 2", "calibrate: layer 3"}
     for file in (
-        "coverage.json",
         "ranges.json",
         "cache.json",
         *(f"p/{path.name}" for path in (whole / "p").glob("*.npy")),

@@ -1,0 +1,24 @@
+"""The typed parts of a manifest on their way: each stage leaves its own as `part.json`, assembling merges them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from arriero.runtimes.typed_json import decode
+
+PART = "part.json"
+T = TypeVar("T")
+
+
+def write_part(part: Any, folder: Path) -> None:
+    """Leave a stage's part of the manifest in its folder."""
+    (folder / PART).write_text(json.dumps(asdict(part)))
+
+
+def read_part(kind: type[T], folder: Path) -> T:
+    """The part of type `kind` that the stage in `folder` left. Raises ArrieroError where it does not fit."""
+    path = folder / PART
+    return decode(kind, json.loads(path.read_text()), str(path), "Delete the folder and build again")

@@ -1,0 +1,71 @@
+"""Whether a bundle is what its manifest says: the chain of hashes, and every file's size and content.
+
+Nothing here asks what machine this is: a bundle for another one is checked, inspected and compared like any other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from arriero.errors import ArrieroError, Problems
+from arriero.runtimes.manifest import COPY_AGAIN, FILE, Manifest, file_sha256, link, parity_digest
+
+FULL_HASH_BYTES = 1 << 30  # bundles up to here are hashed whole at every load: about a second
+QUICK_HASH_BYTES = 64 << 20  # in larger bundles, only files up to here are
+
+
+def open_manifest(bundle: Path, full: bool | None = None) -> Manifest:
+    """Read a bundle's manifest and check that the bundle is what it says (`full` as in `check_files`)."""
+    manifest = Manifest.read(bundle)
+    check_chain(manifest)
+    check_files(manifest, full)
+    return manifest
+
+
+def check_chain(manifest: Manifest) -> None:
+    """Refuse a manifest that was edited, or put together from those of several builds."""
+    chain = manifest.chain
+    # The profile's own digest is not recorded; its link is held by the one after it.
+    for before, name, digest, what in (
+        ("checkpoint", "graph", manifest.build.get("graph"), "the graphs are not those of this checkpoint"),
+        ("profile", "artifact", manifest.digest, "the manifest or its file records were changed"),
+        ("artifact", "parity", parity_digest(manifest.files), "the parity report is not that of this bundle"),
+    ):
+        if getattr(chain, name) != link(getattr(chain, before), str(digest)):
+            where = f"{manifest.bundle / FILE}:chain.{name}"
+            raise ArrieroError(f"the link {before} -> {name} is broken: {what}", where=where, remedy=COPY_AGAIN)
+
+
+def check_proven(manifest: Manifest) -> None:
+    """Refuse a bundle without a parity report: its build is not finished."""
+    if "parity.json" not in manifest.files:
+        raise ArrieroError(
+            "the bundle was not proven against its reference: its build did not finish",
+            where=str(manifest.bundle),
+            remedy="Run `arriero build` again and take the bundle that it publishes",
+        )
+
+
+def check_files(manifest: Manifest, full: bool | None = None) -> None:
+    """Compare the files with their records; all differences are raised together.
+
+    Sizes are always compared. Hashes are compared for all files when `full`, or when `full` is None and the bundle has
+    at most `FULL_HASH_BYTES`; otherwise for files up to `QUICK_HASH_BYTES`.
+    """
+    if full is None:
+        full = sum(record.bytes for record in manifest.files.values()) <= FULL_HASH_BYTES
+    problems = []
+    for name, record in manifest.files.items():
+        path = manifest.bundle / name
+        if not path.is_file():
+            problems.append(ArrieroError("the file is missing from the bundle", where=name, remedy=COPY_AGAIN))
+        elif (size := path.stat().st_size) != record.bytes:
+            what = f"the file has {size} bytes: it is incomplete or belongs to another build"
+            expected = f"the {record.bytes} bytes that {FILE} records"
+            problems.append(ArrieroError(what, where=name, expected=expected, remedy=COPY_AGAIN))
+        elif (full or size <= QUICK_HASH_BYTES) and (digest := file_sha256(path)) != record.sha256:
+            what = f"the file's content was changed or damaged: sha256 {digest[:12]}..."
+            expected = f"{record.sha256[:12]}... that {FILE} records"
+            problems.append(ArrieroError(what, where=name, expected=expected, remedy=COPY_AGAIN))
+    if problems:
+        raise Problems(f"{manifest.bundle}: the bundle's files do not match its manifest", problems)
