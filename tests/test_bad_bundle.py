@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from arriero.runtimes.manifest import FORMAT
 from tests.command import arriero
 from tests.refusals import case, check, content, cut, flip, setting
+from tests.runtimes.conftest import seal
 
 PROMPT = "What is 17 + 25?"
 
@@ -28,7 +31,12 @@ BUNDLES = [
     case(cut("manifest_truncated", MANIFEST, 0.4), "not valid JSON", MANIFEST, COPY),
     case(content("manifest_no_object", MANIFEST, b"[]"), "not a JSON object", MANIFEST, COPY),
     case(setting("format_of_yesterday", MANIFEST, format=1), "format 1", MANIFEST, "arriero that built it"),
-    case(setting("format_of_tomorrow", MANIFEST, format=3), "format 3", MANIFEST, "arriero that built it"),
+    case(
+        setting("format_of_tomorrow", MANIFEST, format=FORMAT + 1),
+        f"format {FORMAT + 1}",
+        MANIFEST,
+        "arriero that built it",
+    ),
     case(setting("key_missing", MANIFEST, files=...), "keys are missing: files", MANIFEST, COPY),
     case(
         setting("target_key_missing", MANIFEST, **{"target.context": ...}),
@@ -37,7 +45,7 @@ BUNDLES = [
         COPY,
     ),
     case(setting("model_misshapen", MANIFEST, **{"model.text": 5}), "wrong shape", "manifest.json:model", "Rebuild"),
-    case(setting("shown_key_missing", MANIFEST, weights=...), "manifest", "manifest.json:chain.artifact", COPY),
+    case(setting("shown_key_missing", MANIFEST, weights=...), "keys are missing: weights", MANIFEST, COPY),
     case(
         setting("context_edited", MANIFEST, **{"target.context": 999}), "manifest", "manifest.json:chain.artifact", COPY
     ),
@@ -50,14 +58,18 @@ BUNDLES = [
         "manifest.json:chain.graph",
         COPY,
     ),
-    case(setting("chain_shortened", MANIFEST, **{"chain.parity": ...}), "incomplete", "manifest.json:chain", COPY),
-    case(setting("chain_no_object", MANIFEST, chain="sound"), "incomplete", "manifest.json:chain", COPY),
+    case(
+        setting("chain_shortened", MANIFEST, **{"chain.parity": ...}),
+        "'parity' is missing",
+        "manifest.json:chain",
+        COPY,
+    ),
+    case(setting("chain_no_object", MANIFEST, chain="sound"), "wrong shape", "manifest.json:chain", COPY),
     case(
         setting("another_processor", MANIFEST, **{"target.arch": "riscv64"}),
-        "built for riscv64",
-        "manifest.json:target.arch",
-        "Build a target",
-        3,
+        "the manifest or its file records were changed",
+        "manifest.json:chain.artifact",
+        COPY,
     ),
     case(
         setting("file_outside", MANIFEST, **{"files./etc/passwd": {"bytes": 1, "sha256": "0"}}),
@@ -90,6 +102,18 @@ def test_bundles(workshop, tmp_path, verb, change, what, where, remedy, code):
     refused = arriero(verb, bundle, *([PROMPT] if verb == "run" else []))
     check(refused, what, where, remedy, code)
     assert refused.out == ""
+
+
+def test_a_sound_bundle_for_another_processor_is_shown_and_not_run(workshop, tmp_path):
+    bundle = tmp_path / "fp32"
+    shutil.copytree(workshop / "bundles" / "fp32", bundle)
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest["target"]["arch"] = "riscv64"
+    seal(manifest)
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    check(arriero("run", bundle, PROMPT), "built for riscv64", "manifest.json:target.arch", "Build a target", 3)
+    shown = arriero("inspect", bundle)
+    assert (shown.code, "arch riscv64" in " ".join(shown.out.split())) == (0, True), shown.err
 
 
 @pytest.mark.parametrize("verb", ["run", "inspect", "parity"])

@@ -323,7 +323,7 @@ def write_manifest(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def seal(manifest: dict[str, Any]) -> None:
     """Give the manifest the hash chain that fits what it says."""
-    graph, profile = link("0", "0"), link("0", "1")
+    graph, profile = link("0", manifest["build"]["graph"]), link("0", "1")
     artifact = link(profile, manifest_digest(manifest))
     parity = link(artifact, parity_digest({name: FileRecord(**record) for name, record in manifest["files"].items()}))
     manifest["chain"] = {
