@@ -7,12 +7,13 @@ from importlib import import_module
 from pathlib import Path
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.backend import Backend, ModelSpec, module_of
+from arriero.runtimes.backend import Backend, ModelSpec
 from arriero.runtimes.integrity import check_proven, open_manifest
 from arriero.runtimes.machine_fit import check_machine
 from arriero.runtimes.manifest import Manifest
 from arriero.runtimes.processor.processor import Processor
 from arriero.runtimes.session import Session
+from arriero.traits import TRAITS
 
 
 def load(bundle: str | os.PathLike[str], threads: int | None = None, verify: bool = False) -> Session:
@@ -37,7 +38,7 @@ def open_session(manifest: Manifest, threads: int | None = None) -> Session:
 
 
 def open_backend(name: str, folder: Path, spec: ModelSpec, threads: int | None = None) -> Backend:
-    """Give the backend `name` (one of `BACKENDS`) over the graphs and weights in `folder`."""
+    """Give the backend `name` (a key of `TRAITS`) over the graphs and weights in `folder`."""
     # By name, so that an app needs the libraries of its own backend only.
-    backend: Backend = import_module(f"arriero.runtimes.{module_of(name)}").open_backend(folder, spec, threads)
+    backend: Backend = import_module(f"arriero.runtimes.{TRAITS[name].module}").open_backend(folder, spec, threads)
     return backend

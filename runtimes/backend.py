@@ -8,27 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol, Self, cast, get_args
+from typing import Any, Literal, Protocol, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError
 
-# Each is a module here, in `graphs.lower` and in `export.compile`, of the name that `module_of` gives.
-BackendName = Literal["onnxruntime", "tvm", "tensorrt", "tensorrt-rtx"]
-BACKENDS: tuple[str, ...] = get_args(BackendName)
-
 # A vision tower's activations are per tile, so tiles go through in groups and peak memory does not grow with them.
 TILES_AT_ONCE = 4
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
-
-
-def module_of(backend: str) -> str:
-    """The module of a backend within each of the packages that has one."""
-    return backend.replace("-", "_")
 
 
 @dataclass(frozen=True)

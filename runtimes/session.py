@@ -22,9 +22,7 @@ from arriero.runtimes.processor.chat import Message
 from arriero.runtimes.processor.images import Images, as_list
 from arriero.runtimes.processor.processor import Processor, Prompt
 from arriero.runtimes.sampling import Sampling
-
-# Activations grow with the piece and weights are read once per piece; at 512 the matrix products already saturate.
-PIECE = 512
+from arriero.traits import PREFILL_PIECE
 
 PromptLike = Prompt | str | Sequence[Message]
 
@@ -294,7 +292,7 @@ class Session:
         features = self._features(prompt)
         start = used = 0
         while start < len(ids):
-            stop = min(start + PIECE, (start // chunk + 1) * chunk, len(ids))
+            stop = min(start + PREFILL_PIECE, (start // chunk + 1) * chunk, len(ids))
             piece = ids[None, start:stop]
             placeholders = int(np.sum(piece == self.spec.image_token_id))
             embeds = self.backend.embed(piece, features[used : used + placeholders])

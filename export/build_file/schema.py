@@ -27,7 +27,7 @@ from arriero.export.compile.nvidia.gpus import parse_gpu
 from arriero.export.machine.budget import parse_bytes
 from arriero.profiles.kv_cache import CacheType
 from arriero.profiles.recipe import shipped
-from arriero.runtimes.backend import BackendName
+from arriero.traits import BACKENDS
 
 Modality = Literal["text", "image"]
 EMBEDDED = "embedded"
@@ -74,7 +74,7 @@ class Target(_Section):
         description="Name of the bundle and of its folder under `output`: letters, digits, dot, dash, underscore.",
         json_schema_extra={"pattern": f"^{NAME}$"},
     )
-    backend: BackendName = Field(description="The runtime that will execute the bundle.")
+    backend: Literal[BACKENDS] = Field(description="The runtime that will execute the bundle.")  # type: ignore[valid-type]
     profile: str = Field(
         description="How weights are stored: a shipped profile (`arriero profiles list`) or the path of a profile file."
     )

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from arriero.export.compile.nvidia.gpus import GPU_BACKENDS
 from arriero.export.machine.budget import human_bytes
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         held = f"{human_bytes(plan.gpu_memory)} of weights and cache in the largest target, scratch space on top"
         console.print(f"   GPU: {held} ({_limit(plan.gpu_budget)})", highlight=False)
     for target in plan.targets:
-        share = plan.room(target.name) if target.backend in GPU_BACKENDS else None
+        share = plan.gpu_share(target.name) if target.on_gpu else None
         if share is not None and share.weights is not None:
             kept = f"{human_bytes(share.weights)} of {human_bytes(target.weights_bytes)} of weights stay on the GPU"
             console.print(f"   GPU: {target.name}: {kept}; the rest is sent anew for every step", highlight=False)

@@ -1,16 +1,21 @@
 """Compilers: one file per backend, from lowered graphs to what the runtime loads.
 
-Each has `compile_graphs(folder, parts, cpu, kernels, watch) -> Compiled`; those for GPUs take a GPU and the limits of
-the target in place of processor and kernels.
+Each has `compile_graphs(folder, parts, device, watch) -> Compiled`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-# What a compiler tells: how many graphs (for GPUs: hundredths of graphs) are done, of how many.
-Watch = Callable[[int, int], None]
+if TYPE_CHECKING:
+    from arriero.export.compile.nvidia.engine_shapes import Limits
+    from arriero.export.compile.nvidia.gpus import Gpu
+
+# What a compiler reports: the step, how much of it is done, of how much, and in which unit.
+Watch = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -23,3 +28,18 @@ class MemoryBudget:
 
     scratch: int
     weights: int | None = None
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a target is compiled for. A compiler reads what its kind of device has; the rest is None."""
+
+    cpu: str | None = None  # a name or an LLVM triple
+    kernels: Path | None = None  # the object file of our kernels for that processor
+    gpu: Gpu | None = None
+    limits: Limits | None = None  # of the engines' shapes
+    memory: MemoryBudget | None = None  # of the GPU; None for all of it
+
+
+def no_watch(step: str, done: int, total: int, unit: str) -> None:
+    """Report nothing."""

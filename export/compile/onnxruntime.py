@@ -8,14 +8,12 @@ from pathlib import Path
 import onnxruntime
 
 from arriero.errors import ArrieroError
-from arriero.export.compile import Watch
+from arriero.export.compile import Device, Watch, no_watch
 from arriero.runtimes.manifest import Compiled
 
 
-def compile_graphs(
-    folder: Path, parts: Sequence[str], cpu: str | None = None, kernels: Path | None = None, watch: Watch | None = None
-) -> Compiled:
-    """Load `<part>.onnx` of each of `parts` in `folder` with all optimisations; a processor plays no part.
+def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Watch = no_watch) -> Compiled:
+    """Load `<part>.onnx` of each of `parts` in `folder` with all optimisations; the device plays no part.
 
     Raises ArrieroError naming the graph that ONNX Runtime refuses, with its reason.
     """
@@ -23,7 +21,8 @@ def compile_graphs(
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    for part in parts:
+    for number, part in enumerate(parts):
+        watch("load", number, len(parts), "graphs")
         path = folder / f"{part}.onnx"
         try:
             onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

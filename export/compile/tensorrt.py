@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.export.compile import MemoryBudget, Watch
-from arriero.export.compile.nvidia.engine_shapes import Limits, settle_capacities, signature
+from arriero.export.compile import Device, MemoryBudget, Watch, no_watch
+from arriero.export.compile.nvidia.engine_shapes import settle_capacities, signature
 from arriero.export.compile.nvidia.gpus import Gpu
 from arriero.export.compile.nvidia.tensorrt_api import TENSORRT, Api, load
 from arriero.graphs.passes.replace_dispatch_with_plugins import PLUGINS
@@ -26,7 +26,7 @@ from arriero.runtimes.cpu import architecture
 from arriero.runtimes.manifest import Compiled
 from arriero.runtimes.nvidia.products import listen
 
-STEPS = 100  # of which a graph's progress is told
+STEPS = 100  # of which a graph's progress is reported
 TIMINGS = "timings.bin"
 STREAMED = "text"  # the last of the parts
 
@@ -34,21 +34,22 @@ STREAMED = "text"  # the last of the parts
 def compile_graphs(
     folder: Path,
     parts: Sequence[str],
-    gpu: Gpu,
-    limits: Limits,
-    watch: Watch | None = None,
+    device: Device,
+    watch: Watch = no_watch,
     *,
-    room: MemoryBudget | None = None,
     api: Api | None = None,
     plugins: Callable[[str], Plugins] | None = None,
 ) -> Compiled:
-    """Compile `<part>.onnx` of each of `parts` in `folder` for `gpu`, in the `room` that a budget leaves (None: any).
+    """Compile `<part>.onnx` of each of `parts` in `folder` for the device's GPU, within the memory budget that it has.
 
     Leaves `<part>.engine` and `<part>.json` (see `engine_shapes.signature`) in the place of each graph and its weights.
     `api` may stand in for the installed product, `plugins` for `cuda.plugin.register_plugins`, which makes our own
     nodes known and is called if a graph has any. Raises ArrieroError naming graph and node that the product refuses,
     MachineLacks where it is not installed or needs the GPU itself.
     """
+    gpu, limits, memory = device.gpu, device.limits, device.memory
+    assert gpu is not None
+    assert limits is not None
     product = api or load(TENSORRT)
     product.check_here(gpu)
     log = listen(product.module)
@@ -61,11 +62,11 @@ def compile_graphs(
         if inside is None and any(node.domain == PLUGINS for node in model.graph):
             inside = (plugins or _register)(str(gpu))
         told = signature(model, limits, part)
-        step = _step(watch, number, len(parts))
-        if part == STREAMED and room is not None and room.weights is not None:
+        step = _step(watch, part)
+        if part == STREAMED and memory is not None and memory.weights is not None:
             others = sum((folder / f"{other}.engine").stat().st_size for other in parts[:number])
-            told["weights_on_gpu"] = max(0, room.weights - others)
-        plan = build_engine(product, log, path, told, gpu, room, folder / TIMINGS, step)
+            told["weights_on_gpu"] = max(0, memory.weights - others)
+        plan = build_engine(product, log, path, told, gpu, memory, folder / TIMINGS, step)
         if inside is not None:
             told["plugins"] = inside.hashes
         _write(folder / f"{part}.engine", plan)
@@ -73,8 +74,6 @@ def compile_graphs(
         path.unlink()
         _drop_weights(model, folder)
     (folder / TIMINGS).unlink(missing_ok=True)
-    if watch:
-        watch(STEPS * len(parts), STEPS * len(parts))
     hashes = inside.hashes if inside else {}
     return Compiled({product.product: product.version}, arch=architecture(), gpu=str(gpu), plugins=hashes)
 
@@ -100,7 +99,7 @@ def build_engine(
     path: Path,
     told: Mapping[str, Any],
     gpu: Gpu,
-    room: MemoryBudget | None,
+    memory: MemoryBudget | None,
     timings: Path,
     step: Callable[[int, int], None],
 ) -> Any:
@@ -117,8 +116,8 @@ def build_engine(
     api.aim(config, gpu)
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default: it would round the router's inputs to 10 bits
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # an engine can say what it consists of
-    if room is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, room.scratch)
+    if memory is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, memory.scratch)
     if "weights_on_gpu" in told:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     cache = None
@@ -133,7 +132,7 @@ def build_engine(
     config.progress_monitor = monitor(trt, step)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise _unbuilt(api, path, gpu, room, log.errors)
+        raise _unbuilt(api, path, gpu, memory, log.errors)
     if cache is not None:
         _write(timings, config.get_timing_cache().serialize())
     return plan
@@ -187,11 +186,11 @@ def _refused(api: Api, path: Path, errors: Sequence[Any]) -> ArrieroError:
     )
 
 
-def _unbuilt(api: Api, path: Path, gpu: Gpu, room: MemoryBudget | None, errors: Sequence[str]) -> ArrieroError:
+def _unbuilt(api: Api, path: Path, gpu: Gpu, memory: MemoryBudget | None, errors: Sequence[str]) -> ArrieroError:
     text = errors[-1] if errors else "no reason given"
-    if ("out of memory" in text.lower() or "OutOfMemory" in text) and room is not None:
+    if ("out of memory" in text.lower() or "OutOfMemory" in text) and memory is not None:
         return ArrieroError(
-            f"the engine needs more scratch space than the {room.scratch} bytes that are left to it ({text})",
+            f"the engine needs more scratch space than the {memory.scratch} bytes that are left to it ({text})",
             where=str(path),
             remedy="Raise budgets.gpu_memory, or choose a smaller profile, context or batch",
         )
@@ -208,15 +207,16 @@ def _unbuilt(api: Api, path: Path, gpu: Gpu, room: MemoryBudget | None, errors: 
     )
 
 
-def _step(watch: Watch | None, number: int, parts: int) -> Callable[[int, int], None]:
-    told = -1
+def _step(watch: Watch, part: str) -> Callable[[int, int], None]:
+    """What reports a part's progress in STEPS, each step once."""
+    reported = -1
 
-    def step(done: int, of: int) -> None:
-        nonlocal told
-        now = number * STEPS + done * STEPS // of
-        if watch and now > told:
-            told = now
-            watch(now, parts * STEPS)
+    def step(done: int, total: int) -> None:
+        nonlocal reported
+        now = done * STEPS // total
+        if now > reported:
+            reported = now
+            watch(f"compile {part}", now, STEPS, "%")
 
     step(0, STEPS)
     return step

@@ -14,35 +14,32 @@ from tvm.support import cc
 from tvm.target import codegen
 
 from arriero.errors import ArrieroError
-from arriero.export.compile import Watch
+from arriero.export.compile import Device, Watch, no_watch
 from arriero.export.compile.build_kernels import find_compiler
 from arriero.export.compile.cpus import LINUX_NAMES, NATIVE, Cpu, parse_cpu
 from arriero.export.compile.relax.import_graph import ANY_ALIGNMENT, import_graph
 from arriero.runtimes.manifest import Compiled
 
 
-def compile_graphs(
-    folder: Path, parts: Sequence[str], cpu: str | None, kernels: Path | None, watch: Watch | None = None
-) -> Compiled:
-    """Compile `<part>.onnx` of each of `parts` in `folder` for `cpu`, with the object file `kernels` linked in.
+def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Watch = no_watch) -> Compiled:
+    """Compile `<part>.onnx` of each of `parts` in `folder` for the device's processor, with its kernels linked in.
 
     Leaves `<part>.so` and `<part>.json` (the order of inputs, outputs and weights) in the place of each graph. Raises
     ArrieroError for a processor that LLVM does not know, MachineLacks without a linker for its architecture.
     """
-    assert kernels is not None
-    chosen = parse_cpu(cpu or NATIVE)
+    assert device.kernels is not None
+    chosen = parse_cpu(device.cpu or NATIVE)
     target = _target(chosen)
     link = cc.cross_compiler(find_compiler(chosen.arch))
     for number, part in enumerate(parts):
-        if watch:
-            watch(number, len(parts))
+        watch("compile", number, len(parts), "graphs")
         path = folder / f"{part}.onnx"
         library = folder / f"{part}.so"
         try:
             module, graph, weights = import_graph(path)
             with target, tvm.transform.PassContext(opt_level=3):
                 built = relax.build(fuse(module), target)
-            built.export_library(str(library), fcompile=link, addons=[str(kernels)])
+            built.export_library(str(library), fcompile=link, addons=[str(device.kernels)])
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:  # TVM's own are of these
             raise ArrieroError(
                 f"TVM {tvm.__version__} does not compile the graph ({(str(error).splitlines() or [repr(error)])[-1]})",
@@ -51,8 +48,7 @@ def compile_graphs(
             ) from error
         (folder / f"{part}.json").write_text(json.dumps(_signature(graph, weights), indent=1) + "\n")
         path.unlink()
-    if watch:
-        watch(len(parts), len(parts))
+    watch("compile", len(parts), len(parts), "graphs")
     known = (LINUX_NAMES.get(str(name)) for name in codegen.llvm_get_cpu_features(target))
     features = tuple(sorted(name for name in known if name))
     tools = {"apache-tvm": tvm.__version__, "apache-tvm-ffi": tvm_ffi.__version__}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BUILD, RUN = "build", "run"
-
 
 @dataclass(frozen=True)
 class Check:

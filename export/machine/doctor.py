@@ -7,18 +7,19 @@ import importlib.metadata
 import platform
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.compile.build_kernels import LEVELS, find_compiler
-from arriero.export.compile.nvidia.gpus import GPU_BACKENDS
 from arriero.export.machine.budget import available_memory, cpu_count, free_disk, human_bytes, total_memory
-from arriero.export.machine.checks import BUILD, RUN, Check, status
+from arriero.export.machine.checks import Check, status
 from arriero.export.machine.gpu_checks import gpu_checks
 from arriero.runtimes.cpu import architecture, cpu_features
 from arriero.runtimes.tvm import load_runtime
+from arriero.traits import BUILD, RUN, SHARED_PACKAGES, TRAITS, Package
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,36 +27,6 @@ if TYPE_CHECKING:
 LEAST_MEMORY, LEAST_DISK = 2 << 30, 1 << 30
 PYTHON = (3, 11)
 
-# Distribution -> lowest version, for what, how to get it. The lowest versions are those of pyproject.toml.
-NEEDS: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "numpy": ("2", (BUILD, RUN), "arriero"),
-    "tokenizers": ("0.21", (BUILD, RUN), "arriero"),
-    "jinja2": ("3.1", (BUILD, RUN), "arriero"),
-    "pillow": ("11", (BUILD, RUN), "arriero"),
-    "torch": ("2.13", (BUILD,), "arriero[export]"),
-    "onnx": ("1.23", (BUILD,), "arriero[export]"),
-    "onnx-ir": ("1.1", (BUILD,), "arriero[export]"),
-    "onnxscript": ("0.7.2", (BUILD,), "arriero[export]"),
-    "av": ("14", (), "arriero[video]"),
-}
-BACKEND_NEEDS: dict[str, dict[str, tuple[str, tuple[str, ...], str]]] = {
-    "onnxruntime": {"onnxruntime": ("1.32", (BUILD, RUN), "arriero[onnxruntime]")},
-    "tvm": {
-        "apache-tvm": ("0.27", (BUILD, RUN), "arriero[tvm]"),
-        "apache-tvm-ffi": ("0.1.14", (BUILD, RUN), "arriero[tvm]"),
-    },
-    "tensorrt": {
-        "tensorrt": ("10.16", (BUILD, RUN), "arriero[tensorrt]"),
-        "cuda-bindings": ("12.9", (RUN,), "arriero[tensorrt]"),
-    },
-    "tensorrt-rtx": {
-        "tensorrt_rtx_cu13_bindings": ("1.7.1", (BUILD, RUN), "arriero[tensorrt-rtx]"),
-        "onnxruntime-ep-nv-tensorrt-rtx-cu13": ("0.5", (BUILD, RUN), "arriero[tensorrt-rtx]"),
-        "cuda-bindings": ("12.9", (RUN,), "arriero[tensorrt-rtx]"),
-    },
-}
-# NVIDIA's own package, which brings bindings and libraries together, in the place of the registry's two.
-INSTEAD = {"tensorrt_rtx_cu13_bindings": "tensorrt_rtx", "onnxruntime-ep-nv-tensorrt-rtx-cu13": "tensorrt_rtx"}
 # Instruction sets that the CPU kernels of quantised products choose between, best first, per architecture.
 VECTOR_SETS = {
     "x86": ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2"),
@@ -110,11 +81,11 @@ def diagnose(folder: Path, backend: str | None = None) -> Diagnosis:
 
     Raises `ArrieroError` for a backend we do not have.
     """
-    if backend is not None and backend not in BACKEND_NEEDS:
-        known = ", ".join(BACKEND_NEEDS)
+    if backend is not None and backend not in TRAITS:
+        known = ", ".join(TRAITS)
         raise ArrieroError(f"there is no backend {backend!r}", expected=f"one of {known}", remedy="Choose one of these")
-    machine = (_python(), *_hardware(), _memory(), _disk(folder), *(_library(name, NEEDS[name]) for name in NEEDS))
-    asked = [backend] if backend else list(BACKEND_NEEDS)
+    machine = (_python(), *_hardware(), _memory(), _disk(folder), *map(_library, SHARED_PACKAGES))
+    asked = [backend] if backend else list(TRAITS)
     return Diagnosis(machine, {name: _backend(name) for name in asked})
 
 
@@ -127,10 +98,10 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
-def build_tools(backend: str) -> tuple[str, ...]:
-    """The distributions of `backend` that a build's result depends on, and those that may stand in their place."""
-    needed = [name for name, (_, roles, _) in BACKEND_NEEDS[backend].items() if BUILD in roles]
-    return tuple(dict.fromkeys([*needed, *(INSTEAD[name] for name in needed if name in INSTEAD)]))
+def installed_versions(packages: Iterable[Package]) -> dict[str, str]:
+    """The installed versions of what builds with `packages` depend on, those that stand in their place too."""
+    names = [name for package in packages for name in (package.name, package.instead) if name]
+    return {name: version for name in names if (version := version_of(name)) is not None}
 
 
 def _python() -> Check:
@@ -170,19 +141,18 @@ def _disk(folder: Path) -> Check:
     return Check("disk", status(ok), f"{human_bytes(free)} free in {folder.absolute()}", (BUILD,), remedy)
 
 
-def _library(name: str, need: tuple[str, tuple[str, ...], str]) -> Check:
-    least, needed_for, package = need
-    installed = version_of(name)
-    if installed is None and name in INSTEAD and (whole := version_of(INSTEAD[name])):
-        return Check(name, "ok", f"{INSTEAD[name]} {whole} instead", needed_for)
-    ok = installed is not None and _numbers(installed) >= _numbers(least)
-    remedy = None if ok else f"pip install '{package}' (it needs {name} {least} or newer)"
-    return Check(name, status(ok), installed or "not installed", needed_for, remedy)
+def _library(package: Package) -> Check:
+    installed = version_of(package.name)
+    if installed is None and package.instead and (whole := version_of(package.instead)):
+        return Check(package.name, "ok", f"{package.instead} {whole} instead", package.needed_for)
+    ok = installed is not None and _numbers(installed) >= _numbers(package.least)
+    remedy = None if ok else f"pip install '{package.requirement}' (it needs {package.name} {package.least} or newer)"
+    return Check(package.name, status(ok), installed or "not installed", package.needed_for, remedy)
 
 
 def _backend(name: str) -> tuple[Check, ...]:
-    checks = tuple(_library(library, need) for library, need in BACKEND_NEEDS[name].items())
-    if name in GPU_BACKENDS:
+    checks = tuple(map(_library, TRAITS[name].packages))
+    if TRAITS[name].compiles_for == "gpu":
         return (*checks, *gpu_checks(name))
     if any(check.status != "ok" for check in checks):
         return checks

@@ -10,12 +10,11 @@ from importlib import import_module
 
 from arriero.errors import MachineLacks
 from arriero.export.compile.nvidia.driver import Card, list_cards, open_driver
-from arriero.export.compile.nvidia.gpus import PRODUCTS
 from arriero.export.machine.budget import human_bytes
-from arriero.export.machine.checks import BUILD, RUN, Check, status
-from arriero.runtimes.backend import module_of
+from arriero.export.machine.checks import Check, status
 from arriero.runtimes.nvidia.cuda import DRIVER
 from arriero.runtimes.nvidia.products import Product
+from arriero.traits import BUILD, RUN, TRAITS
 
 # A driver names the newest CUDA that it runs; an older one of the same major runs it too.
 OLDEST_CUDA = 12
@@ -24,7 +23,7 @@ OLDEST_CUDA = 12
 def gpu_checks(backend: str) -> tuple[Check, ...]:
     """The findings on driver, GPUs and library for one of the two backends."""
     # TensorRT measures kernels while it builds, so it needs the GPU for that too; RTX finishes engines where they run
-    needed = (BUILD, RUN) if backend == "tensorrt" else (RUN,)
+    needed = (RUN,) if TRAITS[backend].builds_anywhere else (BUILD, RUN)
     return (*_driver(backend, needed), _library(backend))
 
 
@@ -40,13 +39,13 @@ def _driver(backend: str, needed: tuple[str, ...]) -> tuple[Check, ...]:
     remedy = None if ok else f"Install a driver for CUDA {OLDEST_CUDA} or newer"
     told = Check("NVIDIA driver", status(ok), f"for CUDA {cuda[0]}.{cuda[1]} and older", needed, remedy)
     cards = list_cards(driver)
-    fitting = [number for number, card in enumerate(cards) if card.capability in PRODUCTS[backend]]
+    fitting = [number for number, card in enumerate(cards) if card.capability in TRAITS[backend].gpus]
     listed = "; ".join(map(_told, cards)) or "none that this process may use"
     advice = None if cards else DRIVER
     if fitting and fitting[0] > 0:
         advice = f"Set CUDA_VISIBLE_DEVICES={fitting[0]}: the first GPU is the one that is used"
     elif cards and not fitting:
-        others = [name for name, known in PRODUCTS.items() if cards[0].capability in known]
+        others = [name for name, traits in TRAITS.items() if cards[0].capability in traits.gpus]
         advice = f"Take the backend {others[0]} for it" if others else "It is too old for this product: use a newer GPU"
     return told, Check("GPU", status(advice is None), listed, needed, advice)
 
@@ -57,7 +56,7 @@ def _told(card: Card) -> str:
 
 def _library(backend: str) -> Check:
     """Load the product for real: bindings that are installed may still lack their library."""
-    product: Product = import_module(f"arriero.runtimes.{module_of(backend)}").PRODUCT
+    product: Product = import_module(f"arriero.runtimes.{TRAITS[backend].module}").PRODUCT
     name, both = f"{product.title} loads", (BUILD, RUN)
     try:
         version = str(product.load().__version__)

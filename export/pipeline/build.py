@@ -19,6 +19,7 @@ from arriero.errors import ArrieroError, BelowThreshold, MachineLacks, Problems
 from arriero.export.build_file.device import kernel_arch, target_gpu
 from arriero.export.build_file.model_spec import model_spec
 from arriero.export.build_file.schema import BuildConfig, Target
+from arriero.export.compile import Device
 from arriero.export.compile.cpus import NATIVE
 from arriero.export.compile.nvidia.engine_shapes import Limits
 from arriero.export.compile.nvidia.gpus import Gpu, local_gpus
@@ -41,9 +42,9 @@ from arriero.graphs.config import ModelConfig
 from arriero.profiles.kv_cache import CacheScales, cache_scales, check_tokens
 from arriero.profiles.quantized_weights import QuantizedWeights
 from arriero.profiles.recipe import Profile, load_profile
-from arriero.runtimes.backend import module_of
 from arriero.runtimes.cpu import architecture
 from arriero.runtimes.manifest import CalibratedPart, Compiled, LoweredPart, Measured, RoundedPart, StoredWeight
+from arriero.traits import TRAITS
 
 if TYPE_CHECKING:
     from arriero.export.proof.prove import Judge
@@ -290,22 +291,20 @@ class Build:
 
     def compile(self, target: Target, parts: tuple[str, ...], kernels: Path | None, folder: Path) -> Compiled:
         """Make of the lowered graphs in `folder` what the backend loads."""
-        compiler = import_module(f"arriero.export.compile.{module_of(target.backend)}")
-        step, gpu = f"{target.name}: compile", target_gpu(target)
-        if gpu is not None:
-            limits = Limits(target.context, target.batch, self.model.text.chunk)
-
-            def told(done: int, total: int) -> None:
-                each = total // len(parts)
-                number = min(done // each, len(parts) - 1)
-                self.watch(f"{step} {parts[number]}", 100 * (done - number * each) // each, 100, "%")
-
-            room = self.plan.room(target.name)
-            engines: Compiled = compiler.compile_graphs(folder, parts, gpu, limits, told, room=room)
-            return engines
-        compiled: Compiled = compiler.compile_graphs(
-            folder, parts, target.cpu, kernels, lambda done, total: self.watch(step, done, total, "graphs")
+        compiler = import_module(f"arriero.export.compile.{TRAITS[target.backend].module}")
+        gpu = target_gpu(target)
+        device = Device(
+            cpu=target.cpu,
+            kernels=kernels,
+            gpu=gpu,
+            limits=Limits(target.context, target.batch, self.model.text.chunk),
+            memory=self.plan.gpu_share(target.name) if gpu is not None else None,
         )
+
+        def watch(step: str, done: int, total: int, unit: str) -> None:
+            self.watch(f"{target.name}: {step}", done, total, unit)
+
+        compiled: Compiled = compiler.compile_graphs(folder, parts, device, watch)
         return compiled
 
     def cache_scales(self, target: Target, calibrated: Path) -> list[CacheScales] | None:
@@ -330,7 +329,7 @@ class Build:
         from arriero.graphs.check import part_tensors
         from arriero.graphs.lower.part import Lowering
 
-        lowering = import_module(f"arriero.graphs.lower.{module_of(target.backend)}")
+        lowering = import_module(f"arriero.graphs.lower.{TRAITS[target.backend].module}")
         schemes = profile.assign([name for part in self.parts for name in part_tensors(part, self.model)])
         weights: dict[str, Any] = {}
         gpu = target_gpu(target)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import get_args
 
 from arriero.errors import ArrieroError, Problems
-from arriero.export.build_file.device import COMPILES, target_gpu
+from arriero.export.build_file.device import target_gpu
 from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Samples, Target
-from arriero.export.compile.nvidia.gpus import GPU_BACKENDS, check_product
+from arriero.export.compile.nvidia.gpus import check_product
 from arriero.export.samples.cases import draw_cases, modality
 from arriero.graphs.config import ModelConfig
 from arriero.profiles.data import FAMILIES, TEXT_FAMILIES
 from arriero.profiles.recipe import Profile
 from arriero.profiles.schemes import Exact
-from arriero.runtimes.backend import module_of
+from arriero.traits import TRAITS
 
 
 def check_fit(build: BuildConfig, config: ModelConfig) -> None:
@@ -27,14 +26,19 @@ def check_fit(build: BuildConfig, config: ModelConfig) -> None:
         remedy = "Write `modalities: [text]`, or use a multimodal checkpoint"
         problems.append(ArrieroError("the checkpoint has no vision tower", where="modalities", remedy=remedy))
     for number, target in enumerate(build.targets):
-        if target.cpu is not None and target.backend not in COMPILES:
+        traits = TRAITS[target.backend]
+        if target.cpu is not None and traits.compiles_for != "cpu":
             what = f"the backend {target.backend} compiles for no processor: its bundles run on any"
             problems.append(ArrieroError(what, where=f"targets[{number}].cpu", remedy="Remove the key"))
         problems += _gpu_problems(target, f"targets[{number}].gpu")
-        if target.kv_cache != "float32" and target.backend in (*COMPILES, *GPU_BACKENDS):
-            kept = "float32" if target.backend in COMPILES else "what the profile computes in"
+        if target.kv_cache not in traits.cache_types:
+            kept = "what the profile computes in" if traits.compiles_for == "gpu" else ", ".join(traits.cache_types)
             what = f"the backend {target.backend} keeps keys and values in {kept}"
             problems.append(ArrieroError(what, where=f"targets[{number}].kv_cache", remedy="Remove the key"))
+        if config.text.head_dim % traits.head_multiple:
+            what = f"the attention of {target.backend} does not take heads of {config.text.head_dim} features"
+            expected = f"a head_dim that is a multiple of {traits.head_multiple}"
+            problems.append(ArrieroError(what, where=f"targets[{number}].backend", expected=expected))
         if target.context > config.text.max_positions:
             what = f"{target.context:,} tokens are more than the model's positions"
             expected = f"at most {config.text.max_positions:,} (max_position_embeddings)"
@@ -48,8 +52,8 @@ def check_schemes(build: BuildConfig, profiles: Mapping[str, Profile]) -> None:
     problems = []
     for number, target in enumerate(build.targets):
         # Imported by name and late: an unchanged build is planned without the tools of any backend.
-        lowering = import_module(f"arriero.graphs.lower.{module_of(target.backend)}")
-        known = lowering.SCHEMES
+        traits = TRAITS[target.backend]
+        lowering = import_module(f"arriero.graphs.lower.{traits.module}")
         profile = profiles[target.profile]
         # what is kept beside rules is few and computed anywhere; without rules it is all there is
         schemes = [rule.scheme for form in profile.forms for rule in form.rules] or [Exact()]
@@ -62,9 +66,7 @@ def check_schemes(build: BuildConfig, profiles: Mapping[str, Profile]) -> None:
                 f"{target.backend} has no kernels for {', '.join(sorted(lacking))}, as profile {profile.name} asks for"
             )
             remedy = "Choose another profile for it, or a backend that has them"
-            expected = (
-                f"schemes of kind {', '.join(get_args(scheme.model_fields['kind'].annotation)[0] for scheme in known)}"
-            )
+            expected = f"schemes of kind {', '.join(traits.schemes)}"
             problems.append(ArrieroError(what, where=f"targets[{number}]", expected=expected, remedy=remedy))
     if problems:
         raise Problems("the build asks for what its backends cannot do", problems)
@@ -72,7 +74,7 @@ def check_schemes(build: BuildConfig, profiles: Mapping[str, Profile]) -> None:
 
 def _gpu_problems(target: Target, where: str) -> list[ArrieroError]:
     """A GPU beside a backend that runs on processors, none where one is needed, or one that it builds nothing for."""
-    if target.backend not in GPU_BACKENDS:
+    if TRAITS[target.backend].compiles_for != "gpu":
         what = f"the backend {target.backend} runs on processors"
         return [] if target.gpu is None else [ArrieroError(what, where=where, remedy="Remove the key")]
     try:

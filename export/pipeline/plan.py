@@ -10,14 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from arriero.export.build_file.device import COMPILES, device_of, kernel_arch, target_gpu
+from arriero.export.build_file.device import device_of, kernel_arch, target_gpu
 from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Samples, Target
 from arriero.export.calibration import estimate
 from arriero.export.compile import MemoryBudget
 from arriero.export.compile.cpus import NATIVE, parse_cpu
-from arriero.export.compile.nvidia.gpus import GPU_BACKENDS
 from arriero.export.machine.budget import available_memory, check_budget, free_disk, human_bytes
-from arriero.export.machine.doctor import build_tools, version_of
+from arriero.export.machine.doctor import installed_versions
 from arriero.export.pipeline.check_fit import check_fit, check_schemes
 from arriero.export.pipeline.sources import source_hash
 from arriero.export.pipeline.stages import WorkDir, key_of
@@ -28,11 +27,10 @@ from arriero.graphs.names import EMBEDDING, TEXT_PREFIX, expected_tensors
 from arriero.profiles.kv_cache import ITEM_BYTES, widen_thresholds
 from arriero.profiles.recipe import Profile, check_shapes, load_profile
 from arriero.profiles.schemes import Chosen, Exact, Half
-from arriero.runtimes.backend import module_of
 from arriero.runtimes.cpu import architecture
+from arriero.traits import SHARED_PACKAGES, TRAITS
 
 CONTEXTS = {"8k": 1 << 13, "128k": 1 << 17, "1M": 1 << 20, "10M": 10 << 20}
-TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "apache-tvm", "apache-tvm-ffi", "numpy")
 CACHE_BYTES = {**ITEM_BYTES, "float16": 2, "bfloat16": 2}  # of a number in a cache of keys and values
 
 # The estimates' constants, rounded up from runs on small models.
@@ -89,6 +87,11 @@ class PlannedTarget:
     done: bool
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether it is compiled for a GPU."""
+        return TRAITS[self.backend].compiles_for == "gpu"
+
+    @property
     def bytes(self) -> int:
         """Weights and cache together: what a device holds, beside scratch space."""
         return self.weights_bytes + self.kv_bytes
@@ -121,7 +124,7 @@ class Plan:
     @property
     def gpu_memory(self) -> int:
         """Bytes of weights and cache of the largest target for a GPU; scratch space comes on top."""
-        return max((target.bytes for target in self.targets if target.backend in GPU_BACKENDS), default=0)
+        return max((target.bytes for target in self.targets if target.on_gpu), default=0)
 
     @property
     def disk(self) -> int:
@@ -139,11 +142,11 @@ class Plan:
         room = self.disk_available
         check_budget("disk space", self.disk, budget=self.disk_budget, available=room, where=f"{where}disk")
         for target in self.targets:
-            if target.backend in GPU_BACKENDS and not target.done:
+            if target.on_gpu and not target.done:
                 budget = self.gpu_budget  # weights that it has no room for stay with the host
                 check_budget("GPU memory", target.kv_bytes, budget=budget, available=None, where=f"{where}gpu_memory")
 
-    def room(self, name: str) -> MemoryBudget | None:
+    def gpu_share(self, name: str) -> MemoryBudget | None:
         """What the GPU's budget leaves the engines of target `name` beside its cache; None without a budget."""
         if self.gpu_budget is None:
             return None
@@ -190,7 +193,7 @@ def make_plan(build: BuildConfig) -> Plan:
     needs |= {name: (KERNELS_MEMORY, KERNELS_DISK) for name in keys if name.startswith("kernels-")}
     for target in targets:
         lowering = (_lower_memory(used), target.weights_bytes)
-        if target.backend in GPU_BACKENDS:  # an engine beside the weights that it is made of
+        if target.on_gpu:  # an engine beside the weights that it is made of
             engine = ENGINE_MEMORY + ENGINE_COPIES * target.weights_bytes
             lowering = (max(lowering[0], engine), 2 * target.weights_bytes + ENGINE_DISK)
         needs[f"lower-{target.name}"] = lowering
@@ -215,7 +218,7 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
 
     A later stage names the keys of the earlier ones that it reads, so that a change runs through.
     """
-    tools = {tool: version_of(tool) for tool in TOOLS}
+    tools = installed_versions(SHARED_PACKAGES)
     seen: KeyInputs = {"checkpoint": content_hash, "modalities": list(build.modalities), "tools": tools}
     stages: dict[str, KeyInputs] = {
         # The traced graph's weights point into the checkpoint's files, so where these are matters too.
@@ -240,8 +243,9 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
             "graph": graph,
             "calibrate": coverage,
             "target": target.model_dump(),
-            "cpu": asdict(parse_cpu(target.cpu or NATIVE)) if target.backend in COMPILES else None,
+            "cpu": asdict(parse_cpu(target.cpu or NATIVE)) if kernel_arch(target) else None,
             "gpu": gpu_inputs(target, build.budgets.gpu_memory),
+            "tools": installed_versions(TRAITS[target.backend].packages),
             "profile": profiles[target.profile].model_dump(exclude={"thresholds", "description"}),
             "source": source_hash(*_lowers(target)),
         }
@@ -249,15 +253,15 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
             "lower": key_of(lower, stages[lower]),
             "cases": _set_inputs(build.parity.cases, build.modalities),
             "thresholds": thresholds(build, target, profiles[target.profile]),
-            "source": source_hash(*PROVES, f"runtimes/{module_of(target.backend)}.py"),
+            "source": source_hash(*PROVES, f"runtimes/{TRAITS[target.backend].module}.py"),
         }
     return stages
 
 
 def _lowers(target: Target) -> tuple[str, ...]:
     """The sources that a target's lowering begins in, with the folder of the kernels that go into engines."""
-    module = module_of(target.backend)
-    kernels = ("export/compile/cuda",) if target.backend in GPU_BACKENDS else ()
+    module = TRAITS[target.backend].module
+    kernels = ("export/compile/cuda",) if TRAITS[target.backend].compiles_for == "gpu" else ()
     return f"graphs/lower/{module}.py", f"export/compile/{module}.py", *kernels
 
 
@@ -268,12 +272,9 @@ def thresholds(build: BuildConfig, target: Target, profile: Profile) -> dict[str
 
 
 def gpu_inputs(target: Target, memory: int | None) -> KeyInputs | None:
-    """What the target's engines depend on beyond the graphs: GPU, `memory` budget, versions of what builds them."""
+    """What the target's engines depend on beyond the graphs: the GPU, and the `memory` budget."""
     gpu = target_gpu(target)
-    if gpu is None:
-        return None
-    tools = {tool: version_of(tool) for tool in build_tools(target.backend)}
-    return {"gpu": str(gpu), "memory": memory, "tools": tools}
+    return None if gpu is None else {"gpu": str(gpu), "memory": memory}
 
 
 def _kernel_archs(target: Target, profile: Profile) -> set[str]:
@@ -359,7 +360,7 @@ def _plan_target(
             # The table is looked up, not multiplied, so it keeps its own dtype; a tied head is a second copy in f32.
             sizes["f32"] = sizes.get("f32", 0) + (size if config.text.tied_embeddings else 0)
             label, size = info.dtype.lower(), info.nbytes
-        elif target.backend in COMPILES and len(info.shape) > 1:
+        elif TRAITS[target.backend].keeps_stored_dtype and len(info.shape) > 1:
             label, size = info.dtype.lower(), info.nbytes
         sizes[label] = sizes.get(label, 0) + size
     return PlannedTarget(
@@ -380,7 +381,7 @@ def _plan_target(
 def cache_type(target: Target, profile: Profile) -> str:
     """The type of the target's keys and values: as it asks, on GPUs as the profile computes."""
     formats = [rule.scheme.format for rule in profile.rules if isinstance(rule.scheme, Half)]
-    return formats[0] if target.backend in GPU_BACKENDS and formats else target.kv_cache
+    return formats[0] if TRAITS[target.backend].compiles_for == "gpu" and formats else target.kv_cache
 
 
 def cache_bytes(target: Target, profile: Profile) -> int:

@@ -18,17 +18,15 @@ from arriero.graphs.passes.replace_dispatch_with_moe import replace_dispatch_wit
 from arriero.graphs.passes.replace_linear import replace_linear
 from arriero.graphs.rewrite import CONTRIB
 from arriero.graphs.stored.weight_store import WeightStore
-from arriero.profiles.schemes import Exact, Fp8, Int8Dynamic, Int8Static, IntBlock, Scheme
+from arriero.profiles.schemes import Scheme
+from arriero.traits import TRAITS
 
 OPSET = (CONTRIB, 1)
-
-SCHEMES = (Exact, IntBlock, Fp8, Int8Dynamic, Int8Static)
-"""What this backend computes. Its CPU kernels for 16-bit floats are casts around float32 ones, where there are any."""
 
 
 def lacks(scheme: Scheme) -> str | None:
     """What of `scheme` this backend does not compute; None when it does."""
-    return None if isinstance(scheme, SCHEMES) else scheme.told
+    return None if scheme.kind in TRAITS["onnxruntime"].schemes else scheme.told
 
 
 def lower(part: str, canonical: ir.Model, given: Lowering) -> WeightTable:

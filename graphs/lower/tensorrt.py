@@ -24,13 +24,13 @@ from arriero.graphs.passes.scatter_cache import narrow_attention, scatter_cache
 from arriero.graphs.passes.tile_experts import tile_experts
 from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.float8 import FP8_SINCE
-from arriero.profiles.schemes import Exact, Fp8Static, Half, Int8Static, IntBlock, Scheme
+from arriero.profiles.schemes import Fp8Static, Half, IntBlock, Scheme
+from arriero.traits import TRAITS
 
 BF16_SINCE = 80
 NATIVE_MOE_ON = (100, 103, 110)
 PLUGINS_SINCE = 80  # asynchronous copies came with it; every GPU since then has our kernels
 OPSET = ("", 24)  # the first with TensorScatter
-SCHEMES = (Exact, Half, IntBlock, Fp8Static, Int8Static)
 ExpertForm = Callable[[ir.Model, WeightStore, str], int]
 
 
@@ -39,7 +39,7 @@ def lacks(scheme: Scheme) -> str | None:
     if isinstance(scheme, IntBlock):
         # Quantised products take one scale per matrix; blocks go with weights alone, and only in four bits.
         return None if (scheme.bits, scheme.accuracy_level) == (4, 0) else scheme.told
-    return None if isinstance(scheme, SCHEMES) else scheme.told
+    return None if scheme.kind in TRAITS["tensorrt"].schemes else scheme.told
 
 
 def lacks_on(scheme: Scheme, capability: int) -> str | None:

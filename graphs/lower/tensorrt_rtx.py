@@ -5,12 +5,12 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from arriero.graphs.lower.part import Lowering, WeightTable
-from arriero.graphs.lower.tensorrt import SCHEMES, lacks, lower_standard
+from arriero.graphs.lower.tensorrt import lacks, lower_standard
 from arriero.graphs.lower.tensorrt import lacks_on as lacks_on_any
 from arriero.graphs.passes.tile_experts import tile_experts
 from arriero.profiles.schemes import Exact, IntBlock, Scheme, Static
 
-__all__ = ["SCHEMES", "lacks", "lacks_on", "lower"]
+__all__ = ["lacks", "lacks_on", "lower"]
 TURING = 75
 
 

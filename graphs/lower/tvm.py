@@ -27,18 +27,17 @@ from arriero.graphs.passes.replace_with_kernels import (
 )
 from arriero.graphs.stored.link_file import link_file
 from arriero.graphs.stored.weight_store import WeightStore
-from arriero.profiles.schemes import Exact, Fp8, IntBlock, Scheme
+from arriero.profiles.schemes import Exact, IntBlock, Scheme
+from arriero.traits import TRAITS
 
 OPSET = (DOMAIN, VERSION)
-SCHEMES = (Exact, IntBlock, Fp8)
-"""What our kernels compute. fp8 is how weights are stored; activations stay float32, whatever the profile asks."""
 
 
 def lacks(scheme: Scheme) -> str | None:
     """What of `scheme` our kernels do not compute; None when they do."""
     if isinstance(scheme, IntBlock) and scheme.accuracy_level == 0:
         return f"{scheme.told} beside float32 activations (accuracy_level 0)"
-    return None if isinstance(scheme, SCHEMES) else scheme.told
+    return None if scheme.kind in TRAITS["tvm"].schemes else scheme.told
 
 
 def lower(part: str, canonical: ir.Model, given: Lowering) -> WeightTable:

@@ -20,9 +20,9 @@ from arriero.graphs.passes.multiply_in_scheme import multiply_gathered
 from arriero.graphs.passes.topk_rows import scale_inputs, sum_choices
 from arriero.graphs.rewrite import add_constant, insert_node, replace_node
 from arriero.graphs.stored.weight_store import WeightStore
+from arriero.traits import PREFILL_PIECE
 
 INT32, INT64 = int(ir.DataType.INT32), int(ir.DataType.INT64)
-PROMPT = 512  # tokens of a prompt piece, for which tiles are dimensioned
 LEAST, MOST = 16, 64  # rows: the height of a matrix unit's tile, and where fewer copies are no longer worth the waste
 
 
@@ -58,7 +58,7 @@ def tile_experts(model: ir.Model, store: WeightStore, activations: str) -> int:
 
 def tile_rows(experts: int, per_token: int) -> int:
     """M: twice the pairs that an expert gets of a prompt piece on average, as a power of two."""
-    mean = 2 * PROMPT * per_token / experts
+    mean = 2 * PREFILL_PIECE * per_token / experts
     return int(min(MOST, max(LEAST, 2 ** round(np.log2(mean)))))
 
 

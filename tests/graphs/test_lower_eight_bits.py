@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from arriero.errors import ArrieroError
+from arriero.export.compile import Device
 from arriero.export.compile.onnxruntime import compile_graphs
 from arriero.graphs import model as reference_model
 from arriero.graphs.lower.onnxruntime import lower
@@ -132,7 +133,7 @@ def test_prefill_and_decode_compute_what_the_scheme_says(
         built.canonical,
         Lowering(built.config, built.checkpoint, assign(built, scheme), tmp_path, roundings=roundings),
     )
-    compile_graphs(tmp_path, ["text"])
+    compile_graphs(tmp_path, ["text"], Device())
     embeds = built.embeds(1)
     ours = stepped(Stepper(tmp_path / "text.onnx", built.config, 1), embeds.numpy(), CUTS)
     with rounding(built.reference, scheme, monkeypatch):

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from arriero.errors import ArrieroError
+from arriero.export.compile import Device
 from arriero.export.compile.onnxruntime import compile_graphs
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
@@ -275,7 +276,7 @@ def test_vision_and_embed_match_the_reference(tmp_path: Path) -> None:
     )
     assert all(entry["dtype"] == "F32" for entry in vision.values())
     assert [entry["dtype"] for entry in embed.values()] == ["BF16"]  # the table is not doubled
-    assert compile_graphs(out, ["vision", "embed"]).tools == {"onnxruntime": ort.__version__}
+    assert compile_graphs(out, ["vision", "embed"], Device()).tools == {"onnxruntime": ort.__version__}
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     features = reference.image_features(pixels)
     (ours,) = ort.InferenceSession(out / "vision.onnx").run(None, {"pixel_values": pixels.numpy()})
@@ -314,7 +315,7 @@ def test_a_scheme_without_a_kernel_is_refused_by_name(
 def test_a_graph_that_does_not_load_is_refused_by_name(built: Built, tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_bytes((built.lower(load_profile("fp32")) / "text.onnx").read_bytes())
     with pytest.raises(ArrieroError, match=r"text\.onnx: ONNX Runtime"):
-        compile_graphs(tmp_path, ["text"])
+        compile_graphs(tmp_path, ["text"], Device())
 
 
 def test_lowering_leaves_the_canonical_graph_alone(built: Built) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import onnx_ir as ir
 
 from arriero.runtimes.backend import TILES_AT_ONCE
+from arriero.traits import PREFILL_PIECE
 
-PIECE = 512  # tokens that a session reads of a prompt at once
 Range = tuple[int, int, int]  # least, usual, most
 
 
@@ -33,7 +33,7 @@ class Limits:
     @property
     def piece(self) -> int:
         """The most tokens of one step: a prompt piece never crosses a chunk."""
-        return min(PIECE, self.chunk, self.context)
+        return min(PREFILL_PIECE, self.chunk, self.context)
 
     def profiles(self, part: str) -> dict[str, dict[str, Range]]:
         """Name of a profile -> name of a dynamic size -> its range."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.compile.nvidia.driver import list_cards, open_driver
+from arriero.traits import TRAITS
 
 NATIVE = "native"
 NAMED: dict[str, int] = {
@@ -29,12 +30,6 @@ NAMED: dict[str, int] = {
     "rtx-pro-6000": 120,
     "dgx-spark": 121,
 }
-# What each product compiles for: TensorRT for RTX as its `ComputeCapability` lists them, TensorRT as its releases do.
-PRODUCTS: dict[str, tuple[int, ...]] = {
-    "tensorrt-rtx": (75, 80, 86, 89, 120, 121),
-    "tensorrt": (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121),
-}
-GPU_BACKENDS = tuple(PRODUCTS)
 
 
 @dataclass(frozen=True)
@@ -59,20 +54,22 @@ def parse_gpu(text: str) -> Gpu:
         return native()
     found = re.fullmatch(r"sm_(\d{2,3})", text)
     capability = int(found.group(1)) if found else NAMED.get(text)
-    if capability is None or capability not in PRODUCTS["tensorrt"]:
-        known = ", ".join(f"sm_{number}" for number in PRODUCTS["tensorrt"])
+    built_for = sorted({number for traits in TRAITS.values() for number in traits.gpus})
+    if capability is None or capability not in built_for:
+        known = ", ".join(f"sm_{number}" for number in built_for)
         raise ArrieroError(f"there is no GPU {text!r}", expected=f"one of {NATIVE}, {', '.join(NAMED)}, or of {known}")
     return Gpu(capability)
 
 
 def check_product(backend: str, gpu: Gpu, where: str) -> None:
     """Refuse a GPU that the product behind `backend` has no engines for."""
-    if gpu.capability not in PRODUCTS[backend]:
-        other = next((name for name, known in PRODUCTS.items() if gpu.capability in known), None)
+    built_for = TRAITS[backend].gpus
+    if gpu.capability not in built_for:
+        other = next((traits.name for traits in TRAITS.values() if gpu.capability in traits.gpus), None)
         raise ArrieroError(
             f"the backend {backend} builds no engines for {gpu.told}",
             where=where,
-            expected=f"one of {', '.join(f'sm_{number}' for number in PRODUCTS[backend])}",
+            expected=f"one of {', '.join(f'sm_{number}' for number in built_for)}",
             remedy=f"Take the backend {other} for it" if other else None,
         )
 

@@ -13,6 +13,7 @@ from typing import Any
 from arriero.errors import MachineLacks
 from arriero.export.compile.nvidia.gpus import Gpu, local_gpus
 from arriero.runtimes import tensorrt, tensorrt_rtx
+from arriero.traits import TRAITS
 
 RTX, TENSORRT = "tensorrt-rtx", "tensorrt"
 PRODUCTS = {RTX: tensorrt_rtx.PRODUCT, TENSORRT: tensorrt.PRODUCT}
@@ -43,17 +44,17 @@ class Api:
     @property
     def keeps_timings(self) -> bool:
         """Whether a timing cache does anything: RTX chooses kernels on the device it runs on."""
-        return self.product == TENSORRT
+        return not TRAITS[self.product].builds_anywhere
 
     def aim(self, config: Any, gpu: Gpu) -> None:
         """Let `config` build for `gpu`. RTX builds for any; TensorRT measures kernels, so the GPU has to be here."""
-        if self.product == RTX:
+        if TRAITS[self.product].builds_anywhere:
             config.num_compute_capabilities = 1
             config.set_compute_capability(getattr(self.module.ComputeCapability, f"SM{gpu.capability}"), 0)
 
     def check_here(self, gpu: Gpu) -> None:
         """Refuse to build for a GPU that this machine lacks, where the product cannot."""
-        if self.product == TENSORRT and gpu not in local_gpus():
+        if not TRAITS[self.product].builds_anywhere and gpu not in local_gpus():
             raise MachineLacks(
                 f"TensorRT builds an engine only on the kind of GPU that will run it, here {gpu.told}",
                 expected="such a GPU in this machine",

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from arriero.errors import ArrieroError
-from arriero.export.compile import MemoryBudget
+from arriero.export.compile import Device, MemoryBudget
 from arriero.export.proof.reference import TorchBackend
 from arriero.graphs import trace
 from arriero.graphs.checkpoint import Checkpoint
@@ -26,9 +26,9 @@ from arriero.graphs.config import ModelConfig
 from arriero.graphs.lower.part import Lowering
 from arriero.profiles.recipe import load_profile
 from arriero.runtimes import tensorrt, tensorrt_rtx
-from arriero.runtimes.backend import module_of
 from arriero.runtimes.nvidia import products
 from arriero.runtimes.tensorrt import TensorRtBackend
+from arriero.traits import TRAITS
 from tests.command import arriero
 from tests.small import small_scout
 from tests.tensorrt.fake_builder import Building
@@ -77,7 +77,7 @@ class Lowered:
     def lower(self, backend: str, profile: str) -> Path:
         folder = self.folder / f"{backend}-{profile}"
         if folder not in self.made:
-            lowering: Any = import_module(f"arriero.graphs.lower.{module_of(backend)}")
+            lowering: Any = import_module(f"arriero.graphs.lower.{TRAITS[backend].module}")
             schemes = load_profile(profile).rtn_baseline().assign(self.checkpoint.tensors)
             for part in PARTS:
                 lowering.lower(part, self.graphs[part], Lowering(self.config, self.checkpoint, schemes, folder))
@@ -107,13 +107,16 @@ class Bench:
 
         self.monkeypatch.setattr(tensorrt_api, "local_gpus", lambda: (Gpu(CAPABILITY),))
         api = tensorrt_api.Api(self.backend, self.trt.module)
-        told: list[tuple[int, int]] = []
+        reports: list[tuple[str, int, int]] = []
         limits = Limits(context=CONTEXT, batch=BATCH, chunk=CHUNK)
+        device = Device(gpu=Gpu(CAPABILITY), limits=limits, memory=room)
         made = compiler.compile_graphs(
-            self.folder, parts, Gpu(CAPABILITY), limits, lambda *now: told.append(now), room=room, api=api
+            self.folder, parts, device, lambda step, done, total, _: reports.append((step, done, total)), api=api
         )
-        assert told == sorted(told)
-        assert told[-1][0] == told[-1][1]
+        for part in parts:
+            steps = [done for step, done, _ in reports if step == f"compile {part}"]
+            assert steps == sorted(set(steps))
+            assert steps[-1] == reports[-1][2]
         return made
 
     def open(self) -> TensorRtBackend:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.export.compile import MemoryBudget, tensorrt
+from arriero.export.compile import Device, MemoryBudget, tensorrt
 from arriero.export.compile.nvidia import tensorrt_api
 from arriero.export.compile.nvidia.engine_shapes import Limits, settle_capacities
 from arriero.export.compile.nvidia.gpus import Gpu
@@ -91,10 +91,14 @@ def test_the_trained_model_becomes_engines(
 ) -> None:
     chasqui.lower(profile, tmp_path, capability=gpu)
     told: list[tuple[int, int]] = []
-    made = compile_graphs(tmp_path, PARTS, Gpu(gpu), LIMITS, lambda done, total: told.append((done, total)))
+    made = compile_graphs(
+        tmp_path, PARTS, Device(gpu=Gpu(gpu), limits=LIMITS), lambda done, total: told.append((done, total))
+    )
     assert (made.tools, made.gpu, made.plugins) == ({RTX: rtx.version}, f"sm_{gpu}", {})
-    assert told == sorted(set(told))
-    assert (told[0], told[-1]) == ((0, 300), (300, 300))
+    for part in PARTS:
+        steps = [done for step, done, *_ in reports if step == f"compile {part}"]
+        assert steps == sorted(set(steps))
+        assert (steps[0], steps[-1]) == (0, 100)
     # neither graphs nor a second copy of the weights is left
     assert {path.name for path in tmp_path.iterdir()} == {f"{x}.{kind}" for x in PARTS for kind in ("engine", "json")}
     shapes = {name: info.shape for name, info in chasqui.checkpoint.tensors.items()}
@@ -135,7 +139,9 @@ def check_signature(signature: dict[str, Any], dtype: str) -> None:
 def test_every_shape_of_llama_4_is_taken(rtx: Api, tmp_path: Path, shape: str) -> None:
     model = TOYS[shape](tmp_path / "toy")
     traced = Traced(model, tmp_path / "graphs", ("text",))
-    compile_graphs(traced.lower("fp16", tmp_path / "out", ("text",)), ("text",), Gpu(89), Limits(64, 2, 16))
+    compile_graphs(
+        traced.lower("fp16", tmp_path / "out", ("text",)), ("text",), Device(gpu=Gpu(89), limits=Limits(64, 2, 16))
+    )
     signature = json.loads((tmp_path / "out" / "text.json").read_text())
     assert signature["profiles"][1]["ranges"]["logits_index"] == [[1], [1], [16]]
     assert (tmp_path / "out" / "text.engine").stat().st_size > traced.checkpoint.tensors[EMBEDDING].nbytes
@@ -150,7 +156,7 @@ def graph(path: Path, body: str, opset: str = "") -> None:
 def test_a_node_that_the_parser_does_not_take_is_named(rtx: Api, tmp_path: Path) -> None:
     graph(tmp_path / "text.onnx", "z = Abs(x)\n y = Mystery(z)")
     with pytest.raises(ArrieroError, match=r"TensorRT for RTX 1\..* does not take the graph") as caught:
-        compile_graphs(tmp_path, ("text",), Gpu(89), LIMITS)
+        compile_graphs(tmp_path, ("text",), Device(gpu=Gpu(89), limits=LIMITS))
     assert "text.onnx: node " in str(caught.value)
     assert "(Mystery)" in str(caught.value)
     assert not (tmp_path / "text.engine").exists()
@@ -159,12 +165,12 @@ def test_a_node_that_the_parser_does_not_take_is_named(rtx: Api, tmp_path: Path)
 def test_scratch_space_has_a_limit(chasqui: Traced, tmp_path: Path) -> None:
     chasqui.lower("fp16", tmp_path, ("text",))
     with pytest.raises(ArrieroError, match=r"text\.onnx: the engine needs more scratch.*1048576.*budgets\.gpu_memory"):
-        compile_graphs(tmp_path, ("text",), Gpu(89), LIMITS, room=MemoryBudget(1 << 20))
+        compile_graphs(tmp_path, ("text",), Device(gpu=Gpu(89), limits=LIMITS, memory=MemoryBudget(1 << 20)))
 
 
 def test_weights_that_a_budget_has_no_room_for_are_streamed(chasqui: Traced, tmp_path: Path) -> None:
     chasqui.lower("fp16", tmp_path, ("text",))
-    compile_graphs(tmp_path, ("text",), Gpu(89), LIMITS, room=MemoryBudget(1 << 30, 4 << 20))
+    compile_graphs(tmp_path, ("text",), Device(gpu=Gpu(89), limits=LIMITS, memory=MemoryBudget(1 << 30, 4 << 20)))
     assert json.loads((tmp_path / "text.json").read_text())["weights_on_gpu"] == 4 << 20
     assert (tmp_path / "text.engine").stat().st_size > 16 << 20  # the plan has them all
 
@@ -172,7 +178,7 @@ def test_weights_that_a_budget_has_no_room_for_are_streamed(chasqui: Traced, tmp
 def test_what_the_builder_refuses_is_told_in_its_own_words(chasqui: Traced, tmp_path: Path) -> None:
     chasqui.lower("gpu-fp8", tmp_path, ("text",))
     with pytest.raises(ArrieroError, match=r"text\.onnx: TensorRT for RTX .* builds no engine for sm_86 .*fp8_e4m3"):
-        compile_graphs(tmp_path, ("text",), Gpu(86), LIMITS)
+        compile_graphs(tmp_path, ("text",), Device(gpu=Gpu(86), limits=LIMITS))
 
 
 class Compiled:
@@ -192,8 +198,7 @@ def test_our_own_nodes_bring_their_kernels_into_the_engine(tmp_path: Path, monke
     made = tensorrt.compile_graphs(
         tmp_path,
         ("embed", "text"),
-        Gpu(89),
-        LIMITS,
+        Device(gpu=Gpu(89), limits=LIMITS),
         api=Api(TENSORRT, product),
         plugins=lambda gpu: asked.append(gpu) or Compiled(),
     )
@@ -206,7 +211,7 @@ def test_our_own_nodes_bring_their_kernels_into_the_engine(tmp_path: Path, monke
 def test_tensorrt_itself_needs_the_gpu_it_builds_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_api, "local_gpus", lambda: (Gpu(89),))
     with pytest.raises(MachineLacks, match=r"only on the kind of GPU.*8\.7.*tensorrt-rtx"):
-        tensorrt.compile_graphs(tmp_path, (), Gpu(87), LIMITS, api=Api(TENSORRT, None))
+        tensorrt.compile_graphs(tmp_path, (), Device(gpu=Gpu(87), limits=LIMITS), api=Api(TENSORRT, None))
 
 
 @pytest.mark.parametrize(
@@ -250,4 +255,4 @@ def test_tensorrts_own_mixture_of_experts_is_parsed(chasqui: Traced, rtx: Api, t
         assert tuple(layer.get_output(0).shape)[::2] == (1, 256)
         assert layer.get_output(0).dtype == rtx.module.DataType.HALF
     with pytest.raises(ArrieroError, match=r"text\.onnx: .* builds no engine for sm_120"):
-        compile_graphs(tmp_path, ("text",), Gpu(120), LIMITS)
+        compile_graphs(tmp_path, ("text",), Device(gpu=Gpu(120), limits=LIMITS))

@@ -18,7 +18,7 @@ pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'"
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.build_file.model_spec import model_spec
-from arriero.export.compile import cpus
+from arriero.export.compile import Device, cpus
 from arriero.export.compile.cpus import NAMED, NEEDS, parse_cpu
 from arriero.export.compile.relax.import_graph import import_graph
 from arriero.export.compile.tvm import compile_graphs, fuse
@@ -68,7 +68,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("compiled")
     toy = TOYS[request.param](folder / "toy")
     lower(toy, folder / "out")
-    compile_graphs(folder / "out", ["text", "embed"], None, kernels)
+    compile_graphs(folder / "out", ["text", "embed"], Device(kernels=kernels))
     spec = model_spec(ModelConfig.load(toy))
     return TvmBackend(folder / "out", spec, threads=2), TorchBackend(toy, text_only=True)
 
@@ -162,7 +162,7 @@ def test_memory_holds_what_was_touched_and_no_copy_of_it(tmp_path, kernels):
     wide = {"hidden_size": 256, "intermediate_size": 2048, "num_local_experts": 16}
     toy, out = make_scout_toy(tmp_path / "toy", 7, vision=False, **wide), tmp_path / "out"
     lower(toy, out)
-    compile_graphs(out, ["text", "embed"], None, kernels)
+    compile_graphs(out, ["text", "embed"], Device(kernels=kernels))
     forget(toy / "model.safetensors")  # which the bundle's is a link to
     backend, infos = TvmBackend(out, model_spec(ModelConfig.load(toy)), threads=1), Checkpoint.open(toy).tensors
     given, cache = embeds(backend, 1), backend.new_cache(1, 64)
@@ -195,7 +195,7 @@ def test_another_architecture_is_compiled_for_with_what_it_needs(tmp_path):
     lower(make_scout_toy(tmp_path / "toy", 1, vision=False), tmp_path / "out")
     build_kernels(other, tmp_path / "kernels.o")
     name = {"aarch64": "raspberry-pi-5", "x86_64": "x86-64-v3"}[other]
-    compiled = compile_graphs(tmp_path / "out", ["embed"], name, tmp_path / "kernels.o")
+    compiled = compile_graphs(tmp_path / "out", ["embed"], Device(name, tmp_path / "kernels.o"))
     assert compiled.arch == other
     assert parse_cpu(str(compiled.cpu)) == parse_cpu(name)
     assert {"aarch64": "asimddp", "x86_64": "avx2"}[other] in compiled.features
@@ -221,7 +221,7 @@ def test_unknown_processors_are_refused(text):
 
 def test_a_processor_that_llvm_does_not_know_is_refused(tmp_path):
     with pytest.raises(ArrieroError, match=r"LLVM knows no aarch64 processor 'cortex-a1'.*cortex-a76"):
-        compile_graphs(tmp_path, [], "aarch64-linux-gnu cortex-a1", tmp_path / "kernels.o")
+        compile_graphs(tmp_path, [], Device("aarch64-linux-gnu cortex-a1", tmp_path / "kernels.o"))
 
 
 @pytest.mark.parametrize(

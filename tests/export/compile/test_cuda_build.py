@@ -25,8 +25,8 @@ from arriero.export.compile.cuda.build_cuda_kernels import (
     sources_hash,
 )
 from arriero.export.compile.cuda.launch import KERNELS, SCALARS, Kernel, source_of
-from arriero.export.compile.nvidia.gpus import PRODUCTS
 from arriero.graphs.lower.tensorrt import PLUGINS_SINCE
+from arriero.traits import TRAITS
 
 # 65,536 registers of a multiprocessor, blocks of 128 threads: four blocks of a decode kernel, two of a prefill kernel
 MOST_REGISTERS = {"decode": 128, "prefill": 240}
@@ -148,7 +148,7 @@ def test_an_older_ptx_is_refused_by_the_assembler(compiled, tmp_path):
 
 def test_the_graphs_have_plugins_where_there_are_kernels():
     """`graphs` may not import the list of GPUs, so it says since when."""
-    assert list(PTX_VERSIONS) == [f"sm_{number}" for number in PRODUCTS["tensorrt"] if number >= PLUGINS_SINCE]
+    assert list(PTX_VERSIONS) == [f"sm_{number}" for number in TRAITS["tensorrt"].gpus if number >= PLUGINS_SINCE]
 
 
 def signature(ptx: str) -> list[str]:

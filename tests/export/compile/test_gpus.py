@@ -7,7 +7,8 @@ import pytest
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.compile.nvidia import driver as nvidia_driver
 from arriero.export.compile.nvidia import gpus
-from arriero.export.compile.nvidia.gpus import NAMED, PRODUCTS, Gpu, check_product, parse_gpu
+from arriero.export.compile.nvidia.gpus import NAMED, Gpu, check_product, parse_gpu
+from arriero.traits import TRAITS
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ def test_an_unknown_gpu_is_refused_with_those_we_know(text: str) -> None:
 
 
 def test_every_named_gpu_has_a_product() -> None:
-    assert set(NAMED.values()) <= {capability for known in PRODUCTS.values() for capability in known}
+    assert set(NAMED.values()) <= {capability for traits in TRAITS.values() for capability in traits.gpus}
 
 
 def test_a_gpu_of_the_other_product_is_refused_with_that_product() -> None:

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from arriero.errors import ArrieroError
 from arriero.export.machine import doctor
-from arriero.export.machine.doctor import BACKEND_NEEDS, NEEDS, diagnose
-from arriero.runtimes.backend import BACKENDS
+from arriero.export.machine.doctor import diagnose
+from arriero.traits import SHARED_PACKAGES, TRAITS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -28,10 +28,6 @@ def test_this_machine_can_build(tmp_path):
     assert "CPUExecutionProvider" in providers.found
 
 
-def test_every_backend_of_the_schema_is_known():
-    assert set(BACKEND_NEEDS) == set(BACKENDS)
-
-
 def test_unknown_backend(tmp_path):
     with pytest.raises(ArrieroError, match=r"no backend 'openvino'; expected one of onnxruntime, tvm"):
         diagnose(tmp_path, "openvino")
@@ -44,9 +40,10 @@ def test_lowest_versions_are_those_of_the_package():
         *(line for extra in project["optional-dependencies"].values() for line in extra),
     ]
     lowest = dict(re.findall(r"^([\w-]+)[=>]=([\d.]*\d)", "\n".join(listed), re.M))
-    needs = {name: need for part in (NEEDS, *BACKEND_NEEDS.values()) for name, need in part.items()}
-    for name, (least, _, _) in needs.items():
-        assert lowest[name] == least, name
+    packages = [*SHARED_PACKAGES, *(package for traits in TRAITS.values() for package in traits.packages)]
+    assert {package.name: package.least for package in packages} == {
+        package.name: lowest[package.name] for package in packages
+    }
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from arriero.export.cli.show_plan import show_plan
 from arriero.export.compile import MemoryBudget, tensorrt_rtx
 from arriero.export.compile.nvidia import gpus, tensorrt_api
 from arriero.export.compile.nvidia.gpus import Gpu
+from arriero.export.machine import doctor
 from arriero.export.machine.budget import human_bytes
 from arriero.export.pipeline import build as building
-from arriero.export.pipeline import plan as planning
 from arriero.export.pipeline.plan import make_plan, stage_inputs
 from arriero.profiles.recipe import load_profile, shipped
 from tests.command import arriero
@@ -126,7 +126,7 @@ def test_the_gpu_and_the_products_version_decide_what_is_done_again(
 
     first = lowering(f"{RTX}, gpu: rtx-4090")
     assert first != lowering(f"{RTX}, gpu: rtx-5090")
-    monkeypatch.setattr(planning, "version_of", lambda name: "9.9")
+    monkeypatch.setattr(doctor, "version_of", lambda name: "9.9")
     assert first != lowering(f"{RTX}, gpu: rtx-4090")
 
 
@@ -146,9 +146,9 @@ def test_the_gpus_memory_is_a_budget(folder: Path) -> None:
     plan = make_plan(build)
     target = plan.targets[0]
     plan.check_budgets("build.yaml")
-    assert plan.room("card") is None
+    assert plan.gpu_share("card") is None
     wide = replace(plan, gpu_budget=2 * target.bytes)
-    assert wide.room("card") == MemoryBudget(target.bytes)
+    assert wide.gpu_share("card") == MemoryBudget(target.bytes)
     with pytest.raises(ArrieroError, match=r"budgets\.gpu_memory: the build needs about .* of GPU memory"):
         replace(plan, gpu_budget=target.kv_bytes - 1).check_budgets("build.yaml")
     file = folder / "build.yaml"
@@ -161,7 +161,7 @@ def test_weights_that_a_budget_has_no_room_for_are_streamed(folder: Path) -> Non
     target = plan.targets[0]
     tight = replace(plan, gpu_budget=target.kv_bytes + 8000)
     tight.check_budgets("build.yaml")
-    assert tight.room("card") == MemoryBudget(1000, 7000)
+    assert tight.gpu_share("card") == MemoryBudget(1000, 7000)
     console = Console(file=io.StringIO(), width=140)
     show_plan(tight, console)
     assert "card: 6.84 KiB of" in console.file.getvalue()

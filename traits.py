@@ -1,0 +1,119 @@
+"""One record per backend: everything that the rest of the package needs to know of it.
+
+A backend is a module of one name in `graphs.lower`, in `export.compile` and in `runtimes`, and its record here. What
+tells backends apart is asked of the record, never of the name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+BUILD, RUN = "build", "run"
+
+# Tokens of a prompt that are read at once. Activations grow with the piece and weights are read once per piece; at 512
+# the matrix products already saturate. Engines and tiles of experts are dimensioned for it.
+PREFILL_PIECE = 512
+
+
+@dataclass(frozen=True)
+class Package:
+    """A distribution: the lowest version that works, what it is needed for, and which of our extras brings it."""
+
+    name: str
+    least: str
+    needed_for: tuple[str, ...] = (BUILD, RUN)
+    extra: str | None = None
+    instead: str | None = None  # a distribution that may stand in its place
+
+    @property
+    def requirement(self) -> str:
+        """What pip is to install."""
+        return "arriero" if self.extra is None else f"arriero[{self.extra}]"
+
+
+@dataclass(frozen=True)
+class BackendTraits:
+    """What one backend computes, on what, and what it needs."""
+
+    name: str  # as build files and manifests have it
+    compiles_for: Literal["any", "cpu", "gpu"]  # "any": its bundles run on every processor
+    schemes: tuple[str, ...]  # kinds of a profile's schemes that it has kernels for
+    cache_types: tuple[str, ...]  # what `kv_cache` may ask for; a GPU's cache is what the profile computes in
+    head_multiple: int  # its attention takes heads of a multiple of so many features
+    packages: tuple[Package, ...]
+    gpus: tuple[int, ...] = ()  # compute capabilities times ten that it builds engines for
+    builds_anywhere: bool = True  # else only on the GPU that will run the engines
+    keeps_stored_dtype: bool = False  # it reads exact matrices in the checkpoint's own dtype
+
+    @property
+    def module(self) -> str:
+        """The backend's module within each of the packages that has one."""
+        return self.name.replace("-", "_")
+
+
+CUDA_BINDINGS = ("cuda-bindings", "12.9", (RUN,))
+TRAITS: dict[str, BackendTraits] = {
+    traits.name: traits
+    for traits in (
+        BackendTraits(
+            name="onnxruntime",
+            compiles_for="any",
+            # its CPU kernels for 16-bit floats are casts around float32 ones, where there are any
+            schemes=("exact", "int_block", "fp8", "int8_dynamic", "int8_static"),
+            cache_types=("float32", "int8"),
+            head_multiple=8,
+            packages=(Package("onnxruntime", "1.32", extra="onnxruntime"),),
+        ),
+        BackendTraits(
+            name="tvm",
+            compiles_for="cpu",
+            # fp8 is how weights are stored; activations stay float32, whatever the profile asks
+            schemes=("exact", "int_block", "fp8"),
+            cache_types=("float32",),
+            head_multiple=16,
+            packages=(Package("apache-tvm", "0.27", extra="tvm"), Package("apache-tvm-ffi", "0.1.14", extra="tvm")),
+            keeps_stored_dtype=True,
+        ),
+        BackendTraits(
+            name="tensorrt",
+            compiles_for="gpu",
+            schemes=("exact", "half", "int_block", "fp8_static", "int8_static"),
+            cache_types=("float32",),
+            head_multiple=1,
+            packages=(Package("tensorrt", "10.16", extra="tensorrt"), Package(*CUDA_BINDINGS, extra="tensorrt")),
+            # as TensorRT's releases list them
+            gpus=(75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121),
+            builds_anywhere=False,
+        ),
+        BackendTraits(
+            name="tensorrt-rtx",
+            compiles_for="gpu",
+            schemes=("exact", "half", "int_block", "fp8_static", "int8_static"),
+            cache_types=("float32",),
+            head_multiple=1,
+            # NVIDIA's own package brings bindings and libraries together, in the place of the registry's two
+            packages=(
+                Package("tensorrt_rtx_cu13_bindings", "1.7.1", extra="tensorrt-rtx", instead="tensorrt_rtx"),
+                Package("onnxruntime-ep-nv-tensorrt-rtx-cu13", "0.5", extra="tensorrt-rtx", instead="tensorrt_rtx"),
+                Package(*CUDA_BINDINGS, extra="tensorrt-rtx"),
+            ),
+            # as its `ComputeCapability` lists them
+            gpus=(75, 80, 86, 89, 120, 121),
+        ),
+    )
+}
+BACKENDS = tuple(TRAITS)
+
+# What every build and every bundle needs, whatever the backend.
+SHARED_PACKAGES = (
+    Package("numpy", "2"),
+    Package("tokenizers", "0.21"),
+    Package("jinja2", "3.1"),
+    Package("pillow", "11"),
+    Package("torch", "2.13", (BUILD,), "export"),
+    Package("onnx", "1.23", (BUILD,), "export"),
+    Package("onnx-ir", "1.1", (BUILD,), "export"),
+    Package("onnxscript", "0.7.2", (BUILD,), "export"),
+    Package("av", "14", (), "video"),
+)
