@@ -90,10 +90,9 @@ def test_the_trained_model_becomes_engines(
     chasqui: Traced, rtx: Api, tmp_path: Path, profile: str, gpu: int, stored: str, multiplied: str
 ) -> None:
     chasqui.lower(profile, tmp_path, capability=gpu)
-    told: list[tuple[int, int]] = []
-    made = compile_graphs(
-        tmp_path, PARTS, Device(gpu=Gpu(gpu), limits=LIMITS), lambda done, total: told.append((done, total))
-    )
+    reports: list[tuple[str, int, int, str]] = []
+    device = Device(gpu=Gpu(gpu), limits=LIMITS)
+    made = compile_graphs(tmp_path, PARTS, device, lambda *report: reports.append(report))
     assert (made.tools, made.gpu, made.plugins) == ({RTX: rtx.version}, f"sm_{gpu}", {})
     for part in PARTS:
         steps = [done for step, done, *_ in reports if step == f"compile {part}"]
