@@ -30,6 +30,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "trace": ("trace.py", "check.py"),
         "passes": ("passes",),
         "stored": ("stored",),
+        "checkpoint": ("checkpoint.py", "sources"),
         "model": ("*",),
     },
     "profiles": {"profiles": ("*",), "data": ("data",)},

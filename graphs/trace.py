@@ -1,14 +1,13 @@
 """Traces the torch reference into the canonical ONNX graphs, with the weights left where they are: in the checkpoint.
 
-The model is traced on the meta device, so that no weight is ever read; the initialisers of the result point into the
-safetensors files, which are linked beside the graph. Legend: B batch, S new tokens, Pc and Pg past slots of chunked
+The model is traced on the meta device, so that no weight is ever read; the initialisers of the result are symbolic: a
+canonical name, a dtype and a shape. Legend: B batch, S new tokens, Pc and Pg past slots of chunked
 and global layers, L slots that get logits, M image features, n tiles, T tokens (B*S), H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.model import Llama4
 from arriero.graphs.passes.canonicalize_shape_sources import canonicalize_shape_sources
-from arriero.graphs.safetensors_header import TensorInfo
+from arriero.graphs.sources.weight_source import WeightSource
 
 DTYPES = {"BF16": ir.DataType.BFLOAT16, "F16": ir.DataType.FLOAT16, "F32": ir.DataType.FLOAT}
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -89,7 +88,7 @@ def text_signature(config: ModelConfig) -> tuple[list[str], list[str]]:
 
 
 def trace_text(config: ModelConfig, checkpoint: Checkpoint, path: Path) -> ir.Model:
-    """Trace one step of the text decoder to `path` (`text.onnx`) and give the model; weights linked beside it.
+    """Trace one step of the text decoder to `path` (`text.onnx`) and give the model; its weights are symbolic.
 
     Inputs: `inputs_embeds` f32 [B, S, H], `positions` i64 [B, S], `chunk_past_positions` i64 [B, Pc],
     `global_past_positions` i64 [B, Pg], `logits_index` i64 [L], per layer `past_key.{i}`, `past_value.{i}` f32
@@ -202,7 +201,7 @@ def _name_layers(model: ir.Model, config: ModelConfig) -> None:
 
 
 def _finish(model: ir.Model, checkpoint: Checkpoint, path: Path) -> ir.Model:
-    """Tidy, point every initialiser into the checkpoint's files, add the function bodies that are used, and save."""
+    """Tidy, make every weight symbolic, add the function bodies that are used, and save."""
     for value in list(model.graph.initializers.values()):
         value.name = str(value.name).removeprefix("model.")
         value.const_value = None  # a weight without values is what constant folding leaves alone
@@ -219,31 +218,31 @@ def _finish(model: ir.Model, checkpoint: Checkpoint, path: Path) -> ir.Model:
     path.parent.mkdir(parents=True, exist_ok=True)
     for value in model.graph.initializers.values():
         if value.const_value is None:
-            value.const_value = external_tensor(checkpoint.info(str(value.name)), path.parent)
+            value.const_value = symbolic_weight(checkpoint.source(str(value.name)), path.parent)
     functions.add_functions(model)
     ir.save(model, path)
     return model
 
 
-def external_tensor(info: TensorInfo, folder: Path) -> ir.ExternalTensor:
-    """A tensor of the checkpoint as an initialiser of a graph in `folder`, into which its file is linked.
+def symbolic_weight(source: WeightSource, folder: Path) -> ir.ExternalTensor:
+    """A tensor of the checkpoint as an initialiser that says its name and nothing of where it is stored.
 
-    A hard link, because ONNX Runtime refuses external data that resolves to another folder (onnx.checker, on the other
-    hand, refuses hard links). Where the file system cannot make one, a symbolic link only tells where the weights are:
-    lowering works all the same, as it reads them from the checkpoint.
+    The name stands as the location of external data: who lowers the graph asks the checkpoint for it, and a plain
+    runtime finds it once `write_weights` has put the tensors there.
     """
-    source, link = info.file.resolve(), folder / info.file.name
-    if not link.exists():
-        try:
-            os.link(source, link)
-        except OSError:
-            link.symlink_to(source)
     return ir.ExternalTensor(
-        location=info.file.name,
-        offset=info.offset,
-        length=info.nbytes,
-        dtype=DTYPES[info.dtype],
-        shape=ir.Shape(info.shape),
-        name=info.name,
+        location=source.name,
+        offset=0,
+        length=source.nbytes,
+        dtype=DTYPES[source.dtype],
+        shape=ir.Shape(source.shape),
+        name=source.name,
         base_dir=folder,
     )
+
+
+def write_weights(model: ir.Model, checkpoint: Checkpoint, folder: Path) -> None:
+    """Write each weight of a canonical graph in `folder` into a file of its name, so that a plain runtime runs it."""
+    for name, value in model.graph.initializers.items():
+        if isinstance(value.const_value, ir.ExternalTensor) and not (folder / name).exists():
+            checkpoint.read(name).tofile(folder / name)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from arriero.graphs.checkpoint import TensorInfo
 from arriero.graphs.config import ModelConfig, VisionConfig
+from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.moments import ROWS
 from arriero.profiles.recipe import LAYER_MATRIX, Profile
 
@@ -29,7 +29,7 @@ def embedded_size(vision: VisionConfig | None) -> Size:
     return EMBEDDED_TOKENS + tiles * (0 if vision is None else vision.tokens_per_tile), tiles
 
 
-def calibration_memory(config: ModelConfig, used: Iterable[TensorInfo], sizes: Sequence[Size], second: bool) -> int:
+def calibration_memory(config: ModelConfig, used: Iterable[WeightSource], sizes: Sequence[Size], second: bool) -> int:
     """Bytes that calibration holds at most: a sample's step, or the moments of a layer and one matrix at work.
 
     `second`: whether a profile rounds by gptq, so that second moments are kept and matrices are rounded.
@@ -55,7 +55,7 @@ def walk_disk(config: ModelConfig, sizes: Sequence[Size]) -> int:
     return 4 * sum(size[0] for size in sizes) * config.text.hidden_size * (2 + config.text.experts_per_token)
 
 
-def roundings_disk(profiles: Iterable[Profile], used: Iterable[TensorInfo]) -> int:
+def roundings_disk(profiles: Iterable[Profile], used: Iterable[WeightSource]) -> int:
     """Bytes of the calibrated integers and scales, which lie in their stage until the bundle is written."""
     infos = {info.name: info for info in used}
     return sum(
@@ -66,12 +66,12 @@ def roundings_disk(profiles: Iterable[Profile], used: Iterable[TensorInfo]) -> i
     )
 
 
-def _features(info: TensorInfo) -> tuple[int, int]:
+def _features(info: WeightSource) -> tuple[int, int]:
     """N and K of a matrix, or of one expert's."""
     return (info.shape[0], info.shape[1]) if len(info.shape) == 2 else (info.shape[2], info.shape[1])
 
 
-def _layer_moments(layers: Iterable[TensorInfo], layer: int) -> int:
+def _layer_moments(layers: Iterable[WeightSource], layer: int) -> int:
     """Elements of the second moments of one layer's inputs; matrices with one input share theirs."""
     shared: Mapping[str, int] = {
         info.name.replace(".k_proj", ".q_proj").replace(".v_proj", ".q_proj").replace(".up_proj", ".gate_proj"): (

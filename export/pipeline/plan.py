@@ -21,9 +21,11 @@ from arriero.export.pipeline.check_fit import check_fit, check_schemes
 from arriero.export.pipeline.sources import source_hash
 from arriero.export.pipeline.stages import WorkDir, key_of
 from arriero.export.samples.cases import describe_set, draw_cases, encoded_sizes
-from arriero.graphs.checkpoint import Checkpoint, TensorInfo, check_ledger
+from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig, TextConfig
 from arriero.graphs.names import EMBEDDING, TEXT_PREFIX, expected_tensors
+from arriero.graphs.sources.ledger import check_ledger
+from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.kv_cache import ITEM_BYTES, widen_thresholds
 from arriero.profiles.recipe import Profile, check_shapes, load_profile
 from arriero.profiles.schemes import Chosen, Exact, Half
@@ -221,8 +223,7 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
     tools = installed_versions(SHARED_PACKAGES)
     seen: KeyInputs = {"checkpoint": content_hash, "modalities": list(build.modalities), "tools": tools}
     stages: dict[str, KeyInputs] = {
-        # The traced graph's weights point into the checkpoint's files, so where these are matters too.
-        "graph": {**seen, "folder": str(build.model), "source": source_hash(*TRACES)},
+        "graph": {**seen, "source": source_hash(*TRACES)},
         "calibrate": {
             **seen,
             "set": _set_inputs(build.calibration, build.modalities),
@@ -333,7 +334,7 @@ def _sample_sizes(build: BuildConfig, config: ModelConfig, state: Mapping[str, b
     return sizes
 
 
-def _is_used(info: TensorInfo, build: BuildConfig, checkpoint: Checkpoint) -> bool:
+def _is_used(info: WeightSource, build: BuildConfig, checkpoint: Checkpoint) -> bool:
     if "image" in build.modalities or checkpoint.text_only:
         return True
     return info.name.startswith(TEXT_PREFIX)
@@ -343,7 +344,7 @@ def _plan_target(
     target: Target,
     profile: Profile,
     checkpoint: Checkpoint,
-    used: Iterable[TensorInfo],
+    used: Iterable[WeightSource],
     config: ModelConfig,
     state: Mapping[str, bool],
 ) -> PlannedTarget:
@@ -389,14 +390,14 @@ def cache_bytes(target: Target, profile: Profile) -> int:
     return CACHE_BYTES[cache_type(target, profile)]
 
 
-def _lower_memory(used: Iterable[TensorInfo]) -> int:
+def _lower_memory(used: Iterable[WeightSource]) -> int:
     """Estimate lowering: one piece of a matrix is rounded after another."""
     matrices = [4 * math.prod(info.shape[-2:]) for info in used]
     experts = [4 * math.prod(info.shape[-2:]) for info in used if len(info.shape) > 2]
     return TOOLS_MEMORY + PIECE_COPIES * max([min(max(matrices, default=0), LARGEST_PIECE), *experts])
 
 
-def _parity_memory(target: PlannedTarget, used: Iterable[TensorInfo]) -> int:
+def _parity_memory(target: PlannedTarget, used: Iterable[WeightSource]) -> int:
     """Estimate parity: it holds the bundle's weights (kernels repack them, so a memory map does not help), the
     reference's largest matrix in float32 (its other weights stay mapped), and both sides' caches.
     """

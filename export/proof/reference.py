@@ -21,10 +21,11 @@ from torch import Tensor
 
 from arriero.errors import ArrieroError
 from arriero.export.build_file.model_spec import model_spec
-from arriero.graphs.checkpoint import Checkpoint, check_ledger
+from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.model import KeyValue, Llama4
 from arriero.graphs.names import expected_tensors
+from arriero.graphs.sources.ledger import check_ledger
 from arriero.runtimes.backend import Cache, Floats, Ints, StepOutput
 from arriero.runtimes.processor.processor import Processor
 from arriero.runtimes.session import Session

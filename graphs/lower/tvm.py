@@ -73,8 +73,10 @@ def _link_checkpoint(checkpoint: Checkpoint, assignment: Mapping[str, Scheme], o
     A file with any tensor that is quantised or not built would carry bytes into the bundle that nothing reads.
     """
     files: dict[Path, bool] = {}
-    for info in checkpoint.tensors.values():
-        files[info.file] = files.get(info.file, True) and isinstance(assignment.get(info.name), Exact)
+    for source in checkpoint.tensors.values():
+        if source.place is not None:
+            file = source.place.file
+            files[file] = files.get(file, True) and isinstance(assignment.get(source.name), Exact)
     places = {file: f"weights/{file.name}" for file, whole in files.items() if whole}
     for file, place in places.items():
         if not (out_dir / place).exists():  # another part's lowering may have linked it

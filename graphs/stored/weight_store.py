@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from arriero.errors import ArrieroError
 from arriero.graphs.checkpoint import Checkpoint
-from arriero.graphs.safetensors_header import TensorInfo
+from arriero.graphs.sources.weight_source import WeightSource
 from arriero.graphs.stored import safetensors_writer as weights
 from arriero.graphs.stored.safetensors_writer import Group, Progress, Spec
 from arriero.profiles.quantize import check_block, quantize
@@ -52,7 +52,7 @@ class WeightStore:
         self.graph, self.checkpoint, self.schemes, self.roundings = graph, checkpoint, schemes, roundings
         self.table: dict[str, dict[str, Any]] = {}
         self._groups: list[Group] = []
-        self._origins: dict[str, TensorInfo] = {}
+        self._origins: dict[str, WeightSource] = {}
 
     def exact(self, name: str, new_name: str | None = None) -> ir.Value:
         """Tensor `name` as f32, in the checkpoint's layout. Raises ArrieroError if the profile wants it quantised."""
@@ -136,9 +136,9 @@ class WeightStore:
         A tensor kept byte for byte whose checkpoint file is in `links` is bound to the location given there instead.
         """
         places = {
-            name: (links[info.file], info.offset)
-            for name, info in self._origins.items()
-            if links is not None and info.file in links
+            name: (links[place.file], place.offset)
+            for name, source in self._origins.items()
+            if links is not None and (place := source.place) is not None and place.file in links
         }
         written = [group for group in self._groups if group.specs[0].name not in places]
         if written:

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from arriero.errors import ArrieroError, Problems
-from arriero.graphs.checkpoint import Checkpoint, check_ledger, group_names
-from arriero.graphs.safetensors_header import read_header, to_float32
+from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.sources.ledger import check_ledger, group_names
+from arriero.graphs.sources.safetensors_header import read_header, to_float32
 
 TENSORS = {
     "language_model.model.embed_tokens.weight": torch.arange(48).reshape(8, 6).to(torch.bfloat16),
@@ -118,7 +119,7 @@ def test_text_only_names_become_multimodal(tmp_path):
     checkpoint = Checkpoint.open(make_single(tmp_path, tensors, "llama4_text"))
     assert checkpoint.text_only
     assert set(checkpoint.tensors) == set(TENSORS)
-    assert checkpoint.info("language_model.model.norm.weight").stored_name == "model.norm.weight"
+    assert checkpoint.source("language_model.model.norm.weight").stored.startswith("model.norm.weight in ")
 
 
 def test_unknown_tensor_names_its_nearest(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +18,8 @@ from safetensors.torch import load_file, save_file
 from arriero.graphs.check import check
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
-from arriero.graphs.lower.onnxruntime import lower
-from arriero.graphs.lower.part import Lowering
 from arriero.graphs.model import Llama4, StepTensors
-from arriero.graphs.trace import text_signature, trace_embed, trace_text, trace_vision
-from arriero.profiles.recipe import load_profile
+from arriero.graphs.trace import text_signature, trace_embed, trace_text, trace_vision, write_weights
 from tests.toys import IMAGE_TOKEN, load_reference, make_maverick_toy, make_scout_toy
 
 # Both sides are fp32 and differ only in the order of summation: measured 3e-7 to 6e-7 on these shapes.
@@ -56,7 +54,13 @@ def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     toy = TOYS[request.param](folder / "toy")
     config = ModelConfig.load(toy)
     model = trace_text(config, Checkpoint.open(toy), folder / "text.onnx")
-    return Traced(folder, config, load_reference(toy), model, ort.InferenceSession(folder / "text.onnx"))
+    return Traced(folder, config, load_reference(toy), model, opened(model, toy, folder / "text.onnx"))
+
+
+def opened(model: ir.Model, toy: Path, path: Path) -> ort.InferenceSession:
+    """The traced graph in a plain runtime, its weights put where it names them."""
+    write_weights(model, Checkpoint.open(toy), path.parent)
+    return ort.InferenceSession(path)
 
 
 def both(traced: Traced, batch: int, new: int, past: int, chunk_past: int) -> tuple[dict[str, np.ndarray], StepTensors]:
@@ -117,9 +121,25 @@ def test_text_graph_keeps_its_promises(traced: Traced, tmp_path: Path) -> None:
     assert (traced.folder / "text.onnx").stat().st_size < 200_000
 
 
-def test_weights_are_linked_not_copied(traced: Traced) -> None:
-    link, source = traced.folder / "model.safetensors", traced.folder / "toy" / "model.safetensors"
-    assert link.samefile(source)
+def test_weights_are_names_and_nothing_of_where_they_are_stored(tmp_path: Path) -> None:
+    """Two checkpoints of one content, in one file and in shards of other names, trace to the same bytes."""
+    toy = make_maverick_toy(tmp_path / "toy", 2)
+    config, tensors = ModelConfig.load(toy), load_file(toy / "model.safetensors")
+    shards = tmp_path / "shards"
+    shutil.copytree(toy, shards, ignore=shutil.ignore_patterns("*.safetensors"))
+    halves = {"a.safetensors": list(tensors)[::2], "b.safetensors": list(tensors)[1::2]}
+    for file, names in halves.items():
+        save_file({name: tensors[name] for name in names}, shards / file)
+    index = {"weight_map": {name: file for file, names in halves.items() for name in names}}
+    (shards / "model.safetensors.index.json").write_text(json.dumps(index))
+    for folder in (toy, shards):
+        trace_text(config, Checkpoint.open(folder), folder / "graph" / "text.onnx")
+    assert [path.name for path in (toy / "graph").iterdir()] == ["text.onnx"]
+    assert (toy / "graph" / "text.onnx").read_bytes() == (shards / "graph" / "text.onnx").read_bytes()
+    model = ir.load(toy / "graph" / "text.onnx")
+    for name, value in model.graph.initializers.items():
+        assert isinstance(value.const_value, ir.ExternalTensor)
+        assert (value.const_value.location, value.const_value.offset) == (name, 0)
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 5])
@@ -129,7 +149,7 @@ def test_vision_graph_matches_the_reference(tmp_path: Path, tiles: int) -> None:
     model = trace_vision(config, Checkpoint.open(toy), tmp_path / "vision.onnx")
     check("vision", model, config)
     pixels = torch.randn(tiles, 3, 32, 32, generator=torch.Generator().manual_seed(tiles))
-    (ours,) = ort.InferenceSession(tmp_path / "vision.onnx").run(None, {"pixel_values": pixels.numpy()})
+    (ours,) = opened(model, toy, tmp_path / "vision.onnx").run(None, {"pixel_values": pixels.numpy()})
     assert relative(ours, load_reference(toy).image_features(pixels)) < TOLERANCE
 
 
@@ -137,8 +157,9 @@ def test_vision_graph_matches_the_reference(tmp_path: Path, tiles: int) -> None:
 def test_embed_graph_matches_the_reference_exactly(tmp_path: Path, vision: bool) -> None:
     toy = make_scout_toy(tmp_path / "toy", 6, vision=vision)
     config = ModelConfig.load(toy)
-    check("embed", trace_embed(config, Checkpoint.open(toy), tmp_path / "embed.onnx"), config)
-    session, reference = ort.InferenceSession(tmp_path / "embed.onnx"), load_reference(toy)
+    model = trace_embed(config, Checkpoint.open(toy), tmp_path / "embed.onnx")
+    check("embed", model, config)
+    session, reference = opened(model, toy, tmp_path / "embed.onnx"), load_reference(toy)
     ids = torch.randint(0, IMAGE_TOKEN, (2, 9), generator=torch.Generator().manual_seed(0))
     none, some = torch.zeros(0, 64), torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     images = ids.clone()
@@ -157,22 +178,6 @@ def test_a_float32_checkpoint_traces_as_well(tmp_path: Path) -> None:
     config = ModelConfig.load(toy)
     model = trace_text(config, Checkpoint.open(toy), tmp_path / "text.onnx")
     check("text", model, config)
-    session = ort.InferenceSession(tmp_path / "text.onnx")
+    session = opened(model, toy, tmp_path / "text.onnx")
     ours, expected = both(Traced(tmp_path, config, load_reference(toy), model, session), 1, 20, 0, 0)
     assert relative(ours["logits"], expected.logits) < TOLERANCE
-
-
-def test_where_hard_links_are_impossible_lowering_still_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError("another file system")
-
-    monkeypatch.setattr("os.link", refuse)
-    toy = make_maverick_toy(tmp_path / "toy", 8)
-    config, checkpoint = ModelConfig.load(toy), Checkpoint.open(toy)
-    model = trace_embed(config, checkpoint, tmp_path / "graph" / "embed.onnx")
-    assert (tmp_path / "graph" / "model.safetensors").is_symlink()
-    lower("embed", model, Lowering(config, checkpoint, load_profile("fp32").assign(checkpoint.tensors), tmp_path))
-    ids = torch.arange(6)[None]
-    session = ort.InferenceSession(tmp_path / "embed.onnx")
-    (ours,) = session.run(None, {"input_ids": ids.numpy(), "image_features": np.zeros((0, 64), np.float32)})
-    np.testing.assert_array_equal(ours, load_reference(toy).embed(ids, torch.zeros(0, 64)).numpy())

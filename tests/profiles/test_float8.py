@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from arriero.errors import ArrieroError
-from arriero.graphs.safetensors_header import to_float32
+from arriero.graphs.sources.safetensors_header import to_float32
 from arriero.profiles.float8 import dequantize_float8, quantize_float8, to_bits
 
 TABLE = to_float32(np.arange(256, dtype=np.uint8), "F8_E4M3")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from arriero.graphs.safetensors_header import read_header
+from arriero.graphs.sources.safetensors_header import read_header
 from arriero.graphs.stored.safetensors_writer import ALIGNMENT, Group, Spec, plan_layout, row_slices, write
 
 

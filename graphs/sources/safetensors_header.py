@@ -44,13 +44,9 @@ REDOWNLOAD = "Download or copy this file again"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `offset` counts from the start of `file`.
-
-    `stored_name` is the name in the file; `name` is the same until the checkpoint makes it canonical.
-    """
+    """Where one tensor lies: `name` is that of the file, `offset` counts from the start of `file`."""
 
     name: str
-    stored_name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
@@ -129,7 +125,7 @@ def _read_entry(file: Path, name: str, entry: Any, data_start: int) -> TensorInf
     if nbytes != end - begin:
         what = f"shape {shape} of {dtype} is {nbytes:,} bytes, but its offsets span {end - begin:,}"
         raise ArrieroError(what, where=where, expected="equal sizes", remedy=REDOWNLOAD)
-    return TensorInfo(name, name, dtype, tuple(shape), file, data_start + begin, nbytes)
+    return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, nbytes)
 
 
 def _check_layout(file: Path, infos: list[TensorInfo], data_start: int, size: int) -> Iterator[ArrieroError]:
@@ -138,14 +134,14 @@ def _check_layout(file: Path, infos: list[TensorInfo], data_start: int, size: in
     for info in sorted(infos, key=lambda info: (info.offset, info.nbytes)):
         if info.offset < end:
             what = f"overlaps {before} by {end - info.offset:,} bytes"
-            yield ArrieroError(what, where=f"{file}:{info.stored_name}", remedy=REDOWNLOAD)
+            yield ArrieroError(what, where=f"{file}:{info.name}", remedy=REDOWNLOAD)
         elif info.offset > end:
             what = f"{info.offset - end:,} unclaimed bytes lie between {before} and this tensor"
-            yield ArrieroError(what, where=f"{file}:{info.stored_name}", remedy=REDOWNLOAD)
+            yield ArrieroError(what, where=f"{file}:{info.name}", remedy=REDOWNLOAD)
         if info.offset + info.nbytes >= end:
-            end, before = info.offset + info.nbytes, info.stored_name
+            end, before = info.offset + info.nbytes, info.name
     if end > size:
-        cut = [info.stored_name for info in infos if info.offset + info.nbytes > size]
+        cut = [info.name for info in infos if info.offset + info.nbytes > size]
         what = f"is truncated: {size:,} bytes, {len(cut)} tensors cut off, the first {cut[0]}"
         yield ArrieroError(what, where=str(file), expected=f"{end:,} bytes", remedy=REDOWNLOAD)
     elif end < size:
