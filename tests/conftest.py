@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -11,9 +10,6 @@ import pytest
 from arriero.profiles.recipe import shipped
 from tests.command import arriero, write_build
 from tests.small import small_scout
-
-# Read by Triton when it is first imported, which torch does as soon as a graph is traced.
-os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
