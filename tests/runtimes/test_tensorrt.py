@@ -20,7 +20,7 @@ from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes import device_cache, products, tensorrt, tensorrt_rtx
 from arriero.runtimes.tensorrt import TensorRtBackend
 from arriero.runtimes.torch import TorchBackend
-from tests.tensorrt.fake_cuda import FakeCuda
+from tests.tensorrt.fake_cuda import BROKEN, FakeCuda
 from tests.tensorrt.fake_engine import FakeTensorRt, signature, write_engine
 from tests.tensorrt.recorder import PRODUCTS
 from tests.toys import IMAGE_TOKEN, load_reference, make_maverick_toy, make_scout_toy
@@ -451,7 +451,7 @@ def test_a_full_gpu_while_opening_leaves_nothing_behind(bench):
 def test_a_broken_gpu_is_no_lack_of_the_machine(bench):
     one = bench()
     backend = one.open()
-    one.cuda.fail("cudaStreamSynchronize", "cudaErrorIllegalAddress", 1)
+    one.cuda.fail("cudaStreamSynchronize", BROKEN, 1)
     with pytest.raises(ArrieroError, match=r"GPU: cudaStreamSynchronize failed: told in words.*report it") as caught:
         step(backend, backend.new_cache(1, 8), draw(1, 8))
     assert not isinstance(caught.value, MachineLacks)

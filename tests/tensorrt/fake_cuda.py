@@ -19,6 +19,7 @@ from tests.tensorrt.recorder import Recorder
 
 FIRST_ADDRESS = 1 << 44
 ALIGNMENT = 256
+BROKEN = "cudaErrorIllegalAddress"  # how work ends that touched memory which is not its own
 Work = Callable[[], None]
 
 
@@ -50,7 +51,7 @@ class FakeCuda:
         self.failing: dict[str, tuple[int, str]] = {}  # function -> calls until it fails, and how
         self._next, self._count = FIRST_ADDRESS, 0
         self._lock = threading.RLock()
-        for name in self.recorder.recorded["functions"]:
+        for name in self.recorder.functions:
             behaviour = getattr(self, f"_{name}", None)
             if behaviour is not None:
                 self.recorder.answer(name, self._guarded(name, behaviour))
@@ -225,7 +226,7 @@ class FakeCuda:
     def _copy(
         self, dst: int, dpitch: int, src: int, spitch: int, width: int, height: int, kind: Any, stream: Any
     ) -> Any:
-        source, _, target = kind.name.removeprefix("cudaMemcpy").partition("To")
+        source, _, target = kind.name.rpartition("Memcpy")[2].partition("To")
         memories = {"Host": self.pinned, "Device": self.device}
 
         def work() -> None:

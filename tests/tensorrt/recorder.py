@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.tensorrt.reached import REFRESH
+
 SIGNATURES = Path(__file__).parent / "signatures"
 PRODUCTS = ("tensorrt_10", "tensorrt_11", "tensorrt_rtx_1")
 # What pybind11 turns into one of its classes by itself.
@@ -33,7 +35,10 @@ class Refused(TypeError):
 
 
 class Absent(AttributeError):
-    """A name that the recorded version does not have."""
+    """A name that the recorded version does not have, as far as it is recorded."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"{message}. What the sources reach since it was recorded is added by `{REFRESH}`")
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class Recorder:
     def __init__(self, name: str) -> None:
         """Read `signatures/<name>.json`."""
         self.recorded = json.loads((SIGNATURES / f"{name}.json").read_text())
+        self.functions: dict[str, list[str]] = self.recorded.get("functions", {})
         self.version: str = self.recorded["version"]
         self.title = f"{name.rpartition('_')[0]} {self.version}"
         self.calls: list[Call] = []
@@ -102,10 +108,10 @@ class Recorder:
         owner, _, member = name.rpartition(".")
         if owner:
             described = self._classes[owner]
-            known = [*described.get("methods", ()), *described.get("properties", ()), *described.get("like", ())]
+            known = [*described.get("methods", ()), *described.get("properties", ())]
             assert member in known, f"{name} is not in {self.title}"
         else:
-            assert member in self.recorded["functions"], f"{name} is not in {self.title}"
+            assert member in self.functions, f"{name} is not in {self.title}"
         self.answers[name] = value
 
     def make(self, class_name: str, **properties: Any) -> Any:
@@ -141,10 +147,7 @@ class Recorder:
         for class_name in self._classes:
             self._class(class_name)
         module.__dict__.update(self.types)
-        for value, place in self.recorded.get("values", {}).items():
-            enum_name, _, member = place.partition(".")
-            module.__dict__[value] = getattr(self.types[enum_name], member)
-        for function, forms in self.recorded["functions"].items():
+        for function, forms in self.functions.items():
             module.__dict__[function] = functools.partial(self._call, function, forms, None)
         return module
 
@@ -160,7 +163,7 @@ class Recorder:
         if name in self.types:
             return self.types[name]
         described = self._classes[name]
-        bases: tuple[type, ...] = tuple(self._class(base) for base in described["bases"] if base in self._classes)
+        bases = tuple(self._class(base) for base in described.get("bases", ()) if base in self._classes)
         if name == "IHostMemory":
             bases = (_Object, bytearray)  # the real one offers its memory as a buffer
         body: dict[str, Any] = {"_recorder": self, "_class": name}
@@ -168,20 +171,13 @@ class Recorder:
             body[method] = self._method(f"{name}.{method}", forms)
         for member, (reads, writes) in described.get("properties", {}).items():
             body[member] = self._property(name, member, reads, writes)
-        for special in described.get("like", ()):
-            body[special] = self._special(f"{name}.{special}")
         if name == "Dims":
             body |= {"__len__": lambda s: len(s.sizes), "__getitem__": lambda s, i: s.sizes[i], "sizes": ()}
         for inner, members in described.get("enums", {}).items():
-            # Logger lends its base's enum
-            lent = [vars(base)[inner] for base in bases if inner in vars(base)]
-            body[inner] = lent[0] if lent else self._enum(inner, members)
+            body[inner] = self._enum(inner, members)
         if init := described.get("init"):
             body["__init__"] = self._init(name, init)
         cls = type(name, bases or (_Object,), body)
-        for constant, place in described.get("constants", {}).items():
-            enum_name, _, member = place.partition(".")
-            setattr(cls, constant, getattr(getattr(cls, enum_name), member))
         self.types[name] = cls
         return cls
 
@@ -207,14 +203,6 @@ class Recorder:
             return self._call(name, forms, this, *given, **named)
 
         return method
-
-    def _special(self, name: str) -> Callable[..., Any]:
-        def special(this: Any, *given: Any) -> Any:
-            if name not in self.answers:
-                raise Refused(f"{self.title}: {name} has no answer in this test")
-            return self.answers[name](this, *given)
-
-        return special
 
     def _property(self, owner: str, name: str, reads: str | None, writes: str | None) -> property:
         full = f"{owner}.{name}"
