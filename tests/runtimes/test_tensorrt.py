@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.runtimes import device_cache, products, tensorrt, tensorrt_rtx
+from arriero.runtimes import device_cache, tensorrt
 from arriero.runtimes.tensorrt import TensorRtBackend
 from arriero.runtimes.torch import TorchBackend
 from tests.tensorrt.fake_cuda import BROKEN, FakeCuda
@@ -25,6 +24,7 @@ from tests.tensorrt.fake_engine import FakeTensorRt, signature, write_engine
 from tests.tensorrt.recorder import PRODUCTS
 from tests.toys import IMAGE_TOKEN, load_reference, make_maverick_toy, make_scout_toy
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH, CONTEXT, CHUNK = 3, 80, 16
 PARTS = ("embed", "vision", "text")
 
@@ -57,7 +57,6 @@ Setter = Callable[..., Bench]
 def bench(references, tmp_path, monkeypatch) -> Iterator[Setter]:
     """Set a bench up; at the end, no stand-in may have found a fault."""
     made: list[Bench] = []
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(device_cache, "FIRST_SLOTS", 4)
 
     def set_up(
@@ -74,25 +73,11 @@ def bench(references, tmp_path, monkeypatch) -> Iterator[Setter]:
         folder.mkdir()
         for part in PARTS if reference.spec.vision else ("embed", "text"):
             write_engine(folder, part, signature(reference.model, part, BATCH, CONTEXT, cache, fixed))
-        chosen = tensorrt_rtx.PRODUCT if "rtx" in product else tensorrt.PRODUCT
-        modules = dict.fromkeys(chosen.modules, trt.module)
-        monkeypatch.setattr(products, "import_module", modules.__getitem__)
-        monkeypatch.setattr(tensorrt, "load_cuda", lambda extra: gpu.runtime)
-        monkeypatch.setattr(products, "load_cuda", lambda extra: gpu.runtime)
-        made.append(Bench(folder, reference, gpu, trt, chosen))
+        made.append(Bench(folder, reference, gpu, trt, trt.install(monkeypatch, tmp_path / "cache")))
         return made[-1]
 
     yield set_up
     assert [fault for one in made for fault in one.cuda.faults] == []
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The toys are too small for more, and beside other work a second thread costs seconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def draw(rows: int, tokens: int, seed: int = 0):

@@ -51,10 +51,8 @@ class FakeCuda:
         self.failing: dict[str, tuple[int, str]] = {}  # function -> calls until it fails, and how
         self._next, self._count = FIRST_ADDRESS, 0
         self._lock = threading.RLock()
-        for name in self.recorder.functions:
-            behaviour = getattr(self, f"_{name}", None)
-            if behaviour is not None:
-                self.recorder.answer(name, self._guarded(name, behaviour))
+        for name in (method.removeprefix("_") for method in vars(FakeCuda) if method.startswith("_cuda")):
+            self.recorder.answer(name, self._guarded(name, getattr(self, f"_{name}")))
 
     def fail(self, function: str, error: str, after: int = 0) -> None:
         """Let a function fail once, after so many calls that succeed."""
@@ -142,9 +140,6 @@ class FakeCuda:
     def _cudaDeviceGetAttribute(self, attr: Any, device: int) -> Any:
         names = ("cudaDevAttrComputeCapabilityMajor", "cudaDevAttrComputeCapabilityMinor")
         return self.arch[names.index(attr.name)]
-
-    def _cudaDriverGetVersion(self) -> Any:
-        return 13000
 
     def _cudaGetErrorString(self, error: Any) -> Any:
         return b"told in words: " + error.name.encode()

@@ -88,7 +88,7 @@ class Reached:
         return {key: part for key, part in parts.items() if part}
 
     def cut_enum(self, path: tuple[str, ...], members: str, section: str | None) -> str:
-        """Of `NAME=number ..` those that are reached, with the `<` that stood before them.
+        """Of `NAME=number ..` those that are reached.
 
         By name where the enum itself is handed on, or no chain leads to it.
         """
@@ -97,9 +97,8 @@ class Reached:
         prefixes: tuple[str, ...] = ()
         if path in through or not names:
             names, prefixes = names | self.properties | self.texts, self.prefixes
-        entries = ((entry, entry.partition("=")[0]) for entry in members.removeprefix("< ").split())
-        kept = " ".join(entry for entry, name in entries if name in names or name.startswith(prefixes))
-        return f"< {kept}" if kept and members.startswith("< ") else kept
+        entries = ((entry, entry.partition("=")[0]) for entry in members.split())
+        return " ".join(entry for entry, name in entries if name in names or name.startswith(prefixes))
 
 
 NONE: frozenset[str] = frozenset()

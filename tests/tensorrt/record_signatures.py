@@ -86,13 +86,8 @@ def record(module: ModuleType, version: str) -> dict[str, Any]:
 
 
 def _members(enum: Any) -> str:
-    """`NAME=number` for each member, with `<` before them where members can be compared by size."""
-    members = list(enum.__members__.values())
-    try:
-        ordered = "< " if members and members[0] <= members[-1] else ""
-    except TypeError:
-        ordered = ""
-    return ordered + " ".join(f"{name}={int(member)}" for name, member in enum.__members__.items())
+    """`NAME=number` for each member."""
+    return " ".join(f"{name}={int(member)}" for name, member in enum.__members__.items())
 
 
 def describe_class(thing: type) -> dict[str, Any]:

@@ -25,9 +25,9 @@ from tests.tensorrt.reached import REFRESH
 
 SIGNATURES = Path(__file__).parent / "signatures"
 PRODUCTS = ("tensorrt_10", "tensorrt_11", "tensorrt_rtx_1")
-# What pybind11 turns into one of its classes by itself.
-CONVERTED = {"Dims": (tuple, list), "Weights": (np.ndarray,), "Permutation": (tuple, list)}
-ANYTHING = {"object", "Any", "CapsuleType", "Callable", "..."}
+# Types of Python's own that signatures name, and what pybind11 takes for one of them or turns into it.
+PLAIN = {"bool": bool, "str": (str, bytes), "tuple": tuple, "list": list}
+CONVERTED = {"Dims": (tuple, list)}
 
 
 class Refused(TypeError):
@@ -114,15 +114,10 @@ class Recorder:
             assert member in self.functions, f"{name} is not in {self.title}"
         self.answers[name] = value
 
-    def make(self, class_name: str, **properties: Any) -> Any:
-        """An object of a recorded class, as the library would give it, with some of its properties set."""
+    def make(self, class_name: str) -> Any:
+        """An object of a recorded class, as the library would give it."""
         cls = self.types[class_name]
-        made = cls.__new__(cls)
-        known = self.members(class_name, "properties")
-        for name, value in properties.items():
-            assert name in known, f"{class_name}.{name} is not in {self.title}"
-            made.__dict__[name] = value
-        return made
+        return cls.__new__(cls)
 
     def named(self, name: str) -> list[Call]:
         """The calls of one name, in order."""
@@ -152,10 +147,8 @@ class Recorder:
         return module
 
     def _enum(self, name: str, members: str) -> type:
-        entries = (entry.partition("=") for entry in members.removeprefix("< ").split())
-        pairs = [(member, int(number)) for member, _, number in entries]
-        kind = _Ordered if members.startswith("< ") else _Enum
-        made = kind(name, pairs)
+        entries = (entry.partition("=") for entry in members.split())
+        made = _Enum(name, [(member, int(number)) for member, _, number in entries])
         made._title = self.title  # type: ignore[attr-defined]
         return made
 
@@ -258,37 +251,24 @@ class Recorder:
 
     def _wrong(self, value: Any, kind: str | None, optional: bool = False) -> str | None:
         """What makes `value` no `kind`; None when it is one."""
-        if kind is None or kind in ANYTHING or (value is None and (optional or kind == "None")):
+        if kind is None or kind == "object" or (value is None and optional):
             return None
-        if " | " in kind:
-            found = [self._wrong(value, one) for one in kind.split(" | ")]
-            return None if None in found else "; ".join(map(str, found))
-        told = f"is {value!r} ({type(value).__name__}), not {kind}"
-        if kind in ("int", "SupportsInt", "SupportsIndex"):
-            return None if _is_integer(value) else told
-        if kind in ("float", "SupportsFloat"):
-            return None if _is_integer(value) or isinstance(value, float | np.floating) else told
-        if kind == "bool":
-            return None if isinstance(value, bool) else told
-        if kind == "str":
-            return None if isinstance(value, str | bytes) else told
-        if kind in ("Buffer", "bytes"):
-            return None if _is_buffer(value) else told
-        if kind == "ndarray":
-            return None if isinstance(value, np.ndarray) else told
-        if kind.startswith(("Sequence[", "list[")):
-            inner = kind[kind.index("[") + 1 : -1]
+        described = f"is {value!r} ({type(value).__name__}), not {kind}"
+        if kind == "SupportsInt":
+            return None if _is_integer(value) else described
+        if kind == "Buffer":
+            return None if _is_buffer(value) else described
+        if kind.startswith("Sequence["):
             if not isinstance(value, list | tuple | np.ndarray):
-                return told
-            return next((f"holds one that {wrong}" for one in value if (wrong := self._wrong(one, inner))), None)
-        if kind in ("tuple", "list"):
-            return None if isinstance(value, {"tuple": tuple, "list": list}[kind]) else told
-        if kind in CONVERTED and isinstance(value, CONVERTED[kind]):
+                return described
+            element = kind.removeprefix("Sequence[")[:-1]
+            return next((f"holds one that {wrong}" for one in value if (wrong := self._wrong(one, element))), None)
+        if kind in PLAIN:
+            return None if isinstance(value, PLAIN[kind]) else described
+        if isinstance(value, CONVERTED.get(kind, ())):
             return None
-        wanted = self._type(kind)
-        if wanted is None:
-            return None  # a type of C++ alone: there is nothing to compare with
-        return None if isinstance(value, wanted) else told
+        recorded = self._type(kind)  # of a type that is not recorded there is no object
+        return None if recorded and isinstance(value, recorded) else described
 
     def _type(self, kind: str) -> type | None:
         owner, _, inner = kind.rpartition(".")
@@ -296,19 +276,13 @@ class Recorder:
         return found if isinstance(found, type) else None
 
     def _empty(self, kind: str | None) -> Any:
-        plain = {"int": 0, "bool": True, "str": "", "float": 0.0, "bytes": b"", "tuple": ()}
-        if kind is None or kind == "None":
-            return None
+        plain = {"int": 0, "bool": True, "str": ""}
         if kind in plain:
             return plain[kind]
-        if kind.startswith("list["):
-            return []
-        if kind.startswith("tuple["):
-            return tuple([] for _ in range(kind.count("list[")))
-        found = self._type(kind)
-        if found is None:
+        recorded = self._type(kind) if kind else None
+        if recorded is None:
             return None
-        return next(iter(found)) if issubclass(found, enum.Enum) else found.__new__(found)
+        return next(iter(recorded)) if issubclass(recorded, enum.Enum) else recorded.__new__(recorded)
 
 
 class _Module(ModuleType):
@@ -330,16 +304,6 @@ class _Enum(enum.Enum, metaclass=_EnumType):
         return int(self.value)
 
     __index__ = __int__
-
-
-class _Ordered(_Enum):
-    """An enum whose members can also be compared by size."""
-
-    def __le__(self, other: _Ordered) -> bool:
-        return int(self) <= int(other)
-
-    def __lt__(self, other: _Ordered) -> bool:
-        return int(self) < int(other)
 
 
 class _Object:

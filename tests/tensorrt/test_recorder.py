@@ -75,6 +75,7 @@ def test_what_a_version_lacks_is_told(product, other):
 def test_what_only_one_product_has():
     assert Recorder("tensorrt_rtx_1").module.ComputeCapability.SM89.name == "SM89"
     assert Recorder("tensorrt_rtx_1").module.CudaGraphStrategy.DISABLED.name == "DISABLED"
+    assert Recorder("tensorrt_10").module.QuickPluginCreationRequest
 
 
 @pytest.mark.parametrize(
@@ -165,5 +166,5 @@ def test_classes_to_fill_in_are_checked(recorder):
 def test_answers_must_be_of_the_version():
     with pytest.raises(AssertionError, match="not in tensorrt"):
         Recorder("tensorrt_11").answer("IExecutionContext.is_stream_capturable", True)
-    with pytest.raises(AssertionError, match="not in tensorrt"):
-        Recorder("tensorrt_11").make("ICudaEngine", io_tensors=1)
+    with pytest.raises(AssertionError, match="not in cuda"):
+        Recorder("cuda_13").answer("cudaMallocs", 0)
