@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from arriero.profiles.recipe import shipped
 from tests.command import arriero, write_build
 from tests.small import small_scout
 
-# Read by Triton when it is first imported, which torch does as soon as a graph is traced.
-os.environ["TRITON_INTERPRET"] = "1"
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread: toys are too small for more, and beside other work a second thread costs seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

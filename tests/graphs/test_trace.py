@@ -110,13 +110,11 @@ def test_text_graph_matches_the_reference(traced: Traced, batch: int, new: int, 
         assert np.array_equal(np.sort(ours[f"expert_id.{index}"]), np.sort(expert_id.numpy()))
 
 
-def test_text_graph_keeps_its_promises(traced: Traced, tmp_path: Path) -> None:
+def test_text_graph_keeps_its_promises(traced: Traced) -> None:
     check("text", traced.model, traced.config)
     check("text", ir.load(traced.folder / "text.onnx"), traced.config)
     proto = onnx.load(traced.folder / "text.onnx", load_external_data=False)
-    for name in ("text.onnx", "model.safetensors"):  # the checker accepts no hard link
-        shutil.copyfile(traced.folder / name, tmp_path / name)
-    onnx.checker.check_model(tmp_path / "text.onnx")
+    onnx.checker.check_model(traced.folder / "text.onnx")
     assert {opset.domain: opset.version for opset in proto.opset_import} == {"": 23, "ai.arriero": 1}
     assert (traced.folder / "text.onnx").stat().st_size < 200_000
 
@@ -138,8 +136,9 @@ def test_weights_are_names_and_nothing_of_where_they_are_stored(tmp_path: Path) 
     assert (toy / "graph" / "text.onnx").read_bytes() == (shards / "graph" / "text.onnx").read_bytes()
     model = ir.load(toy / "graph" / "text.onnx")
     for name, value in model.graph.initializers.items():
-        assert isinstance(value.const_value, ir.ExternalTensor)
-        assert (value.const_value.location, value.const_value.offset) == (name, 0)
+        if name in Checkpoint.open(toy).tensors:  # the others are constants of a few bytes
+            assert isinstance(value.const_value, ir.ExternalTensor)
+            assert (value.const_value.location, value.const_value.offset) == (name, 0)
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 5])

@@ -14,18 +14,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.proof.reference import TorchBackend
-from arriero.runtimes import tensorrt, tensorrt_rtx
-from arriero.runtimes.nvidia import device_cache, products
+from arriero.runtimes import tensorrt
+from arriero.runtimes.nvidia import device_cache
 from arriero.runtimes.tensorrt import TensorRtBackend
-from tests.tensorrt.fake_cuda import FakeCuda
+from tests.tensorrt.fake_cuda import BROKEN, FakeCuda
 from tests.tensorrt.fake_engine import FakeTensorRt, signature, write_engine
 from tests.tensorrt.recorder import PRODUCTS
 from tests.toys import IMAGE_TOKEN, load_reference, make_maverick_toy, make_scout_toy
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH, CONTEXT, CHUNK = 3, 80, 16
 PARTS = ("embed", "vision", "text")
 
@@ -58,7 +58,6 @@ Setter = Callable[..., Bench]
 def bench(references, tmp_path, monkeypatch) -> Iterator[Setter]:
     """Set a bench up; at the end, no stand-in may have found a fault."""
     made: list[Bench] = []
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(device_cache, "FIRST_SLOTS", 4)
 
     def set_up(
@@ -75,25 +74,11 @@ def bench(references, tmp_path, monkeypatch) -> Iterator[Setter]:
         folder.mkdir()
         for part in PARTS if reference.spec.vision else ("embed", "text"):
             write_engine(folder, part, signature(reference.model, part, BATCH, CONTEXT, cache, fixed))
-        chosen = tensorrt_rtx.PRODUCT if "rtx" in product else tensorrt.PRODUCT
-        modules = dict.fromkeys(chosen.modules, trt.module)
-        monkeypatch.setattr(products, "import_module", modules.__getitem__)
-        monkeypatch.setattr(tensorrt, "load_cuda", lambda extra: gpu.runtime)
-        monkeypatch.setattr(products, "load_cuda", lambda extra: gpu.runtime)
-        made.append(Bench(folder, reference, gpu, trt, chosen))
+        made.append(Bench(folder, reference, gpu, trt, trt.install(monkeypatch, tmp_path / "cache")))
         return made[-1]
 
     yield set_up
     assert [fault for one in made for fault in one.cuda.faults] == []
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The toys are too small for more, and beside other work a second thread costs seconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def draw(rows: int, tokens: int, seed: int = 0):
@@ -452,7 +437,7 @@ def test_a_full_gpu_while_opening_leaves_nothing_behind(bench):
 def test_a_broken_gpu_is_no_lack_of_the_machine(bench):
     one = bench()
     backend = one.open()
-    one.cuda.fail("cudaStreamSynchronize", "cudaErrorIllegalAddress", 1)
+    one.cuda.fail("cudaStreamSynchronize", BROKEN, 1)
     with pytest.raises(ArrieroError, match=r"GPU: cudaStreamSynchronize failed: told in words.*report it") as caught:
         step(backend, backend.new_cache(1, 8), draw(1, 8))
     assert not isinstance(caught.value, MachineLacks)

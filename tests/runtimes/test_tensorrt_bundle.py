@@ -6,13 +6,11 @@ Over recorded modules and a stand-in for the GPU: a contract test, not a run on 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import arriero
 from arriero.errors import ArrieroError, MachineLacks
@@ -27,6 +25,7 @@ from tests.small import CONTEXT, TILE, small_scout
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_engine import FakeTensorRt, signature, write_engine
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PRODUCTS = {"tensorrt_10": tensorrt.PRODUCT, "tensorrt_11": tensorrt.PRODUCT, "tensorrt_rtx_1": tensorrt_rtx.PRODUCT}
 VERSIONS = {"tensorrt_10": "10.16.1.11", "tensorrt_11": "11.4.0.106", "tensorrt_rtx_1": "1.7.1.116"}
 GPU = (8, 9)
@@ -40,15 +39,6 @@ def scout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(scout: Path) -> TorchBackend:
     return TorchBackend(scout)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The toys are too small for more, and beside other work a second thread costs seconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -70,13 +60,9 @@ def machine(reference: TorchBackend, monkeypatch: pytest.MonkeyPatch, tmp_path_f
     cache = tmp_path_factory.mktemp("cache")
 
     def set_up(product: str, arch: tuple[int, int] = GPU) -> tuple[FakeCuda, FakeTensorRt]:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         gpu = FakeCuda(arch=arch)
         trt = FakeTensorRt(product, gpu, reference.model)
-        modules = dict.fromkeys(PRODUCTS[product].modules, trt.module)
-        monkeypatch.setattr(products, "import_module", modules.__getitem__)
-        for module in (products, tensorrt):
-            monkeypatch.setattr(module, "load_cuda", lambda extra: gpu.runtime)
+        trt.install(monkeypatch, cache)
         return gpu, trt
 
     return set_up

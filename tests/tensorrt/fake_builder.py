@@ -21,8 +21,8 @@ PARTS = {"inputs_embeds": "text", "pixel_values": "vision", "input_ids": "embed"
 class Building:
     """What a recorded module was asked to build; `refuse` lets its parser or its builder fail with these words."""
 
-    def __init__(self, trt: FakeTensorRt) -> None:
-        self.trt, self.recorder = trt, trt.recorder
+    def __init__(self, engines: FakeTensorRt) -> None:
+        self.trt, self.recorder = engines, engines.recorder
         self.refuse: dict[str, str] = {}
         self.profiles: list[list[dict[str, Any]]] = []
         answer = self.recorder.answer
@@ -32,10 +32,6 @@ class Building:
         answer("ParserError.desc", lambda error: self.refuse["parser"])
         answer("ParserError.node_name", "layers.0.odd")
         answer("ParserError.node_operator", "Odd")
-        answer("INetworkDefinition.num_inputs", lambda network: len(network.__dict__["inputs"]))
-        answer("INetworkDefinition.num_outputs", lambda network: len(network.__dict__["outputs"]))
-        answer("INetworkDefinition.get_input", lambda network, index: self._tensor(network.__dict__["inputs"][index]))
-        answer("INetworkDefinition.get_output", lambda network, index: self._tensor(network.__dict__["outputs"][index]))
         answer("IOptimizationProfile.set_shape", self._set_shape)
         answer("IBuilderConfig.add_optimization_profile", self._add_profile)
         answer("IBuilderConfig.set_timing_cache", self._keep_cache)
@@ -61,10 +57,6 @@ class Building:
         network.__dict__["outputs"] = [_described(one) for one in graph.output]
         assert Path(model).is_file()
         return True
-
-    def _tensor(self, one: dict[str, Any]) -> Any:
-        shape = [size if isinstance(size, int) else -1 for size in one["shape"]]
-        return self.recorder.make("ITensor", name=one["name"], shape=self.trt.module.Dims(shape))
 
     def _set_shape(self, profile: Any, input: str, min: Any, opt: Any, max: Any) -> None:
         ends = [list(map(int, shape)) for shape in (min, opt, max)]

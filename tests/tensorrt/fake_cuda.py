@@ -19,6 +19,7 @@ from tests.tensorrt.recorder import Recorder
 
 FIRST_ADDRESS = 1 << 44
 ALIGNMENT = 256
+BROKEN = "cudaErrorIllegalAddress"  # how work ends that touched memory which is not its own
 Work = Callable[[], None]
 
 
@@ -50,10 +51,8 @@ class FakeCuda:
         self.failing: dict[str, tuple[int, str]] = {}  # function -> calls until it fails, and how
         self._next, self._count = FIRST_ADDRESS, 0
         self._lock = threading.RLock()
-        for name in self.recorder.recorded["functions"]:
-            behaviour = getattr(self, f"_{name}", None)
-            if behaviour is not None:
-                self.recorder.answer(name, self._guarded(name, behaviour))
+        for name in (method.removeprefix("_") for method in vars(FakeCuda) if method.startswith("_cuda")):
+            self.recorder.answer(name, self._guarded(name, getattr(self, f"_{name}")))
 
     def fail(self, function: str, error: str, after: int = 0) -> None:
         """Let a function fail once, after so many calls that succeed."""
@@ -142,9 +141,6 @@ class FakeCuda:
         names = ("cudaDevAttrComputeCapabilityMajor", "cudaDevAttrComputeCapabilityMinor")
         return self.arch[names.index(attr.name)]
 
-    def _cudaDriverGetVersion(self) -> Any:
-        return 13000
-
     def _cudaGetErrorString(self, error: Any) -> Any:
         return b"told in words: " + error.name.encode()
 
@@ -225,7 +221,7 @@ class FakeCuda:
     def _copy(
         self, dst: int, dpitch: int, src: int, spitch: int, width: int, height: int, kind: Any, stream: Any
     ) -> Any:
-        source, _, target = kind.name.removeprefix("cudaMemcpy").partition("To")
+        source, _, target = kind.name.rpartition("Memcpy")[2].partition("To")
         memories = {"Host": self.pinned, "Device": self.device}
 
         def work() -> None:

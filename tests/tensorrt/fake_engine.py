@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 
 from arriero.graphs.model import Llama4
+from arriero.runtimes import tensorrt, tensorrt_rtx
+from arriero.runtimes.nvidia import products
 from arriero.runtimes.nvidia.engine_signature import TYPES
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.recorder import Recorder
@@ -126,6 +129,15 @@ class FakeTensorRt:
             answer("IRuntimeConfig.get_runtime_cache", lambda config: config.__dict__.get("cache"))
             answer("IRuntimeConfig.set_runtime_cache", self._share)
             answer("IRuntimeCache.serialize", self._kernels)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> products.Product:
+        """Let the backends find this module and its GPU, and keep kernels in `cache`; gives the product."""
+        product = tensorrt_rtx.PRODUCT if "rtx" in self.recorder.title else tensorrt.PRODUCT
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        monkeypatch.setattr(products, "import_module", dict.fromkeys(product.modules, self.module).__getitem__)
+        for module in (products, tensorrt):
+            monkeypatch.setattr(module, "load_cuda", lambda extra: self.cuda.runtime)
+        return product
 
     def _forward(self, name: str) -> None:
         def call(context: Any, **arguments: Any) -> Any:

@@ -1,10 +1,10 @@
-"""Writes `signatures/*.json`: what each version of a library can be called with, read from its real Python bindings.
+"""Writes `signatures/*.json`: how what our code reaches of a library is called, read from its real Python bindings.
 
-    python tests/tensorrt/record_signatures.py FOLDER
+    python -m tests.tensorrt.record_signatures [NAME ..]
 
-FOLDER holds the wheels (`pip download --no-deps`) that `WHEELS` names. The bindings are unpacked into a temporary
-folder and imported there, TensorRT's over empty stand-ins for its libraries: pybind11 keeps every signature in its
-docstrings, so that nothing but the import is needed, and no GPU. Needs `gcc` and `readelf`.
+NAME is a key of `WHEELS`; without one all are written. pip downloads the wheels into a temporary folder, and they are
+imported there, TensorRT's over empty stand-ins for its libraries: pybind11 keeps every signature in its docstrings, so
+that nothing but the import is needed, and no GPU. Needs `gcc`, `nm` and `readelf`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tests.tensorrt.reached import ROOT, cut, what_we_reach
+
 HERE = Path(__file__).parent / "signatures"
 # Name of the file written -> distribution and version, and the module to import.
 WHEELS = {
@@ -32,28 +34,23 @@ WHEELS = {
     "cuda_13": ("cuda_bindings", "13.0.3", "cuda.bindings.runtime"),
 }
 HELPERS = ("cuda_pathfinder",)
-# Of CUDA's 400 functions, those that handle devices, memory, streams and graphs.
-CUDA = re.compile(
-    r"cuda(Error_t|DeviceAttr|MemcpyKind|StreamCaptureMode|GetDevice|GetDeviceCount|SetDevice|DeviceGetAttribute|"
-    r"DriverGetVersion|RuntimeGetVersion|MemGetInfo|GetError(Name|String)|GetLastError|Malloc(Async)?|Free(Async)?|HostAlloc|FreeHost|"
-    r"Mem(cpy|cpy2D|set|set2D)Async|Stream(CreateWithFlags|Synchronize|Destroy|BeginCapture|EndCapture|Query|WaitEvent)|"
-    r"Graph(Instantiate|Launch|Destroy|ExecDestroy)|Event(Create(WithFlags)?|Record|Synchronize|Destroy|ElapsedTime))"
-)
 LIBRARY = re.compile(r"\[(lib(?:nv|tensorrt)\w*\.so\.\d+)\]")
 SYMBOLS = re.compile(r" U (\w*(?:INTERNAL|PluginRegistry|initLibNvInferPlugins|getNvOnnxParserVersion))$", re.MULTILINE)
-LIKE_A_LIST = ("__len__", "__getitem__", "__setitem__", "__iter__")
 OVERLOAD = re.compile(r"^\d+\. ", re.MULTILINE)
 
 
-def main(wheels: Path) -> None:
-    """Record every version, each in a process of its own: two majors cannot be imported together."""
-    for name, (distribution, version, module) in WHEELS.items():
+def main(names: list[str]) -> None:
+    """Record versions, each in a process of its own: two majors cannot be imported together."""
+    for name in names or WHEELS:
+        distribution, version, module = WHEELS[name]
         with tempfile.TemporaryDirectory() as folder:
-            for wanted in (f"{distribution}-{version}-*.whl", *(f"{helper}-*.whl" for helper in HELPERS)):
-                for wheel in wheels.glob(wanted):
-                    zipfile.ZipFile(wheel).extractall(folder)
+            download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+            subprocess.run([*download, f"{distribution}=={version}", *HELPERS], check=True)
+            for wheel in Path(folder).glob("*.whl"):
+                zipfile.ZipFile(wheel).extractall(folder)
             stand_in(Path(folder))
-            subprocess.run([sys.executable, __file__, "--one", name, folder, module, version], check=True)
+            one = [sys.executable, "-m", __spec__.name, "--one", name, folder, module, version]
+            subprocess.run(one, check=True, cwd=ROOT)
 
 
 def stand_in(folder: Path) -> None:
@@ -71,52 +68,35 @@ def stand_in(folder: Path) -> None:
 def record(module: ModuleType, version: str) -> dict[str, Any]:
     """All enums, classes and functions of a module, each signature as one line of Python."""
     enums: dict[str, str] = {}
-    values: dict[str, str] = {}
     classes: dict[str, Any] = {}
     functions: dict[str, list[str]] = {}
-    cuda = module.__name__.startswith("cuda")
     for name, thing in sorted(vars(module).items()):
-        if cuda and not CUDA.fullmatch(name):
-            continue
         if name.startswith("_") or (isinstance(thing, type) and thing.__name__ != name):
             continue
         if isinstance(thing, type) and hasattr(thing, "__members__"):
             enums[name] = _members(thing)
-        elif hasattr(type(thing), "__members__") and type(thing).__name__ in vars(module):
-            values[name] = f"{type(thing).__name__}.{thing.name}"
         elif isinstance(thing, ModuleType):
             continue
         elif isinstance(thing, type):
             classes[name] = describe_class(thing)
         elif callable(thing) and (found := signatures(thing)):
             functions[name] = found
-    parts = {"enums": enums, "values": values, "functions": functions, "classes": classes}
+    parts = {"enums": enums, "functions": functions, "classes": classes}
     return {"version": version} | {key: part for key, part in parts.items() if part}
 
 
 def _members(enum: Any) -> str:
-    """`NAME=number` for each member, with `<` before them where members can be compared by size."""
-    members = list(enum.__members__.values())
-    try:
-        ordered = "< " if members[0] <= members[-1] else ""
-    except TypeError:
-        ordered = ""
-    return ordered + " ".join(f"{name}={int(member)}" for name, member in enum.__members__.items())
+    """`NAME=number` for each member."""
+    return " ".join(f"{name}={int(member)}" for name, member in enum.__members__.items())
 
 
 def describe_class(thing: type) -> dict[str, Any]:
     """Bases, constructors, methods, properties (type read, type written) and nested enums of one class."""
-    found: dict[str, Any] = {"bases": [base.__name__ for base in thing.__bases__ if base.__name__ != "pybind11_object"]}
+    bases = [base.__name__ for base in thing.__bases__ if base.__name__ not in ("object", "pybind11_object")]
     methods, properties, enums = {}, {}, {}
-    special: list[str] = []
-    constants: dict[str, str] = {}
     for name, member in sorted(vars(thing).items()):
         if isinstance(member, type) and hasattr(member, "__members__"):
             enums[name] = _members(member)
-        elif hasattr(type(member), "__members__"):
-            constants[name] = f"{type(member).__name__}.{member.name}"
-        elif name in LIKE_A_LIST:
-            special.append(name)
         elif name.startswith("_") and name != "__init__":
             continue
         elif isinstance(member, property):
@@ -125,9 +105,8 @@ def describe_class(thing: type) -> dict[str, Any]:
             methods[name] = signatures(getattr(thing, name))
     methods = {name: forms for name, forms in methods.items() if forms}
     constructors = methods.pop("__init__", None)
-    parts = {"init": constructors, "methods": methods, "properties": properties, "enums": enums}
-    parts |= {"constants": constants, "like": special}
-    return found | {key: value for key, value in parts.items() if value}
+    parts = {"bases": bases, "init": constructors, "methods": methods, "properties": properties, "enums": enums}
+    return {key: value for key, value in parts.items() if value}
 
 
 def signatures(function: Any) -> list[str]:
@@ -201,12 +180,22 @@ def record_one(name: str, folder: str, module: str, version: str) -> None:
     if module == "tensorrt_bindings":
         sys.modules["tensorrt"] = loaded  # as the package calls it
         found["plugin"] = record(importlib.import_module(f"{module}.plugin"), version)
-    (HERE / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(name, {key: len(value) for key, value in found.items() if key != "version"})
+    kept = cut(found, what_we_reach())
+    (HERE / f"{name}.json").write_text(as_text(kept) + "\n")
+    print(name, {key: len(value) for key, value in kept.items() if key != "version"})
+
+
+def as_text(part: Any, depth: int = 0) -> str:
+    """JSON with a line for each name, and all its forms in that line."""
+    if not isinstance(part, dict) or not part:
+        return json.dumps(part)
+    margin = " " * (depth + 1)
+    lines = (f"{margin}{json.dumps(name)}: {as_text(inside, depth + 1)}" for name, inside in part.items())
+    return "{\n" + ",\n".join(lines) + "\n" + " " * depth + "}"
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--one":
+    if sys.argv[1:2] == ["--one"]:
         record_one(*sys.argv[2:6])
     else:
-        main(Path(sys.argv[1]))
+        main(sys.argv[1:])

@@ -21,11 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from tests.tensorrt.reached import REFRESH
+
 SIGNATURES = Path(__file__).parent / "signatures"
 PRODUCTS = ("tensorrt_10", "tensorrt_11", "tensorrt_rtx_1")
-# What pybind11 turns into one of its classes by itself.
-CONVERTED = {"Dims": (tuple, list), "Weights": (np.ndarray,), "Permutation": (tuple, list)}
-ANYTHING = {"object", "Any", "CapsuleType", "Callable", "..."}
+# Types of Python's own that signatures name, and what pybind11 takes for one of them or turns into it.
+PLAIN = {"bool": bool, "str": (str, bytes), "tuple": tuple, "list": list}
+CONVERTED = {"Dims": (tuple, list)}
 
 
 class Refused(TypeError):
@@ -33,7 +35,10 @@ class Refused(TypeError):
 
 
 class Absent(AttributeError):
-    """A name that the recorded version does not have."""
+    """A name that the recorded version does not have, as far as it is recorded."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"{message}. What the sources reach since it was recorded is added by `{REFRESH}`")
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class Recorder:
     def __init__(self, name: str) -> None:
         """Read `signatures/<name>.json`."""
         self.recorded = json.loads((SIGNATURES / f"{name}.json").read_text())
+        self.functions: dict[str, list[str]] = self.recorded.get("functions", {})
         self.version: str = self.recorded["version"]
         self.title = f"{name.rpartition('_')[0]} {self.version}"
         self.calls: list[Call] = []
@@ -102,21 +108,16 @@ class Recorder:
         owner, _, member = name.rpartition(".")
         if owner:
             described = self._classes[owner]
-            known = [*described.get("methods", ()), *described.get("properties", ()), *described.get("like", ())]
+            known = [*described.get("methods", ()), *described.get("properties", ())]
             assert member in known, f"{name} is not in {self.title}"
         else:
-            assert member in self.recorded["functions"], f"{name} is not in {self.title}"
+            assert member in self.functions, f"{name} is not in {self.title}"
         self.answers[name] = value
 
-    def make(self, class_name: str, **properties: Any) -> Any:
-        """An object of a recorded class, as the library would give it, with some of its properties set."""
+    def make(self, class_name: str) -> Any:
+        """An object of a recorded class, as the library would give it."""
         cls = self.types[class_name]
-        made = cls.__new__(cls)
-        known = self.members(class_name, "properties")
-        for name, value in properties.items():
-            assert name in known, f"{class_name}.{name} is not in {self.title}"
-            made.__dict__[name] = value
-        return made
+        return cls.__new__(cls)
 
     def named(self, name: str) -> list[Call]:
         """The calls of one name, in order."""
@@ -141,18 +142,13 @@ class Recorder:
         for class_name in self._classes:
             self._class(class_name)
         module.__dict__.update(self.types)
-        for value, place in self.recorded.get("values", {}).items():
-            enum_name, _, member = place.partition(".")
-            module.__dict__[value] = getattr(self.types[enum_name], member)
-        for function, forms in self.recorded["functions"].items():
+        for function, forms in self.functions.items():
             module.__dict__[function] = functools.partial(self._call, function, forms, None)
         return module
 
     def _enum(self, name: str, members: str) -> type:
-        entries = (entry.partition("=") for entry in members.removeprefix("< ").split())
-        pairs = [(member, int(number)) for member, _, number in entries]
-        kind = _Ordered if members.startswith("< ") else _Enum
-        made = kind(name, pairs)
+        entries = (entry.partition("=") for entry in members.split())
+        made = _Enum(name, [(member, int(number)) for member, _, number in entries])
         made._title = self.title  # type: ignore[attr-defined]
         return made
 
@@ -160,7 +156,7 @@ class Recorder:
         if name in self.types:
             return self.types[name]
         described = self._classes[name]
-        bases: tuple[type, ...] = tuple(self._class(base) for base in described["bases"] if base in self._classes)
+        bases = tuple(self._class(base) for base in described.get("bases", ()) if base in self._classes)
         if name == "IHostMemory":
             bases = (_Object, bytearray)  # the real one offers its memory as a buffer
         body: dict[str, Any] = {"_recorder": self, "_class": name}
@@ -168,20 +164,13 @@ class Recorder:
             body[method] = self._method(f"{name}.{method}", forms)
         for member, (reads, writes) in described.get("properties", {}).items():
             body[member] = self._property(name, member, reads, writes)
-        for special in described.get("like", ()):
-            body[special] = self._special(f"{name}.{special}")
         if name == "Dims":
             body |= {"__len__": lambda s: len(s.sizes), "__getitem__": lambda s, i: s.sizes[i], "sizes": ()}
         for inner, members in described.get("enums", {}).items():
-            # Logger lends its base's enum
-            lent = [vars(base)[inner] for base in bases if inner in vars(base)]
-            body[inner] = lent[0] if lent else self._enum(inner, members)
+            body[inner] = self._enum(inner, members)
         if init := described.get("init"):
             body["__init__"] = self._init(name, init)
         cls = type(name, bases or (_Object,), body)
-        for constant, place in described.get("constants", {}).items():
-            enum_name, _, member = place.partition(".")
-            setattr(cls, constant, getattr(getattr(cls, enum_name), member))
         self.types[name] = cls
         return cls
 
@@ -207,14 +196,6 @@ class Recorder:
             return self._call(name, forms, this, *given, **named)
 
         return method
-
-    def _special(self, name: str) -> Callable[..., Any]:
-        def special(this: Any, *given: Any) -> Any:
-            if name not in self.answers:
-                raise Refused(f"{self.title}: {name} has no answer in this test")
-            return self.answers[name](this, *given)
-
-        return special
 
     def _property(self, owner: str, name: str, reads: str | None, writes: str | None) -> property:
         full = f"{owner}.{name}"
@@ -270,37 +251,24 @@ class Recorder:
 
     def _wrong(self, value: Any, kind: str | None, optional: bool = False) -> str | None:
         """What makes `value` no `kind`; None when it is one."""
-        if kind is None or kind in ANYTHING or (value is None and (optional or kind == "None")):
+        if kind is None or kind == "object" or (value is None and optional):
             return None
-        if " | " in kind:
-            found = [self._wrong(value, one) for one in kind.split(" | ")]
-            return None if None in found else "; ".join(map(str, found))
-        told = f"is {value!r} ({type(value).__name__}), not {kind}"
-        if kind in ("int", "SupportsInt", "SupportsIndex"):
-            return None if _is_integer(value) else told
-        if kind in ("float", "SupportsFloat"):
-            return None if _is_integer(value) or isinstance(value, float | np.floating) else told
-        if kind == "bool":
-            return None if isinstance(value, bool) else told
-        if kind == "str":
-            return None if isinstance(value, str | bytes) else told
-        if kind in ("Buffer", "bytes"):
-            return None if _is_buffer(value) else told
-        if kind == "ndarray":
-            return None if isinstance(value, np.ndarray) else told
-        if kind.startswith(("Sequence[", "list[")):
-            inner = kind[kind.index("[") + 1 : -1]
+        described = f"is {value!r} ({type(value).__name__}), not {kind}"
+        if kind == "SupportsInt":
+            return None if _is_integer(value) else described
+        if kind == "Buffer":
+            return None if _is_buffer(value) else described
+        if kind.startswith("Sequence["):
             if not isinstance(value, list | tuple | np.ndarray):
-                return told
-            return next((f"holds one that {wrong}" for one in value if (wrong := self._wrong(one, inner))), None)
-        if kind in ("tuple", "list"):
-            return None if isinstance(value, {"tuple": tuple, "list": list}[kind]) else told
-        if kind in CONVERTED and isinstance(value, CONVERTED[kind]):
+                return described
+            element = kind.removeprefix("Sequence[")[:-1]
+            return next((f"holds one that {wrong}" for one in value if (wrong := self._wrong(one, element))), None)
+        if kind in PLAIN:
+            return None if isinstance(value, PLAIN[kind]) else described
+        if isinstance(value, CONVERTED.get(kind, ())):
             return None
-        wanted = self._type(kind)
-        if wanted is None:
-            return None  # a type of C++ alone: there is nothing to compare with
-        return None if isinstance(value, wanted) else told
+        recorded = self._type(kind)  # of a type that is not recorded there is no object
+        return None if recorded and isinstance(value, recorded) else described
 
     def _type(self, kind: str) -> type | None:
         owner, _, inner = kind.rpartition(".")
@@ -308,19 +276,13 @@ class Recorder:
         return found if isinstance(found, type) else None
 
     def _empty(self, kind: str | None) -> Any:
-        plain = {"int": 0, "bool": True, "str": "", "float": 0.0, "bytes": b"", "tuple": ()}
-        if kind is None or kind == "None":
-            return None
+        plain = {"int": 0, "bool": True, "str": ""}
         if kind in plain:
             return plain[kind]
-        if kind.startswith("list["):
-            return []
-        if kind.startswith("tuple["):
-            return tuple([] for _ in range(kind.count("list[")))
-        found = self._type(kind)
-        if found is None:
+        recorded = self._type(kind) if kind else None
+        if recorded is None:
             return None
-        return next(iter(found)) if issubclass(found, enum.Enum) else found.__new__(found)
+        return next(iter(recorded)) if issubclass(recorded, enum.Enum) else recorded.__new__(recorded)
 
 
 class _Module(ModuleType):
@@ -342,16 +304,6 @@ class _Enum(enum.Enum, metaclass=_EnumType):
         return int(self.value)
 
     __index__ = __int__
-
-
-class _Ordered(_Enum):
-    """An enum whose members can also be compared by size."""
-
-    def __le__(self, other: _Ordered) -> bool:
-        return int(self) <= int(other)
-
-    def __lt__(self, other: _Ordered) -> bool:
-        return int(self) < int(other)
 
 
 class _Object:

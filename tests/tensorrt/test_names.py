@@ -1,67 +1,45 @@
-"""Every name that our sources reach through TensorRT's modules exists in each version that they may meet.
+"""Every name that our sources reach of NVIDIA's modules exists in each version that they may meet, and is recorded.
 
-Read from the sources, so that it holds for paths that no test goes through. `trt` and `_trt` are the module, `trtp` its
-module of plugins. Where one stands before a call, the number and the names of the arguments are checked too.
+Read from the sources, so that it holds for paths that no test goes through. Where a name is called, the number and the
+names of the arguments are checked too. And the recordings hold no more than that.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import pytest
 
+from tests.tensorrt.reached import MODULES, REFRESH, Chain, chains, cut, our_files, reach, what_we_reach
+from tests.tensorrt.record_signatures import WHEELS, as_text
 from tests.tensorrt.recorder import PRODUCTS, SIGNATURES, Form
 
-ROOT = Path(__file__).parents[2]
-SOURCES = sorted(
-    path.relative_to(ROOT).as_posix()
-    for folder in ("runtimes", "export", "graphs")
-    for path in (ROOT / folder).rglob("*.py")
-)
-MODULES = {"trt": None, "_trt": None, "trtp": "plugin"}
 BOTH = ("tensorrt_10", "tensorrt_11")
-RECORDED = {name: json.loads((SIGNATURES / f"{name}.json").read_text()) for name in PRODUCTS}
-NOT_RECORDED = {"__version__"}  # a text, neither called nor made
+OF_RTX = {"ComputeCapability"}  # in a file of both products, reached after a look at which one it is
+TEXTS = {name: (SIGNATURES / f"{name}.json").read_text() for name in WHEELS}
+RECORDED = {name: json.loads(text) for name, text in TEXTS.items()}
 
 
-def chains(source: str) -> Iterator[tuple[str, tuple[str, ...], ast.Call | None]]:
-    """Each module's name, the names that are reached through it, and the call of the last if it is one."""
-    tree = ast.parse(source)
-    calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Attribute) or id(node) in inner:
-            continue
-        names: list[str] = []
-        place: ast.expr = node
-        while isinstance(place, ast.Attribute) and place.attr not in MODULES:
-            names.insert(0, place.attr)
-            place = place.value
-        root = place.attr if isinstance(place, ast.Attribute) else getattr(place, "id", None)
-        if root in MODULES and names:
-            yield root, tuple(names), calls.get(id(node))
-
-
-def versions(source: str, root: str) -> tuple[str, ...]:
-    """The versions that a file may meet: plugins are TensorRT's alone, and the file of RTX is RTX's."""
-    if root == "trtp" or "/cuda/" in source:
+def versions(chain: Chain) -> tuple[str, ...]:
+    """The versions that a chain may meet: plugins are TensorRT's alone, a file of RTX is RTX's."""
+    if chain.root == "trtp":
         return BOTH
-    return ("tensorrt_rtx_1",) if source.endswith("tensorrt_rtx.py") else PRODUCTS
+    rtx = chain.names[0] in OF_RTX or chain.source.endswith("tensorrt_rtx.py")
+    return ("tensorrt_rtx_1",) if rtx else PRODUCTS
 
 
 def problem(recorded: dict[str, Any], names: tuple[str, ...], call: ast.Call | None) -> str | None:
     """What of `names` a version lacks, or how the call of the last differs from its forms."""
     first, *rest = names
-    if first in NOT_RECORDED or first in recorded.get("values", {}):
-        return None
     if first in recorded.get("enums", {}):
         members = {entry.partition("=")[0] for entry in recorded["enums"][first].split()}
         return None if not rest or rest[0] in members else f"{first} has no member {rest[0]}"
-    if first in recorded["functions"]:
+    if first in recorded.get("functions", {}):
         return bound(recorded["functions"][first], call)
     if first not in recorded["classes"]:
         return f"there is no {first}"
@@ -75,12 +53,12 @@ def member(recorded: dict[str, Any], owner: str, rest: list[str], call: ast.Call
     name = rest[0]
     if name == "__init__":  # a base called by name: the object itself comes first
         return None
-    for kind in ("methods", "properties", "enums", "constants"):
+    for kind in ("methods", "properties", "enums"):
         if name in described.get(kind, {}):
             if kind == "enums" and rest[1:] and f"{rest[1]}=" not in described["enums"][name]:
                 return f"{owner}.{name} has no member {rest[1]}"
             return bound(described["methods"][name], call) if kind == "methods" else None
-    found = [member(recorded, base, rest, call) for base in described["bases"] if base in recorded["classes"]]
+    found = [member(recorded, base, rest, call) for base in described.get("bases", ()) if base in recorded["classes"]]
     return None if None in found else f"{owner} has no {name}"
 
 
@@ -96,54 +74,96 @@ def bound(forms: list[str], call: ast.Call | None) -> str | None:
     return None if any(isinstance(one, dict) for one in told) else f"it does not take that call: {told[0]}"
 
 
-USED = [
-    (source, root, names, call)
-    for source in SOURCES
-    for root, names, call in chains((ROOT / source).read_text(encoding="utf-8"))
-]
+def lacking(recorded: dict[str, Any], used: Chain) -> str | None:
+    """What of a chain a version lacks."""
+    section = MODULES[used.root]
+    return problem(recorded[section] if section else recorded, used.names, used.call)
+
+
+def leaves(part: Any, path: str = "") -> Iterator[str]:
+    """Every name of a recording and every member of its enums, with where it stands."""
+    if isinstance(part, dict):
+        for name, inside in part.items():
+            yield from leaves(inside, f"{path}/{name}")
+    elif isinstance(part, str):
+        yield from (f"{path}: {entry}" for entry in [part, *part.split()])
+    else:
+        yield path
 
 
 def test_the_sources_reach_for_something():
-    assert {source for source, *_ in USED} >= {
-        "runtimes/nvidia/engine.py",
-        "runtimes/nvidia/products.py",
-        "runtimes/tensorrt_rtx.py",
-    }
-    assert len(USED) > 10
+    sources = {PurePath(chain.source).name for chain in what_we_reach().chains}
+    assert sources >= {"engine.py", "products.py", "tensorrt_rtx.py", "tensorrt_api.py", "plugin.py", "fake_engine.py"}
+    assert len(what_we_reach().chains) > 40
 
 
 @pytest.mark.parametrize("version", PRODUCTS)
 def test_every_name_exists_in_every_version_that_may_be_met(version):
-    problems = []
-    for source, root, names, call in USED:
-        if version in versions(source, root):
-            section = MODULES[root]
-            recorded = RECORDED[version][section] if section else RECORDED[version]
-            if found := problem(recorded, names, call):
-                problems.append(f"{source}: {root}.{'.'.join(names)}: {found}")
-    assert problems == []
+    problems = [
+        f"{used}: {problem}"
+        for used in what_we_reach().chains
+        if version in versions(used) and (problem := lacking(RECORDED[version], used))
+    ]
+    assert problems == [], f"Not in the recording; if the library has it, run: {REFRESH} {version}"
+
+
+@pytest.mark.parametrize("version", ["cuda_12", "cuda_13"])
+def test_every_name_of_cuda_is_recorded(version):
+    """No function, kind or error is reached past the recorder."""
+    ours, recorded = what_we_reach(), RECORDED[version]
+    names = {name for name in ours.methods | ours.properties | ours.texts if re.match("cuda[A-Z]|cudaError_t", name)}
+    members = {entry.partition("=")[0] for text in recorded["enums"].values() for entry in text.split()}
+    known = recorded["functions"].keys() | recorded["enums"].keys() | members
+    assert len(names) > 30
+    problems = sorted(name for name in names - set(ours.prefixes) if name not in known)
+    assert problems == [], f"Not in the recording; if CUDA has it, run: {REFRESH} {version}"
+
+
+@pytest.mark.parametrize("version", WHEELS)
+def test_a_recording_holds_nothing_that_no_source_reaches(version):
+    recorded = RECORDED[version]
+    kept = cut(recorded, what_we_reach())
+    idle = set(leaves(recorded)) - set(leaves(kept))
+    assert not idle, f"{sorted(idle)}: nothing reaches it any more; run: {REFRESH} {version}"
+    assert TEXTS[version] == as_text(kept) + "\n", f"Written by hand? Run: {REFRESH} {version}"
+
+
+def test_what_is_reached_is_kept_and_the_rest_is_cut():
+    """A source that begins to use more of a class, of an enum and of plugins keeps these, and nothing else."""
+    recorded = json.loads(TEXTS["tensorrt_11"])
+    forms = {"reset": ["() -> None"], "is_network_supported": ["(network: INetworkDefinition) -> bool"]}
+    recorded["classes"]["Builder"]["methods"] |= forms
+    recorded["enums"]["BuilderFlag"] += " REFIT=4 DEBUG=2"
+    recorded["plugin"]["functions"] |= {"impl": ["(plugin_id)"], "jit": ["(plugin_id)"]}
+    recorded["classes"] |= {"IStreamWriter": {"init": ["() -> None"]}}
+    assert cut(recorded, what_we_reach()) == RECORDED["tensorrt_11"]
+    more = "# TensorRT\nbuilder.reset(trt.BuilderFlag.REFIT)\ntrtp.impl('a::b')\n"
+    kept = cut(recorded, reach({**our_files(), "more.py": more}))
+    added = {name.partition(": ")[0] for name in set(leaves(kept)) - set(leaves(RECORDED["tensorrt_11"]))}
+    assert added == {"/classes/Builder/methods/reset", "/enums/BuilderFlag", "/plugin/functions/impl"}
+    assert "REFIT=4" in kept["enums"]["BuilderFlag"]
+    assert "DEBUG" not in kept["enums"]["BuilderFlag"]
+    used = [lacking(RECORDED["tensorrt_11"], chain) for chain in chains(more)]
+    assert used == ["BuilderFlag has no member REFIT", "there is no impl"]
 
 
 @pytest.mark.parametrize(
     ("line", "told"),
     [
         ("trt.BuilderFlag.FP16", "BuilderFlag has no member FP16"),
-        ("trt.Refitter(engine)", "logger missing"),
+        ("trt.Runtime()", "logger missing"),
         ("trt.Biulder(log)", "there is no Biulder"),
         ("self._trt.ILogger.Severity.WORSE", "ILogger.Severity has no member WORSE"),
         ("trt.Runtime.load_engine", "Runtime has no load_engine"),
         ("trtp.register('a::b', lazy=True)", "no argument 'lazy'"),
         ("trtp.KernelLaunchParams(grid_w=1)", "no argument 'grid_w'"),
         ("trtp.SymIntExprs.from_list([1])", "SymIntExprs has no from_list"),
-        ("trt.Logger.WARNING", None),
-        ("trt.Weights(trt.DataType.FLOAT, 1, 2)", None),
+        ("trt.ILogger.Severity.ERROR", None),
+        ("trt.Dims((1, 2))", None),
         ("trtp.SymIntExprs.from_tuple([1])", None),
         ("self._trt.TensorIOMode.INPUT", None),
     ],
 )
 def test_the_check_itself(line, told):
-    ((root, names, call), *_) = list(chains(line))
-    section = MODULES[root]
-    recorded = RECORDED["tensorrt_11"][section] if section else RECORDED["tensorrt_11"]
-    found = problem(recorded, names, call)
-    assert found is None if told is None else told in str(found)
+    problem = lacking(RECORDED["tensorrt_11"], next(chains(line)))
+    assert problem is None if told is None else told in str(problem)

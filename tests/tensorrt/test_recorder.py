@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.tensorrt.reached import REFRESH
 from tests.tensorrt.recorder import PRODUCTS, Absent, Recorder, Refused
-
-BOTH = ("tensorrt_10", "tensorrt_11")
 
 
 @pytest.fixture(params=PRODUCTS)
@@ -15,9 +14,23 @@ def recorder(request: pytest.FixtureRequest) -> Recorder:
     return Recorder(request.param)
 
 
+def listener(recorder: Recorder):
+    trt = recorder.module
+
+    class Listener(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.said: list[str] = []
+
+        def log(self, severity, message):
+            self.said.append(message)
+
+    return Listener()
+
+
 def network(recorder: Recorder):
     trt = recorder.module
-    builder = trt.Builder(trt.Logger(trt.Logger.WARNING))
+    builder = trt.Builder(listener(recorder))
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     return builder, builder.create_network(flags), builder.create_builder_config()
 
@@ -25,98 +38,97 @@ def network(recorder: Recorder):
 def test_a_network_is_built_as_in_the_real_module(recorder):
     trt = recorder.module
     builder, net, config = network(recorder)
-    x = net.add_input("x", trt.float16, (-1, 64))
-    layer = net.add_elementwise(x, x, trt.ElementWiseOperation.SUM)
-    net.mark_output(layer.get_output(0))
+    assert trt.OnnxParser(net, listener(recorder)).parse_from_file("text.onnx") is True
     profile = builder.create_optimization_profile()
-    profile.set_shape("x", (1, 64), (1, 64), (512, 64))
+    profile.set_shape("x", (1, 64), trt.Dims([1, 64]), (512, 64))
     config.add_optimization_profile(profile)
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, 1 << 30)
-    config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+    config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    config.create_timing_cache(np.zeros(4, np.uint8))
     plan = recorder.make("IHostMemory")
     plan.extend(b"plan")
     recorder.answer("Builder.build_serialized_network", plan)
     assert bytes(memoryview(builder.build_serialized_network(net, config))) == b"plan"
-    (call,) = recorder.named("INetworkDefinition.add_elementwise")
-    assert call.arguments == {"input1": x, "input2": x, "op": trt.ElementWiseOperation.SUM}
-    assert [call.name for call in recorder.calls][:3] == ["Logger", "Builder", "Builder.create_network"]
+    (call,) = recorder.named("IBuilderConfig.set_flag")
+    assert (call.on, call.arguments) == (config, {"flag": trt.BuilderFlag.WEIGHT_STREAMING})
+    assert [call.name for call in recorder.calls][:3] == ["ILogger", "Builder", "Builder.create_network"]
 
 
 @pytest.mark.parametrize(
-    ("product", "old"),
+    ("product", "other"),
     [
         ("tensorrt_11", lambda trt: trt.BuilderFlag.FP16),
-        ("tensorrt_rtx_1", lambda trt: trt.BuilderFlag.FP16),
-        ("tensorrt_11", lambda trt: trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH),
-        ("tensorrt_11", lambda trt: trt.IInt8EntropyCalibrator2),
-        ("tensorrt_10", lambda trt: trt.CausalMaskKind),
-        ("tensorrt_10", lambda trt: trt.INetworkDefinition.add_attention_v2),
-        ("tensorrt_10", lambda trt: trt.Refitter.release_refit_resources),
-        ("tensorrt_11", lambda trt: trt.Runtime.get_engine_validity),
-        ("tensorrt_rtx_1", lambda trt: trt.INetworkDefinition.add_plugin_v3),
-        ("tensorrt_10", lambda trt: trt.ComputeCapability),
+        ("tensorrt_11", lambda trt: trt.ComputeCapability),
+        ("tensorrt_10", lambda trt: trt.CudaGraphStrategy),
+        ("tensorrt_10", lambda trt: trt.IBuilderConfig.set_compute_capability),
+        ("tensorrt_11", lambda trt: trt.IExecutionContext.is_stream_capturable),
+        ("tensorrt_rtx_1", lambda trt: trt.QuickPluginCreationRequest),
         ("tensorrt_10", lambda trt: trt.Biulder),
         ("tensorrt_11", lambda trt: trt.DataType.FP17),
     ],
 )
-def test_what_a_version_lacks_is_told(product, old):
+def test_what_a_version_lacks_is_told(product, other):
     with pytest.raises(AttributeError):
-        old(Recorder(product).module)
+        other(Recorder(product).module)
 
 
-def test_what_only_one_major_has():
-    assert int(Recorder("tensorrt_10").module.BuilderFlag.FP16) == 0
-    assert Recorder("tensorrt_11").module.CausalMaskKind.LOWER_RIGHT.name == "LOWER_RIGHT"
+def test_what_only_one_product_has():
     assert Recorder("tensorrt_rtx_1").module.ComputeCapability.SM89.name == "SM89"
+    assert Recorder("tensorrt_rtx_1").module.CudaGraphStrategy.DISABLED.name == "DISABLED"
+    assert Recorder("tensorrt_10").module.QuickPluginCreationRequest
 
 
 @pytest.mark.parametrize(
     ("mistake", "told"),
     [
+        (lambda trt, config, engine: config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE), "pool_size missing"),
+        (lambda trt, config, engine: config.set_memory_pool_limit(0, 1), "not MemoryPoolType"),
+        (lambda trt, config, engine: config.set_memory_pool_limit(trt.BuilderFlag.TF32, 1), "not MemoryPoolType"),
         (
-            lambda trt, net, x: net.add_elementwise(x, 3, trt.ElementWiseOperation.SUM),
-            r"input2 is 3 \(int\), not ITensor",
+            lambda trt, config, engine: config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, 1.5),
+            r"pool_size is 1.5 \(float\), not SupportsInt",
         ),
-        (lambda trt, net, x: net.add_elementwise(x, None, trt.ElementWiseOperation.SUM), "input2 is None"),
-        (lambda trt, net, x: net.add_elementwise(x, x), "op missing"),
-        (lambda trt, net, x: net.add_elementwise(x, x, trt.UnaryOperation.EXP), "not ElementWiseOperation"),
-        (lambda trt, net, x: net.add_elementwise(x, x, 0), "not ElementWiseOperation"),
-        (lambda trt, net, x: net.add_elementwise(x, x, op=trt.ElementWiseOperation.SUM, axis=1), "no argument 'axis'"),
-        (lambda trt, net, x: net.add_concatenation([x, 5]), "holds one that is 5"),
-        (lambda trt, net, x: net.add_input("y", "float16", (1,)), "dtype is 'float16'"),
-        (lambda trt, net, x: net.add_input("y", trt.float16, 4), "not Dims"),
-        (lambda trt, net, x: net.add_constant((2,), [1.0, 2.0]), "not Weights"),
-        (lambda trt, net, x: net.mark_output(net.add_identity(x)), "not ITensor"),
-        (lambda trt, net, x: trt.Runtime("log"), "not ILogger"),
-        (lambda trt, net, x: trt.INetworkDefinition(), "no constructor"),
-        (lambda trt, net, x: net.get_layer(1.5), "not SupportsInt"),
+        (lambda trt, config, engine: config.set_flag(trt.BuilderFlag.TF32, 1), "2 arguments are too many"),
+        (lambda trt, config, engine: config.set_flag(trt.BuilderFlag.TF32, flag=1), "'flag' is given twice"),
+        (lambda trt, config, engine: config.set_flag(flag=trt.BuilderFlag.TF32, on=1), "no argument 'on'"),
+        (lambda trt, config, engine: config.add_optimization_profile(None), "profile is None"),
+        (lambda trt, config, engine: config.create_timing_cache("none"), "not Buffer"),
+        (lambda trt, config, engine: config.set_timing_cache(config.create_timing_cache(b""), 1), "not bool"),
+        (lambda trt, config, engine: engine.get_tensor_mode(3), "name is 3"),
+        (lambda trt, config, engine: engine.create_execution_context("static"), "not ExecutionContextAllocation"),
+        (lambda trt, config, engine: trt.Dims([1, "many"]), "holds one that is 'many'"),
+        (lambda trt, config, engine: trt.Dims(4), "not Sequence"),
+        (lambda trt, config, engine: trt.Runtime("log"), "not ILogger"),
+        (lambda trt, config, engine: trt.INetworkDefinition(), "no constructor"),
     ],
 )
 def test_a_wrong_call_is_refused_with_what_is_wrong(recorder, mistake, told):
-    _, net, _ = network(recorder)
-    x = net.add_input("x", recorder.module.float32, (1, 4))
+    _, _, config = network(recorder)
     with pytest.raises(Refused, match=told):
-        mistake(recorder.module, net, x)
+        mistake(recorder.module, config, recorder.make("ICudaEngine"))
 
 
-def test_arrays_become_weights_as_pybind_does_it(recorder):
-    _, net, _ = network(recorder)
-    net.add_constant((2,), np.ones(2, np.float32))
-    net.add_constant(recorder.module.Dims([2]), recorder.module.Weights(np.ones(2, np.float32)))
+def test_a_call_is_held_against_every_form_of_the_function(recorder):
+    context = recorder.make("IExecutionContext")
+    for shape in ((1, 2), [1, 2], recorder.module.Dims([1, 2])):
+        assert context.set_input_shape("x", shape) is True
+    with pytest.raises(Refused, match=r"not tuple \| .*not list \| .*not Dims"):
+        context.set_input_shape("x", 3)
 
 
 def test_attributes_are_those_of_the_class(recorder):
     _, _, config = network(recorder)
-    config.builder_optimization_level = 3
-    assert config.builder_optimization_level == 3
-    with pytest.raises(Absent, match="no builder_optimisation_level to set"):
-        config.builder_optimisation_level = 3
-    with pytest.raises(Absent, match="no optimization_levels"):
+    verbosity = recorder.module.ProfilingVerbosity.DETAILED
+    config.profiling_verbosity = verbosity
+    assert config.profiling_verbosity == verbosity
+    with pytest.raises(Absent, match=f"no profiling_verbosty to set.*{REFRESH}"):
+        config.profiling_verbosty = verbosity
+    with pytest.raises(Absent, match=f"no optimization_levels.*{REFRESH}"):
         _ = config.optimization_levels
-    with pytest.raises(Refused, match="not SupportsInt"):
-        config.builder_optimization_level = "high"
-    with pytest.raises(Absent, match="num_layers cannot be set"):
-        recorder.make("ICudaEngine").num_layers = 4
+    with pytest.raises(Refused, match="not ProfilingVerbosity"):
+        config.profiling_verbosity = "high"
+    with pytest.raises(Absent, match="num_io_tensors cannot be set"):
+        recorder.make("ICudaEngine").num_io_tensors = 4
 
 
 def test_classes_to_fill_in_are_checked(recorder):
@@ -153,18 +165,6 @@ def test_classes_to_fill_in_are_checked(recorder):
 
 def test_answers_must_be_of_the_version():
     with pytest.raises(AssertionError, match="not in tensorrt"):
-        Recorder("tensorrt_10").answer("Refitter.release_refit_resources", True)
-    with pytest.raises(AssertionError, match="not in tensorrt"):
-        Recorder("tensorrt_11").make("ITensor", dynamic_range=1)
-
-
-@pytest.mark.parametrize("product", BOTH)
-def test_causal_attention_of_both_majors(product):
-    _, net, _ = network(recorder := Recorder(product))
-    trt = recorder.module
-    x = net.add_input("x", trt.float16, (1, 2, 4, 8))
-    if product == "tensorrt_11":
-        net.add_attention_v2(x, x, x, trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.LOWER_RIGHT)
-    net.add_attention(x, x, x, trt.AttentionNormalizationOp.SOFTMAX, False)
-    with pytest.raises(Refused, match="causal"):
-        net.add_attention(x, x, x, trt.AttentionNormalizationOp.SOFTMAX, 2)
+        Recorder("tensorrt_11").answer("IExecutionContext.is_stream_capturable", True)
+    with pytest.raises(AssertionError, match="not in cuda"):
+        Recorder("cuda_13").answer("cudaMallocs", 0)

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from arriero.errors import ArrieroError
 from arriero.export.compile import Device, MemoryBudget
@@ -25,8 +23,6 @@ from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.lower.part import Lowering
 from arriero.profiles.recipe import load_profile
-from arriero.runtimes import tensorrt, tensorrt_rtx
-from arriero.runtimes.nvidia import products
 from arriero.runtimes.tensorrt import TensorRtBackend
 from arriero.traits import TRAITS
 from tests.command import arriero
@@ -36,6 +32,7 @@ from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_engine import FakeTensorRt
 from tests.toys import load_reference, make_scout_toy
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PRODUCTS = {"tensorrt_10": "tensorrt", "tensorrt_11": "tensorrt", "tensorrt_rtx_1": "tensorrt-rtx"}
 PARTS = ("embed", "vision", "text")
 BUILD = """\
@@ -50,16 +47,6 @@ parity: {cases: {samples: 2}, thresholds: {task_accuracy_drop: 1.0}}
 CONTEXT, BATCH, CHUNK = 48, 2, 16
 CAPABILITY = 89
 ROOM = MemoryBudget(1 << 30)
-
-
-def stand_in(trt: FakeTensorRt, gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch, cache: Path) -> products.Product:
-    """Let the runtime find the stand-ins; gives the product."""
-    product = tensorrt_rtx.PRODUCT if "rtx" in trt.recorder.title else tensorrt.PRODUCT
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setattr(products, "import_module", dict.fromkeys(product.modules, trt.module).__getitem__)
-    for module in (products, tensorrt):
-        monkeypatch.setattr(module, "load_cuda", lambda extra: gpu.runtime)
-    return product
 
 
 class Lowered:
@@ -120,7 +107,7 @@ class Bench:
         return made
 
     def open(self) -> TensorRtBackend:
-        product = stand_in(self.trt, self.cuda, self.monkeypatch, self.folder / "cache")
+        product = self.trt.install(self.monkeypatch, self.folder / "cache")
         return TensorRtBackend(self.folder, self.reference.spec, product)
 
 
@@ -128,15 +115,6 @@ class Bench:
 def lowered(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
     folder = tmp_path_factory.mktemp("contract")
     return Lowered(make_scout_toy(folder / "scout", 3), folder / "lowered")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The toys are too small for more, and beside other work a second thread costs seconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=PRODUCTS)
@@ -228,7 +206,7 @@ def test_the_command_builds_a_bundle_proves_it_and_asks_it(scout, tmp_path, monk
         monkeypatch.setattr(module, "local_gpus", lambda: (here,))
     for module in (compiler, rtx_compiler):
         monkeypatch.setattr(module, "load", lambda name: tensorrt_api.Api(name, trt.module))
-    stand_in(trt, gpu, monkeypatch, tmp_path / "cache")
+    trt.install(monkeypatch, tmp_path / "cache")
 
     (tmp_path / "scout").symlink_to(scout)
     (tmp_path / "build.yaml").write_text(BUILD)

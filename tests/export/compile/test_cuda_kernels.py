@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import cycle, product
 
 import numpy as np
 import pytest
+import torch
 
 from arriero.errors import ArrieroError
 from arriero.export.compile.cuda.launch import (
@@ -21,6 +23,7 @@ from arriero.export.compile.cuda.launch import (
     activations_of,
     check_sizes,
 )
+from arriero.graphs.ops import expert_dispatch
 from tests.cuda_emulator import FORWARD, HEADERS, SOURCES, Broken, EmulatedGpu, build_altered, cached_library
 from tests.dispatch_cases import Case, draw_case
 
@@ -73,6 +76,18 @@ def judge(gpu: EmulatedGpu, case: Case, op: str, shape: str, **how) -> np.ndarra
     if case.activation == "f16":
         assert error(stored, expected) < 1e-2
     return result
+
+
+@pytest.mark.parametrize("expert_id", [ids(37, 2), np.full((19, 1), 3), np.array([[1, 1], [2, 1], [1, 2]])])
+@pytest.mark.parametrize("name", FORMS)
+def test_the_judge_is_the_dispatch_of_the_reference_model(name, expert_id):
+    """Both operators of a case, one after the other, in float64."""
+    case = draw(name, "f16", expert_id)
+    x, score = torch.tensor(case.x.astype(np.float64)), torch.tensor(case.score.astype(np.float64))
+    gate_up, down = (torch.tensor(stack.values).mT for stack in (case.gate_up, case.down))
+    expected = expert_dispatch(x, torch.tensor(case.expert_id, dtype=torch.int64), score, gate_up, down)
+    y = replace(case, inner=case.gate_up_rows()).down_rows()
+    np.testing.assert_allclose(y, expected.numpy(), rtol=1e-11, atol=1e-11 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", FORMS)
