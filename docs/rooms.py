@@ -29,6 +29,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "lower": ("lower",),
         "trace": ("trace.py", "check.py"),
         "passes": ("passes",),
+        "rewrite": ("rewrite",),
         "stored": ("stored",),
         "checkpoint": ("checkpoint.py", "sources"),
         "model": ("*",),

@@ -60,8 +60,8 @@ def bodies() -> list[ir.Function]:
     return [_parse(text) for text in (_CACHED_ATTENTION_BODY, dispatch, *linears, *dispatches)]
 
 
-def add_functions(model: ir.Model) -> None:
-    """Give `model` the bodies of the custom operators that it calls, directly or through each other."""
+def add_functions(model: ir.Model) -> int:
+    """Give `model` the bodies of the custom operators that it calls, directly or through each other; give how many."""
     called = {node.op_type for node in model.graph if node.domain == DOMAIN}
     for body in reversed(bodies()):
         if body.name in called:
@@ -69,6 +69,7 @@ def add_functions(model: ir.Model) -> None:
             called |= {node.op_type for node in body.all_nodes() if node.domain == DOMAIN}
     if called:
         model.opset_imports[DOMAIN] = VERSION
+    return len(model.functions)
 
 
 def _parse(text: str) -> ir.Function:

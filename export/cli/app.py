@@ -84,7 +84,14 @@ def plan(build_file: BuildFile = Path("build.yaml"), as_json: Json = False) -> N
 
 
 @app.command()
-def build(build_file: BuildFile = Path("build.yaml"), as_json: Json = False) -> None:
+def build(
+    build_file: BuildFile = Path("build.yaml"),
+    dump_graphs: Annotated[
+        Path | None,
+        typer.Option(help="Keep each graph that is lowered here after every phase, to find the one that goes wrong."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Build every bundle that the build file names, and publish those that pass parity.
 
     Steps that are done are not done again: kill a build at any point and give the same command to go on; an unchanged
@@ -97,7 +104,7 @@ def build(build_file: BuildFile = Path("build.yaml"), as_json: Json = False) -> 
 
     config = load_build(build_file)
     with ProgressBars(err) as watch:
-        bundles = Build(config, str(build_file), watch).run()
+        bundles = Build(config, str(build_file), watch, dump_graphs).run()
     if as_json:
         _print_json({"bundles": [str(bundle) for bundle in bundles]})
         return

@@ -86,9 +86,9 @@ class Made:
 class Build:
     """One build file at work."""
 
-    def __init__(self, config: BuildConfig, file: str, watch: Watch) -> None:
-        """Prepare to build `config`, read from `file`; `watch` is told of progress."""
-        self.config, self.file, self.watch = config, file, watch
+    def __init__(self, config: BuildConfig, file: str, watch: Watch, dump: Path | None = None) -> None:
+        """Prepare to build `config`, read from `file`; `watch` sees its progress, `dump` is to keep its graphs."""
+        self.config, self.file, self.watch, self.dump = config, file, watch, dump
         self.work = WorkDir(config.output)
         self.profiles = {target.profile: load_profile(target.profile) for target in config.targets}
 
@@ -327,6 +327,7 @@ class Build:
         import onnx_ir as ir
 
         from arriero.graphs.check import part_tensors
+        from arriero.graphs.lower.dump import GraphDump
         from arriero.graphs.lower.part import Lowering
 
         lowering = import_module(f"arriero.graphs.lower.{TRAITS[target.backend].module}")
@@ -334,13 +335,14 @@ class Build:
         weights: dict[str, Any] = {}
         gpu = target_gpu(target)
         capability = 0 if gpu is None else gpu.capability
+        dump = None if self.dump is None else GraphDump(self.dump / f"{target.name}-{profile.name}")
         for part in parts:
 
             def told(done: int, total: int, step: str = f"{target.name}: write {part} weights") -> None:
                 self.watch(step, done, total, "bytes")
 
-            given = Lowering(self.model, self.checkpoint, schemes, folder, told, roundings, cache, capability)
-            weights |= lowering.lower(part, ir.load(graph / f"{part}.onnx"), given)
+            one = Lowering(self.model, self.checkpoint, schemes, folder, told, roundings, cache, capability, dump)
+            weights |= lowering.lower(part, ir.load(graph / f"{part}.onnx"), one)
         return weights
 
     def manifest(self, target: Target, build: Mapping[str, str], lowered: Path, calibrated: Path, bundle: Path) -> None:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from arriero.graphs.functions import add_functions
-from arriero.graphs.lower.part import Lowering, WeightTable, expect, lower_part
-from arriero.graphs.passes.fuse_rotary import fuse_rotary
-from arriero.graphs.passes.quantize_cache import quantize_cache
+from arriero.graphs.functions import CACHED_ATTENTION, EXPERT_DISPATCH, add_functions
+from arriero.graphs.lower.part import Lowering, Phase, WeightTable, lower_part
+from arriero.graphs.passes.fuse_rotary import ROTARY, fuse_rotary
+from arriero.graphs.passes.quantize_cache import INT8_CACHE, quantize_cache
 from arriero.graphs.passes.quantize_dispatch import quantize_dispatch
 from arriero.graphs.passes.replace_attention_with_gqa import replace_attention_with_gqa
 from arriero.graphs.passes.replace_dispatch_with_moe import replace_dispatch_with_moe
 from arriero.graphs.passes.replace_linear import replace_linear
-from arriero.graphs.rewrite import CONTRIB
-from arriero.graphs.stored.weight_store import WeightStore
+from arriero.graphs.rewrite.nodes import CONTRIB
 from arriero.profiles.schemes import Scheme
 from arriero.traits import TRAITS
 
@@ -29,7 +28,7 @@ def lacks(scheme: Scheme) -> str | None:
     return None if scheme.kind in TRAITS["onnxruntime"].schemes else scheme.told
 
 
-def lower(part: str, canonical: ir.Model, given: Lowering) -> WeightTable:
+def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:
     """Lower one of the parts `text`, `vision` and `embed`.
 
     Text has the inputs `inputs_embeds`, `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` f32 or i8
@@ -39,18 +38,28 @@ def lower(part: str, canonical: ir.Model, given: Lowering) -> WeightTable:
     signatures stay.
     """
 
-    def rewrite(model: ir.Model, store: WeightStore) -> None:
-        if part == "embed":
-            return  # only standard operators, and a table in the checkpoint's dtype
-        if part == "text":
-            text = given.config.text
-            expect("RotaryEmbedding", fuse_rotary(model), 2 * sum(layer.rope for layer in text.layers))
-            expect("GroupQueryAttention", replace_attention_with_gqa(model), len(text.layers))
-            if given.cache is not None:
-                expect("int8 cache", quantize_cache(model, given.cache), len(text.layers))
-            dispatches = quantize_dispatch(model, store) + replace_dispatch_with_moe(model, store)
-            expect("expert dispatch", dispatches, len(text.moe_layers))
-        replace_linear(model, store)
-        add_functions(model)
-
-    return lower_part(part, canonical, given, rewrite, OPSET)
+    text = lowering.config.text
+    if part == "embed":  # only standard operators, and a table in the checkpoint's dtype
+        return lower_part(part, canonical, lowering, (), {}, OPSET)
+    phases: list[Phase] = []
+    expected: dict[str, int] = {}
+    if part == "text":
+        phases += [
+            Phase("fuse_rotary", lambda model, _: fuse_rotary(model), ROTARY),
+            Phase("replace_attention_with_gqa", lambda model, _: replace_attention_with_gqa(model), CACHED_ATTENTION),
+        ]
+        expected = {
+            ROTARY: 2 * sum(layer.rope for layer in text.layers),
+            CACHED_ATTENTION: len(text.layers),
+            EXPERT_DISPATCH: len(text.moe_layers),
+        }
+        if (scales := lowering.cache) is not None:
+            phases.append(Phase("quantize_cache", lambda model, _: quantize_cache(model, scales), INT8_CACHE))
+            expected[INT8_CACHE] = len(text.layers)
+        phases += [
+            Phase("quantize_dispatch", quantize_dispatch, EXPERT_DISPATCH),
+            Phase("replace_dispatch_with_moe", replace_dispatch_with_moe, EXPERT_DISPATCH),
+        ]
+    phases.append(Phase("replace_linear", replace_linear))
+    phases.append(Phase("add_functions", lambda model, _: add_functions(model)))
+    return lower_part(part, canonical, lowering, phases, expected, OPSET)

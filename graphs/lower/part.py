@@ -11,9 +11,12 @@ import onnx_ir as ir
 from onnx_ir.passes import Sequential
 from onnx_ir.passes import common as tidy
 
+from arriero.errors import ArrieroError
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
-from arriero.graphs.passes.widen_weights import keep_weights, widen_weights
+from arriero.graphs.passes.keep_weights import keep_weights
+from arriero.graphs.passes.widen_weights import widen_weights
+from arriero.graphs.rewrite.misses import describe_misses
 from arriero.graphs.stored.safetensors_writer import Progress
 from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.kv_cache import CacheScales
@@ -21,7 +24,8 @@ from arriero.profiles.quantized_weights import QuantizedWeights
 from arriero.profiles.schemes import Scheme
 
 WeightTable = dict[str, dict[str, Any]]
-Rewrite = Callable[[ir.Model, WeightStore], object]
+# What is shown the graph of a part after each phase.
+Dump = Callable[[str, str, ir.Model], None]
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Lowering:
 
     `assignment` is `Profile.assign` over the checkpoint's tensors, `roundings` what calibration found for those that
     round by gptq. With `cache`, one entry per layer, keys and values are kept in int8. `capability` is that of the
-    target's GPU (89 for 8.9; 0: none, or any).
+    target's GPU (89 for 8.9; 0: none, or any). `dump` is shown the graph after each phase.
     """
 
     config: ModelConfig
@@ -41,36 +45,62 @@ class Lowering:
     roundings: QuantizedWeights | None = None
     cache: Sequence[CacheScales] | None = None
     capability: int = 0
+    dump: Dump | None = None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One pass of a lowering. `makes`: the kind of node that it turns, of which a config asks for a number."""
+
+    name: str
+    run: Callable[[ir.Model, WeightStore], int]
+    makes: str | None = None
 
 
 def lower_part(
     part: str,
     canonical: ir.Model,
-    given: Lowering,
-    rewrite: Rewrite,
+    lowering: Lowering,
+    phases: Sequence[Phase],
+    expected: Mapping[str, int],
     opset: tuple[str, int],
     links: Mapping[Path, str] | None = None,
 ) -> WeightTable:
-    """Write `<part>.onnx`, a clone of `canonical` under `rewrite`, and its weights; give the manifest's weight table.
+    """Write `<part>.onnx`, a clone of `canonical` after all `phases`, and its weights; give the weight table.
 
-    `opset` is the domain and version of the operators that `rewrite` brings in, `links` as in `WeightStore.write`.
+    `expected` says how many nodes of each kind the phases must have turned together: raises ArrieroError naming those
+    that are left, and why. `opset` is the domain and version of the operators that the phases bring in, `links` as in
+    `WeightStore.write`.
     """
     model = canonical.clone()
     model.functions.clear()
-    store = WeightStore(model.graph, given.checkpoint, given.assignment, given.roundings)
-    rewrite(model, store)
+    store = WeightStore(model.graph, lowering.checkpoint, lowering.assignment, lowering.roundings)
+    dump = lowering.dump or _no_dump
+    dump(part, "canonical", model)
+    made = dict.fromkeys(expected, 0)
+    for phase in phases:
+        count = phase.run(model, store)
+        if phase.makes is not None:
+            made[phase.makes] += count
+        dump(part, phase.name, model)
+    for kind, count in expected.items():
+        if made[kind] != count:
+            raise ArrieroError(
+                f"{made[kind]} of {count} nodes {kind} were lowered ({describe_misses(model.graph, kind)})",
+                where=f"the graph {part}",
+                remedy="Report it together with this sentence; --dump-graphs shows the graph after each phase",
+            )
     Sequential(tidy.RemoveUnusedNodesPass())(model)
     widen_weights(model, store)
     keep_weights(model, store)
     model.opset_imports[opset[0]] = opset[1]
     passes = (tidy.RemoveUnusedNodesPass(), tidy.TopologicalSortPass(), tidy.RemoveUnusedOpsetsPass())
     Sequential(*passes)(model)
-    table = store.write(given.out_dir, f"weights/{part}.safetensors", given.progress, links)
-    ir.save(model, given.out_dir / f"{part}.onnx")
+    table = store.write(lowering.out_dir, f"weights/{part}.safetensors", lowering.progress, links)
+    ir.save(model, lowering.out_dir / f"{part}.onnx")
+    dump(part, "lowered", model)
     return table
 
 
-def expect(op_type: str, made: int, wanted: int) -> None:
-    """Raise AssertionError unless a pass made as many nodes as the config asks for."""
-    if made != wanted:
-        raise AssertionError(f"{made} {op_type} nodes were made where the config asks for {wanted}")
+def _no_dump(part: str, phase: str, model: ir.Model) -> None:
+    """Keep nothing."""

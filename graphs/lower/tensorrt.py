@@ -7,21 +7,25 @@ attention are in the profile's 16-bit format if it has one, else in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
 from arriero.errors import ArrieroError
 from arriero.graphs.functions import CACHED_ATTENTION, EXPERT_DISPATCH
-from arriero.graphs.lower.part import Lowering, WeightTable, expect, lower_part
+from arriero.graphs.lower.part import Lowering, Phase, WeightTable, lower_part
 from arriero.graphs.passes.expand_attention import expand_attention
 from arriero.graphs.passes.fold_reshape_shapes import fold_reshape_shapes
-from arriero.graphs.passes.fuse_rotary import fuse_rotary
-from arriero.graphs.passes.multiply_in_scheme import TYPES, keep_half, multiply_in_scheme, sum_products
+from arriero.graphs.passes.fuse_rotary import ROTARY, fuse_rotary
+from arriero.graphs.passes.keep_half import keep_half
+from arriero.graphs.passes.multiply_in_scheme import multiply_in_scheme
+from arriero.graphs.passes.narrow_attention import narrow_attention
 from arriero.graphs.passes.replace_dispatch_with_native_moe import replace_dispatch_with_native_moe
 from arriero.graphs.passes.replace_dispatch_with_plugins import replace_dispatch_with_plugins
-from arriero.graphs.passes.scatter_cache import narrow_attention, scatter_cache
+from arriero.graphs.passes.scatter_cache import scatter_cache
+from arriero.graphs.passes.sum_products import sum_products
 from arriero.graphs.passes.tile_experts import tile_experts
+from arriero.graphs.rewrite.scheme_products import TYPES
 from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.float8 import FP8_SINCE
 from arriero.profiles.schemes import Fp8Static, Half, IntBlock, Scheme
@@ -31,7 +35,7 @@ BF16_SINCE = 80
 NATIVE_MOE_ON = (100, 103, 110)
 PLUGINS_SINCE = 80  # asynchronous copies came with it; every GPU since then has our kernels
 OPSET = ("", 24)  # the first with TensorScatter
-ExpertForm = Callable[[ir.Model, WeightStore, str], int]
+Pass = Callable[[ir.Model, WeightStore], int]
 
 
 def lacks(scheme: Scheme) -> str | None:
@@ -66,29 +70,32 @@ def activations(assignment: Mapping[str, Scheme]) -> str:
     return formats.pop() if formats else "F32"
 
 
-def lower(part: str, canonical: ir.Model, given: Lowering) -> WeightTable:
-    """Lower one part as `lower_standard` does, for the GPU of `given`.
+def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:
+    """Lower one part as `lower_standard` does, for the GPU of `lowering`.
 
     Experts take the first form that the GPU has and that knows their scheme: TensorRT's own mixture of experts, our
     kernels as plugins, or tiles, which know all.
     """
-    assert given.cache is None
+    assert lowering.cache is None
+    narrow = activations(lowering.assignment)
+    experts: list[Phase] = []
+    if lowering.capability in NATIVE_MOE_ON:
+        experts.append(Phase("replace_dispatch_with_native_moe", replace_dispatch_with_native_moe, EXPERT_DISPATCH))
+    if lowering.capability >= PLUGINS_SINCE:
+        run: Pass = lambda model, store: replace_dispatch_with_plugins(model, store, narrow)  # noqa: E731
+        experts.append(Phase("replace_dispatch_with_plugins", run, EXPERT_DISPATCH))
+    return lower_standard(part, canonical, lowering, [*experts, tiles(narrow)])
 
-    def experts(model: ir.Model, store: WeightStore, narrow: str) -> int:
-        made = 0
-        if given.capability in NATIVE_MOE_ON:
-            made += replace_dispatch_with_native_moe(model, store)
-        if given.capability >= PLUGINS_SINCE:
-            made += replace_dispatch_with_plugins(model, store, narrow)
-        return made + tile_experts(model, store, narrow)
 
-    return lower_standard(part, canonical, given, experts)
+def tiles(narrow: str) -> Phase:
+    """The form of the experts that knows every scheme, beside activations in `narrow`."""
+    return Phase("tile_experts", lambda model, store: tile_experts(model, store, narrow), EXPERT_DISPATCH)
 
 
 def lower_standard(
-    part: str, canonical: ir.Model, given: Lowering, experts: ExpertForm, sums: bool = False
+    part: str, canonical: ir.Model, lowering: Lowering, experts: Sequence[Phase], sums: bool = False
 ) -> WeightTable:
-    """Write `<part>.onnx` and its weights, with each ExpertDispatch in the form that `experts` gives it.
+    """Write `<part>.onnx` and its weights, with each ExpertDispatch in the first form of `experts` that takes it.
 
     With `sums` no product with a matrix of the checkpoint is left in float32. Text has the inputs `inputs_embeds`,
     `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` [B, K, C, D] in the dtype of `activations`; its
@@ -96,21 +103,28 @@ def lower_standard(
     One step holds either one row within one chunk, or one token per row. Buffers hold finite numbers, zeros at first.
     The other parts' signatures stay.
     """
-    narrow, text = activations(given.assignment), given.config.text
-
-    def rewrite(model: ir.Model, store: WeightStore) -> None:
-        if part == "text":
-            expect("RotaryEmbedding", fuse_rotary(model), 2 * sum(layer.rope for layer in text.layers))
-            expect(CACHED_ATTENTION, scatter_cache(model, TYPES[narrow]), len(text.layers))
-            expect(EXPERT_DISPATCH, experts(model, store, narrow), len(text.moe_layers))
-        else:
-            narrow_attention(model, TYPES[narrow])
-        if narrow == "F32":
-            expand_attention(model)
-        multiply_in_scheme(model, store, narrow)
-        if sums:
-            sum_products(model)
-        fold_reshape_shapes(model)
-        keep_half(model, store)
-
-    return lower_part(part, canonical, given, rewrite, OPSET)
+    narrow, text = activations(lowering.assignment), lowering.config.text
+    dtype = TYPES[narrow]
+    phases: list[Phase] = []
+    expected: dict[str, int] = {}
+    if part == "text":
+        phases += [
+            Phase("fuse_rotary", lambda model, _: fuse_rotary(model), ROTARY),
+            Phase("scatter_cache", lambda model, _: scatter_cache(model, dtype), CACHED_ATTENTION),
+            *experts,
+        ]
+        expected = {
+            ROTARY: 2 * sum(layer.rope for layer in text.layers),
+            CACHED_ATTENTION: len(text.layers),
+            EXPERT_DISPATCH: len(text.moe_layers),
+        }
+    else:
+        phases.append(Phase("narrow_attention", lambda model, _: narrow_attention(model, dtype)))
+    if narrow == "F32":
+        phases.append(Phase("expand_attention", lambda model, _: expand_attention(model)))
+    phases.append(Phase("multiply_in_scheme", lambda model, store: multiply_in_scheme(model, store, narrow)))
+    if sums:
+        phases.append(Phase("sum_products", lambda model, _: sum_products(model)))
+    phases.append(Phase("fold_reshape_shapes", lambda model, _: fold_reshape_shapes(model)))
+    phases.append(Phase("keep_half", keep_half))
+    return lower_part(part, canonical, lowering, phases, expected, OPSET)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from arriero.graphs.lower.part import Lowering, WeightTable
-from arriero.graphs.lower.tensorrt import lacks, lower_standard
+from arriero.graphs.lower.tensorrt import activations, lacks, lower_standard, tiles
 from arriero.graphs.lower.tensorrt import lacks_on as lacks_on_any
-from arriero.graphs.passes.tile_experts import tile_experts
 from arriero.profiles.schemes import Exact, IntBlock, Scheme, Static
 
 __all__ = ["lacks", "lacks_on", "lower"]
@@ -24,10 +23,11 @@ def lacks_on(scheme: Scheme, capability: int) -> str | None:
     return lacks_on_any(scheme, capability)
 
 
-def lower(part: str, canonical: ir.Model, given: Lowering) -> WeightTable:
+def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:
     """Lower one part as `lower_standard` does, its experts as tiles of gathered matrices, whatever the GPU.
 
     On Turing the product refuses float32 matrix products, so that the router's become sums.
     """
-    assert given.cache is None
-    return lower_standard(part, canonical, given, tile_experts, sums=given.capability == TURING)
+    assert lowering.cache is None
+    experts = [tiles(activations(lowering.assignment))]
+    return lower_standard(part, canonical, lowering, experts, sums=lowering.capability == TURING)

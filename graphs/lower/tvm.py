@@ -14,19 +14,15 @@ import onnx_ir as ir
 
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.functions import CACHED_ATTENTION, DOMAIN, EXPERT_DISPATCH, VERSION
-from arriero.graphs.lower.part import Lowering, WeightTable, expect, lower_part
+from arriero.graphs.lower.part import Lowering, Phase, WeightTable, lower_part
+from arriero.graphs.passes.bind_experts import bind_experts
+from arriero.graphs.passes.cache_in_place import cache_in_place
 from arriero.graphs.passes.fold_reshape_shapes import fold_reshape_shapes
-from arriero.graphs.passes.fuse_rotary import fuse_rotary
-from arriero.graphs.passes.keep_token_axes import keep_token_axes
-from arriero.graphs.passes.replace_with_kernels import (
-    LOOKUP,
-    bind_experts,
-    cache_in_place,
-    replace_linear_with_kernel,
-    replace_lookup,
-)
+from arriero.graphs.passes.fuse_rotary import ROTARY, fuse_rotary
+from arriero.graphs.passes.keep_token_axes import TOKEN_RESHAPE, keep_token_axes
+from arriero.graphs.passes.replace_linear_with_kernel import replace_linear_with_kernel
+from arriero.graphs.passes.replace_lookup import LOOKUP, replace_lookup
 from arriero.graphs.stored.link_file import link_file
-from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.schemes import Exact, IntBlock, Scheme
 from arriero.traits import TRAITS
 
@@ -40,31 +36,39 @@ def lacks(scheme: Scheme) -> str | None:
     return None if scheme.kind in TRAITS["tvm"].schemes else scheme.told
 
 
-def lower(part: str, canonical: ir.Model, given: Lowering) -> WeightTable:
+def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:
     """Lower one of the parts `text`, `vision` and `embed`. There is no int8 cache here.
 
     Text has the inputs `inputs_embeds`, `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` [B, K, C, D],
     into which the step writes its keys and values, and the outputs `logits`, `hidden.{i}`, `expert_id.{i}` [B, S, k].
     One step holds either one row within one chunk, or one token per row. The other parts' signatures stay.
     """
-    assert given.cache is None
-    text = given.config.text
-
-    def rewrite(model: ir.Model, store: WeightStore) -> None:
-        if part == "text":
-            expect("RotaryEmbedding", fuse_rotary(model), 2 * sum(layer.rope for layer in text.layers))
-            expect(CACHED_ATTENTION, cache_in_place(model), len(text.layers))
-            expect(EXPERT_DISPATCH, bind_experts(model, store), len(text.moe_layers))
-        if part == "embed":
-            expect(LOOKUP, replace_lookup(model, store), 1)
-        else:
-            replace_linear_with_kernel(model, store)
-        if part == "text":
-            expect("token Reshape", keep_token_axes(model), 2 * len(text.moe_layers))
-        fold_reshape_shapes(model)
-
-    links = _link_checkpoint(given.checkpoint, given.assignment, given.out_dir)
-    return lower_part(part, canonical, given, rewrite, OPSET, links)
+    assert lowering.cache is None
+    text = lowering.config.text
+    phases: list[Phase] = []
+    expected: dict[str, int] = {}
+    if part == "text":
+        phases += [
+            Phase("fuse_rotary", lambda model, _: fuse_rotary(model), ROTARY),
+            Phase("cache_in_place", lambda model, _: cache_in_place(model), CACHED_ATTENTION),
+            Phase("bind_experts", bind_experts, EXPERT_DISPATCH),
+        ]
+        expected = {
+            ROTARY: 2 * sum(layer.rope for layer in text.layers),
+            CACHED_ATTENTION: len(text.layers),
+            EXPERT_DISPATCH: len(text.moe_layers),
+            TOKEN_RESHAPE: 2 * len(text.moe_layers),
+        }
+    if part == "embed":
+        phases.append(Phase("replace_lookup", replace_lookup, LOOKUP))
+        expected = {LOOKUP: 1}
+    else:
+        phases.append(Phase("replace_linear_with_kernel", replace_linear_with_kernel))
+    if part == "text":
+        phases.append(Phase("keep_token_axes", lambda model, _: keep_token_axes(model), TOKEN_RESHAPE))
+    phases.append(Phase("fold_reshape_shapes", lambda model, _: fold_reshape_shapes(model)))
+    links = _link_checkpoint(lowering.checkpoint, lowering.assignment, lowering.out_dir)
+    return lower_part(part, canonical, lowering, phases, expected, OPSET, links)
 
 
 def _link_checkpoint(checkpoint: Checkpoint, assignment: Mapping[str, Scheme], out_dir: Path) -> dict[Path, str]:

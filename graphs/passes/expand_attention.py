@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from arriero.graphs.rewrite import add_constant, insert_node, replace_node
+from arriero.graphs.rewrite.nodes import add_constant, insert_node, replace_node
 
 HIDDEN = np.float32(-1e30)  # finite: where all keys are hidden, infinities would give NaN
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from arriero.graphs.rewrite import add_constant
+from arriero.graphs.rewrite.nodes import add_constant
 
 
 def fold_reshape_shapes(model: ir.Model) -> int:

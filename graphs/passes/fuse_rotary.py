@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from arriero.graphs.rewrite import add_constant, insert_node, replace_node
+from arriero.graphs.rewrite.misses import miss
+from arriero.graphs.rewrite.nodes import add_constant, insert_node, replace_node
 
 # What the trace puts between a factor and the value it comes from; none of it changes an element.
+ROTARY = "RotaryEmbedding"
 VIEWS = ("Unsqueeze", "Slice", "Squeeze", "Reshape")
 
 
@@ -28,7 +30,7 @@ def fuse_rotary(model: ir.Model) -> int:
         heads, size = reshape.outputs[0].shape[2:]
         assert isinstance(heads, int)
         assert isinstance(size, int)
-        turned = insert_node(reshape, "RotaryEmbedding", [x, cos, sin], num_heads=heads, interleaved=1)
+        turned = insert_node(reshape, ROTARY, [x, cos, sin], num_heads=heads, interleaved=1)
         replace_node(reshape, "Reshape", [turned, add_constant(reshape, [0, 0, heads, size])], {}, domain="")
         count += 1
     return count
@@ -39,19 +41,27 @@ def _rotated(concat: ir.Node) -> tuple[ir.Node, ir.Value, ir.Value, ir.Value] | 
     difference, total = (_producer(value, "Unsqueeze") for value in concat.inputs)
     minus = _producer(difference.inputs[0], "Sub") if difference else None
     plus = _producer(total.inputs[0], "Add") if total else None
+    if minus is None or plus is None:
+        return None  # no rotation ends here
     readers = list(concat.outputs[0].consumers())
-    if minus is None or plus is None or len(readers) != 1 or readers[0].op_type != "Reshape":
+    if len(readers) != 1 or readers[0].op_type != "Reshape":
+        miss(concat, ROTARY, f"it is read by {[node.op_type for node in readers]}, not by one Reshape")
         return None
     products = [_producer(value, "Mul") for value in (*minus.inputs, *plus.inputs)]
     factors = [tuple(node.inputs) if node else (None, None) for node in products]
     (even, cos), (odd, sin) = factors[0], factors[1]
     if factors[2] != (even, sin) or factors[3] != (odd, cos):
+        miss(concat, ROTARY, "its products are not those of one pair with one angle")
         return None
     cos_table, sin_table, x, same_x = _origin(cos), _origin(sin), _origin(even), _origin(odd)
     if x is None or x is not same_x or cos_table is None or sin_table is None:
+        miss(concat, ROTARY, "the two halves of its pairs are not of one tensor")
         return None
     kinds = [node.op_type if (node := table.producer()) else None for table in (cos_table, sin_table)]
-    return (readers[0], x, cos_table, sin_table) if kinds == ["Cos", "Sin"] else None
+    if kinds != ["Cos", "Sin"]:
+        miss(concat, ROTARY, f"its angles come from {kinds}, not from Cos and Sin")
+        return None
+    return readers[0], x, cos_table, sin_table
 
 
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:

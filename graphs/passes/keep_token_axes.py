@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+TOKEN_RESHAPE = "token Reshape"
+
 
 def keep_token_axes(model: ir.Model) -> int:
     """Remove each Reshape [B, S, H] -> [B*S, H] and its inverse; give how many went.

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from arriero.graphs.rewrite import add_constant
+from arriero.graphs.rewrite.nodes import add_constant
 from arriero.profiles.kv_cache import CacheScales
 
 # Where k_scale and v_scale stand among the operator's inputs.
 SCALES_AT = 12
+INT8_CACHE = "int8 cache"
 
 
 def quantize_cache(model: ir.Model, scales: Sequence[CacheScales]) -> int:

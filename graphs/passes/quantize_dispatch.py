@@ -7,7 +7,8 @@ import onnx_ir as ir
 from arriero.errors import ArrieroError
 from arriero.graphs.dispatch_functions import dispatch_over
 from arriero.graphs.functions import DOMAIN, EXPERT_DISPATCH
-from arriero.graphs.rewrite import replace_node
+from arriero.graphs.rewrite.misses import miss
+from arriero.graphs.rewrite.nodes import replace_node
 from arriero.graphs.stored.channels import ByteScheme, linear_name, store_experts
 from arriero.graphs.stored.weight_store import WeightStore
 
@@ -24,6 +25,7 @@ def quantize_dispatch(model: ir.Model, store: WeightStore) -> int:
         names = [str(value.name) for value in node.inputs[3:5] if value is not None]
         first, second = (store.schemes[name] for name in names)
         if not isinstance(first, ByteScheme):
+            miss(node, EXPERT_DISPATCH, f"{names[0]} is {first.told}, not one byte per weight")
             continue
         if not isinstance(second, ByteScheme) or linear_name(first) != linear_name(second):
             raise ArrieroError(

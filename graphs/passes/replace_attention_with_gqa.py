@@ -10,7 +10,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from arriero.graphs.functions import CACHED_ATTENTION
-from arriero.graphs.rewrite import replace_node
+from arriero.graphs.rewrite.nodes import replace_node
 
 
 def replace_attention_with_gqa(model: ir.Model) -> int:

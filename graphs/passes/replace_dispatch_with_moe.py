@@ -15,8 +15,8 @@ import onnx_ir as ir
 
 from arriero.errors import ArrieroError
 from arriero.graphs.functions import EXPERT_DISPATCH
-from arriero.graphs.passes.topk_rows import scale_inputs, sum_choices
-from arriero.graphs.rewrite import CONTRIB, add_constant, insert_node, replace_node
+from arriero.graphs.rewrite.nodes import CONTRIB, add_constant, insert_node, replace_node
+from arriero.graphs.rewrite.topk_rows import scale_inputs, sum_choices
 from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.schemes import Exact, IntBlock
 

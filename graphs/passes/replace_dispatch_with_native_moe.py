@@ -14,9 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from arriero.graphs.functions import EXPERT_DISPATCH
-from arriero.graphs.passes.multiply_in_scheme import FLOAT, TYPES
-from arriero.graphs.passes.topk_rows import scale_inputs, sum_choices
-from arriero.graphs.rewrite import add_constant, insert_node, replace_node
+from arriero.graphs.rewrite.misses import miss
+from arriero.graphs.rewrite.nodes import add_constant, insert_node, replace_node
+from arriero.graphs.rewrite.scheme_products import FLOAT, TYPES
+from arriero.graphs.rewrite.topk_rows import scale_inputs, sum_choices
 from arriero.graphs.stored.safetensors_writer import Spec
 from arriero.graphs.stored.weight_store import HALVES, WeightStore, narrow
 from arriero.profiles.schemes import Half
@@ -36,6 +37,7 @@ def replace_dispatch_with_native_moe(model: ir.Model, store: WeightStore) -> int
         names = [str(value.name) for value in (gate_up, down) if value is not None]
         scheme = store.schemes[names[0]]
         if not isinstance(scheme, Half) or store.schemes[names[1]] != scheme:
+            miss(node, EXPERT_DISPATCH, f"{names[0]} is {scheme.told}: the native one takes one 16-bit format")
             continue
         per_token, hidden = expert_id.shape[1], store.checkpoint.tensors[names[0]].shape[1]
         assert isinstance(per_token, int)

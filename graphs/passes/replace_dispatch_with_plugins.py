@@ -16,9 +16,10 @@ import numpy as np
 import onnx_ir as ir
 
 from arriero.graphs.functions import EXPERT_DISPATCH
-from arriero.graphs.passes.multiply_in_scheme import FLOAT, TYPES, round_inputs
-from arriero.graphs.passes.topk_rows import scale_inputs
-from arriero.graphs.rewrite import add_constant, insert_node, replace_node
+from arriero.graphs.rewrite.misses import miss
+from arriero.graphs.rewrite.nodes import add_constant, insert_node, replace_node
+from arriero.graphs.rewrite.scheme_products import FLOAT, TYPES, round_inputs
+from arriero.graphs.rewrite.topk_rows import scale_inputs
 from arriero.graphs.stored.codes import Arrays, rounded_experts, static_experts
 from arriero.graphs.stored.mma_layout import pack_byte_lanes, pack_int4_lanes, row_words
 from arriero.graphs.stored.safetensors_writer import Spec
@@ -45,6 +46,8 @@ def replace_dispatch_with_plugins(model: ir.Model, store: WeightStore, activatio
         gate_up, down = (store.schemes[name] for name in names)
         forms = [form for form in (_form(scheme, activations) for scheme in (gate_up, down)) if form is not None]
         if len(forms) < len(names):
+            schemes = f"{gate_up.told} and {down.told}"
+            miss(node, EXPERT_DISPATCH, f"no kernel takes {schemes} beside {activations} activations")
             continue
         assert expert_id is not None
         assert expert_id.shape is not None

@@ -7,20 +7,14 @@ Case 3, a byte per weight: a linear function of `ai.arriero` (`linear_functions.
 
 from __future__ import annotations
 
-from collections.abc import Container
-
 import onnx_ir as ir
 
 from arriero.graphs.functions import DOMAIN
-from arriero.graphs.names import EMBEDDING, HEAD
-from arriero.graphs.passes.find_weight import find_weight
-from arriero.graphs.rewrite import replace_node
+from arriero.graphs.rewrite.linear_weight import TIED, linear_weight
+from arriero.graphs.rewrite.nodes import replace_node
 from arriero.graphs.stored.channels import ByteScheme, linear_name, store_matrix
 from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.schemes import Exact, IntBlock
-
-# With tied embeddings the head gets a name of its own: the embedding graph stores the table under its name, as it is.
-TIED = {EMBEDDING: HEAD}
 
 
 def replace_linear(model: ir.Model, store: WeightStore) -> int:
@@ -50,15 +44,3 @@ def replace_linear(model: ir.Model, store: WeightStore) -> int:
             replace_node(node, linear_name(scheme), [node.inputs[0], *store_matrix(store, name, scheme)], {}, DOMAIN)
         count += 1
     return count
-
-
-def linear_weight(node: ir.Node, names: Container[str]) -> str | None:
-    """The matrix [N, K], one of `names`, of a bias-free linear layer; None for any other node."""
-    if node.op_type == "MatMul":
-        transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
-        if transpose is None or transpose.op_type != "Transpose":
-            return None
-        return find_weight(transpose.inputs[0], names)
-    if node.op_type == "Gemm" and len(node.inputs) == 2 and node.attributes.get_int("transB", 0) == 1:
-        return find_weight(node.inputs[1], names)
-    return None

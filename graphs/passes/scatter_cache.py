@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from arriero.graphs.functions import CACHED_ATTENTION
-from arriero.graphs.rewrite import add_constant, insert_node, replace_node
+from arriero.graphs.rewrite.nodes import add_constant, insert_node, replace_node
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
@@ -65,21 +65,6 @@ def scatter_cache(model: ir.Model, dtype: ir.DataType) -> int:
         replace_node(node, "Cast", [flat], {"to": int(FLOAT)}, domain="")
     for name in ("chunk_past_positions", "global_past_positions"):
         graph.inputs.remove(next(value for value in graph.inputs if value.name == name))
-    return len(nodes)
-
-
-def narrow_attention(model: ir.Model, dtype: ir.DataType) -> int:
-    """Let every Attention over float32 inputs (the vision tower's) compute in `dtype`; give how many."""
-    nodes = [node for node in model.graph if node.op_type == "Attention"]
-    for node in nodes if dtype != FLOAT else ():
-        for index, value in enumerate(node.inputs[:3]):
-            node.replace_input_with(index, insert_node(node, "Cast", [value], to=int(dtype)))
-        out = node.outputs[0]
-        wide = ir.node("Cast", [out], {"to": int(FLOAT)})
-        out.replace_all_uses_with(wide.outputs[0])
-        wide.replace_input_with(0, out)
-        model.graph.insert_after(node, wide)
-        out.type = ir.TensorType(dtype)
     return len(nodes)
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 from arriero.graphs.functions import EXPERT_DISPATCH
-from arriero.graphs.passes.multiply_in_scheme import multiply_gathered
-from arriero.graphs.passes.topk_rows import scale_inputs, sum_choices
-from arriero.graphs.rewrite import add_constant, insert_node, replace_node
+from arriero.graphs.rewrite.nodes import add_constant, insert_node, replace_node
+from arriero.graphs.rewrite.scheme_products import multiply_gathered
+from arriero.graphs.rewrite.topk_rows import scale_inputs, sum_choices
 from arriero.graphs.stored.weight_store import WeightStore
 from arriero.traits import PREFILL_PIECE
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from arriero.graphs.passes.find_weight import find_weight
+from arriero.graphs.rewrite.find_weight import find_weight
 from arriero.graphs.stored.weight_store import WeightStore
 
 
@@ -19,12 +19,3 @@ def widen_weights(model: ir.Model, store: WeightStore) -> int:
         model.graph.remove(node, safe=True)
         count += 1
     return count
-
-
-def keep_weights(model: ir.Model, store: WeightStore) -> int:
-    """Store the checkpoint tensors that are still used byte for byte (the embedding table); give how many."""
-    names = [name for name, value in model.graph.initializers.items() if name in store.checkpoint.tensors]
-    left = [name for name in names if name not in store.table and model.graph.initializers[name].uses()]
-    for name in left:
-        store.stored(name)
-    return len(left)

@@ -16,7 +16,7 @@ import torch
 
 from arriero.graphs.lower.part import Lowering
 from arriero.graphs.lower.tensorrt import lower
-from arriero.graphs.rewrite import insert_node
+from arriero.graphs.rewrite.nodes import insert_node
 from arriero.profiles.recipe import load_profile
 from arriero.profiles.schemes import Static
 from tests.graphs.stored.test_mma_layout import read_back

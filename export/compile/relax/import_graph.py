@@ -21,7 +21,8 @@ from tvm.relax.frontend.onnx import from_onnx, onnx_frontend
 from arriero.export.compile.relax import kernels as kernels
 from arriero.export.compile.relax import ops as ops
 from arriero.graphs.functions import CACHED_ATTENTION, EXPERT_DISPATCH
-from arriero.graphs.passes.replace_with_kernels import LINEAR, LOOKUP
+from arriero.graphs.passes.replace_linear_with_kernel import LINEAR
+from arriero.graphs.passes.replace_lookup import LOOKUP
 
 THREADS = "threads"
 # Operators that read their weights at any alignment; all other code is generated for 64 bytes.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from arriero.graphs.rewrite import add_constant, insert_node, replace_node
+from arriero.graphs.rewrite.nodes import add_constant, insert_node, replace_node
 
 
 def scale_inputs(node: ir.Node, x: ir.Value | None, score: ir.Value | None, per_token: int, hidden: int) -> ir.Value:
