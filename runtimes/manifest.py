@@ -13,10 +13,12 @@ from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.cpu import architecture, check_features
 
-FORMAT = 2
-KEYS = ("format", "arriero", "name", "model", "target", "chain", "build", "files")
-CHAIN = ("checkpoint", "graph", "profile", "artifact", "parity")
+FORMAT = 3
+KEYS = ("format", "arriero", "name", "model", "target", "record", "chain", "build", "files")
+CHAIN = ("checkpoint", "graph", "profile", "artifact", "record", "parity")
 REPORTS = ("parity.json", "parity.html")
+RECORD_FOLDER = "reference"  # of the reference record, in a bundle that brings it
+RECORD_FILE = f"{RECORD_FOLDER}/record.json"
 FULL_HASH_BYTES = 1 << 30  # bundles up to here are hashed whole at every load: about a second
 QUICK_HASH_BYTES = 64 << 20  # in larger bundles, only files up to here are
 
@@ -111,12 +113,16 @@ class Manifest:
         for before, name, digest, what in (
             ("checkpoint", "graph", str(build.get("graph")), "the graphs are not those of this checkpoint"),
             ("profile", "artifact", artifact_digest(self.raw), "the manifest or its file records were changed"),
-            ("artifact", "parity", parity_digest(self.raw["files"]), "the parity report is not that of this bundle"),
+            ("artifact", "record", str(self.raw["record"]), "the reference record is not that of this bundle"),
+            ("record", "parity", parity_digest(self.raw["files"]), "the parity report is not that of this bundle"),
         ):
             if chain[name] != link(str(chain[before]), digest):
                 raise ArrieroError(
                     f"the link {before} -> {name} is broken: {what}", where=f"{where}.{name}", remedy=_COPY
                 )
+
+        if RECORD_FILE in self.files and self.files[RECORD_FILE].sha256 != self.raw["record"]:
+            raise ArrieroError("another reference record is in the bundle", where=f"{where}.record", remedy=_COPY)
 
     def check_proven(self) -> None:
         """Refuse a bundle without a parity report: its build is not finished."""
@@ -179,17 +185,27 @@ def link(previous: str, digest: str) -> str:
 
 
 def artifact_digest(manifest: Mapping[str, Any]) -> str:
-    """Give the sha256 over everything a manifest says but its chain and its parity reports."""
-    said = {key: value for key, value in manifest.items() if key != "chain"}
-    said["files"] = {name: record for name, record in manifest["files"].items() if name not in REPORTS}
-    # `build` also names the stage that made the reports.
-    said["build"] = {name: key for name, key in manifest["build"].items() if not name.startswith("parity-")}
+    """Give the sha256 over everything a manifest says but its chain, its reference record and its parity reports."""
+    said = {key: value for key, value in manifest.items() if key not in ("chain", "record")}
+    said["files"] = {
+        name: record
+        for name, record in manifest["files"].items()
+        if name not in REPORTS and not name.startswith(f"{RECORD_FOLDER}/")
+    }
+    # `build` also names the stages that made the record and the reports.
+    proof = ("parity-", "reference")
+    said["build"] = {name: key for name, key in manifest["build"].items() if not name.startswith(proof)}
     return _digest(said)
 
 
 def parity_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
     """Give the sha256 over the file records of the parity reports."""
     return _digest({name: files[name]["sha256"] for name in REPORTS if name in files})
+
+
+def describe_fallback(entry: Mapping[str, Any]) -> str:
+    """One entry of a manifest's `fallback` for people."""
+    return f"layer {entry['layer']} expert {entry['expert']} ({entry['tokens']} tokens)"
 
 
 def _digest(value: Any) -> str:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from arriero.export.cli.describe_set import describe_samples
 from arriero.export.machine.budget import human_bytes
-from arriero.export.proof.prove import tell_fallback
-from arriero.export.samples.cases import tell_set
-from arriero.runtimes.manifest import open_manifest
+from arriero.runtimes.manifest import RECORD_FILE, describe_fallback, open_manifest
 from arriero.runtimes.proof.report import read_json
 
 if TYPE_CHECKING:
@@ -49,6 +48,7 @@ def describe_bundle(bundle: Path) -> dict[str, Any]:
         "kv_bytes_per_token": raw["kv_bytes_per_token"],
         "measured": raw["measured"],
         "tools": raw["tools"],
+        "record": {"hash": raw["record"], "in_bundle": RECORD_FILE in manifest.files},
         "parity": {"failed": [row.metric for row in report.failed], "rows": len(report.rows)},
     }
 
@@ -74,11 +74,15 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
         + ", ".join(
             f"{human_bytes(size)} per token and {kind} layer" for kind, size in described["kv_bytes_per_token"].items()
         ),
-        "calibration": tell_set(described["calibration"]),
+        "calibration": describe_samples(described["calibration"]),
         "coverage": _coverage(described["coverage"]),
         "fallback": _fallback(described["fallback"]),
         "choice": _choice(described["choice"]),
-        "parity": f"[red]failed: {', '.join(failed)}[/]" if failed else "[green]passed[/], see `arriero parity`",
+        "reference": f"record {described['record']['hash'][:12]}, "
+        + ("in the bundle" if described["record"]["in_bundle"] else "kept apart"),
+        "parity": f"[red]failed: {', '.join(failed)}[/]"
+        if failed
+        else "[green]passed[/], see `arriero parity --recorded`",
         "built with": ", ".join(f"{name} {version}" for name, version in described["tools"].items()),
     }
     for name, value in rows.items():
@@ -90,7 +94,7 @@ def _fallback(entries: list[dict[str, Any]]) -> str:
     if not entries:
         return "none: no matrix of an expert was rounded for lack of calibration tokens"
     told = [
-        f"[yellow]too few calibration tokens, so {meaning}:[/] {', '.join(map(tell_fallback, thin))}"
+        f"[yellow]too few calibration tokens, so {meaning}:[/] {', '.join(map(describe_fallback, thin))}"
         for rule, meaning in FALLBACKS.items()
         if (thin := [entry for entry in entries if entry["rule"] == rule])
     ]

@@ -9,9 +9,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from arriero.export.calibration.coverage import RANGES
+from arriero.export.cli.describe_set import describe_samples
 from arriero.export.machine.budget import human_bytes
-from arriero.export.proof.prove import tell_fallback
-from arriero.export.samples.cases import tell_set
+from arriero.runtimes.manifest import describe_fallback
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def show_calibration(described: dict[str, Any], console: Console) -> None:
     """Print a described calibration for people."""
-    console.print(tell_set(described["calibration"]), highlight=False, soft_wrap=True)
+    console.print(describe_samples(described["calibration"]), highlight=False, soft_wrap=True)
     planned = described["planned_memory_bytes"]
     expected = f" (planned: {human_bytes(planned)})" if planned else ""
     console.print(
@@ -38,7 +38,7 @@ def show_calibration(described: dict[str, Any], console: Console) -> None:
     console.print(table)
     console.print("Right of the tokens: the largest magnitude of what goes in.", style="dim")
     for profile in described["profiles"]:
-        told = ", ".join(map(tell_fallback, profile["experts"])) or "none"
+        told = ", ".join(map(describe_fallback, profile["experts"])) or "none"
         console.print(
             f"experts below the {profile['minimum_tokens']} tokens of profile {profile['name']}: {told}",
             style="yellow" if profile["experts"] else None,

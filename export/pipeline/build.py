@@ -1,4 +1,5 @@
-"""The build on one page: checkpoint, graph, calibration, then per target lowering, compilation, parity, publication.
+"""The build on one page: checkpoint, graph, calibration, reference record, then per target lowering, compilation,
+parity, publication.
 
 Every step is a content-keyed stage (`stages.py`), so that a killed build goes on where it stopped and an unchanged one
 does nothing. A bundle appears under its name only after its parity passed.
@@ -24,6 +25,7 @@ from arriero.export.compile.nvidia.engine_shapes import Limits
 from arriero.export.compile.nvidia.gpus import Gpu, local_gpus
 from arriero.export.compile.nvidia.tensorrt_api import load
 from arriero.export.pipeline.bundle import assemble, copy_tokenizer, is_current, write_manifest
+from arriero.export.pipeline.place_record import is_placed, place_record
 from arriero.export.pipeline.plan import (
     cache_bytes,
     calibrating,
@@ -32,9 +34,10 @@ from arriero.export.pipeline.plan import (
     stage_inputs,
     thresholds,
 )
+from arriero.export.pipeline.record_plan import answer_mode, record_tools
 from arriero.export.pipeline.stages import Stage, WorkDir, key_of, read_record
 from arriero.export.proof.emulate import check_emulation
-from arriero.export.samples.cases import describe_set, draw_cases, encoded_sizes
+from arriero.export.samples.cases import check_answers, describe_set, draw_cases, encoded_sizes
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.profiles.kv_cache import CacheScales, cache_scales, check_tokens
@@ -43,10 +46,12 @@ from arriero.profiles.recipe import Profile, load_profile
 from arriero.runtimes.backend import module_of
 from arriero.runtimes.cpu import architecture
 from arriero.runtimes.manifest import link
+from arriero.runtimes.proof.record import ReferenceRecord
+from arriero.runtimes.proof.rows import check_thresholds
 
 if TYPE_CHECKING:
-    from arriero.export.proof.prove import Judge
     from arriero.graphs.check import Part
+    from arriero.runtimes.proof.logits import KlSums
 
 TARGET_KEYS = ("cpu", "arch", "features", "gpu", "plugins")  # of the manifest's target, as the compilation left them
 
@@ -104,11 +109,9 @@ class Build:
         return config if "image" in self.config.modalities else config.without_vision()
 
     @cached_property
-    def judge(self) -> Judge:
-        """What every target is judged by; opened with the first that is."""
-        from arriero.export.proof.prove import Judge
-
-        return Judge.open(self.config.model, self.config.parity.cases, self.config.modalities)
+    def record(self) -> ReferenceRecord:
+        """What every target is judged by; written with the first that is."""
+        return ReferenceRecord.open(self.stage("reference", self.write_record, resumes=True, shared=True))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -186,9 +189,7 @@ class Build:
         parity cases that do not fit a target's context, or have no answers where answers are judged.
         """
         from arriero.export.build_file.model_spec import model_spec
-        from arriero.export.proof.prove import check_answers
         from arriero.runtimes.processor.processor import Processor
-        from arriero.runtimes.proof.parity import check_thresholds
 
         for profile in self.profiles.values():
             check_thresholds(profile.thresholds)
@@ -207,8 +208,9 @@ class Build:
         """Lower, prove and publish one target; at once when its bundle is current."""
         bundle = self.config.output / target.name
         lower, parity = f"lower-{target.name}", f"parity-{target.name}"
-        build = {name: key_of(name, self.inputs[name]) for name in ("graph", "calibrate", lower, parity)}
-        if is_current(bundle, build):
+        stages = ("graph", "calibrate", "reference", lower, parity)
+        build = {name: key_of(name, self.inputs[name]) for name in stages}
+        if is_current(bundle, build) and is_placed(bundle, self.config.parity.record):
             self.failure_page(target).unlink(missing_ok=True)
             self.watch(f"{target.name}: up to date", 1, 1, "bundles")
             return bundle
@@ -218,6 +220,7 @@ class Build:
         lowered = self.stage(lower, partial(self.lower, target, made), resumes=True, shared=True)
         partial_bundle = bundle.with_name(f"{bundle.name}.partial")
         assemble(lowered, partial_bundle)
+        place_record(self.record, self.config.parity.record, partial_bundle, self.work)
         self.manifest(target, build, lowered, calibrated, partial_bundle)
         proof = self.stage(parity, partial(self.prove, target, made, lowered, partial_bundle))
         for report in ("parity.json", "parity.html"):
@@ -265,7 +268,7 @@ class Build:
     def calibrate(self, folder: Path) -> None:
         """Stage `calibrate`: tokens per expert, ranges, and the roundings of every profile that calibrates."""
         from arriero.export.calibration.calibrate import Calibration
-        from arriero.export.proof.prove import open_reference
+        from arriero.export.proof.reference import open_reference
         from arriero.export.proof.walk_layers import Walk
 
         samples = draw_cases(self.config.calibration, self.config.modalities)
@@ -276,6 +279,22 @@ class Build:
         if any(target.kv_cache == "int8" for target in self.config.targets):
             check_tokens(walk.tokens)
         Calibration(walk, self.checkpoint, profiles, folder, self.watch).run()
+
+    def write_record(self, folder: Path) -> None:
+        """Stage `reference`: what the PyTorch reference says of the parity cases; no target runs it again."""
+        from arriero.export.proof.reference import open_reference
+        from arriero.export.proof.write_record import Origin, write_record
+
+        parity = self.config.parity
+        cases = draw_cases(parity.cases, self.config.modalities)
+        origin = Origin(
+            checkpoint=self.content,
+            modalities=self.config.modalities,
+            answers=answer_mode(self.config),
+            set=describe_set(parity.cases, cases),
+            tools=record_tools(),
+        )
+        write_record(open_reference(self.config.model, self.model.vision is None), cases, origin, folder, self.watch)
 
     def lower(self, target: Target, made: Made, folder: Path) -> None:
         """Stage `lower-*`: the backend's graphs and weights, the tokenizer, and proof that the backend loads them."""
@@ -378,6 +397,7 @@ class Build:
                 },
             },
             {"checkpoint": self.content, "graph": linked, "profile": link(linked, self.profile_digest(target))},
+            self.record.hash,
             build,
         )
 
@@ -402,18 +422,17 @@ class Build:
         return key_of("profile", self.profiles[target.profile].model_dump(mode="json"))
 
     def prove(self, target: Target, made: Made, lowered: Path, bundle: Path, folder: Path) -> None:
-        """Stage `parity-*`: the bundle against the reference and, if its profile calibrates, against its RTN baseline.
+        """Stage `parity-*`: the bundle against the reference record and, if its profile calibrates, its RTN baseline.
 
         Raises `BelowThreshold`; the report page stays.
         """
-        from arriero.export.proof.prove import measure
-        from arriero.export.proof.rtn_baseline import with_rtn_baseline
+        from arriero.export.proof.prove import measure_bundle
         from arriero.runtimes.proof.report import write_html, write_json
 
         self.check_gpu(target, lowered)
         limits = thresholds(self.config, target, self.profiles[target.profile])
-        report = measure(bundle, self.judge, limits, self.watch)
-        report = with_rtn_baseline(report, self.rtn_kl(target, made, lowered, folder), limits)
+        rtn_kl = self.rtn_kl(target, made, lowered, folder)
+        report = measure_bundle(bundle, self.record, limits, self.record.labels(), self.watch, rtn_kl)
         write_json(report, folder / "parity.json")
         write_html(report, folder / "parity.html")
         if report.failed:
@@ -432,8 +451,8 @@ class Build:
             return
         raise UnprovenHere(target.name, gpu, lowered)
 
-    def rtn_kl(self, target: Target, made: Made, lowered: Path, folder: Path) -> float | None:
-        """Mean KL of the RTN baseline of the target's profile on the parity cases; None if the profile is that form.
+    def rtn_kl(self, target: Target, made: Made, lowered: Path, folder: Path) -> KlSums | None:
+        """KL of the RTN baseline of the target's profile on the parity cases; None if the profile is that form.
 
         Its key/value cache is the target's own: it is the weights' calibration that is judged.
         """
@@ -456,11 +475,10 @@ class Build:
             self.compile(chosen, parts, objects, rtn)
 
         return measure_rtn_baseline(
-            self.judge.reference,
+            self.record,
             target.backend,
             lowered,
             lower_text,
-            self.judge.cases,
             folder,
             lambda done, total: self.watch(step, done, total, "samples"),
         )

@@ -32,13 +32,13 @@ def copy_tokenizer(checkpoint: Path, folder: Path) -> None:
             shutil.copyfile(checkpoint / name, folder / name)
 
 
-def assemble(lowered: Path, partial: Path) -> None:
-    """Fill `partial` anew with the files of a finished lowering stage: hard links where possible, else copies."""
+def assemble(stage: Path, partial: Path) -> None:
+    """Fill `partial` anew with the files of a finished stage: hard links where possible, else copies."""
     if partial.exists():
         shutil.rmtree(partial)
-    for file in sorted(lowered.rglob("*")):
+    for file in sorted(stage.rglob("*")):
         if file.is_file() and file.name not in ("stage.json", "lowering.json"):
-            link_file(file, partial / file.relative_to(lowered))
+            link_file(file, partial / file.relative_to(stage))
 
 
 def write_manifest(
@@ -47,12 +47,14 @@ def write_manifest(
     spec: ModelSpec,
     kept: Mapping[str, Any],
     chain: Mapping[str, str],
+    record: str,
     build: Mapping[str, str],
 ) -> None:
     """Write `manifest.json` over the files that are in `partial` now.
 
     `kept` are the entries that come as they are (target, weights, coverage, measured, tools, kv_bytes_per_token),
-    `chain` the links up to the profile, `build` the keys of the stages that made the bundle.
+    `chain` the links up to the profile, `record` the hash of the reference record, `build` the keys of the stages that
+    made the bundle.
     """
     names = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file())
     files = {
@@ -66,11 +68,14 @@ def write_manifest(
         "name": name,
         "model": spec.entry(),
         "build": dict(build),
+        "record": record,
         "files": files,
         **kept,
     }
     artifact = link(chain["profile"], artifact_digest(manifest))
-    manifest["chain"] = {**chain, "artifact": artifact, "parity": link(artifact, parity_digest(files))}
+    recorded = link(artifact, record)
+    proven = link(recorded, parity_digest(files))
+    manifest["chain"] = {**chain, "artifact": artifact, "record": recorded, "parity": proven}
     path = partial / "manifest.json.partial"
     path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     os.replace(path, partial / "manifest.json")

@@ -1,6 +1,6 @@
-"""The PyTorch reference as a backend: float32 arithmetic over the checkpoint's own weights, every tap there is.
+"""The PyTorch reference as a backend: float32 arithmetic over the checkpoint's own weights, with every capture.
 
-The one module of `runtimes` that needs torch and `graphs`; it judges the others, so it shares no cache with them.
+It judges the other backends, so it shares no cache with them.
 Shapes: B batch rows, S new tokens per row, P past slots, H hidden, K key/value heads, D head dimension, L slots that
 get logits, k experts per token, M image placeholder tokens.
 """
@@ -26,6 +26,8 @@ from arriero.graphs.config import ModelConfig
 from arriero.graphs.model import KeyValue, Llama4
 from arriero.graphs.names import expected_tensors
 from arriero.runtimes.backend import Cache, Floats, Ints, StepOutput
+from arriero.runtimes.processor.processor import Processor
+from arriero.runtimes.session import Session
 
 Margins = dict[int, list[Floats]]
 _recording: ContextVar[Margins | None] = ContextVar("router_margins", default=None)
@@ -200,6 +202,12 @@ class TorchBackend:
     def close(self) -> None:
         """Drop the model; its memory maps go with it."""
         del self.model
+
+
+def open_reference(checkpoint: Path, text_only: bool) -> Session:
+    """The PyTorch reference of a checkpoint folder, as a session. Raises `ArrieroError` when it is not sound."""
+    backend = TorchBackend(checkpoint, text_only)
+    return Session(backend, Processor(checkpoint, backend.spec))
 
 
 def _joined(past: Tensor, present: Tensor, steps: int) -> Tensor:

@@ -292,7 +292,8 @@ def write_manifest(folder: Path, **changes: Any) -> dict[str, Any]:
     """Write a manifest that fits the files in `folder`."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json"]
     manifest = {
-        "format": 2,
+        "format": 3,
+        "record": "0" * 64,
         "arriero": "0.1.0",
         "name": "toy",
         "model": model_entry(),
@@ -319,12 +320,14 @@ def seal(manifest: dict[str, Any]) -> None:
     """Give the manifest the hash chain that fits what it says."""
     graph, profile = link("0", "0"), link("0", "1")
     artifact = link(profile, artifact_digest(manifest))
-    parity = link(artifact, parity_digest(manifest["files"]))
+    record = link(artifact, manifest["record"])
+    parity = link(record, parity_digest(manifest["files"]))
     manifest["chain"] = {
         "checkpoint": "0",
         "graph": graph,
         "profile": profile,
         "artifact": artifact,
+        "record": record,
         "parity": parity,
     }
 

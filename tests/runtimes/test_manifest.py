@@ -54,7 +54,7 @@ def put(value, *keys):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (put(1, "format"), r"format 1; expected format 2\. Use the arriero that built it"),
+        (put(1, "format"), r"format 1; expected format 3\. Use the arriero that built it"),
         (put("2", "format"), "has format '2'"),
         (drop("files"), "keys are missing: files"),
         (drop("format"), "keys are missing: format"),

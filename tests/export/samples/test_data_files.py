@@ -16,7 +16,8 @@ from PIL import Image
 from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.export.build_file.model_spec import model_spec
 from arriero.export.build_file.schema import Calibration, Cases
-from arriero.export.samples.cases import content_hash, describe_set, draw_cases, encoded_sizes, modality, tell_set
+from arriero.export.cli.describe_set import describe_samples
+from arriero.export.samples.cases import content_hash, describe_set, draw_cases, encoded_sizes, modality
 from arriero.export.samples.data_files import QUESTION, read_cases
 from arriero.graphs.config import ModelConfig
 from arriero.runtimes.processor.processor import Processor
@@ -189,7 +190,7 @@ def test_a_set_is_described_by_name_hash_and_modalities(folder: Path) -> None:
     described = describe_set(settings, draw_cases(settings, BOTH))
     assert described["set"] == "set.jsonl"
     assert described["samples"] == {"text": 3, "image": 1, "video": 1}
-    assert tell_set(described).startswith("set.jsonl, seed 11: 3 text, 1 image, 1 video samples; sha256 ")
+    assert describe_samples(described).startswith("set.jsonl, seed 11: 3 text, 1 image, 1 video samples; sha256 ")
     embedded = Calibration(samples=20)
     assert describe_set(embedded, draw_cases(embedded, BOTH))["samples"] == {"text": 6, "image": 12, "video": 2}
 
