@@ -1,4 +1,4 @@
-"""`measure` against a real toy reference: an honest candidate passes, each subtly wrong one fails by the row it should."""
+"""`measure` on a real toy reference: an honest candidate passes, each subtly wrong one fails by the row it should."""
 
 from __future__ import annotations
 

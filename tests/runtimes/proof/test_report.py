@@ -82,7 +82,9 @@ def make_report(layers: int = 8) -> ParityReport:
         judge("task_accuracy_drop.recall", 0.02, None, "1 lost, 0 gained of 48"),
     )
     families = (FamilyScore("recall", 48, 47, 46, 1, 0), FamilyScore("video direction of motion", 40, 40, 40, 0, 0))
-    return ParityReport(rows, series, families, cases, 1e-3, "generated", {"bundle": "portable-int8", "profile": "int8 (version 1)"})
+    return ParityReport(
+        rows, series, families, cases, 1e-3, "generated", {"bundle": "portable-int8", "profile": "int8 (version 1)"}
+    )
 
 
 def test_json_round_trip_is_whole_and_repeatable(tmp_path):
