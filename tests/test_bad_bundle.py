@@ -28,7 +28,7 @@ BUNDLES = [
     case(cut("manifest_truncated", MANIFEST, 0.4), "not valid JSON", MANIFEST, COPY),
     case(content("manifest_no_object", MANIFEST, b"[]"), "not a JSON object", MANIFEST, COPY),
     case(setting("format_of_yesterday", MANIFEST, format=1), "format 1", MANIFEST, "arriero that built it"),
-    case(setting("format_of_tomorrow", MANIFEST, format=3), "format 3", MANIFEST, "arriero that built it"),
+    case(setting("format_of_tomorrow", MANIFEST, format=4), "format 4", MANIFEST, "arriero that built it"),
     case(setting("key_missing", MANIFEST, files=...), "keys are missing: files", MANIFEST, COPY),
     case(
         setting("target_key_missing", MANIFEST, **{"target.context": ...}),
@@ -52,13 +52,6 @@ BUNDLES = [
     ),
     case(setting("chain_shortened", MANIFEST, **{"chain.parity": ...}), "incomplete", "manifest.json:chain", COPY),
     case(setting("chain_no_object", MANIFEST, chain="sound"), "incomplete", "manifest.json:chain", COPY),
-    case(
-        setting("another_processor", MANIFEST, **{"target.arch": "riscv64"}),
-        "built for riscv64",
-        "manifest.json:target.arch",
-        "Build a target",
-        3,
-    ),
     case(
         setting("file_outside", MANIFEST, **{"files./etc/passwd": {"bytes": 1, "sha256": "0"}}),
         "points outside",
@@ -90,6 +83,21 @@ def test_bundles(workshop, tmp_path, verb, change, what, where, remedy, code):
     refused = arriero(verb, bundle, *([PROMPT] if verb == "run" else []))
     check(refused, what, where, remedy, code)
     assert refused.out == ""
+
+
+@pytest.mark.parametrize(
+    ("verb", "told"),
+    [
+        ("run", ("built for riscv64", "manifest.json:target.arch", "Build a target", 3)),
+        ("inspect", ("built for riscv64", "manifest.json:target.arch", "Build a target", 3)),
+        ("parity", ("broken", "manifest.json:chain.artifact", COPY)),  # may be measured elsewhere; it was edited
+    ],
+)
+def test_a_manifest_that_names_another_processor(workshop, tmp_path, verb, told):
+    bundle = tmp_path / "fp32"
+    shutil.copytree(workshop / "bundles" / "fp32", bundle)
+    setting("another_processor", MANIFEST, **{"target.arch": "riscv64"})(bundle)
+    check(arriero(verb, bundle, *([PROMPT] if verb == "run" else [])), *told)
 
 
 @pytest.mark.parametrize("verb", ["run", "inspect", "parity"])
@@ -185,9 +193,9 @@ def test_a_report_that_cannot_be_written(workshop, tmp_path):
 
 
 @pytest.mark.parametrize("chosen", [("--set", "seen.jsonl"), ("--samples", "9"), ("--seed", "3")])
-def test_a_choice_of_prompts_that_nothing_would_be_measured_on(workshop, chosen):
+def test_a_choice_of_prompts_that_no_record_holds(workshop, chosen):
     refused = arriero("parity", workshop / "bundles" / "fp32", *chosen)
-    check(refused, "without --against nothing is", chosen[0], "Add --against")
+    check(refused, "prompts that the reference record does not hold", chosen[0], "Add --against")
 
 
 @pytest.mark.parametrize("against", ["gone", "scout/config.json"])

@@ -19,7 +19,7 @@ from tests.command import arriero, contents, write_build
 from tests.refusals import check
 from tests.small import edit_json, small_scout
 
-# What `pip install arriero[onnxruntime]` does not bring.
+# What `pip install arriero[onnxruntime]` does not bring. (Pydantic it may, with typer; none of our own files takes it.)
 BUILD_ONLY = (
     *("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "pydantic", "ruamel", "yaml", "safetensors"),
     *("ml_dtypes", "av", "tvm", "tvm_ffi", "tensorrt", "cuda"),
@@ -29,8 +29,15 @@ import sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {BUILD_ONLY!r}:
+        if name.partition(".")[0] in {BUILD_ONLY!r} and not (name.startswith("pydantic") and not self.is_ours()):
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+    def is_ours(self):
+        """Whether the import stands in a file of ours."""
+        frame = sys._getframe(2)
+        while frame.f_globals["__name__"].startswith("importlib"):
+            frame = frame.f_back
+        return frame.f_globals["__name__"].startswith("arriero")
 
 sys.meta_path.insert(0, Absent())
 from arriero.export.__main__ import main
@@ -250,7 +257,6 @@ def test_what_a_device_lacks_is_said_in_one_sentence(workshop):
     [
         (("--recorded", "--against", "x"), "--recorded measures nothing", "Leave out"),
         (("--recorded", "--record", "x"), "--recorded measures nothing", "Leave out"),
-        (("--samples", "9"), "prompts that the reference record does not hold", "Add --against"),
         (("--against", "x", "--record", "y", "--seed", "3"), "brings its own prompts", "Leave out --set"),
     ],
 )
