@@ -33,7 +33,7 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
     def is_ours(self):
-        """Whether the import stands in a file of ours."""
+        # whether the import stands in a file of ours
         frame = sys._getframe(2)
         while frame.f_globals["__name__"].startswith("importlib"):
             frame = frame.f_back
@@ -169,7 +169,7 @@ def test_a_record_in_a_bundle_that_was_changed_is_damage(bundle):
 
 
 def test_a_record_of_other_cases_from_elsewhere(workshop, separate):
-    """The separate record was written with forced answers; the int8 bundle was proven on generated ones."""
+    """The separate record was written with forced answers; the bundle was proven on generated ones."""
     (record,) = (separate / "bundles").glob("reference-*")
     told = arriero("parity", workshop / "bundles" / "fp32", "--record", record, "--json")
     assert told.code == 0, told.err
@@ -238,9 +238,8 @@ def test_a_device_measures_runs_and_inspects_with_the_runtime_s_packages_alone(w
     answered = on_device("run", bundle, "What is 17 + 25?", "--max-tokens", "3")
     assert answered.returncode == 0, answered.stderr
     doctor = on_device("doctor", "--json")
-    assert doctor.returncode == 3, "a device builds nothing"
     assert json.loads(doctor.stdout)["can"]["onnxruntime"]["run"]
-    assert "arriero[export]" in on_device("doctor").stdout
+    assert "onnxruntime: build" in on_device("doctor").stdout
 
 
 def test_what_a_device_lacks_is_said_in_one_sentence(workshop):
