@@ -213,8 +213,8 @@ class Parity(_Section):
     record: Literal["bundle", "separate"] = Field(
         default="bundle",
         description="Where the reference record goes, which holds the prompts and pictures: into each bundle, so that "
-        "any machine can prove it, or beside the bundles as `reference-<hash>`, for prompts and pictures that stay private. A bundle's parity "
-        "report shows the answers in either case.",
+        "any machine can prove it, or beside the bundles as `reference-<hash>`, for prompts and pictures that stay "
+        "private. A bundle's parity report shows the answers in either case.",
     )
     thresholds: dict[str, Threshold] = Field(
         default={},
