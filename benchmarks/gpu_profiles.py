@@ -28,12 +28,11 @@ from arriero.export.build_file.read import load_build  # noqa: E402
 from arriero.export.build_file.schema import Target  # noqa: E402
 from arriero.export.pipeline.build import Build  # noqa: E402
 from arriero.export.pipeline.plan import make_plan, thresholds  # noqa: E402
-from arriero.export.proof.rtn_baseline import mean_kl, with_rtn_baseline  # noqa: E402
 from arriero.models.evaluate import family_accuracy  # noqa: E402
-from arriero.profiles.recipe import OVER_RTN  # noqa: E402
 from arriero.runtimes.onnxruntime import OrtBackend  # noqa: E402
 from arriero.runtimes.processor.processor import Processor  # noqa: E402
-from arriero.runtimes.proof.parity import compare  # noqa: E402
+from arriero.runtimes.proof.parity import measure as measure_parity  # noqa: E402
+from arriero.runtimes.proof.parity import measure_kl  # noqa: E402
 from arriero.runtimes.session import Session  # noqa: E402
 
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -58,7 +57,7 @@ def measure(build: Build, target: Target, graph: Path, calibrated: Path, samples
         build.decided(target, calibrated),
         thresholds(build.config, target, build.profiles[target.profile]),
     )
-    spec, cases = build.judge.reference.spec, build.judge.cases
+    spec = build.record.spec
     processor = Processor(build.config.model, spec)
 
     with tempfile.TemporaryDirectory(dir=build.config.output) as scratch:
@@ -71,20 +70,13 @@ def measure(build: Build, target: Target, graph: Path, calibrated: Path, samples
         def watch(done: int, total: int, *_: object) -> None:
             told(target.name, done, total, "cases")
 
-        with Session(GpuGraphs(folders[0], spec), processor, target.context, target.batch) as session:
-            report = compare(
-                build.judge.reference,
-                session,
-                cases,
-                {name: value for name, value in limits.items() if name != OVER_RTN},
-                watch,
-            )
-            accuracy = family_accuracy(session, samples, 101) if samples else {}
         rtn = None
         if profile.calibration is not None:
             with Session(GpuGraphs(folders[1], spec), processor) as session:
-                rtn = mean_kl(build.judge.reference, session, cases, watch)
-    report = with_rtn_baseline(report, rtn, limits)
+                rtn = measure_kl(session, build.record, watch)
+        with Session(GpuGraphs(folders[0], spec), processor, target.context, target.batch) as session:
+            report = measure_parity(session, build.record, limits, watch, rtn_kl=rtn)
+            accuracy = family_accuracy(session, samples, 101) if samples else {}
     rows = {row.metric: row.value for row in report.rows}
     failed = [row.metric for row in report.failed]
     return {"target": target.name, "failed": failed, "rows": rows, "accuracy": accuracy}

@@ -210,12 +210,15 @@ class TextModel(nn.Module):
             hiddens.append(x)
             if expert_id is not None:
                 expert_ids.append(expert_id)
-        last = self.model.norm(x.index_select(1, logits_index))
-        if config.tied_embeddings:
-            logits = F.linear(last, self.model.embed_tokens.weight.to(last.dtype))
-        else:
-            logits = self.lm_head(last)
+        logits = self.head(self.model.norm(x.index_select(1, logits_index)))
         return StepTensors(logits, present, hiddens, expert_ids)
+
+    def head(self, last: Tensor) -> Tensor:
+        """The logits [..., V] of normalised hidden states [..., H]."""
+        if self.config.tied_embeddings:
+            return F.linear(last, self.model.embed_tokens.weight.to(last.dtype))
+        logits: Tensor = self.lm_head(last)
+        return logits
 
     def empty_cache(self, batch: int) -> list[KeyValue]:
         """A cache with no slots: per layer key and value [B, K, 0, D] float32."""

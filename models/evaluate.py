@@ -18,10 +18,11 @@ from torch import Tensor
 from arriero.export.proof.reference import TorchBackend
 from arriero.export.samples.cases import draw_samples
 from arriero.graphs.model import MoE
-from arriero.profiles.data import FAMILIES, Sample, accuracy, make
+from arriero.profiles.data import FAMILIES, Sample, make
 from arriero.runtimes.api import load
 from arriero.runtimes.processor.processor import Processor
 from arriero.runtimes.proof.metrics import accuracy_error
+from arriero.runtimes.proof.scorers import accuracy
 from arriero.runtimes.session import Session
 
 ROWS = 16  # sequences decoded together
@@ -36,7 +37,7 @@ def family_accuracy(session: Session, samples: int, seed: int) -> dict[str, floa
         drawn = make(family, samples, seed)
         prompts = [session.encode(sample.prompt, sample.images) for sample in drawn]
         answers = session.generate_batch(prompts, max_tokens=ANSWER_TOKENS)
-        result[family] = accuracy(drawn, [answer.text for answer in answers])
+        result[family] = accuracy([sample.answer for sample in drawn], [answer.text for answer in answers])
     return result
 
 

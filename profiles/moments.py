@@ -42,8 +42,10 @@ class Moments:
                 self._moment += rows.T @ rows
 
 
-def check_finite(rows: NDArray[np.float32], where: str, samples: Sequence[str] | str) -> None:
-    """Refuse activations [n, K] that are not finite; `samples` names the calibration sample of each row, or of all.
+def check_finite(
+    rows: NDArray[np.float32], where: str, samples: Sequence[str] | str, what: str = "calibration sample"
+) -> None:
+    """Refuse activations [n, K] that are not finite; `samples` names the sample of each row, or of all; `what` it is.
 
     `where` names the layer and the input or expert. A model that overflows here has no statistics worth keeping.
     """
@@ -55,7 +57,7 @@ def check_finite(rows: NDArray[np.float32], where: str, samples: Sequence[str] |
     kind = "NaN" if np.isnan(rows[first]).any() else "infinite"
     raise ArrieroError(
         f"{int(broken.sum())} of {len(rows)} activation rows are not finite (the first is {kind})",
-        where=f"{where}, calibration sample {sample}",
+        where=f"{where}, {what} {sample}",
         expected="finite activations in the float32 reference",
         remedy="Check the checkpoint (`arriero plan` reads its headers), or leave this sample out",
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from arriero.errors import ArrieroError, Problems
-from arriero.runtimes.manifest import COPY_AGAIN, FILE, Manifest, file_sha256, link, parity_digest
+from arriero.runtimes.manifest import COPY_AGAIN, FILE, RECORD_FILE, Manifest, file_sha256, link, parity_digest
 
 FULL_HASH_BYTES = 1 << 30  # bundles up to here are hashed whole at every load: about a second
 QUICK_HASH_BYTES = 64 << 20  # in larger bundles, only files up to here are
@@ -29,11 +29,15 @@ def check_chain(manifest: Manifest) -> None:
     for before, name, digest, what in (
         ("checkpoint", "graph", manifest.build.get("graph"), "the graphs are not those of this checkpoint"),
         ("profile", "artifact", manifest.digest, "the manifest or its file records were changed"),
-        ("artifact", "parity", parity_digest(manifest.files), "the parity report is not that of this bundle"),
+        ("artifact", "record", manifest.record, "the reference record is not that of this bundle"),
+        ("record", "parity", parity_digest(manifest.files), "the parity report is not that of this bundle"),
     ):
         if getattr(chain, name) != link(getattr(chain, before), str(digest)):
             where = f"{manifest.bundle / FILE}:chain.{name}"
             raise ArrieroError(f"the link {before} -> {name} is broken: {what}", where=where, remedy=COPY_AGAIN)
+    if RECORD_FILE in manifest.files and manifest.files[RECORD_FILE].sha256 != manifest.record:
+        where = f"{manifest.bundle / FILE}:record"
+        raise ArrieroError("another reference record is in the bundle", where=where, remedy=COPY_AGAIN)
 
 
 def check_proven(manifest: Manifest) -> None:

@@ -20,6 +20,8 @@ from arriero.runtimes.typed_json import decode
 FORMAT = 3
 FILE = "manifest.json"
 REPORTS = ("parity.json", "parity.html")
+RECORD_FOLDER = "reference"  # of the reference record, in a bundle that brings it
+RECORD_FILE = f"{RECORD_FOLDER}/record.json"
 
 COPY_AGAIN = "Copy the bundle again, or rebuild it with `arriero build`"
 
@@ -160,6 +162,7 @@ class Chain:
     graph: str
     profile: str
     artifact: str
+    record: str
     parity: str
 
 
@@ -180,6 +183,7 @@ class Manifest:
     weights: dict[str, StoredWeight]
     calibrated: CalibratedPart
     rounded: RoundedPart
+    record: str  # the hash of the reference record that the bundle was proven against
     kv_bytes_per_token: dict[str, int]
     measured: Measured
 
@@ -223,6 +227,7 @@ class Manifest:
             weights=entry(dict[str, StoredWeight], "weights"),
             calibrated=entry(CalibratedPart, "calibrated"),
             rounded=entry(RoundedPart, "rounded"),
+            record=entry(str, "record"),
             kv_bytes_per_token=entry(dict[str, int], "kv_bytes_per_token"),
             measured=entry(Measured, "measured"),
         )
@@ -237,11 +242,16 @@ def link(previous: str, digest: str) -> str:
 
 
 def manifest_digest(entries: Mapping[str, Any]) -> str:
-    """Give the sha256 over everything a manifest's JSON says but its chain and its parity reports."""
-    said = {key: value for key, value in entries.items() if key != "chain"}
-    said["files"] = {name: record for name, record in entries["files"].items() if name not in REPORTS}
-    # `build` also names the stage that made the reports.
-    said["build"] = {name: key for name, key in entries["build"].items() if not name.startswith("parity-")}
+    """Give the sha256 over all that a manifest's JSON says but its chain, its reference record and its reports."""
+    said = {key: value for key, value in entries.items() if key not in ("chain", "record")}
+    said["files"] = {
+        name: record
+        for name, record in entries["files"].items()
+        if name not in REPORTS and not name.startswith(f"{RECORD_FOLDER}/")
+    }
+    # `build` also names the stages that made the record and the reports.
+    proof = ("parity-", "reference")
+    said["build"] = {name: key for name, key in entries["build"].items() if not name.startswith(proof)}
     return _digest(said)
 
 

@@ -209,9 +209,9 @@ def test_a_report_that_cannot_be_written(workshop, tmp_path):
 
 
 @pytest.mark.parametrize("chosen", [("--set", "seen.jsonl"), ("--samples", "9"), ("--seed", "3")])
-def test_a_choice_of_prompts_that_nothing_would_be_measured_on(workshop, chosen):
+def test_a_choice_of_prompts_that_no_record_holds(workshop, chosen):
     refused = arriero("parity", workshop / "bundles" / "fp32", *chosen)
-    check(refused, "without --against nothing is", chosen[0], "Add --against")
+    check(refused, "prompts that the reference record does not hold", chosen[0], "Add --against")
 
 
 @pytest.mark.parametrize("against", ["gone", "scout/config.json"])

@@ -11,7 +11,8 @@ from PIL import Image
 from arriero.export.build_file.read import load_build
 from arriero.export.cli.app import app
 from arriero.export.pipeline.build import Build
-from arriero.profiles.data import make, score
+from arriero.profiles.data import make
+from arriero.runtimes.proof.scorers import same_answer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,4 +44,4 @@ def test_a_held_out_image_question_is_answered_by_the_command(workplace, tmp_pat
     Image.fromarray(sample.images[0]).save(tmp_path / "scene.png")
     question, bundle = sample.turns[0].question, str(workplace / "bundles" / "portable-int8")
     app(["run", bundle, question, "--image", str(tmp_path / "scene.png")], standalone_mode=False)
-    assert score(sample, capsys.readouterr().out)
+    assert same_answer(sample.answer, capsys.readouterr().out)

@@ -224,7 +224,7 @@ def _cross_checks(document: _Document) -> Iterator[ArrieroError]:
 def _unknown_thresholds(document: _Document, thresholds: dict[str, Any]) -> Iterator[ArrieroError]:
     if not thresholds:
         return
-    from arriero.runtimes.proof.parity import check_thresholds
+    from arriero.runtimes.proof.rows import check_thresholds
 
     for name in thresholds:
         try:

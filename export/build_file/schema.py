@@ -24,13 +24,16 @@ from arriero.export.build_file.locate import resolve_model
 from arriero.export.compile.cpus import NAMED, NATIVE, parse_cpu
 from arriero.export.compile.nvidia.gpus import NAMED as NAMED_GPUS
 from arriero.export.compile.nvidia.gpus import parse_gpu
-from arriero.export.machine.budget import parse_bytes
+from arriero.export.machine.budget import human_bytes, parse_bytes
 from arriero.profiles.kv_cache import CacheType
 from arriero.profiles.recipe import shipped
+from arriero.runtimes.proof.cases import AnswerMode
 from arriero.traits import BACKENDS
 
 Modality = Literal["text", "image"]
 EMBEDDED = "embedded"
+# A generated answer reads the active weights once per token; a larger checkpoint is read from disk each time.
+GENERATED_BYTES = 16 << 30
 NAME = r"(?!.*(\.|\.partial|\.old.*)$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 
@@ -200,6 +203,19 @@ class Parity(_Section):
     """What the bundle must prove against the PyTorch reference before it is published."""
 
     cases: Cases = Field(default=Cases(), description="The held-out prompts.")
+    answers: AnswerMode | None = Field(
+        default=None,
+        description="`generated`: both sides answer token by token. `forced`: an answer is right when the top token of "
+        "every position of the expected one leads to it, the closing token included; its figures have names of their "
+        "own. Left out: generated for checkpoints of up to "
+        f"{human_bytes(GENERATED_BYTES)}, forced beyond.",
+    )
+    record: Literal["bundle", "separate"] = Field(
+        default="bundle",
+        description="Where the reference record goes, which holds the prompts and pictures: into each bundle, so that "
+        "any machine can prove it, or beside the bundles as `reference-<hash>`, for prompts and pictures that stay "
+        "private. A bundle's parity report shows the answers in either case.",
+    )
     thresholds: dict[str, Threshold] = Field(
         default={},
         description="Parity metric -> threshold; overrides the profile's. `task_accuracy_*` may add `.<family>`.",
@@ -283,7 +299,7 @@ def nearest(word: str, known: list[str]) -> str | None:
 
 def json_schema() -> dict[str, Any]:
     """Give the JSON schema of a build file, for editors."""
-    from arriero.runtimes.proof.parity import ALWAYS, METRICS, PER_FAMILY
+    from arriero.runtimes.proof.rows import ALWAYS, METRICS, PER_FAMILY
 
     schema = BuildConfig.model_json_schema()
     schema["title"] = "Arriero build file"

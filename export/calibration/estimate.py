@@ -36,7 +36,8 @@ def calibration_memory(config: ModelConfig, used: Iterable[WeightSource], sizes:
     """
     layers = [info for info in used if LAYER_MATRIX.fullmatch(info.name)]
     shapes = [_features(info) for info in layers]
-    widened = 4 * max((outputs * inputs for outputs, inputs in shapes), default=0)
+    widened = 4 * max((outputs * inputs for outputs, inputs in shapes), default=0)  # an expert that is routed to
+    widened += 4 * max((_layer_matrices(layers, layer) for layer in range(len(config.text.layers))), default=0)
     text = config.text
     tokens, tiles = (max((size[n] for size in sizes), default=0) for n in (0, 1))
     inner = max(text.expert_ffn, text.dense_ffn, text.heads * text.head_dim)
@@ -69,6 +70,12 @@ def roundings_disk(profiles: Iterable[Profile], used: Iterable[WeightSource]) ->
 def _features(info: WeightSource) -> tuple[int, int]:
     """N and K of a matrix, or of one expert's."""
     return (info.shape[0], info.shape[1]) if len(info.shape) == 2 else (info.shape[2], info.shape[1])
+
+
+def _layer_matrices(layers: Iterable[WeightSource], layer: int) -> int:
+    """Elements of the matrices of one layer that every token reads."""
+    here = (info for info in layers if f".layers.{layer}." in info.name and len(info.shape) == 2)
+    return sum(outputs * inputs for outputs, inputs in map(_features, here))
 
 
 def _layer_moments(layers: Iterable[WeightSource], layer: int) -> int:

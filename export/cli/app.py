@@ -137,37 +137,49 @@ def calibrate(build_file: BuildFile = Path("build.yaml"), as_json: Json = False)
 @app.command()
 def parity(
     bundle: BundleFolder,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder of a reference record, for a bundle that brings none, or in the place of its own."
+        ),
+    ] = None,
+    recorded: Annotated[bool, typer.Option("--recorded", help="Show the build's own report; measure nothing.")] = False,
     against: Annotated[
         Path | None,
-        typer.Option(help="The checkpoint folder: measure again, on this machine, against its PyTorch reference."),
+        typer.Option(
+            help="The checkpoint folder: compare with its PyTorch reference itself, over the whole vocabulary."
+        ),
     ] = None,
     data: Set = None,
     samples: SampleCount = None,
-    seed: Annotated[int, typer.Option(help="Which held-out prompts, with --against.", min=0)] = SEED,
+    seed: Annotated[int | None, typer.Option(help="Which held-out prompts, with --against.", min=0)] = None,
     junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML here, one test case per row.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page here.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show a bundle's parity report and judge it; exit code 1 when a row is below its threshold.
+    """Measure a bundle on this machine and judge it; exit code 1 when a row is below its threshold.
 
-    Without --against, the report that was measured when the bundle was built is checked for integrity and shown. With
-    --against CHECKPOINT, everything is measured again here: router agreement per layer, logits, top tokens, greedy
-    answers and task accuracy on held-out text and image prompts. In CI:
+    It is measured against its reference record, what the PyTorch reference says of the held-out prompts, and needs
+    neither PyTorch nor the checkpoint: router agreement per layer, logits, top tokens, answers and task accuracy, in
+    text and about images. --recorded shows what the build measured instead.
 
-        arriero parity bundles/portable-int8 --against models/chasqui --junit parity.xml
+    --against CHECKPOINT compares with the PyTorch reference itself, and refuses a record that says otherwise than the
+    checkpoint; --set, --samples or --seed then choose other prompts than the record's. In CI:
+
+        arriero parity bundles/portable-int8 --junit parity.xml
     """
-    from arriero.runtimes.proof.report import read_json, render_table, write_html, write_junit
+    from arriero.runtimes.proof.report import render_table, write_html, write_junit
 
-    if against is None:
-        from arriero.runtimes.integrity import open_manifest
-
-        if (data, samples, seed) != (None, None, SEED):
-            what = "--set, --samples and --seed choose what is measured, and without --against nothing is"
-            raise ArrieroError(what, remedy="Add --against with the checkpoint folder")
-        open_manifest(bundle)
-        report = read_json(bundle / "parity.json")
-    else:
-        report = _measure(bundle, against, _held_out(data, samples, seed))
+    other = (data, samples, seed) != (None, None, None)
+    if recorded and (record or against):
+        raise ArrieroError("--recorded measures nothing", remedy="Leave out --record and --against, or --recorded")
+    if other and against is None:
+        what = "--set, --samples and --seed choose prompts that the reference record does not hold"
+        raise ArrieroError(what, remedy="Add --against with the checkpoint folder")
+    if other and record:
+        raise ArrieroError("--record brings its own prompts", remedy="Leave out --set, --samples and --seed")
+    chosen = _held_out(data, samples, seed) if other else None
+    report = _recorded(bundle) if recorded else _measure(bundle, record, against, chosen)
     if junit:
         write_junit(report, junit)
     if html:
@@ -180,17 +192,31 @@ def parity(
         raise typer.Exit(1)
 
 
-def _measure(bundle: Path, checkpoint: Path, wanted: Cases) -> ParityReport:
+def _recorded(bundle: Path) -> ParityReport:
+    from arriero.export.proof.prove import check_integrity
+    from arriero.runtimes.proof.report import read_json
+
+    check_integrity(bundle)
+    return read_json(bundle / "parity.json")
+
+
+def _measure(bundle: Path, record: Path | None, checkpoint: Path | None, other: Cases | None) -> ParityReport:
     from arriero.export.cli.progress import ProgressBars
-    from arriero.export.proof.prove import prove_bundle
 
     with ProgressBars(err) as watch:
-        return prove_bundle(bundle, checkpoint, wanted, watch)
+        if checkpoint is None:
+            from arriero.export.proof.prove import prove_bundle
+
+            return prove_bundle(bundle, record, watch)
+        from arriero.export.proof.against import prove_against
+
+        return prove_against(bundle, checkpoint, record, other, watch)
 
 
-def _held_out(data: str | None, samples: int | None, seed: int) -> Cases:
+def _held_out(data: str | None, samples: int | None, seed: int | None) -> Cases:
     from arriero.export.build_file.schema import EMBEDDED, Cases
 
+    seed = SEED if seed is None else seed
     if data is None:
         return Cases(set=EMBEDDED, samples=samples or 200, seed=seed)
     if not Path(data).exists():

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from arriero.export.machine.budget import human_bytes
 from arriero.runtimes.integrity import open_manifest
-from arriero.runtimes.manifest import Fallback, SampleSet
+from arriero.runtimes.manifest import RECORD_FILE, Fallback, SampleSet
 from arriero.runtimes.proof.report import read_json
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def describe_bundle(bundle: Path) -> dict[str, Any]:
         "kv_bytes_per_token": manifest.kv_bytes_per_token,
         "measured": asdict(manifest.measured),
         "tools": manifest.tools,
+        "record": {"hash": manifest.record, "in_bundle": RECORD_FILE in manifest.files},
         "parity": {"failed": [row.metric for row in report.failed], "rows": len(report.rows)},
     }
 
@@ -73,7 +74,11 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
         "coverage": _coverage(described["coverage"]),
         "fallback": _fallback(described["fallback"]),
         "choice": _choice(described["choice"]),
-        "parity": f"[red]failed: {', '.join(failed)}[/]" if failed else "[green]passed[/], see `arriero parity`",
+        "reference": f"record {described['record']['hash'][:12]}, "
+        + ("in the bundle" if described["record"]["in_bundle"] else "kept apart"),
+        "parity": f"[red]failed: {', '.join(failed)}[/]"
+        if failed
+        else "[green]passed[/], see `arriero parity --recorded`",
         "built with": ", ".join(f"{name} {version}" for name, version in described["tools"].items()),
     }
     for name, value in rows.items():

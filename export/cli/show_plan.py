@@ -28,6 +28,9 @@ def show_plan(plan: Plan, console: Console) -> None:
     console.print(_stages(plan))
     console.print(_targets(plan))
     console.print(_prices(plan))
+    made, place = plan.reference, {"bundle": "in each bundle", "separate": "beside the bundles"}
+    kept = f"at most about {human_bytes(made['record_bytes'])}, {place[made['record']]}"
+    console.print(f"parity: answers are {made['answers']}; reference record {kept}", highlight=False)
     for name, need, budget, there in (
         ("memory", plan.peak_memory, plan.memory_budget, plan.memory_available),
         ("disk", plan.disk, plan.disk_budget, plan.disk_available),

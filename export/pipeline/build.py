@@ -1,4 +1,5 @@
-"""The build on one page: checkpoint, graph, calibration, then per target lowering, compilation, parity, publication.
+"""The build on one page: checkpoint, graph, calibration, reference record, then per target lowering, compilation,
+parity, publication.
 
 Every step is a content-keyed stage (`stages.py`), so that a killed build goes on where it stopped and an unchanged one
 does nothing. A bundle appears under its name only after its parity passed.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
@@ -24,8 +25,10 @@ from arriero.export.compile.cpus import NATIVE
 from arriero.export.compile.nvidia.engine_shapes import Limits
 from arriero.export.compile.nvidia.gpus import Gpu, local_gpus
 from arriero.export.compile.nvidia.tensorrt_api import load
+from arriero.export.machine.doctor import installed_versions
 from arriero.export.pipeline.bundle import Parts, assemble, copy_tokenizer, is_current, write_manifest
 from arriero.export.pipeline.parts import read_part, write_part
+from arriero.export.pipeline.place_record import is_placed, place_record
 from arriero.export.pipeline.plan import (
     cache_bytes,
     calibrating,
@@ -34,9 +37,10 @@ from arriero.export.pipeline.plan import (
     stage_inputs,
     thresholds,
 )
+from arriero.export.pipeline.record_plan import answer_mode
 from arriero.export.pipeline.stages import Stage, WorkDir, key_of, read_record
 from arriero.export.proof.emulate import check_emulation
-from arriero.export.samples.cases import describe_set, draw_cases, encoded_sizes
+from arriero.export.samples.cases import check_answers, describe_set, draw_cases, encoded_sizes
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.profiles.kv_cache import CacheScales, cache_scales, check_tokens
@@ -44,11 +48,13 @@ from arriero.profiles.quantized_weights import QuantizedWeights
 from arriero.profiles.recipe import Profile, load_profile
 from arriero.runtimes.cpu import architecture
 from arriero.runtimes.manifest import CalibratedPart, Compiled, LoweredPart, Measured, RoundedPart, StoredWeight
-from arriero.traits import TRAITS
+from arriero.runtimes.proof.record import ReferenceRecord
+from arriero.runtimes.proof.rows import check_thresholds
+from arriero.traits import SHARED_PACKAGES, TRAITS
 
 if TYPE_CHECKING:
-    from arriero.export.proof.prove import Judge
     from arriero.graphs.check import Part
+    from arriero.runtimes.proof.logits import KlSums
 
 # What a watcher is told: the step, how much of it is done, of how much, and in which unit ("bytes" or "samples").
 Watch = Callable[[str, int, int, str], None]
@@ -104,11 +110,9 @@ class Build:
         return config if "image" in self.config.modalities else config.without_vision()
 
     @cached_property
-    def judge(self) -> Judge:
-        """What every target is judged by; opened with the first that is."""
-        from arriero.export.proof.prove import Judge
-
-        return Judge.open(self.config.model, self.config.parity.cases, self.config.modalities)
+    def record(self) -> ReferenceRecord:
+        """What every target is judged by; written with the first that is."""
+        return ReferenceRecord.open(self.stage("reference", self.write_record, resumes=True, shared=True))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -186,9 +190,7 @@ class Build:
         """Refuse what would end the work late: thresholds that no metric has, a checkpoint without its processor,
         parity cases that do not fit a target's context, or have no answers where answers are judged.
         """
-        from arriero.export.proof.prove import check_answers
         from arriero.runtimes.processor.processor import Processor
-        from arriero.runtimes.proof.parity import check_thresholds
 
         for profile in self.profiles.values():
             check_thresholds(profile.thresholds)
@@ -207,8 +209,9 @@ class Build:
         """Lower, prove and publish one target; at once when its bundle is current."""
         bundle = self.config.output / target.name
         lower, parity = f"lower-{target.name}", f"parity-{target.name}"
-        build = {name: key_of(name, self.inputs[name]) for name in ("graph", "calibrate", lower, parity)}
-        if is_current(bundle, build):
+        stages = ("graph", "calibrate", "reference", lower, parity)
+        build = {name: key_of(name, self.inputs[name]) for name in stages}
+        if is_current(bundle, build) and is_placed(bundle, self.config.parity.record):
             self.failure_page(target).unlink(missing_ok=True)
             self.watch(f"{target.name}: up to date", 1, 1, "bundles")
             return bundle
@@ -218,6 +221,7 @@ class Build:
         lowered = self.stage(lower, partial(self.lower, target, made), resumes=True, shared=True)
         partial_bundle = bundle.with_name(f"{bundle.name}.partial")
         assemble(lowered, partial_bundle)
+        place_record(self.record, self.config.parity.record, partial_bundle, self.work)
         self.manifest(target, build, lowered, calibrated, partial_bundle)
         proof = self.stage(parity, partial(self.prove, target, made, lowered, partial_bundle))
         for report in ("parity.json", "parity.html"):
@@ -276,6 +280,22 @@ class Build:
             check_tokens(walk.tokens)
         coverage = Calibration(walk, self.checkpoint, profiles, folder, self.watch).run()
         write_part(CalibratedPart(describe_set(self.config.calibration, samples), coverage), folder)
+
+    def write_record(self, folder: Path) -> None:
+        """Stage `reference`: what the PyTorch reference says of the parity cases; no target runs it again."""
+        from arriero.export.proof.reference import open_reference
+        from arriero.export.proof.write_record import Origin, write_record
+
+        parity = self.config.parity
+        cases = draw_cases(parity.cases, self.config.modalities)
+        origin = Origin(
+            checkpoint=self.content,
+            modalities=self.config.modalities,
+            answers=answer_mode(self.config),
+            set=asdict(describe_set(parity.cases, cases)),
+            tools=installed_versions(SHARED_PACKAGES),
+        )
+        write_record(open_reference(self.config.model, self.model.vision is None), cases, origin, folder, self.watch)
 
     def lower(self, target: Target, made: Made, folder: Path) -> None:
         """Stage `lower-*`: the backend's graphs and weights, the tokenizer, and proof that the backend loads them."""
@@ -359,6 +379,7 @@ class Build:
             lowered=read_part(LoweredPart, lowered),
             calibrated=read_part(CalibratedPart, calibrated),
             rounded=self.rounded(target, calibrated),
+            record=self.record.hash,
             kv_bytes_per_token=dict.fromkeys(kinds, per_layer),
             measured=Measured(
                 peak_memory_bytes=max(record["peak_memory_bytes"] for record in records.values()),
@@ -392,18 +413,17 @@ class Build:
         return key_of("profile", self.profiles[target.profile].model_dump(mode="json"))
 
     def prove(self, target: Target, made: Made, lowered: Path, bundle: Path, folder: Path) -> None:
-        """Stage `parity-*`: the bundle against the reference and, if its profile calibrates, against its RTN baseline.
+        """Stage `parity-*`: the bundle against the reference record and, if its profile calibrates, its RTN baseline.
 
         Raises `BelowThreshold`; the report page stays.
         """
-        from arriero.export.proof.prove import measure
-        from arriero.export.proof.rtn_baseline import with_rtn_baseline
+        from arriero.export.proof.prove import measure_bundle
         from arriero.runtimes.proof.report import write_html, write_json
 
         self.check_gpu(target, lowered)
         limits = thresholds(self.config, target, self.profiles[target.profile])
-        report = measure(bundle, self.judge, limits, self.watch)
-        report = with_rtn_baseline(report, self.rtn_kl(target, made, lowered, folder), limits)
+        rtn_kl = self.rtn_kl(target, made, lowered, folder)
+        report = measure_bundle(bundle, self.record, limits, self.record.labels(), self.watch, rtn_kl)
         write_json(report, folder / "parity.json")
         write_html(report, folder / "parity.html")
         if report.failed:
@@ -422,8 +442,8 @@ class Build:
             return
         raise UnprovenHere(target.name, gpu, lowered)
 
-    def rtn_kl(self, target: Target, made: Made, lowered: Path, folder: Path) -> float | None:
-        """Mean KL of the RTN baseline of the target's profile on the parity cases; None if the profile is that form.
+    def rtn_kl(self, target: Target, made: Made, lowered: Path, folder: Path) -> KlSums | None:
+        """KL of the RTN baseline of the target's profile on the parity cases; None if the profile is that form.
 
         Its key/value cache is the target's own: it is the weights' calibration that is judged.
         """
@@ -446,11 +466,10 @@ class Build:
             self.compile(chosen, parts, objects, rtn)
 
         return measure_rtn_baseline(
-            self.judge.reference,
+            self.record,
             target.backend,
             lowered,
             lower_text,
-            self.judge.cases,
             folder,
             lambda done, total: self.watch(step, done, total, "samples"),
         )

@@ -49,13 +49,13 @@ def copy_tokenizer(checkpoint: Path, folder: Path) -> None:
             shutil.copyfile(checkpoint / name, folder / name)
 
 
-def assemble(lowered: Path, partial: Path) -> None:
-    """Fill `partial` anew with the files of a finished lowering stage: hard links where possible, else copies."""
+def assemble(stage: Path, partial: Path) -> None:
+    """Fill `partial` anew with the files of a finished stage: hard links where possible, else copies."""
     if partial.exists():
         shutil.rmtree(partial)
-    for file in sorted(lowered.rglob("*")):
+    for file in sorted(stage.rglob("*")):
         if file.is_file() and file.name not in (RECORD, PART):
-            link_file(file, partial / file.relative_to(lowered))
+            link_file(file, partial / file.relative_to(stage))
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Parts:
     lowered: LoweredPart
     calibrated: CalibratedPart
     rounded: RoundedPart
+    record: str  # the hash of the reference record
     kv_bytes_per_token: Mapping[str, int]
     measured: Measured
 
@@ -90,6 +91,7 @@ def write_manifest(partial: Path, parts: Parts, checkpoint: str, profile: str, b
         "model": parts.model.entry(),
         "target": {**parts.target, **compiled},
         "build": dict(build),
+        "record": parts.record,
         "files": {name: asdict(record) for name, record in files.items()},
         "tools": {**parts.tools, **parts.lowered.compiled.tools},
         "weights": {name: asdict(weight) for name, weight in parts.lowered.weights.items()},
@@ -101,7 +103,9 @@ def write_manifest(partial: Path, parts: Parts, checkpoint: str, profile: str, b
     graph = link(checkpoint, build["graph"])
     decided = link(graph, profile)
     artifact = link(decided, manifest_digest(entries))
-    entries["chain"] = asdict(Chain(checkpoint, graph, decided, artifact, link(artifact, parity_digest(files))))
+    recorded = link(artifact, parts.record)
+    proven = link(recorded, parity_digest(files))
+    entries["chain"] = asdict(Chain(checkpoint, graph, decided, artifact, recorded, proven))
     path = partial / f"{FILE}.partial"
     path.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     os.replace(path, partial / FILE)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from arriero.errors import ArrieroError
 from arriero.export.build_file.device import device_of, kernel_arch, target_gpu
 from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Samples, Target
 from arriero.export.calibration import estimate
@@ -18,6 +19,7 @@ from arriero.export.compile.cpus import NATIVE, parse_cpu
 from arriero.export.machine.budget import available_memory, check_budget, free_disk, human_bytes
 from arriero.export.machine.doctor import installed_versions
 from arriero.export.pipeline.check_fit import check_fit, check_schemes
+from arriero.export.pipeline.record_plan import answer_mode, record_bytes, record_inputs, record_memory, walk_bytes
 from arriero.export.pipeline.sources import source_hash
 from arriero.export.pipeline.stages import WorkDir, key_of
 from arriero.export.samples.cases import describe_set, draw_cases, encoded_sizes
@@ -30,6 +32,7 @@ from arriero.profiles.kv_cache import ITEM_BYTES, widen_thresholds
 from arriero.profiles.recipe import Profile, check_shapes, load_profile
 from arriero.profiles.schemes import Chosen, Exact, Half
 from arriero.runtimes.cpu import architecture
+from arriero.runtimes.proof.rows import FORCED
 from arriero.traits import SHARED_PACKAGES, TRAITS
 
 CONTEXTS = {"8k": 1 << 13, "128k": 1 << 17, "1M": 1 << 20, "10M": 10 << 20}
@@ -104,6 +107,7 @@ class Plan:
     """Everything `arriero plan` says. Sizes in bytes; memory and disk are estimates of what is still to be done."""
 
     model: dict[str, Any]
+    reference: dict[str, Any]  # how answers are made, where the record goes, and its bytes at most
     stages: tuple[PlannedStage, ...]
     targets: tuple[PlannedTarget, ...]
     context_prices: tuple[dict[str, Any], ...]
@@ -177,7 +181,8 @@ def make_plan(build: BuildConfig) -> Plan:
     if not all(state.values()):
         check_ledger(checkpoint.tensors.values(), expected_tensors(config))
         check_schemes(build, profiles)
-    sizes = _sample_sizes(build, config if "image" in build.modalities else config.without_vision(), state)
+    seen = config if "image" in build.modalities else config.without_vision()
+    sizes, case_sizes = _sample_sizes(build, seen, state)
     used = [info for info in checkpoint.tensors.values() if _is_used(info, build, checkpoint)]
     targets = tuple(
         _plan_target(target, profiles[target.profile], checkpoint, used, config, state) for target in build.targets
@@ -191,6 +196,10 @@ def make_plan(build: BuildConfig) -> Plan:
             ),
             estimate.walk_disk(config, sizes) + estimate.roundings_disk(calibrates, used),
         ),
+        "reference": (
+            record_memory(seen, used, case_sizes),
+            record_bytes(seen, case_sizes) + walk_bytes(seen.text, case_sizes),
+        ),
     }
     needs |= {name: (KERNELS_MEMORY, KERNELS_DISK) for name in keys if name.startswith("kernels-")}
     for target in targets:
@@ -199,9 +208,14 @@ def make_plan(build: BuildConfig) -> Plan:
             engine = ENGINE_MEMORY + ENGINE_COPIES * target.weights_bytes
             lowering = (max(lowering[0], engine), 2 * target.weights_bytes + ENGINE_DISK)
         needs[f"lower-{target.name}"] = lowering
-        needs[f"parity-{target.name}"] = (_parity_memory(target, used), GRAPH_DISK)
+        needs[f"parity-{target.name}"] = (_parity_memory(target), GRAPH_DISK)
     return Plan(
         model=_describe(build, checkpoint, config),
+        reference={
+            "answers": answer_mode(build),
+            "record": build.parity.record,
+            "record_bytes": record_bytes(seen, case_sizes),
+        },
         stages=tuple(
             PlannedStage(name, key if content else None, state[name], *needs[name]) for name, key in keys.items()
         ),
@@ -230,6 +244,7 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
             "profiles": [rounding_folder(profile) for profile in calibrating(profiles)],
             "source": source_hash(*CALIBRATES),
         },
+        "reference": record_inputs(build, content_hash, _set_inputs(build.parity.cases, build.modalities)),
     }
     for target in build.targets:
         for arch in _kernel_archs(target, profiles[target.profile]):
@@ -252,7 +267,7 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
         }
         stages[parity] = {
             "lower": key_of(lower, stages[lower]),
-            "cases": _set_inputs(build.parity.cases, build.modalities),
+            "reference": key_of("reference", stages["reference"]),
             "thresholds": thresholds(build, target, profiles[target.profile]),
             "source": source_hash(*PROVES, f"runtimes/{TRAITS[target.backend].module}.py"),
         }
@@ -267,9 +282,29 @@ def _lowers(target: Target) -> tuple[str, ...]:
 
 
 def thresholds(build: BuildConfig, target: Target, profile: Profile) -> dict[str, float]:
-    """The parity thresholds of `target`: its profile's, with what an int8 cache may cost, and the build file's own."""
+    """The parity thresholds of `target`: its profile's, with what an int8 cache may cost, and the build file's own.
+
+    A profile's threshold on generated answers holds for forced ones where the build has these; the build file's own are
+    refused when they are of the other kind.
+    """
     own = widen_thresholds(profile.thresholds) if target.kv_cache == "int8" else profile.thresholds
-    return own | build.parity.thresholds
+    forced = answer_mode(build) == "forced"
+    other = set(FORCED) if forced else set(FORCED.values())
+    for name in build.parity.thresholds:
+        if name.partition(".")[0] in other:
+            raise ArrieroError(
+                f"answers are {'forced' if forced else 'generated'} and this metric is not of these",
+                where=f"parity.thresholds.{name}",
+                expected=f"one of {', '.join(FORCED.values() if forced else FORCED)}",
+                remedy="Name that metric, or say `answers` beside `thresholds`",
+            )
+    return {(_forced(name) if forced else name): value for name, value in own.items()} | build.parity.thresholds
+
+
+def _forced(name: str) -> str:
+    """The metric on forced answers that stands for a profile's on generated ones; any other is itself."""
+    base, dot, family = name.partition(".")
+    return f"{FORCED.get(base, base)}{dot}{family}"
 
 
 def gpu_inputs(target: Target, memory: int | None) -> KeyInputs | None:
@@ -309,29 +344,32 @@ def kv_bytes(text: TextConfig, tokens: int, item_bytes: int) -> int:
     return 2 * text.kv_heads * text.head_dim * item_bytes * slots
 
 
-def _sample_sizes(build: BuildConfig, config: ModelConfig, state: Mapping[str, bool]) -> list[estimate.Size]:
-    """Tokens and image tiles of each calibration sample; an upper bound for those of the embedded set.
+def _sample_sizes(
+    build: BuildConfig, config: ModelConfig, state: Mapping[str, bool]
+) -> tuple[list[estimate.Size], list[estimate.Size]]:
+    """Tokens and image tiles of each calibration sample and of each parity case; upper bounds for the embedded sets.
 
     Sets from files are encoded as long as their stage is to be done, so that a sample which the model cannot read is
     found now. Raises Problems with all of those.
     """
-    settled = state["calibrate"] or build.calibration.set == EMBEDDED
-    todo: list[tuple[Samples, int]] = []
-    if not settled:
-        todo.append((build.calibration, config.text.max_positions))
     contexts = [target.context for target in build.targets if not state[f"parity-{target.name}"]]
-    if build.parity.cases.set != EMBEDDED and contexts:
-        todo.append((build.parity.cases, min(contexts) - 1))  # room for one token of an answer
-    sizes = [estimate.embedded_size(config.vision)] * (build.calibration.samples or 0)
+    rooms: list[tuple[Samples, int | None]] = [  # the most tokens, None once nothing is left to encode for
+        (build.calibration, None if state["calibrate"] else config.text.max_positions),
+        (build.parity.cases, min(contexts) - 1 if contexts else None),  # room for one token of an answer
+    ]
+    sizes = [[estimate.embedded_size(config.vision)] * (samples.samples or 0) for samples, _ in rooms]
+    todo = [n for n, (samples, most) in enumerate(rooms) if samples.set != EMBEDDED and most is not None]
     if todo:
         # Imported here: an unchanged build never gets this far, and torch takes a second to import.
         from arriero.export.build_file.model_spec import model_spec
         from arriero.runtimes.processor.processor import Processor
 
         processor = Processor(build.model, model_spec(config))
-        encoded = [encoded_sizes(draw_cases(wanted, build.modalities), processor, most) for wanted, most in todo]
-        sizes = sizes if settled else encoded[0]
-    return sizes
+        for number in todo:
+            samples, most = rooms[number]
+            assert most is not None
+            sizes[number] = encoded_sizes(draw_cases(samples, build.modalities), processor, most)
+    return sizes[0], sizes[1]
 
 
 def _is_used(info: WeightSource, build: BuildConfig, checkpoint: Checkpoint) -> bool:
@@ -397,13 +435,9 @@ def _lower_memory(used: Iterable[WeightSource]) -> int:
     return TOOLS_MEMORY + PIECE_COPIES * max([min(max(matrices, default=0), LARGEST_PIECE), *experts])
 
 
-def _parity_memory(target: PlannedTarget, used: Iterable[WeightSource]) -> int:
-    """Estimate parity: it holds the bundle's weights (kernels repack them, so a memory map does not help), the
-    reference's largest matrix in float32 (its other weights stay mapped), and both sides' caches.
-    """
-    largest = max((4 * math.prod(info.shape[-2:]) for info in used), default=0)
-    reference_cache = target.kv_bytes * CACHE_BYTES["float32"] // CACHE_BYTES[target.kv_cache]
-    return TOOLS_MEMORY + target.weights_bytes + largest + target.kv_bytes + reference_cache
+def _parity_memory(target: PlannedTarget) -> int:
+    """Estimate parity: the bundle's weights (kernels repack them, so a memory map does not help) and its cache."""
+    return TOOLS_MEMORY + target.weights_bytes + target.kv_bytes
 
 
 def _price(text: TextConfig, label: str, tokens: int) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError
 from arriero.export.machine.budget import human_bytes
-from arriero.export.proof.prove import Judge, check_origin, measure, modalities_of
+from arriero.export.proof.against import check_origin, label_set, modalities_of, open_live
+from arriero.export.proof.prove import measure_bundle
 from arriero.graphs.stored.safetensors_writer import ITEM_BYTES
 from arriero.runtimes.api import load
-from arriero.runtimes.manifest import Manifest, StoredWeight
+from arriero.runtimes.manifest import RECORD_FOLDER, Manifest, StoredWeight
 from arriero.runtimes.proof import plots, report
 from arriero.runtimes.proof.metrics import accuracy_error
 from arriero.runtimes.proof.report import ParityReport
@@ -31,7 +32,8 @@ SPEED_PROMPT, SPEED_TOKENS, SPEED_RUNS = "Count from one to one hundred.", 48, 3
 
 @dataclass(frozen=True)
 class Compared:
-    """One bundle's line. Bytes are of files; shares lie in [0, 1]; KL is the mean over tokens, in nats.
+    """One bundle's line. Bytes are of files, without the reference record; shares lie in [0, 1]; KL is the mean over
+    tokens, in nats.
 
     `decoder_bits` are bits per weight of the decoder layers' matrices, scales counted, router and norms not;
     `kv_bytes_per_token` those of all layers.
@@ -62,13 +64,13 @@ def compare_bundles(
     """Measure each bundle. Raises ArrieroError, before anything is measured, for one of another checkpoint."""
     for bundle in bundles:
         check_origin(bundle, checkpoint)
-    judge = cache(partial(Judge.open, checkpoint, wanted))
+    reference = cache(partial(open_live, checkpoint, wanted))
     lines = []
     for bundle in bundles:
         manifest = Manifest.read(bundle)
         step = partial(watch, f"{manifest.name}: speed")
         speed = _tokens_per_second(bundle, threads, step)
-        measured = measure(bundle, judge(modalities_of(manifest)), {}, watch)
+        measured = measure_bundle(bundle, reference(modalities_of(manifest)), {}, label_set(wanted), watch)
         lines.append(_line(bundle, manifest, measured, speed))
     return lines
 
@@ -189,7 +191,7 @@ def _line(bundle: Path, manifest: Manifest, measured: ParityReport, speed: float
         bundle=str(bundle),
         name=manifest.name,
         profile=manifest.target.profile,
-        bytes=sum(record.bytes for record in manifest.files.values()),
+        bytes=sum(file.bytes for name, file in manifest.files.items() if not name.startswith(f"{RECORD_FOLDER}/")),
         text_bytes=decoder_bytes(manifest.weights),
         decoder_bits=decoder_bits(manifest.weights),
         kv_cache=manifest.target.kv_cache,

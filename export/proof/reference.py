@@ -1,4 +1,4 @@
-"""The PyTorch reference as a backend: float32 arithmetic over the checkpoint's own weights, every capture there is.
+"""The PyTorch reference as a backend: float32 arithmetic over the checkpoint's own weights, with every capture.
 
 It judges the other backends, so it shares no cache with them.
 Shapes: B batch rows, S new tokens per row, P past slots, H hidden, K key/value heads, D head dimension, L slots that

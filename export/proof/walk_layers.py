@@ -1,7 +1,7 @@
-"""Walks the calibration samples through the reference's decoder, one layer at a time, and sees what goes into each.
+"""Walks samples through the reference's decoder, one layer at a time: what calibration sees and the record keeps.
 
 Between two layers the hidden states of all samples lie in a memory-mapped file, and so do the rows that were routed to
-experts; in memory there is one sample's step and the moments of one layer's matrices.
+experts; in memory there is one sample's step and one layer, and for calibration the moments of its matrices.
 Legend: S tokens of a sample, T tokens of all samples, H hidden, F expert width, E experts, k experts per token.
 """
 
@@ -19,16 +19,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from arriero.graphs.config import TextConfig
-from arriero.graphs.model import KeyValue, MoE, rotation_table
+from arriero.graphs.model import KeyValue, Linear, MoE, rotation_table
 from arriero.profiles.kv_cache import CacheRange
 from arriero.profiles.moments import ROWS, Moments, check_finite
 
 if TYPE_CHECKING:
-    from arriero.runtimes.proof.parity import ParityCase
+    from arriero.runtimes.proof.cases import ParityCase
     from arriero.runtimes.session import Session
 
 Floats = NDArray[np.float32]
 Progress = Callable[[int, int], None]
+# What a sample shows: its number, ids [S], pixels [n, 3, h, w] or None, image features [M, H].
+Embedded = Callable[[int, NDArray[np.int64], Floats | None, Floats], None]
+ROUTER = "feed_forward.router"
 # Which matrices of a layer read which input: the module that is watched -> the matrices it stands for.
 DENSE = {"gate_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 WATCHED = {
@@ -75,15 +78,41 @@ class LayerInputs:
     cache: CacheRange
 
 
+@dataclass
+class Step:
+    """One sample through one layer: what its watched matrices read and gave, keys and values, what follows."""
+
+    number: int
+    seen: dict[str, tuple[Floats, Floats]]
+    present: KeyValue  # [1, K, S, D] each
+    after: Floats  # [S, H]
+
+    def choices(self, per_token: int) -> tuple[NDArray[np.int64], Floats, Floats | None]:
+        """Of a MoE layer: expert ids and router logits [S, k], and how clear each choice was, [S]; None if k is all."""
+        logits = torch.from_numpy(self.seen[ROUTER][1])
+        value, chosen = logits.topk(per_token, dim=-1)
+        if logits.shape[-1] == per_token:
+            return chosen.numpy(), value.numpy(), None
+        best = logits.topk(per_token + 1, dim=-1).values
+        return chosen.numpy(), value.numpy(), (best[:, -2] - best[:, -1]).numpy()
+
+
 class Walk:
     """The samples' way through the decoder. `bounds` [samples + 1] says which rows of a hidden file are whose."""
 
-    def __init__(self, session: Session, samples: Sequence[ParityCase], folder: Path, second: bool = True) -> None:
+    def __init__(
+        self,
+        session: Session,
+        samples: Sequence[ParityCase],
+        folder: Path,
+        second: bool = True,
+        what: str = "calibration sample",
+    ) -> None:
         """Encode `samples`, prompt and answer, as the reference `session` does; its files will lie in `folder`.
 
-        `second`: whether second moments are wanted, or counts and ranges only.
+        `second`: whether second moments are wanted, or counts and ranges only. `what` a sample is called in errors.
         """
-        self.second = second
+        self.second, self.what = second, what
         self.model: Any = session.backend.model.language_model  # type: ignore[attr-defined]
         self.session, self.folder = session, folder
         self.text: TextConfig = self.model.config
@@ -103,44 +132,66 @@ class Walk:
         """The hidden states f32 [T, H] that go into `layer`."""
         return self.folder / f"hidden-{layer:03}.npy"
 
-    def embed(self, progress: Progress | None = None) -> None:
-        """Write the hidden states that go into layer 0: embedded ids, with images in their places."""
+    def embed(self, progress: Progress | None = None, seen: Embedded | None = None) -> None:
+        """Write the hidden states that go into layer 0: embedded ids, with images in their places.
+
+        `seen(number, ids, pixels, features)` is called with what each sample shows.
+        """
         out = _create(self.hidden_file(0), self.tokens, self.text.hidden_size)
         backend = self.session.backend
-        for number, (sample, answer) in enumerate(zip(self.samples, self.answers, strict=True)):
-            prompt = self.session.encode(sample.prompt, sample.images)
-            pixels = prompt.pixel_values
+        for number, sample in enumerate(self.samples):
+            pixels = self.session.encode(sample.prompt, sample.images).pixel_values
             features = np.zeros((0, self.text.hidden_size), np.float32) if pixels is None else backend.vision(pixels)
-            embeds = backend.embed(np.concatenate([prompt.input_ids, answer])[None], features)[0]
-            check_finite(embeds, "embeddings", sample.name)
+            ids = self.ids(number)
+            embeds = backend.embed(ids[None], features)[0]
+            check_finite(embeds, "embeddings", sample.name, self.what)
             out[self.bounds[number] : self.bounds[number + 1]] = embeds
+            if seen:
+                seen(number, ids, pixels, features)
             if progress:
                 progress(number + 1, len(self.prompts))
         _finish(out, self.hidden_file(0))
 
-    @torch.inference_mode()
+    def ids(self, number: int) -> NDArray[np.int64]:
+        """The ids [S] of a sample, prompt and answer."""
+        return np.concatenate([self.prompts[number].input_ids, self.answers[number]])
+
+    def steps(self, layer: int, progress: Progress | None = None) -> Iterator[Step]:
+        """Run `layer` over all samples in turn, and write the hidden states after it when the last is taken.
+
+        Matrices that every token reads are widened once for all samples, experts when they are routed to.
+        """
+        module = self.model.model.layers[layer]
+        hidden = np.load(self.hidden_file(layer), mmap_mode="r")
+        out = _create(self.hidden_file(layer + 1), *hidden.shape)
+        with _widened(module):
+            for number, (start, stop) in enumerate(zip(self.bounds[:-1], self.bounds[1:], strict=True)):
+                with _watched(module) as seen:
+                    after, present = self.step(layer, np.array(hidden[start:stop]))
+                yield Step(number, seen, present, after)
+                out[start:stop] = after
+                if progress:
+                    progress(number + 1, len(self.prompts))
+        _finish(out, self.hidden_file(layer + 1))
+
     def observe(self, layer: int, progress: Progress | None = None) -> LayerInputs:
         """Run `layer` over all samples, give what its matrices read, and write the hidden states after it.
 
         Raises ArrieroError naming layer, input or expert, and sample when an activation is not finite.
         """
         module, per_token = self.model.model.layers[layer], self.text.experts_per_token
-        hidden = np.load(self.hidden_file(layer), mmap_mode="r")
-        out = _create(self.hidden_file(layer + 1), *hidden.shape)
         moe, routed, choices = isinstance(module.feed_forward, MoE), None, []
         if moe:
             rows = _create(self.folder / "routed.npy", self.tokens * per_token, self.text.hidden_size)
             samples = np.repeat(np.arange(len(self.prompts)), np.diff(self.bounds) * per_token)
         moments: dict[str, Moments] = {}
         cache = CacheRange(self.text.kv_heads, self.text.head_dim, self.text.layers[layer].rope)
-        for number, (start, stop) in enumerate(zip(self.bounds[:-1], self.bounds[1:], strict=True)):
-            with _watched(module) as seen:
-                after, present = self.step(layer, np.array(hidden[start:stop]))
-            cache.add(*(one[0].transpose(0, 1).numpy() for one in present))
-            for site, (x, _) in seen.items():
-                if site == "feed_forward.router":
+        for step in self.steps(layer, progress):
+            cache.add(*(one[0].transpose(0, 1).numpy() for one in step.present))
+            for site, (x, _) in step.seen.items():
+                if site == ROUTER:
                     continue
-                check_finite(x, f"layer {layer}, input of {site}", self.samples[number].name)
+                check_finite(x, f"layer {layer}, input of {site}", self.samples[step.number].name)
                 for name in WATCHED[site]:
                     tensor = f"language_model.model.layers.{layer}.{name}.weight"
                     moments.setdefault(
@@ -148,18 +199,21 @@ class Walk:
                     )
                 moments[self._shared(layer, site)].add(x)
             if moe:
-                x, logits = seen["feed_forward.router"]
-                value, chosen = torch.from_numpy(logits).topk(per_token, dim=-1)
-                scaled = x[:, None] * value.sigmoid().numpy()[..., None]  # the score scales the expert's input
+                x, (chosen, value, _) = step.seen[ROUTER][0], step.choices(per_token)
+                scaled = x[:, None] * torch.from_numpy(value).sigmoid().numpy()[..., None]  # the expert's input
+                start, stop = self.bounds[step.number : step.number + 2]
                 rows[start * per_token : stop * per_token] = scaled.reshape(-1, x.shape[-1])
-                choices.append(chosen.numpy().reshape(-1))
-            out[start:stop] = after
-            if progress:
-                progress(number + 1, len(self.prompts))
+                choices.append(chosen.reshape(-1))
         if moe:
             routed = Routed(rows, np.concatenate(choices), samples, [sample.name for sample in self.samples])
-        _finish(out, self.hidden_file(layer + 1))
         return LayerInputs(layer, moments, routed, cache)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Floats) -> Floats:
+        """The logits f32 [S, V] of the hidden states [S, H] after the last layer."""
+        last = self.model.model.norm(torch.from_numpy(hidden))
+        logits: Floats = self.model.head(last).numpy()
+        return logits
 
     def _shared(self, layer: int, site: str) -> str:
         return f"language_model.model.layers.{layer}.{WATCHED[site][0]}.weight"
@@ -189,6 +243,20 @@ def expert_output(rows: Floats, gate_up: Floats, down: Floats) -> Floats:
 
 
 @contextmanager
+def _widened(module: nn.Module) -> Iterator[None]:
+    """Within the block, the module's matrices are float32; experts, whose weights no `Linear` holds, stay as stored."""
+    linears = [part for part in module.modules() if isinstance(part, Linear)]
+    stored = [part.weight for part in linears]
+    try:
+        for part in linears:
+            part.weight = nn.Parameter(part.weight.float(), requires_grad=False)
+        yield
+    finally:
+        for part, weight in zip(linears, stored, strict=True):
+            part.weight = weight
+
+
+@contextmanager
 def _watched(module: nn.Module) -> Iterator[dict[str, tuple[Floats, Floats]]]:
     """Within the block, note the input [S, K] and output [S, N] of each watched linear layer and of the router."""
     seen: dict[str, tuple[Floats, Floats]] = {}
@@ -199,7 +267,7 @@ def _watched(module: nn.Module) -> Iterator[dict[str, tuple[Floats, Floats]]]:
 
         return hook
 
-    sites = {*WATCHED, "feed_forward.router"}
+    sites = {*WATCHED, ROUTER}
     hooks = [part.register_forward_hook(note(name)) for name, part in module.named_modules() if name in sites]
     try:
         yield seen

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,11 @@ import numpy as np
 
 from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.export.build_file.schema import EMBEDDED, Cases, Samples
-from arriero.profiles.data import IMAGE_FAMILIES, TEXT_FAMILIES, Sample, make, score
+from arriero.profiles.data import IMAGE_FAMILIES, TEXT_FAMILIES, Sample, make
 from arriero.runtimes.manifest import SampleSet, file_sha256
-from arriero.runtimes.proof.parity import ParityCase
+from arriero.runtimes.proof.cases import ParityCase
+from arriero.runtimes.proof.rows import PER_FAMILY
+from arriero.runtimes.proof.scorers import SAME_ANSWER
 
 if TYPE_CHECKING:
     from arriero.runtimes.processor.processor import Processor
@@ -71,7 +72,7 @@ def _embedded_case(number: int, sample: Sample) -> ParityCase:
         prompt=sample.prompt,
         images=sample.images,
         answer=sample.answer,
-        score=partial(score, sample),
+        scorer=SAME_ANSWER,
     )
 
 
@@ -119,6 +120,20 @@ def _image_hash(image: Any, known: dict[str, str]) -> str:
     if image not in known:
         known[image] = file_sha256(Path(image))
     return known[image]
+
+
+def check_answers(cases: Sequence[ParityCase], thresholds: Mapping[str, float]) -> None:
+    """Refuse thresholds on task accuracy that no case has an answer for: they could only fail."""
+    scored = sorted({case.family for case in cases if case.scorer})
+    for name in thresholds:
+        metric, _, family = name.partition(".")
+        if metric in PER_FAMILY and (not scored or (family and family not in scored)):
+            raise ArrieroError(
+                f"no parity case{f' of {family}' if family else ''} has an answer",
+                where=f"thresholds.{name}",
+                expected=f"cases with answers (there are some of: {', '.join(scored) or 'none'})",
+                remedy="Give answers to the cases of the set, more samples, or another profile",
+            )
 
 
 def encoded_sizes(cases: Sequence[ParityCase], processor: Processor, most_tokens: int) -> list[tuple[int, int]]:

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.export.build_file.schema import nearest
-from arriero.profiles.data import same_answer
 from arriero.runtimes.processor.images import read_image, read_video
-from arriero.runtimes.proof.parity import ParityCase
+from arriero.runtimes.proof.cases import ParityCase
+from arriero.runtimes.proof.scorers import SAME_ANSWER
 
 QUESTION = "Describe the image."
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -194,7 +193,7 @@ class _Lines:
 def _as_case(name: str, prompt: Any, answer: str) -> ParityCase:
     kinds = {entry["type"] for entry in entries_of(ParityCase(name, "", prompt))}
     family = "video" if "video" in kinds else "image" if "image" in kinds else "text"
-    return ParityCase(name, family, prompt, (), answer, partial(same_answer, answer) if answer else None)
+    return ParityCase(name, family, prompt, (), answer, SAME_ANSWER if answer else "")
 
 
 def _unreadable(cases: Iterable[ParityCase]) -> Iterator[ArrieroError]:

@@ -1,9 +1,9 @@
-"""The named families, drawing from them, and the one scoring function."""
+"""The named families, and drawing from them."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -39,22 +39,3 @@ def make(family: str, count: int, seed: int, split: str = "held-out") -> list[Sa
         raise ArrieroError(f"there is no task family {family!r}", expected=f"one of {', '.join(FAMILIES)}")
     rng = np.random.default_rng([seed, zlib.crc32(family.encode()), split == "train"])
     return [FAMILIES[family](rng, split == "train") for _ in range(count)]
-
-
-def score(sample: Sample, answer: str) -> bool:
-    """Whether `answer` is the sample's right answer (see `same_answer`)."""
-    return same_answer(sample.answer, answer)
-
-
-def same_answer(right: str, answer: str) -> bool:
-    """Whether `answer` is `right`, blind to case, spacing and a final full stop."""
-    return _plain(answer) == _plain(right)
-
-
-def accuracy(samples: Sequence[Sample], answers: Sequence[str]) -> float:
-    """Share of right answers: task accuracy."""
-    return float(np.mean([score(sample, answer) for sample, answer in zip(samples, answers, strict=True)]))
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().strip().rstrip(".").split())

@@ -24,12 +24,16 @@ class ShapesDiffer(ValueError):
 
 @dataclass(frozen=True)
 class ErrorSums:
-    """Sums from which relative L2, SNR and the largest error follow; `+` joins the sums of two pieces."""
+    """Sums from which relative L2, SNR and the largest error follow; `+` joins the sums of two pieces.
+
+    Of a sketch (`sketch.py`) the noise is an estimate with a variance, and the largest error is not known.
+    """
 
     signal: float = 0.0  # sum of reference^2
     noise: float = 0.0  # sum of (candidate - reference)^2
-    max_abs: float = 0.0  # max |candidate - reference|
+    max_abs: float | None = 0.0  # max |candidate - reference|
     count: int = 0
+    variance: float = 0.0  # of `noise`
 
     @classmethod
     def of(cls, reference: NDArray, candidate: NDArray) -> ErrorSums:
@@ -45,11 +49,15 @@ class ErrorSums:
             )
 
     def __add__(self, other: ErrorSums) -> ErrorSums:
+        largest = None
+        if self.max_abs is not None and other.max_abs is not None:
+            largest = float(np.maximum(self.max_abs, other.max_abs))  # unlike max(), keeps a NaN on either side
         return ErrorSums(
             self.signal + other.signal,
             self.noise + other.noise,
-            float(np.maximum(self.max_abs, other.max_abs)),  # unlike max(), keeps a NaN on either side
+            largest,
             self.count + other.count,
+            self.variance + other.variance,
         )
 
     @property
@@ -60,6 +68,18 @@ class ErrorSums:
         if self.signal == 0.0:
             return 0.0 if self.noise == 0.0 else math.inf
         return math.sqrt(self.noise / self.signal)
+
+    @property
+    def relative_l2_error(self) -> float:
+        """Standard error of `relative_l2`; 0 where it is exact."""
+        if not self.variance:
+            return 0.0
+        return self.relative_l2 * math.sqrt(self.variance) / (2 * self.noise)
+
+    @property
+    def snr_db_error(self) -> float:
+        """Standard error of `snr_db` in dB; 0 where it is exact."""
+        return 10 / math.log(10) * math.sqrt(self.variance) / self.noise if self.variance else 0.0
 
     @property
     def snr_db(self) -> float:
@@ -82,7 +102,7 @@ def snr_db(reference: NDArray, candidate: NDArray) -> float:
     return ErrorSums.of(reference, candidate).snr_db
 
 
-def max_abs_error(reference: NDArray, candidate: NDArray) -> float:
+def max_abs_error(reference: NDArray, candidate: NDArray) -> float | None:
     """`max |candidate - reference|` over two arrays of one shape; NaN if any difference is NaN; 0 when empty."""
     return ErrorSums.of(reference, candidate).max_abs
 
@@ -153,7 +173,7 @@ def same_top_token(reference: NDArray, candidate: NDArray, near_tie: float = NEA
     with np.errstate(invalid="ignore"):
         tie = finite & (best[:, 1] - best[:, 0] < near_tie)
     same = (reference.argmax(axis=-1) == candidate.argmax(axis=-1)) & finite
-    return _agreement(same, tie, int((~finite).sum()))
+    return agreement(same, tie, int((~finite).sum()))
 
 
 def router_agreement(
@@ -166,7 +186,7 @@ def router_agreement(
     _same_shape(reference, candidate)
     same = (np.sort(reference, axis=-1) == np.sort(candidate, axis=-1)).all(axis=-1)
     tie = np.zeros(len(same), bool) if margin is None else np.asarray(margin).reshape(len(same)) < near_tie
-    return _agreement(same, tie, 0)
+    return agreement(same, tie, 0)
 
 
 def common_prefix(reference: Sequence[int], candidate: Sequence[int]) -> float:
@@ -202,7 +222,8 @@ def meets(value: float, threshold: float, direction: str) -> bool:
     return value >= threshold and value != -math.inf
 
 
-def _agreement(same: NDArray, tie: NDArray, nonfinite: int) -> Agreement:
+def agreement(same: NDArray, tie: NDArray, nonfinite: int) -> Agreement:
+    """The sums over tokens [T] of which `same` chose alike and `tie` were near ties."""
     flips = ~same
     return Agreement(len(same), int(tie.sum()), int((flips & tie).sum()), int((flips & ~tie).sum()), nonfinite)
 

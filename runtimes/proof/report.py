@@ -18,90 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.proof import metrics, plots
+from arriero.runtimes.proof import plots
+from arriero.runtimes.proof.rows import AnswerMode, Row
 
 if TYPE_CHECKING:
     from jinja2 import Template
     from rich.console import Console
 
-FORMAT = 1
+FORMAT = 2
 _AGAIN = "Run `arriero parity` again"
+SIDES = ("reference", "candidate")
 _LAYER_NUMBERS = ("relative_l2", "snr_db", "router_agreement")
 _CASE_NUMBERS = ("logits_relative_l2", "logits_max_abs_error", "kl_mean", "greedy_prefix")
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What a row's name means: its title, whether the threshold is a `max` or a `min`, its unit, one sentence."""
-
-    title: str
-    direction: str
-    unit: str
-    meaning: str
-
-
-METRICS: dict[str, Metric] = {
-    "same_prompt": Metric("Same prompt", "min", "share", "Cases whose token ids and pixels are equal on both sides."),
-    "nonfinite_values": Metric("Values not finite", "max", "count", "NaN or infinite numbers on either side."),
-    "logits_max_abs_error": Metric("Logits, largest error", "max", "", "max |candidate - reference| over all logits."),
-    "logits_relative_l2": Metric("Logits, relative error", "max", "", "|candidate - reference| / |reference|, L2."),
-    "logits_kl_mean": Metric("Logits, mean KL", "max", "nat", "KL(reference || candidate), mean over tokens."),
-    "rtn_kl_mean": Metric(
-        "Logits, mean KL of the RTN baseline", "max", "nat", "The same for the profile's own form without calibration."
-    ),
-    "kl_over_rtn": Metric(
-        "KL over the RTN baseline's", "max", "share", "Mean KL over that of the profile's own form without calibration."
-    ),
-    "same_top_token": Metric("Same top token", "min", "share", "Tokens with the same largest logit, near ties apart."),
-    "router_agreement": Metric(
-        "Router agreement", "min", "share", "Tokens sent to the same experts over all MoE layers, near ties apart."
-    ),
-    "router_agreement_lowest": Metric(
-        "Router agreement, lowest layer", "min", "share", "The same for the MoE layer that agrees least."
-    ),
-    "layer_relative_l2_highest": Metric(
-        "Layers, highest relative error", "max", "", "Residual stream after the layer that is furthest off."
-    ),
-    "layer_snr_db_lowest": Metric("Layers, lowest SNR", "min", "dB", "Signal to noise of the same layer."),
-    "embeddings_relative_l2": Metric(
-        "Embeddings, relative error", "max", "", "Token lookup and image merge, both sides given the same features."
-    ),
-    "vision_relative_l2": Metric("Vision, relative error", "max", "", "Image features of the tower and projector."),
-    "greedy_prefix_length": Metric(
-        "Greedy prefix", "min", "share", "Common prefix of both greedy answers over the longer one, mean over cases."
-    ),
-    "task_accuracy_reference": Metric("Task accuracy, reference", "min", "share", "Answers scored right."),
-    "task_accuracy_candidate": Metric("Task accuracy, candidate", "min", "share", "Answers scored right."),
-    "task_accuracy_drop": Metric("Task accuracy, drop", "max", "share", "Reference minus candidate."),
-}
-PER_FAMILY = ("task_accuracy_reference", "task_accuracy_candidate", "task_accuracy_drop")
-ALWAYS = {"same_prompt": 1.0, "nonfinite_values": 0.0}  # a bundle that breaks these is broken at any precision
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the report. `value` None: not measured, `detail` says why; `status`: pass, fail or info."""
-
-    metric: str
-    value: float | None
-    threshold: float | None
-    status: str
-    detail: str
-
-    def __post_init__(self) -> None:
-        if self.metric.partition(".")[0] not in METRICS:
-            raise ValueError(f"no such parity metric: {self.metric}")
-
-    @property
-    def about(self) -> Metric:
-        """The metric's meaning; `task_accuracy_drop.recall` shares that of `task_accuracy_drop`."""
-        return METRICS[self.metric.partition(".")[0]]
-
-    @property
-    def title(self) -> str:
-        """The metric's title, with the family if the row is of one."""
-        family = self.metric.partition(".")[2]
-        return f"{self.about.title}: {family}" if family else self.about.title
 
 
 @dataclass(frozen=True)
@@ -133,7 +61,11 @@ class FamilyScore:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One case: teacher-forced figures and both greedy answers. `right` is None where the case has no score."""
+    """One case: teacher-forced figures and both answers. `right` is None where the case has no scorer.
+
+    `logits_max_abs_error` is over the logits that the reference keeps. A forced answer ends where it leaves the
+    expected one.
+    """
 
     name: str
     family: str
@@ -161,6 +93,7 @@ class ParityReport:
     families: tuple[FamilyScore, ...]
     cases: tuple[CaseResult, ...]
     near_tie: float
+    answers: AnswerMode  # how both sides answered: `generated` or `forced`
     labels: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -181,26 +114,16 @@ class ParityReport:
             raise ArrieroError(what, where=where, remedy=_AGAIN)
         try:
             return cls(
-                rows=tuple(Row(**_numbers(row, "value", "threshold")) for row in data["rows"]),
+                rows=tuple(Row(**_numbers(row, "value", "threshold", "error")) for row in data["rows"]),
                 layers=tuple(LayerSeries(**_numbers(layer, *_LAYER_NUMBERS)) for layer in data["layers"]),
                 families=tuple(FamilyScore(**family) for family in data["families"]),
                 cases=tuple(CaseResult(**_numbers(case, *_CASE_NUMBERS)) for case in data["cases"]),
                 near_tie=float(data["near_tie"]),
+                answers=data["answers"],
                 labels=dict(data["labels"]),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArrieroError(f"the parity report is damaged ({error})", where=where, remedy=_AGAIN) from error
-
-
-def judge(metric: str, value: float | None, threshold: float | None, detail: str) -> Row:
-    """The row of `metric`: with a threshold, what was not measured fails; without one, only broken numbers fail."""
-    direction = METRICS[metric.partition(".")[0]].direction
-    if value is None:
-        return Row(metric, None, threshold, "info" if threshold is None else "fail", f"not measured: {detail}")
-    if threshold is not None:
-        return Row(metric, value, threshold, "pass" if metrics.meets(value, threshold, direction) else "fail", detail)
-    anything = math.inf if direction == "max" else -math.inf
-    return Row(metric, value, None, "info" if metrics.meets(value, anything, direction) else "fail", detail)
 
 
 def write_json(report: ParityReport, path: Path) -> None:
@@ -311,8 +234,11 @@ def render_table(report: ParityReport, console: Console) -> None:
 
 
 def show(row: Row) -> str:
-    """The row's value with its unit: shares as percent, small numbers in scientific form; a dash if not measured."""
-    return _number(row.value, row.about.unit)
+    """The row's value with its unit and standard error: shares as percent, small numbers in scientific form; a dash if
+    not measured.
+    """
+    value = _number(row.value, row.about.unit)
+    return f"{value} ± {_number(row.error, row.about.unit)}" if row.value is not None and row.error else value
 
 
 def _limit(row: Row) -> str:
@@ -341,8 +267,8 @@ def _number(value: float | None, unit: str = "") -> str:
 
 def _told(report: ParityReport) -> list[Row]:
     """The rows for human eyes: a family's drop tells both accuracies, so these two are left out where not judged."""
-    both = ("task_accuracy_reference.", "task_accuracy_candidate.")
-    return [row for row in report.rows if row.status != "info" or not row.metric.startswith(both)]
+    both = [f"{prefix}_{side}." for prefix in ("task_accuracy", "task_accuracy_forced") for side in SIDES]
+    return [row for row in report.rows if row.status != "info" or not row.metric.startswith(tuple(both))]
 
 
 def _badness(case: CaseResult) -> tuple[bool, float]:

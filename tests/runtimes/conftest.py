@@ -293,6 +293,7 @@ def write_manifest(folder: Path, **changes: Any) -> dict[str, Any]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json"]
     manifest = {
         "format": FORMAT,
+        "record": "0" * 64,
         "arriero": "0.1.0",
         "name": "toy",
         "model": model_entry(),
@@ -325,12 +326,14 @@ def seal(manifest: dict[str, Any]) -> None:
     """Give the manifest the hash chain that fits what it says."""
     graph, profile = link("0", manifest["build"]["graph"]), link("0", "1")
     artifact = link(profile, manifest_digest(manifest))
-    parity = link(artifact, parity_digest({name: FileRecord(**record) for name, record in manifest["files"].items()}))
+    record = link(artifact, manifest["record"])
+    parity = link(record, parity_digest({name: FileRecord(**record) for name, record in manifest["files"].items()}))
     manifest["chain"] = {
         "checkpoint": "0",
         "graph": graph,
         "profile": profile,
         "artifact": artifact,
+        "record": record,
         "parity": parity,
     }
 

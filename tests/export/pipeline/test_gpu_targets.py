@@ -221,7 +221,9 @@ def test_a_build_goes_as_far_as_the_machine_and_on_from_there(small: Path, monke
     assert arriero("build", file).code == 3
     reached = []
     monkeypatch.setattr(building, "local_gpus", lambda: (Gpu(89),))
-    monkeypatch.setattr("arriero.export.proof.prove.measure", lambda bundle, *given: reached.append(bundle) or 1 / 0)
+    monkeypatch.setattr(
+        "arriero.export.proof.prove.measure_bundle", lambda bundle, *given: reached.append(bundle) or 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):  # the proof itself needs the GPU
         arriero("build", file)
     assert reached == [small / "out" / "card.partial"]

@@ -66,7 +66,7 @@ def test_planning_touches_nothing(folder):
     plan = make_plan(build)
     assert sorted(folder.rglob("*")) == before
     assert [stage.name for stage in plan.stages] == [
-        *("graph", "calibrate", "lower-small", "parity-small", "lower-exact", "parity-exact")
+        *("graph", "calibrate", "reference", "lower-small", "parity-small", "lower-exact", "parity-exact")
     ]
     assert not any(stage.done or stage.key for stage in plan.stages)
     assert not plan.done
@@ -179,6 +179,36 @@ def test_an_int8_cache_is_a_quarter_and_has_keys_and_thresholds_of_its_own(folde
     assert "(int8)" in console.file.getvalue()
 
 
+def test_a_plan_says_how_answers_are_made_and_what_the_record_takes(folder, monkeypatch):
+    told = make_plan(load(folder)).reference
+    assert (told["answers"], told["record"]) == ("generated", "bundle")
+    more = make_plan(load(folder, BUILD + "parity: {cases: {samples: 96}, record: separate}")).reference
+    assert (more["record"], more["record_bytes"]) == ("separate", 2 * told["record_bytes"])  # of 48
+    monkeypatch.setattr("arriero.export.pipeline.record_plan.GENERATED_BYTES", 1000)  # any checkpoint is large
+    large = make_plan(load(folder))
+    assert large.reference["answers"] == "forced"
+    console = Console(file=io.StringIO(), width=140)
+    show_plan(large, console)
+    assert "answers are forced; reference record at most about" in console.file.getvalue()
+    assert make_plan(load(folder, BUILD + "parity: {answers: generated}")).reference["answers"] == "generated"
+
+
+def test_a_profile_s_thresholds_hold_for_the_kind_of_answers_that_there_is(folder):
+    forced = load(folder, BUILD + "parity: {answers: forced, thresholds: {task_accuracy_forced_drop.recall: 0.2}}")
+    profile = load_profile("int8")
+    found = thresholds(forced, forced.targets[0], profile)
+    drop = profile.thresholds["task_accuracy_drop"]
+    assert found == {
+        "router_agreement": profile.thresholds["router_agreement"],
+        "task_accuracy_forced_drop": drop,
+        "task_accuracy_forced_drop.recall": 0.2,
+    }
+    for answers, metric in (("forced", "task_accuracy_drop"), ("generated", "greedy_prefix_forced_length")):
+        wrong = load(folder, BUILD + f"parity: {{answers: {answers}, thresholds: {{{metric}: 0.5}}}}")
+        with pytest.raises(ArrieroError, match=rf"parity.thresholds.{metric}: answers are {answers}"):
+            make_plan(wrong)
+
+
 def test_maverick_and_text_only(tmp_path):
     make_maverick_toy(tmp_path / "model", seed=4)
     plan = make_plan(load(tmp_path, BUILD.replace("[text, image]", "[text]")))
@@ -188,9 +218,9 @@ def test_maverick_and_text_only(tmp_path):
 
 def test_finished_stages_are_known_and_need_nothing_more(folder):
     build = load(folder)
-    finish(build, ["graph", "calibrate", "lower-small"])
+    finish(build, ["graph", "calibrate", "reference", "lower-small"])
     plan = make_plan(build)
-    assert [stage.name for stage in plan.stages if stage.done] == ["graph", "calibrate", "lower-small"]
+    assert [stage.name for stage in plan.stages if stage.done] == ["graph", "calibrate", "reference", "lower-small"]
     assert plan.disk == plan.targets[1].weights_bytes + 2 * GRAPH_DISK
     finish(build)
     plan = make_plan(build)
@@ -202,7 +232,9 @@ def test_finished_stages_are_known_and_need_nothing_more(folder):
     ("old", "new", "undone"),
     [
         ("context: 128", "context: 64", ["lower-small", "parity-small"]),
-        ("targets:", "parity: {cases: {samples: 5}}\ntargets:", ["parity-small", "parity-exact"]),
+        ("targets:", "parity: {cases: {samples: 5}}\ntargets:", ["reference", "parity-small", "parity-exact"]),
+        ("targets:", "parity: {answers: forced}\ntargets:", ["reference", "parity-small", "parity-exact"]),
+        ("targets:", "parity: {record: separate}\ntargets:", []),
         ("targets:", "parity: {thresholds: {logits_kl_mean: 1}}\ntargets:", ["parity-small", "parity-exact"]),
         ("targets:", "calibration: {seed: 5}\ntargets:", ["calibrate", "lower-small", "parity-small"]),
         ("targets:", "budgets: {disk: 1GiB}\ntargets:", []),
@@ -213,7 +245,7 @@ def test_a_change_undoes_what_depends_on_it(folder, old, new, undone):
     finish(load(folder))
     left = [stage.name for stage in make_plan(load(folder, BUILD.replace(old, new))).stages if not stage.done]
     assert set(undone) <= set(left)
-    if len(undone) < 3:
+    if len(undone) < 3 or "reference" in undone:
         assert left == undone
 
 

@@ -1,4 +1,4 @@
-"""`compare` on a real toy reference: an honest candidate passes, each subtly wrong one fails by the row it should."""
+"""`measure` on a real toy reference: an honest candidate passes, each subtly wrong one fails by the row it should."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ import pytest
 import torch
 
 from arriero.errors import ArrieroError, Problems
+from arriero.export.proof.live_reference import LiveReference
 from arriero.export.proof.reference import TorchBackend
 from arriero.graphs.ops import expert_dispatch
 from arriero.runtimes.backend import StepOutput
 from arriero.runtimes.processor.detokenize import Detokenizer
 from arriero.runtimes.processor.processor import Prompt
-from arriero.runtimes.proof.parity import ParityCase, check_thresholds, compare
+from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS, ParityCase
+from arriero.runtimes.proof.parity import measure
 from arriero.runtimes.proof.report import ParityReport
+from arriero.runtimes.proof.rows import check_thresholds
+from arriero.runtimes.proof.scorers import SAME_ANSWER
 from arriero.runtimes.session import Session
 from tests.toys import IMAGE_TOKEN, make_maverick_toy, make_scout_toy
 
@@ -70,14 +74,14 @@ def cases(reference) -> list[ParityCase]:
     ]
     made = []
     for number, (family, text, images) in enumerate(prompts):
-        answer = reference.generate(reference.encode(text, list(images)), max_tokens=12).text
+        answer = reference.generate(reference.encode(text, list(images)), max_tokens=MAX_ANSWER_TOKENS).text
         right = "no such answer" if number == 1 else answer
-        made.append(ParityCase(f"{family}-{number}", family, text, images, answer[:6], right.__eq__))
+        made.append(ParityCase(f"{family}-{number}", family, text, images, right, SAME_ANSWER))
     return made
 
 
-def run(reference: Session, candidate: Session, cases, thresholds=EXACT) -> ParityReport:
-    return compare(reference, candidate, cases, thresholds, max_new_tokens=12)
+def run(reference: Session, candidate: Session, cases, thresholds=EXACT, *given, **named) -> ParityReport:
+    return measure(candidate, LiveReference(reference, cases), thresholds, *given, **named)
 
 
 def twin(reference: Session) -> TorchBackend:
@@ -108,14 +112,7 @@ def test_an_honest_candidate_passes_every_row(reference, cases):
         "task_accuracy_candidate.image": 1.0,
     }
     model = copy.deepcopy(reference.backend.model).float()  # the same numbers, wider
-    report = compare(
-        reference,
-        session(TorchBackend.of(model)),
-        cases,
-        thresholds,
-        lambda *step: seen.append(step),
-        max_new_tokens=12,
-    )
+    report = run(reference, session(TorchBackend.of(model)), cases, thresholds, lambda *step: seen.append(step))
     assert not report.failed, failed(report)
     assert seen == [(1, 3, "recall-0"), (2, 3, "arithmetic-1"), (3, 3, "image-2")]
     assert [layer.attention for layer in report.layers] == ["chunked"] * 3 + ["global"]
@@ -181,7 +178,7 @@ def test_a_dropped_chunk_mask_is_not_seen_within_one_chunk(reference):
     backend = twin(reference)
     for layer in backend.model.language_model.model.layers:
         layer.self_attn.layer = replace(layer.self_attn.layer, chunked=False)
-    assert not compare(reference, session(backend), [ParityCase("short", "x", "abc")], EXACT, max_new_tokens=4).failed
+    assert not run(reference, session(backend), [ParityCase("short", "x", "abc")], EXACT).failed
 
 
 def test_a_fault_of_decode_alone_fails_by_the_greedy_rows(reference, cases):
@@ -251,7 +248,7 @@ def test_a_threshold_on_what_was_not_measured_fails(reference, cases):
         "task_accuracy_drop": 1.0,
         "task_accuracy_drop.recal": 1.0,
     }
-    unscored = [replace(case, score=None) for case in cases[:2]]
+    unscored = [replace(case, scorer="") for case in cases[:2]]
     report = run(reference, session(blind), unscored, limits)
     assert failed(report) == set(limits)
     assert row(report, "vision_relative_l2").detail == "not measured: no image cases"
@@ -278,7 +275,7 @@ def test_near_tie_routing_is_counted_apart(reference, cases):
             return output
 
         candidate = session(Wrapped(reference.backend, forward=forward))
-        return compare(reference, candidate, [case], EXACT, max_new_tokens=4, near_tie=near_tie)
+        return run(reference, candidate, [case], EXACT, near_tie=near_tie)
 
     apart = flipped_at(margins.argmin())
     assert row(apart, "router_agreement").value == 1.0
@@ -291,7 +288,7 @@ def test_near_tie_routing_is_counted_apart(reference, cases):
 def test_mavericks_dense_layers_have_no_routers(tmp_path):
     backend = TorchBackend(make_maverick_toy(tmp_path / "maverick", seed=4))
     text = [ParityCase("text", "x", "a prompt that is longer than one chunk")]
-    report = compare(session(backend), session(backend), text, EXACT, max_new_tokens=4)
+    report = run(session(backend), session(backend), text, EXACT)
     assert not report.failed, failed(report)
     assert [layer.router_agreement for layer in report.layers] == [None, 1.0, None, 1.0]
 
@@ -299,7 +296,7 @@ def test_mavericks_dense_layers_have_no_routers(tmp_path):
 def test_the_report_survives_json(reference, cases):
     report = replace(run(reference, session(twin(reference)), cases), labels={"bundle": "toy"})
     assert ParityReport.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False))) == report
-    for broken in ({}, {"format": 2}, {**report.to_dict(), "rows": [{"metric": "x"}]}, []):
+    for broken in ({}, {"format": 1}, {**report.to_dict(), "rows": [{"metric": "x"}]}, []):
         with pytest.raises(ArrieroError, match="parity report"):
             ParityReport.from_dict(broken)
 
@@ -314,10 +311,10 @@ def test_unknown_thresholds_are_listed_with_the_nearest_name():
 
 def test_what_cannot_be_compared_is_refused(reference, cases, tmp_path):
     with pytest.raises(ArrieroError, match="no parity cases"):
-        compare(reference, reference, [], {})
+        run(reference, reference, [], {})
     other = session(TorchBackend(make_maverick_toy(tmp_path / "maverick", seed=4)))
     with pytest.raises(ArrieroError, match="num_local_experts is 128; expected 4"):
-        compare(reference, other, cases, {})
+        run(reference, other, cases, {})
     short = Wrapped(reference.backend, vision=lambda pixels: reference.backend.vision(pixels)[:-1])
     with pytest.raises(ArrieroError, match=r"parity case image-2: shapes differ"):
-        compare(reference, session(short), cases[2:], {})
+        run(reference, session(short), cases[2:], {})

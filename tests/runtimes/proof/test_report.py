@@ -18,12 +18,10 @@ from rich.console import Console
 from arriero.errors import ArrieroError
 from arriero.runtimes.proof import plots
 from arriero.runtimes.proof.report import (
-    METRICS,
     CaseResult,
     FamilyScore,
     LayerSeries,
     ParityReport,
-    judge,
     read_json,
     render_html,
     render_table,
@@ -32,6 +30,7 @@ from arriero.runtimes.proof.report import (
     write_json,
     write_junit,
 )
+from arriero.runtimes.proof.rows import METRICS, judge
 
 HOSTILE = "<script>alert('x')</script> & \x00\x1b"
 
@@ -83,7 +82,9 @@ def make_report(layers: int = 8) -> ParityReport:
         judge("task_accuracy_drop.recall", 0.02, None, "1 lost, 0 gained of 48"),
     )
     families = (FamilyScore("recall", 48, 47, 46, 1, 0), FamilyScore("video direction of motion", 40, 40, 40, 0, 0))
-    return ParityReport(rows, series, families, cases, 1e-3, {"bundle": "portable-int8", "profile": "int8 (version 1)"})
+    return ParityReport(
+        rows, series, families, cases, 1e-3, "generated", {"bundle": "portable-int8", "profile": "int8 (version 1)"}
+    )
 
 
 def test_json_round_trip_is_whole_and_repeatable(tmp_path):
@@ -114,7 +115,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("parity.json", "old")]
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"format": 1}', '{"format": 9}', "\x00"])
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"format": 2}', '{"format": 9}', "\x00"])
 def test_a_damaged_report_is_refused_with_its_path(tmp_path, text):
     if text is not None:
         (tmp_path / "parity.json").write_text(text)

@@ -1,0 +1,38 @@
+"""Where a build's reference record goes: into each bundle, or beside the bundles under a name of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from arriero.export.pipeline.bundle import assemble
+from arriero.export.pipeline.stages import WorkDir
+from arriero.runtimes.manifest import RECORD_FILE, RECORD_FOLDER, Manifest
+from arriero.runtimes.proof.record import ReferenceRecord
+
+Place = Literal["bundle", "separate"]
+
+
+def place_record(record: ReferenceRecord, place: Place, bundle: Path, work: WorkDir) -> None:
+    """Put the record into the `bundle` that is being assembled, or publish it beside the bundles, once."""
+    if place == "bundle":
+        assemble(record.folder, bundle / RECORD_FOLDER)
+        return
+    folder = separate_folder(work.output, record.hash)
+    if not folder.is_dir():
+        partial = folder.with_name(f"{folder.name}.partial")
+        assemble(record.folder, partial)
+        work.publish(partial, folder)
+
+
+def is_placed(bundle: Path, place: Place) -> bool:
+    """Whether the record of a published bundle is where the build file wants it."""
+    manifest = Manifest.read(bundle)
+    if place == "bundle":
+        return RECORD_FILE in manifest.files
+    return RECORD_FILE not in manifest.files and separate_folder(bundle.parent, manifest.record).is_dir()
+
+
+def separate_folder(output: Path, digest: str) -> Path:
+    """The folder of a record that is published apart."""
+    return output / f"reference-{digest[:8]}"

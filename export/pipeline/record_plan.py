@@ -1,0 +1,66 @@
+"""What a build's reference record depends on, how its answers are made, and what it takes.
+
+Legend: C cases, T tokens of all cases, V vocabulary, H hidden, k experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from arriero.export.build_file.schema import GENERATED_BYTES, BuildConfig
+from arriero.export.calibration import estimate
+from arriero.export.machine.doctor import installed_versions
+from arriero.export.pipeline.sources import source_hash
+from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.config import ModelConfig, TextConfig
+from arriero.graphs.sources.weight_source import WeightSource
+from arriero.runtimes.proof.cases import AnswerMode
+from arriero.runtimes.proof.logits import DRAWN, HEAD, WHOLE_VOCABULARY
+from arriero.runtimes.proof.sketch import BUCKETS
+from arriero.traits import SHARED_PACKAGES
+
+RECORDS = ("export/proof/write_record.py", "export/samples/cases.py")  # the sources that the stage begins in
+ENTRY_BYTES = 4 << 10  # of `record.json` for one case
+
+
+def answer_mode(build: BuildConfig) -> AnswerMode:
+    """How the reference answers: as the build file says, else by the checkpoint's size."""
+    if build.parity.answers is not None:
+        return build.parity.answers
+    size = sum(file.stat().st_size for file in Checkpoint.open(build.model).files)
+    return "generated" if size <= GENERATED_BYTES else "forced"
+
+
+def record_inputs(build: BuildConfig, content_hash: str, cases: Any) -> dict[str, Any]:
+    """What the stage `reference` depends on; `cases` is what its set depends on."""
+    return {
+        "checkpoint": content_hash,
+        "modalities": list(build.modalities),
+        "cases": cases,
+        "answers": answer_mode(build),
+        "tools": installed_versions(SHARED_PACKAGES),
+        "source": source_hash(*RECORDS),
+    }
+
+
+def record_bytes(config: ModelConfig, sizes: Sequence[estimate.Size]) -> int:
+    """Bytes of the record of cases of these sizes: tokens and image tiles. A picture counts as its tiles, unpacked."""
+    text, tokens = config.text, sum(size[0] for size in sizes)
+    whole = text.vocab_size <= WHOLE_VOCABULARY
+    per_token = 4 * text.vocab_size if whole else 8 * (HEAD + DRAWN) + 16
+    per_token += 8 + 4 * len(text.moe_layers) * (text.experts_per_token + 1)
+    sketches = 8 * (BUCKETS + 1) * (len(text.layers) + 4)
+    side = 0 if config.vision is None else config.vision.image_size
+    return tokens * per_token + len(sizes) * (sketches + ENTRY_BYTES) + 3 * side**2 * sum(size[1] for size in sizes)
+
+
+def walk_bytes(text: TextConfig, sizes: Sequence[estimate.Size]) -> int:
+    """Bytes of the hidden states before and after a layer, while the record is made."""
+    return 2 * 4 * text.hidden_size * sum(size[0] for size in sizes)
+
+
+def record_memory(config: ModelConfig, used: Iterable[WeightSource], sizes: Sequence[estimate.Size]) -> int:
+    """Bytes that making the record holds: a layer, one case's step, its logits once more and once masked."""
+    logits = 3 * 4 * config.text.vocab_size * max((size[0] for size in sizes), default=0)
+    return logits + estimate.calibration_memory(config, used, sizes, second=False)

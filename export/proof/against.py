@@ -1,0 +1,164 @@
+"""The comparison of a bundle with the checkpoint itself: whole vocabulary, and a record that must say what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from arriero.errors import ArrieroError
+from arriero.export.proof.live_reference import LiveReference
+from arriero.export.proof.prove import RECORD_LABEL, Watch, check_integrity, judged_by, measure_bundle, open_record
+from arriero.export.proof.reference import open_reference
+from arriero.export.samples.cases import check_answers, draw_cases, encoded_sizes
+from arriero.graphs.checkpoint import Checkpoint
+from arriero.runtimes.backend import ModelSpec
+from arriero.runtimes.manifest import Manifest
+from arriero.runtimes.proof.cases import AnswerMode, ReferenceCase
+from arriero.runtimes.proof.metrics import NEAR_TIE, ShapesDiffer, router_agreement
+from arriero.runtimes.proof.record import ReferenceRecord
+from arriero.runtimes.proof.report import ParityReport, read_json
+from arriero.runtimes.proof.rtn_baseline import recorded_kl, recorded_rows
+from arriero.runtimes.proof.sketch import WholeArray
+
+if TYPE_CHECKING:
+    from arriero.export.build_file.schema import Cases
+
+# The record's walk and the reference's pieces sum float32 in another order: 1e-5 of the largest logit, ten times over.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class CheckedReference:
+    """A live reference on a record's own cases, which refuses the record at the first case that says something else."""
+
+    live: LiveReference
+    record: ReferenceRecord
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's facts."""
+        return self.live.spec
+
+    @property
+    def answers(self) -> AnswerMode:
+        """How both answer."""
+        return self.live.answers
+
+    def __len__(self) -> int:
+        return len(self.record)
+
+    def __iter__(self) -> Iterator[ReferenceCase]:
+        for recorded, live in zip(self.record, self.live, strict=True):
+            if differences := list(find_differences(recorded, live)):
+                raise ArrieroError(
+                    f"the reference record says otherwise than the checkpoint: {', '.join(differences)}",
+                    where=f"{self.record.folder}: case {recorded.case.name}",
+                    expected="what the PyTorch reference says of this case",
+                    remedy="The record was changed, or is of other code or weights: write it anew with `arriero build`",
+                )
+            yield live
+
+
+def find_differences(recorded: ReferenceCase, live: ReferenceCase) -> Iterator[str]:
+    """What a record says of a case otherwise than the live reference, beyond the order of float32 sums.
+
+    A near tie of a router may fall either way on another machine, and everything after it differs; then numbers say
+    nothing and ids alone are compared.
+    """
+    if not np.array_equal(recorded.forced_ids, live.forced_ids):
+        yield "token ids"
+        return
+    ties = False
+    for layer, ids in live.expert_ids.items():
+        agreed = router_agreement(ids, np.asarray(recorded.expert_ids[layer]), live.margins.get(layer), NEAR_TIE)
+        ties |= agreed.near_tie_flips > 0
+        if agreed.real_flips:
+            yield f"experts of layer {layer}"
+    if ties:
+        return
+    parts = {"pixels": (recorded.pixels, live.pixels), "image features": (recorded.features, live.features)}
+    parts["embeddings"] = recorded.embeddings, live.embeddings
+    parts |= {f"layer {layer}": (recorded.hiddens[layer], live.hiddens[layer]) for layer in live.hiddens}
+    for name, (kept, whole) in parts.items():
+        if kept is None or whole is None:
+            if kept is not whole:
+                yield name
+            continue
+        assert isinstance(whole, WholeArray)
+        try:
+            if not kept.errors(whole.values).relative_l2 <= TOLERANCE:
+                yield name
+        except ShapesDiffer:
+            yield name
+    logits = live.logits.values  # type: ignore[attr-defined]
+    figures = recorded.logits.figures(logits, NEAR_TIE)
+    if not figures.largest_error <= TOLERANCE * float(np.abs(logits).max()):
+        yield "logits"
+    if not figures.sums.relative_l2 <= TOLERANCE:
+        yield "logits as a whole"
+    if list(recorded.generated_ids) != list(live.generated_ids) or recorded.generated_text != live.generated_text:
+        yield "the generated answer"
+    if figures.top.real_flips == 0 and not np.array_equal(recorded.top_tokens, live.top_tokens):
+        near = np.count_nonzero(recorded.top_tokens != live.top_tokens)
+        if near > figures.top.near_ties:
+            yield "top tokens"
+
+
+def prove_against(
+    bundle: Path, checkpoint: Path, folder: Path | None, other: Cases | None, watch: Watch
+) -> ParityReport:
+    """Measure a published bundle against the PyTorch reference, by the thresholds that it was published under.
+
+    The cases are those of its record (or of that in `folder`), which is refused where it differs; or `other` ones.
+    Raises ArrieroError when the bundle was made from another checkpoint.
+    """
+    check_integrity(bundle)
+    check_origin(bundle, checkpoint)
+    manifest, built = Manifest.read(bundle), read_json(bundle / "parity.json")
+    modalities = modalities_of(manifest)
+    session = open_reference(checkpoint, "image" not in modalities)
+    if other is not None:
+        cases, limits = draw_cases(other, modalities), judged_by(built, other_cases=True)
+        check_answers(cases, limits)
+        encoded_sizes(cases, session.processor, manifest.target.context - 1)  # room for one token of an answer
+        live = LiveReference(session, cases, built.answers)
+        report = measure_bundle(bundle, live, limits, label_set(other), watch)
+        return replace(report, rows=(*report.rows, *recorded_rows(built)))
+    record = open_record(bundle, folder)
+    live = LiveReference(session, [record.case(number).case for number in range(len(record))], record.answers)
+    same = built.labels.get(RECORD_LABEL) == record.hash
+    rtn_kl = recorded_kl(built) if same else None
+    limits = judged_by(built, other_cases=not same)
+    report = measure_bundle(bundle, CheckedReference(live, record), limits, record.labels(), watch, rtn_kl)
+    return report if same else replace(report, rows=(*report.rows, *recorded_rows(built)))
+
+
+def open_live(checkpoint: Path, wanted: Cases, modalities: Sequence[str]) -> LiveReference:
+    """The reference of a checkpoint folder on the `wanted` cases, for bundles of these modalities."""
+    return LiveReference(open_reference(checkpoint, "image" not in modalities), draw_cases(wanted, modalities))
+
+
+def label_set(wanted: Cases) -> Mapping[str, str]:
+    """What names drawn cases in a report."""
+    return {"held-out prompts": Path(wanted.set).name, "seed": str(wanted.seed)}
+
+
+def modalities_of(manifest: Manifest) -> tuple[str, ...]:
+    """What a bundle takes in."""
+    return ("text",) if manifest.model.vision is None else ("text", "image")
+
+
+def check_origin(bundle: Path, checkpoint: Path) -> None:
+    """Refuse a bundle that was not made from this checkpoint."""
+    made_from = Manifest.read(bundle).chain.checkpoint
+    if made_from != Checkpoint.open(checkpoint).content_hash():
+        raise ArrieroError(
+            "the bundle was not made from this checkpoint",
+            where=str(checkpoint),
+            expected=f"a checkpoint with hash {made_from[:12]}...",
+            remedy="Give the checkpoint that the bundle was built from, or build a bundle from this one",
+        )

@@ -1,0 +1,83 @@
+"""The PyTorch reference itself as what candidates are measured against, case by case, with every array whole.
+
+What `arriero parity --against` and `arriero compare` use. All figures are exact; torch and the checkpoint are needed.
+S prompt and answer tokens, V vocabulary, M image placeholder tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from arriero.export.proof.write_record import SEED
+from arriero.runtimes.backend import ModelSpec
+from arriero.runtimes.processor.processor import Prompt
+from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS, AnswerMode, ParityCase, ReferenceCase
+from arriero.runtimes.proof.logits import WholeLogits
+from arriero.runtimes.proof.parity import top_tokens
+from arriero.runtimes.proof.record import label
+from arriero.runtimes.proof.sketch import WholeArray, seeded_features
+from arriero.runtimes.session import Session
+
+
+@dataclass(frozen=True)
+class LiveReference:
+    """A session over the PyTorch reference, and the cases that it is asked."""
+
+    session: Session
+    cases: Sequence[ParityCase]
+    answers: AnswerMode = "generated"
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's facts."""
+        return self.session.spec
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __iter__(self) -> Iterator[ReferenceCase]:
+        for number, case in enumerate(self.cases):
+            yield self.case(number, case)
+
+    def case(self, number: int, case: ParityCase) -> ReferenceCase:
+        """What the reference says of one case."""
+        session, backend, spec = self.session, self.session.backend, self.session.spec
+        prompt = session.encode(case.prompt, list(case.images))
+        answer = session.processor.tokenize(case.answer)
+        fed, pixels = np.concatenate([prompt.input_ids, answer]), prompt.pixel_values
+        recorder: Any = backend
+        with recorder.router_margins() as noted:
+            output = session.logits(fed, pixels, captures=True)
+        logits = output.logits[0]
+        closing = [max(spec.eos_token_ids, key=lambda token: float(logits[-1, token]))] if len(answer) else []
+        placeholders = 0 if spec.image_token_id is None else int(np.sum(fed == spec.image_token_id))
+        seed = SEED, label("seeded features", number)
+        embeds = backend.embed(fed[None], seeded_features(*seed, placeholders, spec.hidden_size))
+        said = self._answer(prompt)
+        return ReferenceCase(
+            case=case,
+            prompt_tokens=len(prompt.input_ids),
+            forced_ids=np.append(fed, closing).astype(np.int64),
+            top_tokens=top_tokens(logits, spec.image_token_id),
+            logits=WholeLogits(logits),
+            embeddings=WholeArray(embeds),
+            feature_seed=seed,
+            pixels=None if pixels is None else WholeArray(pixels),
+            features=None if pixels is None else WholeArray(backend.vision(pixels)),
+            hiddens={layer: WholeArray(hidden) for layer, hidden in output.hiddens.items()},
+            expert_ids={layer: ids[0] for layer, ids in output.expert_ids.items()},
+            margins={layer: np.concatenate(pieces) for layer, pieces in noted.items()},
+            generated_ids=said[0],
+            generated_text=said[1],
+        )
+
+    def _answer(self, prompt: Prompt) -> tuple[Sequence[int], str]:
+        if self.answers == "forced":
+            return (), ""
+        room = self.session.context - len(prompt.input_ids)
+        said = self.session.generate(prompt, max_tokens=max(1, min(MAX_ANSWER_TOKENS, room)))
+        return said.token_ids, said.text

@@ -1,0 +1,244 @@
+"""Writes the reference record: the PyTorch reference runs once over all parity cases, layer by layer.
+
+All cases go through a layer before the next one is read, so that memory holds one layer and one case. What a layer
+gives is on disk before its successor begins, and a killed run goes on there.
+Legend: C cases, T fed tokens of all cases, S of one, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from arriero.export.proof.walk_layers import ROUTER, Walk
+from arriero.profiles.moments import check_finite
+from arriero.runtimes.manifest import file_sha256
+from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS, AnswerMode, ParityCase
+from arriero.runtimes.proof.logits import DRAWN, HEAD, WHOLE_VOCABULARY, keep_logits
+from arriero.runtimes.proof.parity import top_tokens
+from arriero.runtimes.proof.record import FILE, FORMAT, SAMPLED, label, layer_name
+from arriero.runtimes.proof.sketch import BUCKETS, SketchedArray, seeded_features
+from arriero.runtimes.session import Session
+
+Watch = Callable[[str, int, int, str], None]
+SEED = 1  # of sketches, features and drawn ids; it names them, and hides nothing
+STEP = "reference record"
+SHOWN = "shown.partial.json"  # what each case shows, until `record.json` says it
+DTYPES = dict(zip(SAMPLED, (np.int32, np.float32, np.int32, np.float32, np.float64, np.float64), strict=True))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a record says of where it comes from."""
+
+    checkpoint: str  # content hash
+    modalities: Sequence[str]
+    answers: AnswerMode
+    set: Mapping[str, Any]  # as `samples.cases.describe_set` gives it
+    tools: Mapping[str, str]
+
+
+def write_record(reference: Session, cases: Sequence[ParityCase], origin: Origin, folder: Path, watch: Watch) -> None:
+    """Fill `folder` with the record of `cases`, from where a killed run left it.
+
+    Raises ArrieroError naming layer and case when the reference itself gives what is not finite.
+    """
+    _Writer(Walk(reference, cases, folder, second=False, what="parity case"), origin, folder, watch).run()
+
+
+class _Writer:
+    """One record in the making."""
+
+    def __init__(self, walk: Walk, origin: Origin, folder: Path, watch: Watch) -> None:
+        self.walk, self.origin, self.folder, self.watch = walk, origin, folder, watch
+        self.session, self.cases = walk.session, walk.samples
+        self.layers = len(walk.text.layers)
+
+    def run(self) -> None:
+        """Write everything that is not there yet; `record.json` comes last."""
+        if not self._is_there("embeddings.sketch"):
+            self._embed()
+        for layer in range(self.layers):
+            if not self._is_there(f"{layer_name(layer)}.sketch"):
+                self._layer(layer)
+            self.walk.hidden_file(layer).unlink(missing_ok=True)
+        if not self._is_there("top_tokens"):
+            self._logits()
+        self.walk.hidden_file(self.layers).unlink(missing_ok=True)
+        self._describe()
+
+    def _is_there(self, name: str) -> bool:
+        return (self.folder / f"{name}.npy").is_file()
+
+    def _save(self, name: str, array: NDArray) -> None:
+        partial = self.folder / f"{name}.partial.npy"
+        np.save(partial, array)
+        partial.rename(self.folder / f"{name}.npy")
+
+    def _sketch(self, kind: str, number: int, array: NDArray) -> NDArray[np.float64]:
+        """A row [BUCKETS + 1] of a sketch's file."""
+        made = SketchedArray.of(array, SEED, label(kind, number))
+        return np.append(made.sums, made.squared_norm)
+
+    def _embed(self) -> None:
+        """The hidden states that go into layer 0, and what is kept of pixels, image features and embeddings."""
+        hidden, token = self.walk.text.hidden_size, self.session.spec.image_token_id
+        kept = {kind: np.zeros((len(self.cases), BUCKETS + 1)) for kind in ("pixels", "features", "embeddings")}
+        shown: list[dict[str, Any]] = []
+
+        def seen(number: int, ids: NDArray, pixels: NDArray | None, features: NDArray) -> None:
+            if pixels is not None:
+                check_finite(features, "image features", self.cases[number].name, self.walk.what)
+                kept["pixels"][number] = self._sketch("pixels", number, pixels)
+                kept["features"][number] = self._sketch("features", number, features)
+            count = 0 if token is None else int(np.sum(ids == token))
+            stand_in = seeded_features(SEED, label("seeded features", number), count, hidden)
+            embeds = self.session.backend.embed(ids[None], stand_in)
+            kept["embeddings"][number] = self._sketch("embeddings", number, embeds)
+            shown.append({"tiles": [] if pixels is None else list(pixels.shape), "features": len(features)})
+
+        self.walk.embed(lambda done, total: self.watch(f"{STEP}: embed cases", done, total, "cases"), seen)
+        (self.folder / SHOWN).write_text(json.dumps(shown))
+        for kind, rows in kept.items():  # the embeddings last: they say that all is there
+            self._save(f"{kind}.sketch", rows)
+
+    def _layer(self, layer: int) -> None:
+        """One layer over all cases: expert ids and margins of a MoE layer, and a sketch of what follows."""
+        sketches, ids, margins = np.empty((len(self.cases), BUCKETS + 1)), [], []
+        step = f"{STEP}: layer {layer}"
+        for one in self.walk.steps(layer, lambda done, total: self.watch(step, done, total, "cases")):
+            check_finite(one.after, f"layer {layer}", self.cases[one.number].name, self.walk.what)
+            sketches[one.number] = self._sketch(layer_name(layer), one.number, one.after[None])
+            if ROUTER in one.seen:
+                chosen, _, margin = one.choices(self.walk.text.experts_per_token)
+                ids.append(chosen.astype(np.int32))
+                margins += [] if margin is None else [margin]
+        for name, pieces in (("expert_ids", ids), ("margins", margins)):
+            if pieces:
+                self._save(f"{layer_name(layer)}.{name}", np.concatenate(pieces))
+        self._save(f"{layer_name(layer)}.sketch", sketches)
+
+    def _logits(self) -> None:
+        """The last norm and the head over all cases: what is kept of the logits, and greedy top tokens."""
+        vocabulary, tokens = self.session.spec.vocab_size, self.walk.tokens
+        widths = dict(zip(SAMPLED, (HEAD, HEAD, DRAWN, DRAWN, None, None), strict=True))
+        shapes = {name: (tokens,) if width is None else (tokens, width) for name, width in widths.items()}
+        whole = vocabulary <= WHOLE_VOCABULARY
+        if whole:
+            shapes = {"logits": (tokens, vocabulary)}
+        files = {
+            name: np.lib.format.open_memmap(
+                self.folder / f"{name}.npy", "w+", np.float32 if whole else DTYPES[name], shape
+            )
+            for name, shape in shapes.items()
+        }
+        hidden = np.load(self.walk.hidden_file(self.layers), mmap_mode="r")
+        sketches, tops = np.empty((len(self.cases), BUCKETS + 1)), np.empty(tokens, np.int32)
+        forced: list[NDArray] = []
+        for number, case in enumerate(self.cases):
+            rows = slice(*self.walk.bounds[number : number + 2])
+            logits = self.walk.logits(np.array(hidden[rows]))
+            check_finite(logits, "logits", case.name, self.walk.what)
+            sketches[number] = self._sketch("logits", number, logits)
+            kept = keep_logits(logits, SEED, label("logits", number))
+            for name, file in files.items():
+                file[rows] = logits if whole else getattr(kept, name)
+            tops[rows] = top_tokens(logits, self.session.spec.image_token_id)
+            forced.append(self._forced(number, logits[-1]))
+            self.watch(f"{STEP}: logits", number + 1, len(self.cases), "cases")
+        for file in files.values():
+            file.flush()
+        self._save("logits.sketch", sketches)
+        self._save("forced_ids", np.concatenate(forced).astype(np.int32))
+        self._save("top_tokens", tops)
+
+    def _forced(self, number: int, last: NDArray) -> NDArray:
+        """The fed ids and, after an answer, the closing token that the reference holds likeliest there."""
+        closing = self.session.spec.eos_token_ids
+        if not len(self.walk.answers[number]) or not closing:
+            return self.walk.ids(number)
+        return np.append(self.walk.ids(number), max(closing, key=lambda token: float(last[token])))
+
+    def _describe(self) -> None:
+        """Pictures, generated answers, and `record.json` over all of it."""
+        closes = bool(self.session.spec.eos_token_ids)
+        shown = json.loads((self.folder / SHOWN).read_text())
+        entries = []
+        for number, case in enumerate(self.cases):
+            fed, prompt = len(self.walk.ids(number)), self.walk.prompts[number]
+            answered = closes and len(self.walk.answers[number]) > 0
+            entries.append(
+                {
+                    "name": case.name,
+                    "family": case.family,
+                    "prompt": self._prompt(case.prompt),
+                    "images": [self._picture(image) for image in case.images],
+                    "answer": case.answer,
+                    "scorer": case.scorer,
+                    "prompt_tokens": len(prompt.input_ids),
+                    "tokens": fed,
+                    "forced": fed + answered,
+                    **shown[number],
+                    **self._answer(number),
+                }
+            )
+            self.watch(f"{STEP}: answers", number + 1, len(self.cases), "cases")
+        scratch = self.folder / SHOWN
+        files = (file for file in sorted(self.folder.rglob("*")) if file.is_file() and file.name not in (FILE, SHOWN))
+        data = {
+            "format": FORMAT,
+            "model": self.session.spec.entry(),
+            "seed": SEED,
+            **asdict(self.origin),
+            "cases": entries,
+            "files": {
+                file.relative_to(self.folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+                for file in files
+            },
+        }
+        (self.folder / FILE).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        scratch.unlink()
+
+    def _answer(self, number: int) -> dict[str, Any]:
+        """What the reference answers, where answers are generated."""
+        if self.origin.answers == "forced":
+            return {}
+        case = self.cases[number]
+        prompt = self.session.encode(case.prompt, list(case.images))
+        room = self.session.context - len(prompt.input_ids)
+        said = self.session.generate(prompt, max_tokens=max(1, min(MAX_ANSWER_TOKENS, room)))
+        return {"generated_ids": list(map(int, said.token_ids)), "generated_text": said.text}
+
+    def _prompt(self, prompt: Any) -> Any:
+        """The prompt as JSON, each picture by its name in the record."""
+        if isinstance(prompt, str):
+            return prompt
+        return [{**message, "content": self._content(message["content"])} for message in prompt]
+
+    def _content(self, content: Any) -> Any:
+        if isinstance(content, str):
+            return content
+        return [{**entry, "path": self._picture(entry["path"])} if "path" in entry else entry for entry in content]
+
+    def _picture(self, picture: Any) -> str:
+        """Store a picture or video and give its name: a user's own file as it is, an array as lossless PNG."""
+        folder = self.folder / "pictures"
+        folder.mkdir(exist_ok=True)
+        scratch = folder / "new.partial"
+        if isinstance(picture, np.ndarray):
+            Image.fromarray(picture).save(scratch, "PNG")
+            suffix = ".png"
+        else:
+            shutil.copyfile(picture, scratch)
+            suffix = Path(picture).suffix.lower()
+        name = f"{file_sha256(scratch)[:32]}{suffix}"
+        scratch.replace(folder / name)
+        return f"pictures/{name}"

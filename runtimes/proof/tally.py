@@ -1,0 +1,245 @@
+"""The sums of a measurement over its cases, and the rows of the report that follow from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from arriero.runtimes.backend import ModelSpec
+from arriero.runtimes.proof import metrics
+from arriero.runtimes.proof.cases import AnswerMode
+from arriero.runtimes.proof.logits import KlSums, LogitFigures
+from arriero.runtimes.proof.metrics import Agreement, ErrorSums
+from arriero.runtimes.proof.report import CaseResult, FamilyScore, LayerSeries, ParityReport
+from arriero.runtimes.proof.rows import ALWAYS, FORCED, PER_FAMILY, Row, judge
+
+
+@dataclass(frozen=True)
+class Value:
+    """A row before it is judged: value (None: not measured), what stands beside it, its standard error."""
+
+    value: float | None
+    detail: str
+    error: float = 0.0
+
+    def row(self, metric: str, threshold: float | None) -> Row:
+        """The judged row."""
+        return judge(metric, self.value, threshold, self.detail, self.error)
+
+
+@dataclass
+class Tally:
+    """Sums over the cases of a candidate of model `spec`, whose answers and those of the reference are `answers`."""
+
+    spec: ModelSpec
+    answers: AnswerMode
+    near_tie: float
+    results: list[CaseResult] = field(default_factory=list)
+    nonfinite: dict[str, int] = field(default_factory=dict)
+    different_prompts: list[str] = field(default_factory=list)
+    logits: ErrorSums = field(default_factory=ErrorSums)
+    embeddings: ErrorSums = field(default_factory=ErrorSums)
+    vision: ErrorSums = field(default_factory=ErrorSums)
+    largest_error: float = 0.0
+    kl: KlSums = field(default_factory=KlSums)
+    top: Agreement = field(default_factory=Agreement)
+    hidden: dict[int, ErrorSums] = field(default_factory=dict)
+    routers: dict[int, Agreement] = field(default_factory=dict)
+    uncaptured: set[str] = field(default_factory=set)
+
+    def watch(self, what: str, array: np.ndarray) -> None:
+        """Count the values of the candidate's `array` that are not finite."""
+        if bad := int(array.size - np.isfinite(array).sum()):
+            self.nonfinite[what] = self.nonfinite.get(what, 0) + bad
+
+    def add_logits(self, figures: LogitFigures) -> None:
+        """Add the logits of one case."""
+        self.logits, self.top, self.kl = self.logits + figures.sums, self.top + figures.top, self.kl + figures.kl
+        self.largest_error = float(np.maximum(self.largest_error, figures.largest_error))  # keeps a NaN
+
+    def add_hidden(self, layer: int, errors: ErrorSums) -> None:
+        """Add the residual stream after a layer."""
+        self.hidden[layer] = self.hidden.get(layer, ErrorSums()) + errors
+
+    def add_router(self, layer: int, agreement: Agreement) -> None:
+        """Add the choices of a MoE layer's router."""
+        self.routers[layer] = self.routers.get(layer, Agreement()) + agreement
+
+    def report(self, thresholds: Mapping[str, float]) -> ParityReport:
+        """The report over everything added so far."""
+        families = _families(self.results)
+        values = {**self._whole(), **self._parts(), **self._layers(), **self._tasks(families)}
+        for name in thresholds:
+            if name not in values:
+                values[name] = Value(None, self._why_not(name, families))
+        limits = {**ALWAYS, **thresholds}
+        return ParityReport(
+            rows=tuple(value.row(name, limits.get(name)) for name, value in values.items()),
+            layers=tuple(self._series()),
+            families=families,
+            cases=tuple(self.results),
+            near_tie=self.near_tie,
+            answers=self.answers,
+        )
+
+    def _why_not(self, name: str, families: Sequence[FamilyScore]) -> str:
+        other = {**FORCED, **{forced: generated for generated, forced in FORCED.items()}}
+        if name.partition(".")[0] not in self._names(FORCED):
+            if name.partition(".")[0] in other:
+                return f"the reference's answers are {self.answers}"
+            return "only a build can measure it"
+        known = ", ".join(score.family for score in families) or "none"
+        return f"no scored case of this family (scored families: {known})"
+
+    def _names(self, names: Mapping[str, str]) -> list[str]:
+        """The metrics of answers, as they are called for answers of this kind."""
+        return list(names if self.answers == "generated" else names.values())
+
+    def _whole(self) -> dict[str, Value]:
+        cases = len(self.results)
+        different = ", ".join(self.different_prompts[:5])
+        worst_error = _worst(self.results, lambda case: case.logits_max_abs_error)
+        worst_relative = _worst(self.results, lambda case: case.logits_relative_l2)
+        worst_kl = _worst(self.results, lambda case: case.kl_mean)
+        where_kl = f"{self.kl.tokens} tokens; worst case {worst_kl.name} at {worst_kl.kl_mean:.3g}"
+        where_relative = f"worst case {worst_relative.name} at {worst_relative.logits_relative_l2:.3g}"
+        return {
+            "same_prompt": Value(
+                1.0 - len(self.different_prompts) / cases, f"differ: {different}" if different else f"{cases} cases"
+            ),
+            "nonfinite_values": Value(
+                float(sum(self.nonfinite.values())),
+                "; ".join(f"{what}: {count}" for what, count in self.nonfinite.items()),
+            ),
+            "logits_max_abs_error": Value(self.largest_error, f"worst case {worst_error.name}"),
+            "logits_relative_l2": Value(
+                self.logits.relative_l2,
+                f"SNR {self.logits.snr_db:.1f} dB; {where_relative}",
+                self.logits.relative_l2_error,
+            ),
+            "logits_kl_mean": Value(self.kl.mean, where_kl, self.kl.error),
+            "logits_kl_lower_bound": Value(self.kl.bound_mean, f"{self.kl.tokens} tokens"),
+            "same_top_token": Value(self.top.fraction, str(self.top)),
+        }
+
+    def _parts(self) -> dict[str, Value]:
+        seen = self.vision.count > 0
+        return {
+            "vision_relative_l2": _part(self.vision) if seen else Value(None, "no image cases"),
+            "embeddings_relative_l2": _part(self.embeddings),
+        }
+
+    def _layers(self) -> dict[str, Value]:
+        moe = [number for number, layer in enumerate(self.spec.layers) if layer.ffn == "moe"]
+        missing = [number for number in moe if f"expert_id.{number}" in self.uncaptured or number not in self.routers]
+        agreed = sum(self.routers.values(), Agreement())
+        shares = {layer: share for layer, one in self.routers.items() if (share := one.fraction) is not None}
+        if not moe or missing:
+            why = Value(None, f"no expert ids for layers {missing}" if missing else "the model has no MoE layers")
+            routers = {"router_agreement": why, "router_agreement_lowest": why}
+        else:
+            lowest = min(shares, key=lambda layer: shares[layer], default=None)
+            routers = {
+                "router_agreement": Value(agreed.fraction, f"{len(moe)} layers: {agreed}"),
+                "router_agreement_lowest": Value(
+                    None if lowest is None else shares[lowest],
+                    "every choice is a near tie" if lowest is None else f"layer {lowest}: {self.routers[lowest]}",
+                ),
+            }
+        absent = [n for n in range(len(self.spec.layers)) if f"hidden.{n}" in self.uncaptured or n not in self.hidden]
+        if absent:
+            why = Value(None, f"no hidden states for layers {absent}")
+            return routers | {"layer_relative_l2_highest": why, "layer_snr_db_lowest": why}
+        worst = max(self.hidden, key=lambda layer: _nan_last(self.hidden[layer].relative_l2))
+        sums = self.hidden[worst]
+        return routers | {
+            "layer_relative_l2_highest": Value(sums.relative_l2, f"layer {worst}", sums.relative_l2_error),
+            "layer_snr_db_lowest": Value(sums.snr_db, f"layer {worst}", sums.snr_db_error),
+        }
+
+    def _tasks(self, families: Sequence[FamilyScore]) -> dict[str, Value]:
+        prefix = sum(case.greedy_prefix for case in self.results) / len(self.results)
+        whole = sum(case.greedy_prefix == 1.0 for case in self.results)
+        (name,) = self._names({key: value for key, value in FORCED.items() if key not in PER_FAMILY})
+        values = {name: Value(prefix, f"{whole} of {len(self.results)} answers equal to the last token")}
+        accuracies = self._names({key: value for key, value in FORCED.items() if key in PER_FAMILY})
+        if not families:
+            return values | dict.fromkeys(accuracies, Value(None, "no case has a scorer and an answer"))
+        total = FamilyScore(
+            "",
+            *(
+                sum(getattr(score, name) for score in families)
+                for name in ("count", "reference_right", "candidate_right", "lost", "gained")
+            ),
+        )
+        for score in (total, *families):
+            values |= _accuracy_values(score, accuracies)
+        return values
+
+    def _series(self) -> list[LayerSeries]:
+        series = []
+        for number, layer in enumerate(self.spec.layers):
+            hidden, router = self.hidden.get(number), self.routers.get(number)
+            series.append(
+                LayerSeries(
+                    layer=number,
+                    attention=layer.attention,
+                    ffn=layer.ffn,
+                    relative_l2=hidden.relative_l2 if hidden else None,
+                    snr_db=hidden.snr_db if hidden else None,
+                    router_agreement=router.fraction if router else None,
+                    near_ties=router.near_ties if router else 0,
+                    near_tie_flips=router.near_tie_flips if router else 0,
+                    real_flips=router.real_flips if router else 0,
+                )
+            )
+        return series
+
+
+def _part(sums: ErrorSums) -> Value:
+    return Value(sums.relative_l2, f"SNR {sums.snr_db:.1f} dB", sums.relative_l2_error)
+
+
+def _families(results: Sequence[CaseResult]) -> tuple[FamilyScore, ...]:
+    scored: dict[str, list[CaseResult]] = {}
+    for case in results:
+        if case.reference_right is not None:
+            scored.setdefault(case.family, []).append(case)
+    return tuple(
+        FamilyScore(
+            family=family,
+            count=len(cases),
+            reference_right=sum(bool(case.reference_right) for case in cases),
+            candidate_right=sum(bool(case.candidate_right) for case in cases),
+            lost=sum(bool(case.reference_right) and not case.candidate_right for case in cases),
+            gained=sum(bool(case.candidate_right) and not case.reference_right for case in cases),
+        )
+        for family, cases in scored.items()
+    )
+
+
+def _accuracy_values(score: FamilyScore, names: Sequence[str]) -> dict[str, Value]:
+    """The three accuracies under their `names`: reference, candidate, drop."""
+    reference, candidate, drop = (f"{name}.{score.family}" if score.family else name for name in names)
+    values = {}
+    for name, right in ((reference, score.reference_right), (candidate, score.candidate_right)):
+        error = metrics.accuracy_error(right, score.count)
+        told = f"{right} of {score.count} right, standard error {100 * error:.1f} points"
+        values[name] = Value(right / score.count, told)
+    values[drop] = Value(
+        (score.reference_right - score.candidate_right) / score.count,
+        f"{score.reference_right} right before, {score.candidate_right} now of {score.count}: "
+        f"{score.lost} lost, {score.gained} gained",
+    )
+    return values
+
+
+def _worst(results: Sequence[CaseResult], key: Callable[[CaseResult], float]) -> CaseResult:
+    return max(results, key=lambda case: _nan_last(key(case)))
+
+
+def _nan_last(value: float) -> float:
+    return math.inf if math.isnan(value) else value
