@@ -9,23 +9,20 @@ import onnxruntime
 
 from arriero.errors import ArrieroError
 from arriero.export.compile import Compiled, Watch
+from arriero.runtimes.onnxruntime import session_options
 
 
 def compile_graphs(
     folder: Path, parts: Sequence[str], cpu: str | None = None, kernels: Path | None = None, watch: Watch | None = None
 ) -> Compiled:
-    """Load `<part>.onnx` of each of `parts` in `folder` with all optimisations; a processor plays no part.
+    """Load `<part>.onnx` of each of `parts` in `folder` as the runtime does; a processor plays no part.
 
     Raises ArrieroError naming the graph that ONNX Runtime refuses, with its reason.
     """
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
     for part in parts:
         path = folder / f"{part}.onnx"
         try:
-            onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            onnxruntime.InferenceSession(path, session_options(1), providers=["CPUExecutionProvider"])
         except Exception as error:  # its exception types share no public base
             raise ArrieroError(
                 f"ONNX Runtime {onnxruntime.__version__} does not load the graph ({error})",

@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.export.stages import Stage, WorkDir, key_of, read_record, source_hash
+from arriero.export.stages import SOURCES, Stage, WorkDir, key_of, read_record, source_hash
 
 
 def writer(text: str = "x"):
@@ -123,7 +122,7 @@ def test_sigkill_in_the_middle_of_a_stage(tmp_path):
         """
         import sys, time
         from pathlib import Path
-        from arriero.export.stages import Stage, WorkDir
+        from arriero.export.stages import SOURCES, Stage, WorkDir
         def run(folder):
             (folder / "one").write_text("1")
             print("ready", flush=True)
@@ -238,11 +237,14 @@ def test_the_lock_is_free_again_after_a_build(tmp_path):
             assert (work.root / "lock").read_text() == str(os.getpid())
 
 
-def test_source_hash_is_quick_and_knows_its_parts():
+def test_source_hash_reads_each_source_once_and_knows_its_parts(monkeypatch):
     source_hash.cache_clear()
-    start = time.monotonic()
+    read, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda file: read.append(file) or read_bytes(file))
     whole = source_hash()
-    assert time.monotonic() - start < 1
+    assert source_hash() == whole
+    assert len(read) == len(set(read))
+    assert {file.suffix for file in read} == set(SOURCES)
     assert len({whole, source_hash("graphs"), source_hash("graphs", "profiles")}) == 3
     assert whole == source_hash("runtimes", "export", "graphs", "profiles")
 
