@@ -32,7 +32,8 @@ def environment(machine: str, folder: Path) -> dict[str, str]:
     library = folder / "hide_cpu_features.so"
     command = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", library, SOURCE, "-ldl"]
     subprocess.run(command, check=True)
-    hidden = os.environ | {"LD_PRELOAD": str(library), "HIDDEN_CPU_FEATURES": MACHINES[machine]}
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}  # no worker
+    hidden = own | {"LD_PRELOAD": str(library), "HIDDEN_CPU_FEATURES": MACHINES[machine]}
     if subprocess.run(["true"], env=hidden, capture_output=True).returncode:
         pytest.skip("needs a kernel and a processor that let CPUID fault (cpuid_fault in /proc/cpuinfo)")
     return hidden
