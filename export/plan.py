@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.export import estimate
 from arriero.export.budget import available_memory, check_budget, free_disk, human_bytes
-from arriero.export.cases import describe_set, draw_cases, encoded_sizes
+from arriero.export.cases import describe_set, draw_cases, encoded_sizes, scored_counts
 from arriero.export.check_fit import check_fit, check_schemes
 from arriero.export.compile import Room
 from arriero.export.compile.cpus import NATIVE, parse_cpu
 from arriero.export.compile.gpus import GPU_BACKENDS
 from arriero.export.device import COMPILES, device_of, kernel_arch, target_gpu
 from arriero.export.doctor import build_tools, version_of
+from arriero.export.resolution import weak_thresholds
 from arriero.export.schema import EMBEDDED, BuildConfig, Samples, Target
 from arriero.export.stages import WorkDir, key_of, source_hash
 from arriero.graphs.checkpoint import Checkpoint, TensorInfo, check_ledger
@@ -103,6 +104,7 @@ class Plan:
     disk_available: int
     disk_budget: int | None
     gpu_budget: int | None
+    warnings: tuple[str, ...]
 
     @property
     def done(self) -> bool:
@@ -209,7 +211,15 @@ def make_plan(build: BuildConfig) -> Plan:
         disk_available=free_disk(build.output),
         disk_budget=build.budgets.disk,
         gpu_budget=build.budgets.gpu_memory,
+        warnings=_warnings(build, profiles),
     )
+
+
+def _warnings(build: BuildConfig, profiles: Mapping[str, Profile]) -> tuple[str, ...]:
+    """What the build does all the same, and its reports say less for."""
+    counts = scored_counts(build.parity.cases, build.modalities)
+    limits = {target.name: thresholds(build, target, profiles[target.profile]) for target in build.targets}
+    return tuple(sentence for name, own in limits.items() for sentence in weak_thresholds(name, own, counts))
 
 
 def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, Profile]) -> dict[str, KeyInputs]:

@@ -28,6 +28,7 @@ from arriero.runtimes.report import (
     LayerSeries,
     ParityReport,
     judge,
+    judge_drop,
 )
 
 if TYPE_CHECKING:
@@ -149,14 +150,20 @@ class _Tally:
     def report(self, thresholds: Mapping[str, float]) -> ParityReport:
         """The report over everything added so far."""
         families = _families(self.results)
-        values = {**self._whole(), **self._parts(), **self._layers(), **self._tasks(families)}
+        scores = {_drop_of(score): score for score in (*_total(families), *families)}
+        values = {**self._whole(), **self._parts(), **self._layers(), **self._tasks(list(scores.values()))}
         for name in thresholds:
             if name not in values:
                 known = ", ".join(score.family for score in families) or "none"
                 values[name] = (None, f"no scored case of this family (scored families: {known})")
         limits = {**ALWAYS, **thresholds}
         return ParityReport(
-            rows=tuple(judge(name, value, limits.get(name), detail) for name, (value, detail) in values.items()),
+            rows=tuple(
+                judge_drop(name, scores[name].pairs, limits.get(name), detail)
+                if name in scores
+                else judge(name, value, limits.get(name), detail)
+                for name, (value, detail) in values.items()
+            ),
             layers=tuple(self._series()),
             families=families,
             cases=tuple(self.results),
@@ -234,22 +241,15 @@ class _Tally:
             "layer_snr_db_lowest": (self.hidden[worst].snr_db, f"layer {worst}"),
         }
 
-    def _tasks(self, families: Sequence[FamilyScore]) -> dict[str, tuple[float | None, str]]:
+    def _tasks(self, scores: Sequence[FamilyScore]) -> dict[str, tuple[float | None, str]]:
         prefix = sum(case.greedy_prefix for case in self.results) / len(self.results)
         whole = sum(case.greedy_prefix == 1.0 for case in self.results)
         values: dict[str, tuple[float | None, str]] = {
             "greedy_prefix_length": (prefix, f"{whole} of {len(self.results)} answers equal to the last token")
         }
-        if not families:
+        if not scores:
             return values | dict.fromkeys(PER_FAMILY, (None, "no case has a score"))
-        total = FamilyScore(
-            "",
-            *(
-                sum(getattr(score, name) for score in families)
-                for name in ("count", "reference_right", "candidate_right", "lost", "gained")
-            ),
-        )
-        for score in (total, *families):
+        for score in scores:
             values |= _accuracy_rows(score)
         return values
 
@@ -374,6 +374,17 @@ def _families(results: Sequence[CaseResult]) -> tuple[FamilyScore, ...]:
     )
 
 
+def _total(families: Sequence[FamilyScore]) -> tuple[FamilyScore, ...]:
+    """The score over all families, under no name; none where no case has a score."""
+    names = ("count", "reference_right", "candidate_right", "lost", "gained")
+    sums = (sum(getattr(score, name) for score in families) for name in names)
+    return (FamilyScore("", *sums),) if families else ()
+
+
+def _drop_of(score: FamilyScore) -> str:
+    return f"task_accuracy_drop.{score.family}" if score.family else "task_accuracy_drop"
+
+
 def _accuracy_rows(score: FamilyScore) -> dict[str, tuple[float | None, str]]:
     suffix = f".{score.family}" if score.family else ""
     rows: dict[str, tuple[float | None, str]] = {}
@@ -383,8 +394,8 @@ def _accuracy_rows(score: FamilyScore) -> dict[str, tuple[float | None, str]]:
             right / score.count,
             f"{right} of {score.count} right, standard error {100 * error:.1f} points",
         )
-    rows[f"task_accuracy_drop{suffix}"] = (
-        (score.reference_right - score.candidate_right) / score.count,
+    rows[_drop_of(score)] = (
+        score.pairs.drop,
         f"{score.reference_right} right before, {score.candidate_right} now of {score.count}: "
         f"{score.lost} lost, {score.gained} gained",
     )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError
 from arriero.runtimes import metrics, plots
+from arriero.runtimes.paired import CONFIDENCE, Pairs, smallest_shown
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -72,7 +73,9 @@ METRICS: dict[str, Metric] = {
     ),
     "task_accuracy_reference": Metric("Task accuracy, reference", "min", "share", "Answers scored right."),
     "task_accuracy_candidate": Metric("Task accuracy, candidate", "min", "share", "Answers scored right."),
-    "task_accuracy_drop": Metric("Task accuracy, drop", "max", "share", "Reference minus candidate."),
+    "task_accuracy_drop": Metric(
+        "Task accuracy, drop", "max", "share", "Reference minus candidate; judged by what the cases show."
+    ),
 }
 PER_FAMILY = ("task_accuracy_reference", "task_accuracy_candidate", "task_accuracy_drop")
 ALWAYS = {"same_prompt": 1.0, "nonfinite_values": 0.0}  # a bundle that breaks these is broken at any precision
@@ -129,6 +132,11 @@ class FamilyScore:
     candidate_right: int
     lost: int
     gained: int
+
+    @property
+    def pairs(self) -> Pairs:
+        """What the drop of accuracy is judged by."""
+        return Pairs(self.count, self.lost, self.gained)
 
 
 @dataclass(frozen=True)
@@ -190,6 +198,20 @@ class ParityReport:
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArrieroError(f"the parity report is damaged ({error})", where=where, remedy=_AGAIN) from error
+
+
+def judge_drop(metric: str, pairs: Pairs, threshold: float | None, detail: str) -> Row:
+    """The row of a drop of accuracy: it fails where the cases show a larger one than `threshold`."""
+    low, high = (100 * bound for bound in pairs.interval())
+    detail += f"; a drop from {low:.1f} to {high:.1f} points (each end at {100 * CONFIDENCE:.0f} % confidence)"
+    if threshold is None:
+        return Row(metric, pairs.drop, None, "info", detail)
+    smallest = smallest_shown(pairs.count, threshold)
+    if smallest is None:
+        detail += f"; {pairs.count} cases show no drop beyond this limit, so the measured one decides"
+    else:
+        detail += f"; fails from {100 * smallest:.1f} points on, nothing gained"
+    return Row(metric, pairs.drop, threshold, "fail" if pairs.exceeds(threshold) else "pass", detail)
 
 
 def judge(metric: str, value: float | None, threshold: float | None, detail: str) -> Row:

@@ -178,6 +178,16 @@ def test_an_int8_cache_is_a_quarter_and_has_keys_and_thresholds_of_its_own(folde
     assert "(int8)" in console.file.getvalue()
 
 
+def test_thresholds_that_the_parity_set_cannot_resolve_are_told(folder):
+    plan = make_plan(load(folder))
+    (told,) = plan.warnings  # int8 limits the drop of accuracy, fp32 does not
+    assert told.startswith("target small: task_accuracy_drop at most 1 %")
+    console = Console(file=io.StringIO(), width=140)
+    plan.render(console)
+    assert "warning: target small: task_accuracy_drop" in console.file.getvalue()
+    assert plan.to_json()["warnings"] == (told,)
+
+
 def test_maverick_and_text_only(tmp_path):
     make_maverick_toy(tmp_path / "model", seed=4)
     plan = make_plan(load(tmp_path, BUILD.replace("[text, image]", "[text]")))
