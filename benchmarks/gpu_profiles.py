@@ -41,6 +41,8 @@ TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 class GpuGraphs(OrtBackend):
     """The graphs lowered for TensorRT on ONNX Runtime's CPU: their caches are 16-bit and have no counters."""
 
+    literal = True
+
     def _check_signature(self) -> None:
         caches = {entry.type for entry in self._text.get_inputs() if entry.name.startswith("past_")}
         self._cache_type, self._counters = TYPES[caches.pop()], []

@@ -27,18 +27,23 @@ CACHE_TYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 class OrtBackend:
     """The three graphs of a bundle directory on ONNX Runtime's CPU provider."""
 
+    literal = False  # see `session_options`
+
     def __init__(self, bundle: Path, spec: ModelSpec, threads: int | None = None) -> None:
         """Open the graphs in `bundle` for the model `spec`; `threads` None means every core we may use."""
         self.spec = spec
         self.threads = threads or usable_cores()
         self._bundle = bundle
-        self._text = _open(bundle / "text.onnx", self.threads)
-        self._embed = _open(bundle / "embed.onnx", self.threads)
+        self._text = self._open("text.onnx")
+        self._embed = self._open("embed.onnx")
         # a text-only model's graph has no input for image features
         self._embed_inputs = [entry.name for entry in self._embed.get_inputs()]
         self._vision: onnxruntime.InferenceSession | None = None
         self._vision_lock = threading.Lock()
         self._check_signature()
+
+    def _open(self, name: str) -> onnxruntime.InferenceSession:
+        return open_graph(self._bundle / name, self.threads, self.literal)
 
     def _check_signature(self) -> None:
         layers = range(len(self.spec.layers))
@@ -75,7 +80,7 @@ class OrtBackend:
         with self._vision_lock:
             if self._vision is None:
                 # opened on the first image: a text-only app never pays for the tower's memory
-                self._vision = _open(self._bundle / "vision.onnx", self.threads)
+                self._vision = self._open("vision.onnx")
         groups = range(0, len(pixel_values), TILES_AT_ONCE)
         parts = [
             self._vision.run(["image_features"], {"pixel_values": pixel_values[i : i + TILES_AT_ONCE]})[0]
@@ -160,13 +165,16 @@ def _prefix(attention: str) -> str:
     return "chunk" if attention == "chunked" else "global"
 
 
-def _open(path: Path, threads: int) -> onnxruntime.InferenceSession:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MachineLacks(
-            "the package onnxruntime is not installed", remedy="Install it with `pip install 'arriero[onnxruntime]'`"
-        ) from None
+def session_options(threads: int, literal: bool = False) -> onnxruntime.SessionOptions:
+    """The options with which a graph is run; `literal` computes QuantizeLinear and DequantizeLinear as written.
+
+    Otherwise ONNX Runtime may fuse them with a product into one of u8 by s8, whose 16-bit sums saturate on x86-64
+    processors without VNNI. Our own graphs hold none (see `linear_functions`); those for NVIDIA's GPUs do. Its option
+    for exact sums there, session.x64quantprecision, breaks a DequantizeLinear that has a scale per row and no zero
+    point, as in those graphs.
+    """
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -174,8 +182,21 @@ def _open(path: Path, threads: int) -> onnxruntime.InferenceSession:
     # A spinning pool keeps its cores busy while it waits. On an edge device those are the app's cores too, and beside
     # other work a step with two spinning threads was measured several times slower than with sleeping ones.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if literal:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
+
+
+def open_graph(path: Path, threads: int, literal: bool = False) -> onnxruntime.InferenceSession:
+    """Load a graph with `session_options`. Raises ArrieroError with ONNX Runtime's reason where it refuses."""
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        import onnxruntime
+    except ImportError:
+        raise MachineLacks(
+            "the package onnxruntime is not installed", remedy="Install it with `pip install 'arriero[onnxruntime]'`"
+        ) from None
+    try:
+        return onnxruntime.InferenceSession(path, session_options(threads, literal), providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ArrieroError(
             f"ONNX Runtime {onnxruntime.__version__} refuses the graph: {str(error).splitlines()[0]}",

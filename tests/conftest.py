@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from arriero.profiles.recipe import shipped
 from tests.command import arriero, write_build
+from tests.machines.machine_class import describe_machine
+from tests.shared import WORKER, made_once
 from tests.small import small_scout
+
+if WORKER:  # the workers share the cores; threads of linear algebra beyond that would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_report_header() -> str:
+    """The line that says on which class of machine the tests run."""
+    return describe_machine()
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """PyTorch on one thread: toys are too small for more, and beside other work a second thread costs seconds."""
+    import torch  # not before the workers have set how many threads it has
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -26,7 +38,11 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `scout` (checkpoint), `build.yaml` and `bundles/fp32`, `bundles/int8`. Read-only."""
-    folder = tmp_path_factory.mktemp("workshop")
+    return made_once(tmp_path_factory, "workshop", make_workshop)
+
+
+def make_workshop(folder: Path) -> None:
+    """See `workshop`."""
     small_scout(folder / "scout")
     # The shipped profile but for its thresholds: random routers are undecided, and rounding turns their choices.
     rounded = shipped()["int8"].read_text().replace("router_agreement: 0.99", "router_agreement: 0.8")
@@ -34,25 +50,25 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_build(folder / "build.yaml", Path("scout"), profiles=workshop_profiles(folder), samples=8)
     built = arriero("build", folder / "build.yaml")
     assert built.code == 0, built.err
-    return folder
 
 
 @pytest.fixture(scope="session")
 def tvm_workshop(request: pytest.FixtureRequest, workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `bundles/fp32` and `bundles/int8` of the workshop's `scout`, compiled for this machine."""
     pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'")
-    folder = tmp_path_factory.mktemp("tvm-workshop")
-    file = write_build(
-        folder / "build.yaml", workshop / "scout", profiles=workshop_profiles(workshop), samples=8, backend="tvm"
-    )
-    # The kernels of one version of the sources are compiled once, not once per run: half a minute of optimisation.
-    kept, work = request.config.cache.mkdir("tvm-kernels"), folder / "bundles" / ".work"
-    shutil.copytree(kept, work)
-    built = arriero("build", file)
-    assert built.code == 0, built.err
-    for stage in work.glob("kernels-*"):
-        shutil.copytree(stage, kept / stage.name, dirs_exist_ok=True)
-    return folder
+
+    def make(folder: Path) -> None:
+        profiles = workshop_profiles(workshop)
+        file = write_build(folder / "build.yaml", workshop / "scout", profiles=profiles, samples=8, backend="tvm")
+        # The kernels of one version of the sources are compiled once, not once per run: half a minute of optimisation.
+        kept, work = request.config.cache.mkdir("tvm-kernels"), folder / "bundles" / ".work"
+        shutil.copytree(kept, work)
+        built = arriero("build", file)
+        assert built.code == 0, built.err
+        for stage in work.glob("kernels-*"):
+            shutil.copytree(stage, kept / stage.name, dirs_exist_ok=True)
+
+    return made_once(tmp_path_factory, "tvm-workshop", make)
 
 
 def workshop_profiles(workshop: Path) -> tuple[str, str]:

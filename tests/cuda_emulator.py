@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from arriero.export.compile.cuda.launch import KERNELS, SCALARS, THREADS, Kernel, source_of
+from tests.shared import locked
 
 HEADERS = Path(__file__).with_name("cuda_emulated")
 SOURCES = Path(__file__).parents[1] / "export" / "compile" / "cuda"
@@ -35,8 +36,9 @@ def cached_library(config: pytest.Config) -> Path:
     parts = [*(file.read_bytes() for file in files), *map(str.encode, [*FLAGS, EVERY])]
     key = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
     path = config.cache.mkdir("cuda") / f"emulated-{key}.so"
-    if not path.is_file():
-        build(path)
+    with locked(path):
+        if not path.is_file():
+            build(path)
     return path
 
 

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 COMMAND = [sys.executable, "-m", "arriero.export"]
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """A process started within the block can be interrupted, even where this one was told to ignore Ctrl-C.
+
+    A background shell, nohup and some CI systems start their children so. What a program handles is at its default in
+    the programs that it starts; what it ignores stays ignored.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def stages(output: Path) -> dict[str, int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.command import write_build
-from tests.stopping import COMMAND
+from tests.stopping import COMMAND, interruptible
 
 FULL = Path("/dev/full")
 
@@ -54,7 +54,8 @@ def interrupted():
 cli.main = interrupted
 __main__.main()
 """
-    stopped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    with interruptible():
+        stopped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert stopped.returncode == 130
     assert stopped.stderr.startswith("stopped; a build")
     assert stopped.stderr.count("\n") == 1
@@ -62,7 +63,8 @@ __main__.main()
 
 def test_ctrl_c_in_a_build_says_that_it_goes_on(workshop, tmp_path):
     build_file = write_build(tmp_path / "build.yaml", workshop / "scout", "text")
-    process = subprocess.Popen([*COMMAND, "build", str(build_file)], stderr=subprocess.PIPE, text=True)
+    with interruptible():
+        process = subprocess.Popen([*COMMAND, "build", str(build_file)], stderr=subprocess.PIPE, text=True)
     with process:
         while process.poll() is None and not list((tmp_path / "bundles" / ".work").glob("graph-*.partial")):
             time.sleep(0.002)
@@ -71,6 +73,24 @@ def test_ctrl_c_in_a_build_says_that_it_goes_on(workshop, tmp_path):
     assert process.returncode == 130
     assert "goes on from here" in told
     assert "Traceback" not in told
+
+
+def test_a_command_that_ignores_ctrl_c_goes_on():
+    """As nohup and a background shell start it."""
+    code = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from arriero.export import __main__, cli
+
+def interrupted():
+    signal.raise_signal(signal.SIGINT)
+    print("done")
+
+cli.main = interrupted
+__main__.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
 def test_an_answer_in_a_terminal_of_few_characters(workshop):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def show_plan(plan: Plan, console: Console) -> None:
-    """Print model, stages, bundles, context prices, and the needs against what there is."""
+    """Print model, stages, bundles, context prices, the needs against what there is, and warnings."""
     model = plan.model
     layers = ", ".join(f"{count} {kind}" for kind, count in model["layers"].items())
     experts = f"{model['experts']} experts, {model['experts_per_token']} per token"
@@ -48,6 +48,8 @@ def show_plan(plan: Plan, console: Console) -> None:
         if share is not None and share.weights is not None:
             kept = f"{human_bytes(share.weights)} of {human_bytes(target.weights_bytes)} of weights stay on the GPU"
             console.print(f"   GPU: {target.name}: {kept}; the rest is sent anew for every step", highlight=False)
+    for warning in plan.warnings:
+        console.print(Text.assemble(("warning: ", "yellow"), warning))
 
 
 def _limit(budget: int | None) -> str:

@@ -20,9 +20,10 @@ from arriero.export.machine.budget import available_memory, check_budget, free_d
 from arriero.export.machine.doctor import installed_versions
 from arriero.export.pipeline.check_fit import check_fit, check_schemes
 from arriero.export.pipeline.record_plan import answer_mode, record_bytes, record_inputs, record_memory, walk_bytes
+from arriero.export.pipeline.resolution import weak_thresholds
 from arriero.export.pipeline.sources import source_hash
 from arriero.export.pipeline.stages import WorkDir, key_of
-from arriero.export.samples.cases import describe_set, draw_cases, encoded_sizes
+from arriero.export.samples.cases import describe_set, draw_cases, encoded_sizes, scored_counts
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig, TextConfig
 from arriero.graphs.names import EMBEDDING, TEXT_PREFIX, expected_tensors
@@ -116,6 +117,7 @@ class Plan:
     disk_available: int
     disk_budget: int | None
     gpu_budget: int | None
+    warnings: tuple[str, ...]
 
     @property
     def done(self) -> bool:
@@ -226,7 +228,15 @@ def make_plan(build: BuildConfig) -> Plan:
         disk_available=free_disk(build.output),
         disk_budget=build.budgets.disk,
         gpu_budget=build.budgets.gpu_memory,
+        warnings=_warnings(build, profiles),
     )
+
+
+def _warnings(build: BuildConfig, profiles: Mapping[str, Profile]) -> tuple[str, ...]:
+    """What the build does all the same, and its reports say less for."""
+    counts = scored_counts(build.parity.cases, build.modalities)
+    limits = {target.name: thresholds(build, target, profiles[target.profile]) for target in build.targets}
+    return tuple(sentence for name, own in limits.items() for sentence in weak_thresholds(name, own, counts))
 
 
 def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, Profile]) -> dict[str, KeyInputs]:

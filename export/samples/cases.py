@@ -27,10 +27,18 @@ MODALITIES = ("text", "image", "video")
 
 def draw_samples(modalities: Sequence[str], count: int, seed: int, split: str) -> list[Sample]:
     """`count` samples of the embedded families of `modalities`, spread evenly, in turn."""
-    families = [*TEXT_FAMILIES, *(IMAGE_FAMILIES if "image" in modalities else ())]
+    families = _families(modalities)
     share = -(-count // len(families))
     columns = [make(family, share, seed, split) for family in families]
     return [sample for row in zip(*columns, strict=True) for sample in row][:count]
+
+
+def scored_counts(wanted: Samples, modalities: Sequence[str]) -> Counter[str]:
+    """How many samples with a known answer each family of `draw_cases` has; those of embedded sets are not drawn."""
+    if wanted.set != EMBEDDED:
+        return Counter(case.family for case in draw_cases(wanted, modalities) if case.score is not None)
+    families = _families(modalities)
+    return Counter(families[number % len(families)] for number in range(wanted.samples or wanted.usual))
 
 
 def draw_cases(wanted: Samples, modalities: Sequence[str]) -> list[ParityCase]:
@@ -63,6 +71,10 @@ def draw_cases(wanted: Samples, modalities: Sequence[str]) -> list[ParityCase]:
         more = f" and {len(seeing) - 1} more" if len(seeing) > 1 else ""
         raise ArrieroError(what, where=f"{wanted.set}: {seeing[0].name}{more}", remedy=remedy)
     return cases
+
+
+def _families(modalities: Sequence[str]) -> list[str]:
+    return [*TEXT_FAMILIES, *(IMAGE_FAMILIES if "image" in modalities else ())]
 
 
 def _embedded_case(number: int, sample: Sample) -> ParityCase:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.proof import plots
+from arriero.runtimes.proof.paired import Pairs
 from arriero.runtimes.proof.rows import AnswerMode, Row
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class FamilyScore:
     candidate_right: int
     lost: int
     gained: int
+
+    @property
+    def pairs(self) -> Pairs:
+        """What the drop of accuracy is judged by."""
+        return Pairs(self.count, self.lost, self.gained)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Literal
 
 from arriero.errors import ArrieroError, Problems
 from arriero.runtimes.proof import metrics
+from arriero.runtimes.proof.paired import CONFIDENCE, Pairs, smallest_shown
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ METRICS: dict[str, Metric] = {
     ),
     "task_accuracy_reference": Metric("Task accuracy, reference", "min", "share", "Answers scored right."),
     "task_accuracy_candidate": Metric("Task accuracy, candidate", "min", "share", "Answers scored right."),
-    "task_accuracy_drop": Metric("Task accuracy, drop", "max", "share", "Reference minus candidate."),
+    "task_accuracy_drop": Metric(
+        "Task accuracy, drop", "max", "share", "Reference minus candidate; judged by what the cases show."
+    ),
     "greedy_prefix_forced_length": Metric(
         "Forced greedy prefix", "min", "share", "Positions up to the first of the answer at which top tokens differ."
     ),
@@ -69,7 +72,9 @@ METRICS: dict[str, Metric] = {
     "task_accuracy_forced_candidate": Metric(
         "Forced accuracy, candidate", "min", "share", "Answers led to by top tokens."
     ),
-    "task_accuracy_forced_drop": Metric("Forced accuracy, drop", "max", "share", "Reference minus candidate."),
+    "task_accuracy_forced_drop": Metric(
+        "Forced accuracy, drop", "max", "share", "Reference minus candidate; judged by what the cases show."
+    ),
 }
 # How the reference answers a case: token by token, or by its top token at every forced position.
 AnswerMode = Literal["generated", "forced"]
@@ -114,6 +119,20 @@ class Row:
         """The metric's title, with the family if the row is of one."""
         family = self.metric.partition(".")[2]
         return f"{self.about.title}: {family}" if family else self.about.title
+
+
+def judge_drop(metric: str, pairs: Pairs, threshold: float | None, detail: str) -> Row:
+    """The row of a drop of accuracy: it fails where the cases show a larger one than `threshold`."""
+    low, high = (100 * bound for bound in pairs.interval())
+    detail += f"; a drop from {low:.1f} to {high:.1f} points (each end at {100 * CONFIDENCE:.0f} % confidence)"
+    if threshold is None:
+        return Row(metric, pairs.drop, None, "info", detail)
+    smallest = smallest_shown(pairs.count, threshold)
+    if smallest is None:
+        detail += f"; {pairs.count} cases show no drop beyond this limit, so the measured one decides"
+    else:
+        detail += f"; fails from {100 * smallest:.1f} points on, nothing gained"
+    return Row(metric, pairs.drop, threshold, "fail" if pairs.exceeds(threshold) else "pass", detail)
 
 
 def judge(metric: str, value: float | None, threshold: float | None, detail: str, error: float = 0.0) -> Row:

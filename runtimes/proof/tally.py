@@ -13,20 +13,27 @@ from arriero.runtimes.proof import metrics
 from arriero.runtimes.proof.cases import AnswerMode
 from arriero.runtimes.proof.logits import KlSums, LogitFigures
 from arriero.runtimes.proof.metrics import Agreement, ErrorSums
+from arriero.runtimes.proof.paired import Pairs
 from arriero.runtimes.proof.report import CaseResult, FamilyScore, LayerSeries, ParityReport
-from arriero.runtimes.proof.rows import ALWAYS, FORCED, PER_FAMILY, Row, judge
+from arriero.runtimes.proof.rows import ALWAYS, FORCED, PER_FAMILY, Row, judge, judge_drop
 
 
 @dataclass(frozen=True)
 class Value:
-    """A row before it is judged: value (None: not measured), what stands beside it, its standard error."""
+    """A row before it is judged: value (None: not measured), what stands beside it, its standard error.
+
+    `pairs` are what a drop of accuracy is judged by.
+    """
 
     value: float | None
     detail: str
     error: float = 0.0
+    pairs: Pairs | None = None
 
     def row(self, metric: str, threshold: float | None) -> Row:
         """The judged row."""
+        if self.pairs is not None:
+            return judge_drop(metric, self.pairs, threshold, self.detail)
         return judge(metric, self.value, threshold, self.detail, self.error)
 
 
@@ -230,9 +237,10 @@ def _accuracy_values(score: FamilyScore, names: Sequence[str]) -> dict[str, Valu
         told = f"{right} of {score.count} right, standard error {100 * error:.1f} points"
         values[name] = Value(right / score.count, told)
     values[drop] = Value(
-        (score.reference_right - score.candidate_right) / score.count,
+        score.pairs.drop,
         f"{score.reference_right} right before, {score.candidate_right} now of {score.count}: "
         f"{score.lost} lost, {score.gained} gained",
+        pairs=score.pairs,
     )
     return values
 

@@ -13,6 +13,8 @@ cache=${1:?"usage: $0 FOLDER"}
 here=$(cd "$(dirname "$0")/../.." && pwd)
 python=${PYTHON:-python3}
 mkdir -p "$cache"
+exec 9>"$cache/lock"
+flock 9  # another run may be making the same folder
 
 missing=""
 for tool in qemu-aarch64-static:qemu-user-static debootstrap:debootstrap aarch64-linux-gnu-g++:g++-aarch64-linux-gnu; do

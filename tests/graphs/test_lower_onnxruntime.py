@@ -26,6 +26,7 @@ from arriero.graphs.trace import trace_embed, trace_text, trace_vision
 from arriero.profiles.quantize import dequantize, quantize
 from arriero.profiles.recipe import Profile, load_profile
 from arriero.profiles.schemes import IntBlock, Scheme
+from arriero.runtimes.onnxruntime import session_options
 from tests.toys import IMAGE_TOKEN, load_reference, make_maverick_toy, make_scout_toy
 
 # fp32 on both sides, another order of summation: measured 4e-7 to 6e-7.
@@ -49,9 +50,7 @@ class Stepper:
     """Drives a lowered text graph with numpy buffers, as a runtime must: in place, chunked caches restarted."""
 
     def __init__(self, path: Path, config: ModelConfig, batch: int) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1  # a second one would spin, on a core that something else may need
-        self.session, self.text = ort.InferenceSession(path, options), config.text
+        self.session, self.text = ort.InferenceSession(path, session_options(1)), config.text
         self.names = [output.name for output in self.session.get_outputs()]
         self.lengths = np.zeros(batch, np.int64)
         self.cache = {}

@@ -25,6 +25,7 @@ from arriero.graphs.trace import trace_embed, trace_vision
 from arriero.profiles.quantized_weights import QuantizedWeights
 from arriero.profiles.recipe import LAYER_MATRIX, load_profile
 from arriero.profiles.schemes import Exact, Fp8, Fp8Static, Half, Int8Dynamic, Int8Static, IntBlock, Scheme
+from arriero.runtimes.onnxruntime import session_options
 from tests.graphs.test_lower_eight_bits import OTHER_WAY, round_inputs, rounding
 from tests.graphs.test_lower_onnxruntime import CAPACITY, CUTS, TOYS, Built, Stepper, relative, rounded, stepped, whole
 from tests.toys import IMAGE_TOKEN, load_reference, make_scout_toy
@@ -47,9 +48,7 @@ class InPlace(Stepper):
     """Steps a graph whose cache outputs lie in the memory of its inputs, as the engines' runtime binds them."""
 
     def __init__(self, path: Path, config: ModelConfig, batch: int) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = 1, 3
-        self.session, self.text = ort.InferenceSession(path, options), config.text
+        self.session, self.text = ort.InferenceSession(path, session_options(1, literal=True)), config.text
         self.names = [output.name for output in self.session.get_outputs()]
         self.lengths = np.zeros(batch, np.int64)
         kinds = {value.name: value.type for value in self.session.get_inputs()}

@@ -25,6 +25,7 @@ from arriero.profiles.quantize import Quantized, dequantize, pack, quantize
 from tests import kernel_judge as judge
 from tests.call_kernels import ALIGNMENT, Kernels, Weight
 from tests.kernel_emulated import RUNNER, EmulatedKernels, link_runner
+from tests.shared import locked
 
 HERE = platform.machine()
 EXACT = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16}
@@ -60,9 +61,10 @@ def cached(request, name, more=b""):
 def library(request):
     """The kernels of this machine, compiled once per version of the sources."""
     path = cached(request, HERE)
-    if not path.is_file():
-        build_kernels(HERE, path.with_suffix(".o"))
-        link_shared(path.with_suffix(".o"), path)
+    with locked(path):
+        if not path.is_file():
+            build_kernels(HERE, path.with_suffix(".o"))
+            link_shared(path.with_suffix(".o"), path)
     return path
 
 
@@ -76,9 +78,10 @@ def runner(request):
     except MachineLacks as lacks:
         pytest.skip(f"needs a compiler: {lacks}")
     path = cached(request, "aarch64-runner", RUNNER.read_bytes())
-    if not path.is_file():
-        build_kernels("aarch64", path.with_suffix(".o"))
-        link_runner("aarch64", path.with_suffix(".o"), path)
+    with locked(path):
+        if not path.is_file():
+            build_kernels("aarch64", path.with_suffix(".o"))
+            link_runner("aarch64", path.with_suffix(".o"), path)
     return path
 
 

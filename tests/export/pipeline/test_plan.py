@@ -209,6 +209,16 @@ def test_a_profile_s_thresholds_hold_for_the_kind_of_answers_that_there_is(folde
             make_plan(wrong)
 
 
+def test_thresholds_that_the_parity_set_cannot_resolve_are_told(folder):
+    plan = make_plan(load(folder))
+    (told,) = plan.warnings  # int8 limits the drop of accuracy, fp32 does not
+    assert told.startswith("target small: task_accuracy_drop at most 1 %")
+    console = Console(file=io.StringIO(), width=140)
+    show_plan(plan, console)
+    assert "warning: target small: task_accuracy_drop" in console.file.getvalue()
+    assert plan.to_json()["warnings"] == (told,)
+
+
 def test_maverick_and_text_only(tmp_path):
     make_maverick_toy(tmp_path / "model", seed=4)
     plan = make_plan(load(tmp_path, BUILD.replace("[text, image]", "[text]")))

@@ -190,8 +190,14 @@ def test_a_fault_of_decode_alone_fails_by_the_greedy_rows(reference, cases):
 
     limits = {**EXACT, "greedy_prefix_length": 1.0, "task_accuracy_drop": 0.01}
     report = run(reference, session(Wrapped(backend, forward=forward)), cases, limits)
-    assert failed(report) == {"greedy_prefix_length", "task_accuracy_drop"}
-    assert row(report, "task_accuracy_drop").detail == "2 right before, 0 now of 3: 2 lost, 0 gained"
+    # two lost of three are too few to show a drop of more than a point, four lost of six are enough
+    assert failed(report) == {"greedy_prefix_length"}
+    assert row(report, "task_accuracy_drop").value == pytest.approx(2 / 3)
+    twice = run(reference, session(Wrapped(backend, forward=forward)), [*cases, *cases], limits)
+    assert failed(twice) == {"greedy_prefix_length", "task_accuracy_drop"}
+    told = row(twice, "task_accuracy_drop").detail
+    assert told.startswith("4 right before, 0 now of 6: 4 lost, 0 gained; a drop from ")
+    assert "fails from 50.0 points on" in told
 
 
 def test_images_merged_in_the_wrong_order_fail_by_the_embeddings(reference, cases):

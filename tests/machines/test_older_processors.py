@@ -1,0 +1,77 @@
+"""What must hold on every x86-64 machine class, on processors older than this one: its newer features are hidden."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from arriero.export.compile.build_kernels import build_kernels, link_shared
+from arriero.runtimes.cpu import cpu_features
+from tests.machines.hidden import MACHINES, environment
+
+TESTS = Path(__file__).parents[1]
+# Each class with the level of our kernels there, and with the processor that `cpu: native` compiles for.
+CHOSEN = {
+    "AVX2": ("avx2", "x86-64-v3"),
+    "AVX-512 without VNNI": ("avx2", "x86-64-v3"),
+    "AVX-512 VNNI": ("avx512vnni", "x86-64-v4-vnni"),
+}
+NEEDS = {"AVX2": "avx2", "AVX-512 without VNNI": "avx512f", "AVX-512 VNNI": "avx512_vnni"}
+
+
+def machine(name: str, folder: Path) -> dict[str, str]:
+    """The environment of a process on such a machine."""
+    if NEEDS[name] not in cpu_features():
+        pytest.skip(f"needs a processor with {NEEDS[name]}")
+    return environment(name, folder)
+
+
+def run_tests(file: str, words: str, env: dict[str, str]) -> str:
+    """Run the tests of `file`, wherever it lies, that -k's `words` name; give pytest's closing line."""
+    (path,) = TESTS.rglob(file)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path), "-k", words]
+    done = subprocess.run(command, env=env, cwd=TESTS.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_integer_products_are_exact_on(name: str, tmp_path: Path) -> None:
+    assert run_tests("test_integer_products.py", "exact", machine(name, tmp_path)).startswith("2 passed")
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("test_lower_tensorrt.py", "static_eight_bits and scout"),
+        ("test_lower_eight_bits.py", "what_the_scheme_says and scout"),
+        ("test_lower_onnxruntime.py", "int8_differs and scout"),
+    ],
+)
+def test_lowered_graphs_compute_on_avx2_what_their_scheme_says(file: str, words: str, tmp_path: Path) -> None:
+    assert " passed" in run_tests(file, words, machine("AVX2", tmp_path))
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of our kernels, every level of x86-64 in it."""
+    path = tmp_path_factory.mktemp("kernels") / "kernels.so"
+    build_kernels("x86_64", path.with_suffix(".o"))
+    link_shared(path.with_suffix(".o"), path)
+    return path
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_kernels_and_compiler_choose_the_level_of(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    env = machine(name, tmp_path)
+    script = f"""
+from pathlib import Path
+from arriero.export.compile.call_kernels import Kernels
+from arriero.export.compile.cpus import native
+print(Kernels(Path({str(request.getfixturevalue("kernels"))!r})).level(), native())
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    assert tuple(done.stdout.split()) == CHOSEN[name]
