@@ -95,11 +95,6 @@ class ReferenceRecord:
         """The content hash of the checkpoint that the record was made from."""
         return str(self.data["checkpoint"])
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of all its files but `record.json`."""
-        return sum(entry["bytes"] for entry in self.data["files"].values())
-
     def labels(self) -> dict[str, str]:
         """What names the record in a report."""
         made = self.data["set"]

@@ -91,8 +91,8 @@ def test_a_line_is_what_a_session_would_be_asked(folder: Path, processor: Proces
     assert [case.family for case in cases] == ["text", "image", "video", "text", "text"]
     assert [case.answer for case in cases] == ["42", "a square", "", "A test.", ""]
     assert cases[3].prompt == [{"role": "system", "content": "Be brief."}, *user(ASK)]
-    assert cases[0].score is not None
-    assert (cases[0].score(" 42."), cases[0].score("41"), cases[4].score) == (True, False, None)
+    assert cases[0].scorer == "same_answer"
+    assert (cases[0].is_right(" 42."), cases[0].is_right("41"), cases[4].is_right("x")) == (True, False, None)
     with Image.open(folder / "pictures" / "red.png") as picture:
         asked = processor.encode(user({"type": "image", "image": picture}, ASK))
     read = processor.encode(cases[1].prompt)
@@ -158,7 +158,7 @@ def test_pictures_in_a_build_of_text_are_refused(folder: Path) -> None:
 def test_embedded_sets_hold_out_the_parity_cases() -> None:
     seen, asked = (draw_cases(kind(samples=20, seed=3), BOTH) for kind in (Calibration, Cases))
     assert content_hash(seen) != content_hash(asked)
-    assert all(case.score is not None and case.score(case.answer) for case in asked)
+    assert all(case.is_right(case.answer) for case in asked)
     assert (len(draw_cases(Calibration(), BOTH)), len(draw_cases(Cases(), BOTH))) == (96, 48)
 
 
