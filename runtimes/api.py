@@ -16,16 +16,20 @@ from arriero.runtimes.session import Session
 from arriero.traits import TRAITS
 
 
-def load(bundle: str | os.PathLike[str], threads: int | None = None, verify: bool = False) -> Session:
+def load(
+    bundle: str | os.PathLike[str], threads: int | None = None, verify: bool = False, allow_unproven: bool = False
+) -> Session:
     """Open a bundle directory and give a `Session` that answers from it.
 
     The manifest and the files are checked first; with `verify` every file is hashed, however large the bundle.
+    A bundle that its build could not prove is refused unless `allow_unproven`: nobody has measured what it computes.
     `threads` None uses every core this process may run on. Raises `ArrieroError` with what is wrong and what to do.
     """
     if threads is not None and threads < 1:
         raise ArrieroError(f"threads is {threads}", expected="at least 1")
     manifest = open_manifest(Path(bundle), verify or None)
-    check_proven(manifest)
+    if not allow_unproven:
+        check_proven(manifest)
     return open_session(manifest, threads)
 
 

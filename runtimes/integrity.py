@@ -41,12 +41,14 @@ def check_chain(manifest: Manifest) -> None:
 
 
 def check_proven(manifest: Manifest) -> None:
-    """Refuse a bundle without a parity report: its build is not finished."""
-    if "parity.json" not in manifest.files:
+    """Refuse a bundle that was not proven against its reference: the machine that built it could not run it."""
+    if not manifest.proven:
         raise ArrieroError(
-            "the bundle was not proven against its reference: its build did not finish",
+            "the bundle is not proven: the machine that built it could not run it",
             where=str(manifest.bundle),
-            remedy="Run `arriero build` again and take the bundle that it publishes",
+            expected="a parity report that it passed",
+            remedy=f"Run `arriero parity {manifest.bundle}` here, which measures it and completes the proof; "
+            "`arriero.load(.., allow_unproven=True)` runs it without one",
         )
 
 

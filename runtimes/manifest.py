@@ -130,6 +130,26 @@ class RoundedPart:
 
 
 @dataclass(frozen=True)
+class RtnKl:
+    """Mean KL of a profile's round-to-nearest baseline against the reference record in nats, and its error."""
+
+    mean: float
+    error: float
+
+
+@dataclass(frozen=True)
+class ProofTerms:
+    """What a bundle is judged by, wherever it is proven.
+
+    `rtn` is None for a profile that does not calibrate, and where it could not be measured for the reason `unmeasured`.
+    """
+
+    thresholds: dict[str, float]
+    rtn: RtnKl | None = None
+    unmeasured: str | None = None
+
+
+@dataclass(frozen=True)
 class Measured:
     """What the build took: bytes of its hungriest stage, and seconds of each."""
 
@@ -183,7 +203,8 @@ class Manifest:
     weights: dict[str, StoredWeight]
     calibrated: CalibratedPart
     rounded: RoundedPart
-    record: str  # the hash of the reference record that the bundle was proven against
+    record: str  # the hash of the reference record that the bundle is proven against
+    proof: ProofTerms
     kv_bytes_per_token: dict[str, int]
     measured: Measured
 
@@ -228,9 +249,15 @@ class Manifest:
             calibrated=entry(CalibratedPart, "calibrated"),
             rounded=entry(RoundedPart, "rounded"),
             record=entry(str, "record"),
+            proof=entry(ProofTerms, "proof"),
             kv_bytes_per_token=entry(dict[str, int], "kv_bytes_per_token"),
             measured=entry(Measured, "measured"),
         )
+
+    @property
+    def proven(self) -> bool:
+        """Whether the bundle holds the reports of a proof that it passed."""
+        return all(report in self.files for report in REPORTS)
 
 
 KEYS = tuple(name for name in Manifest.__dataclass_fields__ if name not in ("bundle", "digest"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from arriero.errors import ArrieroError
+from arriero.errors import ArrieroError, MachineLacks
 from arriero.version import __version__
 
 if TYPE_CHECKING:
@@ -90,13 +90,17 @@ def build(
         Path | None,
         typer.Option(help="Keep each graph that is lowered here after every phase, to find the one that goes wrong."),
     ] = None,
+    require_proof: Annotated[
+        bool, typer.Option("--require-proof", help="End with exit code 3 where a bundle is for another device.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Build every bundle that the build file names, and publish those that pass parity.
 
     Steps that are done are not done again: kill a build at any point and give the same command to go on; an unchanged
     build does nothing. A bundle appears under its name only once its parity against the PyTorch reference has passed;
-    otherwise the report stays beside it as an HTML page and the exit code is 1.
+    otherwise the report stays beside it as an HTML page and the exit code is 1. A bundle for a device that this machine
+    is not is published unproven, and `arriero parity` on the device completes it.
     """
     from arriero.export.build_file.read import load_build
     from arriero.export.cli.progress import ProgressBars
@@ -105,11 +109,21 @@ def build(
     config = load_build(build_file)
     with ProgressBars(err) as watch:
         bundles = Build(config, str(build_file), watch, dump_graphs).run()
+    unproven = {str(bundle.folder): bundle.device for bundle in bundles if bundle.device is not None}
     if as_json:
-        _print_json({"bundles": [str(bundle) for bundle in bundles]})
-        return
-    for bundle in bundles:
-        out.print(f"[green]published[/] {bundle}", highlight=False, soft_wrap=True)
+        _print_json({"bundles": [str(bundle.folder) for bundle in bundles], "unproven": unproven})
+    for bundle in bundles if not as_json else ():
+        state = "[green]published[/]" if bundle.device is None else "[yellow]published, unproven[/]"
+        out.print(f"{state} {_escape(str(bundle.folder))}", highlight=False, soft_wrap=True)
+        if bundle.device is not None:
+            told = f"  run `arriero parity {bundle.folder}` on {bundle.device}: it measures the bundle there"
+            out.print(_escape(told), highlight=False, soft_wrap=True)
+    if unproven and require_proof:
+        raise MachineLacks(
+            f"{', '.join(unproven)}: not proven, because this machine cannot run what was built",
+            expected=", ".join(sorted(set(unproven.values()))),
+            remedy="Run `arriero parity` on such a machine, or leave out --require-proof",
+        )
 
 
 @app.command()
@@ -155,6 +169,10 @@ def parity(
     seed: Annotated[int | None, typer.Option(help="Which held-out prompts, with --against.", min=0)] = None,
     junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML here, one test case per row.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page here.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="A folder for the proof of a bundle that was built elsewhere and cannot be written to."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a bundle on this machine and judge it; exit code 1 when a row is below its threshold.
@@ -163,12 +181,15 @@ def parity(
     neither PyTorch nor the checkpoint: router agreement per layer, logits, top tokens, answers and task accuracy, in
     text and about images. --recorded shows what the build measured instead.
 
+    A bundle that was built for another device than the machine that built it is proven by this, on the device: where it
+    passes, the proof is written into it, or with --output into a folder whose files complete it.
+
     --against CHECKPOINT compares with the PyTorch reference itself, and refuses a record that says otherwise than the
     checkpoint; --set, --samples or --seed then choose other prompts than the record's. In CI:
 
         arriero parity bundles/portable-int8 --junit parity.xml
     """
-    from arriero.runtimes.proof.report import render_table, write_html, write_junit
+    from arriero.runtimes.proof.pages import render_table, write_html, write_junit
 
     other = (data, samples, seed) != (None, None, None)
     if recorded and (record or against):
@@ -176,10 +197,12 @@ def parity(
     if other and against is None:
         what = "--set, --samples and --seed choose prompts that the reference record does not hold"
         raise ArrieroError(what, remedy="Add --against with the checkpoint folder")
+    if output and (recorded or against):
+        raise ArrieroError("--output takes a proof by the bundle's record", remedy="Leave out --recorded and --against")
     if other and record:
         raise ArrieroError("--record brings its own prompts", remedy="Leave out --set, --samples and --seed")
     chosen = _held_out(data, samples, seed) if other else None
-    report = _recorded(bundle) if recorded else _measure(bundle, record, against, chosen)
+    report = _recorded(bundle) if recorded else _measure(bundle, record, against, chosen, output)
     if junit:
         write_junit(report, junit)
     if html:
@@ -193,21 +216,23 @@ def parity(
 
 
 def _recorded(bundle: Path) -> ParityReport:
-    from arriero.export.proof.prove import check_integrity
+    from arriero.runtimes.integrity import check_proven, open_manifest
     from arriero.runtimes.proof.report import read_json
 
-    check_integrity(bundle)
+    check_proven(open_manifest(bundle))
     return read_json(bundle / "parity.json")
 
 
-def _measure(bundle: Path, record: Path | None, checkpoint: Path | None, other: Cases | None) -> ParityReport:
+def _measure(
+    bundle: Path, record: Path | None, checkpoint: Path | None, other: Cases | None, output: Path | None
+) -> ParityReport:
     from arriero.export.cli.progress import ProgressBars
 
     with ProgressBars(err) as watch:
         if checkpoint is None:
             from arriero.export.proof.prove import prove_bundle
 
-            return prove_bundle(bundle, record, watch)
+            return prove_bundle(bundle, record, watch, output)
         from arriero.export.proof.against import prove_against
 
         return prove_against(bundle, checkpoint, record, other, watch)

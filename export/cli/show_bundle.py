@@ -27,7 +27,7 @@ FALLBACKS = {
 def describe_bundle(bundle: Path) -> dict[str, Any]:
     """The manifest's facts with weights summed by scheme and parity in short. Raises `ArrieroError` if damaged."""
     manifest = open_manifest(bundle, full=True)
-    report = read_json(bundle / "parity.json")
+    report = read_json(bundle / "parity.json") if manifest.proven else None
     return {
         "name": manifest.name,
         "arriero": manifest.arriero,
@@ -45,7 +45,9 @@ def describe_bundle(bundle: Path) -> dict[str, Any]:
         "measured": asdict(manifest.measured),
         "tools": manifest.tools,
         "record": {"hash": manifest.record, "in_bundle": RECORD_FILE in manifest.files},
-        "parity": {"failed": [row.metric for row in report.failed], "rows": len(report.rows)},
+        "parity": None
+        if report is None
+        else {"failed": [row.metric for row in report.failed], "rows": len(report.rows)},
     }
 
 
@@ -55,7 +57,6 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
     kinds = Counter(f"{layer['attention']} {layer['ffn']}" for layer in text["layers"])
     layers = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     vision = "text and image" if described["model"]["vision"] else "text"
-    failed = described["parity"]["failed"]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     rows = {
@@ -76,14 +77,20 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
         "choice": _choice(described["choice"]),
         "reference": f"record {described['record']['hash'][:12]}, "
         + ("in the bundle" if described["record"]["in_bundle"] else "kept apart"),
-        "parity": f"[red]failed: {', '.join(failed)}[/]"
-        if failed
-        else "[green]passed[/], see `arriero parity --recorded`",
+        "parity": _parity(described["parity"]),
         "built with": ", ".join(f"{name} {version}" for name, version in described["tools"].items()),
     }
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def _parity(proof: dict[str, Any] | None) -> str:
+    if proof is None:
+        return "[yellow]not proven: run `arriero parity` on the device that it is for[/]"
+    if proof["failed"]:
+        return f"[red]failed: {', '.join(proof['failed'])}[/]"
+    return "[green]passed[/], see `arriero parity --recorded`"
 
 
 def _fallback(entries: list[dict[str, Any]]) -> str:

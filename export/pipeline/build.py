@@ -7,30 +7,21 @@ does nothing. A bundle appears under its name only after its parity passed.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
-from importlib import import_module
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arriero.errors import ArrieroError, BelowThreshold, MachineLacks, Problems
-from arriero.export.build_file.device import kernel_arch, target_gpu
+from arriero.errors import ArrieroError, Problems
+from arriero.export.build_file.device import target_gpu
 from arriero.export.build_file.model_spec import model_spec
-from arriero.export.build_file.schema import BuildConfig, Target
-from arriero.export.compile import Device
-from arriero.export.compile.cpus import NATIVE
-from arriero.export.compile.nvidia.engine_shapes import Limits
-from arriero.export.compile.nvidia.gpus import Gpu, local_gpus
+from arriero.export.build_file.schema import BuildConfig
 from arriero.export.compile.nvidia.tensorrt_api import load
 from arriero.export.machine.doctor import installed_versions
-from arriero.export.pipeline.bundle import Parts, assemble, copy_tokenizer, is_current, write_manifest
 from arriero.export.pipeline.parts import read_part, write_part
-from arriero.export.pipeline.place_record import is_placed, place_record
 from arriero.export.pipeline.plan import (
-    cache_bytes,
     calibrating,
     make_plan,
     rounding_folder,
@@ -39,54 +30,23 @@ from arriero.export.pipeline.plan import (
 )
 from arriero.export.pipeline.record_plan import answer_mode
 from arriero.export.pipeline.stages import Stage, WorkDir, key_of, read_record
-from arriero.export.proof.emulate import check_emulation
-from arriero.export.samples.cases import check_answers, describe_set, draw_cases, encoded_sizes
+from arriero.export.pipeline.target_build import Published, TargetBuild
+from arriero.export.proof.check_answers import check_answers
+from arriero.export.samples.cases import describe_set, draw_cases, encoded_sizes
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
-from arriero.profiles.kv_cache import CacheScales, cache_scales, check_tokens
-from arriero.profiles.quantized_weights import QuantizedWeights
-from arriero.profiles.recipe import Profile, load_profile
-from arriero.runtimes.cpu import architecture
-from arriero.runtimes.manifest import CalibratedPart, Compiled, LoweredPart, Measured, RoundedPart, StoredWeight
+from arriero.profiles.kv_cache import check_tokens
+from arriero.profiles.recipe import load_profile
+from arriero.runtimes.manifest import CalibratedPart
 from arriero.runtimes.proof.record import ReferenceRecord
 from arriero.runtimes.proof.rows import check_thresholds
-from arriero.traits import SHARED_PACKAGES, TRAITS
+from arriero.traits import SHARED_PACKAGES
 
 if TYPE_CHECKING:
     from arriero.graphs.check import Part
-    from arriero.runtimes.proof.logits import KlSums
 
 # What a watcher is told: the step, how much of it is done, of how much, and in which unit ("bytes" or "samples").
 Watch = Callable[[str, int, int, str], None]
-
-
-NEEDS_GPU = "a machine with the GPU that the engines are for"
-GO_ON = "Run the same command there with this output folder and the same versions: it goes on from here"
-
-
-class UnprovenHere(MachineLacks):
-    """A target was built as far as this machine goes. `told` names it with its GPU."""
-
-    def __init__(self, target: str, gpu: Gpu, lowered: Path) -> None:
-        """Say that the engines in `lowered` run on `gpu` and not here."""
-        self.told = f"{target} for {gpu}"
-        here = ", ".join(map(str, local_gpus())) or "none"
-        super().__init__(
-            f"target {target} is compiled and kept, and not proven: its engines run on {gpu.told} alone, and this "
-            f"machine has {here}",
-            where=str(lowered),
-            expected=NEEDS_GPU,
-            remedy=GO_ON,
-        )
-
-
-@dataclass(frozen=True)
-class Made:
-    """What the targets of a build are made of: the folders of finished stages, and the kernels' object file."""
-
-    graph: Path
-    calibrated: Path
-    kernels: Path | None
 
 
 class Build:
@@ -119,8 +79,18 @@ class Build:
         """The graphs of a bundle."""
         return ("embed", "text") if self.model.vision is None else ("embed", "vision", "text")
 
-    def run(self) -> list[Path]:
-        """Build every target and give the bundle folders. Raises `ArrieroError` with what stopped it."""
+    @cached_property
+    def graph(self) -> Path:
+        """The finished stage `graph`."""
+        return self.stage("graph", self.trace)
+
+    @cached_property
+    def calibrated(self) -> Path:
+        """The finished stage `calibrate`."""
+        return self.stage("calibrate", self.calibrate, resumes=True)
+
+    def run(self) -> list[Published]:
+        """Build every target and give the bundles. Raises `ArrieroError` with what stopped it."""
         plan = self.plan = make_plan(self.config)
         plan.check_budgets(self.file)
         self.check_outputs()
@@ -128,19 +98,8 @@ class Build:
             self.check_inputs()
             self.check_products({stage.name for stage in plan.stages if stage.done})
         with self.at_work():
-            bundles, lacks = [], []
-            for target in self.config.targets:
-                try:
-                    bundles.append(self.build_target(target))
-                except UnprovenHere as lack:  # what this machine cannot prove keeps the other targets from nothing
-                    lacks.append(lack)
+            bundles = [TargetBuild(self, target).run() for target in self.config.targets]
             self.work.prune((name, key_of(name, values)) for name, values in self.inputs.items())
-        if len(lacks) > 1:
-            names = ", ".join(lack.told for lack in lacks)
-            what = f"{len(lacks)} targets are compiled and kept, and not proven, because this machine has no such GPU: "
-            raise MachineLacks(what + names, where=str(self.work.root), expected=NEEDS_GPU, remedy=GO_ON)
-        if lacks:
-            raise lacks[0]
         return bundles
 
     def run_calibration(self) -> dict[str, Any]:
@@ -152,7 +111,7 @@ class Build:
         if not plan.done:
             self.check_inputs()
         with self.at_work():
-            folder = self.stage("calibrate", self.calibrate, resumes=True)
+            folder = self.calibrated
             planned = None if plan.done else plan.stages[0].memory
             part = read_part(CalibratedPart, folder)
             return describe_calibration(folder, part, read_record(folder), calibrating(self.profiles), planned)
@@ -194,10 +153,6 @@ class Build:
 
         for profile in self.profiles.values():
             check_thresholds(profile.thresholds)
-        for number, target in enumerate(self.config.targets):
-            arch = kernel_arch(target)
-            if arch not in (None, architecture()):
-                check_emulation(str(arch), f"{self.file}: targets[{number}].cpu")
         processor = Processor(self.config.model, model_spec(self.model))
         room = min(target.context for target in self.config.targets) - 1  # one token of an answer
         cases = draw_cases(self.config.parity.cases, self.config.modalities)
@@ -205,44 +160,9 @@ class Build:
         for target in self.config.targets:
             check_answers(cases, thresholds(self.config, target, self.profiles[target.profile]))
 
-    def build_target(self, target: Target) -> Path:
-        """Lower, prove and publish one target; at once when its bundle is current."""
-        bundle = self.config.output / target.name
-        lower, parity = f"lower-{target.name}", f"parity-{target.name}"
-        stages = ("graph", "calibrate", "reference", lower, parity)
-        build = {name: key_of(name, self.inputs[name]) for name in stages}
-        if is_current(bundle, build) and is_placed(bundle, self.config.parity.record):
-            self.failure_page(target).unlink(missing_ok=True)
-            self.watch(f"{target.name}: up to date", 1, 1, "bundles")
-            return bundle
-        graph = self.stage("graph", self.trace)
-        calibrated = self.stage("calibrate", self.calibrate, resumes=True)
-        made = Made(graph, calibrated, self.kernels(target))
-        lowered = self.stage(lower, partial(self.lower, target, made), resumes=True, shared=True)
-        partial_bundle = bundle.with_name(f"{bundle.name}.partial")
-        assemble(lowered, partial_bundle)
-        place_record(self.record, self.config.parity.record, partial_bundle, self.work)
-        self.manifest(target, build, lowered, calibrated, partial_bundle)
-        proof = self.stage(parity, partial(self.prove, target, made, lowered, partial_bundle))
-        for report in ("parity.json", "parity.html"):
-            (partial_bundle / report).write_bytes((proof / report).read_bytes())
-        self.manifest(target, build, lowered, calibrated, partial_bundle)
-        self.work.publish(partial_bundle, bundle)
-        self.failure_page(target).unlink(missing_ok=True)
-        return bundle
-
-    def failure_page(self, target: Target) -> Path:
-        """Where the report of a target that failed parity is kept."""
-        return self.config.output / f"{target.name}.failed-parity.html"
-
     def stage(self, name: str, run: Callable[[Path], None], resumes: bool = False, shared: bool = False) -> Path:
         """Run a planned stage unless it is done."""
         return self.work.run_stage(Stage(name, self.inputs[name], run, resumes, shared))
-
-    def kernels(self, target: Target) -> Path | None:
-        """The object file of our kernels for the target's processor; None for a backend that brings its own."""
-        arch = kernel_arch(target)
-        return None if arch is None else self.kernels_for(arch)
 
     def kernels_for(self, arch: str) -> Path:
         """Stage `kernels-*`: our kernels for one architecture, built once for all of its targets."""
@@ -296,180 +216,3 @@ class Build:
             tools=installed_versions(SHARED_PACKAGES),
         )
         write_record(open_reference(self.config.model, self.model.vision is None), cases, origin, folder, self.watch)
-
-    def lower(self, target: Target, made: Made, folder: Path) -> None:
-        """Stage `lower-*`: the backend's graphs and weights, the tokenizer, and proof that the backend loads them."""
-        profile, cache = self.decided(target, made.calibrated), self.cache_scales(target, made.calibrated)
-        found = self.roundings(target, made.calibrated)
-        weights = self.lower_parts(target, self.parts, profile, found, cache, made.graph, folder)
-        copy_tokenizer(self.config.model, folder / "tokenizer")
-        compiled = self.compile(target, self.parts, made.kernels, folder)
-        if compiled.gpu is not None:  # an engine has swallowed the file of its part's weights
-            weights = {name: {**one, "file": f"{Path(one['file']).stem}.engine"} for name, one in weights.items()}
-        stored = {name: StoredWeight(**one) for name, one in weights.items()}
-        write_part(LoweredPart(stored, compiled), folder)
-
-    def compile(self, target: Target, parts: tuple[str, ...], kernels: Path | None, folder: Path) -> Compiled:
-        """Make of the lowered graphs in `folder` what the backend loads."""
-        compiler = import_module(f"arriero.export.compile.{TRAITS[target.backend].module}")
-        gpu = target_gpu(target)
-        device = Device(
-            cpu=target.cpu,
-            kernels=kernels,
-            gpu=gpu,
-            limits=Limits(target.context, target.batch, self.model.text.chunk),
-            memory=self.plan.gpu_share(target.name) if gpu is not None else None,
-        )
-
-        def watch(step: str, done: int, total: int, unit: str) -> None:
-            self.watch(f"{target.name}: {step}", done, total, unit)
-
-        compiled: Compiled = compiler.compile_graphs(folder, parts, device, watch)
-        return compiled
-
-    def cache_scales(self, target: Target, calibrated: Path) -> list[CacheScales] | None:
-        """Each layer's scales where the target keeps keys and values in int8."""
-        if target.kv_cache != "int8":
-            return None
-        return cache_scales(json.loads((calibrated / "cache.json").read_text()))
-
-    def lower_parts(
-        self,
-        target: Target,
-        parts: tuple[str, ...],
-        profile: Profile,
-        roundings: QuantizedWeights | None,
-        cache: list[CacheScales] | None,
-        graph: Path,
-        folder: Path,
-    ) -> dict[str, Any]:
-        """Write the backend's form of `parts` under `profile` into `folder`; give the manifest's weight table."""
-        import onnx_ir as ir
-
-        from arriero.graphs.check import part_tensors
-        from arriero.graphs.lower.dump import GraphDump
-        from arriero.graphs.lower.part import Lowering
-
-        lowering = import_module(f"arriero.graphs.lower.{TRAITS[target.backend].module}")
-        schemes = profile.assign([name for part in self.parts for name in part_tensors(part, self.model)])
-        weights: dict[str, Any] = {}
-        gpu = target_gpu(target)
-        capability = 0 if gpu is None else gpu.capability
-        dump = None if self.dump is None else GraphDump(self.dump / f"{target.name}-{profile.name}")
-        for part in parts:
-
-            def told(done: int, total: int, step: str = f"{target.name}: write {part} weights") -> None:
-                self.watch(step, done, total, "bytes")
-
-            one = Lowering(self.model, self.checkpoint, schemes, folder, told, roundings, cache, capability, dump)
-            weights |= lowering.lower(part, ir.load(graph / f"{part}.onnx"), one)
-        return weights
-
-    def manifest(self, target: Target, build: Mapping[str, str], lowered: Path, calibrated: Path, bundle: Path) -> None:
-        """Write the bundle's manifest from the parts that the stages wrote."""
-        stages = {"graph": self.work.folder("graph", build["graph"]), "calibrate": calibrated, "lower": lowered}
-        records = {name: read_record(folder) for name, folder in stages.items()}
-        text = self.model.text
-        per_layer = 2 * text.kv_heads * text.head_dim * cache_bytes(target, self.profiles[target.profile])
-        kinds = sorted({"chunked" if layer.chunked else "global" for layer in text.layers})
-        parts = Parts(
-            model=model_spec(self.model),
-            target=target.model_dump(),
-            tools={name: version for name, version in self.inputs["graph"]["tools"].items() if version},
-            lowered=read_part(LoweredPart, lowered),
-            calibrated=read_part(CalibratedPart, calibrated),
-            rounded=self.rounded(target, calibrated),
-            record=self.record.hash,
-            kv_bytes_per_token=dict.fromkeys(kinds, per_layer),
-            measured=Measured(
-                peak_memory_bytes=max(record["peak_memory_bytes"] for record in records.values()),
-                seconds={name: record["seconds"] for name, record in records.items()},
-            ),
-        )
-        write_manifest(bundle, parts, self.content, self.profile_digest(target), build)
-
-    def rounded(self, target: Target, calibrated: Path) -> RoundedPart:
-        """What calibration says of the target's profile: what it chose, and the experts that fell back."""
-        from arriero.export.calibration.calibrate import fallbacks
-        from arriero.export.calibration.choice import read_choice
-
-        roundings = self.roundings(target, calibrated)
-        return RoundedPart(
-            fallback=fallbacks(self.profiles[target.profile], roundings.notes()), choice=read_choice(roundings.folder)
-        )
-
-    def roundings(self, target: Target, calibrated: Path) -> QuantizedWeights:
-        """What calibration found for the target's profile."""
-        return QuantizedWeights(calibrated / rounding_folder(self.profiles[target.profile]))
-
-    def decided(self, target: Target, calibrated: Path) -> Profile:
-        """The target's profile, with the choice that calibration made where it leaves one."""
-        from arriero.export.calibration.choice import decided
-
-        return decided(self.profiles[target.profile], self.roundings(target, calibrated).folder)
-
-    def profile_digest(self, target: Target) -> str:
-        """The profile's own hash in the chain."""
-        return key_of("profile", self.profiles[target.profile].model_dump(mode="json"))
-
-    def prove(self, target: Target, made: Made, lowered: Path, bundle: Path, folder: Path) -> None:
-        """Stage `parity-*`: the bundle against the reference record and, if its profile calibrates, its RTN baseline.
-
-        Raises `BelowThreshold`; the report page stays.
-        """
-        from arriero.export.proof.prove import measure_bundle
-        from arriero.runtimes.proof.report import write_html, write_json
-
-        self.check_gpu(target, lowered)
-        limits = thresholds(self.config, target, self.profiles[target.profile])
-        rtn_kl = self.rtn_kl(target, made, lowered, folder)
-        report = measure_bundle(bundle, self.record, limits, self.record.labels(), self.watch, rtn_kl)
-        write_json(report, folder / "parity.json")
-        write_html(report, folder / "parity.html")
-        if report.failed:
-            page = self.failure_page(target)
-            write_html(report, page)
-            raise BelowThreshold(
-                f"target {target.name} is below its parity thresholds: {', '.join(row.title for row in report.failed)}",
-                where=str(page),
-                remedy="The page shows where it differs; choose a finer profile, or lower the threshold knowingly",
-            )
-
-    def check_gpu(self, target: Target, lowered: Path) -> None:
-        """Stop a target whose engines this machine cannot run: they are compiled and kept, and not proven yet."""
-        gpu = target_gpu(target)
-        if gpu is None or gpu in local_gpus():
-            return
-        raise UnprovenHere(target.name, gpu, lowered)
-
-    def rtn_kl(self, target: Target, made: Made, lowered: Path, folder: Path) -> KlSums | None:
-        """KL of the RTN baseline of the target's profile on the parity cases; None if the profile is that form.
-
-        Its key/value cache is the target's own: it is the weights' calibration that is judged.
-        """
-        from arriero.export.proof.rtn_baseline import measure_rtn_baseline
-
-        profile = self.decided(target, made.calibrated)
-        if profile.calibration is None:
-            return None
-        step = f"{target.name}: measure the RTN baseline"
-        cache = self.cache_scales(target, made.calibrated)
-
-        def lower_text(rtn: Path) -> None:
-            parts: tuple[str, ...] = ("text",)
-            chosen, objects = target, made.kernels
-            if kernel_arch(target) not in (None, architecture()):
-                # What rounding costs is the same on every processor, so a foreign target's is measured on this one.
-                parts, chosen = self.parts, target.model_copy(update={"cpu": NATIVE})
-                objects = self.kernels_for(architecture())
-            self.lower_parts(chosen, parts, profile.rtn_baseline(), None, cache, made.graph, rtn)
-            self.compile(chosen, parts, objects, rtn)
-
-        return measure_rtn_baseline(
-            self.record,
-            target.backend,
-            lowered,
-            lower_text,
-            folder,
-            lambda done, total: self.watch(step, done, total, "samples"),
-        )

@@ -25,6 +25,7 @@ from arriero.runtimes.manifest import (
     FileRecord,
     LoweredPart,
     Measured,
+    ProofTerms,
     RoundedPart,
     file_sha256,
     link,
@@ -69,6 +70,7 @@ class Parts:
     calibrated: CalibratedPart
     rounded: RoundedPart
     record: str  # the hash of the reference record
+    proof: ProofTerms
     kv_bytes_per_token: Mapping[str, int]
     measured: Measured
 
@@ -92,6 +94,7 @@ def write_manifest(partial: Path, parts: Parts, checkpoint: str, profile: str, b
         "target": {**parts.target, **compiled},
         "build": dict(build),
         "record": parts.record,
+        "proof": asdict(parts.proof),
         "files": {name: asdict(record) for name, record in files.items()},
         "tools": {**parts.tools, **parts.lowered.compiled.tools},
         "weights": {name: asdict(weight) for name, weight in parts.lowered.weights.items()},

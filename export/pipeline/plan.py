@@ -53,7 +53,7 @@ PIECE_COPIES = 4  # the piece in float32, over its scales, rounded, and packed
 # The sources that stages begin in: what they import decides the result, and so the key.
 TRACES = ("graphs/trace.py", "graphs/check.py")
 CALIBRATES = ("export/calibration/calibrate.py", "export/proof/reference.py", "export/samples/cases.py")
-PROVES = ("export/proof/prove.py", "export/proof/rtn_baseline.py")
+PROVES = ("export/proof/measure_bundle.py", "export/proof/rtn_baseline.py")
 
 KeyInputs = dict[str, Any]
 
@@ -211,6 +211,8 @@ def make_plan(build: BuildConfig) -> Plan:
             lowering = (max(lowering[0], engine), 2 * target.weights_bytes + ENGINE_DISK)
         needs[f"lower-{target.name}"] = lowering
         needs[f"parity-{target.name}"] = (_parity_memory(target), GRAPH_DISK)
+        # the baseline's weights lie beside the bundle's own while it is measured
+        needs[f"rtn-{target.name}"] = (max(lowering[0], _parity_memory(target)), target.weights_bytes + GRAPH_DISK)
     return Plan(
         model=_describe(build, checkpoint, config),
         reference={
@@ -275,11 +277,14 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
             "profile": profiles[target.profile].model_dump(exclude={"thresholds", "description"}),
             "source": source_hash(*_lowers(target)),
         }
+        proven = {"lower": key_of(lower, stages[lower]), "reference": key_of("reference", stages["reference"])}
+        source = source_hash(*PROVES, f"runtimes/{TRAITS[target.backend].module}.py")
+        if profiles[target.profile].calibration is not None:
+            stages[f"rtn-{target.name}"] = {**proven, "source": source}
         stages[parity] = {
-            "lower": key_of(lower, stages[lower]),
-            "reference": key_of("reference", stages["reference"]),
+            **proven,
             "thresholds": thresholds(build, target, profiles[target.profile]),
-            "source": source_hash(*PROVES, f"runtimes/{TRAITS[target.backend].module}.py"),
+            "source": source,
         }
     return stages
 

@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from arriero.errors import ArrieroError
+from arriero.export.proof.check_answers import check_answers
 from arriero.export.proof.live_reference import LiveReference
-from arriero.export.proof.prove import RECORD_LABEL, Watch, check_integrity, judged_by, measure_bundle, open_record
+from arriero.export.proof.measure_bundle import Watch, measure_bundle
+from arriero.export.proof.prove import built_rows, open_record, other_terms
 from arriero.export.proof.reference import open_reference
-from arriero.export.samples.cases import check_answers, draw_cases, encoded_sizes
+from arriero.export.samples.cases import draw_cases, encoded_sizes
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.runtimes.backend import ModelSpec
+from arriero.runtimes.integrity import open_manifest
 from arriero.runtimes.manifest import Manifest
 from arriero.runtimes.proof.cases import AnswerMode, ReferenceCase
 from arriero.runtimes.proof.metrics import NEAR_TIE, ShapesDiffer, router_agreement
 from arriero.runtimes.proof.record import ReferenceRecord
 from arriero.runtimes.proof.report import ParityReport, read_json
-from arriero.runtimes.proof.rtn_baseline import recorded_kl, recorded_rows
 from arriero.runtimes.proof.sketch import WholeArray
 
 if TYPE_CHECKING:
@@ -116,25 +118,27 @@ def prove_against(
     The cases are those of its record (or of that in `folder`), which is refused where it differs; or `other` ones.
     Raises ArrieroError when the bundle was made from another checkpoint.
     """
-    check_integrity(bundle)
+    manifest = open_manifest(bundle)
     check_origin(bundle, checkpoint)
-    manifest, built = Manifest.read(bundle), read_json(bundle / "parity.json")
     modalities = modalities_of(manifest)
     session = open_reference(checkpoint, "image" not in modalities)
     if other is not None:
-        cases, limits = draw_cases(other, modalities), judged_by(built, other_cases=True)
-        check_answers(cases, limits)
+        cases, terms = draw_cases(other, modalities), other_terms(manifest)
+        check_answers(cases, terms.thresholds)
         encoded_sizes(cases, session.processor, manifest.target.context - 1)  # room for one token of an answer
-        live = LiveReference(session, cases, built.answers)
-        report = measure_bundle(bundle, live, limits, label_set(other), watch)
-        return replace(report, rows=(*report.rows, *recorded_rows(built)))
-    record = open_record(bundle, folder)
+        answers = (
+            read_json(bundle / "parity.json").answers if manifest.proven else open_record(manifest, folder).answers
+        )
+        live = LiveReference(session, cases, answers)
+        report = measure_bundle(bundle, live, terms, label_set(other), watch)
+        return replace(report, rows=(*report.rows, *built_rows(manifest)))
+    record = open_record(manifest, folder)
     live = LiveReference(session, [record.case(number).case for number in range(len(record))], record.answers)
-    same = built.labels.get(RECORD_LABEL) == record.hash
-    rtn_kl = recorded_kl(built) if same else None
-    limits = judged_by(built, other_cases=not same)
-    report = measure_bundle(bundle, CheckedReference(live, record), limits, record.labels(), watch, rtn_kl)
-    return report if same else replace(report, rows=(*report.rows, *recorded_rows(built)))
+    checked = CheckedReference(live, record)
+    if record.hash == manifest.record:
+        return measure_bundle(bundle, checked, manifest.proof, record.labels(), watch)
+    report = measure_bundle(bundle, checked, other_terms(manifest), record.labels(), watch)
+    return replace(report, rows=(*report.rows, *built_rows(manifest)))
 
 
 def open_live(checkpoint: Path, wanted: Cases, modalities: Sequence[str]) -> LiveReference:

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from arriero.errors import ArrieroError
 from arriero.export.machine.budget import human_bytes
 from arriero.export.proof.against import check_origin, label_set, modalities_of, open_live
-from arriero.export.proof.prove import measure_bundle
+from arriero.export.proof.measure_bundle import measure_bundle
 from arriero.graphs.stored.safetensors_writer import ITEM_BYTES
 from arriero.runtimes.api import load
-from arriero.runtimes.manifest import RECORD_FOLDER, Manifest, StoredWeight
-from arriero.runtimes.proof import plots, report
+from arriero.runtimes.manifest import RECORD_FOLDER, Manifest, ProofTerms, StoredWeight
+from arriero.runtimes.proof import pages, plots
 from arriero.runtimes.proof.metrics import accuracy_error
-from arriero.runtimes.proof.report import ParityReport
+from arriero.runtimes.proof.report import ParityReport, read_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,7 +70,7 @@ def compare_bundles(
         manifest = Manifest.read(bundle)
         step = partial(watch, f"{manifest.name}: speed")
         speed = _tokens_per_second(bundle, threads, step)
-        measured = measure_bundle(bundle, reference(modalities_of(manifest)), {}, label_set(wanted), watch)
+        measured = measure_bundle(bundle, reference(modalities_of(manifest)), ProofTerms({}), label_set(wanted), watch)
         lines.append(_line(bundle, manifest, measured, speed))
     return lines
 
@@ -148,7 +148,7 @@ def write_page(lines: Sequence[Compared], labels: Mapping[str, str], path: Path)
     """Write the comparison as a self-contained HTML page with a plot of quality against size."""
     points = {line.name: (line.bytes / 2**20, line.logits_kl_mean) for line in lines if line.logits_kl_mean is not None}
     plot = plots.size_and_error(points)
-    report.write_page(
+    pages.write_page(
         path, "Bundles compared", labels, HEADS, [cells(line) for line in lines], NOTES, [plot] if plot else []
     )
 
@@ -185,7 +185,7 @@ def decoder_bits(weights: Mapping[str, StoredWeight]) -> float:
 
 def _line(bundle: Path, manifest: Manifest, measured: ParityReport, speed: float) -> Compared:
     values = {row.metric: row.value for row in measured.rows}
-    recorded = {row.metric: row.value for row in report.read_json(bundle / "parity.json").rows}
+    recorded = {row.metric: row.value for row in read_json(bundle / "parity.json").rows}
     right, count = sum(one.candidate_right for one in measured.families), sum(one.count for one in measured.families)
     return Compared(
         bundle=str(bundle),

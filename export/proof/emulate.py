@@ -28,18 +28,23 @@ EMULATOR = "qemu-aarch64-static"
 PYTHON = "usr/bin/python3.11"
 
 
-def check_emulation(arch: str, where: str) -> Path:
-    """The folder of the emulated machine. Raises MachineLacks, before anything is built, when there is none."""
+def can_emulate(arch: str) -> bool:
+    """Whether this machine runs programs for the architecture `arch` in an emulated one."""
     folder = os.environ.get(VARIABLE, "")
     ready = folder and (Path(folder) / "site.ready").is_file() and (Path(folder) / "rootfs.ready").is_file()
-    if arch != "aarch64" or not ready or shutil.which(EMULATOR) is None:
+    return bool(arch == "aarch64" and ready and shutil.which(EMULATOR))
+
+
+def check_emulation(arch: str, where: str) -> Path:
+    """The folder of the emulated machine. Raises MachineLacks when there is none."""
+    if not can_emulate(arch):
         raise MachineLacks(
-            f"a bundle for {arch} cannot be proven on this {architecture()} machine",
+            f"a bundle for {arch} cannot be run on this {architecture()} machine",
             where=where,
             expected=f"64-bit ARM under qemu, in the folder that {VARIABLE} names",
-            remedy="Make it with `tests/arm/set_up.sh FOLDER` of the source tree, or build on a machine of that kind",
+            remedy="Run `arriero parity` on a machine of that kind, or make one here with `tests/arm/set_up.sh FOLDER`",
         )
-    return Path(folder).absolute()
+    return Path(os.environ[VARIABLE]).absolute()
 
 
 def emulated(folder: Path, arguments: Sequence[str]) -> list[str]:

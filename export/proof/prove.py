@@ -5,95 +5,54 @@ Nothing here needs PyTorch, the checkpoint, or more than the runtime's own packa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from arriero.errors import ArrieroError
-from arriero.export.proof.emulate import EmulatedBackend
-from arriero.runtimes.api import open_session
-from arriero.runtimes.integrity import check_proven, open_manifest
-from arriero.runtimes.machine_fit import is_foreign
-from arriero.runtimes.manifest import RECORD_FOLDER, Manifest
-from arriero.runtimes.processor.processor import Processor
-from arriero.runtimes.proof.cases import Reference
-from arriero.runtimes.proof.logits import KlSums
-from arriero.runtimes.proof.parity import measure
+from arriero.export.proof.measure_bundle import Watch, measure_bundle
+from arriero.runtimes.integrity import open_manifest
+from arriero.runtimes.manifest import RECORD_FOLDER, Manifest, ProofTerms
+from arriero.runtimes.proof.complete import complete_proof
 from arriero.runtimes.proof.record import ReferenceRecord
 from arriero.runtimes.proof.report import ParityReport, read_json
-from arriero.runtimes.proof.rows import ALWAYS, OVER_RTN
-from arriero.runtimes.proof.rtn_baseline import recorded_kl, recorded_rows
-from arriero.runtimes.session import Session
-
-Watch = Callable[[str, int, int, str], None]
-RECORD_LABEL = "reference record"
+from arriero.runtimes.proof.rows import OVER_RTN, Row
+from arriero.runtimes.proof.rtn_baseline import recorded_rows
 
 
-def measure_bundle(
-    bundle: Path,
-    reference: Reference,
-    thresholds: Mapping[str, float],
-    labels: Mapping[str, str],
-    watch: Watch,
-    rtn_kl: KlSums | None = None,
-) -> ParityReport:
-    """Measure the bundle against a reference; `labels` name that in the report."""
-    with open_candidate(bundle) as (manifest, candidate):
-        target = manifest.target
-        step = f"{target.name}: prove parity"
-        report = measure(
-            candidate,
-            reference,
-            thresholds,
-            lambda done, total, _case: watch(step, done, total, "samples"),
-            rtn_kl=rtn_kl,
-        )
-    own = {"bundle": target.name, "profile": target.profile, "backend": target.backend, "KV cache": target.kv_cache}
-    if manifest.rounded.fallback:
-        own["experts rounded without calibration"] = "; ".join(map(str, manifest.rounded.fallback))
-    return replace(report, labels={**own, **labels})
+def prove_bundle(bundle: Path, folder: Path | None, watch: Watch, output: Path | None = None) -> ParityReport:
+    """Measure a published bundle here, against its own record or that in `folder`, by the terms of its build.
 
-
-@contextmanager
-def open_candidate(bundle: Path) -> Iterator[tuple[Manifest, Session]]:
-    """The bundle's manifest and a session over it, under emulation when it was compiled for another architecture."""
-    manifest = open_manifest(bundle)
-    if not is_foreign(manifest):
-        with open_session(manifest) as session:
-            yield manifest, session
-        return
-    target = manifest.target
-    processor = Processor(bundle / "tokenizer", manifest.model)
-    backend = EmulatedBackend(bundle, manifest.model, target.arch)
-    with Session(backend, processor, target.context, target.batch) as session:
-        yield manifest, session
-
-
-def prove_bundle(bundle: Path, folder: Path | None, watch: Watch) -> ParityReport:
-    """Measure a published bundle again, here, against its own record or that in `folder`, by its own thresholds.
-
-    What only a build can measure, the RTN baseline's KL, is taken from its report: against the same record the bundle
-    is judged by it anew; against another, what the build found stands as it is. Raises ArrieroError for a record of
-    another checkpoint, and where a bundle brings none.
+    A bundle that its build had no machine for is proven by this: where it passes against its own record, the proof is
+    written into it, or into `output`. Against another record the RTN baseline's KL stands as the build found it, and
+    judges nothing. Raises ArrieroError for a record of another checkpoint, and where a bundle brings none.
     """
-    check_integrity(bundle)
-    record = open_record(bundle, folder)
-    built = read_json(bundle / "parity.json")
-    if built.labels.get(RECORD_LABEL) == record.hash:
-        return measure_bundle(bundle, record, judged_by(built), record.labels(), watch, recorded_kl(built))
-    report = measure_bundle(bundle, record, judged_by(built, other_cases=True), record.labels(), watch)
-    return replace(report, rows=(*report.rows, *recorded_rows(built)))
+    manifest = open_manifest(bundle)
+    record = open_record(manifest, folder)
+    if record.hash != manifest.record:
+        report = measure_bundle(bundle, record, other_terms(manifest), record.labels(), watch)
+        return replace(report, rows=(*report.rows, *built_rows(manifest)))
+    if manifest.proven and output is not None:
+        remedy = "Leave out --output; --html, --junit and --json write what was measured"
+        raise ArrieroError("the bundle is proven already", where=str(bundle), remedy=remedy)
+    report = measure_bundle(bundle, record, manifest.proof, record.labels(), watch)
+    if not manifest.proven and not report.failed:
+        complete_proof(manifest, report, output or bundle)
+    return report
 
 
-def check_integrity(bundle: Path) -> None:
-    """Refuse a bundle that is not what its build published, whatever machine it is for."""
-    check_proven(open_manifest(bundle))
+def other_terms(manifest: Manifest) -> ProofTerms:
+    """The terms on other cases than the build's, which its RTN baseline was not measured on."""
+    return ProofTerms({name: limit for name, limit in manifest.proof.thresholds.items() if name != OVER_RTN})
 
 
-def open_record(bundle: Path, folder: Path | None) -> ReferenceRecord:
+def built_rows(manifest: Manifest) -> tuple[Row, ...]:
+    """The rows of the build's report that stand on its own cases; none of a bundle that is not proven yet."""
+    return recorded_rows(read_json(manifest.bundle / "parity.json")) if manifest.proven else ()
+
+
+def open_record(manifest: Manifest, folder: Path | None) -> ReferenceRecord:
     """The record of a bundle, or that in `folder`, which has to be of the bundle's checkpoint."""
-    manifest = Manifest.read(bundle)
+    bundle = manifest.bundle
     if folder is None and not (bundle / RECORD_FOLDER).is_dir():
         raise ArrieroError(
             "the bundle does not bring its reference record",
@@ -111,9 +70,3 @@ def open_record(bundle: Path, folder: Path | None) -> ReferenceRecord:
             remedy="Give the record that was published with the bundle",
         )
     return record
-
-
-def judged_by(built: ParityReport, other_cases: bool = False) -> dict[str, float]:
-    """The thresholds that a bundle was published under; on other cases, without the one that the build's cases need."""
-    left_out = {*ALWAYS, *((OVER_RTN,) if other_cases else ())}
-    return {row.metric: row.threshold for row in built.rows if row.threshold is not None and row.metric not in left_out}

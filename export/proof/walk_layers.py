@@ -24,7 +24,7 @@ from arriero.profiles.kv_cache import CacheRange
 from arriero.profiles.moments import ROWS, Moments, check_finite
 
 if TYPE_CHECKING:
-    from arriero.runtimes.proof.cases import ParityCase
+    from arriero.runtimes.proof.parity_case import ParityCase
     from arriero.runtimes.session import Session
 
 Floats = NDArray[np.float32]

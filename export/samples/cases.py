@@ -15,8 +15,7 @@ from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.export.build_file.schema import EMBEDDED, Cases, Samples
 from arriero.profiles.data import IMAGE_FAMILIES, TEXT_FAMILIES, Sample, make
 from arriero.runtimes.manifest import SampleSet, file_sha256
-from arriero.runtimes.proof.cases import ParityCase
-from arriero.runtimes.proof.rows import PER_FAMILY
+from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.runtimes.proof.scorers import SAME_ANSWER
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ def draw_samples(modalities: Sequence[str], count: int, seed: int, split: str) -
 def scored_counts(wanted: Samples, modalities: Sequence[str]) -> Counter[str]:
     """How many samples with a known answer each family of `draw_cases` has; those of embedded sets are not drawn."""
     if wanted.set != EMBEDDED:
-        return Counter(case.family for case in draw_cases(wanted, modalities) if case.score is not None)
+        return Counter(case.family for case in draw_cases(wanted, modalities) if case.scorer is not None)
     families = _families(modalities)
     return Counter(families[number % len(families)] for number in range(wanted.samples or wanted.usual))
 
@@ -132,20 +131,6 @@ def _image_hash(image: Any, known: dict[str, str]) -> str:
     if image not in known:
         known[image] = file_sha256(Path(image))
     return known[image]
-
-
-def check_answers(cases: Sequence[ParityCase], thresholds: Mapping[str, float]) -> None:
-    """Refuse thresholds on task accuracy that no case has an answer for: they could only fail."""
-    scored = sorted({case.family for case in cases if case.scorer})
-    for name in thresholds:
-        metric, _, family = name.partition(".")
-        if metric in PER_FAMILY and (not scored or (family and family not in scored)):
-            raise ArrieroError(
-                f"no parity case{f' of {family}' if family else ''} has an answer",
-                where=f"thresholds.{name}",
-                expected=f"cases with answers (there are some of: {', '.join(scored) or 'none'})",
-                remedy="Give answers to the cases of the set, more samples, or another profile",
-            )
 
 
 def encoded_sizes(cases: Sequence[ParityCase], processor: Processor, most_tokens: int) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ from typing import Any
 from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.export.build_file.schema import nearest
 from arriero.runtimes.processor.images import read_image, read_video
-from arriero.runtimes.proof.cases import ParityCase
+from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.runtimes.proof.scorers import SAME_ANSWER
 
 QUESTION = "Describe the image."

@@ -8,33 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from numpy.typing import NDArray
 
 from arriero.runtimes.backend import Ints, ModelSpec
 from arriero.runtimes.proof.logits import LogitFigures
 from arriero.runtimes.proof.metrics import ErrorSums
+from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.runtimes.proof.rows import AnswerMode
-from arriero.runtimes.proof.scorers import score
 
 MAX_ANSWER_TOKENS = 64  # of a generated answer
-
-
-@dataclass(frozen=True)
-class ParityCase:
-    """One held-out prompt with its expected answer; `scorer` names what says whether an answer is right, "" nothing."""
-
-    name: str
-    family: str
-    prompt: Any  # what Processor.encode takes: text or messages
-    images: Sequence[Any] = ()
-    answer: str = ""
-    scorer: str = ""
-
-    def is_right(self, said: str) -> bool | None:
-        """Whether `said` is the right answer; None for a case without a scorer."""
-        return score(self.scorer, self.answer, said) if self.scorer else None
 
 
 class ReferenceArray(Protocol):

@@ -33,14 +33,6 @@ def with_rtn_baseline(report: ParityReport, kl: KlSums, rtn: KlSums, thresholds:
     return replace(report, rows=(*report.rows, *rows))
 
 
-def recorded_kl(report: ParityReport) -> KlSums | None:
-    """The baseline's mean KL as a build measured it, with its error; None for a profile that does not calibrate."""
-    row = next((row for row in report.rows if row.metric == RTN_KL), None)
-    if row is None or row.value is None:
-        return None
-    return KlSums(row.value, row.error**2, row.value, 1)
-
-
 def recorded_rows(report: ParityReport) -> tuple[Row, ...]:
     """The rows of a build's report that stand on its own cases, and say nothing of others."""
     return tuple(row for row in report.rows if row.metric in (OVER_RTN, RTN_KL))

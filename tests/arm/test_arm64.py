@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from arriero import load
+from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.proof import emulate
+from arriero.profiles.recipe import shipped
+from arriero.runtimes.integrity import open_manifest
 from tests.command import arriero, write_build
 
 pytestmark = pytest.mark.skipif(platform.machine() == "aarch64", reason="this machine is 64-bit ARM itself")
@@ -80,11 +85,85 @@ def test_the_bundle_is_refused_on_this_machine(bundles):
     assert "built for aarch64" in done.err
 
 
-def test_a_build_that_nothing_here_can_prove_is_refused_at_once(workshop, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def unproven(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build of one target with a calibrated profile, on a machine that knows no emulation."""
+    pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'")
+    folder = tmp_path_factory.mktemp("unproven")
+    calibrated = shipped()["int4"].read_text().replace("kl_over_rtn: 0.5", "kl_over_rtn: 1.0")
+    (folder / "int4.yaml").write_text(calibrated.replace("minimum_tokens: 64", "minimum_tokens: 1"))
+    profiles = (str(folder / "int4.yaml"),)
+    file = write_build(folder / "build.yaml", workshop / "scout", profiles=profiles, samples=8, backend="tvm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(emulate.VARIABLE, raising=False)
+        built = arriero("build", edit(file, "arm64-v8.6-i8mm"), "--json")
+        assert built.code == 0, built.err
+        assert built.json["unproven"] == {str(folder / "bundles" / "int4"): "a machine with aarch64 processors"}
+    return folder
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine, without an emulated one."""
     monkeypatch.delenv(emulate.VARIABLE, raising=False)
-    file = write_build(tmp_path / "build.yaml", workshop / "scout", backend="tvm")
-    done = arriero("build", edit(file, "graviton3"))
-    assert done.code == 3
-    assert "targets[0].cpu: a bundle for aarch64 cannot be proven on this" in " ".join(done.err.split())
-    assert "tests/arm/set_up.sh" in done.err
-    assert not (tmp_path / "bundles" / ".work").exists()
+
+
+def test_what_this_machine_cannot_run_is_published_and_marked(unproven: Path, alone: None) -> None:
+    bundle = unproven / "bundles" / "int4"
+    manifest = open_manifest(bundle, full=True)
+    assert not manifest.proven
+    assert not (bundle / "parity.json").exists()
+    assert manifest.proof.rtn is not None  # measured on this processor: what rounding costs is the same on every one
+    assert manifest.proof.rtn.mean > 0
+    again = arriero("build", unproven / "build.yaml")
+    assert again.code == 0
+    assert "published, unproven" in again.out
+    assert "arriero parity" in again.out
+    strict = arriero("build", unproven / "build.yaml", "--require-proof")
+    assert (strict.code, "not proven" in strict.err) == (3, True)
+    inspected = arriero("inspect", bundle)
+    assert inspected.code == 0
+    assert "not proven" in inspected.out
+
+
+def test_an_unproven_bundle_is_refused_until_its_proof_is_asked_for(unproven: Path, alone: None) -> None:
+    bundle = unproven / "bundles" / "int4"
+    with pytest.raises(ArrieroError, match=r"the bundle is not proven.*arriero parity"):
+        load(bundle)
+    with pytest.raises(MachineLacks, match="built for aarch64"):  # and where it is not, only the machine is in the way
+        load(bundle, allow_unproven=True)
+    recorded = arriero("parity", bundle, "--recorded")
+    assert (recorded.code, "not proven" in recorded.err) == (2, True)
+    measured = arriero("parity", bundle)
+    assert (measured.code, "cannot be run on this" in measured.err) == (3, True)
+
+
+@needs_machine
+def test_parity_on_the_device_completes_the_proof_and_the_build_takes_it(unproven: Path, tmp_path: Path) -> None:
+    assert MACHINE is not None
+    bundle = tmp_path / "bundles" / "int4"
+    shutil.copytree(unproven / "bundles" / "int4", bundle)
+    before = (bundle / "manifest.json").read_bytes()
+    apart = tmp_path / "proof"
+    command = emulate.emulated(Path(MACHINE), ["-m", "arriero.export", "parity", str(bundle), "--output", str(apart)])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=MACHINE, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "KL over the RTN" in " ".join(done.stdout.split())
+    assert (bundle / "manifest.json").read_bytes() == before  # it was not written to
+    assert {path.name for path in apart.iterdir()} == {"manifest.json", "parity.json", "parity.html"}
+    for path in apart.iterdir():
+        shutil.copy(path, bundle)
+    assert open_manifest(bundle, full=True).proven
+    assert "passed" in arriero("parity", bundle, "--recorded").out
+    published = unproven / "bundles" / "int4"
+    kept = tmp_path / "kept"
+    shutil.copytree(published, kept)
+    try:
+        shutil.copytree(bundle, published, dirs_exist_ok=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv(emulate.VARIABLE, raising=False)
+            taken = arriero("build", unproven / "build.yaml", "--json")
+        assert (taken.code, taken.json["unproven"]) == (0, {})
+    finally:
+        shutil.rmtree(published)
+        shutil.copytree(kept, published)

@@ -7,7 +7,7 @@ import shutil
 import signal
 from collections.abc import Collection
 
-from arriero.export.emulate import EMULATOR, VARIABLE
+from arriero.export.proof.emulate import EMULATOR, VARIABLE
 from arriero.runtimes.cpu import architecture, cpu_features, usable_cores
 
 # The best first: the class, and the feature in Linux's words that makes it one.

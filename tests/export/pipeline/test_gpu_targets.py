@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +19,10 @@ from arriero.export.compile.nvidia.gpus import Gpu
 from arriero.export.machine import doctor
 from arriero.export.machine.budget import human_bytes
 from arriero.export.pipeline import build as building
+from arriero.export.pipeline import target_build
 from arriero.export.pipeline.plan import make_plan, stage_inputs
 from arriero.profiles.recipe import load_profile, shipped
+from arriero.runtimes.integrity import open_manifest
 from tests.command import arriero
 from tests.small import small_scout
 from tests.toys import make_scout_toy
@@ -186,43 +187,41 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         tensorrt_api.load("tensorrt-rtx")
     except MachineLacks as lack:
         pytest.skip(str(lack))
-    monkeypatch.setattr(building, "local_gpus", lambda: ())
+    monkeypatch.setattr(target_build, "local_gpus", lambda: ())
     small_scout(tmp_path / "model", vision=False)
     return tmp_path
 
 
-def test_a_build_goes_as_far_as_the_machine_and_on_from_there(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_for_another_gpu_are_published_unproven_and_proven_where_it_is(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     exact = "name: exact, backend: onnxruntime, profile: fp32, context: 1024"
     file, card = small / "build.yaml", RTX.replace("128", "1024")
     text = BUILD.format(targets=f"  - {{{card}, gpu: rtx-4090}}\n  - {{{exact}}}\n")
     file.write_text(text.replace("samples: 4}}", "samples: 4}, thresholds: {task_accuracy_drop: 1.0}}"))
-    first = arriero("build", file)
-    assert first.code == 3
-    told = "target card is compiled and kept, and not proven: its engines run on compute capability 8.9"
-    assert told in " ".join(first.err.split())
-    assert (small / "out" / "exact" / "manifest.json").is_file()  # the other target is done all the same
-    assert not (small / "out" / "card").exists()
-    (lowered,) = (small / "out" / ".work").glob("lower-card-*")
-    assert {path.name for path in lowered.glob("*.*")} == {
-        *("embed.engine", "embed.json", "text.engine", "text.json", "part.json", "stage.json")
-    }
-    made = json.loads((lowered / "part.json").read_text())
-    compiled = made["compiled"]
-    assert (compiled["gpu"], compiled["arch"], list(compiled["tools"])) == ("sm_89", "x86_64", ["tensorrt-rtx"])
-    assert {entry["file"] for entry in made["weights"].values()} == {"embed.engine", "text.engine"}
-    manifest = json.loads((small / "out" / "card.partial" / "manifest.json").read_text())
-    assert (manifest["target"]["gpu"], manifest["target"]["plugins"]) == ("sm_89", {})
-    assert manifest["kv_bytes_per_token"]["global"] == 2 * 2 * 16 * 2
+    first = arriero("build", file, "--json")
+    assert first.code == 0, first.err
+    (device,) = first.json["unproven"].values()
+    assert device.startswith("a machine with compute capability 8.9")
+    assert (small / "out" / "exact" / "parity.json").is_file()
+    card = small / "out" / "card"
+    manifest = open_manifest(card, full=True)
+    assert (manifest.proven, manifest.target.gpu, manifest.target.plugins) == (False, "sm_89", {})
+    assert (manifest.target.arch, manifest.tools["tensorrt-rtx"] > "1") == ("x86_64", True)
+    assert {weight.file for weight in manifest.weights.values()} == {"embed.engine", "text.engine"}
+    assert manifest.kv_bytes_per_token["global"] == 2 * 2 * 16 * 2
+    assert {"embed.engine", "text.engine"} <= {path.name for path in card.iterdir()}
+    assert arriero("build", file, "--require-proof").code == 3
 
-    def never(*given: object) -> None:
+    def never(*_: object) -> None:
         raise AssertionError("compiled again")
 
     monkeypatch.setattr(tensorrt_rtx, "compile_graphs", never)
-    assert arriero("build", file).code == 3
+    assert arriero("build", file).code == 0
     reached = []
-    monkeypatch.setattr(building, "local_gpus", lambda: (Gpu(89),))
+    monkeypatch.setattr(target_build, "local_gpus", lambda: (Gpu(89),))
     monkeypatch.setattr(
-        "arriero.export.proof.prove.measure_bundle", lambda bundle, *given: reached.append(bundle) or 1 / 0
+        "arriero.export.proof.measure_bundle.measure_bundle", lambda bundle, *_: reached.append(bundle) or 1 / 0
     )
     with pytest.raises(ZeroDivisionError):  # the proof itself needs the GPU
         arriero("build", file)

@@ -19,8 +19,9 @@ from arriero.graphs.ops import expert_dispatch
 from arriero.runtimes.backend import StepOutput
 from arriero.runtimes.processor.detokenize import Detokenizer
 from arriero.runtimes.processor.processor import Prompt
-from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS, ParityCase
+from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS
 from arriero.runtimes.proof.parity import measure
+from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.runtimes.proof.report import ParityReport
 from arriero.runtimes.proof.rows import check_thresholds
 from arriero.runtimes.proof.scorers import SAME_ANSWER

@@ -17,19 +17,8 @@ from rich.console import Console
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.proof import plots
-from arriero.runtimes.proof.report import (
-    CaseResult,
-    FamilyScore,
-    LayerSeries,
-    ParityReport,
-    read_json,
-    render_html,
-    render_table,
-    show,
-    write_html,
-    write_json,
-    write_junit,
-)
+from arriero.runtimes.proof.pages import render_html, render_table, show, write_html, write_junit
+from arriero.runtimes.proof.report import CaseResult, FamilyScore, LayerSeries, ParityReport, read_json, write_json
 from arriero.runtimes.proof.rows import METRICS, judge
 
 HOSTILE = "<script>alert('x')</script> & \x00\x1b"

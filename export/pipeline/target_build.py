@@ -1,0 +1,300 @@
+"""One target of a build: lowered, compiled, proven where this machine can, and published.
+
+A target for another device than this machine is published all the same, without a proof and so marked; the device
+completes it with `arriero parity`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arriero.errors import BelowThreshold
+from arriero.export.build_file.device import kernel_arch, target_gpu
+from arriero.export.build_file.model_spec import model_spec
+from arriero.export.build_file.schema import Target
+from arriero.export.compile import Device
+from arriero.export.compile.cpus import NATIVE
+from arriero.export.compile.nvidia.engine_shapes import Limits
+from arriero.export.compile.nvidia.gpus import local_gpus
+from arriero.export.pipeline.bundle import Parts, assemble, copy_tokenizer, is_current, write_manifest
+from arriero.export.pipeline.parts import read_part, write_part
+from arriero.export.pipeline.place_record import is_placed, place_record
+from arriero.export.pipeline.plan import cache_bytes, rounding_folder, thresholds
+from arriero.export.pipeline.stages import Stage, key_of, read_record
+from arriero.export.proof.emulate import can_emulate
+from arriero.profiles.kv_cache import CacheScales, cache_scales
+from arriero.profiles.quantized_weights import QuantizedWeights
+from arriero.profiles.recipe import Profile
+from arriero.runtimes.cpu import architecture
+from arriero.runtimes.manifest import (
+    REPORTS,
+    CalibratedPart,
+    Compiled,
+    LoweredPart,
+    Manifest,
+    Measured,
+    ProofTerms,
+    RoundedPart,
+    RtnKl,
+    StoredWeight,
+)
+from arriero.runtimes.proof.rows import OVER_RTN
+from arriero.traits import TRAITS
+
+if TYPE_CHECKING:
+    from arriero.export.pipeline.build import Build
+
+
+@dataclass(frozen=True)
+class Published:
+    """A bundle under its name; `device` is what can prove it where this machine could not, None once it is proven."""
+
+    folder: Path
+    device: str | None = None
+
+
+class TargetBuild:
+    """One target at work, within a `Build` that holds the output folder."""
+
+    def __init__(self, build: Build, target: Target) -> None:
+        self.build, self.target, self.profile = build, target, build.profiles[target.profile]
+        self.bundle = build.config.output / target.name
+
+    @property
+    def device(self) -> str | None:
+        """What this machine would have to be to run the target; None where it can."""
+        gpu, arch = target_gpu(self.target), kernel_arch(self.target)
+        if gpu is not None and gpu not in local_gpus():
+            return f"a machine with {gpu.told}"
+        if arch not in (None, architecture()) and not can_emulate(str(arch)):
+            return f"a machine with {arch} processors"
+        return None
+
+    @property
+    def stages(self) -> dict[str, str]:
+        """The stages that make the bundle, and their keys."""
+        name = self.target.name
+        names = ("graph", "calibrate", "reference", f"lower-{name}", f"parity-{name}")
+        return {name: key_of(name, self.build.inputs[name]) for name in names}
+
+    def run(self) -> Published:
+        """Lower, prove and publish; at once when the bundle is current. Raises `BelowThreshold`."""
+        current = is_current(self.bundle, self.stages) and is_placed(self.bundle, self.build.config.parity.record)
+        proven = current and Manifest.read(self.bundle).proven
+        if current and (proven or self.device is not None):
+            self.failure_page.unlink(missing_ok=True)
+            self.build.watch(f"{self.target.name}: up to date", 1, 1, "bundles")
+            return Published(self.bundle, None if proven else self.device)
+        lowered = self.lowered
+        partial_bundle = self.bundle.with_name(f"{self.bundle.name}.partial")
+        assemble(lowered, partial_bundle)
+        place_record(self.build.record, self.build.config.parity.record, partial_bundle, self.build.work)
+        self.write_manifest(partial_bundle)
+        if self.device is None:
+            proof = self.stage("parity", partial(self.prove, partial_bundle))
+            for report in REPORTS:
+                (partial_bundle / report).write_bytes((proof / report).read_bytes())
+            self.write_manifest(partial_bundle)
+        self.build.work.publish(partial_bundle, self.bundle)
+        self.failure_page.unlink(missing_ok=True)
+        return Published(self.bundle, self.device)
+
+    @property
+    def failure_page(self) -> Path:
+        """Where the report of a target that failed parity is kept."""
+        return self.build.config.output / f"{self.target.name}.failed-parity.html"
+
+    def stage(self, kind: str, run: Callable[[Path], None], resumes: bool = False, shared: bool = False) -> Path:
+        """Run one of the target's own stages unless it is done."""
+        name = f"{kind}-{self.target.name}"
+        return self.build.work.run_stage(Stage(name, self.build.inputs[name], run, resumes, shared))
+
+    @cached_property
+    def lowered(self) -> Path:
+        """The finished stage `lower-*`."""
+        return self.stage("lower", self.lower, resumes=True, shared=True)
+
+    @cached_property
+    def kernels(self) -> Path | None:
+        """The object file of our kernels for the target's processor; None for a backend that brings its own."""
+        arch = kernel_arch(self.target)
+        return None if arch is None else self.build.kernels_for(arch)
+
+    @cached_property
+    def roundings(self) -> QuantizedWeights:
+        """What calibration found for the target's profile."""
+        return QuantizedWeights(self.build.calibrated / rounding_folder(self.profile))
+
+    @cached_property
+    def decided(self) -> Profile:
+        """The target's profile, with the choice that calibration made where it leaves one."""
+        from arriero.export.calibration.choice import decided
+
+        return decided(self.profile, self.roundings.folder)
+
+    @property
+    def cache_scales(self) -> list[CacheScales] | None:
+        """Each layer's scales where the target keeps keys and values in int8."""
+        if self.target.kv_cache != "int8":
+            return None
+        return cache_scales(json.loads((self.build.calibrated / "cache.json").read_text()))
+
+    def lower(self, folder: Path) -> None:
+        """Stage `lower-*`: the backend's graphs and weights, the tokenizer, and proof that the backend loads them."""
+        weights = self.lower_parts(self.target, self.build.parts, self.decided, self.roundings, folder)
+        copy_tokenizer(self.build.config.model, folder / "tokenizer")
+        compiled = self.compile(self.target, self.build.parts, self.kernels, folder)
+        if compiled.gpu is not None:  # an engine has swallowed the file of its part's weights
+            weights = {name: {**one, "file": f"{Path(one['file']).stem}.engine"} for name, one in weights.items()}
+        stored = {name: StoredWeight(**one) for name, one in weights.items()}
+        write_part(LoweredPart(stored, compiled), folder)
+
+    def lower_parts(
+        self,
+        target: Target,
+        parts: tuple[str, ...],
+        profile: Profile,
+        roundings: QuantizedWeights | None,
+        folder: Path,
+    ) -> dict[str, Any]:
+        """Write the backend's form of `parts` for `target` under `profile` into `folder`; give the weight table."""
+        import onnx_ir as ir
+
+        from arriero.graphs.check import part_tensors
+        from arriero.graphs.lower.dump import GraphDump
+        from arriero.graphs.lower.part import Lowering
+
+        build = self.build
+        module = import_module(f"arriero.graphs.lower.{TRAITS[target.backend].module}")
+        schemes = profile.assign([name for part in build.parts for name in part_tensors(part, build.model)])
+        gpu = target_gpu(target)
+        capability = 0 if gpu is None else gpu.capability
+        form = target.name if profile == self.decided else f"{target.name}-rtn"
+        dump = None if build.dump is None else GraphDump(build.dump / form)
+        weights: dict[str, Any] = {}
+        for part in parts:
+
+            def progress(done: int, total: int, step: str = f"{target.name}: write {part} weights") -> None:
+                build.watch(step, done, total, "bytes")
+
+            lowering = Lowering(
+                build.model, build.checkpoint, schemes, folder, progress, roundings, self.cache_scales, capability, dump
+            )
+            weights |= module.lower(part, ir.load(build.graph / f"{part}.onnx"), lowering)
+        return weights
+
+    def compile(self, target: Target, parts: tuple[str, ...], kernels: Path | None, folder: Path) -> Compiled:
+        """Make of the lowered graphs in `folder` what the backend loads."""
+        compiler = import_module(f"arriero.export.compile.{TRAITS[target.backend].module}")
+        gpu = target_gpu(target)
+        device = Device(
+            cpu=target.cpu,
+            kernels=kernels,
+            gpu=gpu,
+            limits=Limits(target.context, target.batch, self.build.model.text.chunk),
+            memory=self.build.plan.gpu_share(target.name) if gpu is not None else None,
+        )
+
+        def watch(step: str, done: int, total: int, unit: str) -> None:
+            self.build.watch(f"{target.name}: {step}", done, total, unit)
+
+        compiled: Compiled = compiler.compile_graphs(folder, parts, device, watch)
+        return compiled
+
+    @cached_property
+    def terms(self) -> ProofTerms:
+        """What the bundle is judged by: its thresholds, and the RTN baseline's KL, which only a build can measure."""
+        limits = thresholds(self.build.config, self.target, self.profile)
+        if self.decided.calibration is None:
+            return ProofTerms(limits)
+        if self.device is not None and target_gpu(self.target) is not None:
+            gone = {name: limit for name, limit in limits.items() if name != OVER_RTN}
+            return ProofTerms(gone, unmeasured="the RTN baseline's engines run on the target's GPU alone")
+        return ProofTerms(limits, read_part(RtnKl, self.stage("rtn", self.measure_rtn)))
+
+    def measure_rtn(self, folder: Path) -> None:
+        """Stage `rtn-*`: KL of the RTN baseline of the target's profile on the parity cases.
+
+        Its key/value cache is the target's own: it is the weights' calibration that is judged.
+        """
+        from arriero.export.proof.rtn_baseline import measure_rtn_baseline
+
+        step = f"{self.target.name}: measure the RTN baseline"
+
+        def lower_text(rtn: Path) -> None:
+            parts: tuple[str, ...] = ("text",)
+            target, kernels = self.target, self.kernels
+            if kernel_arch(target) not in (None, architecture()):
+                # What rounding costs is the same on every processor, so a foreign target's is measured on this one.
+                parts, target = self.build.parts, target.model_copy(update={"cpu": NATIVE})
+                kernels = self.build.kernels_for(architecture())
+            self.lower_parts(target, parts, self.decided.rtn_baseline(), None, rtn)
+            self.compile(target, parts, kernels, rtn)
+
+        kl = measure_rtn_baseline(
+            self.build.record,
+            self.target.backend,
+            self.lowered,
+            lower_text,
+            folder,
+            lambda done, total: self.build.watch(step, done, total, "samples"),
+        )
+        write_part(RtnKl(kl.mean, kl.error), folder)
+
+    def prove(self, bundle: Path, folder: Path) -> None:
+        """Stage `parity-*`: the bundle against the reference record. Raises `BelowThreshold`; the report page stays."""
+        from arriero.export.proof.measure_bundle import measure_bundle
+        from arriero.runtimes.proof.pages import write_html
+        from arriero.runtimes.proof.report import write_json
+
+        report = measure_bundle(bundle, self.build.record, self.terms, self.build.record.labels(), self.build.watch)
+        write_json(report, folder / "parity.json")
+        write_html(report, folder / "parity.html")
+        if report.failed:
+            write_html(report, self.failure_page)
+            names = ", ".join(row.title for row in report.failed)
+            raise BelowThreshold(
+                f"target {self.target.name} is below its parity thresholds: {names}",
+                where=str(self.failure_page),
+                remedy="The page shows where it differs; choose a finer profile, or lower the threshold knowingly",
+            )
+
+    def write_manifest(self, bundle: Path) -> None:
+        """Write the bundle's manifest from the parts that the stages wrote."""
+        build, stages = self.build, self.stages
+        folders = {"graph": build.graph, "calibrate": build.calibrated, "lower": self.lowered}
+        records = {name: read_record(folder) for name, folder in folders.items()}
+        text = build.model.text
+        per_layer = 2 * text.kv_heads * text.head_dim * cache_bytes(self.target, self.profile)
+        kinds = sorted({"chunked" if layer.chunked else "global" for layer in text.layers})
+        parts = Parts(
+            model=model_spec(build.model),
+            target=self.target.model_dump(),
+            tools=build.inputs["graph"]["tools"],
+            lowered=read_part(LoweredPart, self.lowered),
+            calibrated=read_part(CalibratedPart, build.calibrated),
+            rounded=self.rounded(),
+            record=build.record.hash,
+            proof=self.terms,
+            kv_bytes_per_token=dict.fromkeys(kinds, per_layer),
+            measured=Measured(
+                peak_memory_bytes=max(record["peak_memory_bytes"] for record in records.values()),
+                seconds={name: record["seconds"] for name, record in records.items()},
+            ),
+        )
+        digest = key_of("profile", self.profile.model_dump(mode="json"))
+        write_manifest(bundle, parts, build.content, digest, stages)
+
+    def rounded(self) -> RoundedPart:
+        """What calibration says of the target's profile: what it chose, and the experts that fell back."""
+        from arriero.export.calibration.calibrate import fallbacks
+        from arriero.export.calibration.choice import read_choice
+
+        fallback = fallbacks(self.profile, self.roundings.notes())
+        return RoundedPart(fallback=fallback, choice=read_choice(self.roundings.folder))

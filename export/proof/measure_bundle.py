@@ -1,0 +1,60 @@
+"""A bundle measured against a reference: what a build does before publishing, and a device after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from arriero.export.proof.emulate import EmulatedBackend
+from arriero.runtimes.api import open_session
+from arriero.runtimes.integrity import open_manifest
+from arriero.runtimes.machine_fit import is_foreign
+from arriero.runtimes.manifest import Manifest, ProofTerms
+from arriero.runtimes.processor.processor import Processor
+from arriero.runtimes.proof.cases import Reference
+from arriero.runtimes.proof.logits import KlSums
+from arriero.runtimes.proof.parity import measure
+from arriero.runtimes.proof.report import ParityReport
+from arriero.runtimes.proof.rows import OVER_RTN, judge
+from arriero.runtimes.session import Session
+
+Watch = Callable[[str, int, int, str], None]
+
+
+def measure_bundle(
+    bundle: Path, reference: Reference, terms: ProofTerms, labels: Mapping[str, str], watch: Watch
+) -> ParityReport:
+    """Measure the bundle against a reference, by `terms`; `labels` name the reference in the report."""
+    rtn = None if terms.rtn is None else KlSums(terms.rtn.mean, terms.rtn.error**2, terms.rtn.mean, 1)
+    with open_candidate(bundle) as (manifest, candidate):
+        target = manifest.target
+        step = f"{target.name}: prove parity"
+        report = measure(
+            candidate,
+            reference,
+            terms.thresholds,
+            lambda done, total, _case: watch(step, done, total, "samples"),
+            rtn_kl=rtn,
+        )
+    own = {"bundle": target.name, "profile": target.profile, "backend": target.backend, "KV cache": target.kv_cache}
+    if manifest.rounded.fallback:
+        own["experts rounded without calibration"] = "; ".join(map(str, manifest.rounded.fallback))
+    unmeasured = () if terms.unmeasured is None else (judge(OVER_RTN, None, None, terms.unmeasured),)
+    return replace(report, rows=(*report.rows, *unmeasured), labels={**own, **labels})
+
+
+@contextmanager
+def open_candidate(bundle: Path) -> Iterator[tuple[Manifest, Session]]:
+    """The bundle's manifest and a session over it, under emulation when it was compiled for another architecture."""
+    manifest = open_manifest(bundle)
+    if not is_foreign(manifest):
+        with open_session(manifest) as session:
+            yield manifest, session
+        return
+    target = manifest.target
+    processor = Processor(bundle / "tokenizer", manifest.model)
+    backend = EmulatedBackend(bundle, manifest.model, target.arch)
+    with Session(backend, processor, target.context, target.batch) as session:
+        yield manifest, session

@@ -1,0 +1,27 @@
+"""Completes a bundle whose build had no machine to prove it on: the reports, and the manifest that records them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from arriero.runtimes.manifest import FILE, REPORTS, FileRecord, Manifest, file_sha256, link, parity_digest
+from arriero.runtimes.proof.pages import write_html
+from arriero.runtimes.proof.report import ParityReport, write_json, write_text
+
+
+def complete_proof(manifest: Manifest, report: ParityReport, folder: Path) -> None:
+    """Write the reports and the manifest that says the bundle is proven into `folder`, the manifest last.
+
+    In the bundle's own folder that completes it. From another, for a bundle that cannot be written to, the three files
+    complete any copy of it. Raises ArrieroError where they cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(report, folder / "parity.json")
+    write_html(report, folder / "parity.html")
+    entries = json.loads((manifest.bundle / FILE).read_text(encoding="utf-8"))
+    reports = {name: FileRecord((folder / name).stat().st_size, file_sha256(folder / name)) for name in REPORTS}
+    entries["files"] |= {name: {"bytes": record.bytes, "sha256": record.sha256} for name, record in reports.items()}
+    entries["files"] = dict(sorted(entries["files"].items()))
+    entries["chain"]["parity"] = link(manifest.chain.record, parity_digest({**manifest.files, **reports}))
+    write_text(folder / FILE, json.dumps(entries, indent=1) + "\n")

@@ -1,0 +1,200 @@
+"""The parity report for people and for CI: one self-contained HTML page, a terminal table, JUnit XML.
+
+What is only shown stands here, apart from what is measured: no stage of a build depends on it.
+"""
+
+from __future__ import annotations
+
+import math
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from arriero.runtimes.proof import plots
+from arriero.runtimes.proof.report import CaseResult, ParityReport, write_text
+from arriero.runtimes.proof.rows import Row
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from rich.console import Console
+
+SIDES = ("reference", "candidate")
+
+
+def write_junit(report: ParityReport, path: Path, name: str = "arriero.parity") -> None:
+    """Write JUnit XML: one suite `name`, one test case per row; rows without a threshold pass, with their value."""
+    suite = ET.Element(
+        "testsuite",
+        name=name,
+        tests=str(len(report.rows)),
+        failures=str(len(report.failed)),
+        errors="0",
+        skipped=str(sum(row.status == "info" and row.value is None for row in report.rows)),
+    )
+    if report.labels:
+        properties = ET.SubElement(suite, "properties")
+        for key, value in report.labels.items():
+            ET.SubElement(properties, "property", name=key, value=_clean(value))
+    for row in report.rows:
+        case = ET.SubElement(suite, "testcase", classname=name, name=_clean(row.metric))
+        told = _clean(f"{row.title}: {show(row)}{_limit(row)}. {row.detail}".rstrip(" ."))
+        if row.status == "fail":
+            ET.SubElement(case, "failure", type="BelowThreshold", message=told).text = _clean(row.about.meaning)
+        elif row.value is None:
+            ET.SubElement(case, "skipped", message=told)
+        else:
+            ET.SubElement(case, "system-out").text = told
+    root = ET.Element("testsuites", tests=suite.get("tests", ""), failures=suite.get("failures", ""))
+    root.append(suite)
+    ET.indent(root)
+    write_text(path, '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n")
+
+
+def write_html(report: ParityReport, path: Path) -> None:
+    """Write one HTML page with tables and inline SVG plots; it needs no other file, no network and no script."""
+    write_text(path, render_html(report))
+
+
+def render_html(report: ParityReport) -> str:
+    """The HTML page as text."""
+    order = {"fail": 0, "pass": 1, "info": 2}
+    page = _template("parity.html.jinja").render(
+        report=report,
+        rows=sorted(_told(report), key=lambda row: order[row.status]),  # stable: the report's order within a status
+        counts={status: sum(row.status == status for row in report.rows) for status in order},
+        cases=sorted(report.cases, key=_badness, reverse=True),
+        shown=show,
+        limit=lambda row: _limit(row).removeprefix(", "),
+        number=_number,
+        plots=[plot for plot in _plots(report) if plot],
+    )
+    return _clean(page)
+
+
+def write_page(
+    path: Path,
+    title: str,
+    labels: Mapping[str, str],
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    notes: Sequence[str],
+    plots: Sequence[plots.Plot],
+) -> None:
+    """Write one HTML page of the same kind with one table, `notes` under it and `plots`."""
+    values = {"title": title, "labels": labels, "heads": heads, "rows": rows, "notes": notes, "plots": plots}
+    write_text(path, _clean(_template("page.html.jinja").render(values)))
+
+
+def render_table(report: ParityReport, console: Console) -> None:
+    """Print the rows as a table, failures last, where the eye ends, then one line that says whether it passed."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    marks = {
+        "pass": Text("pass", "green"),
+        "fail": Text("FAIL", "bold red"),
+        "info": Text("info", "dim"),
+    }
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table.add_column("metric")
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("threshold", justify="right", no_wrap=True)
+    table.add_column("status")
+    table.add_column("detail", overflow="fold", style="dim")
+    for row in sorted(_told(report), key=lambda row: row.status == "fail"):
+        limit = _limit(row).removeprefix(", ")
+        table.add_row(Text(row.title), show(row), limit, marks[row.status], Text(row.detail))
+    console.print(table)
+    judged = sum(row.status != "info" for row in report.rows)
+    if report.failed:
+        console.print(Text(f"{len(report.failed)} of {judged} judged rows failed", "bold red"))
+    else:
+        console.print(Text(f"all {judged} judged rows passed", "bold green"))
+
+
+def show(row: Row) -> str:
+    """The row's value with its unit and standard error: shares as percent, small numbers in scientific form; a dash if
+    not measured.
+    """
+    value = _number(row.value, row.about.unit)
+    return f"{value} ± {_number(row.error, row.about.unit)}" if row.value is not None and row.error else value
+
+
+def _limit(row: Row) -> str:
+    if row.threshold is None:
+        return ""
+    unit = row.about.unit
+    limit = f"{100 * row.threshold:.6g} %" if unit == "share" else _number(row.threshold, unit)
+    return f", {'at most' if row.about.direction == 'max' else 'at least'} {limit}"
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return {"inf": "∞", "-inf": "−∞"}.get(str(value), "not a number")
+    if unit == "share":
+        text = f"{100 * value:.2f}"
+        # 99.999 % must not be read as 100 %
+        return f"{'> 99.99' if text == '100.00' and value < 1 else text} %"
+    if unit == "count":
+        return f"{value:,.0f}"
+    if unit == "dB":
+        return f"{value:.1f} dB"
+    return f"{value:.3g} {unit}".rstrip()
+
+
+def _told(report: ParityReport) -> list[Row]:
+    """The rows for human eyes: a family's drop tells both accuracies, so these two are left out where not judged."""
+    both = [f"{prefix}_{side}." for prefix in ("task_accuracy", "task_accuracy_forced") for side in SIDES]
+    return [row for row in report.rows if row.status != "info" or not row.metric.startswith(tuple(both))]
+
+
+def _badness(case: CaseResult) -> tuple[bool, float]:
+    error = case.logits_relative_l2
+    return case.candidate_right is not case.reference_right, math.inf if math.isnan(error) else error
+
+
+def _plots(report: ParityReport) -> list[plots.Plot | None]:
+    limits = {row.metric: row.threshold for row in report.rows}
+    kinds = {layer.layer: f"{layer.attention}, {layer.ffn}" for layer in report.layers}
+    return [
+        plots.error_bars(
+            {layer.layer: layer.relative_l2 for layer in report.layers if layer.relative_l2 is not None},
+            kinds,
+            limits.get("layer_relative_l2_highest"),
+        ),
+        plots.agreement_bars(
+            {layer.layer: layer.router_agreement for layer in report.layers if layer.router_agreement is not None},
+            {
+                layer.layer: f"{layer.real_flips} flips, {layer.near_tie_flips} near-tie flips apart"
+                for layer in report.layers
+            },
+            limits.get("router_agreement_lowest"),
+        ),
+        plots.family_bars(
+            {score.family: (score.reference_right, score.candidate_right, score.count) for score in report.families}
+        ),
+    ]
+
+
+@cache
+def _template(name: str) -> Template:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
+def _clean(text: str) -> str:
+    """`text` without the control characters that neither XML 1.0 nor HTML can hold."""
+    return "".join(c for c in text if c in "\t\n\r" or (c >= " " and not "\ud800" <= c <= "\udfff" and c < "\ufffe"))
