@@ -88,3 +88,15 @@ def test_a_build_that_nothing_here_can_prove_is_refused_at_once(workshop, tmp_pa
     assert "targets[0].cpu: a bundle for aarch64 cannot be proven on this" in " ".join(done.err.split())
     assert "tests/arm/set_up.sh" in done.err
     assert not (tmp_path / "bundles" / ".work").exists()
+
+
+def test_each_source_tree_is_itself_on_a_shared_machine(tmp_path, monkeypatch):
+    paths = []
+    for name in ("one", "two", "one"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        monkeypatch.setattr(emulate, "PACKAGE", tmp_path / name)
+        (path,) = (word for word in emulate.emulated(tmp_path, []) if word.startswith("PYTHONPATH="))
+        ours = Path(path.removeprefix("PYTHONPATH=").partition(":")[0])
+        assert (ours / "arriero").resolve() == tmp_path / name
+        paths.append(ours)
+    assert paths[0] == paths[2] != paths[1]
