@@ -6,6 +6,8 @@ makes the folder that holds them, and `ARRIERO_ARM64` names it.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import shutil
 import subprocess
@@ -49,13 +51,12 @@ def check_emulation(arch: str, where: str) -> Path:
 
 def emulated(folder: Path, arguments: Sequence[str]) -> list[str]:
     """The command that runs the emulated machine's Python with `arguments`, our package among its own."""
-    ours, rootfs = folder / "ours", folder / "rootfs"
-    # The package under its own name, whatever the folder that holds it is called.
-    ours.mkdir(exist_ok=True)
-    link = ours / "arriero"
-    if not (link.is_symlink() and link.resolve() == PACKAGE):
-        link.unlink(missing_ok=True)
-        link.symlink_to(PACKAGE)
+    # The package under its own name, whatever the folder that holds it is called; several may share the machine.
+    ours = folder / "ours" / hashlib.sha256(os.fsencode(PACKAGE)).hexdigest()[:12]
+    ours.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        (ours / "arriero").symlink_to(PACKAGE)
+    rootfs = folder / "rootfs"
     path = f"PYTHONPATH={ours}:{folder / 'site'}"
     return [EMULATOR, "-cpu", "max", "-L", str(rootfs), "-E", path, str(rootfs / PYTHON), "-P", *arguments]
 

@@ -169,3 +169,15 @@ def test_parity_on_the_device_completes_the_proof_and_the_build_takes_it(unprove
     finally:
         shutil.rmtree(published)
         shutil.copytree(kept, published)
+
+
+def test_each_source_tree_is_itself_on_a_shared_machine(tmp_path, monkeypatch):
+    paths = []
+    for name in ("one", "two", "one"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        monkeypatch.setattr(emulate, "PACKAGE", tmp_path / name)
+        (path,) = (word for word in emulate.emulated(tmp_path, []) if word.startswith("PYTHONPATH="))
+        ours = Path(path.removeprefix("PYTHONPATH=").partition(":")[0])
+        assert (ours / "arriero").resolve() == tmp_path / name
+        paths.append(ours)
+    assert paths[0] == paths[2] != paths[1]
