@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from arriero.export.pipeline.sources import imports
-from docs.rooms import MAY_IMPORT, ROOMS, ROOT, edges, sources
+from docs.rooms import MAY_IMPORT, PICTURE, ROOMS, ROOT, draw, edges, sources
 
 LAYERS = (*ROOMS, "models")
 # What an edge device has: everything else would have to be installed there.
@@ -68,6 +68,10 @@ def test_only_models_imports_models():
 def test_nobody_imports_a_bare_layer(source):
     """`import export` would be a second copy of `arriero.export`."""
     assert not {name.partition(".")[0] for name in imports(source)} & set(LAYERS)
+
+
+def test_the_picture_of_the_rooms_is_current():
+    assert PICTURE.read_text(encoding="utf-8") == draw(), "draw it anew: python docs/rooms.py"
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -90,10 +90,16 @@ def unproven(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build of one target with a calibrated profile, on a machine that knows no emulation."""
     pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'")
     folder = tmp_path_factory.mktemp("unproven")
-    calibrated = shipped()["int4"].read_text().replace("kl_over_rtn: 0.5", "kl_over_rtn: 0.99")
-    (folder / "int4.yaml").write_text(
-        calibrated.replace("minimum_tokens: 64", "minimum_tokens: 1").replace("64,", "32,")
-    )
+    text = shipped()["int4"].read_text()
+    changes = {
+        "kl_over_rtn: 0.5": "kl_over_rtn: 0.99",
+        "minimum_tokens: 64": "minimum_tokens: 1",
+        "block: 64": "block: 32",
+    }
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "int4.yaml").write_text(text)
     profiles = (str(folder / "int4.yaml"),)
     file = write_build(folder / "build.yaml", workshop / "scout", profiles=profiles, samples=8, backend="tvm")
     with pytest.MonkeyPatch.context() as patch:
