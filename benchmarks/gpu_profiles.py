@@ -30,11 +30,11 @@ from arriero.export.pipeline.build import Build  # noqa: E402
 from arriero.export.pipeline.plan import make_plan, thresholds  # noqa: E402
 from arriero.export.proof.rtn_baseline import mean_kl, with_rtn_baseline  # noqa: E402
 from arriero.models.evaluate import family_accuracy  # noqa: E402
-from arriero.profiles.recipe import OVER_RTN  # noqa: E402
 from arriero.runtimes.onnxruntime import OrtBackend  # noqa: E402
 from arriero.runtimes.processor.processor import Processor  # noqa: E402
 from arriero.runtimes.proof.parity import compare  # noqa: E402
 from arriero.runtimes.session import Session  # noqa: E402
+from arriero.thresholds import OVER_RTN  # noqa: E402
 
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 

@@ -65,7 +65,7 @@ BUILD_FILES = [
         line("unknown_metric", "thresholds: {}", "thresholds: {same_token: 1.0}"),
         "no such parity metric",
         "build.yaml:9",
-        "Did you mean same_top_token",
+        "Did you mean 'same_top_token'",
     ),
     case(line("one_seed_for_both", "seed: 29", "seed: 11"), "also the calibration's", "build.yaml:9", "Change one"),
     case(

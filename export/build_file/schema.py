@@ -11,33 +11,27 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    StrictFloat,
     StrictInt,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
 )
-from pydantic_core import PydanticCustomError
 
-from arriero.errors import ArrieroError, MachineLacks
+from arriero.errors import ArrieroError, nearest
 from arriero.export.build_file.locate import resolve_model
 from arriero.export.compile.cpus import NAMED, NATIVE, parse_cpu
 from arriero.export.compile.nvidia.gpus import NAMED as NAMED_GPUS
 from arriero.export.compile.nvidia.gpus import parse_gpu
 from arriero.export.machine.budget import parse_bytes
 from arriero.profiles.kv_cache import CacheType
-from arriero.profiles.recipe import shipped
+from arriero.profiles.recipe import Thresholds, shipped
+from arriero.profiles.validate import refusal
+from arriero.thresholds import PER_FAMILY, SETTABLE
 from arriero.traits import BACKENDS
 
 Modality = Literal["text", "image"]
 EMBEDDED = "embedded"
 NAME = r"(?!.*(\.|\.partial|\.old.*)$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-
-
-def refusal(error: ArrieroError) -> PydanticCustomError:
-    """Carry one of our errors through pydantic, so that it is listed with the others."""
-    context = {"what": error.what, "expected": error.expected, "remedy": error.remedy}
-    return PydanticCustomError("arriero", "{what}", {**context, "machine": isinstance(error, MachineLacks)})
 
 
 def _size(value: Any) -> int:
@@ -60,7 +54,6 @@ Size = Annotated[int, BeforeValidator(_size), WithJsonSchema(SIZE_SCHEMA)]
 PathText = WithJsonSchema({"type": "string", "minLength": 1})
 Count = Annotated[StrictInt, Field(gt=0)]
 Seed = Annotated[StrictInt, Field(ge=0)]
-Threshold = Annotated[StrictFloat, Field(allow_inf_nan=False)]
 
 
 class _Section(BaseModel):
@@ -200,7 +193,7 @@ class Parity(_Section):
     """What the bundle must prove against the PyTorch reference before it is published."""
 
     cases: Cases = Field(default=Cases(), description="The held-out prompts.")
-    thresholds: dict[str, Threshold] = Field(
+    thresholds: Thresholds = Field(
         default={},
         description="Parity metric -> threshold; overrides the profile's. `task_accuracy_*` may add `.<family>`.",
     )
@@ -273,22 +266,11 @@ class BuildConfig(_Section):
         return modalities
 
 
-def nearest(word: str, known: list[str]) -> str | None:
-    """Give the sentence that suggests the closest known word, or None when nothing is close."""
-    import difflib
-
-    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"Did you mean {found[0]!r}?" if found else None
-
-
 def json_schema() -> dict[str, Any]:
     """Give the JSON schema of a build file, for editors."""
-    from arriero.runtimes.proof.parity import ALWAYS, METRICS, PER_FAMILY
-
     schema = BuildConfig.model_json_schema()
     schema["title"] = "Arriero build file"
-    metrics = "|".join(metric for metric in METRICS if metric not in ALWAYS)
-    pattern = rf"^({metrics}|({'|'.join(PER_FAMILY)})\..+)$"
+    pattern = rf"^({'|'.join(SETTABLE)}|({'|'.join(PER_FAMILY)})\..+)$"
     schema["$defs"]["Parity"]["properties"]["thresholds"]["propertyNames"] = {"pattern": pattern}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 

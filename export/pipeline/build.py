@@ -183,15 +183,12 @@ class Build:
                 load(target.backend).check_here(gpu)
 
     def check_inputs(self) -> None:
-        """Refuse what would end the work late: thresholds that no metric has, a checkpoint without its processor,
-        parity cases that do not fit a target's context, or have no answers where answers are judged.
+        """Refuse what would end the work late: a checkpoint without its processor, parity cases that do not fit a
+        target's context, or have no answers where answers are judged.
         """
         from arriero.export.proof.prove import check_answers
         from arriero.runtimes.processor.processor import Processor
-        from arriero.runtimes.proof.parity import check_thresholds
 
-        for profile in self.profiles.values():
-            check_thresholds(profile.thresholds)
         for number, target in enumerate(self.config.targets):
             arch = kernel_arch(target)
             if arch not in (None, architecture()):

@@ -13,13 +13,13 @@ from arriero.export.proof.emulate import EmulatedBackend
 from arriero.export.proof.rtn_baseline import recorded_rows
 from arriero.export.samples.cases import draw_cases, encoded_sizes
 from arriero.graphs.checkpoint import Checkpoint
-from arriero.profiles.recipe import OVER_RTN
 from arriero.runtimes.api import open_session
 from arriero.runtimes.integrity import open_manifest
 from arriero.runtimes.machine_fit import is_foreign
 from arriero.runtimes.manifest import Manifest
 from arriero.runtimes.proof.parity import compare
-from arriero.runtimes.proof.report import ALWAYS, PER_FAMILY, ParityReport, read_json
+from arriero.runtimes.proof.report import ParityReport, read_json
+from arriero.thresholds import ALWAYS, OVER_RTN, PER_FAMILY
 
 if TYPE_CHECKING:
     from arriero.export.build_file.schema import Cases

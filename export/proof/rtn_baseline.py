@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from arriero.graphs.stored.link_file import link_file
-from arriero.profiles.recipe import OVER_RTN
 from arriero.runtimes.api import open_backend
 from arriero.runtimes.processor.processor import Processor
 from arriero.runtimes.proof.metrics import kl_per_token
 from arriero.runtimes.proof.report import ParityReport, Row, judge
 from arriero.runtimes.session import Session
+from arriero.thresholds import OVER_RTN
 
 if TYPE_CHECKING:
     from arriero.runtimes.proof.parity import ParityCase

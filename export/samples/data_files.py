@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arriero.errors import ArrieroError, MachineLacks, Problems
-from arriero.export.build_file.schema import nearest
+from arriero.errors import ArrieroError, MachineLacks, Problems, nearest
 from arriero.profiles.data import same_answer
 from arriero.runtimes.processor.images import read_image, read_video
 from arriero.runtimes.proof.parity import ParityCase

@@ -29,7 +29,7 @@ def quantize_dispatch(model: ir.Model, store: WeightStore) -> int:
             raise ArrieroError(
                 "the profile gives gate_up and down of one layer's experts schemes that no single kernel takes",
                 where=names[1],
-                expected=f"{first.told} for both",
+                expected=f"{first.description} for both",
             )
         weights = [*store_experts(store, names[0], first), *store_experts(store, names[1], second)]
         replace_node(node, dispatch_over(linear_name(first)), [*node.inputs[:3], *weights], {}, DOMAIN)

@@ -8,7 +8,6 @@ B=1, S prompt and answer tokens, H hidden, V vocabulary, k experts per token.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,19 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arriero.errors import ArrieroError, Problems
+from arriero.errors import ArrieroError
 from arriero.runtimes.proof import metrics
 from arriero.runtimes.proof.metrics import Agreement, ErrorSums
 from arriero.runtimes.proof.report import (
-    ALWAYS,
-    METRICS,
-    PER_FAMILY,
     CaseResult,
     FamilyScore,
     LayerSeries,
     ParityReport,
     judge,
 )
+from arriero.thresholds import ALWAYS, FORCED, PER_FAMILY, check_thresholds
 
 if TYPE_CHECKING:
     from arriero.runtimes.backend import ModelSpec, StepOutput
@@ -77,26 +74,6 @@ def compare(
         if progress:
             progress(done, len(cases), case.name)
     return tally.report(thresholds)
-
-
-def check_thresholds(thresholds: Mapping[str, float]) -> None:
-    """Raise one ArrieroError, or Problems with all of them, for names no metric has and values that are no number."""
-    problems = []
-    for name, value in thresholds.items():
-        base, _, family = name.partition(".")
-        known = [metric for metric in METRICS if metric not in ALWAYS]
-        if base not in known or (family and base not in PER_FAMILY) or name.endswith("."):
-            near = difflib.get_close_matches(base, known, 1, 0.5)
-            remedy = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}"
-            problems.append(ArrieroError("no such parity metric", where=f"thresholds.{name}", remedy=remedy))
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            problems.append(
-                ArrieroError(f"{value!r} is not a threshold", where=f"thresholds.{name}", expected="a finite number")
-            )
-    if len(problems) > 1:
-        raise Problems("parity thresholds", problems)
-    if problems:
-        raise problems[0]
 
 
 class _Tally:
@@ -241,7 +218,9 @@ class _Tally:
             "greedy_prefix_length": (prefix, f"{whole} of {len(self.results)} answers equal to the last token")
         }
         if not families:
-            return values | dict.fromkeys(PER_FAMILY, (None, "no case has a score"))
+            return values | dict.fromkeys(
+                (name for name in PER_FAMILY if name in FORCED), (None, "no case has a score")
+            )
         total = FamilyScore(
             "",
             *(

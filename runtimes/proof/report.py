@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.proof import metrics, plots
+from arriero.thresholds import METRICS, Metric
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -28,54 +29,6 @@ FORMAT = 1
 _AGAIN = "Run `arriero parity` again"
 _LAYER_NUMBERS = ("relative_l2", "snr_db", "router_agreement")
 _CASE_NUMBERS = ("logits_relative_l2", "logits_max_abs_error", "kl_mean", "greedy_prefix")
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What a row's name means: its title, whether the threshold is a `max` or a `min`, its unit, one sentence."""
-
-    title: str
-    direction: str
-    unit: str
-    meaning: str
-
-
-METRICS: dict[str, Metric] = {
-    "same_prompt": Metric("Same prompt", "min", "share", "Cases whose token ids and pixels are equal on both sides."),
-    "nonfinite_values": Metric("Values not finite", "max", "count", "NaN or infinite numbers on either side."),
-    "logits_max_abs_error": Metric("Logits, largest error", "max", "", "max |candidate - reference| over all logits."),
-    "logits_relative_l2": Metric("Logits, relative error", "max", "", "|candidate - reference| / |reference|, L2."),
-    "logits_kl_mean": Metric("Logits, mean KL", "max", "nat", "KL(reference || candidate), mean over tokens."),
-    "rtn_kl_mean": Metric(
-        "Logits, mean KL of the RTN baseline", "max", "nat", "The same for the profile's own form without calibration."
-    ),
-    "kl_over_rtn": Metric(
-        "KL over the RTN baseline's", "max", "share", "Mean KL over that of the profile's own form without calibration."
-    ),
-    "same_top_token": Metric("Same top token", "min", "share", "Tokens with the same largest logit, near ties apart."),
-    "router_agreement": Metric(
-        "Router agreement", "min", "share", "Tokens sent to the same experts over all MoE layers, near ties apart."
-    ),
-    "router_agreement_lowest": Metric(
-        "Router agreement, lowest layer", "min", "share", "The same for the MoE layer that agrees least."
-    ),
-    "layer_relative_l2_highest": Metric(
-        "Layers, highest relative error", "max", "", "Residual stream after the layer that is furthest off."
-    ),
-    "layer_snr_db_lowest": Metric("Layers, lowest SNR", "min", "dB", "Signal to noise of the same layer."),
-    "embeddings_relative_l2": Metric(
-        "Embeddings, relative error", "max", "", "Token lookup and image merge, both sides given the same features."
-    ),
-    "vision_relative_l2": Metric("Vision, relative error", "max", "", "Image features of the tower and projector."),
-    "greedy_prefix_length": Metric(
-        "Greedy prefix", "min", "share", "Common prefix of both greedy answers over the longer one, mean over cases."
-    ),
-    "task_accuracy_reference": Metric("Task accuracy, reference", "min", "share", "Answers scored right."),
-    "task_accuracy_candidate": Metric("Task accuracy, candidate", "min", "share", "Answers scored right."),
-    "task_accuracy_drop": Metric("Task accuracy, drop", "max", "share", "Reference minus candidate."),
-}
-PER_FAMILY = ("task_accuracy_reference", "task_accuracy_candidate", "task_accuracy_drop")
-ALWAYS = {"same_prompt": 1.0, "nonfinite_values": 0.0}  # a bundle that breaks these is broken at any precision
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from rich.console import Console
 from arriero.errors import ArrieroError
 from arriero.runtimes.proof import plots
 from arriero.runtimes.proof.report import (
-    METRICS,
     CaseResult,
     FamilyScore,
     LayerSeries,
@@ -32,6 +31,7 @@ from arriero.runtimes.proof.report import (
     write_json,
     write_junit,
 )
+from arriero.thresholds import METRICS
 
 HOSTILE = "<script>alert('x')</script> & \x00\x1b"
 
