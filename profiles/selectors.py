@@ -72,7 +72,7 @@ class Entry(Record):
 
 
 class Keep(Entry):
-    """Tensors that stay exact. Groups that most profiles keep bring a reason of their own; for others it is given."""
+    """Tensors that stay exact. Groups that most profiles keep bring a reason of their own; the others need one."""
 
     reason: Text | None = None
 
@@ -81,7 +81,7 @@ class Keep(Entry):
         without = [one for one in self.match if one not in GROUPS or GROUPS[one].exact_because is None]
         if self.reason is None and without:
             known = ", ".join(name for name, group in GROUPS.items() if group.exact_because)
-            what = f"no reason is given to keep {', '.join(without)}"
+            what = f"has no reason to keep {', '.join(without)}"
             raise refusal(ArrieroError(what, expected=f"a `reason`, which only {known} can do without"))
         return self
 

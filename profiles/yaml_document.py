@@ -53,7 +53,7 @@ for _tag, _pattern in (("null", NULL), ("bool", BOOL), ("int", INT), ("float", F
 
 
 class Document:
-    """The YAML file `file` as plain `data`, the `problems` found in it, and where each key of it stands.
+    """The YAML file `file` as plain `data`, its `problems`, and where each key of it stands.
 
     `kind` says what the file should be, `start` what to do where it is nothing of the kind. Raises ArrieroError when
     the file cannot be read at all.
@@ -75,7 +75,7 @@ class Document:
         return f"{self.file}:{self.lines[known]}" + (f": {dotted}" if dotted else "")
 
     def raise_problems(self) -> None:
-        """Raise Problems with all that was found, in the file's order; a lack of the machine alone as itself."""
+        """Raise Problems with every problem, in the file's order; a lack of the machine alone as itself."""
         if len(self.problems) == 1 and isinstance(self.problems[0], MachineLacks):
             raise self.problems[0]
         if self.problems:
@@ -95,7 +95,7 @@ class Document:
             return content.decode("utf-8-sig")
         except FileNotFoundError:
             beside = sorted(path.name for path in self.file.absolute().parent.glob("*.yaml"))
-            remedy = f"The folder holds {', '.join(beside)}" if beside else "Write one, or give its path"
+            remedy = f"The folder holds {', '.join(beside)}" if beside else f"Write a {self.kind}, or give its path"
             raise ArrieroError(f"there is no such {self.kind}", where=str(self.file), remedy=remedy) from None
         except IsADirectoryError:
             remedy = f"Give the file, such as {self.file / 'build.yaml'}"
@@ -186,6 +186,6 @@ class Document:
             case "str":
                 return text
             case unknown:
-                what = f"the YAML tag {unknown} has no meaning here"
+                what = f"the YAML tag {unknown} has no meaning in this file"
                 self.problems.append(ArrieroError(what, where=self.where(key)))
                 return text

@@ -131,7 +131,7 @@ def test_parity_cases_that_do_not_fit_the_context_are_found_before_anything_is_b
 
 
 def test_a_build_file_that_is_not_there(tmp_path):
-    check(arriero("build", tmp_path / "build.yml"), "no such build file", "build.yml", "Write a build.yaml")
+    check(arriero("build", tmp_path / "build.yml"), "no such build file", "build.yml", "Write a build file")
 
 
 # --- the checkpoint

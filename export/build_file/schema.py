@@ -130,7 +130,7 @@ class Target(_Section):
         known = f"one of {', '.join(shipped())}, or the path of a profile file"
         remedy = nearest(profile, list(shipped()))
         if re.search(r"(^|\W)kv8$", profile):
-            remedy = "A cache is no profile: name any profile here, and write `kv_cache: int8` beside it"
+            remedy = "A cache is no profile: name any profile, and write `kv_cache: int8` beside it"
         raise refusal(ArrieroError(f"there is no profile {profile!r}", expected=known, remedy=remedy))
 
 
@@ -172,7 +172,7 @@ class Samples(_Section):
 
 
 class Calibration(Samples):
-    """The samples on which expert coverage and activation ranges are measured; `embedded` gives 96 if not told."""
+    """The samples on which expert coverage and activation ranges are measured; `embedded` gives 96 when left out."""
 
     usual = 96
     seed: Seed = Field(
@@ -181,7 +181,7 @@ class Calibration(Samples):
 
 
 class Cases(Samples):
-    """The held-out prompts of the parity report; `embedded` gives 48 if not told."""
+    """The held-out prompts of the parity report; `embedded` gives 48 when left out."""
 
     usual = 48
     seed: Seed = Field(

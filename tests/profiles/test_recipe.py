@@ -185,8 +185,8 @@ def test_a_pattern_must_take_the_whole_name() -> None:
         (START.replace("version: 1", "version: '1'"), ["p.yaml:2: version: '1' is not valid; expected a whole number"]),
         (START.replace("name: p", "name:"), ["p.yaml:1: name: has no value; expected text"]),
         (START + "kep: []\n", ["p.yaml:5: kep: unknown key; expected one of name, version", "Did you mean 'keep'?"]),
-        (START + "keep: [{match: x.y}]\n", ["p.yaml:5: keep[0]: no reason is given to keep x.y"]),
-        (START + "keep:\n- {match: [router, experts]}\n", ["p.yaml:6: keep[0]: no reason is given to keep experts"]),
+        (START + "keep: [{match: x.y}]\n", ["p.yaml:5: keep[0]: has no reason to keep x.y"]),
+        (START + "keep:\n- {match: [router, experts]}\n", ["p.yaml:6: keep[0]: has no reason to keep experts"]),
         (
             START + "keep: [{match: x.y, reason: ' '}]\n",
             ["p.yaml:5: keep[0].reason: ' ' is not valid; expected some"],

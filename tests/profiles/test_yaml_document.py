@@ -112,4 +112,4 @@ def test_a_mapping_that_holds_itself_is_refused(tmp_path: Path) -> None:
 def test_code_is_never_run(tmp_path: Path) -> None:
     text = refused(tmp_path, "a: !!python/object/apply:os.getcwd []\nb: !!binary aGk=\n")
     assert "the YAML tag" in text
-    assert "binary has no meaning here" in text
+    assert "binary has no meaning in this file" in text

@@ -144,7 +144,7 @@ BAD = {
     "cache as a profile": (
         "profile: int8",
         "profile: int8+kv8",
-        r":8: .*no profile 'int8\+kv8'; .* name any profile here, and write `kv_cache: int8` beside it",
+        r":8: .*no profile 'int8\+kv8'; .* name any profile, and write `kv_cache: int8` beside it",
     ),
     "name twice": ("name: exact", "name: Portable-int8", r":11: targets\[1\].name: .*targets\[0\]; .*Rename one"),
     "name slash": ("name: exact", "name: a/b", r":11: targets\[1\].name: 'a/b' cannot be a folder.*example `a-b`"),
@@ -216,7 +216,7 @@ BAD = {
     "alias": ("output: out", "output: *x", r"build.yaml:4: is not YAML: found undefined alias 'x'"),
     "number that is none": ("context: 4096", "context: !!int many", r"context: 'many' is not valid; .*whole number"),
     "number too long": ("context: 4096", f"context: {'9' * 5000}", r"context: '9+\.\.\. is not valid; .*whole number"),
-    "tag": ("output: out", "output: !env OUT", r"build.yaml:4: output: the YAML tag !env has no meaning here"),
+    "tag": ("output: out", "output: !env OUT", r"build.yaml:4: output: the YAML tag !env has no meaning in this file"),
     "key a list": ("output: out", "[a]: out", r"build.yaml:4: a list or mapping cannot be a key; expected text"),
     "yes for a number": ("batch: 1\n", "batch: yes\n", r":10: targets\[0\].batch: 'yes' .*expected a whole number"),
     "a time for a number": ("seed: 11", "seed: 11:30", r":12: calibration.seed: '11:30' .*expected a whole number"),
