@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError
+from arriero.profiles.groups import GROUPS, group_of
 from arriero.profiles.recipe import Profile, load_profile, shipped
 from arriero.profiles.selectors import Entry
 
@@ -42,7 +43,7 @@ def describe_profile(profile: Profile) -> dict[str, Any]:
 
 
 def explain(profile: Profile, tensor: str) -> dict[str, Any]:
-    """Which selector of `profile` decides `tensor`, its reason, and the selectors after it that would match too.
+    """The group of `tensor`, the selector of `profile` that decides it, why, and the later ones that would match too.
 
     Raises ArrieroError when no selector does.
     """
@@ -53,10 +54,11 @@ def explain(profile: Profile, tensor: str) -> dict[str, Any]:
             where=tensor,
             expected="a tensor's whole name, such as language_model.model.layers.0.self_attn.q_proj.weight",
         )
-    first = takers[0]
+    first, group = takers[0], group_of(tensor)
     return {
         "profile": profile.name,
         "tensor": tensor,
+        "group": f"{group}: {GROUPS[group].holds}" if group else "none",
         "stored": first.scheme.description,
         "selector": first.match,
         "reason": " ".join(first.reason.split()),

@@ -37,7 +37,8 @@ def test_explain_names_selector_and_reason() -> None:
     explained = explain(load_profile("int4"), EXPERT)
     assert explained["stored"].startswith("int4 in blocks of")
     assert explained["stored"].endswith("gptq")
-    assert "experts" in explained["selector"]
+    assert explained["selector"] == "experts"
+    assert explained["group"] == "experts: the routed experts, gate|up and down"
     assert "bytes" in explained["reason"]
     kept = json.loads(run("explain", "int4", ROUTER, "--json"))
     assert kept["stored"] == "exact"
