@@ -60,7 +60,9 @@ METRICS: dict[str, Metric] = {
     ),
     "task_accuracy_reference": Metric("Task accuracy, reference", "min", "share", "Answers scored right."),
     "task_accuracy_candidate": Metric("Task accuracy, candidate", "min", "share", "Answers scored right."),
-    "task_accuracy_drop": Metric("Task accuracy, drop", "max", "share", "Reference minus candidate."),
+    "task_accuracy_drop": Metric(
+        "Task accuracy, drop", "max", "share", "Reference minus candidate; judged by what the cases show."
+    ),
     "greedy_prefix_forced_length": Metric(
         "Forced greedy prefix", "min", "share", "Positions up to the first of the answer at which top tokens differ."
     ),
@@ -70,7 +72,9 @@ METRICS: dict[str, Metric] = {
     "task_accuracy_forced_candidate": Metric(
         "Forced accuracy, candidate", "min", "share", "Answers led to by top tokens."
     ),
-    "task_accuracy_forced_drop": Metric("Forced accuracy, drop", "max", "share", "Reference minus candidate."),
+    "task_accuracy_forced_drop": Metric(
+        "Forced accuracy, drop", "max", "share", "Reference minus candidate; judged by what the cases show."
+    ),
 }
 # What is measured on generated answers -> the same on forced ones. A report has the one kind or the other.
 FORCED = {
