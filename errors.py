@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class ArrieroError(Exception):
@@ -49,3 +49,11 @@ class Problems(ArrieroError):
     def __str__(self) -> str:
         lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
         return f"{self.headline}: {len(self.problems)} problem{'s' * (len(self.problems) != 1)}\n{lines}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The sentence that suggests the closest of the `known` words, or None when none is close."""
+    import difflib
+
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else None

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError, Problems
+from arriero.thresholds import METRICS
 
 CacheType = Literal["float32", "int8"]
 ITEM_BYTES: dict[str, int] = {"float32": 4, "int8": 1}
@@ -40,7 +41,6 @@ ALLOWED_LOSS: dict[str, float | None] = {
     "layer_relative_l2_highest": None,
     "layer_snr_db_lowest": None,
 }
-HIGHER_IS_WORSE = {"task_accuracy_drop", "logits_kl_mean"}
 
 
 class CacheRange:
@@ -118,7 +118,7 @@ def widen_thresholds(thresholds: Mapping[str, float]) -> dict[str, float]:
         metric = name.partition(".")[0]
         loss = ALLOWED_LOSS.get(metric, 0.0)
         if loss is not None:
-            widened[name] = round(limit + loss if metric in HIGHER_IS_WORSE else limit - loss, 9)
+            widened[name] = round(limit + loss if METRICS[metric].direction == "max" else limit - loss, 9)
     return widened
 
 

@@ -86,5 +86,5 @@ class QuantizedWeights:
         """How each matrix was rounded, the last word on each."""
         path = self.folder / NOTES
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        found = [RoundingRecord(**json.loads(line)) for line in lines]
-        return list({(note.tensor, note.expert): note for note in found}.values())
+        records = [RoundingRecord(**json.loads(line)) for line in lines]
+        return list({(note.tensor, note.expert): note for note in records}.values())

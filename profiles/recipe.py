@@ -3,53 +3,34 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from pydantic import AfterValidator, Field, StrictFloat, StrictInt, model_validator
 
 from arriero.errors import ArrieroError, Problems
+from arriero.profiles.groups import is_layer_matrix
 from arriero.profiles.schemes import Candidate, Chosen, Exact, Half, IntBlock, Record, Scheme, Static
+from arriero.profiles.selectors import Keep, Rule, Selector, Text
+from arriero.profiles.validate import refusal, validated
+from arriero.profiles.yaml_document import Document
+from arriero.thresholds import OVER_RTN, check_name
+
+
+def check_metric(name: str) -> str:
+    """Refuse, within pydantic, a threshold on what is no metric."""
+    try:
+        check_name(name)
+    except ArrieroError as error:
+        raise refusal(error) from None
+    return name
+
 
 SHIPPED = Path(__file__).parent
-OVER_RTN = "kl_over_rtn"
-LAYER_MATRIX = re.compile(r"language_model\.model\.layers\.\d+\.(self_attn|feed_forward)\.(?!router).+")
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-
-
-class _Selector(Record):
-    match: Text
-    reason: Text
-    optional: bool = False
-
-    @field_validator("match")
-    @classmethod
-    def _compiles(cls, value: str) -> str:
-        if value.startswith("re:"):
-            try:
-                re.compile(value[3:])
-            except re.error as error:
-                raise ValueError(f"`{value}` is not a regular expression: {error}") from error
-        return value
-
-    def hits(self, name: str) -> bool:
-        """Whether this selector takes the whole of `name`: a `re:` pattern, or the name itself."""
-        return bool(re.fullmatch(self.match[3:], name)) if self.match.startswith("re:") else self.match == name
-
-
-class Keep(_Selector):
-    """Tensors that stay exact, and the reason."""
-
-
-class Rule(_Selector):
-    """Tensors that are stored in `scheme`, and the reason."""
-
-    scheme: Scheme
+MetricName = Annotated[str, AfterValidator(check_metric)]
+Thresholds = dict[MetricName, Annotated[StrictFloat, Field(allow_inf_nan=False)]]
 
 
 class Calibration(Record):
@@ -60,8 +41,8 @@ class Calibration(Record):
     activation scales, gives them the widest range that any expert of their layer saw. `damping` is GPTQ's.
     """
 
-    damping: float | None = Field(default=None, gt=0, le=1)
-    minimum_tokens: int = Field(ge=1)
+    damping: Annotated[StrictFloat, Field(gt=0, le=1)] | None = None
+    minimum_tokens: StrictInt = Field(ge=1)
     below: Literal["nearest", "widest", "stop"]
     reason: Text
 
@@ -69,11 +50,11 @@ class Calibration(Record):
 class Choose(Record):
     """Schemes that the build picks from for every tensor under a rule of kind `chosen`, a group of a layer at a time.
 
-    Groups are a layer's attention, its shared expert or dense MLP, and its experts. Their matrices together take at
-    most `budget` of what they take in bf16.
+    Groups are those of `groups.py`: a layer's attention, its shared expert or MLP, and its experts. Their matrices
+    together take at most `budget` of what they take in bf16.
     """
 
-    budget: float = Field(gt=0, le=2)
+    budget: StrictFloat = Field(gt=0, le=2)
     candidates: list[Candidate] = Field(min_length=2)
     reason: Text
 
@@ -86,9 +67,9 @@ class Profile(Record):
     """
 
     name: Text
-    version: int = Field(ge=1)
+    version: StrictInt = Field(ge=1)
     description: Text
-    thresholds: dict[str, float]
+    thresholds: Thresholds
     keep: list[Keep] = Field(default_factory=list)
     rules: list[Rule] = Field(default_factory=list)
     calibration: Calibration | None = None
@@ -138,7 +119,7 @@ class Profile(Record):
         if self.choose is None:
             return self
         made = [
-            Rule(match=tensor, reason=self.choose.reason, scheme=self.choose.candidates[number])
+            Rule(match=(tensor,), reason=self.choose.reason, scheme=self.choose.candidates[number])
             for tensor, number in choice.items()
         ]
         rest = [rule for rule in self.rules if not isinstance(rule.scheme, Chosen)]
@@ -153,38 +134,31 @@ class Profile(Record):
         return self.model_copy(update={"rules": rules, "choose": None})
 
     @property
-    def selectors(self) -> list[Keep | Rule]:
-        """`keep`, then `rules`: the order in which they are asked."""
-        return [*self.keep, *self.rules]
+    def selectors(self) -> list[Selector]:
+        """One per match, those of `keep`, then those of `rules`: the order in which they are asked."""
+        return [selector for entry in (*self.keep, *self.rules) for selector in entry.selectors]
 
     def assign(self, names: Iterable[str]) -> dict[str, Scheme]:
         """Give the scheme of every tensor in `names`; raise Problems for idle selectors and undecided tensors."""
         selectors = self.selectors
-        idle = set(range(len(selectors)))
+        idle = {number for number, selector in enumerate(selectors) if not selector.may_be_idle}
         assigned: dict[str, Scheme] = {}
         problems: list[ArrieroError] = []
         for name in names:
-            hits = [position for position, selector in enumerate(selectors) if selector.hits(name)]
-            idle.difference_update(hits)
-            if not hits:
-                problems.append(
-                    ArrieroError(
-                        "no selector of the profile decides this tensor",
-                        where=name,
-                        remedy=f"Name it under `keep` or `rules` of profile `{self.name}`",
-                    )
-                )
+            takers = [number for number, selector in enumerate(selectors) if selector.takes(name)]
+            idle.difference_update(takers)
+            if takers:
+                assigned[name] = selectors[takers[0]].scheme
                 continue
-            first = selectors[hits[0]]
-            assigned[name] = first.scheme if isinstance(first, Rule) else Exact()
+            remedy = f"Name it, or its group, under `keep` or `rules` of profile `{self.name}`"
+            problems.append(ArrieroError("no selector of the profile decides this tensor", where=name, remedy=remedy))
         problems += [
             ArrieroError(
-                f"selector `{selectors[position].match}` matches no tensor",
+                f"selector `{selectors[number].match}` matches no tensor",
                 where=f"profile {self.name}",
                 remedy="Correct it, or mark it `optional: true` and say so in its reason",
             )
-            for position in sorted(idle)
-            if not selectors[position].optional
+            for number in sorted(idle)
         ]
         if problems:
             raise Problems(f"profile `{self.name}` does not fit this checkpoint", problems)
@@ -212,7 +186,7 @@ def check_shapes(profile: Profile, shapes: Mapping[str, tuple[int, ...]]) -> Non
             scheme.check(shapes[name], name)
         except ArrieroError as error:
             problems.append(error)
-        if scheme.calibrates and not LAYER_MATRIX.fullmatch(name):
+        if scheme.calibrates and not is_layer_matrix(name):
             problems.append(
                 ArrieroError(
                     "calibration sees no inputs of this tensor",
@@ -253,17 +227,8 @@ def load_profile(name_or_path: str | Path) -> Profile:
             f"there is no profile `{name_or_path}`",
             expected=f"one of {', '.join(shipped())}, or the path of a YAML file",
         )
-    try:
-        data: Any = YAML(typ="safe").load(path)
-    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ArrieroError(f"is not readable as YAML: {error}", where=str(path)) from error
-    try:
-        return Profile.model_validate(data)
-    except ValidationError as error:
-        raise Problems(
-            f"profile {path} is not valid",
-            [
-                ArrieroError(problem["msg"], where=".".join(map(str, problem["loc"])) or str(path))
-                for problem in error.errors()
-            ],
-        ) from error
+    document = Document(path, "profile", "Start from a shipped one: `arriero profiles show int8`")
+    profile = validated(document, Profile)
+    document.raise_problems()
+    assert profile is not None  # or there were problems
+    return profile

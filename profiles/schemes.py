@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, model_validator
 from typing_extensions import override
 
 from arriero.profiles.quantize import check_block
@@ -31,7 +31,7 @@ class _Scheme(Record):
         raise NotImplementedError
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """The scheme in one phrase for people."""
         return self.label
 
@@ -94,7 +94,7 @@ class Half(_Scheme):
 
     @property
     @override
-    def told(self) -> str:
+    def description(self) -> str:
         return self.format
 
     @override
@@ -122,7 +122,7 @@ class IntBlock(_Scheme):
 
     @property
     @override
-    def told(self) -> str:
+    def description(self) -> str:
         activations = "int8 activations" if self.accuracy_level == 4 else "float32 activations"
         rounding = "" if self.rounding == "nearest" else f", {self.rounding}"
         return f"int{self.bits} in blocks of {self.block}, {activations}{rounding}"
@@ -174,7 +174,7 @@ class Fp8(_PerChannel):
 
     @property
     @override
-    def told(self) -> str:
+    def description(self) -> str:
         per_token = " per token" if self.activations == "fp8" else ""
         return f"fp8 (E4M3) per output channel, {self.activations} activations{per_token}"
 
@@ -191,7 +191,7 @@ class Int8Dynamic(_PerChannel):
 
     @property
     @override
-    def told(self) -> str:
+    def description(self) -> str:
         return "int8 per output channel, int8 activations per token"
 
 
@@ -204,7 +204,7 @@ class Static(_PerChannel):
     """
 
     ranges: Literal["observed", "weights"] = "observed"
-    smooth: Annotated[float, Field(ge=0, le=1)] | None = None
+    smooth: Annotated[StrictFloat, Field(ge=0, le=1)] | None = None
     word: ClassVar[str]  # what both sides are rounded to
 
     @model_validator(mode="after")
@@ -221,7 +221,7 @@ class Static(_PerChannel):
 
     @property
     @override
-    def told(self) -> str:
+    def description(self) -> str:
         ranges = "calibrated" if self.calibrates else "taken from the weights"
         smooth = "" if self.smooth is None else f", balanced by SmoothQuant {self.smooth:g}"
         return f"{self.word} per output channel, {self.word} activations at one {ranges} scale{smooth}"
@@ -270,7 +270,7 @@ class Chosen(_Scheme):
 
     @property
     @override
-    def told(self) -> str:
+    def description(self) -> str:
         return "chosen per group by measured sensitivity"
 
     @property

@@ -65,7 +65,7 @@ BUILD_FILES = [
         line("unknown_metric", "thresholds: {}", "thresholds: {same_token: 1.0}"),
         "no such parity metric",
         "build.yaml:9",
-        "Did you mean same_top_token",
+        "Did you mean 'same_top_token'",
     ),
     case(line("one_seed_for_both", "seed: 29", "seed: 11"), "also the calibration's", "build.yaml:9", "Change one"),
     case(
@@ -131,7 +131,7 @@ def test_parity_cases_that_do_not_fit_the_context_are_found_before_anything_is_b
 
 
 def test_a_build_file_that_is_not_there(tmp_path):
-    check(arriero("build", tmp_path / "build.yml"), "no such build file", "build.yml", "Write a build.yaml")
+    check(arriero("build", tmp_path / "build.yml"), "no such build file", "build.yml", "Write a build file")
 
 
 # --- the checkpoint

@@ -21,7 +21,7 @@ from tests.small import edit_json, small_scout
 
 # What `pip install arriero[onnxruntime]` does not bring. (Pydantic it may, with typer; none of our own files takes it.)
 BUILD_ONLY = (
-    *("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "pydantic", "ruamel", "yaml", "safetensors"),
+    *("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "pydantic", "yaml", "safetensors"),
     *("ml_dtypes", "av", "tvm", "tvm_ffi", "tensorrt", "cuda"),
 )
 DEVICE = f"""

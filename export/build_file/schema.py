@@ -11,23 +11,22 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    StrictFloat,
     StrictInt,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
 )
-from pydantic_core import PydanticCustomError
 
-from arriero.errors import ArrieroError, MachineLacks
+from arriero.errors import ArrieroError, nearest
 from arriero.export.build_file.locate import resolve_model
 from arriero.export.compile.cpus import NAMED, NATIVE, parse_cpu
 from arriero.export.compile.nvidia.gpus import NAMED as NAMED_GPUS
 from arriero.export.compile.nvidia.gpus import parse_gpu
 from arriero.export.machine.budget import human_bytes, parse_bytes
 from arriero.profiles.kv_cache import CacheType
-from arriero.profiles.recipe import shipped
-from arriero.runtimes.proof.cases import AnswerMode
+from arriero.profiles.recipe import Thresholds, shipped
+from arriero.profiles.validate import refusal
+from arriero.thresholds import PER_FAMILY, SETTABLE, AnswerMode
 from arriero.traits import BACKENDS
 
 Modality = Literal["text", "image"]
@@ -35,12 +34,6 @@ EMBEDDED = "embedded"
 # A generated answer reads the active weights once per token; a larger checkpoint is read from disk each time.
 GENERATED_BYTES = 16 << 30
 NAME = r"(?!.*(\.|\.partial|\.old.*)$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-
-
-def refusal(error: ArrieroError) -> PydanticCustomError:
-    """Carry one of our errors through pydantic, so that it is listed with the others."""
-    context = {"what": error.what, "expected": error.expected, "remedy": error.remedy}
-    return PydanticCustomError("arriero", "{what}", {**context, "machine": isinstance(error, MachineLacks)})
 
 
 def _size(value: Any) -> int:
@@ -63,7 +56,6 @@ Size = Annotated[int, BeforeValidator(_size), WithJsonSchema(SIZE_SCHEMA)]
 PathText = WithJsonSchema({"type": "string", "minLength": 1})
 Count = Annotated[StrictInt, Field(gt=0)]
 Seed = Annotated[StrictInt, Field(ge=0)]
-Threshold = Annotated[StrictFloat, Field(allow_inf_nan=False)]
 
 
 class _Section(BaseModel):
@@ -140,7 +132,7 @@ class Target(_Section):
         known = f"one of {', '.join(shipped())}, or the path of a profile file"
         remedy = nearest(profile, list(shipped()))
         if re.search(r"(^|\W)kv8$", profile):
-            remedy = "A cache is no profile: name any profile here, and write `kv_cache: int8` beside it"
+            remedy = "A cache is no profile: name any profile, and write `kv_cache: int8` beside it"
         raise refusal(ArrieroError(f"there is no profile {profile!r}", expected=known, remedy=remedy))
 
 
@@ -182,7 +174,7 @@ class Samples(_Section):
 
 
 class Calibration(Samples):
-    """The samples on which expert coverage and activation ranges are measured; `embedded` gives 96 if not told."""
+    """The samples on which expert coverage and activation ranges are measured; `embedded` gives 96 when left out."""
 
     usual = 96
     seed: Seed = Field(
@@ -191,7 +183,7 @@ class Calibration(Samples):
 
 
 class Cases(Samples):
-    """The held-out prompts of the parity report; `embedded` gives 48 if not told."""
+    """The held-out prompts of the parity report; `embedded` gives 48 when left out."""
 
     usual = 48
     seed: Seed = Field(
@@ -216,7 +208,7 @@ class Parity(_Section):
         "any machine can prove it, or beside the bundles as `reference-<hash>`, for prompts and pictures that stay "
         "private. A bundle's parity report shows the answers in either case.",
     )
-    thresholds: dict[str, Threshold] = Field(
+    thresholds: Thresholds = Field(
         default={},
         description="Parity metric -> threshold; overrides the profile's. `task_accuracy_*` may add `.<family>`.",
     )
@@ -289,22 +281,11 @@ class BuildConfig(_Section):
         return modalities
 
 
-def nearest(word: str, known: list[str]) -> str | None:
-    """Give the sentence that suggests the closest known word, or None when nothing is close."""
-    import difflib
-
-    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"Did you mean {found[0]!r}?" if found else None
-
-
 def json_schema() -> dict[str, Any]:
     """Give the JSON schema of a build file, for editors."""
-    from arriero.runtimes.proof.rows import ALWAYS, METRICS, PER_FAMILY
-
     schema = BuildConfig.model_json_schema()
     schema["title"] = "Arriero build file"
-    metrics = "|".join(metric for metric in METRICS if metric not in ALWAYS)
-    pattern = rf"^({metrics}|({'|'.join(PER_FAMILY)})\..+)$"
+    pattern = rf"^({'|'.join(SETTABLE)}|({'|'.join(PER_FAMILY)})\..+)$"
     schema["$defs"]["Parity"]["properties"]["thresholds"]["propertyNames"] = {"pattern": pattern}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 

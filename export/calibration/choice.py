@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from arriero.export.calibration.sensitivity import group_of
+from arriero.profiles.groups import layer_group
 from arriero.profiles.knapsack import Option, choose
 from arriero.profiles.quantized_weights import QuantizedWeights
 from arriero.profiles.recipe import Profile
@@ -26,11 +26,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def open_groups(profile: Profile, tensors: Sequence[str]) -> dict[tuple[int, str], list[str]]:
-    """The groups that `profile` leaves to choice: layer and kind -> their tensors."""
+    """The groups that `profile` leaves to choice: (layer, group) -> their tensors."""
     groups: dict[tuple[int, str], list[str]] = {}
     for tensor, scheme in profile.assign(tensors).items():
         if isinstance(scheme, Chosen):
-            groups.setdefault(group_of(tensor), []).append(tensor)
+            groups.setdefault(layer_group(tensor), []).append(tensor)
     return dict(sorted(groups.items()))
 
 

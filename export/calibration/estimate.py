@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from arriero.graphs.config import ModelConfig, VisionConfig
 from arriero.graphs.sources.weight_source import WeightSource
+from arriero.profiles.groups import is_layer_matrix
 from arriero.profiles.moments import ROWS
-from arriero.profiles.recipe import LAYER_MATRIX, Profile
+from arriero.profiles.recipe import Profile
 
 # Rounded up from runs on small models.
 REFERENCE_MEMORY = 512 << 20  # Python with torch and its mapped weights; 330 MiB after a graph was traced
@@ -34,7 +35,7 @@ def calibration_memory(config: ModelConfig, used: Iterable[WeightSource], sizes:
 
     `second`: whether a profile rounds by gptq, so that second moments are kept and matrices are rounded.
     """
-    layers = [info for info in used if LAYER_MATRIX.fullmatch(info.name)]
+    layers = [info for info in used if is_layer_matrix(info.name)]
     shapes = [_features(info) for info in layers]
     widened = 4 * max((outputs * inputs for outputs, inputs in shapes), default=0)  # an expert that is routed to
     widened += 4 * max((_layer_matrices(layers, layer) for layer in range(len(config.text.layers))), default=0)

@@ -1,13 +1,12 @@
 """How much a layer's output in the residual stream changes when a group of its matrices is stored in another form.
 
 Measured on the reference's own inputs, one group at a time; rounding of activations inside a kernel is not part of it.
-Groups: attention, mlp (the shared expert or the dense layer's MLP), experts.
+Groups are a decoder layer's of `profiles/groups.py`: attention, shared_expert or mlp, experts.
 Legend: N output features, K input features, T tokens, H hidden, n tokens of one expert.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -22,15 +21,6 @@ from arriero.graphs.names import expert_tensors
 Floats = NDArray[np.float32]
 Stored = Callable[[str, int | None], Floats]  # tensor, expert -> the values [N, K] that it is stored as
 SAMPLES = 32  # a forward pass of the layer for each group and candidate; more would not change an order of magnitude
-GROUP = re.compile(r"language_model\.model\.layers\.(\d+)\.(self_attn|feed_forward\.experts|feed_forward)\..+")
-KINDS = {"self_attn": "attention", "feed_forward.experts": "experts", "feed_forward": "mlp"}
-
-
-def group_of(tensor: str) -> tuple[int, str]:
-    """The layer and the group of a decoder layer's matrix."""
-    found = GROUP.fullmatch(tensor)
-    assert found is not None
-    return int(found[1]), KINDS[found[2]]
 
 
 def linear_error(walk: Walk, layer: int, weights: Mapping[str, Floats]) -> float:

@@ -385,13 +385,13 @@ def profiles_list(as_json: Json = False) -> None:
 @profiles_app.command("show")
 def profiles_show(profile: ProfileName, as_json: Json = False) -> None:
     """Show one profile: thresholds, calibration, and every selector with its scheme and reason."""
-    from arriero.export.cli.show_profiles import open_profile, show_profile
+    from arriero.export.cli.show_profiles import describe_profile, open_profile, show_profile
 
-    found = open_profile(profile)
+    opened = open_profile(profile)
     if as_json:
-        _print_json(found.model_dump(mode="json"))
+        _print_json(describe_profile(opened))
     else:
-        show_profile(found, out)
+        show_profile(opened, out)
 
 
 @profiles_app.command("explain")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError
-from arriero.profiles.recipe import Keep, Profile, Rule, load_profile, shipped
-from arriero.profiles.schemes import Exact, Scheme
+from arriero.profiles.groups import GROUPS, group_of
+from arriero.profiles.recipe import Profile, load_profile, shipped
+from arriero.profiles.selectors import Entry
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,26 +29,40 @@ def list_profiles() -> list[dict[str, Any]]:
     ]
 
 
+def describe_profile(profile: Profile) -> dict[str, Any]:
+    """A profile as JSON values, each selector of `keep` and `rules` with its scheme and reason."""
+    entries: dict[str, Sequence[Entry]] = {"keep": profile.keep, "rules": profile.rules}
+    return profile.model_dump(mode="json") | {
+        part: [
+            {"match": one.match, "scheme": one.scheme.model_dump(mode="json"), "reason": one.reason}
+            for entry in listed
+            for one in entry.selectors
+        ]
+        for part, listed in entries.items()
+    }
+
+
 def explain(profile: Profile, tensor: str) -> dict[str, Any]:
-    """Which selector of `profile` decides `tensor`, its reason, and the selectors after it that would match too.
+    """The group of `tensor`, the selector of `profile` that decides it, why, and the later ones that would match too.
 
     Raises ArrieroError when no selector does.
     """
-    hits = [selector for selector in profile.selectors if selector.hits(tensor)]
-    if not hits:
+    takers = [selector for selector in profile.selectors if selector.takes(tensor)]
+    if not takers:
         raise ArrieroError(
             f"no selector of profile `{profile.name}` decides this tensor",
             where=tensor,
             expected="a tensor's whole name, such as language_model.model.layers.0.self_attn.q_proj.weight",
         )
-    first = hits[0]
+    first, group = takers[0], group_of(tensor)
     return {
         "profile": profile.name,
         "tensor": tensor,
-        "stored": _scheme(first).told,
+        "group": f"{group}: {GROUPS[group].holds}" if group else "none",
+        "stored": first.scheme.description,
         "selector": first.match,
         "reason": " ".join(first.reason.split()),
-        "overruled": [selector.match for selector in hits[1:]],
+        "overruled": [selector.match for selector in takers[1:]],
     }
 
 
@@ -76,7 +92,7 @@ def show_profile(profile: Profile, console: Console) -> None:
             highlight=False,
         )
     if profile.choose is not None:
-        candidates = "; ".join(candidate.told for candidate in profile.choose.candidates)
+        candidates = "; ".join(candidate.description for candidate in profile.choose.candidates)
         console.print(
             f"[dim]choose[/] within {profile.choose.budget:g} of bf16 among: {candidates}. "
             f"{' '.join(profile.choose.reason.split())}",
@@ -86,7 +102,7 @@ def show_profile(profile: Profile, console: Console) -> None:
     for column in ("selector", "stored", "reason"):
         table.add_column(column, overflow="fold")
     for selector in profile.selectors:
-        table.add_row(_escape(selector.match), _scheme(selector).told, " ".join(selector.reason.split()))
+        table.add_row(_escape(selector.match), selector.scheme.description, " ".join(selector.reason.split()))
     console.print(table)
 
 
@@ -112,21 +128,17 @@ def open_profile(name: str) -> Profile:
     return load_profile(Manifest.read(Path(name)).target.profile)
 
 
-def _scheme(selector: Keep | Rule) -> Scheme:
-    return selector.scheme if isinstance(selector, Rule) else Exact()
-
-
 def _facts(profile: Profile) -> dict[str, str]:
     facts = {"version": str(profile.version), "description": profile.description}
     facts |= {f"thresholds.{name}": f"{value:g}" for name, value in profile.thresholds.items()}
     if profile.calibration is not None:
-        given = profile.calibration.model_dump(exclude_none=True)
-        facts |= {f"calibration.{name}": str(value) for name, value in given.items()}
+        settings = profile.calibration.model_dump(exclude_none=True)
+        facts |= {f"calibration.{name}": str(value) for name, value in settings.items()}
     if profile.choose is not None:
         facts["choose.budget"] = f"{profile.choose.budget:g}"
-        facts["choose.candidates"] = "; ".join(candidate.told for candidate in profile.choose.candidates)
+        facts["choose.candidates"] = "; ".join(candidate.description for candidate in profile.choose.candidates)
     for selector in profile.selectors:
-        facts[selector.match] = f"{_scheme(selector).told}: {' '.join(selector.reason.split())}"
+        facts[selector.match] = f"{selector.scheme.description}: {' '.join(selector.reason.split())}"
     return facts
 
 

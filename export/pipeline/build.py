@@ -39,7 +39,6 @@ from arriero.profiles.kv_cache import check_tokens
 from arriero.profiles.recipe import load_profile
 from arriero.runtimes.manifest import CalibratedPart
 from arriero.runtimes.proof.record import ReferenceRecord
-from arriero.runtimes.proof.rows import check_thresholds
 from arriero.traits import SHARED_PACKAGES
 
 if TYPE_CHECKING:
@@ -146,13 +145,11 @@ class Build:
                 load(target.backend).check_here(gpu)
 
     def check_inputs(self) -> None:
-        """Refuse what would end the work late: thresholds that no metric has, a checkpoint without its processor,
-        parity cases that do not fit a target's context, or have no answers where answers are judged.
+        """Refuse what would end the work late: a checkpoint without its processor, parity cases that do not fit a
+        target's context, or have no answers where answers are judged.
         """
         from arriero.runtimes.processor.processor import Processor
 
-        for profile in self.profiles.values():
-            check_thresholds(profile.thresholds)
         processor = Processor(self.config.model, model_spec(self.model))
         room = min(target.context for target in self.config.targets) - 1  # one token of an answer
         cases = draw_cases(self.config.parity.cases, self.config.modalities)

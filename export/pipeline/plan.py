@@ -33,7 +33,7 @@ from arriero.profiles.kv_cache import ITEM_BYTES, widen_thresholds
 from arriero.profiles.recipe import Profile, check_shapes, load_profile
 from arriero.profiles.schemes import Chosen, Exact, Half
 from arriero.runtimes.cpu import architecture
-from arriero.runtimes.proof.rows import FORCED
+from arriero.thresholds import FORCED
 from arriero.traits import SHARED_PACKAGES, TRAITS
 
 CONTEXTS = {"8k": 1 << 13, "128k": 1 << 17, "1M": 1 << 20, "10M": 10 << 20}

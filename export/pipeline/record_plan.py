@@ -15,9 +15,9 @@ from arriero.export.pipeline.sources import source_hash
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig, TextConfig
 from arriero.graphs.sources.weight_source import WeightSource
-from arriero.runtimes.proof.cases import AnswerMode
 from arriero.runtimes.proof.logits import DRAWN, HEAD, WHOLE_VOCABULARY
 from arriero.runtimes.proof.sketch import BUCKETS
+from arriero.thresholds import AnswerMode
 from arriero.traits import SHARED_PACKAGES
 
 RECORDS = ("export/proof/write_record.py", "export/samples/cases.py")  # the sources that the stage begins in

@@ -44,7 +44,7 @@ from arriero.runtimes.manifest import (
     RtnKl,
     StoredWeight,
 )
-from arriero.runtimes.proof.rows import OVER_RTN
+from arriero.thresholds import OVER_RTN
 from arriero.traits import TRAITS
 
 if TYPE_CHECKING:

@@ -20,11 +20,12 @@ from arriero.graphs.checkpoint import Checkpoint
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.integrity import open_manifest
 from arriero.runtimes.manifest import Manifest
-from arriero.runtimes.proof.cases import AnswerMode, ReferenceCase
+from arriero.runtimes.proof.cases import ReferenceCase
 from arriero.runtimes.proof.metrics import NEAR_TIE, ShapesDiffer, router_agreement
 from arriero.runtimes.proof.record import ReferenceRecord
 from arriero.runtimes.proof.report import ParityReport, read_json
 from arriero.runtimes.proof.sketch import WholeArray
+from arriero.thresholds import AnswerMode
 
 if TYPE_CHECKING:
     from arriero.export.build_file.schema import Cases

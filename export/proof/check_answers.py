@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.proof.parity_case import ParityCase
-from arriero.runtimes.proof.rows import PER_FAMILY
+from arriero.thresholds import PER_FAMILY
 
 
 def check_answers(cases: Sequence[ParityCase], thresholds: Mapping[str, float]) -> None:

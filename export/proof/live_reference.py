@@ -15,13 +15,14 @@ import numpy as np
 from arriero.export.proof.write_record import SEED
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.processor.processor import Prompt
-from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS, AnswerMode, ReferenceCase
+from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS, ReferenceCase
 from arriero.runtimes.proof.logits import WholeLogits
 from arriero.runtimes.proof.parity import top_tokens
 from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.runtimes.proof.record import label
 from arriero.runtimes.proof.sketch import WholeArray, seeded_features
 from arriero.runtimes.session import Session
+from arriero.thresholds import AnswerMode
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from arriero.runtimes.proof.cases import Reference
 from arriero.runtimes.proof.logits import KlSums
 from arriero.runtimes.proof.parity import measure
 from arriero.runtimes.proof.report import ParityReport
-from arriero.runtimes.proof.rows import OVER_RTN, judge
+from arriero.runtimes.proof.rows import judge
 from arriero.runtimes.session import Session
+from arriero.thresholds import OVER_RTN
 
 Watch = Callable[[str, int, int, str], None]
 

@@ -15,8 +15,9 @@ from arriero.runtimes.manifest import RECORD_FOLDER, Manifest, ProofTerms
 from arriero.runtimes.proof.complete import complete_proof
 from arriero.runtimes.proof.record import ReferenceRecord
 from arriero.runtimes.proof.report import ParityReport, read_json
-from arriero.runtimes.proof.rows import OVER_RTN, Row
+from arriero.runtimes.proof.rows import Row
 from arriero.runtimes.proof.rtn_baseline import recorded_rows
+from arriero.thresholds import OVER_RTN
 
 
 def prove_bundle(bundle: Path, folder: Path | None, watch: Watch, output: Path | None = None) -> ParityReport:

@@ -21,13 +21,14 @@ from PIL import Image
 from arriero.export.proof.walk_layers import ROUTER, Walk
 from arriero.profiles.moments import check_finite
 from arriero.runtimes.manifest import file_sha256
-from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS, AnswerMode
+from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS
 from arriero.runtimes.proof.logits import DRAWN, HEAD, WHOLE_VOCABULARY, keep_logits
 from arriero.runtimes.proof.parity import top_tokens
 from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.runtimes.proof.record import FILE, FORMAT, SAMPLED, label, layer_name
 from arriero.runtimes.proof.sketch import BUCKETS, SketchedArray, seeded_features
 from arriero.runtimes.session import Session
+from arriero.thresholds import AnswerMode
 
 Watch = Callable[[str, int, int, str], None]
 SEED = 1  # of sketches, features and drawn ids; it names them, and hides nothing

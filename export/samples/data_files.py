@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from arriero.errors import ArrieroError, MachineLacks, Problems
-from arriero.export.build_file.schema import nearest
+from arriero.errors import ArrieroError, MachineLacks, Problems, nearest
 from arriero.runtimes.processor.images import read_image, read_video
 from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.runtimes.proof.scorers import SAME_ANSWER

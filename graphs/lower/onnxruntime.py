@@ -25,7 +25,7 @@ OPSET = (CONTRIB, 1)
 
 def lacks(scheme: Scheme) -> str | None:
     """What of `scheme` this backend does not compute; None when it does."""
-    return None if scheme.kind in TRAITS["onnxruntime"].schemes else scheme.told
+    return None if scheme.kind in TRAITS["onnxruntime"].schemes else scheme.description
 
 
 def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:

@@ -42,16 +42,16 @@ def lacks(scheme: Scheme) -> str | None:
     """What of `scheme` TensorRT does not compute; None when it does."""
     if isinstance(scheme, IntBlock):
         # Quantised products take one scale per matrix; blocks go with weights alone, and only in four bits.
-        return None if (scheme.bits, scheme.accuracy_level) == (4, 0) else scheme.told
-    return None if scheme.kind in TRAITS["tensorrt"].schemes else scheme.told
+        return None if (scheme.bits, scheme.accuracy_level) == (4, 0) else scheme.description
+    return None if scheme.kind in TRAITS["tensorrt"].schemes else scheme.description
 
 
 def lacks_on(scheme: Scheme, capability: int) -> str | None:
     """What of `scheme` a GPU of compute capability `capability` (89 for 8.9) does not compute; None when it does."""
     if isinstance(scheme, Fp8Static) and capability < FP8_SINCE:
-        return f"{scheme.told} on sm_{capability} (fp8 came with sm_{FP8_SINCE})"
+        return f"{scheme.description} on sm_{capability} (fp8 came with sm_{FP8_SINCE})"
     if isinstance(scheme, Half) and scheme.format == "bfloat16" and capability < BF16_SINCE:
-        return f"{scheme.told} on sm_{capability} (bfloat16 came with sm_{BF16_SINCE})"
+        return f"{scheme.description} on sm_{capability} (bfloat16 came with sm_{BF16_SINCE})"
     return None
 
 

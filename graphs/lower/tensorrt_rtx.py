@@ -19,7 +19,7 @@ def lacks_on(scheme: Scheme, capability: int) -> str | None:
     What a profile keeps exact beside its rules, router and norms, is computed there too.
     """
     if capability == TURING and isinstance(scheme, Exact | IntBlock | Static):
-        return f"{scheme.told} on sm_{TURING} (there it takes float16 alone)"
+        return f"{scheme.description} on sm_{TURING} (there it takes float16 alone)"
     return lacks_on_any(scheme, capability)
 
 

@@ -32,8 +32,8 @@ OPSET = (DOMAIN, VERSION)
 def lacks(scheme: Scheme) -> str | None:
     """What of `scheme` our kernels do not compute; None when they do."""
     if isinstance(scheme, IntBlock) and scheme.accuracy_level == 0:
-        return f"{scheme.told} beside float32 activations (accuracy_level 0)"
-    return None if scheme.kind in TRAITS["tvm"].schemes else scheme.told
+        return f"{scheme.description} beside float32 activations (accuracy_level 0)"
+    return None if scheme.kind in TRAITS["tvm"].schemes else scheme.description
 
 
 def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:

@@ -25,13 +25,13 @@ def quantize_dispatch(model: ir.Model, store: WeightStore) -> int:
         names = [str(value.name) for value in node.inputs[3:5] if value is not None]
         first, second = (store.schemes[name] for name in names)
         if not isinstance(first, ByteScheme):
-            miss(node, EXPERT_DISPATCH, f"{names[0]} is {first.told}, not one byte per weight")
+            miss(node, EXPERT_DISPATCH, f"{names[0]} is {first.description}, not one byte per weight")
             continue
         if not isinstance(second, ByteScheme) or linear_name(first) != linear_name(second):
             raise ArrieroError(
                 "the profile gives gate_up and down of one layer's experts schemes that no single kernel takes",
                 where=names[1],
-                expected=f"{first.told} for both",
+                expected=f"{first.description} for both",
             )
         weights = [*store_experts(store, names[0], first), *store_experts(store, names[1], second)]
         replace_node(node, dispatch_over(linear_name(first)), [*node.inputs[:3], *weights], {}, DOMAIN)

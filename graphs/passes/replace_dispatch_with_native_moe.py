@@ -37,7 +37,7 @@ def replace_dispatch_with_native_moe(model: ir.Model, store: WeightStore) -> int
         names = [str(value.name) for value in (gate_up, down) if value is not None]
         scheme = store.schemes[names[0]]
         if not isinstance(scheme, Half) or store.schemes[names[1]] != scheme:
-            miss(node, EXPERT_DISPATCH, f"{names[0]} is {scheme.told}: the native one takes one 16-bit format")
+            miss(node, EXPERT_DISPATCH, f"{names[0]} is {scheme.description}: the native one takes one 16-bit format")
             continue
         per_token, hidden = expert_id.shape[1], store.checkpoint.tensors[names[0]].shape[1]
         assert isinstance(per_token, int)

@@ -46,7 +46,7 @@ def replace_dispatch_with_plugins(model: ir.Model, store: WeightStore, activatio
         gate_up, down = (store.schemes[name] for name in names)
         forms = [form for form in (_form(scheme, activations) for scheme in (gate_up, down)) if form is not None]
         if len(forms) < len(names):
-            schemes = f"{gate_up.told} and {down.told}"
+            schemes = f"{gate_up.description} and {down.description}"
             miss(node, EXPERT_DISPATCH, f"no kernel takes {schemes} beside {activations} activations")
             continue
         assert expert_id is not None

@@ -50,7 +50,7 @@ def multiply(
         weight = insert_node(before, "DequantizeLinear", [codes, scales], axis=1, block_size=scheme.block)
         dtype = TYPES[activations]
     else:
-        raise ArrieroError(f"no standard operator multiplies with {scheme.told}", where=name)
+        raise ArrieroError(f"no standard operator multiplies with {scheme.description}", where=name)
     if dtype != FLOAT:
         x = insert_node(before, "Cast", [x], to=int(dtype))
     product = insert_node(before, "MatMul", [x, _taken(before, weight, experts)])

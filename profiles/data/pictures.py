@@ -77,9 +77,9 @@ def position(rng: np.random.Generator, train: bool) -> Sample:
 def describe(rng: np.random.Generator, train: bool) -> Sample:
     """A sentence naming one to three things and their places in reading order."""
     things = draw_things(rng, int(rng.integers(1, 4)))
-    told = " and ".join(f"a {thing.name} at the {thing.place}" for thing in things)
+    description = " and ".join(f"a {thing.name} at the {thing.place}" for thing in things)
     picture = render(things, background(rng), *pick_size(rng))
-    return Sample("describe", (picture,), (Turn("Describe the image.", told + "."),))
+    return Sample("describe", (picture,), (Turn("Describe the image.", description + "."),))
 
 
 def several(rng: np.random.Generator, train: bool) -> Sample:

@@ -16,7 +16,7 @@ from arriero.runtimes.backend import Ints, ModelSpec
 from arriero.runtimes.proof.logits import LogitFigures
 from arriero.runtimes.proof.metrics import ErrorSums
 from arriero.runtimes.proof.parity_case import ParityCase
-from arriero.runtimes.proof.rows import AnswerMode
+from arriero.thresholds import AnswerMode
 
 MAX_ANSWER_TOKENS = 64  # of a generated answer
 

@@ -19,10 +19,10 @@ from arriero.runtimes.proof import metrics
 from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS, Reference, ReferenceCase
 from arriero.runtimes.proof.logits import KlSums
 from arriero.runtimes.proof.report import CaseResult, ParityReport
-from arriero.runtimes.proof.rows import OVER_RTN, check_thresholds
 from arriero.runtimes.proof.rtn_baseline import with_rtn_baseline
 from arriero.runtimes.proof.sketch import seeded_features
 from arriero.runtimes.proof.tally import Tally
+from arriero.thresholds import OVER_RTN, check_thresholds
 
 if TYPE_CHECKING:
     from arriero.runtimes.backend import Floats, Ints, ModelSpec

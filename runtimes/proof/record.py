@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 from arriero.errors import ArrieroError, Problems
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.manifest import file_sha256
-from arriero.runtimes.proof.cases import AnswerMode, ReferenceCase
+from arriero.runtimes.proof.cases import ReferenceCase
 from arriero.runtimes.proof.logits import SampledLogits, WholeLogits
 from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.runtimes.proof.sketch import SketchedArray
+from arriero.thresholds import AnswerMode
 
 FORMAT = 1
 FILE = "record.json"

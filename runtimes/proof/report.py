@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.proof.paired import Pairs
-from arriero.runtimes.proof.rows import AnswerMode, Row
+from arriero.runtimes.proof.rows import Row
+from arriero.thresholds import AnswerMode
 
 if TYPE_CHECKING:
     pass

@@ -9,7 +9,8 @@ import numpy as np
 
 from arriero.runtimes.proof.logits import KlSums
 from arriero.runtimes.proof.report import ParityReport
-from arriero.runtimes.proof.rows import OVER_RTN, Row, judge
+from arriero.runtimes.proof.rows import Row, judge
+from arriero.thresholds import OVER_RTN
 
 RTN_KL = "rtn_kl_mean"
 

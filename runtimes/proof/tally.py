@@ -10,12 +10,12 @@ import numpy as np
 
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.proof import metrics
-from arriero.runtimes.proof.cases import AnswerMode
 from arriero.runtimes.proof.logits import KlSums, LogitFigures
 from arriero.runtimes.proof.metrics import Agreement, ErrorSums
 from arriero.runtimes.proof.paired import Pairs
 from arriero.runtimes.proof.report import CaseResult, FamilyScore, LayerSeries, ParityReport
-from arriero.runtimes.proof.rows import ALWAYS, FORCED, PER_FAMILY, Row, judge, judge_drop
+from arriero.runtimes.proof.rows import Row, judge, judge_drop
+from arriero.thresholds import ALWAYS, FORCED, PER_FAMILY, AnswerMode
 
 
 @dataclass(frozen=True)

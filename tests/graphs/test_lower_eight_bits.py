@@ -20,8 +20,8 @@ from arriero.graphs import model as reference_model
 from arriero.graphs.lower.onnxruntime import lower
 from arriero.graphs.lower.part import Lowering
 from arriero.graphs.model import Llama4
+from arriero.profiles.groups import is_layer_matrix
 from arriero.profiles.quantized_weights import QuantizedWeights, RoundingRecord
-from arriero.profiles.recipe import LAYER_MATRIX
 from arriero.profiles.schemes import Exact, Fp8, Fp8Static, Int8Dynamic, Int8Static, Scheme, Static
 from arriero.profiles.static_scales import fit_inputs
 from tests.graphs.test_lower_onnxruntime import CUTS, Built, Stepper, relative, stepped, whole
@@ -48,7 +48,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def assign(built: Built, scheme: Scheme) -> dict[str, Scheme]:
-    return {name: scheme if LAYER_MATRIX.fullmatch(name) else Exact() for name in built.checkpoint.tensors}
+    return {name: scheme if is_layer_matrix(name) else Exact() for name in built.checkpoint.tensors}
 
 
 def seen(features: int) -> np.ndarray:
@@ -58,7 +58,7 @@ def seen(features: int) -> np.ndarray:
 def round_inputs(built: Built, scheme: Scheme, folder: Path) -> QuantizedWeights:
     roundings = QuantizedWeights(folder)
     assert isinstance(scheme, Static)
-    for name in filter(LAYER_MATRIX.fullmatch, built.checkpoint.tensors):
+    for name in filter(is_layer_matrix, built.checkpoint.tensors):
         weight = built.checkpoint.read_float32(name)
         for number, matrix in enumerate(weight.swapaxes(1, 2) if weight.ndim == 3 else weight[None]):
             fitted = fit_inputs(seen(matrix.shape[1]), np.abs(matrix).max(0), scheme.smooth, name)
@@ -100,7 +100,7 @@ def emulated(scheme: Scheme, x: Tensor, weight: Tensor) -> Tensor:
 @contextmanager
 def rounding(model: Llama4, scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Within the block the decoder layers' products are `emulated`, all others exact."""
-    inside = {id(part) for name, part in model.named_modules() if LAYER_MATRIX.fullmatch(f"{name}.weight")}
+    inside = {id(part) for name, part in model.named_modules() if is_layer_matrix(f"{name}.weight")}
     exact = reference_model.Linear.forward
 
     def linear(self: Any, x: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from arriero.graphs.lower.onnxruntime import lower
 from arriero.graphs.lower.part import Lowering
 from arriero.graphs.trace import trace_text
 from arriero.profiles.gptq import gptq
+from arriero.profiles.groups import is_layer_matrix
 from arriero.profiles.quantize import dequantize
 from arriero.profiles.quantized_weights import QuantizedWeights, RoundingRecord
-from arriero.profiles.recipe import LAYER_MATRIX
 from arriero.profiles.schemes import Exact, IntBlock, Scheme
 from tests.graphs.test_lower_onnxruntime import CUTS, LENGTH, Stepper, stepped, whole
 from tests.toys import load_reference, make_maverick_toy, make_scout_toy
@@ -29,7 +29,7 @@ TOLERANCE = 5e-6
 
 def assign(checkpoint: Checkpoint) -> dict[str, Scheme]:
     scheme = IntBlock(kind="int_block", bits=4, block=16, accuracy_level=0, rounding="gptq")
-    return {name: scheme if LAYER_MATRIX.fullmatch(name) else Exact() for name in checkpoint.tensors}
+    return {name: scheme if is_layer_matrix(name) else Exact() for name in checkpoint.tensors}
 
 
 def round_all(

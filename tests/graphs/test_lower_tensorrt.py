@@ -22,8 +22,9 @@ from arriero.graphs.lower.tensorrt_rtx import lacks, lower
 from arriero.graphs.passes.tile_experts import tile_rows
 from arriero.graphs.stored.weight_store import narrow
 from arriero.graphs.trace import trace_embed, trace_vision
+from arriero.profiles.groups import is_layer_matrix
 from arriero.profiles.quantized_weights import QuantizedWeights
-from arriero.profiles.recipe import LAYER_MATRIX, load_profile
+from arriero.profiles.recipe import load_profile
 from arriero.profiles.schemes import Exact, Fp8, Fp8Static, Half, Int8Dynamic, Int8Static, IntBlock, Scheme
 from arriero.runtimes.onnxruntime import session_options
 from tests.graphs.test_lower_eight_bits import OTHER_WAY, round_inputs, rounding
@@ -87,7 +88,7 @@ def assign(built: Built, scheme: Scheme, rest: Scheme | None = None) -> dict[str
     names = built.checkpoint.tensors
     kept = {name for name in names if "router" in name or "norm" in name}
     other = {name: Exact() if name in kept or rest is None else rest for name in names}
-    return {name: scheme if LAYER_MATRIX.fullmatch(name) else other[name] for name in names}
+    return {name: scheme if is_layer_matrix(name) else other[name] for name in names}
 
 
 def text(built: Built, schemes: dict[str, Scheme], out: Path, roundings: QuantizedWeights | None = None) -> InPlace:

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from arriero.errors import ArrieroError, Problems
+from arriero.profiles.groups import GROUPS
 from arriero.profiles.recipe import Profile, check_shapes, load_profile, shipped
 from arriero.profiles.schemes import Exact, Fp8, Fp8Static, Half, Int8Dynamic, Int8Static, IntBlock, Scheme
 from tests.toys import make_maverick_toy, make_scout_toy
 
 LAYER = "language_model.model.layers.0"
 BIG_BLOCKS = ("int4", "int4-b128", "mixed", "gpu-int4")  # blocks of 64 and 128
+START = "name: p\nversion: 1\ndescription: d\nthresholds: {}\n"
 MINIMAL = {"name": "p", "version": 1, "description": "d", "thresholds": {}}
 
 
@@ -85,14 +87,85 @@ def test_keep_comes_before_rules_and_the_first_match_wins() -> None:
 
 def test_idle_selectors_and_undecided_tensors_are_listed_together() -> None:
     profile = Profile.model_validate(
-        {**MINIMAL, "keep": [selector("nothing"), selector("gone", optional=True), selector("re:a.*")]}
+        {
+            **MINIMAL,
+            "keep": [
+                selector("nothing.weight"),
+                selector("gone.weight", optional=True),
+                selector("re:a.*"),
+                selector("experts"),
+            ],
+        }
     )
     with pytest.raises(Problems) as caught:
         profile.assign(["abc", "xyz"])
     text = str(caught.value)
     assert len(caught.value.problems) == 2
     assert "xyz: no selector of the profile decides this tensor" in text
-    assert "`nothing` matches no tensor" in text
+    assert "`nothing.weight` matches no tensor" in text
+
+
+KEPT = {"router": "exact", "norms": "exact", "embeddings": "exact", "vision": "exact", "projector": "exact"}
+EXACT = {**KEPT, "attention": "exact", "head": "exact"}
+ON_GPU = {**dict.fromkeys(EXACT, "f16"), "router": "exact", "norms": "exact"}
+INT4 = {"experts": "int4 block 64 gptq"}
+NEAREST = Path(__file__).parents[2] / "benchmarks" / "int4-nearest.yaml"
+
+
+def everywhere(label: str, *groups: str) -> dict[str, str]:
+    return dict.fromkeys(groups or ("experts", "shared_expert", "mlp"), label)
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        ("fp32", everywhere("exact", *GROUPS)),
+        ("bf16", {**everywhere("bf16", *GROUPS), "router": "exact", "norms": "exact"}),
+        ("fp16", {**everywhere("f16", *GROUPS), "router": "exact", "norms": "exact"}),
+        ("fp8", {**EXACT, **everywhere("fp8 per channel")}),
+        ("int8", {**EXACT, **everywhere("int8 block 32")}),
+        ("int8-all", {**everywhere("int8 block 32", *GROUPS), **KEPT}),
+        ("int8-dynamic", {**EXACT, **everywhere("int8 per channel dynamic")}),
+        ("int8-static", {**EXACT, **everywhere("int8 per channel static observed smooth 0.95")}),
+        ("mixed", {**everywhere("chosen", *GROUPS), **KEPT, "head": "exact"}),
+        ("int4", {**everywhere("int4 block 32 gptq", *GROUPS), **KEPT, **INT4, "head": "int8 block 32"}),
+        ("int4-b128", {**everywhere("int4 block 128 gptq", *GROUPS), **KEPT, "head": "int8 block 32"}),
+        ("gpu-fp8", {**ON_GPU, **everywhere("fp8 per channel static observed")}),
+        ("gpu-int8", {**ON_GPU, **everywhere("int8 per channel static observed smooth 0.95")}),
+        ("gpu-int4", {**ON_GPU, **everywhere("int4 block 128 gptq")}),
+        (NEAREST, {**everywhere("int4 block 32", *GROUPS), **KEPT, "head": "int8 block 32"}),
+    ],
+)
+def test_a_profile_stores_each_group_so(name: str | Path, stored: dict[str, str]) -> None:
+    one_of_each = {
+        "experts": f"{LAYER}.feed_forward.experts.gate_up_proj",
+        "shared_expert": f"{LAYER}.feed_forward.shared_expert.up_proj.weight",
+        "mlp": f"{LAYER}.feed_forward.down_proj.weight",
+        "attention": f"{LAYER}.self_attn.o_proj.weight",
+        "router": f"{LAYER}.feed_forward.router.weight",
+        "norms": "language_model.model.norm.weight",
+        "embeddings": "language_model.model.embed_tokens.weight",
+        "head": "language_model.lm_head.weight",
+        "vision": "vision_model.class_embedding",
+        "projector": "multi_modal_projector.linear_1.weight",
+    }
+    assigned = load_profile(name).assign(one_of_each.values())
+    assert {group: assigned[tensor].label for group, tensor in one_of_each.items()} == stored
+
+
+def test_every_shipped_profile_is_in_the_table_and_short() -> None:
+    (mark,) = test_a_profile_stores_each_group_so.pytestmark
+    assert {name for name, _ in mark.args[1]} == {*shipped(), NEAREST}
+    assert all(len(path.read_text().splitlines()) <= 32 for path in (*shipped().values(), NEAREST))
+
+
+def test_a_group_may_be_empty_and_brings_its_own_reason() -> None:
+    profile = Profile.model_validate({**MINIMAL, "keep": [{"match": ["router", "head"]}, selector("re:.*norm.*")]})
+    assert profile.assign(["a.norm"]) == {"a.norm": Exact()}
+    router, head, _ = profile.selectors
+    assert (router.match, head.match) == ("router", "head")
+    assert "which expert runs" in router.reason
+    assert "logits" in head.reason
 
 
 def test_a_pattern_must_take_the_whole_name() -> None:
@@ -104,20 +177,67 @@ def test_a_pattern_must_take_the_whole_name() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("name: [", ["not readable as YAML"]),
-        ("name: " + "[" * 2000, ["not readable as YAML", "recursion"]),
-        ("name: p\nversion: 0\ndescription: d\nthresholds: {}\n", ["version"]),
-        ("name: p\nversion: 1\ndescription: d\nthresholds: {}\nkep: []\n", ["kep"]),
-        ("name: p\nversion: 1\ndescription: d\nthresholds: {}\nkeep: [{match: x}]\n", ["keep.0.reason"]),
-        ("name: p\nversion: 1\ndescription: d\nthresholds: {}\nkeep: [{match: x, reason: ' '}]\n", ["keep.0.reason"]),
+        ("name: [", ["p.yaml:1: is not YAML"]),
+        ("name: " + "[" * 2000, ["p.yaml:1: nests too deep"]),
+        ("- a", ["p.yaml:1: is not a mapping at its top; expected `key: value` lines. Start from a shipped one"]),
+        ("name: p\nname: q\n", ["p.yaml:2: name: is there twice, first on line 1"]),
+        (START.replace("version: 1", "version: 0"), ["p.yaml:2: version: 0 is not valid; expected at least 1"]),
+        (START.replace("version: 1", "version: '1'"), ["p.yaml:2: version: '1' is not valid; expected a whole number"]),
+        (START.replace("name: p", "name:"), ["p.yaml:1: name: has no value; expected text"]),
+        (START + "kep: []\n", ["p.yaml:5: kep: unknown key; expected one of name, version", "Did you mean 'keep'?"]),
+        (START + "keep: [{match: x.y}]\n", ["p.yaml:5: keep[0]: has no reason to keep x.y"]),
+        (START + "keep:\n- {match: [router, experts]}\n", ["p.yaml:6: keep[0]: has no reason to keep experts"]),
         (
-            "name: p\nversion: 1\ndescription: d\nthresholds: {}\nkeep: [{match: 're:(', reason: x}]\n",
-            ["keep.0.match", "not a regular expression"],
+            START + "keep: [{match: x.y, reason: ' '}]\n",
+            ["p.yaml:5: keep[0].reason: ' ' is not valid; expected some"],
         ),
         (
-            "name: p\nversion: 1\ndescription: d\nthresholds: {}\n"
-            "rules: [{match: x, reason: y, scheme: {kind: int_block, bits: 3, block: 33, accuracy_level: 4}}]\n",
-            ["bits", "block"],
+            START + "keep:\n  - match: [router, 're:(']\n    reason: x\n",
+            ["p.yaml:6: keep[0].match: `re:(` is not a regular expression"],
+        ),
+        (
+            START + "keep: [{match: expert, reason: x}]\n",
+            ["p.yaml:5: keep[0].match: `expert` is no group of tensors; expected one of experts", "mean 'experts'?"],
+        ),
+        (
+            START + "keep: [{match: router, optional: yes}]\n",
+            ["keep[0].optional: 'yes' is not valid; expected true"],
+        ),
+        (
+            START + "rules:\n- match: x.y\n  reason: y\n  scheme: {kind: int_block, bits: 3, block: 33}\n",
+            [
+                "p.yaml:8: rules[0].scheme.bits: 3 is not valid; expected 4 or 8",
+                "p.yaml:8: rules[0].scheme.block: 33 is not valid; expected 16, 32, 64, 128 or 256",
+                "p.yaml:8: rules[0].scheme.accuracy_level: is missing",
+            ],
+        ),
+        (
+            START + "rules:\n- match: x.y\n  reason: y\n  scheme:\n    kind: int_blok\n",
+            ["p.yaml:8: rules[0].scheme: 'int_blok' is no kind of scheme", "Did you mean 'int_block'?"],
+        ),
+        (
+            START + "rules: [{match: x.y, reason: y, scheme: {}}]\n",
+            ["rules[0].scheme: has no `kind`; expected one of exact, half, int_block, fp8, fp8_static, int8_dynamic"],
+        ),
+        (
+            START + "rules: [{match: x.y, reason: y, scheme: {kind: half, formt: float16}}]\n",
+            ["p.yaml:5: rules[0].scheme.formt: unknown key; expected one of kind, format. Did you mean 'format'?"],
+        ),
+        (
+            START + "rules: [{match: x.y, reason: y, scheme: {kind: int8_static, ranges: weights, smooth: 0.5}}]\n",
+            ["p.yaml:5: rules[0].scheme: `smooth` needs `ranges: observed`"],
+        ),
+        (
+            START + "rules: [{match: x.y, reason: y, scheme: {kind: chosen}}]\n",
+            ["p.yaml:1: rules of kind `chosen` and a section `choose` need each other."],
+        ),
+        (
+            START.replace(" {}", "\n  rooter_agreement: 0.9\n  same_top_token.recall: 1\n  router_agreement: high"),
+            [
+                "p.yaml:5: thresholds.rooter_agreement: no such parity metric. Did you mean 'router_agreement'?",
+                "p.yaml:6: thresholds.same_top_token.recall: no such parity metric. Only task_accuracy_reference, ",
+                "p.yaml:7: thresholds.router_agreement: 'high' is not valid; expected a number",
+            ],
         ),
     ],
 )
@@ -126,7 +246,9 @@ def test_a_wrong_file_is_refused_with_its_place(tmp_path: Path, text: str, words
     path.write_text(text)
     with pytest.raises(ArrieroError) as caught:
         load_profile(path)
-    assert all(word in str(caught.value) for word in words), str(caught.value)
+    text = str(caught.value)
+    assert all(word in text for word in words), text
+    assert "pydantic" not in text
 
 
 def test_an_unknown_profile_names_the_shipped_ones() -> None:
@@ -159,7 +281,7 @@ WIDEST = {"minimum_tokens": 8, "below": "widest", "reason": "because"}
 
 
 def static(**changes: object) -> dict[str, object]:
-    return calibrated(**{"rules": [selector("a", scheme=STATIC)], "calibration": WIDEST, **changes})
+    return calibrated(**{"rules": [selector("a.b", scheme=STATIC)], "calibration": WIDEST, **changes})
 
 
 @pytest.mark.parametrize(
@@ -170,8 +292,8 @@ def static(**changes: object) -> dict[str, object]:
         (static(calibration={**WIDEST, "damping": 0.1}), "damping is gptq's"),
         (calibrated(calibration={**CALIBRATION, "below": "widest"}), "`widest` for static scales only"),
         (calibrated(calibration={**CALIBRATION, "damping": None}), "damping is gptq's"),
-        (static(rules=[selector("a", scheme={**STATIC, "ranges": "weights"})]), "`smooth` needs `ranges: observed`"),
-        (static(rules=[selector("a", scheme={**STATIC, "smooth": 1.5})]), "less than or equal to 1"),
+        (static(rules=[selector("a.b", scheme={**STATIC, "ranges": "weights"})]), "`smooth` needs `ranges: observed`"),
+        (static(rules=[selector("a.b", scheme={**STATIC, "smooth": 1.5})]), "less than or equal to 1"),
     ],
 )
 def test_a_calibration_that_does_not_fit_its_schemes_is_refused(data: dict[str, object], words: str) -> None:
@@ -237,10 +359,10 @@ def test_a_budget_that_cannot_be_kept_is_refused_before_anything_runs() -> None:
 
 def test_the_rtn_baseline_of_static_scales_sees_no_activation() -> None:
     profile = Profile.model_validate(static())
-    assert profile.rtn_baseline().assign(["a"])["a"] == Int8Static(kind="int8_static", ranges="weights")
-    floats = Profile.model_validate(static(rules=[selector("a", scheme={"kind": "fp8_static"})]))
-    assert floats.rtn_baseline().assign(["a"])["a"] == Fp8Static(kind="fp8_static", ranges="weights")
-    assert floats.assign(["a"])["a"].label == "fp8 per channel static observed"
+    assert profile.rtn_baseline().assign(["a.b"])["a.b"] == Int8Static(kind="int8_static", ranges="weights")
+    floats = Profile.model_validate(static(rules=[selector("a.b", scheme={"kind": "fp8_static"})]))
+    assert floats.rtn_baseline().assign(["a.b"])["a.b"] == Fp8Static(kind="fp8_static", ranges="weights")
+    assert floats.assign(["a.b"])["a.b"].label == "fp8 per channel static observed"
     assert profile.rtn_baseline().calibration is None
     assert not profile.rounds_by_gptq
 

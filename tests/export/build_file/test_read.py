@@ -113,7 +113,7 @@ BAD = {
     "modality": ("[text, image]", "[text, imge]", r":3: modalities\[1\]: 'imge' .*expected 'text' or 'image'.*'image'"),
     "modality twice": ("[text, image]", "[text, text]", r"modalities: names a modality twice; expected each of"),
     "modalities text": ("[text, image]", "text", r"modalities: 'text' is not valid; expected a list, as in \[a, b\]"),
-    "modalities empty": ("[text, image]", "[]", r"modalities: \[\] is not valid; expected at least one entry"),
+    "modalities empty": ("[text, image]", "[]", r"modalities: \[\] is not valid; expected a list of 1 or more"),
     "output number": ("output: out", "output: 3", r":4: output: 3 is not a path; expected the path of a folder"),
     "output file": (
         "output: out",
@@ -144,7 +144,7 @@ BAD = {
     "cache as a profile": (
         "profile: int8",
         "profile: int8+kv8",
-        r":8: .*no profile 'int8\+kv8'; .* name any profile here, and write `kv_cache: int8` beside it",
+        r":8: .*no profile 'int8\+kv8'; .* name any profile, and write `kv_cache: int8` beside it",
     ),
     "name twice": ("name: exact", "name: Portable-int8", r":11: targets\[1\].name: .*targets\[0\]; .*Rename one"),
     "name slash": ("name: exact", "name: a/b", r":11: targets\[1\].name: 'a/b' cannot be a folder.*example `a-b`"),
@@ -216,8 +216,10 @@ BAD = {
     "alias": ("output: out", "output: *x", r"build.yaml:4: is not YAML: found undefined alias 'x'"),
     "number that is none": ("context: 4096", "context: !!int many", r"context: 'many' is not valid; .*whole number"),
     "number too long": ("context: 4096", f"context: {'9' * 5000}", r"context: '9+\.\.\. is not valid; .*whole number"),
-    "tag": ("output: out", "output: !env OUT", r"build.yaml:4: output: the YAML tag !env has no meaning here"),
+    "tag": ("output: out", "output: !env OUT", r"build.yaml:4: output: the YAML tag !env has no meaning in this file"),
     "key a list": ("output: out", "[a]: out", r"build.yaml:4: a list or mapping cannot be a key; expected text"),
+    "yes for a number": ("batch: 1\n", "batch: yes\n", r":10: targets\[0\].batch: 'yes' .*expected a whole number"),
+    "a time for a number": ("seed: 11", "seed: 11:30", r":12: calibration.seed: '11:30' .*expected a whole number"),
     "loop": ("parity:\n", "parity: &p\n  more: *p\n", r":14: parity.more: an alias contains itself"),
 }
 
@@ -237,7 +239,10 @@ def test_a_mistake_is_named_with_its_place(folder, case):
         (b"", "build.yaml:1: is empty; expected `key: value` lines. Start from the example"),
         (b"- a\n- b\n", "build.yaml:1: is not a mapping at its top"),
         (b"version: 1\0", r"build.yaml: is not YAML: unacceptable character #x0000"),
-        (b"version: " + b"[" * 2000, r"build.yaml: is not YAML: maximum recursion depth"),
+        (
+            b"version: " + b"[" * 2000,
+            r"build.yaml:1: nests too deep; expected at most 32 lists and mappings in each other",
+        ),
         (b"version: \xff", r"build.yaml: is not UTF-8 text \(byte 9\). Save it as UTF-8"),
     ],
 )

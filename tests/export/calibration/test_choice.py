@@ -11,10 +11,11 @@ import torch
 
 from arriero.export.calibration.calibrate import Calibration, fallbacks
 from arriero.export.calibration.choice import decided, read_choice
-from arriero.export.calibration.sensitivity import group_of, linear_error
+from arriero.export.calibration.sensitivity import linear_error
 from arriero.graphs.checkpoint import Checkpoint
+from arriero.profiles.groups import is_layer_matrix, layer_group
 from arriero.profiles.quantized_weights import QuantizedWeights
-from arriero.profiles.recipe import LAYER_MATRIX, Profile, check_shapes
+from arriero.profiles.recipe import Profile, check_shapes
 from arriero.profiles.schemes import IntBlock
 from arriero.profiles.stored_values import stored_values
 from tests.export.proof.test_walk_layers import LAYER, TOYS, walk_over
@@ -53,7 +54,7 @@ def test_the_choice_keeps_the_budget_and_the_roundings_of_what_was_chosen(tmp_pa
     assert made.share <= 0.5
     found = decided(mine, stage / "p")
     schemes = found.assign(checkpoint.tensors)
-    matrices = {tensor: scheme for tensor, scheme in schemes.items() if LAYER_MATRIX.fullmatch(tensor)}
+    matrices = {tensor: scheme for tensor, scheme in schemes.items() if is_layer_matrix(tensor)}
     stored = sum(scheme.stored_bytes(shapes[tensor]) for tensor, scheme in matrices.items())
     assert stored == sum(row.bytes for row in made.groups)
     assert stored == pytest.approx(made.share * sum(2 * np.prod(shapes[tensor]) for tensor in matrices))
@@ -62,7 +63,7 @@ def test_the_choice_keeps_the_budget_and_the_roundings_of_what_was_chosen(tmp_pa
     for tensor, scheme in matrices.items():
         assert (tensor in roundings) == scheme.calibrates
     for row in made.groups:
-        assert {group_of(tensor) for tensor in row.tensors} == {(row.layer, row.group)}
+        assert {layer_group(tensor) for tensor in row.tensors} == {(row.layer, row.group)}
         assert len({schemes[tensor] for tensor in row.tensors}) == 1
         assert row.errors["int8 block 32"] < row.errors["int4 block 16 gptq"] < 0.1
     assert not [path for path in (stage / "p").iterdir() if path.is_dir()]
@@ -92,13 +93,14 @@ def test_sensitivities_are_those_of_the_layer_with_other_weights(tmp_path: Path,
     both = mine.model_copy(update={"choose": mine.choose.model_copy(update={"candidates": [scheme, scheme]})})
     calibration = Calibration(walk, checkpoint, {"p": both}, tmp_path, lambda *_: None)
     found = calibration._errors("p", both, inputs)
-    assert set(found) == {f"{layer} attention", f"{layer} mlp", f"{layer} experts"}
+    groups = ("attention", "shared_expert", "experts")
+    assert set(found) == {f"{layer} {group}" for group in groups}
     after = np.load(walk.hidden_file(layer + 1)).astype(np.float64)
     changed: Any = load_reference(folder)
-    for group in ("attention", "mlp", "experts"):
+    for group in groups:
         state = {}
         for tensor in checkpoint.tensors:
-            if LAYER_MATRIX.fullmatch(tensor) and group_of(tensor) == (layer, group):
+            if is_layer_matrix(tensor) and layer_group(tensor) == (layer, group):
                 weight = checkpoint.read_float32(tensor)
                 rows = np.ascontiguousarray(weight.swapaxes(-1, -2) if weight.ndim == 3 else weight)
                 values = stored_values(rows, scheme, name=tensor)

@@ -34,11 +34,12 @@ def test_show_gives_every_selector_its_reason() -> None:
 
 
 def test_explain_names_selector_and_reason() -> None:
-    told = explain(load_profile("int4"), EXPERT)
-    assert told["stored"].startswith("int4 in blocks of")
-    assert told["stored"].endswith("gptq")
-    assert "experts" in told["selector"]
-    assert "bytes" in told["reason"]
+    explained = explain(load_profile("int4"), EXPERT)
+    assert explained["stored"].startswith("int4 in blocks of")
+    assert explained["stored"].endswith("gptq")
+    assert explained["selector"] == "experts"
+    assert explained["group"] == "experts: the routed experts, gate|up and down"
+    assert "bytes" in explained["reason"]
     kept = json.loads(run("explain", "int4", ROUTER, "--json"))
     assert kept["stored"] == "exact"
     assert "which expert runs" in kept["reason"]
@@ -69,7 +70,7 @@ def test_diff_shows_what_differs_and_nothing_else() -> None:
     assert diff(load_profile("int8"), load_profile("int8")) == []
     found = {one["what"]: one for one in json.loads(run("diff", "int4", "int4-b128", "--json"))}
     assert not any("router" in what for what in found)
-    changed = next(one for what, one in found.items() if "self_attn" in what)
+    changed = next(one for what, one in found.items() if what == "attention")
     assert "blocks of 32" in changed["left"]
     assert "blocks of 128" in changed["right"]
     only = {one["what"]: one for one in diff(load_profile("int8"), load_profile("int4"))}

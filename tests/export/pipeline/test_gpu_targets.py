@@ -49,7 +49,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder for build files on a machine without a GPU."""
     (tmp_path / "model").symlink_to(toy)
-    for module in (gpus, building):
+    for module in (gpus, target_build):
         monkeypatch.setattr(module, "local_gpus", lambda: ())
     return tmp_path
 

@@ -23,14 +23,14 @@ from arriero.export.proof.write_record import Origin, write_record
 from arriero.export.samples.cases import draw_cases
 from arriero.runtimes.backend import StepOutput
 from arriero.runtimes.proof import logits as kept_logits
-from arriero.runtimes.proof.cases import AnswerMode, Reference
+from arriero.runtimes.proof.cases import Reference
 from arriero.runtimes.proof.logits import SampledLogits
 from arriero.runtimes.proof.parity import measure, measure_kl, top_tokens
 from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.runtimes.proof.record import ReferenceRecord
 from arriero.runtimes.proof.report import ParityReport
-from arriero.runtimes.proof.rows import FORCED
 from arriero.runtimes.session import Session
+from arriero.thresholds import FORCED, AnswerMode
 from tests.small import small_scout
 
 BOTH = ("text", "image")

@@ -23,9 +23,9 @@ from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS
 from arriero.runtimes.proof.parity import measure
 from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.runtimes.proof.report import ParityReport
-from arriero.runtimes.proof.rows import check_thresholds
 from arriero.runtimes.proof.scorers import SAME_ANSWER
 from arriero.runtimes.session import Session
+from arriero.thresholds import check_thresholds
 from tests.toys import IMAGE_TOKEN, make_maverick_toy, make_scout_toy
 
 # The float32 profile's promise. Every wrong candidate below is off by far more.
@@ -309,7 +309,7 @@ def test_the_report_survives_json(reference, cases):
 
 
 def test_unknown_thresholds_are_listed_with_the_nearest_name():
-    with pytest.raises(ArrieroError, match=r"thresholds\.router_agrement: .* Did you mean router_agreement\?"):
+    with pytest.raises(ArrieroError, match=r"thresholds\.router_agrement: .* Did you mean 'router_agreement'\?"):
         check_thresholds({"router_agrement": 0.9})
     with pytest.raises(Problems, match="3 problems"):
         check_thresholds({"nonfinite_values": 3, "same_top_token": math.nan, "logits_kl_mean.recall": 0.1})

@@ -19,7 +19,8 @@ from arriero.errors import ArrieroError
 from arriero.runtimes.proof import plots
 from arriero.runtimes.proof.pages import render_html, render_table, show, write_html, write_junit
 from arriero.runtimes.proof.report import CaseResult, FamilyScore, LayerSeries, ParityReport, read_json, write_json
-from arriero.runtimes.proof.rows import METRICS, judge
+from arriero.runtimes.proof.rows import judge
+from arriero.thresholds import METRICS
 
 HOSTILE = "<script>alert('x')</script> & \x00\x1b"
 
