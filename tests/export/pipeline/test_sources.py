@@ -83,7 +83,7 @@ def test_another_gptq_calibrates_anew_and_traces_nothing(keys: Keys) -> None:
         ("export/proof/write_record.py", {"reference", "rtn", "parity"}),
         ("graphs/model.py", {"graph", "calibrate", "reference", "lower", "rtn", "parity"}),
         ("runtimes/tvm.py", {"rtn", "parity"}),
-        ("runtimes/proof/tally.py", {"rtn", "parity"}),
+        ("runtimes/proof/tally.py", {"reference", "rtn", "parity"}),
         ("runtimes/onnxruntime.py", set()),
     ],
 )
