@@ -29,7 +29,7 @@ def test_steps_over_the_wire_equal_steps_in_the_process(toy):
     _, embedded = over_the_wire(server, {"do": "embed"}, {"input_ids": ids, "image_features": empty})
     positions, index = np.arange(6)[None], np.array([0, 5])
     call = {"do": "forward", "cache": number, "start": 1, "stop": 2, "captures": True}
-    given = {"inputs_embeds": embedded["found"], "positions": positions, "logits_index": index}
+    given = {"inputs_embeds": embedded["inputs_embeds"], "positions": positions, "logits_index": index}
     _, found = over_the_wire(server, call, given)
     wanted = toy.forward(toy.embed(ids, empty), positions, other, index, captures=True)
     assert np.array_equal(found["logits"], wanted.logits)
