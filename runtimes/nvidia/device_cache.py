@@ -1,7 +1,7 @@
 """Key and value buffers in a GPU's memory, laid out and grown as `KVCache` does it in numpy.
 
 Shapes: B batch rows, K key/value heads, P slots of a buffer, D head dimension, C attention chunk.
-A step reads and writes them where they lie; growing moves them, so addresses hold from one growth to the next.
+A step reads and writes them where they lie; growing moves them, so that addresses hold from one growth to the next.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class CacheBindings:
     outputs: dict[str, int]
 
 
-NOWHERE = CacheBindings({}, {})
+NO_CACHE = CacheBindings({}, {})
 
 
 class DeviceCache(RowStore):
