@@ -2,6 +2,20 @@
 
 from arriero.errors import ArrieroError, BelowThreshold, MachineLacks, Problems
 from arriero.runtimes.api import load
+from arriero.runtimes.generation import Generation, Stream
+from arriero.runtimes.sampling import Sampling
+from arriero.runtimes.session import Session
 from arriero.version import __version__
 
-__all__ = ["ArrieroError", "BelowThreshold", "MachineLacks", "Problems", "__version__", "load"]
+__all__ = [
+    "ArrieroError",
+    "BelowThreshold",
+    "Generation",
+    "MachineLacks",
+    "Problems",
+    "Sampling",
+    "Session",
+    "Stream",
+    "__version__",
+    "load",
+]

@@ -6,14 +6,15 @@ import os
 from importlib import import_module
 from pathlib import Path
 
-from arriero.errors import ArrieroError
-from arriero.runtimes.backend import Backend, ModelSpec
+from arriero.runtimes.backend import Backend, BackendOptions, ModelSpec
 from arriero.runtimes.integrity import check_proven, open_manifest
 from arriero.runtimes.machine_fit import check_machine
 from arriero.runtimes.manifest import Manifest
 from arriero.runtimes.processor.processor import Processor
 from arriero.runtimes.session import Session
 from arriero.traits import TRAITS
+
+DEFAULT_OPTIONS = BackendOptions()
 
 
 def load(
@@ -25,24 +26,23 @@ def load(
     A bundle that its build could not prove is refused unless `allow_unproven`: nobody has measured what it computes.
     `threads` None uses every core this process may run on. Raises `ArrieroError` with what is wrong and what to do.
     """
-    if threads is not None and threads < 1:
-        raise ArrieroError(f"threads is {threads}", expected="at least 1")
+    options = BackendOptions(threads)
     manifest = open_manifest(Path(bundle), verify or None)
     if not allow_unproven:
         check_proven(manifest)
-    return open_session(manifest, threads)
+    return open_session(manifest, options)
 
 
-def open_session(manifest: Manifest, threads: int | None = None) -> Session:
+def open_session(manifest: Manifest, options: BackendOptions = DEFAULT_OPTIONS) -> Session:
     """Give a session over a bundle that is what its manifest says, proven or not yet. Raises as `check_machine`."""
     check_machine(manifest)
     processor = Processor(manifest.bundle / "tokenizer", manifest.model)
-    backend = open_backend(manifest.target.backend, manifest.bundle, manifest.model, threads)
+    backend = open_backend(manifest.target.backend, manifest.bundle, manifest.model, options)
     return Session(backend, processor, manifest.target.context, manifest.target.batch)
 
 
-def open_backend(name: str, folder: Path, spec: ModelSpec, threads: int | None = None) -> Backend:
+def open_backend(name: str, folder: Path, spec: ModelSpec, options: BackendOptions = DEFAULT_OPTIONS) -> Backend:
     """Give the backend `name` (a key of `TRAITS`) over the graphs and weights in `folder`."""
     # By name, so that an app needs the libraries of its own backend only.
-    backend: Backend = import_module(f"arriero.runtimes.{TRAITS[name].module}").open_backend(folder, spec, threads)
+    backend: Backend = import_module(f"arriero.runtimes.{TRAITS[name].module}").open_backend(folder, spec, options)
     return backend

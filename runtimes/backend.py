@@ -1,4 +1,4 @@
-"""What a session asks of a backend: five methods over numpy arrays, and the model facts they share.
+"""What a session asks of a backend: methods over numpy arrays, and the model facts they share.
 
 Shapes: B batch rows, S new tokens per row, H hidden, V vocabulary, L slots that get logits, k experts per token,
 M image placeholder tokens, n image tiles.
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError
+from arriero.runtimes.snapshot import Snapshot
 
 # A vision tower's activations are per tile, so tiles go through in groups and peak memory does not grow with them.
 TILES_AT_ONCE = 4
@@ -131,10 +132,21 @@ class StepOutput:
 
 
 def no_vision() -> ArrieroError:
-    """What a backend raises when a text-only bundle is given an image."""
+    """What a backend raises for an image where the bundle is text-only."""
     return ArrieroError(
         "this bundle has no vision tower, so it cannot read images", remedy="Build it with `modalities: [text, image]`"
     )
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """How a backend is to use this machine. `threads` None means every core that this process may use."""
+
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ArrieroError(f"threads is {self.threads}", expected="at least 1")
 
 
 class Cache(Protocol):
@@ -153,6 +165,26 @@ class Cache(Protocol):
 
     def copy_row(self, source: int, target: int) -> None:
         """Make row `target` equal to row `source`."""
+        ...
+
+    def truncate(self, row: int, length: int) -> None:
+        """Keep the first `length` tokens of `row`: those of the current attention chunk, or a multiple of the chunk.
+
+        Any other length is an `ArrieroError`: the chunked layers' slots are overwritten there, so that only a snapshot
+        brings them back. Right at the chunk's edge the row's next chunk is the current one.
+        """
+        ...
+
+    def snapshot(self, row: int) -> Snapshot:
+        """Copy what `row` holds; later steps change nothing of it."""
+        ...
+
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        """Make `row` hold what `snapshot` was taken of, whatever it held before: decoding goes on bit for bit.
+
+        The snapshot may come from any row of any cache of this backend's model; one that does not fit this cache's
+        model, dtype or capacity is an `ArrieroError`.
+        """
         ...
 
 

@@ -8,25 +8,26 @@ which slots are valid: starting a new chunk moves nothing and clears nothing.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Ints, ModelSpec
+from arriero.runtimes.cache_rows import CacheRows, RowStore
+from arriero.runtimes.snapshot import Buffer, Snapshot, slots_held
 
 FIRST_SLOTS = 256
-Buffer = NDArray[Any]
 
 
-class KVCache:
+class KVCache(RowStore):
     """The [B, K, P, D] buffers of every layer, and how many tokens each row holds."""
 
     def __init__(self, spec: ModelSpec, batch: int, capacity: int, dtype: DTypeLike = np.float32) -> None:
         """Make empty buffers for `batch` rows of at most `capacity` tokens; slots are added as tokens come."""
-        self.spec, self.capacity = spec, capacity
-        self.lengths: Ints = np.zeros(batch, np.int64)
+        super().__init__(spec, batch, capacity)
+        self.dtype = np.dtype(dtype)
         self.chunked_limit = min(spec.attention_chunk_size, capacity)
         self.keys: list[Buffer] = []
         self.values: list[Buffer] = []
@@ -36,15 +37,30 @@ class KVCache:
             self.keys.append(np.zeros(shape, dtype))
             self.values.append(np.zeros(shape, dtype))
 
-    def rows(self, start: int, stop: int) -> RowView:
-        """Rows `start` to `stop` as a cache that shares this one's memory and lengths."""
-        return RowView(self, start, stop)
-
     def copy_row(self, source: int, target: int) -> None:
         """Make row `target` hold what row `source` holds."""
         for buffer in (*self.keys, *self.values):
             buffer[target] = buffer[source]
         self.lengths[target] = self.lengths[source]
+
+    def snapshot(self, row: int) -> Snapshot:
+        """Copy what `row` holds."""
+        length = int(self.lengths[row])
+        held = slots_held(self.spec, length)
+        keys, values = (
+            tuple(buffer[row, :, :slots].copy() for buffer, slots in zip(buffers, held, strict=True))
+            for buffers in (self.keys, self.values)
+        )
+        return Snapshot(self.spec, length, keys, values)
+
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        """Make `row` hold what `snapshot` was taken of."""
+        snapshot.check_dtype(self.dtype)
+        self.reserve(snapshot.length)
+        for buffers, copies in ((self.keys, snapshot.keys), (self.values, snapshot.values)):
+            for buffer, copy in zip(buffers, copies, strict=True):
+                buffer[row, :, : copy.shape[1]] = copy
+        self.lengths[row] = snapshot.length
 
     def reserve(self, tokens: int) -> None:
         """Make sure every layer has slots for rows of `tokens` tokens; refuses more than `capacity`."""
@@ -57,51 +73,9 @@ class KVCache:
                 self.keys[number] = _grown(self.keys[number], slots)
                 self.values[number] = _grown(self.values[number], slots)
 
-    def layer(self, number: int) -> tuple[Buffer, Buffer]:
-        """Give layer `number`'s key and value buffers [B, K, P, D], contiguous, in place."""
-        return self.keys[number], self.values[number]
-
-    def valid(self, attention: str) -> Ints:
-        """Give how many slots of each row [B] hold tokens that the row's next token may see."""
-        return valid_slots(self.lengths, attention, self.spec.attention_chunk_size)
-
-
-class RowView:
-    """Some neighbouring rows of a `KVCache`, with the same methods."""
-
-    def __init__(self, whole: KVCache, start: int, stop: int) -> None:
-        """View rows `start` to `stop` of `whole`."""
-        self._whole, self._start, self._stop = whole, start, stop
-        self.spec, self.capacity = whole.spec, whole.capacity
-        self.lengths: Ints = whole.lengths[start:stop]
-
-    def rows(self, start: int, stop: int) -> RowView:
-        """Rows `start` to `stop` of these rows."""
-        return RowView(self._whole, self._start + start, self._start + stop)
-
-    def copy_row(self, source: int, target: int) -> None:
-        """Make row `target` of these rows hold what row `source` of them holds."""
-        self._whole.copy_row(self._start + source, self._start + target)
-
-    def reserve(self, tokens: int) -> None:
-        """Make sure every layer has slots for rows of `tokens` tokens."""
-        self._whole.reserve(tokens)
-
-    def layer(self, number: int) -> tuple[Buffer, Buffer]:
-        """Give these rows of layer `number`'s key and value buffers, contiguous, in place."""
-        keys, values = self._whole.layer(number)
-        return keys[self._start : self._stop], values[self._start : self._stop]
-
-    def valid(self, attention: str) -> Ints:
-        """Give how many slots of each row hold tokens that the row's next token may see."""
-        return valid_slots(self.lengths, attention, self.spec.attention_chunk_size)
-
-
-class Step(Protocol):
-    """What `check_step` looks at: of any cache that is laid out like these."""
-
-    spec: ModelSpec
-    lengths: Ints
+    def layer(self, number: int, start: int = 0, stop: int | None = None) -> tuple[Buffer, Buffer]:
+        """Layer `number`'s keys and values [B, K, P, D] of rows `start` to `stop`, contiguous, in place."""
+        return self.keys[number][start:stop], self.values[number][start:stop]
 
 
 def check_room(tokens: int, capacity: int) -> None:
@@ -120,7 +94,7 @@ def grown_slots(have: int, tokens: int, limit: int) -> int:
     return have
 
 
-def check_step(positions: Ints, cache: Step) -> None:
+def check_step(positions: Ints, cache: CacheRows[Any]) -> None:
     """Refuse a step that kernels over these buffers cannot take: see `Backend.forward`. Raises ValueError."""
     batch, steps = positions.shape
     chunk = cache.spec.attention_chunk_size

@@ -22,9 +22,9 @@ SAME = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 
 
 def architecture(name: str | None = None) -> str:
-    """One name for each architecture (x86_64, aarch64, ..); this machine's when no `name` is given."""
-    given = (name or platform.machine()).lower()
-    return SAME.get(given, given)
+    """One name for each architecture (x86_64, aarch64, ..); this machine's where `name` is None."""
+    machine = (name or platform.machine()).lower()
+    return SAME.get(machine, machine)
 
 
 def cpu_features() -> frozenset[str]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.backend import Floats
+from arriero.runtimes.backend import Floats, ModelSpec
 from arriero.runtimes.processor.detokenize import Detokenizer
 from arriero.runtimes.sampling import Sampling
+from arriero.runtimes.settings import Limits
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -34,31 +34,20 @@ class Generation:
     decode_s: float
 
 
-@dataclass(frozen=True)
-class Limits:
-    """When an answer ends: closing tokens, `stop` texts (left out of the answer), or `cancel` being set."""
-
-    eos: tuple[int, ...]
-    stop: tuple[str, ...] = ()
-    cancel: threading.Event | None = None
-    never: tuple[int, ...] = ()  # tokens that are never chosen
-
-    def __post_init__(self) -> None:
-        for text in self.stop:
-            if not isinstance(text, str):
-                raise ArrieroError(f"a stop text is {text!r}", expected="text")
-            if not text:
-                raise ArrieroError("a stop text is empty", expected="at least one character")
-
-
 class Answer:
     """One row's answer: feed it logits with `take`, read `finished`, then `result`."""
 
     def __init__(
-        self, detokenizer: Detokenizer, sampling: Sampling, limits: Limits, max_tokens: int, prompt_tokens: int
+        self,
+        spec: ModelSpec,
+        detokenizer: Detokenizer,
+        sampling: Sampling,
+        limits: Limits,
+        max_tokens: int,
+        prompt_tokens: int,
     ) -> None:
         """Start an answer of at most `max_tokens` to a prompt of `prompt_tokens`; its clock starts now."""
-        self._detokenizer, self._sampling, self._limits = detokenizer, sampling, limits
+        self._spec, self._detokenizer, self._sampling, self._limits = spec, detokenizer, sampling, limits
         self._random = sampling.generator()
         self.max_tokens, self._prompt_tokens = max_tokens, prompt_tokens
         self._pieces: list[str] = []
@@ -71,14 +60,15 @@ class Answer:
 
     def take(self, logits: Floats) -> str:
         """Choose the next token from `logits` [V] and give the text that is now certain; may set `finished`."""
-        if self._limits.never:
+        if self._spec.image_token_id is not None:
+            # an image placeholder in an answer would have no image behind it
             logits = logits.copy()
-            logits[list(self._limits.never)] = -np.inf
+            logits[self._spec.image_token_id] = -np.inf
         token = self._sampling.choose(logits, self._random)
         self.token_ids.append(token)
         self._last = time.perf_counter()
         self._first = self._first or self._last
-        if token in self._limits.eos:
+        if token in self._spec.eos_token_ids:
             return self._close("stop")
         self._held += self._detokenizer.push(token)
         if self._cut():
@@ -97,7 +87,7 @@ class Answer:
         return self._limits.cancel is not None and self._limits.cancel.is_set()
 
     def cancel(self) -> str:
-        """End the answer here and give the text held back."""
+        """End the answer at once and give the text held back."""
         return self._close("cancelled")
 
     def result(self) -> Generation:
@@ -151,8 +141,3 @@ class Stream(Iterator[str]):
 def _overlap(text: str, stop: str) -> int:
     """How many characters at the end of `text` may be the beginning of `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def as_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """Take one stop text or several."""
-    return (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)

@@ -14,8 +14,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.runtimes.backend import TILES_AT_ONCE, Cache, Floats, Ints, ModelSpec, StepOutput, no_vision
-from arriero.runtimes.cache import KVCache, RowView, check_step
+from arriero.runtimes.backend import (
+    TILES_AT_ONCE,
+    BackendOptions,
+    Cache,
+    Floats,
+    Ints,
+    ModelSpec,
+    StepOutput,
+    no_vision,
+)
+from arriero.runtimes.cache import KVCache, check_step, valid_slots
+from arriero.runtimes.cache_rows import CacheRows
 from arriero.runtimes.cpu import usable_cores
 
 if TYPE_CHECKING:
@@ -94,9 +104,9 @@ class OrtBackend:
         embeds = self._embed.run(["inputs_embeds"], {name: feeds[name] for name in self._embed_inputs})[0]
         return np.asarray(embeds)
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
+    def new_cache(self, batch: int, capacity: int) -> CacheRows[KVCache]:
         """Give an empty cache for `batch` rows of at most `capacity` tokens."""
-        return KVCache(self.spec, batch, capacity, self._cache_type)
+        return CacheRows.whole(KVCache(self.spec, batch, capacity, self._cache_type))
 
     def forward(
         self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, captures: bool = False
@@ -104,14 +114,17 @@ class OrtBackend:
         """Run `inputs_embeds` [B, S, H]; see `Backend.forward`. The cache must come from `new_cache`."""
         import onnxruntime
 
-        assert isinstance(cache, KVCache | RowView)
+        assert isinstance(cache, CacheRows)
+        store = cache.store
+        assert isinstance(store, KVCache)
         batch, steps, _ = inputs_embeds.shape
         check_step(positions, cache)
-        cache.reserve(int(cache.lengths.max()) + steps)
+        store.reserve(int(cache.lengths.max()) + steps)
         tensor = onnxruntime.OrtValue.ortvalue_from_numpy
         feeds = {"inputs_embeds": inputs_embeds, "positions": positions, "logits_index": logits_index}
         for name in self._counters:
-            held = cache.valid("chunked" if name == "chunk" else "global") + steps
+            attention = "chunked" if name == "chunk" else "global"
+            held = valid_slots(cache.lengths, attention, self.spec.attention_chunk_size) + steps
             feeds[f"{name}_seqlens_k"] = (held - 1).astype(np.int32)
             feeds[f"{name}_total"] = held.max(keepdims=True).astype(np.int32)
         binding = self._text.io_binding()
@@ -123,7 +136,7 @@ class OrtBackend:
         for name in outputs:
             binding.bind_output(name)
         for number in range(len(self.spec.layers)):
-            for kind, buffer in zip(("key", "value"), cache.layer(number), strict=True):
+            for kind, buffer in zip(("key", "value"), store.layer(number, cache.start, cache.stop), strict=True):
                 value = tensor(buffer)
                 kept.append(value)
                 binding.bind_ortvalue_input(f"past_{kind}.{number}", value)
@@ -156,9 +169,9 @@ class OrtBackend:
         self._vision = None
 
 
-def open_backend(bundle: Path, spec: ModelSpec, threads: int | None = None) -> OrtBackend:
-    """Open the graphs in `bundle` for the model `spec`; `threads` None means every core we may use."""
-    return OrtBackend(bundle, spec, threads)
+def open_backend(bundle: Path, spec: ModelSpec, options: BackendOptions) -> OrtBackend:
+    """Open the graphs in `bundle` for the model `spec`."""
+    return OrtBackend(bundle, spec, options.threads)
 
 
 def _prefix(attention: str) -> str:

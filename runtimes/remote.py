@@ -3,7 +3,8 @@
     python -m arriero.runtimes.remote BUNDLE THREADS
 
 A message is one npz archive behind its length (8 bytes, little-endian): arrays by name, and under `call` what is asked,
-as JSON. The answer is one too; a refusal has the key `error`. Caches live here and are known by number.
+as JSON. The answer is one too; a refusal has the key `error`. The caches stay on this side, and calls name them by
+number.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import numpy as np
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.api import open_backend
-from arriero.runtimes.backend import Backend, Cache
+from arriero.runtimes.backend import Backend, BackendOptions, Cache, ModelSpec
 from arriero.runtimes.integrity import open_manifest
 from arriero.runtimes.machine_fit import check_machine
+from arriero.runtimes.snapshot import Snapshot
 
 Arrays = dict[str, np.ndarray]
 
@@ -47,6 +49,19 @@ def read_message(stream: IO[bytes]) -> tuple[Any, Arrays]:
     return json.loads(arrays.pop("call").tobytes()), arrays
 
 
+def snapshot_arrays(snapshot: Snapshot) -> Arrays:
+    """The keys and values of a snapshot as a message carries them; the length goes beside them."""
+    keys, values = (dict(enumerate(buffers)) for buffers in (snapshot.keys, snapshot.values))
+    return {f"key.{layer}": key for layer, key in keys.items()} | {f"value.{layer}": v for layer, v in values.items()}
+
+
+def read_snapshot(spec: ModelSpec, length: int, arrays: Arrays) -> Snapshot:
+    """The inverse of `snapshot_arrays`, for a row of `length` tokens of the model `spec`."""
+    layers = range(len(spec.layers))
+    keys, values = (tuple(arrays[f"{kind}.{layer}"] for layer in layers) for kind in ("key", "value"))
+    return Snapshot(spec, length, keys, values)
+
+
 class Server:
     """One backend and the caches that the other side asked for."""
 
@@ -61,23 +76,35 @@ class Server:
             del self.caches[number]
         match call["do"]:
             case "vision":
-                return {}, {"found": self.backend.vision(arrays["pixel_values"])}
+                return {}, {"image_features": self.backend.vision(arrays["pixel_values"])}
             case "embed":
-                return {}, {"found": self.backend.embed(arrays["input_ids"], arrays["image_features"])}
+                return {}, {"inputs_embeds": self.backend.embed(arrays["input_ids"], arrays["image_features"])}
             case "new_cache":
                 number = next(self.numbers)
                 self.caches[number] = self.backend.new_cache(call["batch"], call["capacity"])
                 return {"cache": number}, {}
+        cache = self.caches[call["cache"]]
+        match call["do"]:
             case "copy_row":
-                self.caches[call["cache"]].copy_row(call["source"], call["target"])
-                return {}, {}
-        cache = self.caches[call["cache"]].rows(call["start"], call["stop"])
+                cache.copy_row(call["source"], call["target"])
+            case "truncate":
+                cache.truncate(call["row"], call["length"])
+            case "snapshot":
+                snapshot = cache.snapshot(call["row"])
+                return {"length": snapshot.length}, snapshot_arrays(snapshot)
+            case "restore":
+                cache.restore(call["row"], read_snapshot(self.backend.spec, call["length"], arrays))
+            case "forward":
+                return {}, self._forward(cache.rows(call["start"], call["stop"]), arrays, call["captures"])
+        return {}, {}
+
+    def _forward(self, cache: Cache, arrays: Arrays, captures: bool) -> Arrays:
         embeds, positions = arrays["inputs_embeds"], arrays["positions"]
-        step = self.backend.forward(embeds, positions, cache, arrays["logits_index"], call["captures"])
-        found: Arrays = {"logits": step.logits}
-        found |= {f"expert_id.{layer}": ids for layer, ids in step.expert_ids.items()}
-        found |= {f"hidden.{layer}": hidden for layer, hidden in step.hiddens.items()}
-        return {}, found
+        step = self.backend.forward(embeds, positions, cache, arrays["logits_index"], captures)
+        outputs: Arrays = {"logits": step.logits}
+        outputs |= {f"expert_id.{layer}": ids for layer, ids in step.expert_ids.items()}
+        outputs |= {f"hidden.{layer}": hidden for layer, hidden in step.hiddens.items()}
+        return outputs
 
 
 def main() -> None:
@@ -86,7 +113,8 @@ def main() -> None:
     try:
         manifest = open_manifest(Path(sys.argv[1]))
         check_machine(manifest)
-        server = Server(open_backend(manifest.target.backend, manifest.bundle, manifest.model, int(sys.argv[2])))
+        options = BackendOptions(threads=int(sys.argv[2]))
+        server = Server(open_backend(manifest.target.backend, manifest.bundle, manifest.model, options))
     except ArrieroError as error:
         write_message(answers, {"error": str(error)}, {})
         return
@@ -97,10 +125,10 @@ def main() -> None:
         except EOFError:
             return
         try:
-            reply, found = server.answer(call, arrays)
+            reply, results = server.answer(call, arrays)
         except (ArrieroError, ValueError) as error:
-            reply, found = {"error": str(error)}, {}
-        write_message(answers, reply, found)
+            reply, results = {"error": str(error)}, {}
+        write_message(answers, reply, results)
 
 
 if __name__ == "__main__":

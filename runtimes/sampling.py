@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import TypedDict
 
 import numpy as np
 
@@ -11,6 +12,15 @@ from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Floats
 
 _ALL = "Leave it out to draw from every token"
+
+
+class SamplingSettings(TypedDict, total=False):
+    """The fields of `Sampling` as keyword arguments, for who would rather not make one."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
 
 
 @dataclass(frozen=True)

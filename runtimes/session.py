@@ -6,22 +6,21 @@ A session holds no state of its own: every call works on its own cache, so threa
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from types import TracebackType
-from typing import Literal, Self, overload
+from typing import Literal, Self, Unpack, overload
 
 import numpy as np
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Backend, Cache, Floats, Ints, StepOutput
-from arriero.runtimes.generation import Answer, Generation, Limits, Stream, as_stops
+from arriero.runtimes.generation import Answer, Generation, Stream
 from arriero.runtimes.processor.chat import Message
 from arriero.runtimes.processor.images import Images, as_list
 from arriero.runtimes.processor.processor import Processor, Prompt
 from arriero.runtimes.sampling import Sampling
+from arriero.runtimes.settings import Limits, Settings, read_settings
 from arriero.traits import PREFILL_PIECE
 
 PromptLike = Prompt | str | Sequence[Message]
@@ -71,58 +70,26 @@ class Session:
 
     @overload
     def generate(
-        self,
-        prompt: PromptLike,
-        images: Images = None,
-        stream: Literal[False] = False,
-        max_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        cancel: threading.Event | None = None,
+        self, prompt: PromptLike, images: Images = None, stream: Literal[False] = False, **settings: Unpack[Settings]
     ) -> Generation: ...
 
     @overload
     def generate(
-        self,
-        prompt: PromptLike,
-        images: Images = None,
-        *,
-        stream: Literal[True],
-        max_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        cancel: threading.Event | None = None,
+        self, prompt: PromptLike, images: Images = None, *, stream: Literal[True], **settings: Unpack[Settings]
     ) -> Stream: ...
 
     def generate(
-        self,
-        prompt: PromptLike,
-        images: Images = None,
-        stream: bool = False,
-        max_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        cancel: threading.Event | None = None,
+        self, prompt: PromptLike, images: Images = None, stream: bool = False, **settings: Unpack[Settings]
     ) -> Generation | Stream:
         """Answer `prompt`: a text, a list of messages, or an encoded `Prompt`.
 
-        `max_tokens` None fills the context. `temperature` 0 is greedy; `seed` makes draws repeatable. The answer
-        ends at the model's closing token, before a `stop` text, at `max_tokens`, or soon after `cancel` is set.
-        With `stream`, gives the text in pieces as it comes. A prompt or a setting that cannot work is an
-        `ArrieroError` before anything runs.
+        How tokens are chosen is `sampling=Sampling(...)`, or its fields as keyword arguments: `temperature` 0, the
+        default, is greedy; `seed` makes draws repeatable. The answer ends at the model's closing token, before a
+        `stop` text, at `max_tokens` (None fills the context), or soon after `cancel` is set. With `stream`, gives the
+        text in pieces as it comes. A prompt or a setting that cannot work is an `ArrieroError` before anything runs.
         """
         encoded = self.encode(prompt, images)
-        sampling, limits = Sampling(temperature, top_k, top_p, seed), self._limits(stop, cancel)
-        answer = self._answer(encoded, max_tokens, sampling, limits)
+        answer = self._answer(encoded, *read_settings(settings))
         pieces = Stream(self._pieces(encoded, answer), answer)
         if stream:
             return pieces
@@ -130,30 +97,20 @@ class Session:
             pass
         return pieces.result
 
-    def generate_batch(
-        self,
-        prompts: Sequence[PromptLike],
-        max_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        cancel: threading.Event | None = None,
-    ) -> list[Generation]:
+    def generate_batch(self, prompts: Sequence[PromptLike], **settings: Unpack[Settings]) -> list[Generation]:
         """Answer several prompts together, at most `batch` at a time, each as `generate` would alone.
 
         Images come inside messages or encoded prompts. The settings are those of `generate`.
         """
         encoded = [self.encode(prompt) for prompt in prompts]
-        sampling, limits = Sampling(temperature, top_k, top_p, seed), self._limits(stop, cancel)
+        sampling, limits = read_settings(settings)
         for prompt in encoded:
-            self._room(prompt, max_tokens)
+            self._room(prompt, limits.max_tokens)
         results: list[Generation] = []
         at_once = self.batch or max(len(encoded), 1)
         for start in range(0, len(encoded), at_once):
             group = encoded[start : start + at_once]
-            answers = [self._answer(prompt, max_tokens, sampling, limits) for prompt in group]
+            answers = [self._answer(prompt, sampling, limits) for prompt in group]
             self._run_together(group, answers)
             results += [answer.result() for answer in answers]
         return results
@@ -165,7 +122,7 @@ class Session:
         if not isinstance(prompt, Prompt):
             return self.processor.encode(prompt, images)
         if as_list(images):
-            raise ArrieroError("images were given beside an encoded prompt", remedy="Encode them with the prompt")
+            raise ArrieroError("there are images beside an encoded prompt", remedy="Encode them with the prompt")
         return prompt
 
     def prefill(self, prompt: PromptLike, images: Images = None) -> State:
@@ -187,7 +144,7 @@ class Session:
         return state.logits
 
     def logits(self, input_ids: Ints, pixel_values: Floats | None = None, captures: bool = False) -> StepOutput:
-        """Run given ids i64 [S] from the start and give the logits of every position [1, S, V].
+        """Run ids i64 [S] from the start and give the logits of every position [1, S, V].
 
         `captures` adds what each layer gave and where each token was routed. The ids are read in the same pieces as
         a prompt is.
@@ -211,22 +168,16 @@ class Session:
 
     # --- inside
 
-    def _limits(self, stop: str | Sequence[str], cancel: threading.Event | None) -> Limits:
-        # an image placeholder in an answer would have no image behind it
-        never = () if self.spec.image_token_id is None else (self.spec.image_token_id,)
-        return Limits(self.spec.eos_token_ids, as_stops(stop), cancel, never)
-
-    def _answer(self, prompt: Prompt, max_tokens: int | None, sampling: Sampling, limits: Limits) -> Answer:
-        room = self._room(prompt, max_tokens)
-        return Answer(self.processor.detokenizer(), sampling, limits, room, len(prompt.input_ids))
+    def _answer(self, prompt: Prompt, sampling: Sampling, limits: Limits) -> Answer:
+        room = self._room(prompt, limits.max_tokens)
+        detokenizer = self.processor.detokenizer()
+        return Answer(self.spec, detokenizer, sampling, limits, room, len(prompt.input_ids))
 
     def _room(self, prompt: Prompt, max_tokens: int | None) -> int:
         """How many tokens the answer may have; refuses what does not fit the context."""
         length = len(prompt.input_ids)
         if length == 0:
             raise ArrieroError("the prompt has no tokens", expected="at least one")
-        if max_tokens is not None and not (isinstance(max_tokens, Integral) and max_tokens >= 1):
-            raise ArrieroError(f"max_tokens is {max_tokens!r}", expected="a whole number of at least 1")
         if length + (max_tokens or 1) > self.context:
             raise self._too_long(length, max_tokens or 1)
         return max_tokens or self.context - length

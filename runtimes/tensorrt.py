@@ -13,11 +13,21 @@ from pathlib import Path
 import numpy as np
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.backend import TILES_AT_ONCE, Cache, Floats, Ints, ModelSpec, StepOutput, no_vision
+from arriero.runtimes.backend import (
+    TILES_AT_ONCE,
+    BackendOptions,
+    Cache,
+    Floats,
+    Ints,
+    ModelSpec,
+    StepOutput,
+    no_vision,
+)
 from arriero.runtimes.cache import check_step
+from arriero.runtimes.cache_rows import CacheRows
 from arriero.runtimes.manifest import Manifest
 from arriero.runtimes.nvidia.cuda import Device, load_cuda
-from arriero.runtimes.nvidia.device_cache import DeviceCache, DeviceRows, SlotLimits
+from arriero.runtimes.nvidia.device_cache import DeviceCache, SlotLimits
 from arriero.runtimes.nvidia.engine import Engine
 from arriero.runtimes.nvidia.engine_signature import REBUILD
 from arriero.runtimes.nvidia.products import Product, check_product
@@ -62,7 +72,7 @@ class TensorRtBackend:
                 where=signature.where,
                 remedy=f"The bundle mixes files of two builds. {REBUILD}",
             )
-        self._item = signature.inputs[pasts[0]].numpy.itemsize
+        self._cache_type = signature.inputs[pasts[0]].numpy
         self._slots = {}
         for attention in ("chunked", "global"):
             ends = [
@@ -95,43 +105,47 @@ class TensorRtBackend:
             # more than a step of the text decoder may have; tokens are embedded one by one, so pieces give the same
             flat = input_ids.reshape(1, -1)
             pieces = [flat[:, start : start + tokens] for start in range(0, flat.shape[1], tokens)]
-        found, used = [], 0
+        embeds, used = [], 0
         for piece in pieces:
             placeholders = int(np.sum(piece == self.spec.image_token_id))
-            found.append(self._embed_piece(piece, image_features[used : used + placeholders]))
+            embeds.append(self._embed_piece(piece, image_features[used : used + placeholders]))
             used += placeholders
-        return np.concatenate(found, axis=1).reshape(*input_ids.shape, -1)
+        return np.concatenate(embeds, axis=1).reshape(*input_ids.shape, -1)
 
     def _embed_piece(self, input_ids: Ints, image_features: Floats) -> Floats:
-        given: dict[str, np.ndarray] = {"input_ids": input_ids, "image_features": image_features}
+        arguments: dict[str, np.ndarray] = {"input_ids": input_ids, "image_features": image_features}
         # a text-only model's engine has no input for image features
-        feeds = {name: given[name] for name in self._embed.signature.inputs}
+        feeds = {name: arguments[name] for name in self._embed.signature.inputs}
         return self._embed.run(feeds, ("inputs_embeds",))["inputs_embeds"]
 
-    def new_cache(self, batch: int, capacity: int) -> DeviceCache:
+    def new_cache(self, batch: int, capacity: int) -> CacheRows[DeviceCache]:
         """Give an empty cache for `batch` rows of at most `capacity` tokens, in the GPU's memory."""
         classes = {layer.attention for layer in self.spec.layers}
-        wanted = {"chunked": min(self.spec.attention_chunk_size, capacity), "global": capacity}
+        slots = {"chunked": min(self.spec.attention_chunk_size, capacity), "global": capacity}
         rows = self._text.signature.most("past_key.0", 0)
         for attention in classes:
             most = self._slots[attention].most
-            if wanted[attention] > most or batch > rows:
+            if slots[attention] > most or batch > rows:
                 raise ArrieroError(
-                    f"a cache of {batch} rows with {wanted[attention]} slots in {attention} layers is wanted",
+                    f"a cache of {batch} rows with {slots[attention]} slots in {attention} layers is too large",
                     where=self._text.signature.where,
                     expected=f"at most {rows} rows and {most} slots, as the engine was built for",
                     remedy="Build the target with a larger `batch` or `context`",
                 )
-        return DeviceCache(self._cache_stream, self.spec, batch, capacity, self._item, self._slots)
+        return CacheRows.whole(
+            DeviceCache(self._cache_stream, self.spec, batch, capacity, self._cache_type, self._slots)
+        )
 
     def forward(
         self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, captures: bool = False
     ) -> StepOutput:
         """Run `inputs_embeds` [B, S, H]; see `Backend.forward`. The cache must come from `new_cache`."""
-        assert isinstance(cache, DeviceCache | DeviceRows)
+        assert isinstance(cache, CacheRows)
+        store = cache.store
+        assert isinstance(store, DeviceCache)
         batch, steps = positions.shape
         check_step(positions, cache)
-        cache.reserve(int(cache.lengths.max()) + steps)
+        store.reserve(int(cache.lengths.max()) + steps)
         layers = range(len(self.spec.layers)) if captures else ()
         ids = {i: f"expert_id.{i}" for i in layers if f"expert_id.{i}" in self._text.signature.outputs}
         hiddens = {i: f"hidden.{i}" for i in layers}
@@ -140,8 +154,8 @@ class TensorRtBackend:
             "positions": positions,
             "logits_index": logits_index,
         }
-        wanted = ("logits", *ids.values(), *hiddens.values())
-        named = self._text.run(feeds, wanted, cache.places(), record=not captures)
+        outputs = ("logits", *ids.values(), *hiddens.values())
+        named = self._text.run(feeds, outputs, store.bindings(cache.start, cache.stop), record=not captures)
         cache.lengths += steps
         return StepOutput(
             logits=named["logits"],
@@ -157,8 +171,8 @@ class TensorRtBackend:
         self.device.close()
 
 
-def open_backend(bundle: Path, spec: ModelSpec, threads: int | None = None) -> TensorRtBackend:
-    """Load the engines in `bundle` for the model `spec`; the GPU has its own threads, so `threads` says nothing."""
+def open_backend(bundle: Path, spec: ModelSpec, options: BackendOptions) -> TensorRtBackend:
+    """Load the engines in `bundle` for the model `spec`; the GPU has its own threads, so `options` changes nothing."""
     return TensorRtBackend(bundle, spec)
 
 

@@ -13,7 +13,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.backend import ModelSpec
+from arriero.runtimes.backend import BackendOptions, ModelSpec
 from arriero.runtimes.manifest import Manifest
 from arriero.runtimes.nvidia.products import Product, check_product
 from arriero.runtimes.tensorrt import TensorRtBackend
@@ -109,8 +109,8 @@ def _kept(plan: Path) -> Path:
     return Path(home) / "arriero" / f"{name}.rtx-kernels"
 
 
-def open_backend(bundle: Path, spec: ModelSpec, threads: int | None = None) -> TensorRtBackend:
-    """Load the engines in `bundle` for the model `spec`; the GPU has its own threads, so `threads` says nothing."""
+def open_backend(bundle: Path, spec: ModelSpec, options: BackendOptions) -> TensorRtBackend:
+    """Load the engines in `bundle` for the model `spec`; the GPU has its own threads, so `options` changes nothing."""
     return TensorRtBackend(bundle, spec, PRODUCT)
 
 

@@ -22,8 +22,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.runtimes.backend import TILES_AT_ONCE, Cache, Floats, Ints, ModelSpec, StepOutput, no_vision
-from arriero.runtimes.cache import KVCache, RowView, check_step
+from arriero.runtimes.backend import (
+    TILES_AT_ONCE,
+    BackendOptions,
+    Cache,
+    Floats,
+    Ints,
+    ModelSpec,
+    StepOutput,
+    no_vision,
+)
+from arriero.runtimes.cache import KVCache, check_step
+from arriero.runtimes.cache_rows import CacheRows
 from arriero.runtimes.cpu import usable_cores
 
 if TYPE_CHECKING:
@@ -63,22 +73,24 @@ class TvmBackend:
         """Embed ids i64 [B, S], image placeholders taking `image_features` f32 [M, H] in order: f32 [B, S, H]."""
         return self._embed.run({"input_ids": _aligned(input_ids), "image_features": _aligned(image_features)})[0]
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
+    def new_cache(self, batch: int, capacity: int) -> CacheRows[KVCache]:
         """Give an empty cache for `batch` rows of at most `capacity` tokens."""
-        return KVCache(self.spec, batch, capacity)
+        return CacheRows.whole(KVCache(self.spec, batch, capacity))
 
     def forward(
         self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, captures: bool = False
     ) -> StepOutput:
         """Run `inputs_embeds` [B, S, H]; see `Backend.forward`. The cache must come from `new_cache`."""
-        assert isinstance(cache, KVCache | RowView)
+        assert isinstance(cache, CacheRows)
+        store = cache.store
+        assert isinstance(store, KVCache)
         steps = positions.shape[1]
         check_step(positions, cache)
-        cache.reserve(int(cache.lengths.max()) + steps)
-        given = {"inputs_embeds": inputs_embeds, "positions": positions, "logits_index": logits_index}
-        feeds: dict[str, np.ndarray] = {name: _aligned(np.asarray(array)) for name, array in given.items()}
+        store.reserve(int(cache.lengths.max()) + steps)
+        arguments = {"inputs_embeds": inputs_embeds, "positions": positions, "logits_index": logits_index}
+        feeds: dict[str, np.ndarray] = {name: _aligned(np.asarray(array)) for name, array in arguments.items()}
         for number in range(len(self.spec.layers)):
-            for kind, buffer in zip(("key", "value"), cache.layer(number), strict=True):
+            for kind, buffer in zip(("key", "value"), store.layer(number, cache.start, cache.stop), strict=True):
                 feeds[f"past_{kind}.{number}"] = buffer
         if not captures:
             (logits,) = self._text.run(feeds, "step")
@@ -100,9 +112,9 @@ class TvmBackend:
         self._files.clear()
 
 
-def open_backend(bundle: Path, spec: ModelSpec, threads: int | None = None) -> TvmBackend:
-    """Open the libraries in `bundle` for the model `spec`; `threads` None means every core we may use."""
-    return TvmBackend(bundle, spec, threads)
+def open_backend(bundle: Path, spec: ModelSpec, options: BackendOptions) -> TvmBackend:
+    """Open the libraries in `bundle` for the model `spec`."""
+    return TvmBackend(bundle, spec, options.threads)
 
 
 class _Graph:
@@ -136,12 +148,12 @@ class _Graph:
         except queue.Empty:
             machine = self._library["vm_load_executable"]()
             machine["vm_initialization"](*CPU, POOLED)
-        given = [self._parts if name == "threads" else tvm_ffi.from_dlpack(feeds[name]) for name in self.inputs]
+        arguments = [self._parts if name == "threads" else tvm_ffi.from_dlpack(feeds[name]) for name in self.inputs]
         try:
-            found = machine[function](*given, *self._weights)
+            results = machine[function](*arguments, *self._weights)
         finally:
             self._idle.put(machine)
-        return [np.from_dlpack(item) for item in (found if isinstance(found, tvm_ffi.Array) else [found])]
+        return [np.from_dlpack(item) for item in (results if isinstance(results, tvm_ffi.Array) else [results])]
 
 
 _configured = threading.local()

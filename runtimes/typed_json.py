@@ -48,13 +48,13 @@ def _decode(kind: Any, value: Any, where: str, remedy: str) -> Any:
 
 
 def _record(kind: Any, value: Mapping[str, Any], where: str, remedy: str) -> Any:
-    given = {}
+    fields = {}
     for name, hint, required in _fields(kind):
         if name in value:
-            given[name] = _decode(hint, value[name], f"{where}.{name}", remedy)
+            fields[name] = _decode(hint, value[name], f"{where}.{name}", remedy)
         elif required:
             raise ArrieroError(f"the key {name!r} is missing", where=where, remedy=remedy)
-    return kind(**given)
+    return kind(**fields)
 
 
 @cache

@@ -55,8 +55,8 @@ def test_a_bundle_says_how_it_keeps_keys_and_values(built: Path, name: str) -> N
 def test_a_bundle_takes_a_quarter_at_run_time_and_answers_over_chunks(built: Path) -> None:
     with package.load(built / "bundles" / "fp32", threads=1) as session:
         assert isinstance(session.backend, OrtBackend)
-        cache = session.backend.new_cache(2, 1024)
-        assert {buffer.dtype for buffer in (*cache.keys, *cache.values)} == {np.dtype(np.int8)}
+        store = session.backend.new_cache(2, 1024).store
+        assert {buffer.dtype for buffer in (*store.keys, *store.values)} == {np.dtype(np.int8)}
         prompts = [f"Sort {number} 3 9 1 from low to high." for number in range(3)]
         alone = [session.generate(prompt, max_tokens=3 * CHUNK).token_ids for prompt in prompts]
         together = session.generate_batch(prompts, max_tokens=3 * CHUNK)

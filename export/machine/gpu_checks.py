@@ -67,5 +67,5 @@ def _library(backend: str) -> Check:
         return Check(name, "missing", f"fails: {error}", both, remedy)
     if product.supports(version):
         return Check(name, "ok", version, both)
-    advice = f"Install {product.title} {product.wanted}: pip install 'arriero[{product.extra}]'{product.elsewhere}"
+    advice = f"Install {product.title} {product.releases}: pip install 'arriero[{product.extra}]'{product.elsewhere}"
     return Check(name, "missing", version, both, advice)

@@ -21,8 +21,10 @@ import numpy as np
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes.backend import Cache, Floats, Ints, ModelSpec, StepOutput
+from arriero.runtimes.cache_rows import CacheRows, RowStore
 from arriero.runtimes.cpu import architecture
-from arriero.runtimes.remote import Arrays, read_message, write_message
+from arriero.runtimes.remote import Arrays, read_message, read_snapshot, snapshot_arrays, write_message
+from arriero.runtimes.snapshot import Snapshot
 
 PACKAGE = Path(__file__).resolve().parents[2]
 VARIABLE = "ARRIERO_ARM64"
@@ -61,22 +63,34 @@ def emulated(folder: Path, arguments: Sequence[str]) -> list[str]:
     return [EMULATOR, "-cpu", "max", "-L", str(rootfs), "-E", path, str(rootfs / PYTHON), "-P", *arguments]
 
 
-class EmulatedCache:
-    """Some rows of a cache on the other side; only its lengths are kept here as well."""
+class EmulatedCache(RowStore):
+    """A cache on the other side, known by its number; only its lengths are kept on this side as well."""
 
-    def __init__(self, owner: EmulatedBackend, number: int, start: int, lengths: Ints, capacity: int) -> None:
-        self.owner, self.number, self.start = owner, number, start
-        self.lengths, self.capacity = lengths, capacity
-
-    def rows(self, start: int, stop: int) -> EmulatedCache:
-        """Rows `start` to `stop` of these rows."""
-        return EmulatedCache(self.owner, self.number, self.start + start, self.lengths[start:stop], self.capacity)
+    def __init__(self, owner: EmulatedBackend, number: int, batch: int, capacity: int) -> None:
+        """Stand for the empty cache `number` of `owner`'s process."""
+        super().__init__(owner.spec, batch, capacity)
+        self.owner, self.number = owner, number
 
     def copy_row(self, source: int, target: int) -> None:
-        """Make row `target` of these rows hold what row `source` of them holds."""
-        rows = {"source": self.start + source, "target": self.start + target}
-        self.owner.ask({"do": "copy_row", "cache": self.number, **rows})
+        """Make row `target` hold what row `source` holds."""
+        self.owner.ask({"do": "copy_row", "cache": self.number, "source": source, "target": target})
         self.lengths[target] = self.lengths[source]
+
+    def truncate(self, row: int, length: int) -> None:
+        """Keep the first `length` tokens of `row`."""
+        self.owner.ask({"do": "truncate", "cache": self.number, "row": row, "length": length})
+        super().truncate(row, length)
+
+    def snapshot(self, row: int) -> Snapshot:
+        """Bring a copy of what `row` holds to this side."""
+        reply, arrays = self.owner.ask({"do": "snapshot", "cache": self.number, "row": row})
+        return read_snapshot(self.spec, reply["length"], arrays)
+
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        """Make `row` hold what `snapshot` was taken of; the other side checks dtype and capacity."""
+        call = {"do": "restore", "cache": self.number, "row": row, "length": snapshot.length}
+        self.owner.ask(call, snapshot_arrays(snapshot))
+        self.lengths[row] = snapshot.length
 
 
 class EmulatedBackend:
@@ -89,7 +103,7 @@ class EmulatedBackend:
         command = emulated(folder, ["-m", "arriero.runtimes.remote", str(bundle.absolute()), "1"])
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=folder)
         self._lock = threading.Lock()
-        self._dropped: list[int] = []  # caches that nobody holds any more, told with the next call
+        self._dropped: list[int] = []  # caches that nobody holds any more; the next call says so
         self._receive()
 
     def ask(self, call: dict[str, Any], arrays: Arrays | None = None) -> tuple[dict[str, Any], Arrays]:
@@ -115,35 +129,38 @@ class EmulatedBackend:
 
     def vision(self, pixel_values: Floats) -> Floats:
         """See `Backend.vision`."""
-        return self.ask({"do": "vision"}, {"pixel_values": pixel_values})[1]["found"]
+        return self.ask({"do": "vision"}, {"pixel_values": pixel_values})[1]["image_features"]
 
     def embed(self, input_ids: Ints, image_features: Floats) -> Floats:
         """See `Backend.embed`."""
-        return self.ask({"do": "embed"}, {"input_ids": input_ids, "image_features": image_features})[1]["found"]
+        arrays: Arrays = {"input_ids": input_ids, "image_features": image_features}
+        return self.ask({"do": "embed"}, arrays)[1]["inputs_embeds"]
 
-    def new_cache(self, batch: int, capacity: int) -> EmulatedCache:
+    def new_cache(self, batch: int, capacity: int) -> CacheRows[EmulatedCache]:
         """See `Backend.new_cache`."""
         reply, _ = self.ask({"do": "new_cache", "batch": batch, "capacity": capacity})
-        cache = EmulatedCache(self, reply["cache"], 0, np.zeros(batch, np.int64), capacity)
-        # views of rows share the lengths, so these live as long as anyone may still step the cache
-        weakref.finalize(cache.lengths, lambda: self._dropped.append(reply["cache"]))
-        return cache
+        cache = EmulatedCache(self, reply["cache"], batch, capacity)
+        # views of rows hold the store, so it lives as long as anyone may still step the cache
+        weakref.finalize(cache, lambda: self._dropped.append(reply["cache"]))
+        return CacheRows.whole(cache)
 
     def forward(
         self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, captures: bool = False
     ) -> StepOutput:
         """See `Backend.forward`."""
-        assert isinstance(cache, EmulatedCache)
-        start, stop = cache.start, cache.start + len(cache.lengths)
-        call = {"do": "forward", "cache": cache.number, "start": start, "stop": stop, "captures": captures}
-        given: Arrays = {"inputs_embeds": inputs_embeds, "positions": positions, "logits_index": logits_index}
-        _, found = self.ask(call, given)
+        assert isinstance(cache, CacheRows)
+        store = cache.store
+        assert isinstance(store, EmulatedCache)
+        rows = {"start": cache.start, "stop": cache.stop}
+        call = {"do": "forward", "cache": store.number, "captures": captures, **rows}
+        arguments: Arrays = {"inputs_embeds": inputs_embeds, "positions": positions, "logits_index": logits_index}
+        _, outputs = self.ask(call, arguments)
         cache.lengths += positions.shape[1]
 
         def layers(kind: str) -> dict[int, np.ndarray]:
-            return {int(name.partition(".")[2]): found[name] for name in found if name.startswith(f"{kind}.")}
+            return {int(name.partition(".")[2]): outputs[name] for name in outputs if name.startswith(f"{kind}.")}
 
-        return StepOutput(found["logits"], layers("expert_id"), layers("hidden"))
+        return StepOutput(outputs["logits"], layers("expert_id"), layers("hidden"))
 
     def close(self) -> None:
         """End the process."""

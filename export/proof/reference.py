@@ -26,9 +26,11 @@ from arriero.graphs.config import ModelConfig
 from arriero.graphs.model import KeyValue, Llama4
 from arriero.graphs.names import expected_tensors
 from arriero.graphs.sources.ledger import check_ledger
-from arriero.runtimes.backend import Cache, Floats, Ints, StepOutput
+from arriero.runtimes.backend import Cache, Floats, Ints, ModelSpec, StepOutput
+from arriero.runtimes.cache import check_room
 from arriero.runtimes.processor.processor import Processor
 from arriero.runtimes.session import Session
+from arriero.runtimes.snapshot import Buffer, Snapshot, check_truncation, slots_held
 
 Margins = dict[int, list[Floats]]
 _recording: ContextVar[Margins | None] = ContextVar("router_margins", default=None)
@@ -47,9 +49,9 @@ class TorchCache:
     Keeping everything leaves the chunk rule to the mask alone, apart from the slot arithmetic of the other backends.
     """
 
-    def __init__(self, rows: list[_Row], lengths: Ints, capacity: int) -> None:
+    def __init__(self, spec: ModelSpec, rows: list[_Row], lengths: Ints, capacity: int) -> None:
         """Hold `rows` of at most `capacity` tokens; `lengths` [B] is shared with the cache these rows are of."""
-        self._rows, self.lengths, self._capacity = rows, lengths, capacity
+        self._spec, self._rows, self.lengths, self._capacity = spec, rows, lengths, capacity
 
     @property
     def capacity(self) -> int:
@@ -58,12 +60,42 @@ class TorchCache:
 
     def rows(self, start: int, stop: int) -> TorchCache:
         """Rows `start` to `stop` as a cache that shares this one's memory and lengths."""
-        return TorchCache(self._rows[start:stop], self.lengths[start:stop], self._capacity)
+        return TorchCache(self._spec, self._rows[start:stop], self.lengths[start:stop], self._capacity)
 
     def copy_row(self, source: int, target: int) -> None:
         """Make row `target` hold what row `source` holds."""
         self._rows[target].past = list(self._rows[source].past)
         self.lengths[target] = self.lengths[source]
+
+    def truncate(self, row: int, length: int) -> None:
+        """Keep the first `length` tokens of `row`, where every backend can: see `Cache.truncate`."""
+        check_truncation(self._spec, int(self.lengths[row]), length)
+        self._rows[row].past = [(key[:, :, :length], value[:, :, :length]) for key, value in self._rows[row].past]
+        self.lengths[row] = length
+
+    def snapshot(self, row: int) -> Snapshot:
+        """Copy what the next tokens of `row` may see: see `Cache.snapshot`."""
+        length = int(self.lengths[row])
+        held = slots_held(self._spec, length)
+        keys, values = (
+            tuple(
+                layer[which][0, :, length - slots :].numpy().copy()
+                for layer, slots in zip(self._rows[row].past, held, strict=True)
+            )
+            for which in (0, 1)
+        )
+        return Snapshot(self._spec, length, keys, values)
+
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        """Make `row` hold what `snapshot` was taken of: see `Cache.restore`."""
+        snapshot.check_model(self._spec)
+        snapshot.check_dtype(np.dtype(np.float32))
+        check_room(snapshot.length, self.capacity)
+        self._rows[row].past = [
+            (_restored(key, snapshot.length), _restored(value, snapshot.length))
+            for key, value in zip(snapshot.keys, snapshot.values, strict=True)
+        ]
+        self.lengths[row] = snapshot.length
 
     def padded(self) -> tuple[list[KeyValue], Tensor]:
         """Per layer key and value [B, K, P, D] for the longest row's P, and their positions [B, P], -1 where empty."""
@@ -138,7 +170,7 @@ class TorchBackend:
     def new_cache(self, batch: int, capacity: int) -> TorchCache:
         """Give an empty cache for `batch` rows of at most `capacity` tokens."""
         rows = [_Row(self.model.language_model.empty_cache(1)) for _ in range(batch)]
-        return TorchCache(rows, np.zeros(batch, np.int64), capacity)
+        return TorchCache(self.spec, rows, np.zeros(batch, np.int64), capacity)
 
     @torch.inference_mode()
     def forward(
@@ -149,11 +181,7 @@ class TorchBackend:
         batch, steps = positions.shape
         if not np.array_equal(positions, cache.lengths[:, None] + np.arange(steps)):
             raise ValueError("positions must continue the cache")
-        if (needed := int(cache.lengths.max()) + steps) > cache.capacity:
-            raise ArrieroError(
-                f"{needed} tokens do not fit a cache of {cache.capacity}",
-                remedy="Shorten the prompt or ask for fewer tokens",
-            )
+        check_room(int(cache.lengths.max()) + steps, cache.capacity)
         past, past_positions = cache.padded()
         result = self.model.language_model(
             torch.from_numpy(np.ascontiguousarray(inputs_embeds)),
@@ -213,6 +241,13 @@ def open_reference(checkpoint: Path, text_only: bool) -> Session:
 
 def _joined(past: Tensor, present: Tensor, steps: int) -> Tensor:
     return torch.cat([past, present[:, :, present.shape[2] - steps :]], dim=2)
+
+
+def _restored(held: Buffer, length: int) -> Tensor:
+    """One row's keys or values [1, K, length, D], of which `held` [K, P, D] are the last; the mask hides the others."""
+    past = torch.zeros((1, held.shape[0], length, held.shape[2]))
+    past[0, :, length - held.shape[1] :] = torch.from_numpy(held)
+    return past
 
 
 def _note_margin(

@@ -49,7 +49,7 @@ class Device:
         self._lock = threading.Lock()
         self._taken: dict[int, tuple[str, Any]] = {}  # number -> the function that gives it back, and what
         self._count = 0
-        self._here = threading.local()  # `later`: what this thread gives back once it is through with a capture
+        self._thread = threading.local()  # `later`: what this thread gives back once it is through with a capture
         # without a GPU this answers with the error that says why
         (devices,) = self.call("cudaGetDeviceCount")
         if not devices:
@@ -87,7 +87,7 @@ class Device:
 
     def give(self, number: int) -> None:
         """Give back what `take` noted; nothing happens the second time."""
-        later: list[int] | None = getattr(self._here, "later", None)
+        later: list[int] | None = getattr(self._thread, "later", None)
         if later is not None:
             # Python's garbage collector may come at any time, and freeing would break this thread's capture
             later.append(number)
@@ -102,11 +102,11 @@ class Device:
     def keeping(self) -> Iterator[None]:
         """Within the block, what this thread gives back is kept; it is given back at the end."""
         later: list[int] = []
-        self._here.later = later
+        self._thread.later = later
         try:
             yield
         finally:
-            self._here.later = None
+            self._thread.later = None
             for number in later:
                 self.give(number)
 
@@ -186,8 +186,24 @@ class Stream:
 
     def spread(self, target: int, wide: int, source: int, narrow: int, rows: int) -> None:
         """Queue a copy of `rows` rows of `narrow` bytes on the GPU into rows that are `wide` bytes apart."""
-        kind = self.device.runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        self.device.call("cudaMemcpy2DAsync", target, wide, source, narrow, narrow, rows, kind, self.handle)
+        self._copy_rows(target, wide, source, narrow, narrow, rows, "cudaMemcpyDeviceToDevice")
+
+    def gather(self, target: Memory, address: int, pitch: int, width: int, rows: int) -> None:
+        """Queue a copy of `rows` rows on the GPU, `width` bytes each and `pitch` apart, to pinned `target`, packed."""
+        self._copy_rows(target.address, width, address, pitch, width, rows, "cudaMemcpyDeviceToHost")
+
+    def scatter(self, address: int, pitch: int, source: Memory, width: int, rows: int) -> None:
+        """Queue a copy of `rows` packed rows of `width` bytes in pinned `source` to the GPU, `pitch` bytes apart."""
+        self._copy_rows(address, pitch, source.address, width, width, rows, "cudaMemcpyHostToDevice")
+
+    def _copy_rows(
+        self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int, way: str
+    ) -> None:
+        if width:
+            kind = getattr(self.device.runtime.cudaMemcpyKind, way)
+            self.device.call(
+                "cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, rows, kind, self.handle
+            )
 
     def zero(self, address: int, nbytes: int) -> None:
         """Queue the filling of memory with zeros."""

@@ -1,7 +1,7 @@
-"""Key and value buffers in a GPU's memory, laid out and grown as `kvcache` does it in numpy.
+"""Key and value buffers in a GPU's memory, laid out and grown as `KVCache` does it in numpy.
 
 Shapes: B batch rows, K key/value heads, P slots of a buffer, D head dimension, C attention chunk.
-A step reads and writes them where they lie; growing moves them, so addresses hold from one growth to the next.
+A step reads and writes them where they lie; growing moves them, so that addresses hold from one growth to the next.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from arriero.runtimes.backend import Ints, ModelSpec
+from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.cache import FIRST_SLOTS, check_room, grown_slots
-from arriero.runtimes.nvidia.cuda import Memory, Stream
+from arriero.runtimes.cache_rows import RowStore
+from arriero.runtimes.nvidia.cuda import Memory, Pinned, Stream
+from arriero.runtimes.snapshot import Buffer, Snapshot, slots_held
 
 
 @dataclass(frozen=True)
@@ -37,24 +40,30 @@ class CacheBindings:
     outputs: dict[str, int]
 
 
-NOWHERE = CacheBindings({}, {})
+NO_CACHE = CacheBindings({}, {})
 
 
-class DeviceCache:
+class DeviceCache(RowStore):
     """The [B, K, P, D] buffers of every layer on a GPU, and how many tokens each row holds."""
 
     def __init__(
-        self, stream: Stream, spec: ModelSpec, batch: int, capacity: int, item: int, slots: Mapping[str, SlotLimits]
+        self,
+        stream: Stream,
+        spec: ModelSpec,
+        batch: int,
+        capacity: int,
+        dtype: np.dtype[Any],
+        slots: Mapping[str, SlotLimits],
     ) -> None:
-        """Make empty buffers for `batch` rows of at most `capacity` tokens, each value of `item` bytes.
+        """Make empty buffers for `batch` rows of at most `capacity` tokens, of values that are `dtype` on the host.
 
         `stream` does the cache's own work: clearing, growing, copying rows; each is done when its method returns.
         `slots` are the engine's limits for `chunked` and `global` layers. Raises MachineLacks when the GPU is full.
         """
-        self.spec, self.batch, self.capacity = spec, batch, capacity
-        self.lengths: Ints = np.zeros(batch, np.int64)
+        super().__init__(spec, batch, capacity)
+        self.batch, self.dtype = batch, dtype
         self._row = spec.num_key_value_heads  # rows of P * D values that one row of the batch has
-        self._slot = spec.head_dim * item  # bytes
+        self._slot = spec.head_dim * dtype.itemsize  # bytes
         self._limits = {
             "chunked": SlotLimits(slots["chunked"].least, max(min(spec.attention_chunk_size, capacity), 1)),
             "global": SlotLimits(slots["global"].least, max(capacity, 1)),
@@ -62,7 +71,7 @@ class DeviceCache:
         self._slots: list[int] = []
         self._keys: list[Memory] = []
         self._values: list[Memory] = []
-        self._places: dict[tuple[int, int], CacheBindings] = {}
+        self._bindings: dict[tuple[int, int], CacheBindings] = {}
         self._fits = 0  # tokens that fit without growing
         self._stream = stream
         with self._finished():
@@ -90,10 +99,6 @@ class DeviceCache:
         self._stream.zero(memory.address, nbytes)
         return memory
 
-    def rows(self, start: int, stop: int) -> DeviceRows:
-        """Rows `start` to `stop` as a cache that shares this one's memory and lengths."""
-        return DeviceRows(self, start, stop)
-
     def copy_row(self, source: int, target: int) -> None:
         """Make row `target` hold what row `source` holds."""
         if source != target:
@@ -103,6 +108,52 @@ class DeviceCache:
                     for memory in pair:
                         self._stream.within(memory.address + target * nbytes, memory.address + source * nbytes, nbytes)
         self.lengths[target] = self.lengths[source]
+
+    def snapshot(self, row: int) -> Snapshot:
+        """Copy what `row` holds to the host's memory."""
+        length = int(self.lengths[row])
+        held = slots_held(self.spec, length)
+        with self._staging(held) as staging:
+            keys, values = (
+                tuple(self._read(memory, row, number, held[number], staging) for number, memory in enumerate(memories))
+                for memories in (self._keys, self._values)
+            )
+        return Snapshot(self.spec, length, keys, values)
+
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        """Make `row` hold what `snapshot` was taken of."""
+        snapshot.check_dtype(self.dtype)
+        self.reserve(snapshot.length)
+        with self._staging(slots_held(self.spec, snapshot.length)) as staging:
+            for memories, copies in ((self._keys, snapshot.keys), (self._values, snapshot.values)):
+                for number, (memory, copy) in enumerate(zip(memories, copies, strict=True)):
+                    self._write(memory, row, number, copy, staging)
+        self.lengths[row] = snapshot.length
+
+    @contextmanager
+    def _staging(self, held: list[int]) -> Iterator[Pinned]:
+        """Pinned memory for one layer's keys or values of a row: what a copy between host and GPU goes through."""
+        staging = self._stream.device.pinned(self._row * max(held) * self._slot)
+        try:
+            yield staging
+        finally:
+            staging.free()
+
+    def _read(self, memory: Memory, row: int, number: int, held: int, staging: Pinned) -> Buffer:
+        """A copy [K, held, D] of the first `held` slots of `row` in layer `number`'s keys or values."""
+        pitch = self._slots[number] * self._slot
+        with self._finished():
+            self._stream.gather(staging, memory.address + row * self._row * pitch, pitch, held * self._slot, self._row)
+        return staging.array((self._row, held, self.spec.head_dim), self.dtype).copy()
+
+    def _write(self, memory: Memory, row: int, number: int, copy: Buffer, staging: Pinned) -> None:
+        """Put `copy` [K, held, D] into the first slots of `row` in layer `number`'s keys or values."""
+        pitch = self._slots[number] * self._slot
+        staging.array(copy.shape, self.dtype)[...] = copy
+        with self._finished():
+            self._stream.scatter(
+                memory.address + row * self._row * pitch, pitch, staging, copy.shape[1] * self._slot, self._row
+            )
 
     def reserve(self, tokens: int) -> None:
         """Make sure every layer has slots for rows of `tokens` tokens; refuses more than `capacity`."""
@@ -117,7 +168,7 @@ class DeviceCache:
                 with self._finished():
                     keys, values = [self._grown(part[number], slots, have) for part in (self._keys, self._values)]
                 self._keys[number], self._values[number], self._slots[number] = keys, values, slots
-                self._places.clear()
+                self._bindings.clear()
         growing = zip(self._slots, self.spec.layers, strict=True)
         ends = [slots for slots, layer in growing if slots < self._limits[layer.attention].most]
         self._fits = min(ends, default=self.capacity)
@@ -134,10 +185,9 @@ class DeviceCache:
         skip = start * self._row * slots * self._slot
         return self._keys[number].address + skip, self._values[number].address + skip, slots
 
-    def places(self, start: int = 0, stop: int | None = None) -> CacheBindings:
-        """Where the buffers of rows `start` to `stop` (all, when not given) lie, under their names in the engine."""
-        stop = self.batch if stop is None else stop
-        if (start, stop) not in self._places:
+    def bindings(self, start: int, stop: int) -> CacheBindings:
+        """Where the buffers of rows `start` to `stop` lie, under their names in the engine."""
+        if (start, stop) not in self._bindings:
             inputs: dict[str, tuple[int, tuple[int, ...]]] = {}
             outputs: dict[str, int] = {}
             for number in range(len(self._slots)):
@@ -146,35 +196,5 @@ class DeviceCache:
                 for kind, address in zip(("key", "value"), addresses, strict=True):
                     inputs[f"past_{kind}.{number}"] = address, shape
                     outputs[f"present_{kind}.{number}"] = address
-            self._places[start, stop] = CacheBindings(inputs, outputs)
-        return self._places[start, stop]
-
-
-class DeviceRows:
-    """Some neighbouring rows of a `DeviceCache`, with the same methods."""
-
-    def __init__(self, whole: DeviceCache, start: int, stop: int) -> None:
-        """View rows `start` to `stop` of `whole`."""
-        self._whole, self._start, self._stop = whole, start, stop
-        self.spec, self.capacity = whole.spec, whole.capacity
-        self.lengths: Ints = whole.lengths[start:stop]
-
-    def rows(self, start: int, stop: int) -> DeviceRows:
-        """Rows `start` to `stop` of these rows."""
-        return DeviceRows(self._whole, self._start + start, self._start + stop)
-
-    def copy_row(self, source: int, target: int) -> None:
-        """Make row `target` of these rows hold what row `source` of them holds."""
-        self._whole.copy_row(self._start + source, self._start + target)
-
-    def reserve(self, tokens: int) -> None:
-        """Make sure every layer has slots for rows of `tokens` tokens."""
-        self._whole.reserve(tokens)
-
-    def layer(self, number: int, start: int = 0) -> tuple[int, int, int]:
-        """The addresses of these rows' keys and values from their row `start` on, and the slots P."""
-        return self._whole.layer(number, self._start + start)
-
-    def places(self) -> CacheBindings:
-        """Where these rows' buffers lie, under their names in the engine."""
-        return self._whole.places(self._start, self._stop)
+            self._bindings[start, stop] = CacheBindings(inputs, outputs)
+        return self._bindings[start, stop]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.nvidia.cuda import Device
-from arriero.runtimes.nvidia.device_cache import NOWHERE, CacheBindings
+from arriero.runtimes.nvidia.device_cache import NO_CACHE, CacheBindings
 from arriero.runtimes.nvidia.engine_context import Context
 from arriero.runtimes.nvidia.engine_signature import REBUILD, TYPES, Signature
 from arriero.runtimes.nvidia.products import Product, listen
@@ -52,20 +52,20 @@ class Engine:
     def run(
         self,
         feeds: Mapping[str, NDArray[Any]],
-        wanted: tuple[str, ...],
-        places: CacheBindings = NOWHERE,
+        outputs: tuple[str, ...],
+        bindings: CacheBindings = NO_CACHE,
         record: bool = True,
     ) -> dict[str, NDArray[Any]]:
-        """Run one step and give the outputs `wanted`; what `places` names lies on the GPU.
+        """Run one step and give `outputs` by name; what `bindings` names lies on the GPU.
 
         A step whose shapes no profile takes is refused. A decode step that comes again unchanged becomes a CUDA graph,
         unless `record` is false.
         """
-        number = self._choose(feeds, places)
-        context = self._borrow(number, places)
+        number = self._choose(feeds, bindings)
+        context = self._borrow(number, bindings)
         record = record and self.signature.profiles[number].name == DECODE
         try:
-            results = context.run(feeds, places, wanted, record)
+            results = context.run(feeds, bindings, outputs, record)
         except BaseException:
             context.close()  # nobody knows what state it is in
             raise
@@ -73,22 +73,22 @@ class Engine:
             self._idle.append((number, context))
         return results
 
-    def _choose(self, feeds: Mapping[str, NDArray[Any]], places: CacheBindings) -> int:
+    def _choose(self, feeds: Mapping[str, NDArray[Any]], bindings: CacheBindings) -> int:
         """The profile for a step; a step like the last one takes the same."""
-        step = (places, *(array.shape for array in feeds.values()))
+        step = (bindings, *(array.shape for array in feeds.values()))
         last, number = self._last
         if step != last:
             shapes = {name: array.shape for name, array in feeds.items()}
-            number = self.signature.choose(shapes | {name: shape for name, (_, shape) in places.inputs.items()})
+            number = self.signature.choose(shapes | {name: shape for name, (_, shape) in bindings.inputs.items()})
             self._last = step, number
         return number
 
-    def _borrow(self, number: int, places: CacheBindings) -> Context:
+    def _borrow(self, number: int, bindings: CacheBindings) -> Context:
         """An idle context of profile `number`, best one that ran over the same cache; else a new one."""
         with self._lock:
             idle = [entry for entry in self._idle if entry[0] == number]
             if idle:
-                chosen = next((entry for entry in idle if entry[1].bound_to(places)), idle[-1])
+                chosen = next((entry for entry in idle if entry[1].bound_to(bindings)), idle[-1])
                 self._idle.remove(chosen)
                 return chosen[1]
             made = self._product.new_context(self._trt, self._engine, self._config)
@@ -105,14 +105,14 @@ class Engine:
         """Refuse a plan whose inputs and outputs are not those of `<part>.json`."""
         modes = self._trt.TensorIOMode
         names = [self._engine.get_tensor_name(number) for number in range(self._engine.num_io_tensors)]
-        found = {
+        in_plan = {
             kind: {name for name in names if self._engine.get_tensor_mode(name) == mode}
             for kind, mode in (("inputs", modes.INPUT), ("outputs", modes.OUTPUT))
         }
-        for kind, told in (("inputs", self.signature.inputs), ("outputs", self.signature.outputs)):
-            if odd := sorted(found[kind] ^ told.keys()):
+        for kind, described in (("inputs", self.signature.inputs), ("outputs", self.signature.outputs)):
+            if odd := sorted(in_plan[kind] ^ described.keys()):
                 raise self._mixed(f"{kind} differ ({', '.join(odd[:4])})")
-            for name, tensor in told.items():
+            for name, tensor in described.items():
                 dtype = self._engine.get_tensor_dtype(name)
                 if dtype != getattr(self._trt.DataType, TYPES[tensor.dtype][0]):
                     raise self._mixed(f"{name} is {dtype.name}, not {tensor.dtype}")

@@ -41,8 +41,8 @@ class Context:
         self._addresses: dict[str, int] = {}
         self._memory: dict[str, Memory] = {}
         self._pinned: dict[str, Pinned] = {}
-        self._asked: Any = None  # what the last step was asked for, and what came of it: ..
-        self._places: CacheBindings | None = None
+        self._asked: Any = None  # the last step, for which what follows is set
+        self._bindings: CacheBindings | None = None
         self._step: Any = None
         self._results: dict[str, Shape] = {}
         self._last: Any = None  # the step that ran last
@@ -52,28 +52,28 @@ class Context:
             raise self._refused(f"profile {profile}")
         stream.wait()
 
-    def bound_to(self, places: CacheBindings) -> bool:
-        """Whether the last step used just these places: then its graph may serve again."""
-        return self._places is places or all(
-            self._addresses.get(name) == address for name, (address, _) in places.inputs.items()
+    def bound_to(self, bindings: CacheBindings) -> bool:
+        """Whether the last step used just these bindings: then its graph may serve again."""
+        return self._bindings is bindings or all(
+            self._addresses.get(name) == address for name, (address, _) in bindings.inputs.items()
         )
 
     def run(
-        self, feeds: Mapping[str, NDArray[Any]], places: CacheBindings, wanted: tuple[str, ...], record: bool
+        self, feeds: Mapping[str, NDArray[Any]], bindings: CacheBindings, requested: tuple[str, ...], record: bool
     ) -> dict[str, NDArray[Any]]:
-        """Run one step and give the outputs `wanted`.
+        """Run one step and give the outputs `requested`.
 
-        `feeds` are the inputs from the host; what `places` names lies on the GPU. With `record` a step that comes again
-        becomes a graph.
+        `feeds` are the inputs from the host; what `bindings` names lies on the GPU. With `record` a step that comes
+        again becomes a graph.
         """
         inputs, outputs = self._signature.inputs, self._signature.outputs
         arrays = {name: np.ascontiguousarray(array, inputs[name].numpy) for name, array in feeds.items()}
-        asked = (places, wanted, *(array.shape for array in arrays.values()))
+        asked = (bindings, requested, *(array.shape for array in arrays.values()))
         if asked != self._asked:
             # a step that is asked for as the last one was needs none of this, and there are hundreds of names in it
             self._asked = None
-            self._step, self._results = self._bind(arrays, places, wanted)
-            self._asked, self._places = asked, places
+            self._step, self._results = self._bind(arrays, bindings, requested)
+            self._asked, self._bindings = asked, bindings
         for name, array in arrays.items():
             self._pinned[name].array(array.shape, array.dtype)[...] = array
         self._do(self._step, arrays, self._results, record)
@@ -85,22 +85,22 @@ class Context:
         }
 
     def _bind(
-        self, arrays: Mapping[str, NDArray[Any]], places: CacheBindings, wanted: tuple[str, ...]
+        self, arrays: Mapping[str, NDArray[Any]], bindings: CacheBindings, requested: tuple[str, ...]
     ) -> tuple[Any, dict[str, Shape]]:
-        """Set every shape and address of a step; gives what tells it from other steps, and the shapes of `wanted`."""
+        """Set every shape and address of a step; gives its key among other steps, and the shapes of `requested`."""
         for name, array in arrays.items():
             self._set_shape(name, array.shape)
-        for name, (_, shape) in places.inputs.items():
+        for name, (_, shape) in bindings.inputs.items():
             self._set_shape(name, shape)
         outputs = self._signature.outputs
-        results = {name: self._output_shape(outputs[name]) for name in wanted}
-        self._place(arrays, places, wanted)
+        results = {name: self._output_shape(outputs[name]) for name in requested}
+        self._bind_addresses(arrays, bindings, requested)
         for name, array in arrays.items():
             self._pin(name, array.nbytes)
         for name, shape in results.items():
             self._pin(name, outputs[name].nbytes(shape))
         pinned = tuple((name, self._pinned[name].address) for name in (*arrays, *results))
-        return (tuple(self._shapes.items()), tuple(self._addresses.items()), pinned, wanted), results
+        return (tuple(self._shapes.items()), tuple(self._addresses.items()), pinned, requested), results
 
     def _do(self, step: Any, arrays: Mapping[str, NDArray[Any]], results: Mapping[str, Shape], record: bool) -> None:
         def queue() -> None:
@@ -155,19 +155,21 @@ class Context:
             self._output_shapes[tensor.name] = shape
         return self._output_shapes[tensor.name]
 
-    def _place(self, arrays: Mapping[str, NDArray[Any]], places: CacheBindings, wanted: tuple[str, ...]) -> None:
+    def _bind_addresses(
+        self, arrays: Mapping[str, NDArray[Any]], bindings: CacheBindings, requested: tuple[str, ...]
+    ) -> None:
         """Give every input and output its address."""
-        addresses = {name: address for name, (address, _) in places.inputs.items()} | places.outputs
+        addresses = {name: address for name, (address, _) in bindings.inputs.items()} | bindings.outputs
         for name, array in arrays.items():
             addresses[name] = self._room(name, array.nbytes)
         rooms: dict[str, str] = {}
         sizes: dict[str, int] = {}
         seen: dict[str, int] = {}
         for name, tensor in self._signature.outputs.items():
-            if name in places.outputs:
+            if name in bindings.outputs:
                 continue
             rooms[name] = name
-            if name not in wanted:
+            if name not in requested:
                 # TensorRT wants an address for captures that nobody asked for. Two buffers in turn are enough for all
                 # layers: whatever reads layer i's has been read before layer i + 1's is complete, which i + 2 needs.
                 kind = name.partition(".")[0]

@@ -93,7 +93,7 @@ class Signature:
             )
             inputs, outputs = (_tensors(raw[kind]) for kind in ("inputs", "outputs"))
             streamed = raw.get("weights_on_gpu")
-            found = cls(str(path), inputs, outputs, profiles, None if streamed is None else int(streamed))
+            signature = cls(str(path), inputs, outputs, profiles, None if streamed is None else int(streamed))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArrieroError(
                 f"the engine's signature cannot be read ({error!r})", where=str(path), remedy=REBUILD
@@ -102,7 +102,7 @@ class Signature:
         if unknown or not profiles:
             what = f"a profile names {sorted(unknown)}, which is no input" if unknown else "the engine has no profile"
             raise ArrieroError(what, where=str(path), remedy=REBUILD)
-        return found
+        return signature
 
     def choose(self, shapes: Mapping[str, Shape]) -> int:
         """The number of the first profile that takes `shapes`. Raises ArrieroError with what does not fit."""
@@ -143,10 +143,10 @@ def _range(ends: Any) -> tuple[Shape, Shape, Shape]:
 
 
 def _tensors(entries: Any) -> dict[str, Tensor]:
-    found = {}
+    tensors = {}
     for entry in entries:
         if entry["dtype"] not in TYPES:
             raise ValueError(f"{entry['name']} has the unknown type {entry['dtype']}")
         shape = tuple(size if isinstance(size, int) else str(size) for size in entry["shape"])
-        found[entry["name"]] = Tensor(str(entry["name"]), entry["dtype"], shape)
-    return found
+        tensors[entry["name"]] = Tensor(str(entry["name"]), entry["dtype"], shape)
+    return tensors

@@ -1,4 +1,4 @@
-"""NVIDIA's two products behind one code path: what differs between TensorRT and TensorRT for RTX stands here."""
+"""NVIDIA's two products behind one code path, and the record of what differs between TensorRT and TensorRT for RTX."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from arriero.runtimes.nvidia.cuda import Device, load_cuda
 
 @dataclass(frozen=True)
 class Product:
-    """TensorRT: how it is named, found and used."""
+    """TensorRT: its names, its versions, and how it is loaded and used."""
 
     backend: str = "tensorrt"
     title: str = "TensorRT"
@@ -30,14 +30,14 @@ class Product:
     versions: tuple[tuple[int, ...], ...] = ((10, 16), (11, 0))
 
     @property
-    def wanted(self) -> str:
+    def releases(self) -> str:
         """The versions that it may have, for people."""
         return " or ".join(".".join(map(str, least)) for least in self.versions)
 
     def supports(self, version: str) -> bool:
         """Whether our networks and engines fit `version`."""
-        given = release(version)
-        return any(given[:1] == least[:1] and given >= least for least in self.versions)
+        numbers = release(version)
+        return any(numbers[:1] == least[:1] and numbers >= least for least in self.versions)
 
     def load(self) -> Any:
         """The bindings' module. Raises MachineLacks with what to install."""
@@ -82,8 +82,8 @@ class Product:
 def listen(trt: Any) -> Any:
     """A logger that keeps the last errors as `errors`, and as `layers` what a builder says it made of a graph.
 
-    One for each product, for as long as the process runs: a product keeps the first logger that it is given, whatever
-    comes later, and does not keep it alive.
+    One for each product, for as long as the process runs: a product keeps the first logger that it gets, whatever comes
+    later, and does not keep it alive.
     """
 
     class Listener(trt.ILogger):
@@ -117,11 +117,11 @@ def check_product(manifest: Manifest, product: Product) -> None:
     check_plugins(manifest)
     installed = str(product.load().__version__)
     if release(installed) != release(built):
-        wanted = ".".join(map(str, release(built)))
+        needed = ".".join(map(str, release(built)))
         raise MachineLacks(
-            f"the engines were built with {product.title} {wanted} and {installed} is installed",
+            f"the engines were built with {product.title} {needed} and {installed} is installed",
             where=f"{where}:tools.{product.backend}",
-            remedy=f"Install `{product.package}=={wanted}.*` with pip, or build the bundle with {installed}",
+            remedy=f"Install `{product.package}=={needed}.*` with pip, or build the bundle with {installed}",
         )
     device = Device(load_cuda(product.extra))
     try:
@@ -137,7 +137,7 @@ def check_product(manifest: Manifest, product: Product) -> None:
 
 def check_plugins(manifest: Manifest) -> None:
     """Refuse engines with kernels other than the manifest's: `<part>.json` names those that each was compiled with."""
-    told = manifest.target.plugins
+    recorded = manifest.target.plugins
     for part in sorted(name for name in manifest.files if name.endswith(".engine")):
         described = manifest.bundle / part.replace(".engine", ".json")
         try:
@@ -145,16 +145,18 @@ def check_plugins(manifest: Manifest) -> None:
         except (OSError, ValueError, AttributeError, TypeError):
             continue  # whoever loads the engine says what is wrong with the file
         for name, digest in inside.items():
-            if told.get(name) != digest:
+            if recorded.get(name) != digest:
                 raise ArrieroError(
                     f"the engine holds the kernel {name} {digest[:12]}..",
                     where=f"{described}:plugins",
-                    expected=f"{told[name][:12]}.., as the manifest says" if name in told else "none of that name",
+                    expected=f"{recorded[name][:12]}.., as the manifest says"
+                    if name in recorded
+                    else "none of that name",
                     remedy="The bundle mixes files of two builds: rebuild it with `arriero build`",
                 )
 
 
 def release(version: str) -> tuple[int, ...]:
     """The first three numbers of a version, those that an engine is tied to: 10.16.1.11 -> (10, 16, 1)."""
-    found = re.match(r"\d+(\.\d+){0,2}", version)
-    return tuple(int(part) for part in found.group().split(".")) if found else ()
+    match = re.match(r"\d+(\.\d+){0,2}", version)
+    return tuple(int(part) for part in match.group().split(".")) if match else ()

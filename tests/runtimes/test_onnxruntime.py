@@ -67,15 +67,15 @@ def test_prefill_and_decode_match_explicit_masks_over_chunks(backend, toy):
 
 def test_steps_write_into_the_same_memory_and_touch_only_their_slots(backend):
     cache = backend.new_cache(1, 8)
-    cache.reserve(8)
-    keys, _ = cache.layer(1)
+    cache.store.reserve(8)
+    keys, _ = cache.store.layer(1)
     address = keys.ctypes.data
     read(backend, cache, ids(3)[None])
     held = keys[:, :, :3].copy()
     assert np.all(held != 0)
     assert np.all(keys[:, :, 3:] == 0)
     read(backend, cache, ids(1)[None])
-    assert cache.layer(1)[0].ctypes.data == address
+    assert cache.store.layer(1)[0].ctypes.data == address
     assert np.array_equal(keys[:, :, :3], held)
     assert np.all(keys[:, :, 3] != 0)
 
@@ -85,7 +85,7 @@ def test_chunked_layers_keep_one_chunk_and_global_layers_double(backend):
     sizes = []
     for _ in range(30):
         read(backend, cache, ids(1)[None])
-        sizes.append([cache.layer(i)[0].shape[2] for i in range(2)])
+        sizes.append([cache.store.layer(i)[0].shape[2] for i in range(2)])
     assert sizes[3] == [4, 4]
     assert sizes[4] == [8, 8]
     assert sizes[8] == [8, 16]
@@ -194,20 +194,20 @@ def test_an_int8_cache_over_many_chunks_computes_what_its_codes_stand_for(int8_b
 def test_an_int8_cache_takes_a_quarter_and_keeps_the_current_chunk_only(int8_backend, backend):
     caches = [side.new_cache(3, CONTEXT) for side in (int8_backend, backend)]
     for cache in caches:
-        cache.reserve(CONTEXT)
-    small, large = (sum(buffer.nbytes for buffer in (*cache.keys, *cache.values)) for cache in caches)
+        cache.store.reserve(CONTEXT)
+    small, large = (sum(buffer.nbytes for buffer in (*cache.store.keys, *cache.store.values)) for cache in caches)
     assert 4 * small == large == 2 * 3 * KV_HEADS * DIM * 4 * (CHUNK + CONTEXT)
 
 
 def test_an_int8_cache_grows_without_changing_a_code(int8_backend):
     cache = int8_backend.new_cache(1, CONTEXT)
     read(int8_backend, cache, ids(4)[None])
-    held = [cache.layer(layer)[which].copy() for layer in range(2) for which in range(2)]
+    held = [cache.store.layer(layer)[which].copy() for layer in range(2) for which in range(2)]
     assert held[0].dtype == np.int8
     assert all(np.abs(codes).max() > 20 for codes in held)
-    cache.reserve(CONTEXT)
+    cache.store.reserve(CONTEXT)
     for before, (layer, which) in zip(held, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True):
-        after = cache.layer(layer)[which]
+        after = cache.store.layer(layer)[which]
         assert after.shape[2] == (CHUNK if layer == 0 else CONTEXT)
         np.testing.assert_array_equal(after[:, :, :4], before)
 

@@ -7,7 +7,10 @@ import io
 import numpy as np
 import pytest
 
+from arriero.errors import ArrieroError
+from arriero.runtimes.onnxruntime import OrtBackend
 from arriero.runtimes.remote import Server, read_message, write_message
+from tests.runtimes.conftest import CHUNK
 
 
 def over_the_wire(server, call, arrays=None):
@@ -29,15 +32,40 @@ def test_steps_over_the_wire_equal_steps_in_the_process(toy):
     _, embedded = over_the_wire(server, {"do": "embed"}, {"input_ids": ids, "image_features": empty})
     positions, index = np.arange(6)[None], np.array([0, 5])
     call = {"do": "forward", "cache": number, "start": 1, "stop": 2, "captures": True}
-    given = {"inputs_embeds": embedded["found"], "positions": positions, "logits_index": index}
-    _, found = over_the_wire(server, call, given)
-    wanted = toy.forward(toy.embed(ids, empty), positions, other, index, captures=True)
-    assert np.array_equal(found["logits"], wanted.logits)
-    assert np.array_equal(found["expert_id.0"], wanted.expert_ids[0])
-    assert np.array_equal(found["hidden.1"], wanted.hiddens[1])
+    arguments = {"inputs_embeds": embedded["inputs_embeds"], "positions": positions, "logits_index": index}
+    _, outputs = over_the_wire(server, call, arguments)
+    expected = toy.forward(toy.embed(ids, empty), positions, other, index, captures=True)
+    assert np.array_equal(outputs["logits"], expected.logits)
+    assert np.array_equal(outputs["expert_id.0"], expected.expert_ids[0])
+    assert np.array_equal(outputs["hidden.1"], expected.hiddens[1])
     assert server.caches[number].lengths.tolist() == [0, 6]
     over_the_wire(server, {"do": "copy_row", "cache": number, "source": 1, "target": 0})
     assert server.caches[number].lengths.tolist() == [6, 6]
+
+
+def test_rows_are_cut_saved_and_restored_over_the_wire(bundle, toy):
+    """The store's own bytes arrive, and come back into another row."""
+    server = Server(OrtBackend(bundle, toy.spec, threads=1))
+    number = over_the_wire(server, {"do": "new_cache", "batch": 2, "capacity": 20})[0]["cache"]
+    store = server.caches[number].store
+    for buffer in (*store.keys, *store.values):
+        buffer[...] = np.random.default_rng(0).standard_normal(buffer.shape)
+    store.lengths[1] = 11
+    over_the_wire(server, {"do": "truncate", "cache": number, "row": 1, "length": 10})
+    assert store.lengths.tolist() == [0, 10]
+    reply, arrays = over_the_wire(server, {"do": "snapshot", "cache": number, "row": 1})
+    assert reply == {"length": 10}
+    assert {name: array.shape[1] for name, array in arrays.items()} == {
+        f"{kind}.{layer}": slots for layer, slots in ((0, 10 % CHUNK), (1, 10)) for kind in ("key", "value")
+    }
+    over_the_wire(server, {"do": "restore", "cache": number, "row": 0, "length": 10}, arrays)
+    assert store.lengths.tolist() == [10, 10]
+    for layer, slots in ((0, 10 % CHUNK), (1, 10)):
+        for buffer in (store.keys[layer], store.values[layer]):
+            assert np.array_equal(buffer[0, :, :slots], buffer[1, :, :slots])
+            assert not np.array_equal(buffer[0], buffer[1])
+    with pytest.raises(ArrieroError, match="overwritten"):
+        over_the_wire(server, {"do": "truncate", "cache": number, "row": 1, "length": 7})
 
 
 def test_dropped_caches_are_let_go(toy):

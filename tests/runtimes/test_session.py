@@ -2,6 +2,8 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ import pytest
 from arriero.errors import ArrieroError
 from arriero.runtimes import session as session_module
 from arriero.runtimes.processor.processor import Prompt
+from arriero.runtimes.sampling import Sampling, SamplingSettings
 from arriero.runtimes.session import Session
+from arriero.runtimes.settings import Limits, Settings
 
 IMAGE_TOKEN = 261
 
@@ -80,6 +84,23 @@ def test_streamed_pieces_join_to_the_answer(session):
 def test_a_seed_repeats_and_another_differs(session):
     draws = [session.generate("x", max_tokens=20, temperature=1.5, top_p=0.9, seed=s).token_ids for s in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
+
+
+def test_a_sampling_is_its_settings_by_name(session):
+    settings = {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "seed": 1}
+    by_name = session.generate("x", max_tokens=20, **settings)
+    stream = session.generate("x", stream=True, max_tokens=20, sampling=Sampling(**settings))
+    assert "".join(stream) == by_name.text
+    (together,) = session.generate_batch(["x"], max_tokens=20, sampling=Sampling(**settings))
+    assert together.token_ids == stream.result.token_ids == by_name.token_ids
+    assert by_name.token_ids != session.generate("x", max_tokens=20).token_ids
+
+
+def test_the_settings_by_name_are_the_fields_of_the_records():
+    """Type checkers and editors read the one, `Sampling` and `Limits` hold the other."""
+    assert get_type_hints(SamplingSettings) == get_type_hints(Sampling)
+    limits = {field.name for field in fields(Limits)}
+    assert get_type_hints(Settings).keys() == get_type_hints(Sampling).keys() | limits | {"sampling"}
 
 
 def test_stop_texts_end_the_answer_and_are_left_out(session):
@@ -188,6 +209,15 @@ def test_threads_sharing_a_session_answer_as_alone(session):
         ({"prompt": "x", "stop": [""]}, "a stop text is empty"),
         ({"prompt": "x", "stop": None}, "a stop text is None; expected text"),
         ({"prompt": "x", "stop": ["a", 5]}, "a stop text is 5"),
+        ({"prompt": "x", "max_token": 3}, "no setting max_token; expected one of .*Did you mean max_tokens"),
+        ({"prompt": "x", "temp": 1.0}, "no setting temp; .*Did you mean temperature"),
+        ({"prompt": "x", "qqq": 1}, "no setting qqq; expected one of .*Leave it out"),
+        ({"prompt": "x", "sampling": {"seed": 1}}, "sampling is {'seed': 1}; expected a `Sampling`"),
+        ({"prompt": "x", "sampling": None}, "sampling is None; expected a `Sampling`"),
+        (
+            {"prompt": "x", "sampling": Sampling(), "temperature": 1.0, "seed": 2},
+            "temperature, seed and sampling both say how to choose a token. Leave sampling out",
+        ),
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": None}, "the prompt is a NoneType; expected a text"),
         ({"prompt": []}, "list of messages is empty"),

@@ -65,8 +65,8 @@ def test_int8_computes_what_onnxruntime_computes(bundles, workshop):
 
 def test_steps_write_into_the_same_memory_and_touch_only_their_slots(backend):
     cache = backend.new_cache(1, 8)
-    cache.reserve(8)
-    keys, values = cache.layer(3)
+    cache.store.reserve(8)
+    keys, values = cache.store.layer(3)
     address = keys.ctypes.data
     read(backend, cache, draw(3))
     held = keys[:, :, :3].copy()
@@ -74,7 +74,7 @@ def test_steps_write_into_the_same_memory_and_touch_only_their_slots(backend):
     assert not keys[:, :, 3:].any()
     assert not values[:, :, 3:].any()
     read(backend, cache, draw(1))
-    assert cache.layer(3)[0].ctypes.data == address
+    assert cache.store.layer(3)[0].ctypes.data == address
     assert np.array_equal(keys[:, :, :3], held)
     assert np.all(keys[:, :, 3] != 0)
     assert cache.lengths.tolist() == [4]

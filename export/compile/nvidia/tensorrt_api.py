@@ -69,7 +69,7 @@ def load(product: str) -> Api:
     if not wanted.supports(str(module.__version__)):
         raise MachineLacks(
             f"{wanted.title} {module.__version__} is installed",
-            expected=f"{wanted.wanted}, or newer of that major",
+            expected=f"{wanted.releases}, or newer of that major",
             remedy=f"Install one of these: pip install 'arriero[{wanted.extra}]'{wanted.elsewhere}",
         )
     return Api(product, module)

@@ -54,7 +54,7 @@ def test_decode_becomes_a_graph_that_is_recorded_anew_when_the_cache_grows(bench
     for at in range(2, 40):
         piece = ids[:, at : at + 1]
         equal(step(backend, ours, piece).logits, step(one.reference, theirs, piece).logits)
-        slots.append(ours.layer(3)[2])
+        slots.append(ours.store.layer(3)[2])
     # 4, 8, 16, 32, 64 slots: each time one step by itself, then a graph for the rest
     assert sorted(set(slots)) == [4, 8, 16, 32, 64]
     assert one.cuda.captures == 5
@@ -70,7 +70,7 @@ def test_an_engine_with_fixed_buffers_is_recorded_once(bench, product):
     one = bench(product, "maverick", fixed=True)
     backend, ids = one.open(), draw(1, 30, 3)
     ours, theirs = backend.new_cache(1, 31), one.reference.new_cache(1, 31)
-    assert [ours.layer(number)[2] for number in range(4)] == [CHUNK, CHUNK, CHUNK, CONTEXT]
+    assert [ours.store.layer(number)[2] for number in range(4)] == [CHUNK, CHUNK, CHUNK, CONTEXT]
     for at in range(30):
         piece = ids[:, at : at + 1]
         equal(step(backend, ours, piece).logits, step(one.reference, theirs, piece).logits)
@@ -124,7 +124,7 @@ def test_narrow_caches(bench, cache, error):
             )
     apart = np.abs(found.logits - expected.logits).max() / np.abs(expected.logits).max()
     assert 0 < apart < error
-    assert ours.layer(0)[1] - ours.layer(0)[0] >= 2 * 16 * 16 * 2  # K * P * D values of two bytes
+    assert ours.store.layer(0)[1] - ours.store.layer(0)[0] >= 2 * 16 * 16 * 2  # K * P * D values of two bytes
 
 
 @pytest.mark.parametrize("product", PRODUCTS)

@@ -1,0 +1,77 @@
+"""A copy of what one cache row holds, to go back to: the slots that the row's next tokens may see, and no others.
+
+Shapes: K key/value heads, P slots, D head dimension, C attention chunk.
+At a multiple of C the chunked layers hold nothing, so a snapshot taken there has the global layers' slots alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arriero.errors import ArrieroError
+
+if TYPE_CHECKING:
+    from arriero.runtimes.backend import ModelSpec
+
+Buffer = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """One row's tokens, apart from any cache: per layer keys and values [K, P, D] in the cache's own dtype.
+
+    P is the row's length in a global layer, and the tokens since the chunk's start in a chunked one.
+    """
+
+    spec: ModelSpec
+    length: int
+    keys: tuple[Buffer, ...]
+    values: tuple[Buffer, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(buffer.nbytes for buffer in (*self.keys, *self.values))
+
+    def check_model(self, spec: ModelSpec) -> None:
+        """Refuse a cache of another model."""
+        if spec != self.spec:
+            raise self._foreign("is of another model than the cache")
+
+    def check_dtype(self, dtype: np.dtype[Any]) -> None:
+        """Refuse a cache that keeps another dtype than this was copied from."""
+        if dtype != self.keys[0].dtype:
+            raise self._foreign(f"holds {self.keys[0].dtype} and the cache {dtype}")
+
+    def _foreign(self, difference: str) -> ArrieroError:
+        return ArrieroError(
+            f"the snapshot {difference}",
+            remedy="Restore it into a cache of the bundle that it was taken from, or read the prompt again",
+        )
+
+
+def slots_held(spec: ModelSpec, length: int) -> list[int]:
+    """How many slots of each layer hold tokens that the next token of a row of `length` tokens may see."""
+    since = length % spec.attention_chunk_size
+    return [since if layer.attention == "chunked" else length for layer in spec.layers]
+
+
+def check_truncation(spec: ModelSpec, length: int, shorter: int) -> None:
+    """Refuse to cut a row of `length` tokens to `shorter` where the chunked layers' slots are overwritten."""
+    if not 0 <= shorter <= length:
+        raise ArrieroError(
+            f"a row of {length} tokens cannot be truncated to {shorter}", expected=f"a length from 0 to {length}"
+        )
+    chunk = spec.attention_chunk_size
+    start = length // chunk * chunk
+    if shorter < start and shorter % chunk:
+        raise ArrieroError(
+            f"a row of {length} tokens cannot be truncated to {shorter}: a chunked layer keeps position p in slot "
+            f"p % {chunk}, so tokens before position {start} are overwritten",
+            expected=f"a length from {start} to {length}, or a multiple of {chunk}",
+            remedy="Restore a snapshot that was taken at that length, or truncate to a multiple and read on from there",
+        )
