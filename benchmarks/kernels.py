@@ -14,6 +14,7 @@ import argparse
 import ctypes
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,8 +24,12 @@ from typing import Any
 import numpy as np
 from roofline import build_probe, read_sum
 
-from arriero.export.compile.build_kernels import build_kernels, link_shared
-from tests.call_kernels import Kernels, Weight
+ROOT = Path(__file__).parents[1]
+if str(ROOT) not in sys.path:  # a script's own folder is there, and the tests' helpers are not in it
+    sys.path.insert(0, str(ROOT))
+
+from arriero.export.compile.build_kernels import build_kernels, link_shared  # noqa: E402
+from tests.call_kernels import Kernels, Weight  # noqa: E402
 
 COLD_BYTES = 600_000_000  # beyond the largest cache we have met, 260 MB
 FORMATS_MEASURED = {"int8": (32, 128), "int4": (32, 64, 128), "e4m3": (0,), "bf16": (0,), "f32": (0,)}

@@ -278,7 +278,7 @@ def run(
     arriero run bundles/portable-int8 "Which way does it move?" --video clip.mp4
     """
     from arriero.runtimes.api import load
-    from arriero.runtimes.processor.images import read_video
+    from arriero.runtimes.processor.video import read_video
 
     text = sys.stdin.read() if prompt == "-" else prompt
     pictures: list[ImageLike] = list(image or ())

@@ -2,7 +2,7 @@
 
 A line of the file is an object with `prompt` (a text) or `messages` (as a session takes them: text, image and video
 entries, pictures by path), and optionally `answer`. What the assistant says last in `messages` is the answer too. An
-image of a folder is asked `QUESTION`, and no answer is known. Paths start at the file's folder.
+image of a folder is asked one question, and no answer is known. Paths start at the file's folder.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from arriero.errors import ArrieroError, MachineLacks, Problems, nearest
-from arriero.runtimes.processor.images import read_image, read_video
+from arriero.export.samples.image_folder import read_folder
+from arriero.runtimes.processor.images import read_image
+from arriero.runtimes.processor.video import read_video
 from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.runtimes.proof.scorers import SAME_ANSWER
 
-QUESTION = "Describe the image."
-PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 FRAMES = 8  # of a video whose entry does not say `num_frames`; what a session takes
 EXAMPLE = '{"prompt": "What is 17 + 25?", "answer": "42"}'
 ROLES = ("system", "user", "assistant")
@@ -32,7 +32,7 @@ def read_cases(path: Path) -> list[ParityCase]:
     wrong, those that cannot be read too. What nothing else is wrong with is read when it is encoded.
     """
     if path.is_dir():
-        return _pictures(path)
+        return read_folder(path)
     reader = _Lines(path)
     cases = list(reader.read())
     if reader.problems:
@@ -48,18 +48,6 @@ def entries_of(case: ParityCase) -> Iterator[Mapping[str, Any]]:
     for message in () if isinstance(case.prompt, str) else case.prompt:
         if not isinstance(message["content"], str):
             yield from message["content"]
-
-
-def _pictures(folder: Path) -> list[ParityCase]:
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES and file.is_file())
-    if not files:
-        raise ArrieroError(
-            "the folder holds no images",
-            where=str(folder),
-            expected=f"files with {', '.join(PICTURES)} directly in it",
-            remedy="Give the folder of the images themselves, or a JSONL file that names them",
-        )
-    return [ParityCase(file.name, "image", QUESTION, (str(file),)) for file in files]
 
 
 class _Lines:

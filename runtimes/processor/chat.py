@@ -14,7 +14,8 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.processor.images import ImageLike, read_video
+from arriero.runtimes.processor.images import ImageLike
+from arriero.runtimes.processor.video import read_video
 
 Message = Mapping[str, Any]
 

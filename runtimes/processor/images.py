@@ -12,15 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from arriero.errors import ArrieroError, MachineLacks
+from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Floats
 
 ImageLike = Image.Image | NDArray[np.uint8] | str | os.PathLike[str] | bytes
@@ -190,36 +188,6 @@ def _loaded(image: Image.Image, name: str) -> Image.Image:
         raise ArrieroError(
             f"the image is truncated or corrupt ({error})", where=name, remedy="Get a complete copy of the file"
         ) from None
-
-
-def read_video(path: str | os.PathLike[str], num_frames: int) -> list[Image.Image]:
-    """Give `num_frames` frames of a video, the middles of as many equal parts of it (fewer if it has fewer)."""
-    if not (isinstance(num_frames, Integral) and num_frames >= 1):
-        raise ArrieroError(f"num_frames is {num_frames!r}", where=str(path), expected="a whole number of at least 1")
-    try:
-        import av
-    except ImportError:
-        raise MachineLacks(
-            "reading a video file needs the package av",
-            where=str(path),
-            remedy="Install it with `pip install 'arriero[video]'`, or pass the frames as images",
-        ) from None
-    if not (isinstance(path, str | os.PathLike) and Path(path).is_file()):
-        raise ArrieroError("there is no such video file", where=str(path), remedy="Check the path")
-    try:
-        # two passes, since many containers do not state their frame count and all frames at once may not fit memory
-        with av.open(str(path)) as video:
-            total = sum(1 for _ in video.decode(video=0))
-        wanted = {(2 * i + 1) * total // (2 * num_frames) for i in range(num_frames)}
-        with av.open(str(path)) as video:
-            frames = [frame.to_image() for i, frame in enumerate(video.decode(video=0)) if i in wanted]
-    except (av.FFmpegError, IndexError) as error:
-        raise ArrieroError(
-            f"the video cannot be decoded ({error})", where=str(path), remedy="Get a complete copy of the file"
-        ) from None
-    if not frames:
-        raise ArrieroError("the video has no frames", where=str(path), remedy="Get a complete copy of the file")
-    return frames
 
 
 def _fit(height: int, width: int, room: Size) -> Size:

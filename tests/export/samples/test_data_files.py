@@ -17,7 +17,8 @@ from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.export.build_file.model_spec import model_spec
 from arriero.export.build_file.schema import Calibration, Cases
 from arriero.export.samples.cases import content_hash, describe_set, draw_cases, encoded_sizes, modality
-from arriero.export.samples.data_files import QUESTION, read_cases
+from arriero.export.samples.data_files import read_cases
+from arriero.export.samples.image_folder import QUESTION
 from arriero.graphs.config import ModelConfig
 from arriero.runtimes.processor.processor import Processor
 from tests.small import TILE, small_scout

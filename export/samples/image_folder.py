@@ -1,0 +1,24 @@
+"""A folder of images as a set of prompts: each is asked to be described, and no answer is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from arriero.errors import ArrieroError
+from arriero.runtimes.proof.parity_case import ParityCase
+
+QUESTION = "Describe the image."
+PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def read_folder(folder: Path) -> list[ParityCase]:
+    """One case for each image directly in `folder`, in the order of names. Raises ArrieroError where there is none."""
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES and file.is_file())
+    if not files:
+        raise ArrieroError(
+            "the folder holds no images",
+            where=str(folder),
+            expected=f"files with {', '.join(PICTURES)} directly in it",
+            remedy="Give the folder of the images themselves, or a JSONL file that names them",
+        )
+    return [ParityCase(file.name, "image", QUESTION, (str(file),)) for file in files]
