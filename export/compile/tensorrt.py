@@ -21,7 +21,7 @@ from arriero.export.compile import Device, MemoryBudget, Watch, no_watch
 from arriero.export.compile.nvidia.engine_shapes import settle_capacities, signature
 from arriero.export.compile.nvidia.gpus import Gpu
 from arriero.export.compile.nvidia.tensorrt_api import TENSORRT, Api, load
-from arriero.graphs.passes.replace_dispatch_with_plugins import PLUGINS
+from arriero.graphs.stored.expert_plugins import DOMAIN
 from arriero.runtimes.cpu import architecture
 from arriero.runtimes.manifest import Compiled
 from arriero.runtimes.nvidia.products import listen
@@ -59,7 +59,7 @@ def compile_graphs(
         model = ir.load(path)
         settle_capacities(model, limits)
         ir.save(model, path)
-        if inside is None and any(node.domain == PLUGINS for node in model.graph):
+        if inside is None and any(node.domain == DOMAIN for node in model.graph):
             inside = (plugins or _register)(str(gpu))
         told = signature(model, limits, part)
         step = _step(watch, part)

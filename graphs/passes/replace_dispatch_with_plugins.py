@@ -21,15 +21,13 @@ from arriero.graphs.rewrite.nodes import add_constant, insert_node, replace_node
 from arriero.graphs.rewrite.scheme_products import FLOAT, TYPES, round_inputs
 from arriero.graphs.rewrite.topk_rows import scale_inputs
 from arriero.graphs.stored.codes import Arrays, rounded_experts, static_experts
+from arriero.graphs.stored.expert_plugins import BLOCKS, DOMAIN, DOWN, GATE_UP
 from arriero.graphs.stored.mma_layout import pack_byte_lanes, pack_int4_lanes, row_words
 from arriero.graphs.stored.safetensors_writer import Spec
 from arriero.graphs.stored.weight_store import HALVES, WeightStore, narrow
 from arriero.profiles.schemes import Half, IntBlock, Scheme, Static
 
-PLUGINS = "arriero"
-GATE_UP, DOWN = "ExpertGateUp", "ExpertDown"
 INT32 = int(ir.DataType.INT32)
-BLOCKS = (32, 64, 128)  # those that the kernels read
 
 
 def replace_dispatch_with_plugins(model: ir.Model, store: WeightStore, activations: str) -> int:
@@ -72,7 +70,7 @@ def replace_dispatch_with_plugins(model: ir.Model, store: WeightStore, activatio
         replace_node(node, "Cast", [outer], {"to": int(FLOAT)}, domain="")
         count += 1
     if count:
-        model.opset_imports[PLUGINS] = 1
+        model.opset_imports[DOMAIN] = 1
     return count
 
 
@@ -87,7 +85,7 @@ def _form(scheme: Scheme, activations: str) -> str | None:
 
 
 def _plugin(node: ir.Node, kind: str, inputs: list[ir.Value | None], form: str) -> ir.Value:
-    plugin = ir.node(kind, inputs, {"plugin_namespace": PLUGINS, "form": form, "aot": 1}, domain=PLUGINS)
+    plugin = ir.node(kind, inputs, {"plugin_namespace": DOMAIN, "form": form, "aot": 1}, domain=DOMAIN)
     assert node.graph is not None
     node.graph.insert_before(node, plugin)
     return plugin.outputs[0]

@@ -11,6 +11,7 @@ from itertools import product
 from typing import Any, Literal
 
 from arriero.errors import ArrieroError
+from arriero.graphs.stored.expert_plugins import BLOCKS
 from arriero.profiles.float8 import FP8_SINCE
 
 Op = Literal["gate_up", "down"]
@@ -22,7 +23,6 @@ ACTIVATIONS = {"f16": "Half", "bf16": "Bfloat"}  # name -> its C++ type
 FORMS = {"exact": ("f16", "bf16"), "int8": ("f16",), "fp8": ("f16",), "int4": ("f16", "bf16")}
 BITS = {"int8": 8, "fp8": 8, "int4": 4}  # of a packed weight
 BLOCKED = "int4"  # the form with a scale per block
-BLOCKS = (32, 64, 128)
 MOST_INT8_FEATURES = 2**31 // 127**2  # of a row whose sums fit 32 bits
 THREADS = 128
 MOST_EXPERTS = 512

@@ -21,10 +21,9 @@ from typing import Any
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.compile.cuda.build_cuda_kernels import Blob, build_kernel
 from arriero.export.compile.cuda.launch import BITS, SHAPES, THREADS, Kernel, Op, activations_of, check_sizes
+from arriero.graphs.stored.expert_plugins import DOMAIN, DOWN, GATE_UP
 from arriero.graphs.stored.mma_layout import row_words
 
-NAMESPACE = "arriero"
-GATE_UP, DOWN = "ExpertGateUp", "ExpertDown"
 TACTICS = dict(enumerate(SHAPES, 1))  # TensorRT wants them positive
 TYPES = {"f16": "FP16", "bf16": "BF16"}  # activation types, as TensorRT's combinations name them
 
@@ -89,7 +88,7 @@ def _import_tensorrt() -> tuple[ModuleType, ModuleType]:
 
 def _register_gate_up(trt: ModuleType, trtp: Any) -> None:
     """inner [T*k, F] of x [T, H], expert_id i32 [T, k], score f32 [T, k], gate_up [E, 2F, row], scales f32."""
-    plugin, typed = f"{NAMESPACE}::{GATE_UP}", partial(_typed, trtp)
+    plugin, typed = f"{DOMAIN}::{GATE_UP}", partial(_typed, trtp)
 
     @trtp.register(plugin)
     @typed(trtp.TensorDesc)
@@ -114,7 +113,7 @@ def _register_gate_up(trt: ModuleType, trtp: Any) -> None:
 
 def _register_down(trt: ModuleType, trtp: Any) -> None:
     """y [T, H] of inner [T*k, F], expert_id i32 [T, k], down [E, H, row], scales f32."""
-    plugin, typed = f"{NAMESPACE}::{DOWN}", partial(_typed, trtp)
+    plugin, typed = f"{DOMAIN}::{DOWN}", partial(_typed, trtp)
 
     @trtp.register(plugin)
     @typed(trtp.TensorDesc)
@@ -236,7 +235,7 @@ def _constant(tensor: Any, axis: int, name: str) -> int:
     if not size.is_constant:
         raise ArrieroError(
             f"the size of {name} along axis {axis} is not known when the engine is built",
-            where=NAMESPACE,
+            where=DOMAIN,
             expected="only the number of tokens to vary",
             remedy="Give the weights as constants, and x with a fixed last axis",
         )
