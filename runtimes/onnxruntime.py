@@ -27,6 +27,7 @@ from arriero.runtimes.backend import (
 from arriero.runtimes.cache import KVCache, check_step, valid_slots
 from arriero.runtimes.cache_rows import CacheRows
 from arriero.runtimes.cpu import usable_cores
+from arriero.runtimes.load_onnxruntime import load_onnxruntime
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -112,8 +113,7 @@ class OrtBackend:
         self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, captures: bool = False
     ) -> StepOutput:
         """Run `inputs_embeds` [B, S, H]; see `Backend.forward`. The cache must come from `new_cache`."""
-        import onnxruntime
-
+        onnxruntime = load_onnxruntime()
         assert isinstance(cache, CacheRows)
         store = cache.store
         assert isinstance(store, KVCache)
@@ -186,9 +186,7 @@ def session_options(threads: int, literal: bool = False) -> onnxruntime.SessionO
     for exact sums there, session.x64quantprecision, breaks a DequantizeLinear that has a scale per row and no zero
     point, as in those graphs.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
+    options: onnxruntime.SessionOptions = load_onnxruntime().SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -203,7 +201,7 @@ def session_options(threads: int, literal: bool = False) -> onnxruntime.SessionO
 def open_graph(path: Path, threads: int, literal: bool = False) -> onnxruntime.InferenceSession:
     """Load a graph with `session_options`. Raises ArrieroError with ONNX Runtime's reason where it refuses."""
     try:
-        import onnxruntime
+        onnxruntime = load_onnxruntime()
     except ImportError:
         raise MachineLacks(
             "the package onnxruntime is not installed", remedy="Install it with `pip install 'arriero[onnxruntime]'`"

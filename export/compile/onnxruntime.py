@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import onnxruntime
-
 from arriero.errors import ArrieroError
 from arriero.export.compile import Device, Watch, no_watch
+from arriero.runtimes.load_onnxruntime import load_onnxruntime
 from arriero.runtimes.manifest import Compiled
 from arriero.runtimes.onnxruntime import session_options
 
@@ -18,6 +17,7 @@ def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Wa
 
     Raises ArrieroError naming the graph that ONNX Runtime refuses, with its reason.
     """
+    onnxruntime = load_onnxruntime()
     for number, part in enumerate(parts):
         watch("load", number, len(parts), "graphs")
         path = folder / f"{part}.onnx"

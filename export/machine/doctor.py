@@ -18,6 +18,7 @@ from arriero.export.machine.budget import available_memory, cpu_count, free_disk
 from arriero.export.machine.checks import Check, status
 from arriero.export.machine.gpu_checks import gpu_checks
 from arriero.runtimes.cpu import architecture, cpu_features
+from arriero.runtimes.load_onnxruntime import load_onnxruntime
 from arriero.runtimes.tvm import load_runtime
 from arriero.traits import BUILD, RUN, SHARED_PACKAGES, TRAITS, Package
 
@@ -162,7 +163,7 @@ def _backend(name: str) -> tuple[Check, ...]:
 def _onnxruntime_providers() -> tuple[Check, ...]:
     """Import ONNX Runtime for real: a library that is installed may still not load."""
     try:
-        import onnxruntime
+        onnxruntime = load_onnxruntime()
     except Exception as error:  # whatever a broken native library raises is the finding
         remedy = "Reinstall it: pip install --force-reinstall 'arriero[onnxruntime]'"
         return (Check("onnxruntime loads", "missing", f"import fails: {error}", (BUILD, RUN), remedy),)

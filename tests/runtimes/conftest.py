@@ -311,6 +311,7 @@ def write_manifest(folder: Path, **changes: Any) -> dict[str, Any]:
         "weights": {},
         "calibrated": {"calibration": {"set": "none", "seed": 0, "sha256": "0", "samples": {}}, "coverage": {}},
         "rounded": {"fallback": [], "choice": None},
+        "proof": {"thresholds": {}, "rtn": None, "unmeasured": None},
         "kv_bytes_per_token": {},
         "measured": {"peak_memory_bytes": 0, "seconds": {}},
         "files": {
