@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from arriero.runtimes.backend import Floats, Ints, ModelSpec, StepOutput
-from arriero.runtimes.manifest import FORMAT, FileRecord, file_sha256, link, manifest_digest, parity_digest
+from arriero.runtimes.manifest import FORMAT, REPORTS, FileRecord, file_sha256, link, manifest_digest, parity_digest
 from arriero.runtimes.processor.processor import IMAGE_TOKENS, PATCH, Processor
 
 HIDDEN, HEADS, KV_HEADS, DIM, EXPERTS, CHUNK, CONTEXT = 16, 4, 2, 8, 4, 8, 64
@@ -345,7 +345,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     write_tokenizer(folder / "tokenizer")
     write_graphs(folder)
-    (folder / "parity.json").write_text("{}")
+    for report in REPORTS:
+        (folder / report).write_text("{}")
     write_manifest(folder)
     return folder
 
