@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None, open_library: Callable[[], Any]
     if wrong or options.check:
         return 1 if wrong else 0
     now = datetime.datetime.now(datetime.UTC)
-    found = {
+    report = {
         "date": now.isoformat(timespec="seconds"),
         "hardware": {"gpu": gpu.name, "architecture": gpu.architecture, "driver_cuda": gpu.driver_version},
         "shape": {"hidden": options.hidden, "ffn": options.ffn, "experts": options.experts, "choices": 1},
@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None, open_library: Callable[[], Any]
     }
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"gpu_kernels-{gpu.architecture}-{now:%Y%m%d-%H%M%S}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(path)
     return 0
 

@@ -48,7 +48,7 @@ class GpuGraphs(OrtBackend):
         self._cache_type, self._counters = TYPES[caches.pop()], []
 
 
-def told(step: str, done: int, total: int, unit: str) -> None:
+def progress(step: str, done: int, total: int, unit: str) -> None:
     """One line of progress, written over."""
     print(f"\r{step}: {done:,} of {total:,} {unit}".ljust(100), end="", file=sys.stderr, flush=True)
 
@@ -65,12 +65,12 @@ def measure(build: Build, target: Target, graph: Path, calibrated: Path, samples
     with tempfile.TemporaryDirectory(dir=build.config.output) as scratch:
         folders = Path(scratch) / "calibrated", Path(scratch) / "rtn"
         forms = (profile, build.roundings(target, calibrated)), (profile.rtn_baseline(), None)
-        for folder, (form, found) in zip(folders, forms, strict=True):
+        for folder, (form, roundings) in zip(folders, forms, strict=True):
             folder.mkdir()
-            build.lower_parts(target, build.parts, form, found, None, graph, folder)
+            build.lower_parts(target, build.parts, form, roundings, None, graph, folder)
 
         def watch(done: int, total: int, *_: object) -> None:
-            told(target.name, done, total, "cases")
+            progress(target.name, done, total, "cases")
 
         rtn = None
         if profile.calibration is not None:
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=0, help="held-out prompts of each task family to answer")
     parser.add_argument("--targets", nargs="+", help="these alone; all, when left out")
     options = parser.parse_args(arguments)
-    build = Build(load_build(options.file), str(options.file), told)
+    build = Build(load_build(options.file), str(options.file), progress)
     build.plan = make_plan(build.config)
     results = []
     with build.at_work():

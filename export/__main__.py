@@ -39,14 +39,14 @@ def main() -> None:
         if stops and not (isinstance(error, SystemExit) and not error.code):
             print("stopped; a build or a calibration goes on from here with the same command", file=sys.stderr)
             sys.exit(STOPPED)
-        told = _told(error)
-        if told is None:
+        lack = _what_lacks(error)
+        if lack is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
-        sys.exit(told.exit_code)
+        print(f"error: {lack}", file=sys.stderr)
+        sys.exit(lack.exit_code)
 
 
-def _told(error: BaseException) -> ArrieroError | None:
+def _what_lacks(error: BaseException) -> ArrieroError | None:
     """What the machine lacks when `error` says so; None for any other."""
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("arriero"):
         remedy = "Install what the command needs with `pip install 'arriero[export]'`"

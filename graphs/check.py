@@ -71,42 +71,42 @@ def signature(part: Part, config: ModelConfig) -> tuple[list[str], list[str]]:
 
 
 def _signature(part: Part, model: ir.Model, config: ModelConfig) -> Iterator[ArrieroError]:
-    for kind, values, wanted in zip(
+    for kind, values, expected in zip(
         ("inputs", "outputs"), (model.graph.inputs, model.graph.outputs), signature(part, config), strict=True
     ):
         names = [value.name for value in values]
-        if names != wanted:
-            missing = [name for name in wanted if name not in names]
-            extra = [name for name in names if name not in wanted]
+        if names != expected:
+            missing = [name for name in expected if name not in names]
+            extra = [name for name in names if name not in expected]
             yield ArrieroError(
                 f"its {kind} lack {missing} and add {extra}" if missing or extra else f"its {kind} are out of order",
                 where=f"{part} {kind}",
-                expected=", ".join(wanted[:8]) + (", ..." if len(wanted) > 8 else ""),
+                expected=", ".join(expected[:8]) + (", ..." if len(expected) > 8 else ""),
             )
 
 
 def _dynamic_axes(part: Part, model: ir.Model, config: ModelConfig) -> Iterator[ArrieroError]:
-    wanted: dict[str, tuple[str | int, ...]] = {**DYNAMIC_AXES[part]}
+    expected_axes: dict[str, tuple[str | int, ...]] = {**DYNAMIC_AXES[part]}
     text = config.text
     if part == "text":
         for index, layer in enumerate(text.layers):
             past = "chunk_past" if layer.chunked else "global_past"
             for kind in ("past_key", "past_value"):
-                wanted[f"{kind}.{index}"] = ("batch", text.kv_heads, past, text.head_dim)
-            wanted[f"hidden.{index}"] = ("batch", "seq", text.hidden_size)
+                expected_axes[f"{kind}.{index}"] = ("batch", text.kv_heads, past, text.head_dim)
+            expected_axes[f"hidden.{index}"] = ("batch", "seq", text.hidden_size)
     for value in (*model.graph.inputs, *model.graph.outputs):
-        axes = wanted.get(str(value.name))
+        axes = expected_axes.get(str(value.name))
         if axes is None or value.shape is None:
             continue
-        found = tuple(size.value if isinstance(size, ir.SymbolicDim) else size for size in value.shape)
-        if found[: len(axes)] != axes:
-            yield ArrieroError(f"its shape is {list(found)}", where=str(value.name), expected=f"{list(axes)}")
+        shape = tuple(size.value if isinstance(size, ir.SymbolicDim) else size for size in value.shape)
+        if shape[: len(axes)] != axes:
+            yield ArrieroError(f"its shape is {list(shape)}", where=str(value.name), expected=f"{list(axes)}")
 
 
 def _weights(part: Part, model: ir.Model, config: ModelConfig) -> Iterator[ArrieroError]:
-    wanted, found = part_tensors(part, config), model.graph.initializers
-    for name, shape in wanted.items():
-        value = found.get(name)
+    expected, initializers = part_tensors(part, config), model.graph.initializers
+    for name, shape in expected.items():
+        value = initializers.get(name)
         if value is None:
             yield ArrieroError("the graph does not read this tensor of the checkpoint", where=name)
             continue
@@ -117,10 +117,10 @@ def _weights(part: Part, model: ir.Model, config: ModelConfig) -> Iterator[Arrie
         if len(value.uses()) > 1:
             readers = ", ".join(str(node.name) for node in value.consumers())
             yield ArrieroError(f"{len(value.uses())} nodes read it ({readers})", where=name, expected="exactly one")
-    for name, value in found.items():
+    for name, value in initializers.items():
         if not value.uses():
             yield ArrieroError("no node reads this initialiser", where=str(name), expected="no orphans")
-        elif name not in wanted and isinstance(value.const_value, ir.ExternalTensor):
+        elif name not in expected and isinstance(value.const_value, ir.ExternalTensor):
             yield ArrieroError(f"it is not a tensor of the {part} graph", where=str(name))
 
 
@@ -153,14 +153,14 @@ def _attentions(model: ir.Model, config: ModelConfig) -> Iterator[ArrieroError]:
         node = nodes.get(f"layers.{index}.{CACHED_ATTENTION}")
         if node is None:
             continue
-        wanted = {
+        expected = {
             "num_heads": text.heads,
             "kv_heads": text.kv_heads,
             "chunk": text.chunk if layer.chunked else 0,
         }
-        found = {name: attribute.as_int() for name, attribute in node.attributes.items()}
-        if found != wanted:
-            yield ArrieroError(f"its attributes are {found}", where=str(node.name), expected=f"{wanted}")
+        attributes = {name: attribute.as_int() for name, attribute in node.attributes.items()}
+        if attributes != expected:
+            yield ArrieroError(f"its attributes are {attributes}", where=str(node.name), expected=f"{expected}")
         sources = [f"past_key.{index}", f"past_value.{index}"]
         if [value.name for value in node.inputs[3:5] if value is not None] != sources:
             yield ArrieroError("it does not read its own layer's cache", where=str(node.name), expected=f"{sources}")
@@ -175,11 +175,11 @@ def _dispatches(model: ir.Model, config: ModelConfig) -> Iterator[ArrieroError]:
         if node is None:
             continue
         gate_up, down = expert_tensors(index)
-        wanted = {
+        expected = {
             gate_up: (text.experts, text.hidden_size, 2 * text.expert_ffn),
             down: (text.experts, text.expert_ffn, text.hidden_size),
         }
-        for value, (name, shape) in zip(node.inputs[3:5], wanted.items(), strict=True):
+        for value, (name, shape) in zip(node.inputs[3:5], expected.items(), strict=True):
             if value is None or value.name != name:
                 yield ArrieroError(
                     f"it reads {value.name if value else 'nothing'}", where=str(node.name), expected=name
@@ -195,10 +195,10 @@ def _by_name(model: ir.Model, op_type: str) -> dict[str, ir.Node]:
 
 
 def _one_each(nodes: dict[str, ir.Node], op_type: str, layers: range | tuple[int, ...]) -> Iterator[ArrieroError]:
-    wanted = [f"layers.{index}.{op_type}" for index in layers]
-    for name in wanted:
+    expected = [f"layers.{index}.{op_type}" for index in layers]
+    for name in expected:
         if name not in nodes:
             yield ArrieroError(f"layer without its {op_type} node", where=name, expected="exactly one")
     for name in nodes:
-        if name not in wanted:
+        if name not in expected:
             yield ArrieroError(f"a {op_type} node that no layer asks for", where=name)

@@ -266,8 +266,8 @@ class _Reader:
         step = self.positive("interleave_moe_layer_step", 1)
         rope = self.entries("no_rope_layers", int) or [int((i + 1) % interval != 0) for i in range(count)]
         kinds = self.entries("layer_types", str) or ["chunked_attention" if r else "full_attention" for r in rope]
-        given = self.entries("moe_layers", int)
-        moe = set(range(step - 1, count, step) if self.data.get("moe_layers") is None else given or ())
+        listed = self.entries("moe_layers", int)
+        moe = set(range(step - 1, count, step) if self.data.get("moe_layers") is None else listed or ())
         if len(rope) < count or len(kinds) < count:
             self.refuse("no_rope_layers", f"{len(rope)} entries for {count} layers", "an entry per layer")
             return ()

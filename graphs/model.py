@@ -249,10 +249,10 @@ class Llama4(nn.Module):
         embeds = self.language_model.model.embed_tokens(input_ids)
         if self.config.image_token_id is None:
             return embeds
-        here = input_ids == self.config.image_token_id  # [B, S]
-        order = here.flatten().long().cumsum(0).view_as(input_ids)  # 1-based rank of each placeholder
+        placeholders = input_ids == self.config.image_token_id  # [B, S]
+        order = placeholders.flatten().long().cumsum(0).view_as(input_ids)  # 1-based rank of each placeholder
         padded = torch.cat([embeds.new_zeros(1, embeds.shape[-1]), image_features.to(embeds.dtype)])
-        return torch.where(here[..., None], padded[torch.where(here, order, 0)], embeds)
+        return torch.where(placeholders[..., None], padded[torch.where(placeholders, order, 0)], embeds)
 
 
 def rotation_table(positions: Tensor, rope: Rope, size: int) -> KeyValue:

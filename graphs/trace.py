@@ -96,7 +96,7 @@ def trace_text(config: ModelConfig, checkpoint: Checkpoint, path: Path) -> ir.Mo
     [B, S, H], and on MoE layers `expert_id.{i}` i64 [T, k].
     """
     text = config.text
-    batch, new, chunk_past, global_past, wanted = 2, 3, 5, 7, 2
+    batch, new, chunk_past, global_past, logits = 2, 3, 5, 7, 2
     dims = {name: Dim(name) for name in ("batch", "seq", "chunk_past", "global_past", "logits")}
     past, past_dims = [], []
     for layer in text.layers:
@@ -107,7 +107,7 @@ def trace_text(config: ModelConfig, checkpoint: Checkpoint, path: Path) -> ir.Mo
     arguments = (
         torch.empty(batch, new, text.hidden_size, device="meta"),
         *(torch.empty(batch, slots, dtype=torch.int64, device="meta") for slots in (new, chunk_past, global_past)),
-        torch.empty(wanted, dtype=torch.int64, device="meta"),
+        torch.empty(logits, dtype=torch.int64, device="meta"),
         past,
     )
     shapes = (

@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200, help="held-out samples per family")
     parser.add_argument("--seed", type=int, default=101, help="seed of the held-out samples")
     arguments = parser.parse_args()
-    told: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     if (arguments.model / "manifest.json").exists():
         session = load(arguments.model)
     else:
@@ -85,18 +85,19 @@ def main() -> None:
         session = Session(backend, Processor(arguments.model, backend.spec), batch=ROWS)
         calibration = draw_samples(("text", "image"), 200, arguments.seed + 1, "train")
         coverage = count_experts(session, calibration)
-        told["least tokens of an expert"] = {layer: int(min(counts)) for layer, counts in coverage.items()}
+        figures["least tokens of an expert"] = {layer: int(min(counts)) for layer, counts in coverage.items()}
         scores = router_scores(backend, session, 100, arguments.seed + 1)
-        told["router score"] = {
+        figures["router score"] = {
             layer: {"median": round(float(np.median(s)), 3), "saturated": round(float((s > SATURATED).mean()), 4)}
             for layer, s in scores.items()
         }
-    found = family_accuracy(session, arguments.samples, arguments.seed)
+    accuracies = family_accuracy(session, arguments.samples, arguments.seed)
     count = arguments.samples
-    told["accuracy"] = {
-        family: f"{value:.3f} ± {accuracy_error(round(value * count), count):.3f}" for family, value in found.items()
+    figures["accuracy"] = {
+        family: f"{value:.3f} ± {accuracy_error(round(value * count), count):.3f}"
+        for family, value in accuracies.items()
     }
-    print(json.dumps(told, indent=1))
+    print(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

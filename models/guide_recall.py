@@ -43,9 +43,9 @@ class RecallGuide:
         """The guiding loss of the batch just run, and the share of keys whose value gets the most attention."""
         rows, queries, values = find_notes(batch, self.keys)
         previous = self.before(self.entered[:, 1:][batch.real[:, 1:]])
-        told = F.cross_entropy(previous, batch.input_ids[:, :-1][batch.real[:, 1:]])
+        loss = F.cross_entropy(previous, batch.input_ids[:, :-1][batch.real[:, 1:]])
         if not len(rows):
-            return told, 0.0
+            return loss, 0.0
         attention = self.layer.self_attn
         x = self.layer.input_layernorm(self.entered)
         size, share = self.config.head_dim, self.config.heads // self.config.kv_heads
@@ -55,7 +55,7 @@ class RecallGuide:
         logits = torch.einsum("nd,nsd->ns", q, k[rows]) / math.sqrt(size)
         logits = logits.masked_fill(torch.arange(x.shape[1]) > queries[:, None], float("-inf"))
         right = (logits.argmax(-1) == values).float().mean()
-        return told + F.cross_entropy(logits, values), float(right)
+        return loss + F.cross_entropy(logits, values), float(right)
 
 
 def find_notes(batch: Batch, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:

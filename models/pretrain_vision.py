@@ -78,5 +78,5 @@ def pretrain_vision(model: Llama4, steps: int, seed: int) -> None:
         if step % LOG_EVERY == 0 or step == steps - 1:
             seen = labels["shape"] != NOTHING
             right = {n: round(float((logits[n].argmax(-1) == labels[n])[seen].float().mean()), 3) for n in HEADS}
-            told = {"vision": step, "s": round((time.monotonic() - started) / (step + 1), 3)}
-            print(json.dumps({**told, "loss": round(float(loss.detach()), 4), **right}), flush=True)
+            progress = {"vision": step, "s": round((time.monotonic() - started) / (step + 1), 3)}
+            print(json.dumps({**progress, "loss": round(float(loss.detach()), 4), **right}), flush=True)

@@ -199,20 +199,20 @@ def train_step(
     model: Llama4, routers: RouterTerms, guide: RecallGuide, batches: Sequence[Batch], sharpen: bool
 ) -> dict[str, float]:
     """Accumulate the gradients of one step; gives the answer loss and the share of right tokens of each group."""
-    told: dict[str, float] = {}
+    figures: dict[str, float] = {}
     for number, batch in enumerate(batches):
-        wanted = batch.targets[batch.targets != IGNORED]
+        targets = batch.targets[batch.targets != IGNORED]
         logits = answer_logits(model, batch)
-        loss = F.cross_entropy(logits, wanted)
+        loss = F.cross_entropy(logits, targets)
         terms, loads = routers.take(batch.real.flatten(), sharpen)
         if number == RECALL:
-            guiding, told["guided"] = guide.loss(batch)
+            guiding, figures["guided"] = guide.loss(batch)
             terms = terms + GUIDING * guiding
         (loss + terms).backward()
-        told[f"loss{number}"] = float(loss.detach())
-        told[f"right{number}"] = float((logits.argmax(-1) == wanted).float().mean())
-        told["least"] = min(told.get("least", 1.0), *(float(load.min()) for load in loads))
-    return told
+        figures[f"loss{number}"] = float(loss.detach())
+        figures[f"right{number}"] = float((logits.argmax(-1) == targets).float().mean())
+        figures["least"] = min(figures.get("least", 1.0), *(float(load.min()) for load in loads))
+    return figures
 
 
 def save_weights(model: Llama4, folder: Path) -> None:
@@ -254,14 +254,14 @@ def train(out: Path, steps: int, seed: int) -> None:
             mixture = MIXTURES[max(start for start in MIXTURES if start <= step)]
             pools = [draw_pool(group, processor, seed, step // POOL) for group in mixture]
         batches = [pool[step % POOL] for pool in pools]
-        told = train_step(model, routers, guide, batches, sharpen=step >= steps - SHARPEN_STEPS)
+        figures = train_step(model, routers, guide, batches, sharpen=step >= steps - SHARPEN_STEPS)
         nn.utils.clip_grad_norm_(model.parameters(), CLIP * len(pools))
         for stepper in steppers:
             stepper.step()
             stepper.zero_grad(set_to_none=True)
         if step % LOG_EVERY == 0 or step == steps - 1:
             seconds = round((time.monotonic() - started) / (step - first + 1), 3)
-            print(json.dumps({"step": step, "s": seconds, **{k: round(v, 4) for k, v in told.items()}}), flush=True)
+            print(json.dumps({"step": step, "s": seconds, **{k: round(v, 4) for k, v in figures.items()}}), flush=True)
         if (step + 1) % SAVE_EVERY == 0 or step == steps - 1:
             partial = state_file.with_suffix(".partial")
             torch.save(

@@ -62,14 +62,14 @@ class Calibration:
         layers = range(len(self.walk.text.layers))
         for layer in layers[self._resume() :]:
             self._layer(layer)
-        found = [json.loads(self._record(layer).read_text()) for layer in layers]
-        coverage = {str(layer): one["coverage"] for layer, one in enumerate(found) if one["coverage"] is not None}
-        ranges = {tensor: entry for one in found for tensor, entry in one["ranges"].items()}
+        records = [json.loads(self._record(layer).read_text()) for layer in layers]
+        coverage = {str(layer): one["coverage"] for layer, one in enumerate(records) if one["coverage"] is not None}
+        ranges = {tensor: entry for one in records for tensor, entry in one["ranges"].items()}
         (self.folder / "ranges.json").write_text(json.dumps(ranges))
-        (self.folder / "cache.json").write_text(json.dumps([one["cache"] for one in found]))
+        (self.folder / "cache.json").write_text(json.dumps([one["cache"] for one in records]))
         shapes = {name: info.shape for name, info in self.checkpoint.tensors.items()}
         for key, profile in self.choosing.items():
-            errors = {group: error for one in found for group, error in one["errors"].get(key, {}).items()}
+            errors = {group: error for one in records for group, error in one["errors"].get(key, {}).items()}
             decide(profile, shapes, errors, self.folder / key)
         for left in (*self.folder.glob("hidden-*"), *self.folder.glob("routed.*")):
             left.unlink()
@@ -164,11 +164,11 @@ class Calibration:
         rule = profile.calibration
         if seen.count >= rule.minimum_tokens:
             assert rule.damping is not None
-            found = gptq(weight, seen.moment, **shape, damping=rule.damping, name=tensor)
-            errors = [output_error(weight, dequantize(one), seen.moment) for one in (found, plain)]
+            calibrated = gptq(weight, seen.moment, **shape, damping=rule.damping, name=tensor)
+            errors = [output_error(weight, dequantize(one), seen.moment) for one in (calibrated, plain)]
             gain = errors[0] / errors[1] if errors[1] > 0 else None
             if errors[0] <= errors[1]:  # a matrix whose rounding was better left alone is left alone
-                rounded, rounding = found, "gptq"
+                rounded, rounding = calibrated, "gptq"
         largest = float(seen.largest.max(initial=0))
         roundings.write(
             tensor, expert, experts, rounded, RoundingRecord(tensor, expert, rounding, seen.count, largest, gain)
@@ -228,8 +228,11 @@ class Calibration:
         scheme = self.schemes[form][tensor]
         if not isinstance(scheme, IntBlock) or not scheme.calibrates:
             return stored_values(self._weight(tensor, expert), scheme, name=tensor)
-        found, one = self.roundings[form].read(tensor, scheme.bits, scheme.block), expert if expert is not None else ...
-        return dequantize(Quantized(found.packed[one], found.scales[one], found.bits, found.block))
+        stored, one = (
+            self.roundings[form].read(tensor, scheme.bits, scheme.block),
+            expert if expert is not None else ...,
+        )
+        return dequantize(Quantized(stored.packed[one], stored.scales[one], stored.bits, stored.block))
 
     def _refuse_thin(self, layer: int, coverage: list[int] | None) -> None:
         for profile in self.profiles.values():

@@ -75,8 +75,8 @@ def _features(info: WeightSource) -> tuple[int, int]:
 
 def _layer_matrices(layers: Iterable[WeightSource], layer: int) -> int:
     """Elements of the matrices of one layer that every token reads."""
-    here = (info for info in layers if f".layers.{layer}." in info.name and len(info.shape) == 2)
-    return sum(outputs * inputs for outputs, inputs in map(_features, here))
+    matrices = (info for info in layers if f".layers.{layer}." in info.name and len(info.shape) == 2)
+    return sum(outputs * inputs for outputs, inputs in map(_features, matrices))
 
 
 def _layer_moments(layers: Iterable[WeightSource], layer: int) -> int:

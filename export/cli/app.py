@@ -116,8 +116,8 @@ def build(
         state = "[green]published[/]" if bundle.device is None else "[yellow]published, unproven[/]"
         out.print(f"{state} {_escape(str(bundle.folder))}", highlight=False, soft_wrap=True)
         if bundle.device is not None:
-            told = f"  run `arriero parity {bundle.folder}` on {bundle.device}: it measures the bundle there"
-            out.print(_escape(told), highlight=False, soft_wrap=True)
+            advice = f"  run `arriero parity {bundle.folder}` on {bundle.device}: it measures the bundle there"
+            out.print(_escape(advice), highlight=False, soft_wrap=True)
     if unproven and require_proof:
         raise MachineLacks(
             f"{', '.join(unproven)}: not proven, because this machine cannot run what was built",
@@ -141,11 +141,11 @@ def calibrate(build_file: BuildFile = Path("build.yaml"), as_json: Json = False)
 
     config = load_build(build_file)
     with ProgressBars(err) as watch:
-        found = Build(config, str(build_file), watch).run_calibration()
+        described = Build(config, str(build_file), watch).run_calibration()
     if as_json:
-        _print_json(found)
+        _print_json(described)
     else:
-        show_calibration(found, out)
+        show_calibration(described, out)
 
 
 @app.command()
@@ -304,8 +304,10 @@ def run(
         return
     print()
     rate = f", {(len(result.token_ids) - 1) / result.decode_s:.1f} tokens/s" if result.decode_s > 0 else ""
-    told = f"{result.prompt_tokens} prompt tokens, TTFT {1000 * result.ttft_s:.0f} ms, {len(result.token_ids)} tokens"
-    err.print(f"[dim]{told}{rate}, ended by {result.finish_reason}[/]", highlight=False)
+    summary = (
+        f"{result.prompt_tokens} prompt tokens, TTFT {1000 * result.ttft_s:.0f} ms, {len(result.token_ids)} tokens"
+    )
+    err.print(f"[dim]{summary}{rate}, ended by {result.finish_reason}[/]", highlight=False)
 
 
 @app.command()
@@ -357,10 +359,10 @@ def compare(
     from arriero.export.cli.progress import ProgressBars
     from arriero.export.proof import compare as comparison
 
-    wanted = _held_out(data, samples, seed)
+    cases = _held_out(data, samples, seed)
     with ProgressBars(err) as watch:
-        lines = comparison.compare_bundles(bundles, against, wanted, threads, watch)
-    asked = {"set": Path(wanted.set).name, "samples": lines[0].cases, "seed": seed}
+        lines = comparison.compare_bundles(bundles, against, cases, threads, watch)
+    asked = {"set": Path(cases.set).name, "samples": lines[0].cases, "seed": seed}
     if html:
         labels = {"checkpoint": against, "held-out prompts": asked["set"], "how many": asked["samples"], "seed": seed}
         comparison.write_page(lines, {name: str(value) for name, value in labels.items()}, html)
@@ -375,11 +377,11 @@ def profiles_list(as_json: Json = False) -> None:
     """List the shipped profiles."""
     from arriero.export.cli.show_profiles import list_profiles, show_rows
 
-    found = list_profiles()
+    rows = list_profiles()
     if as_json:
-        _print_json(found)
+        _print_json(rows)
     else:
-        show_rows(found, out)
+        show_rows(rows, out)
 
 
 @profiles_app.command("show")
@@ -403,11 +405,11 @@ def profiles_explain(
     """Say how a profile stores one tensor, which selector decides it, and why."""
     from arriero.export.cli.show_profiles import explain, open_profile
 
-    told = explain(open_profile(profile), tensor)
+    explanation = explain(open_profile(profile), tensor)
     if as_json:
-        _print_json(told)
+        _print_json(explanation)
         return
-    for key, value in told.items():
+    for key, value in explanation.items():
         shown = ", ".join(value) or "nothing" if isinstance(value, list) else value
         out.print(f"[dim]{key:>9}[/] {_escape(shown)}", highlight=False, soft_wrap=True)
 
@@ -417,11 +419,11 @@ def profiles_diff(left: ProfileName, right: ProfileName, as_json: Json = False) 
     """Show what differs between two profiles: thresholds, calibration, schemes, reasons."""
     from arriero.export.cli.show_profiles import diff, open_profile, show_rows
 
-    found = diff(open_profile(left), open_profile(right))
+    rows = diff(open_profile(left), open_profile(right))
     if as_json:
-        _print_json(found)
-    elif found:
-        show_rows(found, out)
+        _print_json(rows)
+    elif rows:
+        show_rows(rows, out)
     else:
         out.print("no difference")
 
@@ -437,8 +439,8 @@ def schema() -> None:
     _print_json(json_schema())
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(asked: bool) -> None:
+    if asked:
         print(f"arriero {__version__}")
         raise typer.Exit
 

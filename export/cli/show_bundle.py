@@ -96,12 +96,12 @@ def _parity(proof: dict[str, Any] | None) -> str:
 def _fallback(entries: list[dict[str, Any]]) -> str:
     if not entries:
         return "none: no matrix of an expert was rounded for lack of calibration tokens"
-    told = [
+    sentences = [
         f"[yellow]too few calibration tokens, so {meaning}:[/] {', '.join(str(Fallback(**entry)) for entry in thin)}"
         for rule, meaning in FALLBACKS.items()
         if (thin := [entry for entry in entries if entry["rule"] == rule])
     ]
-    return "; ".join(told)
+    return "; ".join(sentences)
 
 
 def _choice(choice: dict[str, Any] | None) -> str:
@@ -110,8 +110,8 @@ def _choice(choice: dict[str, Any] | None) -> str:
     by_scheme: dict[str, list[str]] = {}
     for row in choice["groups"]:
         by_scheme.setdefault(row["scheme"], []).append(f"{row['group']} {row['layer']}")
-    told = "; ".join(f"{scheme}: {', '.join(groups)}" for scheme, groups in by_scheme.items())
-    return f"{choice['share']:.3f} of bf16, budget {choice['budget']:g}; by group and layer, {told}"
+    schemes = "; ".join(f"{scheme}: {', '.join(groups)}" for scheme, groups in by_scheme.items())
+    return f"{choice['share']:.3f} of bf16, budget {choice['budget']:g}; by group and layer, {schemes}"
 
 
 def _coverage(coverage: dict[str, list[int]]) -> str:

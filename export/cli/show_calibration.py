@@ -32,14 +32,14 @@ def show_calibration(described: dict[str, Any], console: Console) -> None:
     for layer in described["layers"]:
         counts, seen = layer["tokens_per_expert"], layer["largest_input"]
         spread = (min(counts), median(counts), max(counts)) if counts else ()
-        told = "/".join(f"{count:,.6g}" for count in spread) or "dense"
-        table.add_row(str(layer["layer"]), told, *(f"{seen[name]:.3g}" if name in seen else "" for name in RANGES))
+        experts = "/".join(f"{count:,.6g}" for count in spread) or "dense"
+        table.add_row(str(layer["layer"]), experts, *(f"{seen[name]:.3g}" if name in seen else "" for name in RANGES))
     console.print(table)
     console.print("Right of the tokens: the largest magnitude of what goes in.", style="dim")
     for profile in described["profiles"]:
-        told = ", ".join(str(Fallback(**expert)) for expert in profile["experts"]) or "none"
+        experts = ", ".join(str(Fallback(**expert)) for expert in profile["experts"]) or "none"
         console.print(
-            f"experts below the {profile['minimum_tokens']} tokens of profile {profile['name']}: {told}",
+            f"experts below the {profile['minimum_tokens']} tokens of profile {profile['name']}: {experts}",
             style="yellow" if profile["experts"] else None,
             highlight=False,
             soft_wrap=True,

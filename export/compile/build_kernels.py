@@ -74,14 +74,14 @@ def find_compiler(architecture: str) -> str:
     """Give the C++ compiler for `architecture` on this machine. Raises MachineLacks naming the package to install."""
     native = platform.machine() == architecture
     name = "g++" if native else f"{architecture.replace('_', '-')}-linux-gnu-g++"
-    found = shutil.which(name)
-    if found is None:
+    compiler = shutil.which(name)
+    if compiler is None:
         package = "g++" if native else name.replace("-linux-gnu-g++", "").join(("g++-", "-linux-gnu"))
         raise MachineLacks(
             f"there is no C++ compiler for {architecture} (`{name}`)",
             remedy=f"Install it: `apt-get install {package}` on Debian or Ubuntu",
         )
-    return found
+    return compiler
 
 
 def link_shared(kernels: Path, library: Path) -> None:

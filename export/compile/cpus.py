@@ -63,24 +63,24 @@ def parse_cpu(text: str) -> Cpu:
     """Read a friendly name, or `<triple> [<cpu>] [+feature ..]`. Raises ArrieroError with what is known."""
     if text == NATIVE:
         text = native()
-    found = WORDS.fullmatch(NAMED.get(text, text))
-    if found is None:
+    words = WORDS.fullmatch(NAMED.get(text, text))
+    if words is None:
         raise ArrieroError(
             f"there is no processor {text!r}",
             expected=f"one of {NATIVE}, {', '.join(NAMED)}, or an LLVM triple such as `{ARM} cortex-a72 +crc`",
         )
-    features = tuple(word.removeprefix("+") for word in found["features"].split())
-    return Cpu(found["arch"], found["triple"], found["cpu"] or "generic", features)
+    features = tuple(word.removeprefix("+") for word in words["features"].split())
+    return Cpu(words["arch"], words["triple"], words["cpu"] or "generic", features)
 
 
 def native() -> str:
     """The best of the friendly names that this machine can run."""
-    have, here = cpu_features(), architecture()
+    have, arch = cpu_features(), architecture()
     for name, needs in NEEDS.items():
-        if parse_cpu(name).arch == here and needs <= have:
+        if parse_cpu(name).arch == arch and needs <= have:
             return name
     raise MachineLacks(
-        f"no processor we know by name fits this machine ({here})", remedy="Name one by its LLVM triple in `cpu`"
+        f"no processor we know by name fits this machine ({arch})", remedy="Name one by its LLVM triple in `cpu`"
     )
 
 

@@ -61,16 +61,16 @@ def compile_graphs(
         ir.save(model, path)
         if inside is None and any(node.domain == DOMAIN for node in model.graph):
             inside = (plugins or _register)(str(gpu))
-        told = signature(model, limits, part)
+        described = signature(model, limits, part)
         step = _step(watch, part)
         if part == STREAMED and memory is not None and memory.weights is not None:
             others = sum((folder / f"{other}.engine").stat().st_size for other in parts[:number])
-            told["weights_on_gpu"] = max(0, memory.weights - others)
-        plan = build_engine(product, log, path, told, gpu, memory, folder / TIMINGS, step)
+            described["weights_on_gpu"] = max(0, memory.weights - others)
+        plan = build_engine(product, log, path, described, gpu, memory, folder / TIMINGS, step)
         if inside is not None:
-            told["plugins"] = inside.hashes
+            described["plugins"] = inside.hashes
         _write(folder / f"{part}.engine", plan)
-        (folder / f"{part}.json").write_text(json.dumps(told, indent=1) + "\n")
+        (folder / f"{part}.json").write_text(json.dumps(described, indent=1) + "\n")
         path.unlink()
         _drop_weights(model, folder)
     (folder / TIMINGS).unlink(missing_ok=True)
@@ -97,13 +97,13 @@ def build_engine(
     api: Api,
     log: Any,
     path: Path,
-    told: Mapping[str, Any],
+    described: Mapping[str, Any],
     gpu: Gpu,
     memory: MemoryBudget | None,
     timings: Path,
     step: Callable[[int, int], None],
 ) -> Any:
-    """The serialized engine of the graph at `path`, of signature `told`. Raises ArrieroError with what is wrong."""
+    """The serialized engine of the graph at `path`, of the signature `described`. Raises ArrieroError with what is wrong."""
     trt = api.module
     log.errors.clear()
     log.layers.clear()
@@ -118,13 +118,13 @@ def build_engine(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # an engine can say what it consists of
     if memory is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, memory.scratch)
-    if "weights_on_gpu" in told:
+    if "weights_on_gpu" in described:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     cache = None
     if api.keeps_timings:
         cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
         config.set_timing_cache(cache, False)
-    for profile in told["profiles"]:
+    for profile in described["profiles"]:
         shapes = builder.create_optimization_profile()
         for name, (least, usual, most) in profile["ranges"].items():
             shapes.set_shape(name, least, usual, most)
@@ -180,7 +180,7 @@ def _refused(api: Api, path: Path, errors: Sequence[Any]) -> ArrieroError:
             what = line.strip()
             break
     return ArrieroError(
-        f"{api.told} does not take the graph ({what})",
+        f"{api.description} does not take the graph ({what})",
         where=f"{path}: node {first.node_name() or '?'} ({first.node_operator() or '?'})",
         remedy="Build again; if it stays so, report it together with this sentence",
     )
@@ -196,12 +196,12 @@ def _unbuilt(api: Api, path: Path, gpu: Gpu, memory: MemoryBudget | None, errors
         )
     if "out of memory" in text.lower() or "OutOfMemory" in text:
         return MachineLacks(
-            f"{api.told} ran out of memory while it built the engine ({text})",
+            f"{api.description} ran out of memory while it built the engine ({text})",
             where=str(path),
             remedy="Free some and run the same command again: the build goes on where it stopped",
         )
     return ArrieroError(
-        f"{api.told} builds no engine for {gpu} ({text})",
+        f"{api.description} builds no engine for {gpu} ({text})",
         where=str(path),
         remedy="Choose another profile or GPU; if it ought to work, report it together with this sentence",
     )

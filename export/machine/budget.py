@@ -52,8 +52,8 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
     `root` is where proc and sys are looked up. None on systems without them.
     """
-    found = [_meminfo(root, "MemAvailable"), *_cgroup_headroom(root)]
-    return min((size for size in found if size is not None), default=None)
+    limits = [_meminfo(root, "MemAvailable"), *_cgroup_headroom(root)]
+    return min((size for size in limits if size is not None), default=None)
 
 
 def total_memory(root: Path = Path("/")) -> int | None:
@@ -131,8 +131,8 @@ class PeakMemory:
 
 
 def _meminfo(root: Path, key: str) -> int | None:
-    found = re.search(rf"^{key}:\s+(\d+) kB$", _text(root / "proc/meminfo"), re.M)
-    return int(found.group(1)) * 1024 if found else None
+    match = re.search(rf"^{key}:\s+(\d+) kB$", _text(root / "proc/meminfo"), re.M)
+    return int(match.group(1)) * 1024 if match else None
 
 
 def _cgroup_headroom(root: Path) -> list[int]:

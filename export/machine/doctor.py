@@ -106,9 +106,9 @@ def installed_versions(packages: Iterable[Package]) -> dict[str, str]:
 
 
 def _python() -> Check:
-    wanted = ".".join(map(str, PYTHON))
+    version = ".".join(map(str, PYTHON))
     ok = sys.version_info >= PYTHON
-    remedy = None if ok else f"Install Python {wanted} or newer"
+    remedy = None if ok else f"Install Python {version} or newer"
     return Check("python", status(ok), platform.python_version(), (BUILD, RUN), remedy)
 
 
@@ -117,12 +117,12 @@ def _hardware() -> tuple[Check, Check]:
     name = model.group(1) if model else platform.processor() or platform.machine()
     have = cpu_features()
     family = "arm" if architecture() == "aarch64" else "x86"
-    found = [feature for feature in VECTOR_SETS[family] if feature in have]
+    features = [feature for feature in VECTOR_SETS[family] if feature in have]
     cores = Check("cpu", "ok", f"{name}, {cpu_count()} cores, {platform.machine()}", ())
     least = VECTOR_SETS[family][-1]
     ok = least in have or not have
     remedy = None if ok else f"Without {least} quantised models run, but slowly: use a newer processor"
-    listed = ", ".join(found) if have else "not known on this system"
+    listed = ", ".join(features) if have else "not known on this system"
     return cores, Check("cpu features", status(ok), listed or "none", (), remedy)
 
 
@@ -194,8 +194,8 @@ def _tvm_tools() -> tuple[Check, ...]:
 
 def _numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: 2.13.0+cpu -> (2, 13, 0)."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in found.group().split(".")) if found else ()
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in match.group().split(".")) if match else ()
 
 
 def _text(path: str) -> str:

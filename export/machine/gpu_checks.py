@@ -37,20 +37,20 @@ def _driver(backend: str, needed: tuple[str, ...]) -> tuple[Check, ...]:
     cuda = (number.value // 1000, number.value % 1000 // 10)
     ok = cuda[0] >= OLDEST_CUDA
     remedy = None if ok else f"Install a driver for CUDA {OLDEST_CUDA} or newer"
-    told = Check("NVIDIA driver", status(ok), f"for CUDA {cuda[0]}.{cuda[1]} and older", needed, remedy)
+    driver_check = Check("NVIDIA driver", status(ok), f"for CUDA {cuda[0]}.{cuda[1]} and older", needed, remedy)
     cards = list_cards(driver)
     fitting = [number for number, card in enumerate(cards) if card.capability in TRAITS[backend].gpus]
-    listed = "; ".join(map(_told, cards)) or "none that this process may use"
+    listed = "; ".join(map(_describe_card, cards)) or "none that this process may use"
     advice = None if cards else DRIVER
     if fitting and fitting[0] > 0:
         advice = f"Set CUDA_VISIBLE_DEVICES={fitting[0]}: the first GPU is the one that is used"
     elif cards and not fitting:
         others = [name for name, traits in TRAITS.items() if cards[0].capability in traits.gpus]
         advice = f"Take the backend {others[0]} for it" if others else "It is too old for this product: use a newer GPU"
-    return told, Check("GPU", status(advice is None), listed, needed, advice)
+    return driver_check, Check("GPU", status(advice is None), listed, needed, advice)
 
 
-def _told(card: Card) -> str:
+def _describe_card(card: Card) -> str:
     return f"{card.name}, sm_{card.capability}, {human_bytes(card.memory)}"
 
 

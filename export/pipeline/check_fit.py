@@ -20,8 +20,8 @@ from arriero.traits import TRAITS
 def check_fit(build: BuildConfig, config: ModelConfig) -> None:
     """Refuse modalities, devices, caches and contexts that do not fit the checkpoint or the target's backend."""
     problems = []
-    if "image" in build.modalities and (found := _blind(build.calibration)):
-        problems.append(found)
+    if "image" in build.modalities and (blind := _blind(build.calibration)):
+        problems.append(blind)
     if "image" in build.modalities and config.vision is None:
         remedy = "Write `modalities: [text]`, or use a multimodal checkpoint"
         problems.append(ArrieroError("the checkpoint has no vision tower", where="modalities", remedy=remedy))
@@ -86,17 +86,17 @@ def _gpu_problems(target: Target, where: str) -> list[ArrieroError]:
     return []
 
 
-def _blind(wanted: Samples) -> ArrieroError | None:
+def _blind(samples: Samples) -> ArrieroError | None:
     """What is wrong with the calibration set of a build that takes in images, if it shows none."""
-    if wanted.set == EMBEDDED:
+    if samples.set == EMBEDDED:
         # Samples are drawn from the families in turn, those of text first.
-        count, key = wanted.samples or 0, "samples"
+        count, key = samples.samples or 0, "samples"
         seeing = count > len(TEXT_FAMILIES)
         expected = f"more than {len(TEXT_FAMILIES)}, better a multiple of the {len(FAMILIES)} task families"
     else:
-        cases = draw_cases(wanted, ("text", "image"))
+        cases = draw_cases(samples, ("text", "image"))
         count, key, seeing = len(cases), "set", any(modality(case) != "text" for case in cases)
-        expected = f"images or videos among what is drawn of {wanted.set}"
+        expected = f"images or videos among what is drawn of {samples.set}"
     if seeing:
         return None
     what = f"a calibration set of {count} samples holds no images"

@@ -334,11 +334,11 @@ def _kernel_archs(target: Target, profile: Profile) -> set[str]:
     return set() if arch is None else {arch, architecture()} if profile.calibration else {arch}
 
 
-def _set_inputs(wanted: Samples, modalities: Sequence[str]) -> KeyInputs:
+def _set_inputs(samples: Samples, modalities: Sequence[str]) -> KeyInputs:
     """What samples depend on: generated ones on their numbers (and our sources), others on their content."""
-    if wanted.set == EMBEDDED:
-        return wanted.model_dump()
-    return asdict(describe_set(wanted, draw_cases(wanted, modalities)))
+    if samples.set == EMBEDDED:
+        return samples.model_dump()
+    return asdict(describe_set(samples, draw_cases(samples, modalities)))
 
 
 def calibrating(profiles: Mapping[str, Profile]) -> list[Profile]:

@@ -170,8 +170,8 @@ class WorkDir:
                 _remove(folder)
 
     def _recover(self) -> None:
-        for doomed in (*self.output.glob(f"{DOOMED}*"), *self.root.glob(f"{DOOMED}*")):
-            shutil.rmtree(doomed)
+        for folder in (*self.output.glob(f"{DOOMED}*"), *self.root.glob(f"{DOOMED}*")):
+            shutil.rmtree(folder)
         for old in sorted(self.output.glob("*.old-*")):
             match = OLD.fullmatch(old.name)
             if match is None:
@@ -227,6 +227,6 @@ def _sync(folder: Path) -> None:
 def _remove(folder: Path) -> None:
     """Delete a folder that may not exist, by first giving it a name that nobody takes for a result."""
     if folder.exists():
-        doomed = folder.with_name(f"{DOOMED}{uuid.uuid4().hex[:8]}")
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+        renamed = folder.with_name(f"{DOOMED}{uuid.uuid4().hex[:8]}")
+        folder.rename(renamed)
+        shutil.rmtree(renamed)

@@ -71,7 +71,7 @@ class TargetBuild:
         """What this machine would have to be to run the target; None where it can."""
         gpu, arch = target_gpu(self.target), kernel_arch(self.target)
         if gpu is not None and gpu not in local_gpus():
-            return f"a machine with {gpu.told}"
+            return f"a machine with {gpu.description}"
         if arch not in (None, architecture()) and not can_emulate(str(arch)):
             return f"a machine with {arch} processors"
         return None

@@ -142,14 +142,14 @@ def prove_against(
     return replace(report, rows=(*report.rows, *built_rows(manifest)))
 
 
-def open_live(checkpoint: Path, wanted: Cases, modalities: Sequence[str]) -> LiveReference:
-    """The reference of a checkpoint folder on the `wanted` cases, for bundles of these modalities."""
-    return LiveReference(open_reference(checkpoint, "image" not in modalities), draw_cases(wanted, modalities))
+def open_live(checkpoint: Path, cases: Cases, modalities: Sequence[str]) -> LiveReference:
+    """The reference of a checkpoint folder on these cases, for bundles of these modalities."""
+    return LiveReference(open_reference(checkpoint, "image" not in modalities), draw_cases(cases, modalities))
 
 
-def label_set(wanted: Cases) -> Mapping[str, str]:
+def label_set(cases: Cases) -> Mapping[str, str]:
     """What names drawn cases in a report."""
-    return {"held-out prompts": Path(wanted.set).name, "seed": str(wanted.seed)}
+    return {"held-out prompts": Path(cases.set).name, "seed": str(cases.seed)}
 
 
 def modalities_of(manifest: Manifest) -> tuple[str, ...]:

@@ -60,9 +60,9 @@ class Routed:
 
     def of(self, expert: int) -> Iterator[tuple[Floats, list[str]]]:
         """The rows [n, H] that `expert` reads, at most `ROWS` at a time, and the name of each one's sample."""
-        here = np.flatnonzero(self.expert == expert)
-        for start in range(0, len(here), ROWS):
-            piece = here[start : start + ROWS]
+        rows = np.flatnonzero(self.expert == expert)
+        for start in range(0, len(rows), ROWS):
+            piece = rows[start : start + ROWS]
             yield np.asarray(self.rows[piece]), [self.names[number] for number in self.sample[piece]]
 
 

@@ -32,43 +32,43 @@ def draw_samples(modalities: Sequence[str], count: int, seed: int, split: str) -
     return [sample for row in zip(*columns, strict=True) for sample in row][:count]
 
 
-def scored_counts(wanted: Samples, modalities: Sequence[str]) -> Counter[str]:
+def scored_counts(samples: Samples, modalities: Sequence[str]) -> Counter[str]:
     """How many samples with a known answer each family of `draw_cases` has; those of embedded sets are not drawn."""
-    if wanted.set != EMBEDDED:
-        return Counter(case.family for case in draw_cases(wanted, modalities) if case.scorer is not None)
+    if samples.set != EMBEDDED:
+        return Counter(case.family for case in draw_cases(samples, modalities) if case.scorer is not None)
     families = _families(modalities)
-    return Counter(families[number % len(families)] for number in range(wanted.samples or wanted.usual))
+    return Counter(families[number % len(families)] for number in range(samples.samples or samples.usual))
 
 
-def draw_cases(wanted: Samples, modalities: Sequence[str]) -> list[ParityCase]:
-    """The samples that `wanted` names, in the set's order; parity cases are of the embedded sets' held-out split.
+def draw_cases(chosen: Samples, modalities: Sequence[str]) -> list[ParityCase]:
+    """The samples that `chosen` names, in the set's order; parity cases are of the embedded sets' held-out split.
 
     Of a file or folder, the seed chooses which. Raises ArrieroError/Problems, with all its mistakes, for a set that
-    cannot be read, that holds fewer samples than wanted, or that shows images to a build of text only.
+    cannot be read, that holds fewer samples than asked for, or that shows images to a build of text only.
     """
-    if wanted.set == EMBEDDED:
-        split = "held-out" if isinstance(wanted, Cases) else "train"
-        samples = draw_samples(modalities, wanted.samples or wanted.usual, wanted.seed, split)
+    if chosen.set == EMBEDDED:
+        split = "held-out" if isinstance(chosen, Cases) else "train"
+        samples = draw_samples(modalities, chosen.samples or chosen.usual, chosen.seed, split)
         return [_embedded_case(number, sample) for number, sample in enumerate(samples)]
     # Imported here: an embedded set needs neither Pillow nor the reader.
     from arriero.export.samples.data_files import read_cases
 
-    held = read_cases(Path(wanted.set))
-    if wanted.samples is not None and wanted.samples > len(held):
+    held = read_cases(Path(chosen.set))
+    if chosen.samples is not None and chosen.samples > len(held):
         raise ArrieroError(
-            f"{wanted.samples} samples are wanted and the set holds {len(held)}",
-            where=wanted.set,
+            f"{chosen.samples} samples are wanted and the set holds {len(held)}",
+            where=chosen.set,
             expected=f"at most {len(held)}",
             remedy="Lower `samples`, or leave it out to use them all",
         )
-    chosen = np.random.default_rng(wanted.seed).permutation(len(held))[: wanted.samples]
-    cases = [held[number] for number in sorted(chosen)]
+    numbers = np.random.default_rng(chosen.seed).permutation(len(held))[: chosen.samples]
+    cases = [held[number] for number in sorted(numbers)]
     seeing = [case for case in cases if case.family != "text"] if "image" not in modalities else []
     if seeing:
         what = f"shows {'a video' if seeing[0].family == 'video' else 'an image'}, and the build takes in text only"
         remedy = "Write `modalities: [text, image]`, or take the samples with pictures out of the set"
         more = f" and {len(seeing) - 1} more" if len(seeing) > 1 else ""
-        raise ArrieroError(what, where=f"{wanted.set}: {seeing[0].name}{more}", remedy=remedy)
+        raise ArrieroError(what, where=f"{chosen.set}: {seeing[0].name}{more}", remedy=remedy)
     return cases
 
 
@@ -87,12 +87,12 @@ def _embedded_case(number: int, sample: Sample) -> ParityCase:
     )
 
 
-def describe_set(wanted: Samples, cases: Sequence[ParityCase]) -> SampleSet:
+def describe_set(samples: Samples, cases: Sequence[ParityCase]) -> SampleSet:
     """What identifies drawn samples, wherever their files lie: set, seed, content hash, samples per modality."""
     counts = Counter(map(modality, cases))
     return SampleSet(
-        set=wanted.set if wanted.set == EMBEDDED else Path(wanted.set).name,
-        seed=wanted.seed,
+        set=samples.set if samples.set == EMBEDDED else Path(samples.set).name,
+        seed=samples.seed,
         sha256=content_hash(cases),
         samples={kind: counts[kind] for kind in MODALITIES if counts[kind]},
     )

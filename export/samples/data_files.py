@@ -72,9 +72,9 @@ class _Lines:
         for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
-            found = len(self.problems)
+            before = len(self.problems)
             case = self._case(number, line)
-            if case is not None and len(self.problems) == found:
+            if case is not None and len(self.problems) == before:
                 yield case
 
     def _wrong(self, what: str, at: str, expected: str | None = None, remedy: str | None = None) -> None:

@@ -16,16 +16,16 @@ def keep_token_axes(model: ir.Model) -> int:
 
     Graph outputs in between (`expert_id.{i}`) become [B, S, k].
     """
-    doomed = [node for node in model.graph if node.op_type == "Reshape" and _folds_tokens(node)]
-    for node in doomed:
+    reshapes = [node for node in model.graph if node.op_type == "Reshape" and _folds_tokens(node)]
+    for node in reshapes:
         source = node.inputs[0]
         assert source is not None
         node.outputs[0].replace_all_uses_with(source)
         model.graph.remove(node, safe=True)
     for value in model.graph.outputs:
-        if value.shape is not None and len(value.shape) == 2 and doomed:
+        if value.shape is not None and len(value.shape) == 2 and reshapes:
             value.shape = ir.Shape(["batch", "seq", value.shape[1]])
-    return len(doomed)
+    return len(reshapes)
 
 
 def _folds_tokens(node: ir.Node) -> bool:

@@ -116,8 +116,8 @@ def _weights(node: ir.Node, store: WeightStore, name: str, scheme: Scheme) -> li
         ]
 
         def blocks() -> Iterator[Arrays]:
-            for found in rounded_experts(store, name, scheme):
-                yield pack_int4_lanes(found)[None], found.scales[None]
+            for rounded in rounded_experts(store, name, scheme):
+                yield pack_int4_lanes(rounded)[None], rounded.scales[None]
 
         return store.promise(specs, scheme.label, blocks)
     assert isinstance(scheme, Static)  # case 3

@@ -19,7 +19,7 @@ def scale_inputs(node: ir.Node, x: ir.Value | None, score: ir.Value | None, per_
     return insert_node(node, "Reshape", [insert_node(node, "Mul", [rows, column]), add_constant(node, [-1, hidden])])
 
 
-def sum_choices(node: ir.Node, found: ir.Value, per_token: int, hidden: int) -> None:
-    """Turn `node` into the sum of each token's results: `found` [P, H] -> [T, H]."""
-    grouped = insert_node(node, "Reshape", [found, add_constant(node, [-1, per_token, hidden])])
+def sum_choices(node: ir.Node, rows: ir.Value, per_token: int, hidden: int) -> None:
+    """Turn `node` into the sum of each token's results: `rows` [P, H] -> [T, H]."""
+    grouped = insert_node(node, "Reshape", [rows, add_constant(node, [-1, per_token, hidden])])
     replace_node(node, "ReduceSum", [grouped, add_constant(node, [1])], {"keepdims": 0}, domain="")

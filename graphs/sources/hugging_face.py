@@ -131,9 +131,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(path, "Download config.json from the model's page into this folder")
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
-        found = f"model_type is {model_type!r}" if "model_type" in config else "model_type is missing"
+        stated = f"model_type is {model_type!r}" if "model_type" in config else "model_type is missing"
         remedy = "Arriero exports Llama 4 checkpoints in Hugging Face layout only"
-        raise ArrieroError(found, where=f"{path}:model_type", expected="llama4 or llama4_text", remedy=remedy)
+        raise ArrieroError(stated, where=f"{path}:model_type", expected="llama4 or llama4_text", remedy=remedy)
     return config
 
 

@@ -21,31 +21,31 @@ def check_ledger(
     """
     findings: dict[tuple[str, str, str], list[str]] = {}
 
-    def found(what: str, want: str, remedy: str, name: str) -> None:
+    def note(what: str, want: str, remedy: str, name: str) -> None:
         findings.setdefault((what, want, remedy), []).append(name)
 
     seen: set[str] = set()
     for source in sources:
         if source.name in seen:
-            found("is there twice", "each tensor once", "Remove one of the two copies", source.name)
+            note("is there twice", "each tensor once", "Remove one of the two copies", source.name)
             continue
         seen.add(source.name)
         if source.name not in expected:
             if not any(re.fullmatch(pattern, source.name) for pattern in allowed_extra):
-                found("is unknown to the config", "", "Is config.json the one of these weights?", source.name)
+                note("is unknown to the config", "", "Is config.json the one of these weights?", source.name)
             continue
         if source.dtype.startswith("F8_"):
             remedy = "Quantised checkpoints are not accepted as input yet: use the bf16 checkpoint"
-            found(f"is stored as {source.dtype}", " or ".join(FLOAT_DTYPES), remedy, source.name)
+            note(f"is stored as {source.dtype}", " or ".join(FLOAT_DTYPES), remedy, source.name)
         elif source.dtype not in FLOAT_DTYPES:
-            found(f"is stored as {source.dtype}", " or ".join(FLOAT_DTYPES), "Use the bf16 checkpoint", source.name)
+            note(f"is stored as {source.dtype}", " or ".join(FLOAT_DTYPES), "Use the bf16 checkpoint", source.name)
         if source.shape != tuple(expected[source.name]):
             want = f"{list(expected[source.name])}"
             remedy = "config.json and the weights are of different models"
-            found(f"has shape {list(source.shape)}", want, remedy, source.name)
+            note(f"has shape {list(source.shape)}", want, remedy, source.name)
     for name in expected:
         if name not in seen:
-            found("is missing", "", "Is a shard missing, or config.json of another model?", name)
+            note("is missing", "", "Is a shard missing, or config.json of another model?", name)
     problems = [
         ArrieroError(what, where=where, expected=want or None, remedy=remedy)
         for (what, want, remedy), names in findings.items()

@@ -116,8 +116,8 @@ def _read_entry(file: Path, name: str, entry: Any, data_start: int) -> TensorInf
     except (TypeError, KeyError, ValueError):
         sane = False
     if not sane:
-        wanted = "dtype, shape and two ascending data_offsets"
-        raise ArrieroError("its header entry is malformed", where=where, expected=wanted, remedy=REDOWNLOAD)
+        expected = "dtype, shape and two ascending data_offsets"
+        raise ArrieroError("its header entry is malformed", where=where, expected=expected, remedy=REDOWNLOAD)
     if dtype not in NUMPY_DTYPES:
         known = ", ".join(NUMPY_DTYPES)
         raise ArrieroError(f"unknown dtype {dtype!r}", where=where, expected=f"one of {known}", remedy=REDOWNLOAD)

@@ -50,8 +50,8 @@ def store_experts(store: WeightStore, name: str, scheme: ByteScheme) -> list[ir.
         inputs = _inputs(store, name, scheme)
         for expert in range(experts):
             rows = np.ascontiguousarray(store.checkpoint.read_float32(name, expert, expert + 1)[0].T)
-            mine = InputScale(inputs.divisors[expert], inputs.largest[expert]) if inputs else None
-            packed, *others = _round(rows, scheme, mine, name)
+            own = InputScale(inputs.divisors[expert], inputs.largest[expert]) if inputs else None
+            packed, *others = _round(rows, scheme, own, name)
             yield (_lay(packed, scheme)[None], *(array[None] for array in others))
 
     return store.promise(_specs(name, scheme, outputs, features, experts), scheme.label, pieces)

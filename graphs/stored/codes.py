@@ -25,18 +25,20 @@ def store_blocks(store: WeightStore, name: str, scales: str, new_name: str | Non
     """Four-bit codes of the matrix or stack `name` and their scales [N, J] or [E, J, N] in the dtype `scales`."""
     scheme = store.schemes[name]
     assert isinstance(scheme, IntBlock)
-    shape, given = store.checkpoint.tensors[name].shape, new_name or name
+    shape, stem = store.checkpoint.tensors[name].shape, new_name or name
     stacked = len(shape) == 3
     lengths = (shape[0], shape[1] // scheme.block, shape[2]) if stacked else (shape[0], shape[1] // scheme.block)
-    specs = [Spec(f"{given}.packed", "I4", shape), Spec(f"{given}.scales", scales, lengths)]
+    specs = [Spec(f"{stem}.packed", "I4", shape), Spec(f"{stem}.scales", scales, lengths)]
 
     def pieces() -> Iterator[Arrays]:
-        for found in rounded_experts(store, name, scheme):
-            factors = found.scales if scales == "F32" else narrow(found.scales, HALVES[scales], name).view(np.uint16)
+        for rounded in rounded_experts(store, name, scheme):
+            factors = (
+                rounded.scales if scales == "F32" else narrow(rounded.scales, HALVES[scales], name).view(np.uint16)
+            )
             if stacked:
-                yield _columns(found.packed)[None], np.ascontiguousarray(factors.T)[None]
+                yield _columns(rounded.packed)[None], np.ascontiguousarray(factors.T)[None]
             else:
-                yield found.packed ^ 0x88, factors
+                yield rounded.packed ^ 0x88, factors
 
     return store.promise(specs, scheme.label, pieces)
 
@@ -45,15 +47,15 @@ def store_static(store: WeightStore, name: str, new_name: str | None = None) -> 
     """Eight-bit codes of the matrix or stack `name`, scales [N] or [E, N], multipliers of inputs [K] or [E, K]."""
     scheme = store.schemes[name]
     assert isinstance(scheme, Static)
-    shape, given = store.checkpoint.tensors[name].shape, new_name or name
+    shape, stem = store.checkpoint.tensors[name].shape, new_name or name
     stacked = len(shape) == 3
     outputs, features = (shape[2], shape[1]) if stacked else shape
     experts = shape[:1] if stacked else ()
     codes = "I8" if isinstance(scheme, Int8Static) else "F8_E4M3"
     specs = [
-        Spec(f"{given}.packed", codes, shape),
-        Spec(f"{given}.scales", "F32", (*experts, outputs)),
-        Spec(f"{given}.multiplier", "F32", (*experts, features)),
+        Spec(f"{stem}.packed", codes, shape),
+        Spec(f"{stem}.scales", "F32", (*experts, outputs)),
+        Spec(f"{stem}.multiplier", "F32", (*experts, features)),
     ]
 
     def pieces() -> Iterator[Arrays]:
@@ -72,15 +74,15 @@ def static_experts(store: WeightStore, name: str, scheme: Static) -> Iterator[Ar
     """Codes [N, K], as bytes, scales [N] and multipliers of inputs [K] of each expert of the stack `name`."""
     inputs = _inputs(store, name, scheme)
     for expert in range(store.checkpoint.tensors[name].shape[0]):
-        mine = InputScale(inputs.divisors[expert], inputs.largest[expert])
-        yield _round(_expert(store, name, expert), scheme, mine, name)
+        own = InputScale(inputs.divisors[expert], inputs.largest[expert])
+        yield _round(_expert(store, name, expert), scheme, own, name)
 
 
 def _round(rows: np.ndarray, scheme: Static, inputs: InputScale, name: str) -> Arrays:
     """Codes [n, K], scales [n] and multiplier [K] of `rows` f32 [n, K]."""
     if isinstance(scheme, Int8Static):
-        found = quantize_static(rows, inputs, name=name)
-        return found.packed ^ 0x80, found.scales, found.multiplier  # from offset binary to two's complement
+        quantized = quantize_static(rows, inputs, name=name)
+        return quantized.packed ^ 0x80, quantized.scales, quantized.multiplier  # from offset binary to two's complement
     floats = quantize_static_float8(rows, inputs, name=name)
     return floats.bits, floats.scales, floats.multiplier
 
@@ -102,10 +104,10 @@ def rounded_experts(store: WeightStore, name: str, scheme: IntBlock) -> Iterator
     if len(tensor) == 2:
         step = max(1, PIECE_BYTES // (4 * tensor[1]))
         spans = [slice(start, min(start + step, tensor[0])) for start in range(0, tensor[0], step)]
-    found = store.calibrated(name).read(name, **shape) if scheme.calibrates else None
+    stored = store.calibrated(name).read(name, **shape) if scheme.calibrates else None
     for span in spans:
-        if found is not None:
-            yield Quantized(np.asarray(found.packed[span]), np.asarray(found.scales[span]), **shape)
+        if stored is not None:
+            yield Quantized(np.asarray(stored.packed[span]), np.asarray(stored.scales[span]), **shape)
         elif isinstance(span, slice):
             yield quantize(store.checkpoint.read_float32(name, span.start, span.stop), **shape, name=name)
         else:

@@ -91,8 +91,8 @@ def _round(rows: np.ndarray, scheme: IntBlock | Fp8, name: str, gated: bool) -> 
 
 def _calibrated(store: WeightStore, name: str, scheme: IntBlock, rows: slice | int) -> Quantized:
     """Rows of a matrix, or one expert of a stack, as calibration rounded them."""
-    found = store.calibrated(name).read(name, scheme.bits, scheme.block)
-    return Quantized(found.packed[rows], found.scales[rows], scheme.bits, scheme.block)
+    stored = store.calibrated(name).read(name, scheme.bits, scheme.block)
+    return Quantized(stored.packed[rows], stored.scales[rows], scheme.bits, scheme.block)
 
 
 def _pack(quantized: Quantized, gated: bool) -> Arrays:

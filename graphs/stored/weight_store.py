@@ -78,9 +78,9 @@ class WeightStore:
         """
         scheme = self.schemes[name]
         assert isinstance(scheme, Half)
-        info, label, given = self.checkpoint.tensors[name], scheme.label.upper(), new_name or name
+        info, label, stem = self.checkpoint.tensors[name], scheme.label.upper(), new_name or name
         if info.dtype == label:
-            self._origins[given] = info
+            self._origins[stem] = info
         dtype = HALVES[label]
 
         def pieces() -> Iterator[tuple[np.ndarray]]:
@@ -90,7 +90,7 @@ class WeightStore:
             for rows in self.rows(name):
                 yield (narrow(rows, dtype, name).view(np.uint16),)
 
-        return self.promise([Spec(given, label, info.shape)], scheme.label, pieces)[0]
+        return self.promise([Spec(stem, label, info.shape)], scheme.label, pieces)[0]
 
     def exact_rows(self, new_name: str, shape: tuple[int, ...], rows: Rows) -> ir.Value:
         """An f32 initialiser `new_name` of `shape`, made of `rows()`."""
@@ -196,10 +196,10 @@ class WeightStore:
     def _calibrated(
         self, name: str, scheme: IntBlock, order: np.ndarray | None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        found = self.calibrated(name).read(name, scheme.bits, scheme.block)
-        stacked = found.packed.ndim == 3
-        for number in range(len(found.packed)) if stacked else (slice(None),):
-            packed, scales = found.packed[number], found.scales[number]
+        stored = self.calibrated(name).read(name, scheme.bits, scheme.block)
+        stacked = stored.packed.ndim == 3
+        for number in range(len(stored.packed)) if stacked else (slice(None),):
+            packed, scales = stored.packed[number], stored.scales[number]
             yield (packed, scales) if order is None else (packed[order], scales[order])
 
     def rows(self, name: str) -> Iterator[np.ndarray]:

@@ -74,41 +74,41 @@ def expand(
     An image entry brings its own picture as `image` or `path`, or takes the next of `images`, as each `image_token`
     in a text does. A video entry becomes one image entry per frame. Raises `ArrieroError` for an unknown entry.
     """
-    given = iter(images)
+    pending = iter(images)
     plain: list[Message] = []
-    found: list[ImageLike] = []
+    shown: list[ImageLike] = []
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             raise ArrieroError("a message is malformed", where=where, expected="a mapping with role and content")
         content = message["content"]
         if isinstance(content, str):
-            found += islice(given, content.count(image_token))
+            shown += islice(pending, content.count(image_token))
         else:
             if not isinstance(content, Sequence):
                 raise ArrieroError("the content is malformed", where=where, expected="a text or a list of entries")
             entries: list[dict[str, str]] = []
             for index, entry in enumerate(content):
-                added, pictures = _expand_entry(entry, f"{where}.content[{index}]", given, image_token)
+                added, pictures = _expand_entry(entry, f"{where}.content[{index}]", pending, image_token)
                 entries += added
-                found.extend(pictures)
+                shown.extend(pictures)
             content = entries
         others = {str(key): _plain(value) for key, value in message.items() if key != "content"}
         plain.append({**others, "content": content})
     # images too many are handed on: the processor compares the counts
-    return plain, [*found, *given]
+    return plain, [*shown, *pending]
 
 
 def _expand_entry(
-    entry: Any, where: str, given: Iterator[ImageLike], image_token: str
+    entry: Any, where: str, pending: Iterator[ImageLike], image_token: str
 ) -> tuple[list[dict[str, str]], list[ImageLike]]:
     kind = entry.get("type") if isinstance(entry, Mapping) else None
     if kind == "text" and isinstance(entry.get("text"), str):
-        return [{"type": "text", "text": entry["text"]}], list(islice(given, entry["text"].count(image_token)))
+        return [{"type": "text", "text": entry["text"]}], list(islice(pending, entry["text"].count(image_token)))
     if kind == "image":
         picture = next((entry[key] for key in ("image", "path") if entry.get(key) is not None), None)
         if picture is None:
-            picture = next(given, None)
+            picture = next(pending, None)
         return [{"type": "image"}], [] if picture is None else [picture]
     has_frames = kind == "video" and isinstance(entry.get("frames"), Iterable)
     if has_frames or (kind == "video" and entry.get("path") is not None):

@@ -42,9 +42,11 @@ class Processor:
         special = {key: _token_text(value) for key, value in config.items() if key.endswith("_token")}
         if "bos_token" not in special and spec.bos_token_id is not None:
             special["bos_token"] = self._tokenizer.id_to_token(spec.bos_token_id)
-        found = find_template(folder, config)
+        template = find_template(folder, config)
         self._template = (
-            ChatTemplate(found[0], {k: v for k, v in special.items() if v is not None}, found[1]) if found else None
+            ChatTemplate(template[0], {k: v for k, v in special.items() if v is not None}, template[1])
+            if template
+            else None
         )
         size = self._tokenizer.get_vocab_size()
         if size > spec.vocab_size:
@@ -94,19 +96,19 @@ class Processor:
         pictures = as_list(images)
         if isinstance(prompt, str) and not prompt:
             raise ArrieroError("the prompt is empty", expected="some text", remedy="Ask something")
-        messages, found = expand(as_messages(prompt, len(pictures), IMAGE), pictures, IMAGE)
+        messages, shown = expand(as_messages(prompt, len(pictures), IMAGE), pictures, IMAGE)
         if not messages:
             raise ArrieroError("the list of messages is empty", expected="at least one message")
         if self._template is not None:
-            return self.encode_text(self._template.render(messages), found)
+            return self.encode_text(self._template.render(messages), shown)
         if not isinstance(prompt, str):
             raise ArrieroError(
                 "this model has no chat template, so it takes plain text only",
                 remedy="Pass one string, or add chat_template.jinja to the checkpoint and rebuild",
             )
-        text = prompt if IMAGE in prompt else IMAGE * len(found) + prompt
+        text = prompt if IMAGE in prompt else IMAGE * len(shown) + prompt
         bos = None if self.spec.bos_token_id is None else self._tokenizer.id_to_token(self.spec.bos_token_id)
-        return self.encode_text((bos or "") + text, found)
+        return self.encode_text((bos or "") + text, shown)
 
     def encode_text(self, text: str, images: Sequence[ImageLike] = ()) -> Prompt:
         """Give ids and tiles for a rendered `text` whose `<|image|>`s stand for `images`, in order."""

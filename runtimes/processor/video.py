@@ -29,9 +29,9 @@ def read_video(path: str | os.PathLike[str], num_frames: int) -> list[Image.Imag
         # two passes, since many containers do not state their frame count and all frames at once may not fit memory
         with av.open(str(path)) as video:
             total = sum(1 for _ in video.decode(video=0))
-        wanted = {(2 * i + 1) * total // (2 * num_frames) for i in range(num_frames)}
+        numbers = {(2 * i + 1) * total // (2 * num_frames) for i in range(num_frames)}
         with av.open(str(path)) as video:
-            frames = [frame.to_image() for i, frame in enumerate(video.decode(video=0)) if i in wanted]
+            frames = [frame.to_image() for i, frame in enumerate(video.decode(video=0)) if i in numbers]
     except (av.FFmpegError, IndexError) as error:
         raise ArrieroError(
             f"the video cannot be decoded ({error})", where=str(path), remedy="Get a complete copy of the file"

@@ -39,13 +39,13 @@ def write_junit(report: ParityReport, path: Path, name: str = "arriero.parity") 
             ET.SubElement(properties, "property", name=key, value=_clean(value))
     for row in report.rows:
         case = ET.SubElement(suite, "testcase", classname=name, name=_clean(row.metric))
-        told = _clean(f"{row.title}: {show(row)}{_limit(row)}. {row.detail}".rstrip(" ."))
+        sentence = _clean(f"{row.title}: {show(row)}{_limit(row)}. {row.detail}".rstrip(" ."))
         if row.status == "fail":
-            ET.SubElement(case, "failure", type="BelowThreshold", message=told).text = _clean(row.about.meaning)
+            ET.SubElement(case, "failure", type="BelowThreshold", message=sentence).text = _clean(row.about.meaning)
         elif row.value is None:
-            ET.SubElement(case, "skipped", message=told)
+            ET.SubElement(case, "skipped", message=sentence)
         else:
-            ET.SubElement(case, "system-out").text = told
+            ET.SubElement(case, "system-out").text = sentence
     root = ET.Element("testsuites", tests=suite.get("tests", ""), failures=suite.get("failures", ""))
     root.append(suite)
     ET.indent(root)
@@ -62,7 +62,7 @@ def render_html(report: ParityReport) -> str:
     order = {"fail": 0, "pass": 1, "info": 2}
     page = _template("parity.html.jinja").render(
         report=report,
-        rows=sorted(_told(report), key=lambda row: order[row.status]),  # stable: the report's order within a status
+        rows=sorted(_shown_rows(report), key=lambda row: order[row.status]),  # stable: in the report's order
         counts={status: sum(row.status == status for row in report.rows) for status in order},
         cases=sorted(report.cases, key=_badness, reverse=True),
         shown=show,
@@ -104,7 +104,7 @@ def render_table(report: ParityReport, console: Console) -> None:
     table.add_column("threshold", justify="right", no_wrap=True)
     table.add_column("status")
     table.add_column("detail", overflow="fold", style="dim")
-    for row in sorted(_told(report), key=lambda row: row.status == "fail"):
+    for row in sorted(_shown_rows(report), key=lambda row: row.status == "fail"):
         limit = _limit(row).removeprefix(", ")
         table.add_row(Text(row.title), show(row), limit, marks[row.status], Text(row.detail))
     console.print(table)
@@ -147,7 +147,7 @@ def _number(value: float | None, unit: str = "") -> str:
     return f"{value:.3g} {unit}".rstrip()
 
 
-def _told(report: ParityReport) -> list[Row]:
+def _shown_rows(report: ParityReport) -> list[Row]:
     """The rows for human eyes: a family's drop tells both accuracies, so these two are left out where not judged."""
     both = [f"{prefix}_{side}." for prefix in ("task_accuracy", "task_accuracy_forced") for side in SIDES]
     return [row for row in report.rows if row.status != "info" or not row.metric.startswith(tuple(both))]

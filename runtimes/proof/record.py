@@ -75,9 +75,9 @@ class ReferenceRecord:
         except ValueError as error:
             raise ArrieroError(f"the record is not valid JSON ({error})", where=str(path), remedy=_AGAIN) from None
         if not isinstance(data, dict) or data.get("format") != FORMAT or not all(key in data for key in KEYS):
-            found = data.get("format") if isinstance(data, dict) else None
+            number = data.get("format") if isinstance(data, dict) else None
             raise ArrieroError(
-                f"the record has format {found!r}", where=str(path), expected=f"format {FORMAT}", remedy=_AGAIN
+                f"the record has format {number!r}", where=str(path), expected=f"format {FORMAT}", remedy=_AGAIN
             )
         problems = [problem for name in data["files"] if (problem := _damage(folder, name, data["files"][name]))]
         if problems:

@@ -111,8 +111,8 @@ class ParityReport:
     def from_dict(cls, data: Mapping[str, Any], where: str | None = None) -> ParityReport:
         """The report that `to_dict` wrote. Raises ArrieroError, naming `where`, when `data` is not one."""
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
-            what = f"not a parity report of format {FORMAT} (found {found!r})"
+            number = data.get("format") if isinstance(data, Mapping) else type(data).__name__
+            what = f"not a parity report of format {FORMAT} (found {number!r})"
             raise ArrieroError(what, where=where, remedy=_AGAIN)
         try:
             return cls(

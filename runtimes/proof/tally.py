@@ -234,8 +234,8 @@ def _accuracy_values(score: FamilyScore, names: Sequence[str]) -> dict[str, Valu
     values = {}
     for name, right in ((reference, score.reference_right), (candidate, score.candidate_right)):
         error = metrics.accuracy_error(right, score.count)
-        told = f"{right} of {score.count} right, standard error {100 * error:.1f} points"
-        values[name] = Value(right / score.count, told)
+        detail = f"{right} of {score.count} right, standard error {100 * error:.1f} points"
+        values[name] = Value(right / score.count, detail)
     values[drop] = Value(
         score.pairs.drop,
         f"{score.reference_right} right before, {score.candidate_right} now of {score.count}: "

@@ -86,8 +86,8 @@ def compile_ptx(source: str, gpu: str) -> str:
         (Path(scratch) / "kernels.cu").write_text(source)
         command = [str(nvcc), *FLAGS, f"-arch={gpu}", "--ptx", f"-I{SOURCES}", "kernels.cu", "-o", "kernels.ptx"]
         _run(command, gpu, scratch)
-        found = (Path(scratch) / "kernels.ptx").read_text()
-    return re.sub(r"^\.version \S+$", f".version {PTX_VERSIONS[gpu]}", found, flags=re.MULTILINE)
+        ptx = (Path(scratch) / "kernels.ptx").read_text()
+    return re.sub(r"^\.version \S+$", f".version {PTX_VERSIONS[gpu]}", ptx, flags=re.MULTILINE)
 
 
 def assemble(ptx: str, gpu: str, out: Path) -> str:

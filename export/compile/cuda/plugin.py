@@ -182,9 +182,9 @@ def _activation(trt: ModuleType, dtype: Any, form: str, node: str) -> str:
     types = {"f16": trt.DataType.HALF, "bf16": trt.DataType.BF16}
     taken = {types[name]: name for name in activations_of(form, node)}
     if dtype not in taken:
-        found, *expected = (str(kind).removeprefix("DataType.") for kind in (dtype, *taken))
+        refused, *expected = (str(kind).removeprefix("DataType.") for kind in (dtype, *taken))
         raise ArrieroError(
-            f"the type of its activations is {found}", where=node, expected=f"{' or '.join(expected)} beside {form}"
+            f"the type of its activations is {refused}", where=node, expected=f"{' or '.join(expected)} beside {form}"
         )
     return taken[dtype]
 
@@ -244,6 +244,6 @@ def _constant(tensor: Any, axis: int, name: str) -> int:
 
 def _check_shape(node: str, name: str, tensor: Any, expected: list[int]) -> None:
     """Refuse what the kernels would read past the end of."""
-    found = [_constant(tensor, axis, name) for axis in range(tensor.ndim)]
-    if found != expected:
-        raise ArrieroError(f"the shape of {name} is {found}", where=node, expected=str(expected))
+    sizes = [_constant(tensor, axis, name) for axis in range(tensor.ndim)]
+    if sizes != expected:
+        raise ArrieroError(f"the shape of {name} is {sizes}", where=node, expected=str(expected))

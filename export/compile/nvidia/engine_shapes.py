@@ -58,7 +58,7 @@ def settle_capacities(model: ir.Model, limits: Limits) -> None:
 def signature(model: ir.Model, limits: Limits, part: str) -> dict[str, Any]:
     """Inputs, outputs and profiles as `<part>.json` holds them: dtypes in ONNX's words, dynamic sizes by name."""
 
-    def told(value: ir.Value) -> dict[str, Any]:
+    def describe(value: ir.Value) -> dict[str, Any]:
         assert value.dtype is not None
         return {"name": str(value.name), "dtype": value.dtype.name, "shape": shape(value)}
 
@@ -66,7 +66,7 @@ def signature(model: ir.Model, limits: Limits, part: str) -> dict[str, Any]:
         {"name": name, "ranges": {str(value.name): ranges(value, sizes) for value in model.graph.inputs}}
         for name, sizes in limits.profiles(part).items()
     ]
-    inputs, outputs = ([told(value) for value in values] for values in (model.graph.inputs, model.graph.outputs))
+    inputs, outputs = ([describe(value) for value in values] for values in (model.graph.inputs, model.graph.outputs))
     return {"inputs": inputs, "outputs": outputs, "profiles": profiles}
 
 

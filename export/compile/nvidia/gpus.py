@@ -42,7 +42,7 @@ class Gpu:
         return f"sm_{self.capability}"
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """The capability as NVIDIA writes it, and cards that have it."""
         cards = [name for name, capability in NAMED.items() if capability == self.capability]
         return f"compute capability {self.capability / 10} ({', '.join([str(self), *cards])})"
@@ -52,8 +52,8 @@ def parse_gpu(text: str) -> Gpu:
     """Read a friendly name or `sm_NN`; `native` is the GPU of this machine. Raises ArrieroError with what is known."""
     if text == NATIVE:
         return native()
-    found = re.fullmatch(r"sm_(\d{2,3})", text)
-    capability = int(found.group(1)) if found else NAMED.get(text)
+    match = re.fullmatch(r"sm_(\d{2,3})", text)
+    capability = int(match.group(1)) if match else NAMED.get(text)
     built_for = sorted({number for traits in TRAITS.values() for number in traits.gpus})
     if capability is None or capability not in built_for:
         known = ", ".join(f"sm_{number}" for number in built_for)
@@ -67,7 +67,7 @@ def check_product(backend: str, gpu: Gpu, where: str) -> None:
     if gpu.capability not in built_for:
         other = next((traits.name for traits in TRAITS.values() if gpu.capability in traits.gpus), None)
         raise ArrieroError(
-            f"the backend {backend} builds no engines for {gpu.told}",
+            f"the backend {backend} builds no engines for {gpu.description}",
             where=where,
             expected=f"one of {', '.join(f'sm_{number}' for number in built_for)}",
             remedy=f"Take the backend {other} for it" if other else None,
@@ -76,14 +76,14 @@ def check_product(backend: str, gpu: Gpu, where: str) -> None:
 
 def native() -> Gpu:
     """The first GPU of this machine. Raises MachineLacks without one."""
-    found = local_gpus()
-    if not found:
+    gpus = local_gpus()
+    if not gpus:
         raise MachineLacks(
             "this machine has no NVIDIA GPU to compile for, or no driver for it",
             expected="a GPU, or the name of one",
             remedy="Name the target's GPU in `gpu`, for example `gpu: rtx-4090` or `gpu: sm_89`",
         )
-    return found[0]
+    return gpus[0]
 
 
 @functools.cache

@@ -32,7 +32,7 @@ class Api:
         return str(self.module.__version__)
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """Product and version for people."""
         return f"{PRODUCTS[self.product].title} {self.version}"
 
@@ -56,7 +56,7 @@ class Api:
         """Refuse to build for a GPU that this machine lacks, where the product cannot."""
         if not TRAITS[self.product].builds_anywhere and gpu not in local_gpus():
             raise MachineLacks(
-                f"TensorRT builds an engine only on the kind of GPU that will run it, here {gpu.told}",
+                f"TensorRT builds an engine only on the kind of GPU that will run it, here {gpu.description}",
                 expected="such a GPU in this machine",
                 remedy="Run the same command on a machine that has one, or take the backend tensorrt-rtx",
             )
@@ -64,12 +64,12 @@ class Api:
 
 def load(product: str) -> Api:
     """The product of the backend `product`. Raises MachineLacks with the package that is missing or too old."""
-    wanted = PRODUCTS[product]
-    module = wanted.load()
-    if not wanted.supports(str(module.__version__)):
+    product_traits = PRODUCTS[product]
+    module = product_traits.load()
+    if not product_traits.supports(str(module.__version__)):
         raise MachineLacks(
-            f"{wanted.title} {module.__version__} is installed",
-            expected=f"{wanted.releases}, or newer of that major",
-            remedy=f"Install one of these: pip install 'arriero[{wanted.extra}]'{wanted.elsewhere}",
+            f"{product_traits.title} {module.__version__} is installed",
+            expected=f"{product_traits.releases}, or newer of that major",
+            remedy=f"Install one of these: pip install 'arriero[{product_traits.extra}]'{product_traits.elsewhere}",
         )
     return Api(product, module)

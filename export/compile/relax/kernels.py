@@ -71,8 +71,8 @@ def dispatch(gate_up: Format, down: Format, width: int) -> Callable[..., te.Tens
             first, second = ins[4 : 4 + half], ins[4 + half :]
             matrices = [[*_pointers(stack[:1]), _pointer_or_null(stack[1:])] for stack in (first, second)]
             sizes = (_rows(x), expert_id.shape[-1], weights[0].shape[0], x.shape[-1], width, threads.shape[0])
-            given = (*_pointers(ins[1:4]), *matrices[0], *matrices[1], *_pointers(outs))
-            _run("arriero_run_dispatch", *forms, *given, *sizes)
+            arguments = (*_pointers(ins[1:4]), *matrices[0], *matrices[1], *_pointers(outs))
+            _run("arriero_run_dispatch", *forms, *arguments, *sizes)
 
         return _extern(x.shape, [threads, x, *rest], body, "expert_dispatch")
 
@@ -112,11 +112,11 @@ def _extern(
             return builder.get().body  # without the scope's own mark, which code generation does not know
 
     # declared, because the buffers that `extern` makes by itself have free offsets, and no two such functions are equal
-    out, *given = (
+    out, *buffers = (
         tvm.tirx.decl_buffer(shape, dtype, name)
         for shape, dtype in ((shape, "float32"), *((tensor.shape, tensor.dtype) for tensor in inputs))
     )
-    return te.extern([shape], list(inputs), build, name, dtype="float32", in_buffers=given, out_buffers=[out])
+    return te.extern([shape], list(inputs), build, name, dtype="float32", in_buffers=buffers, out_buffers=[out])
 
 
 def _rows(x: te.Tensor) -> Any:

@@ -34,12 +34,12 @@ def lookup(table: te.Tensor, ids: te.Tensor) -> te.Tensor:
             return builder.get()
 
     item = 4 if table.dtype == "float32" else 2
-    given = [
+    arguments = [
         tvm.tirx.decl_buffer(table.shape, table.dtype, "table", data_alignment=item),
         tvm.tirx.decl_buffer(ids.shape, ids.dtype, "ids"),
     ]
     out = tvm.tirx.decl_buffer(shape, "float32", "rows")
-    return te.extern([shape], [table, ids], body, "lookup", dtype="float32", in_buffers=given, out_buffers=[out])
+    return te.extern([shape], [table, ids], body, "lookup", dtype="float32", in_buffers=arguments, out_buffers=[out])
 
 
 def rotate(heads: int) -> Callable[..., te.Tensor]:
@@ -66,7 +66,7 @@ def top(count: int) -> Callable[[te.Tensor], list[te.Tensor]]:
 
         def body(ins: Any, outs: Any) -> Any:
             with IRBuilder() as builder:
-                (given,), (values, ids) = map(T.buffer_proxy, ins), map(T.buffer_proxy, outs)
+                (logits,), (values, ids) = map(T.buffer_proxy, ins), map(T.buffer_proxy, outs)
                 with T.grid(*shape[:-1]) as row:
                     for rank in range(count):
                         at = (*row, rank)
@@ -74,15 +74,15 @@ def top(count: int) -> Callable[[te.Tensor], list[te.Tensor]]:
                         ids[at] = tvm.tirx.const(0, "int64")
                         with T.serial(0, x.shape[-1]) as e:
                             free = [ids[(*row, earlier)] != e for earlier in range(rank)]
-                            with T.If(tvm.tirx.all(given[(*row, e)] > values[at], *free)), T.Then():
-                                values[at] = given[(*row, e)]
+                            with T.If(tvm.tirx.all(logits[(*row, e)] > values[at], *free)), T.Then():
+                                values[at] = logits[(*row, e)]
                                 ids[at] = e
                 return builder.get()
 
         outs = [tvm.tirx.decl_buffer(shape, dtype, "top") for dtype in ("float32", "int64")]
-        given = tvm.tirx.decl_buffer(x.shape, x.dtype, "given")
+        buffer = tvm.tirx.decl_buffer(x.shape, x.dtype, "given")
         return te.extern(
-            [shape, shape], [x], body, "top", dtype=["float32", "int64"], in_buffers=[given], out_buffers=outs
+            [shape, shape], [x], body, "top", dtype=["float32", "int64"], in_buffers=[buffer], out_buffers=outs
         )
 
     return compute
@@ -103,25 +103,25 @@ def full_attention(q: te.Tensor, k: te.Tensor, v: te.Tensor) -> te.Tensor:
             with T.parallel(0, tiles * heads * length) as row:
                 n, h, i = row // (heads * length), row // length % heads, row % length
                 scores = T.buffer_proxy(T.alloc_buffer((length,), "float32"))
-                found = T.buffer_proxy(T.alloc_buffer((2,), "float32"))  # the largest score, the sum of the weights
-                found[0] = tvm.tirx.min_value("float32")
-                found[1] = tvm.tirx.const(0.0, "float32")
+                running = T.buffer_proxy(T.alloc_buffer((2,), "float32"))  # the largest score, the sum of the weights
+                running[0] = tvm.tirx.min_value("float32")
+                running[1] = tvm.tirx.const(0.0, "float32")
                 with T.serial(0, length) as j:
                     scores[j] = tvm.tirx.const(0.0, "float32")
                 with T.serial(0, size) as d, T.serial(0, length) as j:
                     scores[j] = scores[j] + queries[n, h, i, d] * keys[n, h, d, j]
                 with T.serial(0, length) as j:
-                    found[0] = tvm.tirx.max(found[0], scores[j])
+                    running[0] = tvm.tirx.max(running[0], scores[j])
                 scale = tvm.tirx.const(int(size) ** -0.5, "float32")
                 with T.serial(0, length) as j:
-                    scores[j] = tvm.tirx.exp((scores[j] - found[0]) * scale)
-                    found[1] = found[1] + scores[j]
+                    scores[j] = tvm.tirx.exp((scores[j] - running[0]) * scale)
+                    running[1] = running[1] + scores[j]
                 with T.serial(0, size) as d:
                     out[n, h, i, d] = tvm.tirx.const(0.0, "float32")
                 with T.serial(0, length) as j, T.serial(0, size) as d:
-                    out[n, h, i, d] = out[n, h, i, d] + scores[j] / found[1] * values[n, h, j, d]
+                    out[n, h, i, d] = out[n, h, i, d] + scores[j] / running[1] * values[n, h, j, d]
             return builder.get()
 
-    given = [tvm.tirx.decl_buffer(tensor.shape, "float32", name) for name, tensor in kinds.items()]
+    buffers = [tvm.tirx.decl_buffer(tensor.shape, "float32", name) for name, tensor in kinds.items()]
     out = tvm.tirx.decl_buffer(q.shape, "float32", "out")
-    return te.extern([q.shape], [q, k, v], body, "attention", dtype="float32", in_buffers=given, out_buffers=[out])
+    return te.extern([q.shape], [q, k, v], body, "attention", dtype="float32", in_buffers=buffers, out_buffers=[out])

@@ -17,7 +17,7 @@ from arriero.traits import TRAITS
 def test_a_gpu_is_named_by_card_or_capability(text: str, capability: int) -> None:
     assert parse_gpu(text) == Gpu(capability)
     assert str(parse_gpu(text)) == f"sm_{capability}"
-    assert str(parse_gpu(text)) in parse_gpu(text).told
+    assert str(parse_gpu(text)) in parse_gpu(text).description
 
 
 @pytest.mark.parametrize("text", ["rtx-9999", "sm_88", "sm_1200", "SM_89", ""])
