@@ -103,7 +103,7 @@ def build_engine(
     timings: Path,
     step: Callable[[int, int], None],
 ) -> Any:
-    """The serialized engine of the graph at `path`, of the signature `described`. Raises ArrieroError with what is wrong."""
+    """The serialized engine of the graph at `path`, as `described`. Raises ArrieroError with what is wrong."""
     trt = api.module
     log.errors.clear()
     log.layers.clear()
