@@ -28,6 +28,7 @@ from arriero.export.build_file.read import load_build  # noqa: E402
 from arriero.export.build_file.schema import Target  # noqa: E402
 from arriero.export.pipeline.build import Build  # noqa: E402
 from arriero.export.pipeline.plan import make_plan, thresholds  # noqa: E402
+from arriero.export.pipeline.target_build import TargetBuild  # noqa: E402
 from arriero.models.evaluate import family_accuracy  # noqa: E402
 from arriero.runtimes.onnxruntime import OrtBackend  # noqa: E402
 from arriero.runtimes.processor.processor import Processor  # noqa: E402
@@ -53,21 +54,19 @@ def progress(step: str, done: int, total: int, unit: str) -> None:
     print(f"\r{step}: {done:,} of {total:,} {unit}".ljust(100), end="", file=sys.stderr, flush=True)
 
 
-def measure(build: Build, target: Target, graph: Path, calibrated: Path, samples: int) -> dict[str, Any]:
+def measure(build: Build, target: Target, samples: int) -> dict[str, Any]:
     """The target's parity, its KL against the RTN baseline's, and task accuracy on `samples` prompts of each family."""
-    profile, limits = (
-        build.decided(target, calibrated),
-        thresholds(build.config, target, build.profiles[target.profile]),
-    )
+    one = TargetBuild(build, target)
+    profile, limits = one.decided, thresholds(build.config, target, one.profile)
     spec = build.record.spec
     processor = Processor(build.config.model, spec)
 
     with tempfile.TemporaryDirectory(dir=build.config.output) as scratch:
         folders = Path(scratch) / "calibrated", Path(scratch) / "rtn"
-        forms = (profile, build.roundings(target, calibrated)), (profile.rtn_baseline(), None)
+        forms = (profile, one.roundings), (profile.rtn_baseline(), None)
         for folder, (form, roundings) in zip(folders, forms, strict=True):
             folder.mkdir()
-            build.lower_parts(target, build.parts, form, roundings, None, graph, folder)
+            one.lower_parts(target, build.parts, form, roundings, folder)
 
         def watch(done: int, total: int, *_: object) -> None:
             progress(target.name, done, total, "cases")
@@ -95,12 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     build.plan = make_plan(build.config)
     results = []
     with build.at_work():
-        graph = build.stage("graph", build.trace)
-        calibrated = build.stage("calibrate", build.calibrate, resumes=True)
         for target in build.config.targets:
             if options.targets and target.name not in options.targets:
                 continue
-            results.append(measure(build, target, graph, calibrated, options.samples))
+            results.append(measure(build, target, options.samples))
             print(json.dumps(results[-1], indent=1), flush=True)
     print(datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     return 1 if any(result["failed"] for result in results) else 0

@@ -42,6 +42,12 @@ def check_chain(manifest: Manifest) -> None:
 
 def check_proven(manifest: Manifest) -> None:
     """Refuse a bundle that was not proven against its reference: the machine that built it could not run it."""
+    if not manifest.proven and manifest.bundle.name.endswith(".partial"):
+        raise ArrieroError(
+            "the bundle is not proven: its build did not finish",
+            where=str(manifest.bundle),
+            remedy="Run `arriero build` again and take the bundle that it publishes",
+        )
     if not manifest.proven:
         raise ArrieroError(
             "the bundle is not proven: the machine that built it could not run it",

@@ -84,7 +84,7 @@ def test_a_calibrated_build_is_killed_goes_on_and_says_what_it_saw(build_file: P
     # Another picture under the same name is another set: it is calibrated anew, and only then built.
     Image.new("RGB", (60, 40), (20, 230, 60)).save(build_file.parent / "data" / "red.png")
     states = {stage["name"]: stage["done"] for stage in arriero("plan", build_file, "--json").json["stages"]}
-    undone = dict.fromkeys(("calibrate", "lower-small4", "parity-small4"), False)
+    undone = dict.fromkeys(("calibrate", "lower-small4", "rtn-small4", "parity-small4"), False)
     assert states == {"graph": True, "reference": True, **undone}
     again = arriero("calibrate", build_file, "--json").json
     assert again["calibration"]["sha256"] != seen.json["calibration"]["sha256"]

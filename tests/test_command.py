@@ -178,7 +178,7 @@ def test_the_text_half_of_a_multimodal_checkpoint(workshop, tmp_path, picture):
     built = arriero("build", build_file, "--json")
     assert built.code == 0, built.err
     bundle = tmp_path / "bundles" / "fp32"
-    assert built.json == {"bundles": [str(bundle)]}
+    assert built.json == {"bundles": [str(bundle)], "unproven": {}}
     assert not (bundle / "vision.onnx").exists()
     answer = arriero("run", bundle, PROMPT, "--json", "--max-tokens", "8").json
     whole = arriero("run", workshop / "bundles" / "fp32", PROMPT, "--json", "--max-tokens", "8").json

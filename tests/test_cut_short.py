@@ -40,8 +40,8 @@ def test_a_missing_part_of_arriero_itself_is_no_missing_package():
 def test_what_a_library_raises_when_it_is_interrupted_counts_as_stopped(raised):
     code = f"""
 import signal
-from arriero.export.cli.app import app as cli
 from arriero.export import __main__
+from arriero.export.cli import app as cli
 
 def interrupted():
     try:
@@ -78,7 +78,8 @@ def test_a_command_that_ignores_ctrl_c_goes_on():
     code = """
 import signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-from arriero.export import __main__, cli
+from arriero.export import __main__
+from arriero.export.cli import app as cli
 
 def interrupted():
     signal.raise_signal(signal.SIGINT)

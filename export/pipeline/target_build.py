@@ -118,6 +118,7 @@ class TargetBuild:
     @cached_property
     def lowered(self) -> Path:
         """The finished stage `lower-*`."""
+        _ = self.build.graph, self.build.calibrated, self.kernels  # finished first: no stage runs within another
         return self.stage("lower", self.lower, resumes=True, shared=True)
 
     @cached_property
@@ -125,6 +126,11 @@ class TargetBuild:
         """The object file of our kernels for the target's processor; None for a backend that brings its own."""
         arch = kernel_arch(self.target)
         return None if arch is None else self.build.kernels_for(arch)
+
+    @cached_property
+    def native_kernels(self) -> Path | None:
+        """The same for this machine's processor."""
+        return None if self.kernels is None else self.build.kernels_for(architecture())
 
     @cached_property
     def roundings(self) -> QuantizedWeights:
@@ -216,6 +222,7 @@ class TargetBuild:
         if self.device is not None and target_gpu(self.target) is not None:
             gone = {name: limit for name, limit in limits.items() if name != OVER_RTN}
             return ProofTerms(gone, unmeasured="the RTN baseline's engines run on the target's GPU alone")
+        _ = self.build.record, self.lowered, self.native_kernels
         return ProofTerms(limits, read_part(RtnKl, self.stage("rtn", self.measure_rtn)))
 
     def measure_rtn(self, folder: Path) -> None:
@@ -233,7 +240,7 @@ class TargetBuild:
             if kernel_arch(target) not in (None, architecture()):
                 # What rounding costs is the same on every processor, so a foreign target's is measured on this one.
                 parts, target = self.build.parts, target.model_copy(update={"cpu": NATIVE})
-                kernels = self.build.kernels_for(architecture())
+                kernels = self.native_kernels
             self.lower_parts(target, parts, self.decided.rtn_baseline(), None, rtn)
             self.compile(target, parts, kernels, rtn)
 

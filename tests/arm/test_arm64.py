@@ -153,10 +153,13 @@ def test_parity_on_the_device_completes_the_proof_and_the_build_takes_it(unprove
     shutil.copytree(unproven / "bundles" / "int4", bundle)
     before = (bundle / "manifest.json").read_bytes()
     apart = tmp_path / "proof"
-    command = emulate.emulated(Path(MACHINE), ["-m", "arriero.export", "parity", str(bundle), "--output", str(apart)])
+    command = emulate.emulated(
+        Path(MACHINE), ["-m", "arriero.export", "parity", str(bundle), "--output", str(apart), "--json"]
+    )
     done = subprocess.run(command, capture_output=True, text=True, cwd=MACHINE, check=False)
     assert done.returncode == 0, done.stderr
-    assert "KL over the RTN" in " ".join(done.stdout.split())
+    rows = {row["metric"]: row["status"] for row in json.loads(done.stdout)["rows"]}
+    assert (rows["kl_over_rtn"], rows["same_prompt"]) == ("pass", "pass")
     assert (bundle / "manifest.json").read_bytes() == before  # it was not written to
     assert {path.name for path in apart.iterdir()} == {"manifest.json", "parity.json", "parity.html"}
     for path in apart.iterdir():

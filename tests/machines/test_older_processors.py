@@ -69,7 +69,7 @@ def test_kernels_and_compiler_choose_the_level_of(name: str, tmp_path: Path, req
     env = machine(name, tmp_path)
     script = f"""
 from pathlib import Path
-from arriero.export.compile.call_kernels import Kernels
+from tests.call_kernels import Kernels
 from arriero.export.compile.cpus import native
 print(Kernels(Path({str(request.getfixturevalue("kernels"))!r})).level(), native())
 """

@@ -196,13 +196,13 @@ def test_the_command_builds_a_bundle_proves_it_and_asks_it(scout, tmp_path, monk
     from arriero.export.compile import tensorrt as compiler
     from arriero.export.compile import tensorrt_rtx as rtx_compiler
     from arriero.export.compile.nvidia import gpus, tensorrt_api
-    from arriero.export.pipeline import build as building
+    from arriero.export.pipeline import target_build
 
     here = gpus.Gpu(86)
     gpu = FakeCuda(arch=(8, 6))
     trt = FakeTensorRt("tensorrt_rtx_1", gpu, TorchBackend(scout).model)
     Building(trt)
-    for module in (building, gpus, tensorrt_api):
+    for module in (target_build, gpus, tensorrt_api):
         monkeypatch.setattr(module, "local_gpus", lambda: (here,))
     for module in (compiler, rtx_compiler):
         monkeypatch.setattr(module, "load", lambda name: tensorrt_api.Api(name, trt.module))
