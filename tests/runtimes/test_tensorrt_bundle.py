@@ -17,6 +17,7 @@ from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.pipeline.bundle import copy_tokenizer
 from arriero.export.proof.reference import TorchBackend
 from arriero.runtimes import tensorrt, tensorrt_rtx
+from arriero.runtimes.manifest import REPORTS
 from arriero.runtimes.nvidia import products
 from arriero.runtimes.processor.processor import Processor
 from arriero.runtimes.session import Session
@@ -49,7 +50,8 @@ def folder(scout: Path, reference: TorchBackend, tmp_path: Path) -> Path:
     copy_tokenizer(scout, folder / "tokenizer")
     for part in ("embed", "vision", "text"):
         write_engine(folder, part, signature(reference.model, part, 2, CONTEXT, fixed=True))
-    (folder / "parity.json").write_text("{}")
+    for report in REPORTS:
+        (folder / report).write_text("{}")
     return folder
 
 
@@ -166,7 +168,7 @@ def test_a_manifest_that_does_not_say_what_it_was_built_for(folder, reference, m
 def test_a_plugins_entry_of_another_shape_is_refused(folder, reference, machine):
     machine("tensorrt_11")
     manifest(folder, reference, "tensorrt_11", plugins=["expert_down"])
-    with pytest.raises(ArrieroError, match=r"manifest\.json:target: an entry has the wrong shape"):
+    with pytest.raises(ArrieroError, match=r"manifest\.json:target\.plugins: an entry has the wrong shape"):
         arriero.load(folder)
 
 
