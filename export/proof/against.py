@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from arriero.errors import ArrieroError
 from arriero.export.proof.check_answers import check_answers
 from arriero.export.proof.live_reference import LiveReference
 from arriero.export.proof.measure_bundle import Watch, measure_bundle
-from arriero.export.proof.prove import built_rows, open_record, other_terms
+from arriero.export.proof.prove import measure_other_cases, open_record, other_terms
 from arriero.export.proof.reference import open_reference
 from arriero.export.samples.cases import draw_cases, encoded_sizes
 from arriero.graphs.checkpoint import Checkpoint
@@ -120,26 +120,23 @@ def prove_against(
     Raises ArrieroError when the bundle was made from another checkpoint.
     """
     manifest = open_manifest(bundle)
-    check_origin(bundle, checkpoint)
+    check_origin([manifest], checkpoint)
     modalities = modalities_of(manifest)
     session = open_reference(checkpoint, "image" not in modalities)
     if other is not None:
-        cases, terms = draw_cases(other, modalities), other_terms(manifest)
-        check_answers(cases, terms.thresholds)
+        cases = draw_cases(other, modalities)
+        check_answers(cases, other_terms(manifest).thresholds)
         encoded_sizes(cases, session.processor, manifest.target.context - 1)  # room for one token of an answer
         answers = (
             read_json(bundle / "parity.json").answers if manifest.proven else open_record(manifest, folder).answers
         )
-        live = LiveReference(session, cases, answers)
-        report = measure_bundle(bundle, live, terms, label_set(other), watch)
-        return replace(report, rows=(*report.rows, *built_rows(manifest)))
+        return measure_other_cases(manifest, LiveReference(session, cases, answers), label_set(other), watch)
     record = open_record(manifest, folder)
     live = LiveReference(session, [record.case(number).case for number in range(len(record))], record.answers)
     checked = CheckedReference(live, record)
     if record.hash == manifest.record:
         return measure_bundle(bundle, checked, manifest.proof, record.labels(), watch)
-    report = measure_bundle(bundle, checked, other_terms(manifest), record.labels(), watch)
-    return replace(report, rows=(*report.rows, *built_rows(manifest)))
+    return measure_other_cases(manifest, checked, record.labels(), watch)
 
 
 def open_live(checkpoint: Path, cases: Cases, modalities: Sequence[str]) -> LiveReference:
@@ -157,13 +154,15 @@ def modalities_of(manifest: Manifest) -> tuple[str, ...]:
     return ("text",) if manifest.model.vision is None else ("text", "image")
 
 
-def check_origin(bundle: Path, checkpoint: Path) -> None:
-    """Refuse a bundle that was not made from this checkpoint."""
-    made_from = Manifest.read(bundle).chain.checkpoint
-    if made_from != Checkpoint.open(checkpoint).content_hash():
-        raise ArrieroError(
-            "the bundle was not made from this checkpoint",
-            where=str(checkpoint),
-            expected=f"a checkpoint with hash {made_from[:12]}...",
-            remedy="Give the checkpoint that the bundle was built from, or build a bundle from this one",
-        )
+def check_origin(manifests: Sequence[Manifest], checkpoint: Path) -> None:
+    """Refuse bundles that were not made from this checkpoint, which is hashed once for all of them."""
+    content = Checkpoint.open(checkpoint).content_hash()
+    for manifest in manifests:
+        made_from = manifest.chain.checkpoint
+        if made_from != content:
+            raise ArrieroError(
+                "the bundle was not made from this checkpoint",
+                where=str(checkpoint),
+                expected=f"a checkpoint with hash {made_from[:12]}...",
+                remedy="Give the checkpoint that the bundle was built from, or build a bundle from this one",
+            )

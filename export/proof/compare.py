@@ -62,12 +62,11 @@ def compare_bundles(
     bundles: Sequence[Path], checkpoint: Path, wanted: Cases, threads: int | None, watch: Watch
 ) -> list[Compared]:
     """Measure each bundle. Raises ArrieroError, before anything is measured, for one of another checkpoint."""
-    for bundle in bundles:
-        check_origin(bundle, checkpoint)
+    manifests = [Manifest.read(bundle) for bundle in bundles]
+    check_origin(manifests, checkpoint)
     reference = cache(partial(open_live, checkpoint, wanted))
     lines = []
-    for bundle in bundles:
-        manifest = Manifest.read(bundle)
+    for bundle, manifest in zip(bundles, manifests, strict=True):
         step = partial(watch, f"{manifest.name}: speed")
         speed = _tokens_per_second(bundle, threads, step)
         measured = measure_bundle(bundle, reference(modalities_of(manifest)), ProofTerms({}), label_set(wanted), watch)

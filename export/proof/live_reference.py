@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from arriero.export.proof.reference_answer import forced_ids, generate_answer
 from arriero.export.proof.write_record import SEED
 from arriero.runtimes.backend import ModelSpec
-from arriero.runtimes.processor.processor import Prompt
-from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS, ReferenceCase
+from arriero.runtimes.proof.cases import ReferenceCase
 from arriero.runtimes.proof.logits import WholeLogits
 from arriero.runtimes.proof.parity import top_tokens
 from arriero.runtimes.proof.parity_case import ParityCase
@@ -55,15 +55,14 @@ class LiveReference:
         with recorder.router_margins() as noted:
             output = session.logits(fed, pixels, captures=True)
         logits = output.logits[0]
-        closing = [max(spec.eos_token_ids, key=lambda token: float(logits[-1, token]))] if len(answer) else []
         placeholders = 0 if spec.image_token_id is None else int(np.sum(fed == spec.image_token_id))
         seed = SEED, label("seeded features", number)
         embeds = backend.embed(fed[None], seeded_features(*seed, placeholders, spec.hidden_size))
-        said = self._answer(prompt)
+        ids, text = ([], "") if self.answers == "forced" else generate_answer(session, prompt)
         return ReferenceCase(
             case=case,
             prompt_tokens=len(prompt.input_ids),
-            forced_ids=np.append(fed, closing).astype(np.int64),
+            forced_ids=forced_ids(fed, answer, logits[-1], spec).astype(np.int64),
             top_tokens=top_tokens(logits, spec.image_token_id),
             logits=WholeLogits(logits),
             embeddings=WholeArray(embeds),
@@ -71,15 +70,8 @@ class LiveReference:
             pixels=None if pixels is None else WholeArray(pixels),
             features=None if pixels is None else WholeArray(backend.vision(pixels)),
             hiddens={layer: WholeArray(hidden) for layer, hidden in output.hiddens.items()},
-            expert_ids={layer: ids[0] for layer, ids in output.expert_ids.items()},
+            expert_ids={layer: chosen[0] for layer, chosen in output.expert_ids.items()},
             margins={layer: np.concatenate(pieces) for layer, pieces in noted.items()},
-            generated_ids=said[0],
-            generated_text=said[1],
+            generated_ids=ids,
+            generated_text=text,
         )
-
-    def _answer(self, prompt: Prompt) -> tuple[Sequence[int], str]:
-        if self.answers == "forced":
-            return (), ""
-        room = self.session.context - len(prompt.input_ids)
-        said = self.session.generate(prompt, max_tokens=max(1, min(MAX_ANSWER_TOKENS, room)))
-        return said.token_ids, said.text

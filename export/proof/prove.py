@@ -5,6 +5,7 @@ Nothing here needs PyTorch, the checkpoint, or more than the runtime's own packa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from arriero.errors import ArrieroError
 from arriero.export.proof.measure_bundle import Watch, measure_bundle
 from arriero.runtimes.integrity import open_manifest
 from arriero.runtimes.manifest import RECORD_FOLDER, Manifest, ProofTerms
+from arriero.runtimes.proof.cases import Reference
 from arriero.runtimes.proof.complete import complete_proof
 from arriero.runtimes.proof.record import ReferenceRecord
 from arriero.runtimes.proof.report import ParityReport, read_json
-from arriero.runtimes.proof.rows import Row
 from arriero.runtimes.proof.rtn_baseline import recorded_rows
 from arriero.thresholds import OVER_RTN
 
@@ -30,8 +31,7 @@ def prove_bundle(bundle: Path, folder: Path | None, watch: Watch, output: Path |
     manifest = open_manifest(bundle)
     record = open_record(manifest, folder)
     if record.hash != manifest.record:
-        report = measure_bundle(bundle, record, other_terms(manifest), record.labels(), watch)
-        return replace(report, rows=(*report.rows, *built_rows(manifest)))
+        return measure_other_cases(manifest, record, record.labels(), watch)
     if manifest.proven and output is not None:
         remedy = "Leave out --output; --html, --junit and --json write what was measured"
         raise ArrieroError("the bundle is proven already", where=str(bundle), remedy=remedy)
@@ -46,9 +46,16 @@ def other_terms(manifest: Manifest) -> ProofTerms:
     return ProofTerms({name: limit for name, limit in manifest.proof.thresholds.items() if name != OVER_RTN})
 
 
-def built_rows(manifest: Manifest) -> tuple[Row, ...]:
-    """The rows of the build's report that stand on its own cases; none of a bundle that is not proven yet."""
-    return recorded_rows(read_json(manifest.bundle / "parity.json")) if manifest.proven else ()
+def measure_other_cases(
+    manifest: Manifest, reference: Reference, labels: Mapping[str, str], watch: Watch
+) -> ParityReport:
+    """Measure a bundle on other cases than its build's, with the rows of the build's report that stand on its own.
+
+    A bundle that is not proven yet has no such rows.
+    """
+    report = measure_bundle(manifest.bundle, reference, other_terms(manifest), labels, watch)
+    built = recorded_rows(read_json(manifest.bundle / "parity.json")) if manifest.proven else ()
+    return replace(report, rows=(*report.rows, *built))
 
 
 def open_record(manifest: Manifest, folder: Path | None) -> ReferenceRecord:

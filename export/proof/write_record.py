@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from arriero.export.proof.reference_answer import forced_ids, generate_answer
 from arriero.export.proof.walk_layers import ROUTER, Walk
 from arriero.profiles.moments import check_finite
 from arriero.runtimes.manifest import file_sha256
-from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS
 from arriero.runtimes.proof.logits import DRAWN, HEAD, WHOLE_VOCABULARY, keep_logits
 from arriero.runtimes.proof.parity import top_tokens
-from arriero.runtimes.proof.parity_case import ParityCase
+from arriero.runtimes.proof.parity_case import ParityCase, map_pictures
 from arriero.runtimes.proof.record import FILE, FORMAT, SAMPLED, label, layer_name
 from arriero.runtimes.proof.sketch import BUCKETS, SketchedArray, seeded_features
 from arriero.runtimes.session import Session
@@ -154,20 +154,13 @@ class _Writer:
             for name, file in files.items():
                 file[rows] = logits if whole else getattr(kept, name)
             tops[rows] = top_tokens(logits, self.session.spec.image_token_id)
-            forced.append(self._forced(number, logits[-1]))
+            forced.append(forced_ids(self.walk.ids(number), self.walk.answers[number], logits[-1], self.session.spec))
             self.watch(f"{STEP}: logits", number + 1, len(self.cases), "cases")
         for file in files.values():
             file.flush()
         self._save("logits.sketch", sketches)
         self._save("forced_ids", np.concatenate(forced).astype(np.int32))
         self._save("top_tokens", tops)
-
-    def _forced(self, number: int, last: NDArray) -> NDArray:
-        """The fed ids and, after an answer, the closing token that the reference holds likeliest there."""
-        closing = self.session.spec.eos_token_ids
-        if not len(self.walk.answers[number]) or not closing:
-            return self.walk.ids(number)
-        return np.append(self.walk.ids(number), max(closing, key=lambda token: float(last[token])))
 
     def _describe(self) -> None:
         """Pictures, generated answers, and `record.json` over all of it."""
@@ -181,7 +174,7 @@ class _Writer:
                 {
                     "name": case.name,
                     "family": case.family,
-                    "prompt": self._prompt(case.prompt),
+                    "prompt": map_pictures(case.prompt, self._picture),
                     "images": [self._picture(image) for image in case.images],
                     "answer": case.answer,
                     "scorer": case.scorer,
@@ -214,21 +207,8 @@ class _Writer:
         if self.origin.answers == "forced":
             return {}
         case = self.cases[number]
-        prompt = self.session.encode(case.prompt, list(case.images))
-        room = self.session.context - len(prompt.input_ids)
-        said = self.session.generate(prompt, max_tokens=max(1, min(MAX_ANSWER_TOKENS, room)))
-        return {"generated_ids": list(map(int, said.token_ids)), "generated_text": said.text}
-
-    def _prompt(self, prompt: Any) -> Any:
-        """The prompt as JSON, each picture by its name in the record."""
-        if isinstance(prompt, str):
-            return prompt
-        return [{**message, "content": self._content(message["content"])} for message in prompt]
-
-    def _content(self, content: Any) -> Any:
-        if isinstance(content, str):
-            return content
-        return [{**entry, "path": self._picture(entry["path"])} if "path" in entry else entry for entry in content]
+        ids, text = generate_answer(self.session, self.session.encode(case.prompt, list(case.images)))
+        return {"generated_ids": ids, "generated_text": text}
 
     def _picture(self, picture: Any) -> str:
         """Store a picture or video and give its name: a user's own file as it is, an array as lossless PNG."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,3 +23,16 @@ class ParityCase:
     def is_right(self, said: str) -> bool | None:
         """Whether `said` is the right answer; None for a case without a scorer."""
         return score(self.scorer, self.answer, said) if self.scorer else None
+
+
+def map_pictures(prompt: Any, picture: Callable[[Any], str]) -> Any:
+    """The `prompt` of a case with `picture(path)` in the place of every picture's or video's path in its messages."""
+
+    def content(parts: Any) -> Any:
+        if isinstance(parts, str):
+            return parts
+        return [{**part, "path": picture(part["path"])} if "path" in part else part for part in parts]
+
+    if isinstance(prompt, str):
+        return prompt
+    return [{**message, "content": content(message["content"])} for message in prompt]

@@ -28,7 +28,7 @@ from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.manifest import file_sha256
 from arriero.runtimes.proof.cases import ReferenceCase
 from arriero.runtimes.proof.logits import SampledLogits, WholeLogits
-from arriero.runtimes.proof.parity_case import ParityCase
+from arriero.runtimes.proof.parity_case import ParityCase, map_pictures
 from arriero.runtimes.proof.sketch import SketchedArray
 from arriero.thresholds import AnswerMode
 
@@ -137,16 +137,9 @@ class ReferenceRecord:
         )
 
     def _parity_case(self, entry: Mapping[str, Any]) -> ParityCase:
-        prompt = entry["prompt"]
-        if not isinstance(prompt, str):
-            prompt = [{**message, "content": self._content(message["content"])} for message in prompt]
+        prompt = map_pictures(entry["prompt"], self._picture)
         images = tuple(self._picture(name) for name in entry["images"])
         return ParityCase(entry["name"], entry["family"], prompt, images, entry["answer"], entry["scorer"])
-
-    def _content(self, content: Any) -> Any:
-        if isinstance(content, str):
-            return content
-        return [{**part, "path": self._picture(part["path"])} if "path" in part else part for part in content]
 
     def _picture(self, name: str) -> str:
         if name not in self.data["files"]:  # whose names were checked, so that no path leads out of the record
