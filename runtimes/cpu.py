@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
 import re
@@ -10,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from arriero.errors import MachineLacks
+from arriero.runtimes.cgroup import cpu_quota
 
 # Bits of AT_HWCAP and AT_HWCAP2 on aarch64 (Linux: arch/arm64/include/uapi/asm/hwcap.h). The kernel's word counts
 # there, not /proc/cpuinfo: an emulator answers the first for the processor it emulates, the second for its host.
@@ -43,10 +45,15 @@ def cpu_features() -> frozenset[str]:
     return frozenset(flags.group(1).split()) if flags else frozenset()
 
 
-def usable_cores() -> int:
-    """The cores that this process may run on."""
+def usable_cores(root: Path = Path("/")) -> int:
+    """The cores that this process may keep busy: those it may run on, or fewer where a control group limits its time.
+
+    A part of a core counts as one. `root` is where proc and sys are looked up.
+    """
     # the affinity mask, not the machine: inside a container they differ
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota(root)
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
 def check_features(needed: Iterable[str], where: str) -> None:

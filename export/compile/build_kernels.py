@@ -5,7 +5,6 @@ The levels share no inline function and no flags, so that a CPU without a level 
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from arriero.errors import ArrieroError, MachineLacks
+from arriero.runtimes.cpu import usable_cores
 
 SOURCES = Path(__file__).parent / "kernels"
 # What each level may use; select.cc asks the CPU for the same, and takes the first that it has.
@@ -60,7 +60,7 @@ def build_kernels(architecture: str, out: Path) -> None:
                 extra = [*LEVELS[architecture][name], f"-DARRIERO_LEVEL={name}", str(SOURCES / "level.cc")]
             _run([compiler, *FLAGS, *extra, "-c", "-o", str(objects[name])])
 
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(usable_cores()) as pool:
             list(pool.map(compile_one, objects))
         joined = Path(scratch) / "joined.o"
         _run([compiler, "-r", "-nostdlib", "-o", str(joined), *map(str, objects.values())])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import threading
 from pathlib import Path
 
 from arriero.errors import ArrieroError, MachineLacks
+from arriero.runtimes.cgroup import cgroup_folders, read_text
 
 UNITS = {"B": 1} | {
     f"{prefix}{infix}B": base**power
@@ -131,7 +131,7 @@ class PeakMemory:
 
 
 def _meminfo(root: Path, key: str) -> int | None:
-    match = re.search(rf"^{key}:\s+(\d+) kB$", _text(root / "proc/meminfo"), re.M)
+    match = re.search(rf"^{key}:\s+(\d+) kB$", read_text(root / "proc/meminfo"), re.M)
     return int(match.group(1)) * 1024 if match else None
 
 
@@ -139,8 +139,8 @@ def _cgroup_headroom(root: Path) -> list[int]:
     """Limit minus usage per level; file pages that the kernel would drop first do not count as used."""
     headroom = []
     for limit, folder in _cgroup_limits(root):
-        usage = _text(folder / "memory.current") or _text(folder / "memory.usage_in_bytes") or "0"
-        droppable = re.search(r"^(?:total_)?inactive_file (\d+)$", _text(folder / "memory.stat"), re.M)
+        usage = read_text(folder / "memory.current") or read_text(folder / "memory.usage_in_bytes") or "0"
+        droppable = re.search(r"^(?:total_)?inactive_file (\d+)$", read_text(folder / "memory.stat"), re.M)
         headroom.append(max(0, limit - int(usage) + (int(droppable.group(1)) if droppable else 0)))
     return headroom
 
@@ -148,33 +148,10 @@ def _cgroup_headroom(root: Path) -> list[int]:
 def _cgroup_limits(root: Path) -> list[tuple[int, Path]]:
     """Each memory limit that holds for this process, with the cgroup folder that sets it."""
     limits = []
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        mount = root / "sys/fs/cgroup"
-        if controllers:
-            if "memory" not in controllers.split(","):
-                continue
-            mount = mount / "memory"
-        folder = mount / path.lstrip("/")
-        # Inside a container the path is often the host's and not visible; the mount's root is then this group itself.
-        for level in (folder, *folder.parents):
-            for file in ("memory.max", "memory.limit_in_bytes"):
-                text = _text(level / file).strip()
-                # v1 says "no limit" with a number near 2^63.
-                if text.isdigit() and int(text) < 1 << 60:
-                    limits.append((int(text), level))
-            if level == mount:
-                break
+    for folder in cgroup_folders(root, "memory"):
+        for file in ("memory.max", "memory.limit_in_bytes"):
+            text = read_text(folder / file).strip()
+            # v1 says "no limit" with a number near 2^63.
+            if text.isdigit() and int(text) < 1 << 60:
+                limits.append((int(text), folder))
     return limits
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
-
-
-def cpu_count() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

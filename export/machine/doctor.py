@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.compile.build_kernels import LEVELS, find_compiler
-from arriero.export.machine.budget import available_memory, cpu_count, free_disk, human_bytes, total_memory
+from arriero.export.machine.budget import available_memory, free_disk, human_bytes, total_memory
 from arriero.export.machine.checks import Check, status
 from arriero.export.machine.gpu_checks import gpu_checks
-from arriero.runtimes.cpu import architecture, cpu_features
+from arriero.runtimes.cgroup import read_text
+from arriero.runtimes.cpu import architecture, cpu_features, usable_cores
 from arriero.runtimes.load_onnxruntime import load_onnxruntime
 from arriero.runtimes.tvm import load_runtime
 from arriero.traits import BUILD, RUN, SHARED_PACKAGES, TRAITS, Package
@@ -113,12 +114,12 @@ def _python() -> Check:
 
 
 def _hardware() -> tuple[Check, Check]:
-    model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.M)
+    model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", read_text(Path("/proc/cpuinfo")), re.M)
     name = model.group(1) if model else platform.processor() or platform.machine()
     have = cpu_features()
     family = "arm" if architecture() == "aarch64" else "x86"
     features = [feature for feature in VECTOR_SETS[family] if feature in have]
-    cores = Check("cpu", "ok", f"{name}, {cpu_count()} cores, {platform.machine()}", ())
+    cores = Check("cpu", "ok", f"{name}, {usable_cores()} cores, {platform.machine()}", ())
     least = VECTOR_SETS[family][-1]
     ok = least in have or not have
     remedy = None if ok else f"Without {least} quantised models run, but slowly: use a newer processor"
@@ -196,10 +197,3 @@ def _numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: 2.13.0+cpu -> (2, 13, 0)."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in match.group().split(".")) if match else ()
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
