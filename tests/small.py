@@ -22,10 +22,10 @@ CONTEXT = 1024
 IMAGE_SIZE = {"height": TILE, "width": TILE}
 
 
-def small_scout(folder: Path, seed: int = 5, vision: bool = True) -> Path:
-    """Scout's shape, multimodal, or `llama4_text` when not `vision`."""
+def small_scout(folder: Path, seed: int = 5, vision: bool = True, **changes: Any) -> Path:
+    """Scout's shape, multimodal, or `llama4_text` when not `vision`; `changes` override keys of the text config."""
     tokens = _copy_skeleton(folder, vision)
-    make_scout_toy(folder, seed, vision, **_sizes(tokens))
+    make_scout_toy(folder, seed, vision, **_sizes(tokens), **changes)
     if vision:
         config = json.loads((folder / "config.json").read_text())
         config |= {key: tokens[key] for key in ("image_token_index", "boi_token_index", "eoi_token_index")}

@@ -199,6 +199,25 @@ def test_maverick_s_shape(tmp_path):
     assert arriero("run", tmp_path / "bundles" / "fp32", PROMPT, "--max-tokens", "4").code == 0
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "tvm"])
+def test_a_model_without_experts_is_proven_and_published(tmp_path, backend):
+    """Llama Guard 4's shape: dense layers alone. What the profile asks of routers does not apply, and is not judged."""
+    if backend == "tvm":
+        pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'")
+    small_scout(tmp_path / "guard", moe_layers=[])
+    profiles = ("int8",) if backend == "onnxruntime" else ("int4",)
+    build_file = write_build(tmp_path / "build.yaml", Path("guard"), profiles=profiles, samples=6, backend=backend)
+    built = arriero("build", build_file)
+    assert built.code == 0, built.err
+    for name in profiles:
+        rows = {row["metric"]: row for row in parity_rows(tmp_path / "bundles" / name)}
+        row = rows["router_agreement"]
+        assert (row["value"], row["threshold"], row["status"]) == (None, None, "info")
+        assert row["detail"] == "does not apply: the model has no MoE layers"
+        assert rows["task_accuracy_drop"]["status"] == "pass"
+        assert arriero("run", tmp_path / "bundles" / name, PROMPT, "--max-tokens", "4").code == 0
+
+
 def parity_rows(bundle: Path) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = arriero("parity", bundle, "--json").json["rows"]
     return rows

@@ -22,16 +22,19 @@ from arriero.thresholds import ALWAYS, FORCED, PER_FAMILY, AnswerMode
 class Value:
     """A row before it is judged: value (None: not measured), what stands beside it, its standard error.
 
-    `pairs` are what a drop of accuracy is judged by.
+    `pairs` are what a drop of accuracy is judged by. What `applies` to no model of this shape is not judged.
     """
 
     value: float | None
     detail: str
     error: float = 0.0
     pairs: Pairs | None = None
+    applies: bool = True
 
     def row(self, metric: str, threshold: float | None) -> Row:
         """The judged row."""
+        if not self.applies:
+            return Row(metric, None, None, "info", f"does not apply: {self.detail}")
         if self.pairs is not None:
             return judge_drop(metric, self.pairs, threshold, self.detail)
         return judge(metric, self.value, threshold, self.detail, self.error)
@@ -133,9 +136,11 @@ class Tally:
         }
 
     def _parts(self) -> dict[str, Value]:
-        seen = self.vision.count > 0
+        unseen = Value(None, "no image cases")
+        if self.spec.image_token_id is None:
+            unseen = Value(None, "the model reads no images", applies=False)
         return {
-            "vision_relative_l2": _part(self.vision) if seen else Value(None, "no image cases"),
+            "vision_relative_l2": _part(self.vision) if self.vision.count > 0 else unseen,
             "embeddings_relative_l2": _part(self.embeddings),
         }
 
@@ -145,7 +150,8 @@ class Tally:
         agreed = sum(self.routers.values(), Agreement())
         shares = {layer: share for layer, one in self.routers.items() if (share := one.fraction) is not None}
         if not moe or missing:
-            why = Value(None, f"no expert ids for layers {missing}" if missing else "the model has no MoE layers")
+            dense = Value(None, "the model has no MoE layers", applies=False)
+            why = Value(None, f"no expert ids for layers {missing}") if missing else dense
             routers = {"router_agreement": why, "router_agreement_lowest": why}
         else:
             lowest = min(shares, key=lambda layer: shares[layer], default=None)
