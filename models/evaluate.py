@@ -21,7 +21,7 @@ from arriero.graphs.model import MoE
 from arriero.profiles.data import FAMILIES, Sample, make
 from arriero.runtimes.api import load
 from arriero.runtimes.processor.processor import Processor
-from arriero.runtimes.proof.metrics import accuracy_error
+from arriero.runtimes.proof.metrics import accuracy_interval
 from arriero.runtimes.proof.scorers import accuracy
 from arriero.runtimes.session import Session
 
@@ -94,7 +94,7 @@ def main() -> None:
     accuracies = family_accuracy(session, arguments.samples, arguments.seed)
     count = arguments.samples
     figures["accuracy"] = {
-        family: f"{value:.3f} ± {accuracy_error(round(value * count), count):.3f}"
+        family: "{:.3f} ({:.3f} to {:.3f})".format(value, *accuracy_interval(round(value * count), count))
         for family, value in accuracies.items()
     }
     print(json.dumps(figures, indent=1))

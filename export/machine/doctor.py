@@ -17,8 +17,7 @@ from arriero.export.compile.build_kernels import LEVELS, find_compiler
 from arriero.export.machine.budget import available_memory, free_disk, human_bytes, total_memory
 from arriero.export.machine.checks import Check, status
 from arriero.export.machine.gpu_checks import gpu_checks
-from arriero.runtimes.cgroup import read_text
-from arriero.runtimes.cpu import architecture, cpu_features, usable_cores
+from arriero.runtimes.cpu import MACHINE_CLASSES, architecture, cpu_features, processor_name, usable_cores
 from arriero.runtimes.load_onnxruntime import load_onnxruntime
 from arriero.runtimes.tvm import load_runtime
 from arriero.traits import BUILD, RUN, SHARED_PACKAGES, TRAITS, Package
@@ -28,12 +27,6 @@ if TYPE_CHECKING:
 
 LEAST_MEMORY, LEAST_DISK = 2 << 30, 1 << 30
 PYTHON = (3, 11)
-
-# Instruction sets that the CPU kernels of quantised products choose between, best first, per architecture.
-VECTOR_SETS = {
-    "x86": ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2"),
-    "arm": ("i8mm", "asimddp", "asimd"),
-}
 
 
 @dataclass(frozen=True)
@@ -114,16 +107,13 @@ def _python() -> Check:
 
 
 def _hardware() -> tuple[Check, Check]:
-    model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", read_text(Path("/proc/cpuinfo")), re.M)
-    name = model.group(1) if model else platform.processor() or platform.machine()
     have = cpu_features()
-    family = "arm" if architecture() == "aarch64" else "x86"
-    features = [feature for feature in VECTOR_SETS[family] if feature in have]
-    cores = Check("cpu", "ok", f"{name}, {usable_cores()} cores, {platform.machine()}", ())
-    least = VECTOR_SETS[family][-1]
+    cores = Check("cpu", "ok", f"{processor_name()}, {usable_cores()} cores, {platform.machine()}", ())
+    sets = list(MACHINE_CLASSES.get(architecture(), {}).values())
+    least = sets[-1] if sets else ""
     ok = least in have or not have
     remedy = None if ok else f"Without {least} quantised models run, but slowly: use a newer processor"
-    listed = ", ".join(features) if have else "not known on this system"
+    listed = ", ".join(feature for feature in sets if feature in have) if have else "not known on this system"
     return cores, Check("cpu features", status(ok), listed or "none", (), remedy)
 
 

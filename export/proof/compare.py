@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from arriero.errors import ArrieroError
 from arriero.export.machine.budget import human_bytes
 from arriero.export.proof.against import check_origin, label_set, modalities_of, open_live
-from arriero.export.proof.measure_bundle import measure_bundle
+from arriero.export.proof.measure_bundle import circumstances, measure_bundle
 from arriero.graphs.stored.safetensors_writer import ITEM_BYTES
 from arriero.runtimes.api import load
 from arriero.runtimes.manifest import RECORD_FOLDER, Manifest, ProofTerms, StoredWeight
 from arriero.runtimes.proof import pages, plots
-from arriero.runtimes.proof.metrics import accuracy_error
+from arriero.runtimes.proof.metrics import accuracy_interval
 from arriero.runtimes.proof.report import ParityReport, read_json
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Compared:
 
     bundle: str
     name: str
+    backend: str
     profile: str
     bytes: int
     text_bytes: int
@@ -54,7 +55,7 @@ class Compared:
     router_agreement: float | None
     accuracy_reference: float | None
     accuracy: float | None
-    accuracy_error: float | None
+    accuracy_interval: tuple[float, float] | None
     cases: int
 
 
@@ -98,7 +99,8 @@ NOTES = (
     "Bits: per weight of the decoder layers' matrices, scales counted. KV cache: its type, and what one token takes in "
     "all layers together. Tokens/s: decoding one sequence, the best of three runs.",
     "Of RTN: mean KL over that of the profile's own form without calibration, as the build measured it.",
-    "Top token and Router: the share that agrees with the reference, its near ties apart. ± is one standard error.",
+    "Top token and Router: the share that agrees with the reference, its near ties apart.",
+    "Accuracy: with Wilson's interval at 95 % confidence.",
 )
 HEADS = (
     "Bundle",
@@ -124,8 +126,9 @@ def cells(line: Compared) -> tuple[str, ...]:
         return "–" if value is None else f"{100 * value:.2f} %"
 
     accuracy = "–"
-    if line.accuracy is not None and line.accuracy_error is not None:
-        accuracy = f"{100 * line.accuracy:.1f} ± {100 * line.accuracy_error:.1f} %"
+    if line.accuracy is not None and line.accuracy_interval is not None:
+        low, high = (100 * edge for edge in line.accuracy_interval)
+        accuracy = f"{100 * line.accuracy:.1f} % ({low:.1f} to {high:.1f})"
     return (
         line.name,
         line.profile,
@@ -144,7 +147,11 @@ def cells(line: Compared) -> tuple[str, ...]:
 
 
 def write_page(lines: Sequence[Compared], labels: Mapping[str, str], path: Path) -> None:
-    """Write the comparison as a self-contained HTML page with a plot of quality against size."""
+    """Write the comparison as a self-contained HTML page with a plot of quality against size.
+
+    What was measured, when and where stands in its header, beside `labels`.
+    """
+    labels = {**circumstances({line.backend for line in lines}), **labels}
     points = {line.name: (line.bytes / 2**20, line.logits_kl_mean) for line in lines if line.logits_kl_mean is not None}
     plot = plots.size_and_error(points)
     pages.write_page(
@@ -189,6 +196,7 @@ def _line(bundle: Path, manifest: Manifest, measured: ParityReport, speed: float
     return Compared(
         bundle=str(bundle),
         name=manifest.name,
+        backend=manifest.target.backend,
         profile=manifest.target.profile,
         bytes=sum(file.bytes for name, file in manifest.files.items() if not name.startswith(f"{RECORD_FOLDER}/")),
         text_bytes=decoder_bytes(manifest.weights),
@@ -202,7 +210,7 @@ def _line(bundle: Path, manifest: Manifest, measured: ParityReport, speed: float
         router_agreement=values["router_agreement"],
         accuracy_reference=values["task_accuracy_reference"],
         accuracy=values["task_accuracy_candidate"],
-        accuracy_error=accuracy_error(right, count) if count else None,
+        accuracy_interval=accuracy_interval(right, count) if count else None,
         cases=len(measured.cases),
     )
 

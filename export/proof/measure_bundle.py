@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
+from arriero.export.machine.doctor import installed_versions
 from arriero.export.proof.emulate import EmulatedBackend
 from arriero.runtimes.api import open_session
+from arriero.runtimes.cpu import describe_processor
 from arriero.runtimes.integrity import open_manifest
 from arriero.runtimes.machine_fit import is_foreign
 from arriero.runtimes.manifest import Manifest, ProofTerms
@@ -20,6 +23,10 @@ from arriero.runtimes.proof.report import ParityReport
 from arriero.runtimes.proof.rows import judge
 from arriero.runtimes.session import Session
 from arriero.thresholds import OVER_RTN
+from arriero.traits import TRAITS
+from arriero.version import __version__
+
+NAMED = 8  # experts that a report's header names; the rest it counts, and its heat map shows them
 
 Watch = Callable[[str, int, int, str], None]
 
@@ -40,10 +47,30 @@ def measure_bundle(
             rtn_kl=rtn,
         )
     own = {"bundle": target.name, "profile": target.profile, "backend": target.backend, "KV cache": target.kv_cache}
-    if manifest.rounded.fallback:
-        own["experts rounded without calibration"] = "; ".join(map(str, manifest.rounded.fallback))
+    own |= circumstances({target.backend}, target.arch if is_foreign(manifest) else None)
+    thin, calibrated = manifest.rounded.fallback, manifest.calibrated.coverage
+    if thin:
+        named = ", ".join(map(str, thin[:NAMED])) + f" and {len(thin) - NAMED:,} more" * (len(thin) > NAMED)
+        own["experts rounded without calibration"] = named
     unmeasured = () if terms.unmeasured is None else (judge(OVER_RTN, None, None, terms.unmeasured),)
-    return replace(report, rows=(*report.rows, *unmeasured), labels={**own, **labels})
+    return replace(
+        report,
+        rows=(*report.rows, *unmeasured),
+        labels={**own, **labels},
+        coverage={int(layer): counts for layer, counts in calibrated.items()},
+        fallback=thin,
+    )
+
+
+def circumstances(backends: Collection[str], emulated: str | None = None) -> dict[str, str]:
+    """When and where a report was measured, and with which versions; `emulated` is an architecture under emulation."""
+    packages = [package for name in sorted(backends) for package in TRAITS[name].packages]
+    versions = {"arriero": __version__, **installed_versions(packages)}
+    return {
+        "measured": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": f"{emulated} under emulation on {describe_processor()}" if emulated else describe_processor(),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
 
 
 @contextmanager

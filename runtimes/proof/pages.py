@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arriero.runtimes.proof import plots
+from arriero.runtimes.proof.heat_map import coverage_map
 from arriero.runtimes.proof.report import CaseResult, ParityReport, write_text
 from arriero.runtimes.proof.rows import Row
+from arriero.runtimes.proof.svg import Plot
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -68,6 +70,7 @@ def render_html(report: ParityReport) -> str:
         shown=show,
         limit=lambda row: _limit(row).removeprefix(", "),
         number=_number,
+        layer_limits={row.metric: _limit(row).removeprefix(", ") for row in report.rows},
         plots=[plot for plot in _plots(report) if plot],
     )
     return _clean(page)
@@ -80,10 +83,10 @@ def write_page(
     heads: Sequence[str],
     rows: Sequence[Sequence[str]],
     notes: Sequence[str],
-    plots: Sequence[plots.Plot],
+    pictures: Sequence[Plot],
 ) -> None:
-    """Write one HTML page of the same kind with one table, `notes` under it and `plots`."""
-    values = {"title": title, "labels": labels, "heads": heads, "rows": rows, "notes": notes, "plots": plots}
+    """Write one HTML page of the same kind with one table, `notes` under it and `pictures`."""
+    values = {"title": title, "labels": labels, "heads": heads, "rows": rows, "notes": notes, "plots": pictures}
     write_text(path, _clean(_template("page.html.jinja").render(values)))
 
 
@@ -158,7 +161,7 @@ def _badness(case: CaseResult) -> tuple[bool, float]:
     return case.candidate_right is not case.reference_right, math.inf if math.isnan(error) else error
 
 
-def _plots(report: ParityReport) -> list[plots.Plot | None]:
+def _plots(report: ParityReport) -> list[Plot | None]:
     limits = {row.metric: row.threshold for row in report.rows}
     kinds = {layer.layer: f"{layer.attention}, {layer.ffn}" for layer in report.layers}
     return [
@@ -178,6 +181,7 @@ def _plots(report: ParityReport) -> list[plots.Plot | None]:
         plots.family_bars(
             {score.family: (score.reference_right, score.candidate_right, score.count) for score in report.families}
         ),
+        coverage_map(report.coverage, {(expert.layer, expert.expert) for expert in report.fallback}),
     ]
 
 

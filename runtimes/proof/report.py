@@ -13,15 +13,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from arriero.errors import ArrieroError
+from arriero.runtimes.manifest import Fallback
 from arriero.runtimes.proof.paired import Pairs
 from arriero.runtimes.proof.rows import Row
 from arriero.thresholds import AnswerMode
-
-if TYPE_CHECKING:
-    pass
 
 FORMAT = 2
 _AGAIN = "Run `arriero parity` again"
@@ -88,7 +86,10 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """All rows, the per-layer series, the families and the cases. `labels` are the caller's (bundle, profile, ...)."""
+    """All rows, the per-layer series, the families and the cases. `labels` are the caller's (bundle, profile, ...).
+
+    `coverage`: calibration tokens of each expert by MoE layer; `fallback`: the experts that too few of them reached.
+    """
 
     rows: tuple[Row, ...]
     layers: tuple[LayerSeries, ...]
@@ -97,6 +98,8 @@ class ParityReport:
     near_tie: float
     answers: AnswerMode  # how both sides answered: `generated` or `forced`
     labels: dict[str, str] = field(default_factory=dict)
+    coverage: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    fallback: tuple[Fallback, ...] = ()
 
     @property
     def failed(self) -> tuple[Row, ...]:
@@ -123,6 +126,9 @@ class ParityReport:
                 near_tie=float(data["near_tie"]),
                 answers=data["answers"],
                 labels=dict(data["labels"]),
+                # reports from before they said so do not
+                coverage={int(layer): tuple(counts) for layer, counts in data.get("coverage", {}).items()},
+                fallback=tuple(Fallback(**entry) for entry in data.get("fallback", ())),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArrieroError(f"the parity report is damaged ({error})", where=where, remedy=_AGAIN) from error

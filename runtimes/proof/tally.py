@@ -239,8 +239,8 @@ def _accuracy_values(score: FamilyScore, names: Sequence[str]) -> dict[str, Valu
     reference, candidate, drop = (f"{name}.{score.family}" if score.family else name for name in names)
     values = {}
     for name, right in ((reference, score.reference_right), (candidate, score.candidate_right)):
-        error = metrics.accuracy_error(right, score.count)
-        detail = f"{right} of {score.count} right, standard error {100 * error:.1f} points"
+        low, high = metrics.accuracy_interval(right, score.count)
+        detail = f"{right} of {score.count} right; {100 * low:.1f} to {100 * high:.1f} % at 95 % confidence"
         values[name] = Value(right / score.count, detail)
     values[drop] = Value(
         score.pairs.drop,

@@ -5,27 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Collection
 
 from arriero.export.proof.emulate import EMULATOR, VARIABLE
-from arriero.runtimes.cpu import architecture, cpu_features, usable_cores
-
-# The best first: the class, and the feature in Linux's words that makes it one.
-CLASSES = {
-    "x86_64": {
-        "AMX": "amx_int8",
-        "AVX-512 VNNI": "avx512_vnni",
-        "AVX2 with VNNI": "avx_vnni",
-        "AVX-512 without VNNI": "avx512f",
-        "AVX2": "avx2",
-    },
-    "aarch64": {"ARM i8mm": "i8mm", "ARM dotprod": "asimddp", "ARM NEON": "asimd"},
-}
-
-
-def machine_class(arch: str, features: Collection[str]) -> str:
-    """The best class of `arch` whose feature is among `features`; the architecture's name where none is."""
-    return next((name for name, feature in CLASSES.get(arch, {}).items() if feature in features), arch)
+from arriero.runtimes.cpu import architecture, cpu_features, machine_class, usable_cores
 
 
 def describe_machine() -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from arriero.runtimes.cpu import machine_class
 from tests.machines.hidden import environment
-from tests.machines.machine_class import machine_class
 from tests.test_layers import HEAVY
 
 ROOT = Path(__file__).parents[2]

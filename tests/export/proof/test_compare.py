@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from arriero.export.proof.compare import Compared, decoder_bits, show, to_json, write_page
+from arriero.runtimes.cpu import describe_processor
 from arriero.runtimes.manifest import StoredWeight
 from arriero.runtimes.proof.plots import size_and_error
 
@@ -16,7 +17,8 @@ LAYER = "language_model.model.layers.0"
 
 def line(name: str, size: int, kl: float) -> Compared:
     return Compared(
-        name, name, "int4", size, size // 2, 4.5, "int8", 512, 31.4, kl, 0.4, 0.99, 0.98, 0.5, 0.48, 0.05, 100
+        *(name, name, "onnxruntime", "int4", size, size // 2, 4.5, "int8", 512, 31.4),
+        *(kl, 0.4, 0.99, 0.98, 0.5, 0.48, (0.385, 0.577), 100),
     )
 
 
@@ -48,7 +50,17 @@ def test_the_page_stands_alone_and_shows_every_bundle(tmp_path: Path) -> None:
     lines = [line("small", 5 << 20, 0.02), line("large <&>", 30 << 20, 1e-13)]
     write_page(lines, {"checkpoint": "c"}, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    for wanted in ("small", "large &lt;&amp;&gt;", "<svg", "48.0 ± 5.0 %", "40.00 %", "int8, 512 B"):
+    assert describe_processor() in page
+    for wanted in (
+        "small",
+        "large &lt;&amp;&gt;",
+        "<svg",
+        "48.0 % (38.5 to 57.7)",
+        "Below 1e-06 and drawn there: large",
+        "onnxruntime 1.",
+        "40.00 %",
+        "int8, 512 B",
+    ):
         assert wanted in page
     for banned in ("<script", "http://", "https://", "{%"):
         assert banned not in page

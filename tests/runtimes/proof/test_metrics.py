@@ -131,10 +131,19 @@ def test_common_prefix(reference, candidate, share):
     assert metrics.common_prefix(reference, candidate) == share
 
 
-def test_accuracy_error():
-    assert metrics.accuracy_error(75, 100) == pytest.approx(math.sqrt(0.75 * 0.25 / 100))
-    assert metrics.accuracy_error(5, 5) == 0.0
-    assert math.isnan(metrics.accuracy_error(0, 0))
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [
+        # R. G. Newcombe, Statistics in Medicine 17, 1998, 857-872, table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (29, 29, 0.8830, 1.0),
+    ],
+)
+def test_intervals_of_an_accuracy_stay_honest_at_its_ends(right, count, low, high):
+    assert metrics.accuracy_interval(right, count) == pytest.approx((low, high), abs=5e-5)
 
 
 @pytest.mark.parametrize(

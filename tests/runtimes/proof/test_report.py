@@ -16,7 +16,9 @@ import pytest
 from rich.console import Console
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.proof import plots
+from arriero.runtimes.manifest import Fallback
+from arriero.runtimes.proof import plots, svg
+from arriero.runtimes.proof.heat_map import coverage_map
 from arriero.runtimes.proof.pages import render_html, render_table, show, write_html, write_junit
 from arriero.runtimes.proof.report import CaseResult, FamilyScore, LayerSeries, ParityReport, read_json, write_json
 from arriero.runtimes.proof.rows import judge
@@ -73,7 +75,10 @@ def make_report(layers: int = 8) -> ParityReport:
     )
     families = (FamilyScore("recall", 48, 47, 46, 1, 0), FamilyScore("video direction of motion", 40, 40, 40, 0, 0))
     return ParityReport(
-        rows, series, families, cases, 1e-3, "generated", {"bundle": "portable-int8", "profile": "int8 (version 1)"}
+        *(rows, series, families, cases, 1e-3, "generated"),
+        {"bundle": "portable-int8", "profile": "int8 (version 1)", "measured": "2026-11-26 04:00 UTC"},
+        coverage={n: tuple(7 * expert**2 for expert in range(16)) for n in range(1, layers, 2)},
+        fallback=(Fallback(1, 0, 0, "nearest"), Fallback(3, 1, 7, "nearest")),
     )
 
 
@@ -169,11 +174,12 @@ def test_the_page_tells_what_failed_and_escapes_what_a_model_wrote():
     assert "&lt;script&gt;alert" in page
     assert page.index("Router agreement, lowest layer") < page.index("Values not finite"), "failures come first"
     assert "portable-int8" in page
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
 
 
 def test_the_page_of_a_passing_report_without_layers_families_or_labels():
-    report = replace(make_report(), rows=(judge("nonfinite_values", 0.0, 0.0, ""),), layers=(), families=(), labels={})
+    bare = {"layers": (), "families": (), "labels": {}, "coverage": {}}
+    report = replace(make_report(), rows=(judge("nonfinite_values", 0.0, 0.0, ""),), **bare)
     page = render_html(report)
     assert "all 1 judged rows passed" in page
     assert "<svg" not in page
@@ -236,29 +242,87 @@ def test_every_metric_says_what_it_is():
 )
 @pytest.mark.parametrize("limit", [None, 0.0, 1e-3])
 def test_error_bars_stay_inside_the_picture(errors, limit):
-    svg = ET.fromstring(plots.error_bars(errors, dict.fromkeys(errors, "chunked, moe"), limit).svg)
-    bottom = plots.TOP + plots.DEEP
-    for bar in svg.iter("rect"):
+    drawn = ET.fromstring(plots.error_bars(errors, dict.fromkeys(errors, "chunked, moe"), limit).svg)
+    bottom = svg.TOP + svg.DEEP
+    for bar in drawn.iter("rect"):
         top, height = float(bar.get("y")), float(bar.get("height"))
-        assert plots.TOP - 0.1 <= top <= top + height <= bottom + 0.1
-        assert 0 <= float(bar.get("x")) <= float(bar.get("x")) + float(bar.get("width")) <= plots.WIDTH
-    for line in svg.iter("line"):
-        assert plots.TOP - 0.1 <= float(line.get("y1")) <= bottom + 0.1
+        assert svg.TOP - 0.1 <= top <= top + height <= bottom + 0.1
+        assert 0 <= float(bar.get("x")) <= float(bar.get("x")) + float(bar.get("width")) <= svg.WIDTH
+    for line in drawn.iter("line"):
+        assert svg.TOP - 0.1 <= float(line.get("y1")) <= bottom + 0.1
     broken = [value for value in errors.values() if not math.isfinite(value)]
-    assert sum(bar.get("class") == "bad" for bar in svg.iter("rect")) == len(broken)
+    assert sum(bar.get("class") == "bad" for bar in drawn.iter("rect")) == len(broken)
 
 
 @pytest.mark.parametrize("shares", [{0: 1.0}, {1: 0.0, 3: 1.0}, {0: math.nan}, {n: 1 - n / 1e4 for n in range(48)}])
 @pytest.mark.parametrize("limit", [None, 0.99, 1.0])
 def test_agreement_dots_stay_inside_the_picture(shares, limit):
-    svg = ET.fromstring(plots.agreement_bars(shares, {}, limit).svg)
-    dots = list(svg.iter("circle"))
+    drawn = ET.fromstring(plots.agreement_bars(shares, {}, limit).svg)
+    dots = list(drawn.iter("circle"))
     assert len(dots) == len(shares)
     for dot in dots:
-        assert plots.TOP <= float(dot.get("cy")) <= plots.TOP + plots.DEEP + 0.1
+        assert svg.TOP <= float(dot.get("cy")) <= svg.TOP + svg.DEEP + 0.1
 
 
 def test_no_data_gives_no_plot():
     assert plots.error_bars({}, {}, None) is None
     assert plots.agreement_bars({}, {}, 0.9) is None
     assert plots.family_bars({}) is None
+    assert coverage_map({}, ()) is None
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(4, 16), (24, 128), (48, 16)])
+def test_every_expert_is_a_cell_of_the_heat_map(layers, experts):
+    counts = {layer: [expert * 40 for expert in range(experts)] for layer in range(layers)}
+    thin = {(layer, expert) for layer in range(layers) for expert in range(2)}
+    plot = coverage_map(counts, thin)
+    cells = list(ET.fromstring(plot.svg).iter("rect"))
+    assert len(cells) == layers * experts
+    assert sum(cell.get("class") == "bad" for cell in cells) == len(thin)
+    assert ("bad", f"too few: {len(thin)} of {layers * experts:,} rounded without") in plot.legend
+    assert cells[3].find("title").text == "layer 0, expert 3: 120 tokens"
+    for cell in cells:
+        assert 0 < float(cell.get("x")) <= float(cell.get("x")) + float(cell.get("width")) <= svg.WIDTH
+        assert float(cell.get("height")) > 0
+
+
+def test_both_axes_of_every_plot_have_titles():
+    series = make_report().layers
+    drawn = (
+        plots.error_bars(dict.fromkeys(range(4), 0.001), {}, None),
+        plots.agreement_bars({layer.layer: 0.9 for layer in series}, {}, None),
+        plots.family_bars({"recall": (47, 46, 48)}),
+        plots.size_and_error({"one": (9.0, 0.02)}),
+        coverage_map({0: [1, 2]}, ()),
+    )
+    for plot in drawn:
+        texts = list(ET.fromstring(plot.svg).iter("text"))
+        assert sum("rotate" in text.get("transform", "") for text in texts) == 1, plot.title
+        lowest = max(texts, key=lambda text: float(text.get("y")))
+        assert lowest.text.strip("0123456789.,%e- ") != "", plot.title
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.0, 33.0, [0, 10, 20, 30, 40]),
+        (0.0, 9.6, [0, 2, 4, 6, 8, 10]),
+        (0.9712, 1.0, [0.97, 0.98, 0.99, 1.0]),
+        (0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.0, 61000.0, [0, 20000, 40000, 60000, 80000]),
+        (5.0, 5.0, None),
+    ],
+)
+def test_ticks_are_round_and_cover_the_axis(low, high, ticks):
+    drawn = svg.round_ticks(low, high)
+    assert drawn[0] <= low + 1e-9
+    assert drawn[-1] >= high - 1e-9
+    assert ticks is None or drawn == pytest.approx(ticks)
+
+
+def test_intervals_are_drawn_at_a_hundred_percent_too():
+    plot = plots.family_bars({"recall": (20, 20, 20)})
+    lines = [line for line in ET.fromstring(plot.svg).iter("line") if line.get("class") == "error"]
+    widths = [float(line.get("x2")) - float(line.get("x1")) for line in lines[::3]]
+    assert min(widths) > 30  # 83.9 to 100 %
+    assert "Wilson" in plot.caption
