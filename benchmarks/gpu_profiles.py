@@ -27,8 +27,9 @@ if str(ROOT) not in sys.path:
 from arriero.export.build_file.read import load_build  # noqa: E402
 from arriero.export.build_file.schema import Target  # noqa: E402
 from arriero.export.pipeline.build import Build  # noqa: E402
-from arriero.export.pipeline.plan import make_plan, thresholds  # noqa: E402
+from arriero.export.pipeline.plan import make_plan  # noqa: E402
 from arriero.export.pipeline.target_build import TargetBuild  # noqa: E402
+from arriero.export.pipeline.target_thresholds import thresholds  # noqa: E402
 from arriero.models.evaluate import family_accuracy  # noqa: E402
 from arriero.runtimes.onnxruntime import OrtBackend  # noqa: E402
 from arriero.runtimes.processor.processor import Processor  # noqa: E402

@@ -12,7 +12,7 @@ from arriero.export.machine.budget import human_bytes
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from arriero.export.pipeline.plan import Plan
+    from arriero.export.pipeline.planned import Plan
 
 
 def show_plan(plan: Plan, console: Console) -> None:

@@ -21,16 +21,12 @@ from arriero.export.build_file.schema import BuildConfig
 from arriero.export.compile.nvidia.tensorrt_api import load
 from arriero.export.machine.doctor import installed_versions
 from arriero.export.pipeline.parts import read_part, write_part
-from arriero.export.pipeline.plan import (
-    calibrating,
-    make_plan,
-    rounding_folder,
-    stage_inputs,
-    thresholds,
-)
+from arriero.export.pipeline.plan import make_plan
 from arriero.export.pipeline.record_plan import answer_mode
+from arriero.export.pipeline.stage_keys import calibrating, rounding_folder, stage_inputs
 from arriero.export.pipeline.stages import Stage, WorkDir, key_of, read_record
 from arriero.export.pipeline.target_build import Published, TargetBuild
+from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.proof.check_answers import check_answers
 from arriero.export.samples.cases import describe_set, draw_cases, encoded_sizes
 from arriero.graphs.checkpoint import Checkpoint

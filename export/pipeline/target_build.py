@@ -23,10 +23,12 @@ from arriero.export.compile.cpus import NATIVE
 from arriero.export.compile.nvidia.engine_shapes import Limits
 from arriero.export.compile.nvidia.gpus import local_gpus
 from arriero.export.pipeline.bundle import Parts, assemble, copy_tokenizer, is_current, write_manifest
+from arriero.export.pipeline.estimate_needs import cache_bytes
 from arriero.export.pipeline.parts import read_part, write_part
 from arriero.export.pipeline.place_record import is_placed, place_record
-from arriero.export.pipeline.plan import cache_bytes, rounding_folder, thresholds
+from arriero.export.pipeline.stage_keys import rounding_folder
 from arriero.export.pipeline.stages import Stage, key_of, read_record
+from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.proof.emulate import can_emulate
 from arriero.profiles.kv_cache import CacheScales, cache_scales
 from arriero.profiles.quantized_weights import QuantizedWeights

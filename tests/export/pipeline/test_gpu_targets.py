@@ -20,7 +20,8 @@ from arriero.export.machine import doctor
 from arriero.export.machine.budget import human_bytes
 from arriero.export.pipeline import build as building
 from arriero.export.pipeline import target_build
-from arriero.export.pipeline.plan import make_plan, stage_inputs
+from arriero.export.pipeline.plan import make_plan
+from arriero.export.pipeline.stage_keys import stage_inputs
 from arriero.profiles.recipe import load_profile, shipped
 from arriero.runtimes.integrity import open_manifest
 from tests.command import arriero

@@ -15,8 +15,12 @@ from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.export.build_file.read import load_build
 from arriero.export.build_file.schema import BuildConfig
 from arriero.export.cli.show_plan import show_plan
-from arriero.export.pipeline.plan import GRAPH_DISK, Plan, kv_bytes, make_plan, stage_inputs, thresholds
+from arriero.export.pipeline.estimate_needs import GRAPH_DISK, kv_bytes
+from arriero.export.pipeline.plan import make_plan
+from arriero.export.pipeline.planned import Plan
+from arriero.export.pipeline.stage_keys import stage_inputs
 from arriero.export.pipeline.stages import Stage, WorkDir, key_of
+from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.profiles.recipe import load_profile, shipped
@@ -351,7 +355,7 @@ def test_keys_do_not_depend_on_the_process(folder):
     build = load(folder)
     code = (
         "import sys, hashlib; from arriero.export.build_file.read import load_build;"
-        "from arriero.export.pipeline.plan import stage_inputs; from arriero.profiles.recipe import load_profile;"
+        "from arriero.export.pipeline.stage_keys import stage_inputs; from arriero.profiles.recipe import load_profile;"
         "b = load_build(sys.argv[1]); p = {t.profile: load_profile(t.profile) for t in b.targets};"
         "print(hashlib.sha256(repr(stage_inputs(b, 'x', p)).encode()).hexdigest())"
     )

@@ -9,8 +9,8 @@ import pytest
 
 from arriero.export.build_file.read import load_build
 from arriero.export.pipeline import sources
-from arriero.export.pipeline.plan import stage_inputs
 from arriero.export.pipeline.sources import PACKAGE, closure, source_hash
+from arriero.export.pipeline.stage_keys import stage_inputs
 from arriero.export.pipeline.stages import key_of
 from arriero.profiles.recipe import load_profile
 from tests.command import write_build

@@ -1,0 +1,179 @@
+"""What a build takes of memory and disk, stage by stage, and what its bundles hold; from headers and shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from arriero.export.build_file.device import device_of
+from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Samples, Target
+from arriero.export.calibration import estimate
+from arriero.export.pipeline.planned import PlannedTarget
+from arriero.export.pipeline.record_plan import record_bytes, record_memory, walk_bytes
+from arriero.export.samples.cases import draw_cases, encoded_sizes
+from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.config import ModelConfig, TextConfig
+from arriero.graphs.names import EMBEDDING, TEXT_PREFIX
+from arriero.graphs.sources.weight_source import WeightSource
+from arriero.profiles.kv_cache import ITEM_BYTES
+from arriero.profiles.recipe import Profile, check_shapes
+from arriero.profiles.schemes import Chosen, Exact, Half
+from arriero.traits import TRAITS
+
+CONTEXTS = {"8k": 1 << 13, "128k": 1 << 17, "1M": 1 << 20, "10M": 10 << 20}
+CACHE_BYTES = {**ITEM_BYTES, "float16": 2, "bfloat16": 2}  # of a number in a cache of keys and values
+
+# The estimates' constants, rounded up from runs on small models.
+TOOLS_MEMORY = 1 << 30  # Python with torch, onnx and ONNX Runtime loaded, and the graphs while they are traced
+KERNELS_MEMORY = 5 * (512 << 20)  # a compiler for each instruction set and one more, at the same time
+KERNELS_DISK = 8 << 20
+ENGINE_MEMORY, ENGINE_COPIES = 1 << 30, 3  # a builder, and the weights: mapped, in its network, serialized
+ENGINE_DISK = 64 << 20  # the code in three engines
+GRAPH_DISK = 64 << 20  # traced and lowered graphs without weights, tokenizer, reports
+LARGEST_PIECE = 256 << 20  # a matrix is rounded in pieces of rows; an expert is rounded whole
+PIECE_COPIES = 4  # the piece in float32, over its scales, rounded, and packed
+
+Need = tuple[int, int]  # of a stage: peak memory and disk, in bytes
+
+
+def estimate_needs(
+    names: Iterable[str],
+    config: ModelConfig,
+    seen: ModelConfig,
+    used: Sequence[WeightSource],
+    targets: Sequence[PlannedTarget],
+    calibrates: Sequence[Profile],
+    sizes: Sequence[estimate.Size],
+    case_sizes: Sequence[estimate.Size],
+) -> dict[str, Need]:
+    """Peak memory and disk of each of the stages `names`; `seen` is the model as far as the modalities need it."""
+    second = any(profile.rounds_by_gptq for profile in calibrates)
+    walked = record_bytes(seen, case_sizes) + walk_bytes(seen.text, case_sizes)
+    calibrated = estimate.walk_disk(config, sizes) + estimate.roundings_disk(calibrates, used)
+    needs = {
+        "graph": (TOOLS_MEMORY, 0),
+        "calibrate": (estimate.calibration_memory(config, used, sizes, second), calibrated),
+        "reference": (record_memory(seen, used, case_sizes), walked),
+    }
+    needs |= {name: (KERNELS_MEMORY, KERNELS_DISK) for name in names if name.startswith("kernels-")}
+    for target in targets:
+        lowering = (_lower_memory(used), target.weights_bytes)
+        if target.on_gpu:  # an engine beside the weights that it is made of
+            engine = ENGINE_MEMORY + ENGINE_COPIES * target.weights_bytes
+            lowering = (max(lowering[0], engine), 2 * target.weights_bytes + ENGINE_DISK)
+        needs[f"lower-{target.name}"] = lowering
+        needs[f"parity-{target.name}"] = (_parity_memory(target), GRAPH_DISK)
+        # the baseline's weights lie beside the bundle's own while it is measured
+        needs[f"rtn-{target.name}"] = (max(lowering[0], _parity_memory(target)), target.weights_bytes + GRAPH_DISK)
+    return needs
+
+
+def kv_bytes(text: TextConfig, tokens: int, item_bytes: int) -> int:
+    """Bytes of the KV cache of one sequence of `tokens`; a chunked layer never holds more than its chunk."""
+    slots = sum(min(tokens, text.chunk) if layer.chunked else tokens for layer in text.layers)
+    return 2 * text.kv_heads * text.head_dim * item_bytes * slots
+
+
+def sample_sizes(
+    build: BuildConfig, config: ModelConfig, state: Mapping[str, bool]
+) -> tuple[list[estimate.Size], list[estimate.Size]]:
+    """Tokens and image tiles of each calibration sample and of each parity case; upper bounds for the embedded sets.
+
+    Sets from files are encoded as long as their stage is to be done, so that a sample which the model cannot read is
+    found now. Raises Problems with all of those.
+    """
+    contexts = [target.context for target in build.targets if not state[f"parity-{target.name}"]]
+    rooms: list[tuple[Samples, int | None]] = [  # the most tokens, None once nothing is left to encode for
+        (build.calibration, None if state["calibrate"] else config.text.max_positions),
+        (build.parity.cases, min(contexts) - 1 if contexts else None),  # room for one token of an answer
+    ]
+    sizes = [[estimate.embedded_size(config.vision)] * (samples.samples or 0) for samples, _ in rooms]
+    todo = [n for n, (samples, most) in enumerate(rooms) if samples.set != EMBEDDED and most is not None]
+    if todo:
+        # Imported here: an unchanged build never gets this far, and torch takes a second to import.
+        from arriero.export.build_file.model_spec import model_spec
+        from arriero.runtimes.processor.processor import Processor
+
+        processor = Processor(build.model, model_spec(config))
+        for number in todo:
+            samples, most = rooms[number]
+            assert most is not None
+            sizes[number] = encoded_sizes(draw_cases(samples, build.modalities), processor, most)
+    return sizes[0], sizes[1]
+
+
+def is_used(info: WeightSource, build: BuildConfig, checkpoint: Checkpoint) -> bool:
+    """Whether a tensor goes into the bundles of this build."""
+    if "image" in build.modalities or checkpoint.text_only:
+        return True
+    return info.name.startswith(TEXT_PREFIX)
+
+
+def plan_target(
+    target: Target,
+    profile: Profile,
+    checkpoint: Checkpoint,
+    used: Iterable[WeightSource],
+    config: ModelConfig,
+    state: Mapping[str, bool],
+) -> PlannedTarget:
+    """The bundle of one target: bytes of its weights by scheme and of its cache; `used` are the tensors in it."""
+    check_shapes(profile, {name: info.shape for name, info in checkpoint.tensors.items()})
+    schemes = profile.assign(checkpoint.tensors)
+    sizes: dict[str, int] = {}
+    for info in used:
+        scheme = schemes[info.name]
+        label, size = scheme.dtype, 0 if isinstance(scheme, Chosen) else scheme.stored_bytes(info.shape)
+        if isinstance(scheme, Chosen):
+            assert profile.choose is not None
+            size = int(profile.choose.budget * 2 * math.prod(info.shape))
+        elif info.name == EMBEDDING and isinstance(scheme, Exact):
+            # The table is looked up, not multiplied, so it keeps its own dtype; a tied head is a second copy in f32.
+            sizes["f32"] = sizes.get("f32", 0) + (size if config.text.tied_embeddings else 0)
+            label, size = info.dtype.lower(), info.nbytes
+        elif TRAITS[target.backend].keeps_stored_dtype and len(info.shape) > 1:
+            label, size = info.dtype.lower(), info.nbytes
+        sizes[label] = sizes.get(label, 0) + size
+    return PlannedTarget(
+        name=target.name,
+        backend=target.backend,
+        device=device_of(target),
+        profile=profile.name,
+        context=target.context,
+        batch=target.batch,
+        kv_cache=cache_type(target, profile),
+        weights={label: size for label, size in sizes.items() if size},
+        weights_bytes=sum(sizes.values()),
+        kv_bytes=target.batch * kv_bytes(config.text, target.context, cache_bytes(target, profile)),
+        done=state[f"lower-{target.name}"] and state[f"parity-{target.name}"],
+    )
+
+
+def cache_type(target: Target, profile: Profile) -> str:
+    """The type of the target's keys and values: as it asks, on GPUs as the profile computes."""
+    formats = [rule.scheme.format for rule in profile.rules if isinstance(rule.scheme, Half)]
+    return formats[0] if TRAITS[target.backend].compiles_for == "gpu" and formats else target.kv_cache
+
+
+def cache_bytes(target: Target, profile: Profile) -> int:
+    """Bytes of one number in the target's cache of keys and values."""
+    return CACHE_BYTES[cache_type(target, profile)]
+
+
+def _lower_memory(used: Iterable[WeightSource]) -> int:
+    """Estimate lowering: one piece of a matrix is rounded after another."""
+    matrices = [4 * math.prod(info.shape[-2:]) for info in used]
+    experts = [4 * math.prod(info.shape[-2:]) for info in used if len(info.shape) > 2]
+    return TOOLS_MEMORY + PIECE_COPIES * max([min(max(matrices, default=0), LARGEST_PIECE), *experts])
+
+
+def _parity_memory(target: PlannedTarget) -> int:
+    """Estimate parity: the bundle's weights (kernels repack them, so a memory map does not help) and its cache."""
+    return TOOLS_MEMORY + target.weights_bytes + target.kv_bytes
+
+
+def price_context(text: TextConfig, label: str, tokens: int) -> dict[str, Any]:
+    """What a context of so many tokens costs: bytes of one sequence's cache, in each type of cache."""
+    prices = {dtype: kv_bytes(text, tokens, size) for dtype, size in ITEM_BYTES.items()}
+    return {"context": label, "tokens": tokens, **prices, "within_model": tokens <= text.max_positions}

@@ -1,0 +1,123 @@
+"""What a plan says: the stages, the bundles to be, and whether they fit what the build file and the machine give."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from arriero.export.compile import MemoryBudget
+from arriero.export.machine.budget import check_budget
+from arriero.traits import TRAITS
+
+SCRATCH_SHARE = 8  # of a GPU's budget beside the cache, one in this many bytes is left to compute in at least
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage of the build; `key` is None while the checkpoint has not been hashed yet.
+
+    `memory` and `disk` are estimates, in bytes, of what it takes to do it, done or not.
+    """
+
+    name: str
+    key: str | None
+    done: bool
+    memory: int
+    disk: int
+
+
+@dataclass(frozen=True)
+class PlannedTarget:
+    """A bundle to be: bytes of its weights by scheme, and of the KV cache at its full context and batch.
+
+    `device` is what it is compiled for: an architecture of processors or of GPUs, "any" for a backend that compiles
+    for none.
+    """
+
+    name: str
+    backend: str
+    device: str
+    profile: str
+    context: int
+    batch: int
+    kv_cache: str
+    weights: dict[str, int]
+    weights_bytes: int
+    kv_bytes: int
+    done: bool
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is compiled for a GPU."""
+        return TRAITS[self.backend].compiles_for == "gpu"
+
+    @property
+    def bytes(self) -> int:
+        """Weights and cache together: what a device holds, beside scratch space."""
+        return self.weights_bytes + self.kv_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `arriero plan` says. Sizes in bytes; memory and disk are estimates of what is still to be done."""
+
+    model: dict[str, Any]
+    reference: dict[str, Any]  # how answers are made, where the record goes, and its bytes at most
+    stages: tuple[PlannedStage, ...]
+    targets: tuple[PlannedTarget, ...]
+    context_prices: tuple[dict[str, Any], ...]
+    memory_available: int | None
+    memory_budget: int | None
+    disk_available: int
+    disk_budget: int | None
+    gpu_budget: int | None
+    warnings: tuple[str, ...]
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        return all(stage.done for stage in self.stages)
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes of memory that the hungriest stage still to be done takes."""
+        return max((stage.memory for stage in self.stages if not stage.done), default=0)
+
+    @property
+    def gpu_memory(self) -> int:
+        """Bytes of weights and cache of the largest target for a GPU; scratch space comes on top."""
+        return max((target.bytes for target in self.targets if target.on_gpu), default=0)
+
+    @property
+    def disk(self) -> int:
+        """Bytes of disk that all stages still to be done take together."""
+        return sum(stage.disk for stage in self.stages if not stage.done)
+
+    def only(self, *names: str) -> Plan:
+        """The plan of these stages alone."""
+        return replace(self, stages=tuple(stage for stage in self.stages if stage.name in names))
+
+    def check_budgets(self, file: str) -> None:
+        """Refuse a plan that needs more memory or disk than the build file `file` or the machine gives it."""
+        where, room = f"{file}: budgets.", self.memory_available
+        check_budget("memory", self.peak_memory, budget=self.memory_budget, available=room, where=f"{where}host_memory")
+        room = self.disk_available
+        check_budget("disk space", self.disk, budget=self.disk_budget, available=room, where=f"{where}disk")
+        for target in self.targets:
+            if target.on_gpu and not target.done:
+                budget = self.gpu_budget  # weights that it has no room for stay with the host
+                check_budget("GPU memory", target.kv_bytes, budget=budget, available=None, where=f"{where}gpu_memory")
+
+    def gpu_share(self, name: str) -> MemoryBudget | None:
+        """What the GPU's budget leaves the engines of target `name` beside its cache; None without a budget."""
+        if self.gpu_budget is None:
+            return None
+        target = next(target for target in self.targets if target.name == name)
+        left = self.gpu_budget - target.kv_bytes
+        least = left // SCRATCH_SHARE
+        fits = left - target.weights_bytes >= least
+        return MemoryBudget(left - target.weights_bytes) if fits else MemoryBudget(least, left - least)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the plan as JSON values."""
+        return {**asdict(self), "peak_memory": self.peak_memory, "disk": self.disk, "done": self.done}
