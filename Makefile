@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 
 # The main job: build and prove the example bundles, then ask one of them a question in text and one about an image.
 demo: $(READY)
@@ -23,6 +23,10 @@ check: $(READY)
 	types=$$(mktemp -d) && ln -s $(CURDIR) $$types/arriero && cd $$types && \
 		$(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache \
 		$(foreach part,export graphs models profiles runtimes,-p arriero.$(part)) -m arriero.traits -m arriero.thresholds -m arriero.errors
+
+# The pages of docs/ as a site in build/docs; a link between them that leads nowhere fails.
+docs: $(READY)
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

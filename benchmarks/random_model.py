@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -53,14 +55,17 @@ CONFIG = {
 SPREAD = 0.02
 
 
-def write_model(folder: Path, seed: int) -> None:
-    """Write the checkpoint into the new `folder`, one file per layer and one for the rest."""
+def write_model(folder: Path, seed: int, changes: Mapping[str, Any] | None = None) -> None:
+    """Write the checkpoint into the new `folder`, one file per layer and one for the rest.
+
+    `changes` are to `CONFIG`.
+    """
     folder.mkdir(parents=True)
     for name in TOKENIZER:
         if (CHASQUI / name).exists():
             shutil.copy(CHASQUI / name, folder)
     ids = json.loads((CHASQUI / "config.json").read_text())["text_config"]
-    config = CONFIG | {key: ids[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = CONFIG | dict(changes or {}) | {key: ids[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     draw, files, where = torch.Generator().manual_seed(seed), {}, {}
     for name, shape in expected_tensors(ModelConfig.from_dict(config, "config.json")).items():

@@ -132,7 +132,7 @@ def plan_target(
             # The table is looked up, not multiplied, so it keeps its own dtype; a tied head is a second copy in f32.
             sizes["f32"] = sizes.get("f32", 0) + (size if config.text.tied_embeddings else 0)
             label, size = info.dtype.lower(), info.nbytes
-        elif TRAITS[target.backend].keeps_stored_dtype and len(info.shape) > 1:
+        elif TRAITS[target.backend].keeps_stored_dtype and isinstance(scheme, Exact) and len(info.shape) > 1:
             label, size = info.dtype.lower(), info.nbytes
         sizes[label] = sizes.get(label, 0) + size
     return PlannedTarget(

@@ -1,0 +1,125 @@
+"""Every figure of `arriero plan` beside what the build then measures, on random checkpoints of several shapes.
+
+    python benchmarks/plan_accuracy.py FOLDER [--shapes many-experts wide ..]
+
+Each shape is written, planned, built with four targets in a process of its own, and deleted. A line per figure:
+planned, measured, and planned over measured. Memory is the peak that the process holds beside mapped files (RssAnon).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from random_model import write_model
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "many-experts": {
+        "num_hidden_layers": 4,
+        "hidden_size": 512,
+        "num_local_experts": 64,
+        "intermediate_size": 128,
+        "intermediate_size_mlp": 1024,
+    },
+    "wide": {"num_hidden_layers": 2, "hidden_size": 2048, "num_local_experts": 2, "intermediate_size": 3072},
+    "dense": {"num_hidden_layers": 4, "moe_layers": [], "intermediate_size_mlp": 4096},
+    "large-vocabulary": {"num_hidden_layers": 2, "hidden_size": 512, "num_local_experts": 2, "vocab_size": 128000},
+}
+TARGETS = {
+    "ort-fp32": "backend: onnxruntime, profile: fp32",
+    "ort-int8": "backend: onnxruntime, profile: int8",
+    "tvm-int4": "backend: tvm, profile: int4",
+    "tvm-fp32": "backend: tvm, profile: fp32",
+}
+BUILD = """version: 1
+model: model
+modalities: [text]
+output: bundles
+targets:
+{targets}
+calibration: {{set: calibration.jsonl}}
+parity: {{cases: {{set: cases.jsonl}}, answers: forced, thresholds: {{kl_over_rtn: 1.0}}}}
+"""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of a plan and what was measured, in bytes."""
+
+    name: str
+    planned: int
+    measured: int
+
+    @property
+    def ratio(self) -> float:
+        """Planned over measured."""
+        return self.planned / self.measured
+
+
+def arriero(folder: Path, *arguments: str) -> str:
+    """Run the command in `folder`; gives its standard output, and lets errors through."""
+    command = [sys.executable, "-m", "arriero.export", *arguments]
+    return subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def figures(plan: dict[str, Any], output: Path) -> Iterator[Figure]:
+    """Every figure of `plan` beside what the finished build in `output` measured."""
+    for stage in plan["stages"]:
+        folder = output / ".work" / f"{stage['name']}-{stage['key']}"
+        record = json.loads((folder / "stage.json").read_text())
+        yield Figure(f"{stage['name']}: memory", stage["memory"], record["peak_memory_bytes"])
+        yield Figure(f"{stage['name']}: disk", stage["disk"], sum(file["bytes"] for file in record["files"].values()))
+    for target in plan["targets"]:
+        manifest = json.loads((output / target["name"] / "manifest.json").read_text())
+        weights = sum(
+            entry["bytes"] for name, entry in manifest["files"].items() if name.endswith((".safetensors", ".bin"))
+        )
+        yield Figure(f"{target['name']}: weights", target["weights_bytes"], weights)
+        per_token = manifest["kv_bytes_per_token"]
+        layers = manifest["model"]["text"]["layers"]
+        slots = [
+            min(target["context"], plan["model"]["chunk"]) if layer["attention"] == "chunked" else target["context"]
+            for layer in layers
+        ]
+        kv = target["batch"] * sum(
+            per_token[layer["attention"]] * count for layer, count in zip(layers, slots, strict=True)
+        )
+        yield Figure(f"{target['name']}: cache", target["kv_bytes"], kv)
+
+
+def measure(folder: Path, changes: dict[str, Any]) -> list[Figure]:
+    """Write, plan and build one shape in `folder`."""
+    write_model(folder / "model", 0, changes)
+    lines = [{"prompt": f"What is {n} + {n + 7}? " + "word " * 120, "answer": str(2 * n + 7)} for n in range(24)]
+    for name, part in (("calibration", lines), ("cases", lines[:6])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
+    targets = "\n".join(f"  - {{name: {name}, {rest}, context: 4096, batch: 2}}" for name, rest in TARGETS.items())
+    (folder / "build.yaml").write_text(BUILD.format(targets=targets))
+    arriero(folder, "build", "build.yaml")
+    return list(figures(json.loads(arriero(folder, "plan", "build.yaml", "--json")), folder / "bundles"))
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a folder for checkpoints and bundles, emptied shape by shape")
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    arguments = parser.parse_args()
+    for name in arguments.shapes:
+        folder = arguments.folder / name
+        folder.mkdir(parents=True)
+        for figure in measure(folder, SHAPES[name]):
+            mib = [value / 2**20 for value in (figure.planned, figure.measured)]
+            print(f"{name:18} {figure.name:24} {mib[0]:10,.1f} MiB {mib[1]:10,.1f} MiB {figure.ratio:6.2f}", flush=True)
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
