@@ -14,17 +14,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arriero.errors import ArrieroError, Problems
+from arriero.errors import Problems
 from arriero.export.build_file.device import target_gpu
 from arriero.export.build_file.model_spec import model_spec
 from arriero.export.build_file.schema import BuildConfig
 from arriero.export.compile.nvidia.tensorrt_api import load
 from arriero.export.machine.doctor import installed_versions
+from arriero.export.pipeline.failure_page import FailurePage
 from arriero.export.pipeline.parts import read_part, write_part
 from arriero.export.pipeline.plan import make_plan
 from arriero.export.pipeline.record_plan import answer_mode
 from arriero.export.pipeline.stage_keys import calibrating, rounding_folder, stage_inputs
-from arriero.export.pipeline.stages import Stage, WorkDir, key_of, read_record
+from arriero.export.pipeline.stages import Run, Stage, WorkDir, key_of, read_record
 from arriero.export.pipeline.target_build import Published, TargetBuild
 from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.proof.check_answers import check_answers
@@ -67,7 +68,7 @@ class Build:
     @cached_property
     def record(self) -> ReferenceRecord:
         """What every target is judged by; written with the first that is."""
-        return ReferenceRecord.open(self.stage("reference", self.write_record, resumes=True, shared=True))
+        return ReferenceRecord.open(self.stage("reference", self.write_record, resumes=True))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -88,12 +89,13 @@ class Build:
         """Build every target and give the bundles. Raises `ArrieroError` with what stopped it."""
         plan = self.plan = make_plan(self.config)
         plan.check_budgets(self.file)
-        self.check_outputs()
         if not plan.done:
+            self.check_outputs()
             self.check_inputs()
             self.check_products({stage.name for stage in plan.stages if stage.done})
         with self.at_work():
             bundles = [TargetBuild(self, target).run() for target in self.config.targets]
+            self.work.bundles.prune(target.name for target in self.config.targets)
             self.work.prune((name, key_of(name, values)) for name, values in self.inputs.items())
         return bundles
 
@@ -121,15 +123,11 @@ class Build:
             yield
 
     def check_outputs(self) -> None:
-        """Refuse to put a bundle in the place of something that is none."""
+        """Refuse to replace what no build put there."""
         problems = []
         for target in self.config.targets:
-            place = self.config.output / target.name
-            if place.is_file() or (place.is_dir() and any(place.iterdir()) and not (place / "manifest.json").is_file()):
-                remedy = "Choose another `output` or target name, or move it away"
-                problems.append(
-                    ArrieroError("is in the bundle's place and is no bundle", where=str(place), remedy=remedy)
-                )
+            problems += self.work.bundles.problems(self.config.output / target.name)
+            problems += FailurePage.of(self.config.output, target.name).problems()
         if problems:
             raise Problems(f"{self.file}: bundles cannot be published", problems)
 
@@ -153,9 +151,9 @@ class Build:
         for target in self.config.targets:
             check_answers(cases, thresholds(self.config, target, self.profiles[target.profile]))
 
-    def stage(self, name: str, run: Callable[[Path], None], resumes: bool = False, shared: bool = False) -> Path:
+    def stage(self, name: str, run: Run, resumes: bool = False) -> Path:
         """Run a planned stage unless it is done."""
-        return self.work.run_stage(Stage(name, self.inputs[name], run, resumes, shared))
+        return self.work.run_stage(Stage(name, self.inputs[name], run, resumes))
 
     def kernels_for(self, arch: str) -> Path:
         """Stage `kernels-*`: our kernels for one architecture, built once for all of its targets."""
@@ -179,7 +177,7 @@ class Build:
             check.check(part, model, self.model)
         self.watch("trace", len(self.parts), len(self.parts), "graphs")
 
-    def calibrate(self, folder: Path) -> None:
+    def calibrate(self, folder: Path) -> set[str]:
         """Stage `calibrate`: tokens per expert, ranges, and the roundings of every profile that calibrates."""
         from arriero.export.calibration.calibrate import Calibration
         from arriero.export.proof.reference import open_reference
@@ -191,10 +189,11 @@ class Build:
         walk = Walk(reference, samples, folder, second=any(profile.rounds_by_gptq for profile in profiles.values()))
         if any(target.kv_cache == "int8" for target in self.config.targets):
             check_tokens(walk.tokens)
-        coverage = Calibration(walk, self.checkpoint, profiles, folder, self.watch).run()
-        write_part(CalibratedPart(describe_set(self.config.calibration, samples), coverage), folder)
+        calibration = Calibration(walk, self.checkpoint, profiles, folder, self.watch)
+        part = CalibratedPart(describe_set(self.config.calibration, samples), calibration.run())
+        return calibration.files() | {write_part(part, folder)}
 
-    def write_record(self, folder: Path) -> None:
+    def write_record(self, folder: Path) -> set[str]:
         """Stage `reference`: what the PyTorch reference says of the parity cases; no target runs it again."""
         from arriero.export.proof.reference import open_reference
         from arriero.export.proof.write_record import Origin, write_record
@@ -208,4 +207,5 @@ class Build:
             set=asdict(describe_set(parity.cases, cases)),
             tools=installed_versions(SHARED_PACKAGES),
         )
-        write_record(open_reference(self.config.model, self.model.vision is None), cases, origin, folder, self.watch)
+        reference = open_reference(self.config.model, self.model.vision is None)
+        return write_record(reference, cases, origin, folder, self.watch)

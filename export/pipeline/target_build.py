@@ -7,7 +7,6 @@ completes it with `arriero parity`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import import_module
@@ -24,10 +23,11 @@ from arriero.export.compile.nvidia.engine_shapes import Limits
 from arriero.export.compile.nvidia.gpus import local_gpus
 from arriero.export.pipeline.bundle import Parts, assemble, copy_tokenizer, is_current, write_manifest
 from arriero.export.pipeline.estimate_needs import cache_bytes
+from arriero.export.pipeline.failure_page import FailurePage
 from arriero.export.pipeline.parts import read_part, write_part
 from arriero.export.pipeline.place_record import is_placed, place_record
 from arriero.export.pipeline.stage_keys import rounding_folder
-from arriero.export.pipeline.stages import Stage, key_of, read_record
+from arriero.export.pipeline.stages import Run, Stage, key_of, read_record
 from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.proof.emulate import can_emulate
 from arriero.profiles.kv_cache import CacheScales, cache_scales
@@ -90,38 +90,38 @@ class TargetBuild:
         current = is_current(self.bundle, self.stages) and is_placed(self.bundle, self.build.config.parity.record)
         proven = current and Manifest.read(self.bundle).proven
         if current and (proven or self.device is not None):
-            self.failure_page.unlink(missing_ok=True)
+            self.failure_page.remove()
             self.build.watch(f"{self.target.name}: up to date", 1, 1, "bundles")
             return Published(self.bundle, None if proven else self.device)
         lowered = self.lowered
-        partial_bundle = self.bundle.with_name(f"{self.bundle.name}.partial")
-        assemble(lowered, partial_bundle)
-        place_record(self.build.record, self.build.config.parity.record, partial_bundle, self.build.work)
-        self.write_manifest(partial_bundle)
+        prepared = self.build.work.bundles.prepare(self.bundle)
+        assemble(lowered, prepared)
+        place_record(self.build.record, self.build.config.parity.record, prepared, self.build.work)
+        self.write_manifest(prepared)
         if self.device is None:
-            proof = self.stage("parity", partial(self.prove, partial_bundle))
+            proof = self.stage("parity", partial(self.prove, prepared))
             for report in REPORTS:
-                (partial_bundle / report).write_bytes((proof / report).read_bytes())
-            self.write_manifest(partial_bundle)
-        self.build.work.publish(partial_bundle, self.bundle)
-        self.failure_page.unlink(missing_ok=True)
+                (prepared / report).write_bytes((proof / report).read_bytes())
+            self.write_manifest(prepared)
+        self.build.work.bundles.publish(self.bundle)
+        self.failure_page.remove()
         return Published(self.bundle, self.device)
 
     @property
-    def failure_page(self) -> Path:
-        """Where the report of a target that failed parity is kept."""
-        return self.build.config.output / f"{self.target.name}.failed-parity.html"
+    def failure_page(self) -> FailurePage:
+        """The report of a target that failed parity."""
+        return FailurePage.of(self.build.config.output, self.target.name)
 
-    def stage(self, kind: str, run: Callable[[Path], None], resumes: bool = False, shared: bool = False) -> Path:
+    def stage(self, kind: str, run: Run, resumes: bool = False) -> Path:
         """Run one of the target's own stages unless it is done."""
         name = f"{kind}-{self.target.name}"
-        return self.build.work.run_stage(Stage(name, self.build.inputs[name], run, resumes, shared))
+        return self.build.work.run_stage(Stage(name, self.build.inputs[name], run, resumes))
 
     @cached_property
     def lowered(self) -> Path:
         """The finished stage `lower-*`."""
         _ = self.build.graph, self.build.calibrated, self.kernels  # finished first: no stage runs within another
-        return self.stage("lower", self.lower, resumes=True, shared=True)
+        return self.stage("lower", self.lower, resumes=True)
 
     @cached_property
     def kernels(self) -> Path | None:
@@ -153,15 +153,22 @@ class TargetBuild:
             return None
         return cache_scales(json.loads((self.build.calibrated / "cache.json").read_text()))
 
-    def lower(self, folder: Path) -> None:
+    def lower(self, folder: Path) -> set[str]:
         """Stage `lower-*`: the backend's graphs and weights, the tokenizer, and proof that the backend loads them."""
         weights = self.lower_parts(self.target, self.build.parts, self.decided, self.roundings, folder)
-        copy_tokenizer(self.build.config.model, folder / "tokenizer")
+        tokenizer = copy_tokenizer(self.build.config.model, folder / "tokenizer")
         compiled = self.compile(self.target, self.build.parts, self.kernels, folder)
         if compiled.gpu is not None:  # an engine has swallowed the file of its part's weights
             weights = {name: {**one, "file": f"{Path(one['file']).stem}.engine"} for name, one in weights.items()}
         stored = {name: StoredWeight(**one) for name, one in weights.items()}
-        write_part(LoweredPart(stored, compiled), folder)
+        code = {f"{part}{suffix}" for part in self.build.parts for suffix in TRAITS[self.target.backend].files}
+        files = {weight.file for weight in stored.values()}
+        return (
+            code
+            | files
+            | {f"tokenizer/{name}" for name in tokenizer}
+            | {write_part(LoweredPart(stored, compiled), folder)}
+        )
 
     def lower_parts(
         self,
@@ -266,11 +273,11 @@ class TargetBuild:
         write_json(report, folder / "parity.json")
         write_html(report, folder / "parity.html")
         if report.failed:
-            write_html(report, self.failure_page)
+            self.failure_page.write(report)
             names = ", ".join(row.title for row in report.failed)
             raise BelowThreshold(
                 f"target {self.target.name} is below its parity thresholds: {names}",
-                where=str(self.failure_page),
+                where=str(self.failure_page.path),
                 remedy="The page shows where it differs; choose a finer profile, or lower the threshold knowingly",
             )
 
