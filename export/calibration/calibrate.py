@@ -95,8 +95,11 @@ class Calibration:
         """What a finished layer leaves; the hidden states after it are there before it appears."""
         return self.folder / f"layer-{layer:03}.json"
 
+    def _step(self, layer: int) -> str:
+        return f"calibrate: layer {layer} ({layer + 1} of {len(self.walk.text.layers)})"
+
     def _layer(self, layer: int) -> None:
-        step = f"calibrate: layer {layer}"
+        step = self._step(layer)
         inputs = self.walk.observe(layer, lambda at, total: self.watch(step, at, total, "samples"))
         coverage = inputs.routed.counts(self.walk.text.experts) if inputs.routed else None
         self._refuse_thin(layer, coverage)
@@ -219,7 +222,12 @@ class Calibration:
             kind: names for (at, kind), names in open_groups(profile, [*self.checkpoint.tensors]).items() if at == layer
         }
         for number, (where, tensors) in enumerate(groups.items()):
-            self.watch(f"calibrate: layer {layer}, sensitivity", number, len(groups), "groups")
+            self.watch(
+                f"calibrate: layer {layer} ({layer + 1} of {len(self.walk.text.layers)}), sensitivity",
+                number,
+                len(groups),
+                "groups",
+            )
             if where == "experts":
                 assert inputs.routed is not None
                 errors[f"{layer} {where}"] = expert_errors(self.walk, layer, inputs.routed, self._weight, forms)

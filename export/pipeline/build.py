@@ -20,13 +20,15 @@ from arriero.export.build_file.model_spec import model_spec
 from arriero.export.build_file.schema import BuildConfig
 from arriero.export.compile.nvidia.tensorrt_api import load
 from arriero.export.machine.doctor import installed_versions
+from arriero.export.pipeline.explain_failure import thin_experts
 from arriero.export.pipeline.failure_page import FailurePage
 from arriero.export.pipeline.parts import read_part, write_part
 from arriero.export.pipeline.plan import make_plan
 from arriero.export.pipeline.record_plan import answer_mode
+from arriero.export.pipeline.results import TargetResult
 from arriero.export.pipeline.stage_keys import calibrating, rounding_folder, stage_inputs
 from arriero.export.pipeline.stages import Run, Stage, WorkDir, key_of, read_record
-from arriero.export.pipeline.target_build import Published, TargetBuild
+from arriero.export.pipeline.target_build import TargetBuild
 from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.proof.check_answers import check_answers
 from arriero.export.samples.cases import describe_set, draw_cases, encoded_sizes
@@ -43,15 +45,27 @@ if TYPE_CHECKING:
 
 # What a watcher is told: the step, how much of it is done, of how much, and in which unit ("bytes" or "samples").
 Watch = Callable[[str, int, int, str], None]
+Tell = Callable[[str], None]
+
+
+def _keep_silent(sentence: str) -> None:
+    """Tell nobody."""
 
 
 class Build:
     """One build file at work."""
 
-    def __init__(self, config: BuildConfig, file: str, watch: Watch, dump: Path | None = None) -> None:
-        """Prepare to build `config`, read from `file`; `watch` sees its progress, `dump` is to keep its graphs."""
-        self.config, self.file, self.watch, self.dump = config, file, watch, dump
+    def __init__(
+        self, config: BuildConfig, file: str, watch: Watch, dump: Path | None = None, tell: Tell = _keep_silent
+    ) -> None:
+        """Prepare to build `config`, read from `file`; `watch` sees its progress, `dump` is to keep its graphs.
+
+        `tell` is given what is worth a sentence before the end.
+        """
+        self.config, self.file, self.watch, self.dump, self.tell = config, file, watch, dump, tell
         self.work = WorkDir(config.output)
+        self.results: list[TargetResult] = []
+        self._failed: dict[str, Exception] = {}
         self.profiles = {target.profile: load_profile(target.profile) for target in config.targets}
 
     @cached_property
@@ -82,11 +96,19 @@ class Build:
 
     @cached_property
     def calibrated(self) -> Path:
-        """The finished stage `calibrate`."""
-        return self.stage("calibrate", self.calibrate, resumes=True)
+        """The finished stage `calibrate`; what it means for the profiles is told at once."""
+        folder = self.stage("calibrate", self.calibrate, resumes=True)
+        coverage = read_part(CalibratedPart, folder).coverage
+        for profile in calibrating(self.profiles):
+            thin = thin_experts(profile, coverage) or "every expert had enough calibration tokens"
+            self.tell(f"calibration for profile {profile.name}: {thin}")
+        return folder
 
-    def run(self) -> list[Published]:
-        """Build every target and give the bundles. Raises `ArrieroError` with what stopped it."""
+    def run(self) -> list[TargetResult]:
+        """Build every target, one whatever became of another; `results` has those that are behind at any time.
+
+        Raises `ArrieroError` with what stops all of them before the first.
+        """
         plan = self.plan = make_plan(self.config)
         plan.check_budgets(self.file)
         if not plan.done:
@@ -94,10 +116,11 @@ class Build:
             self.check_inputs()
             self.check_products({stage.name for stage in plan.stages if stage.done})
         with self.at_work():
-            bundles = [TargetBuild(self, target).run() for target in self.config.targets]
+            for target in self.config.targets:
+                self.results.append(TargetBuild(self, target).run())
             self.work.bundles.prune(target.name for target in self.config.targets)
             self.work.prune((name, key_of(name, values)) for name, values in self.inputs.items())
-        return bundles
+        return self.results
 
     def run_calibration(self) -> dict[str, Any]:
         """Run the stage `calibrate` alone and describe what it saw. A later `run` of the build file takes it over."""
@@ -152,8 +175,14 @@ class Build:
             check_answers(cases, thresholds(self.config, target, self.profiles[target.profile]))
 
     def stage(self, name: str, run: Run, resumes: bool = False) -> Path:
-        """Run a planned stage unless it is done."""
-        return self.work.run_stage(Stage(name, self.inputs[name], run, resumes))
+        """Run a planned stage unless it is done. One that failed is not tried again for the next target."""
+        if name in self._failed:
+            raise self._failed[name]
+        try:
+            return self.work.run_stage(Stage(name, self.inputs[name], run, resumes))
+        except Exception as error:
+            self._failed[name] = error
+            raise
 
     def kernels_for(self, arch: str) -> Path:
         """Stage `kernels-*`: our kernels for one architecture, built once for all of its targets."""

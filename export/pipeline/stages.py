@@ -7,7 +7,6 @@ Its key is a hash of everything the stage depends on. What it wrote is hashed wh
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arriero.errors import ArrieroError, MachineLacks
+from arriero.errors import ArrieroError, MachineLacks, is_full
 from arriero.export.machine.budget import PeakMemory
 from arriero.export.pipeline.ownership import MARK, PARTIAL, is_owned, own, remove_owned
 from arriero.export.pipeline.publish import Publisher, sync
@@ -62,6 +61,7 @@ class WorkDir:
     def __init__(self, output: Path) -> None:
         self.output = output
         self.root = output / ".work"
+        self.ran: dict[str, float] = {}  # the seconds of each stage that this process ran
         self.bundles = Publisher(output, self.root / "published.json")
 
     @property
@@ -79,6 +79,8 @@ class WorkDir:
             own(self.root)
             lock = (self.root / "lock").open("a+")
         except OSError as error:
+            if is_full(error):
+                raise
             remedy = "Choose another `output`, or change the folder's owner or mode"
             raise ArrieroError(f"cannot write here ({error.strerror})", where=str(self.output), remedy=remedy) from None
         with lock:
@@ -134,12 +136,13 @@ class WorkDir:
             start = time.monotonic()
             with PeakMemory() as memory:
                 names = stage.run(partial)
+            seconds = time.monotonic() - start
             _drop_others(partial, names)
             record = {
                 "name": stage.name,
                 "key": stage.key,
                 "inputs": stage.key_inputs,
-                "seconds": round(time.monotonic() - start, 3),
+                "seconds": round(seconds, 3),
                 "peak_memory_bytes": memory.anonymous,
                 "peak_resident_bytes": memory.resident,
                 "files": _records(partial),
@@ -150,11 +153,12 @@ class WorkDir:
                 os.fsync(file.fileno())
             partial.rename(final)
         sync(self.root)
+        self.ran[stage.name] = seconds
         return final
 
     def prune(self, keep: Iterable[tuple[str, str]]) -> None:
         """Delete the stage folders that builds made, partial ones too, whose (name, key) is not in `keep`."""
-        kept = {self.folder(name, key).name for name, key in keep}
+        kept = {self.folder(name, key).name + suffix for name, key in keep for suffix in ("", PARTIAL)}
         for folder in self.root.iterdir():
             if FOLDER.fullmatch(folder.name) and folder.name not in kept and is_owned(folder):
                 remove_owned(folder, RECORD)
@@ -177,7 +181,7 @@ def machine_limits(doing: str, output: Path) -> Iterator[None]:
     except MemoryError as error:
         raise MachineLacks(f"the memory ran out {doing}", expected="more free memory", remedy=remedy) from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full(error):
             raise
         what = f"the disk ran full {doing}"
         raise MachineLacks(what, where=str(output), expected="more free disk space", remedy=remedy) from error

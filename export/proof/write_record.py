@@ -118,7 +118,7 @@ class _Writer:
     def _layer(self, layer: int) -> None:
         """One layer over all cases: expert ids and margins of a MoE layer, and a sketch of what follows."""
         sketches, ids, margins = np.empty((len(self.cases), BUCKETS + 1)), [], []
-        step = f"{STEP}: layer {layer}"
+        step = f"{STEP}: layer {layer} ({layer + 1} of {self.layers})"
         for one in self.walk.steps(layer, lambda done, total: self.watch(step, done, total, "cases")):
             check_finite(one.after, f"layer {layer}", self.cases[one.number].name, self.walk.what)
             sketches[one.number] = self._sketch(layer_name(layer), one.number, one.after[None])
