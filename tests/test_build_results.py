@@ -27,7 +27,7 @@ def copy(workshop: Path, tmp_path: Path) -> Path:
     profile = (Path(workshop_profiles(workshop)[1])).read_text()
     assert "logits_max_abs_error" not in profile
     exact = Path(__file__).parents[1] / "profiles" / "fp32.yaml"
-    strict = exact.read_text().replace("logits_max_abs_error: 1e-4", "logits_max_abs_error: 0.0")
+    strict = exact.read_text().replace("logits_max_abs_error: 1.0e-4", "logits_max_abs_error: 0.0")
     assert strict != exact.read_text()
     (tmp_path / "fp32.yaml").write_text(strict)
     profiles = (str(tmp_path / "fp32.yaml"), workshop_profiles(workshop)[1])

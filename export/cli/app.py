@@ -48,10 +48,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (build_commands.plan, build_commands.build, build_commands.calibrate, bundle_commands.parity):
-    app.command()(command)
-for command in (bundle_commands.run, bundle_commands.inspect):
-    app.command()(command)
+app.command()(build_commands.plan)
+app.command()(build_commands.build)
+app.command()(build_commands.calibrate)
+app.command()(bundle_commands.parity)
+app.command()(bundle_commands.run)
+app.command()(bundle_commands.inspect)
 
 
 @app.command()
