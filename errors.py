@@ -46,6 +46,8 @@ class Problems(ArrieroError):
     def __init__(self, headline: str, problems: Sequence[ArrieroError]) -> None:
         """Hold `problems` (at least one) under `headline`."""
         self.headline, self.problems = headline, list(problems)
+        if all(isinstance(problem, MachineLacks) for problem in self.problems):
+            self.exit_code = MachineLacks.exit_code
         super().__init__(headline)
 
     def __str__(self) -> str:

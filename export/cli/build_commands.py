@@ -26,7 +26,7 @@ def plan(build_file: BuildFile = Path("build.yaml"), as_json: Json = False) -> N
         print_json(planned.to_json())
     else:
         show_plan(planned, out)
-    planned.check_budgets(str(build_file))
+    planned.check(str(build_file))
 
 
 def build(

@@ -14,14 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arriero.errors import Problems
-from arriero.export.build_file.device import target_gpu
-from arriero.export.build_file.model_spec import model_spec
 from arriero.export.build_file.schema import BuildConfig
-from arriero.export.compile.nvidia.tensorrt_api import load
 from arriero.export.machine.doctor import installed_versions
 from arriero.export.pipeline.explain_failure import thin_experts
-from arriero.export.pipeline.failure_page import FailurePage
 from arriero.export.pipeline.parts import read_part, write_part
 from arriero.export.pipeline.plan import make_plan
 from arriero.export.pipeline.record_plan import answer_mode
@@ -29,9 +24,7 @@ from arriero.export.pipeline.results import TargetResult
 from arriero.export.pipeline.stage_keys import calibrating, rounding_folder, stage_inputs
 from arriero.export.pipeline.stages import Run, Stage, WorkDir, key_of, read_record
 from arriero.export.pipeline.target_build import TargetBuild
-from arriero.export.pipeline.target_thresholds import thresholds
-from arriero.export.proof.check_answers import check_answers
-from arriero.export.samples.cases import describe_set, draw_cases, encoded_sizes
+from arriero.export.samples.cases import describe_set, draw_cases
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.profiles.kv_cache import check_tokens
@@ -110,11 +103,7 @@ class Build:
         Raises `ArrieroError` with what stops all of them before the first.
         """
         plan = self.plan = make_plan(self.config)
-        plan.check_budgets(self.file)
-        if not plan.done:
-            self.check_outputs()
-            self.check_inputs()
-            self.check_products({stage.name for stage in plan.stages if stage.done})
+        plan.check(self.file)
         with self.at_work():
             for target in self.config.targets:
                 self.results.append(TargetBuild(self, target).run())
@@ -126,10 +115,8 @@ class Build:
         """Run the stage `calibrate` alone and describe what it saw. A later `run` of the build file takes it over."""
         from arriero.export.calibration.coverage import describe_calibration
 
-        plan = make_plan(self.config).only("calibrate")
-        plan.check_budgets(self.file)
-        if not plan.done:
-            self.check_inputs()
+        plan = make_plan(self.config, only=("calibrate",))
+        plan.check(self.file)
         with self.at_work():
             folder = self.calibrated
             planned = None if plan.done else plan.stages[0].memory
@@ -144,35 +131,6 @@ class Build:
             self.content = self.checkpoint.content_hash(self.work.hash_memo)
             self.inputs = stage_inputs(self.config, self.content, self.profiles)
             yield
-
-    def check_outputs(self) -> None:
-        """Refuse to replace what no build put there."""
-        problems = []
-        for target in self.config.targets:
-            problems += self.work.bundles.problems(self.config.output / target.name)
-            problems += FailurePage.of(self.config.output, target.name).problems()
-        if problems:
-            raise Problems(f"{self.file}: bundles cannot be published", problems)
-
-    def check_products(self, done: set[str]) -> None:
-        """Refuse engines that cannot be compiled here, before anything is calibrated; `done` are finished stages."""
-        for target in self.config.targets:
-            gpu = target_gpu(target)
-            if gpu is not None and f"lower-{target.name}" not in done:
-                load(target.backend).check_here(gpu)
-
-    def check_inputs(self) -> None:
-        """Refuse what would end the work late: a checkpoint without its processor, parity cases that do not fit a
-        target's context, or have no answers where answers are judged.
-        """
-        from arriero.runtimes.processor.processor import Processor
-
-        processor = Processor(self.config.model, model_spec(self.model))
-        room = min(target.context for target in self.config.targets) - 1  # one token of an answer
-        cases = draw_cases(self.config.parity.cases, self.config.modalities)
-        encoded_sizes(cases, processor, room)
-        for target in self.config.targets:
-            check_answers(cases, thresholds(self.config, target, self.profiles[target.profile]))
 
     def stage(self, name: str, run: Run, resumes: bool = False) -> Path:
         """Run a planned stage unless it is done. One that failed is not tried again for the next target."""
