@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+UNEXPECTED = 70  # the exit code of what no error here stands for: a fault of ours, EX_SOFTWARE of sysexits.h
+
 
 class ArrieroError(Exception):
     """A user's mistake, told in full. `exit_code` is what the command returns for it."""
@@ -44,11 +46,24 @@ class Problems(ArrieroError):
     def __init__(self, headline: str, problems: Sequence[ArrieroError]) -> None:
         """Hold `problems` (at least one) under `headline`."""
         self.headline, self.problems = headline, list(problems)
+        if all(isinstance(problem, MachineLacks) for problem in self.problems):
+            self.exit_code = MachineLacks.exit_code
         super().__init__(headline)
 
     def __str__(self) -> str:
         lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
         return f"{self.headline}: {len(self.problems)} problem{'s' * (len(self.problems) != 1)}\n{lines}"
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that the disk is full, as the system does, or numpy, which forgets the number."""
+    import errno
+
+    if not isinstance(error, OSError):
+        return False
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or (
+        error.errno is None and " requested and " in str(error) and str(error).endswith(" written")
+    )
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

@@ -42,6 +42,7 @@ class BackendTraits:
     cache_types: tuple[str, ...]  # what `kv_cache` may ask for; a GPU's cache is what the profile computes in
     head_multiple: int  # its attention takes heads of a multiple of so many features
     packages: tuple[Package, ...]
+    files: tuple[str, ...]  # suffixes of what each graph of a bundle becomes
     gpus: tuple[int, ...] = ()  # compute capabilities times ten that it builds engines for
     builds_anywhere: bool = True  # else only on the GPU that will run the engines
     keeps_stored_dtype: bool = False  # it reads exact matrices in the checkpoint's own dtype
@@ -64,6 +65,7 @@ TRAITS: dict[str, BackendTraits] = {
             cache_types=("float32", "int8"),
             head_multiple=8,
             packages=(Package("onnxruntime", "1.32", extra="onnxruntime"),),
+            files=(".onnx",),
         ),
         BackendTraits(
             name="tvm",
@@ -73,6 +75,7 @@ TRAITS: dict[str, BackendTraits] = {
             cache_types=("float32",),
             head_multiple=16,
             packages=(Package("apache-tvm", "0.27", extra="tvm"), Package("apache-tvm-ffi", "0.1.14", extra="tvm")),
+            files=(".so", ".json"),
             keeps_stored_dtype=True,
         ),
         BackendTraits(
@@ -82,6 +85,7 @@ TRAITS: dict[str, BackendTraits] = {
             cache_types=("float32",),
             head_multiple=1,
             packages=(Package("tensorrt", "10.16", extra="tensorrt"), Package(*CUDA_BINDINGS, extra="tensorrt")),
+            files=(".engine", ".json"),
             # as TensorRT's releases list them
             gpus=(75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121),
             builds_anywhere=False,
@@ -98,6 +102,7 @@ TRAITS: dict[str, BackendTraits] = {
                 Package("onnxruntime-ep-nv-tensorrt-rtx-cu13", "0.5", extra="tensorrt-rtx", instead="tensorrt_rtx"),
                 Package(*CUDA_BINDINGS, extra="tensorrt-rtx"),
             ),
+            files=(".engine", ".json"),
             # as its `ComputeCapability` lists them
             gpus=(75, 80, 86, 89, 120, 121),
         ),

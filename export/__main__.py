@@ -5,14 +5,14 @@ A package that is missing, a full disk and Ctrl-C may strike while the command's
 
 from __future__ import annotations
 
-import errno
 import io
 import signal
 import sys
+import traceback
 from types import FrameType
 from typing import NoReturn
 
-from arriero.errors import ArrieroError, MachineLacks
+from arriero.errors import UNEXPECTED, ArrieroError, MachineLacks, is_full
 
 STOPPED = 130
 
@@ -40,6 +40,11 @@ def main() -> None:
             print("stopped; a build or a calibration goes on from here with the same command", file=sys.stderr)
             sys.exit(STOPPED)
         lack = _what_lacks(error)
+        if lack is None and isinstance(error, Exception):
+            traceback.print_exc()
+            what = f"this is a fault of arriero's ({type(error).__name__}); report it together with the lines above"
+            print(f"error: {what}", file=sys.stderr)
+            sys.exit(UNEXPECTED)
         if lack is None:
             raise
         print(f"error: {lack}", file=sys.stderr)
@@ -51,8 +56,11 @@ def _what_lacks(error: BaseException) -> ArrieroError | None:
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("arriero"):
         remedy = "Install what the command needs with `pip install 'arriero[export]'`"
         return MachineLacks(f"the package {error.name} is not installed", remedy=remedy)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return MachineLacks("the disk is full", where=error.filename, remedy="Free some space and try again")
+    if is_full(error):
+        where = error.filename if isinstance(error, OSError) else None
+        return MachineLacks("the disk is full", where=where, remedy="Free some space and try again")
+    if isinstance(error, MemoryError):
+        return MachineLacks("the memory is full", remedy="Free some memory, or use a machine with more")
     return None
 
 

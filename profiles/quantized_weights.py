@@ -82,6 +82,12 @@ class QuantizedWeights:
         with (self.folder / NOTES).open("a", encoding="utf-8") as notes:
             notes.writelines(json.dumps(asdict(note)) + "\n" for note in other.notes() if note.tensor in taken)
 
+    def files(self) -> set[str]:
+        """The names of the files that hold what was written and adopted; none where nothing was."""
+        kinds = ("packed", "scales", "divisors", "largest")
+        names = {f"{note.tensor}.{kind}.npy" for note in self.notes() for kind in kinds}
+        return {name for name in (NOTES, *names) if (self.folder / name).is_file()}
+
     def notes(self) -> Sequence[RoundingRecord]:
         """How each matrix was rounded, the last word on each."""
         path = self.folder / NOTES

@@ -42,7 +42,7 @@ def check_chain(manifest: Manifest) -> None:
 
 def check_proven(manifest: Manifest) -> None:
     """Refuse a bundle that was not proven against its reference: the machine that built it could not run it."""
-    if not manifest.proven and manifest.bundle.name.endswith(".partial"):
+    if not manifest.proven and manifest.bundle.parent.name.endswith(".partial"):
         raise ArrieroError(
             "the bundle is not proven: its build did not finish",
             where=str(manifest.bundle),

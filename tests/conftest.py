@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from arriero.export.pipeline.ownership import own
 from arriero.profiles.recipe import shipped
 from tests.command import arriero, write_build
 from tests.machines.machine_class import describe_machine
@@ -62,7 +63,8 @@ def tvm_workshop(request: pytest.FixtureRequest, workshop: Path, tmp_path_factor
         file = write_build(folder / "build.yaml", workshop / "scout", profiles=profiles, samples=8, backend="tvm")
         # The kernels of one version of the sources are compiled once, not once per run: half a minute of optimisation.
         kept, work = request.config.cache.mkdir("tvm-kernels"), folder / "bundles" / ".work"
-        shutil.copytree(kept, work)
+        own(work)
+        shutil.copytree(kept, work, dirs_exist_ok=True)
         built = arriero("build", file)
         assert built.code == 0, built.err
         for stage in work.glob("kernels-*"):

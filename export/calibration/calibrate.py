@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError
-from arriero.export.calibration.choice import decide, open_groups
+from arriero.export.calibration.choice import CHOICE, decide, open_groups
 from arriero.export.calibration.sensitivity import expert_errors, linear_error
 from arriero.export.proof.walk_layers import LayerInputs, Routed, Walk, expert_activation
 from arriero.graphs.checkpoint import Checkpoint
@@ -71,9 +71,15 @@ class Calibration:
         for key, profile in self.choosing.items():
             errors = {group: error for one in records for group, error in one["errors"].get(key, {}).items()}
             decide(profile, shapes, errors, self.folder / key)
-        for left in (*self.folder.glob("hidden-*"), *self.folder.glob("routed.*")):
-            left.unlink()
         return {layer: tuple(counts) for layer, counts in coverage.items()}
+
+    def files(self) -> set[str]:
+        """The names of the files that a finished `run` leaves, relative to the folder."""
+        names = {self._record(layer).name for layer in range(len(self.walk.text.layers))}
+        for key in {key.partition("/")[0] for key in self.profiles}:
+            names |= {f"{key}/{name}" for name in QuantizedWeights(self.folder / key).files()}
+        names |= {f"{key}/{CHOICE}" for key in self.choosing}
+        return names | {"ranges.json", "cache.json"}
 
     def _resume(self) -> int:
         """The first layer to do: the one after the last that is done, or 0, the samples embedded."""
@@ -89,8 +95,11 @@ class Calibration:
         """What a finished layer leaves; the hidden states after it are there before it appears."""
         return self.folder / f"layer-{layer:03}.json"
 
+    def _step(self, layer: int) -> str:
+        return f"calibrate: layer {layer} ({layer + 1} of {len(self.walk.text.layers)})"
+
     def _layer(self, layer: int) -> None:
-        step = f"calibrate: layer {layer}"
+        step = self._step(layer)
         inputs = self.walk.observe(layer, lambda at, total: self.watch(step, at, total, "samples"))
         coverage = inputs.routed.counts(self.walk.text.experts) if inputs.routed else None
         self._refuse_thin(layer, coverage)
@@ -213,7 +222,12 @@ class Calibration:
             kind: names for (at, kind), names in open_groups(profile, [*self.checkpoint.tensors]).items() if at == layer
         }
         for number, (where, tensors) in enumerate(groups.items()):
-            self.watch(f"calibrate: layer {layer}, sensitivity", number, len(groups), "groups")
+            self.watch(
+                f"calibrate: layer {layer} ({layer + 1} of {len(self.walk.text.layers)}), sensitivity",
+                number,
+                len(groups),
+                "groups",
+            )
             if where == "experts":
                 assert inputs.routed is not None
                 errors[f"{layer} {where}"] = expert_errors(self.walk, layer, inputs.routed, self._weight, forms)

@@ -133,6 +133,20 @@ def _disk(folder: Path) -> Check:
     return Check("disk", status(ok), f"{human_bytes(free)} free in {folder.absolute()}", (BUILD,), remedy)
 
 
+def find_lacks(packages: Iterable[Package]) -> list[ArrieroError]:
+    """What is not installed, or too old, of `packages`."""
+    checks = [(package, _library(package)) for package in packages]
+    return [
+        MachineLacks(
+            f"{package.name} is {'not installed' if check.found == 'not installed' else f'version {check.found}'}",
+            expected=f"{package.least} or newer",
+            remedy=f"Install it with `pip install '{package.requirement}'`",
+        )
+        for package, check in checks
+        if check.status != "ok"
+    ]
+
+
 def _library(package: Package) -> Check:
     installed = version_of(package.name)
     if installed is None and package.instead and (whole := version_of(package.instead)):

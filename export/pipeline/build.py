@@ -14,21 +14,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arriero.errors import ArrieroError, Problems
-from arriero.export.build_file.device import target_gpu
-from arriero.export.build_file.model_spec import model_spec
 from arriero.export.build_file.schema import BuildConfig
-from arriero.export.compile.nvidia.tensorrt_api import load
 from arriero.export.machine.doctor import installed_versions
+from arriero.export.pipeline.explain_failure import thin_experts
 from arriero.export.pipeline.parts import read_part, write_part
 from arriero.export.pipeline.plan import make_plan
 from arriero.export.pipeline.record_plan import answer_mode
+from arriero.export.pipeline.results import TargetResult
 from arriero.export.pipeline.stage_keys import calibrating, rounding_folder, stage_inputs
-from arriero.export.pipeline.stages import Stage, WorkDir, key_of, read_record
-from arriero.export.pipeline.target_build import Published, TargetBuild
-from arriero.export.pipeline.target_thresholds import thresholds
-from arriero.export.proof.check_answers import check_answers
-from arriero.export.samples.cases import describe_set, draw_cases, encoded_sizes
+from arriero.export.pipeline.stages import Run, Stage, WorkDir, key_of, read_record
+from arriero.export.pipeline.target_build import TargetBuild
+from arriero.export.samples.cases import describe_set, draw_cases
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.profiles.kv_cache import check_tokens
@@ -42,15 +38,27 @@ if TYPE_CHECKING:
 
 # What a watcher is told: the step, how much of it is done, of how much, and in which unit ("bytes" or "samples").
 Watch = Callable[[str, int, int, str], None]
+Tell = Callable[[str], None]
+
+
+def _keep_silent(sentence: str) -> None:
+    """Tell nobody."""
 
 
 class Build:
     """One build file at work."""
 
-    def __init__(self, config: BuildConfig, file: str, watch: Watch, dump: Path | None = None) -> None:
-        """Prepare to build `config`, read from `file`; `watch` sees its progress, `dump` is to keep its graphs."""
-        self.config, self.file, self.watch, self.dump = config, file, watch, dump
+    def __init__(
+        self, config: BuildConfig, file: str, watch: Watch, dump: Path | None = None, tell: Tell = _keep_silent
+    ) -> None:
+        """Prepare to build `config`, read from `file`; `watch` sees its progress, `dump` is to keep its graphs.
+
+        `tell` is given what is worth a sentence before the end.
+        """
+        self.config, self.file, self.watch, self.dump, self.tell = config, file, watch, dump, tell
         self.work = WorkDir(config.output)
+        self.results: list[TargetResult] = []
+        self._failed: dict[str, Exception] = {}
         self.profiles = {target.profile: load_profile(target.profile) for target in config.targets}
 
     @cached_property
@@ -67,7 +75,7 @@ class Build:
     @cached_property
     def record(self) -> ReferenceRecord:
         """What every target is judged by; written with the first that is."""
-        return ReferenceRecord.open(self.stage("reference", self.write_record, resumes=True, shared=True))
+        return ReferenceRecord.open(self.stage("reference", self.write_record, resumes=True))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -81,30 +89,34 @@ class Build:
 
     @cached_property
     def calibrated(self) -> Path:
-        """The finished stage `calibrate`."""
-        return self.stage("calibrate", self.calibrate, resumes=True)
+        """The finished stage `calibrate`; what it means for the profiles is told at once."""
+        folder = self.stage("calibrate", self.calibrate, resumes=True)
+        coverage = read_part(CalibratedPart, folder).coverage
+        for profile in calibrating(self.profiles):
+            thin = thin_experts(profile, coverage) or "every expert had enough calibration tokens"
+            self.tell(f"calibration for profile {profile.name}: {thin}")
+        return folder
 
-    def run(self) -> list[Published]:
-        """Build every target and give the bundles. Raises `ArrieroError` with what stopped it."""
+    def run(self) -> list[TargetResult]:
+        """Build every target, one whatever became of another; `results` has those that are behind at any time.
+
+        Raises `ArrieroError` with what stops all of them before the first.
+        """
         plan = self.plan = make_plan(self.config)
-        plan.check_budgets(self.file)
-        self.check_outputs()
-        if not plan.done:
-            self.check_inputs()
-            self.check_products({stage.name for stage in plan.stages if stage.done})
+        plan.check(self.file)
         with self.at_work():
-            bundles = [TargetBuild(self, target).run() for target in self.config.targets]
+            for target in self.config.targets:
+                self.results.append(TargetBuild(self, target).run())
+            self.work.bundles.prune(target.name for target in self.config.targets)
             self.work.prune((name, key_of(name, values)) for name, values in self.inputs.items())
-        return bundles
+        return self.results
 
     def run_calibration(self) -> dict[str, Any]:
         """Run the stage `calibrate` alone and describe what it saw. A later `run` of the build file takes it over."""
         from arriero.export.calibration.coverage import describe_calibration
 
-        plan = make_plan(self.config).only("calibrate")
-        plan.check_budgets(self.file)
-        if not plan.done:
-            self.check_inputs()
+        plan = make_plan(self.config, only=("calibrate",))
+        plan.check(self.file)
         with self.at_work():
             folder = self.calibrated
             planned = None if plan.done else plan.stages[0].memory
@@ -120,42 +132,15 @@ class Build:
             self.inputs = stage_inputs(self.config, self.content, self.profiles)
             yield
 
-    def check_outputs(self) -> None:
-        """Refuse to put a bundle in the place of something that is none."""
-        problems = []
-        for target in self.config.targets:
-            place = self.config.output / target.name
-            if place.is_file() or (place.is_dir() and any(place.iterdir()) and not (place / "manifest.json").is_file()):
-                remedy = "Choose another `output` or target name, or move it away"
-                problems.append(
-                    ArrieroError("is in the bundle's place and is no bundle", where=str(place), remedy=remedy)
-                )
-        if problems:
-            raise Problems(f"{self.file}: bundles cannot be published", problems)
-
-    def check_products(self, done: set[str]) -> None:
-        """Refuse engines that cannot be compiled here, before anything is calibrated; `done` are finished stages."""
-        for target in self.config.targets:
-            gpu = target_gpu(target)
-            if gpu is not None and f"lower-{target.name}" not in done:
-                load(target.backend).check_here(gpu)
-
-    def check_inputs(self) -> None:
-        """Refuse what would end the work late: a checkpoint without its processor, parity cases that do not fit a
-        target's context, or have no answers where answers are judged.
-        """
-        from arriero.runtimes.processor.processor import Processor
-
-        processor = Processor(self.config.model, model_spec(self.model))
-        room = min(target.context for target in self.config.targets) - 1  # one token of an answer
-        cases = draw_cases(self.config.parity.cases, self.config.modalities)
-        encoded_sizes(cases, processor, room)
-        for target in self.config.targets:
-            check_answers(cases, thresholds(self.config, target, self.profiles[target.profile]))
-
-    def stage(self, name: str, run: Callable[[Path], None], resumes: bool = False, shared: bool = False) -> Path:
-        """Run a planned stage unless it is done."""
-        return self.work.run_stage(Stage(name, self.inputs[name], run, resumes, shared))
+    def stage(self, name: str, run: Run, resumes: bool = False) -> Path:
+        """Run a planned stage unless it is done. One that failed is not tried again for the next target."""
+        if name in self._failed:
+            raise self._failed[name]
+        try:
+            return self.work.run_stage(Stage(name, self.inputs[name], run, resumes))
+        except Exception as error:
+            self._failed[name] = error
+            raise
 
     def kernels_for(self, arch: str) -> Path:
         """Stage `kernels-*`: our kernels for one architecture, built once for all of its targets."""
@@ -179,7 +164,7 @@ class Build:
             check.check(part, model, self.model)
         self.watch("trace", len(self.parts), len(self.parts), "graphs")
 
-    def calibrate(self, folder: Path) -> None:
+    def calibrate(self, folder: Path) -> set[str]:
         """Stage `calibrate`: tokens per expert, ranges, and the roundings of every profile that calibrates."""
         from arriero.export.calibration.calibrate import Calibration
         from arriero.export.proof.reference import open_reference
@@ -191,10 +176,11 @@ class Build:
         walk = Walk(reference, samples, folder, second=any(profile.rounds_by_gptq for profile in profiles.values()))
         if any(target.kv_cache == "int8" for target in self.config.targets):
             check_tokens(walk.tokens)
-        coverage = Calibration(walk, self.checkpoint, profiles, folder, self.watch).run()
-        write_part(CalibratedPart(describe_set(self.config.calibration, samples), coverage), folder)
+        calibration = Calibration(walk, self.checkpoint, profiles, folder, self.watch)
+        part = CalibratedPart(describe_set(self.config.calibration, samples), calibration.run())
+        return calibration.files() | {write_part(part, folder)}
 
-    def write_record(self, folder: Path) -> None:
+    def write_record(self, folder: Path) -> set[str]:
         """Stage `reference`: what the PyTorch reference says of the parity cases; no target runs it again."""
         from arriero.export.proof.reference import open_reference
         from arriero.export.proof.write_record import Origin, write_record
@@ -208,4 +194,5 @@ class Build:
             set=asdict(describe_set(parity.cases, cases)),
             tools=installed_versions(SHARED_PACKAGES),
         )
-        write_record(open_reference(self.config.model, self.model.vision is None), cases, origin, folder, self.watch)
+        reference = open_reference(self.config.model, self.model.vision is None)
+        return write_record(reference, cases, origin, folder, self.watch)

@@ -12,7 +12,7 @@ from typing import Any
 
 from arriero.errors import ArrieroError
 from arriero.export.pipeline.parts import PART
-from arriero.export.pipeline.stages import RECORD
+from arriero.export.pipeline.stages import read_record
 from arriero.graphs.checkpoint import SIDE_FILES
 from arriero.graphs.stored.link_file import link_file
 from arriero.runtimes.backend import ModelSpec
@@ -35,8 +35,11 @@ from arriero.runtimes.manifest import (
 from arriero.version import __version__
 
 
-def copy_tokenizer(checkpoint: Path, folder: Path) -> None:
-    """Copy what the processor needs from the checkpoint folder. Raises `ArrieroError` without a tokenizer.json."""
+def copy_tokenizer(checkpoint: Path, folder: Path) -> list[str]:
+    """Copy what the processor needs from the checkpoint folder and give the names of the files.
+
+    Raises `ArrieroError` without a tokenizer.json.
+    """
     if not (checkpoint / "tokenizer.json").is_file():
         raise ArrieroError(
             "the checkpoint has no tokenizer.json",
@@ -45,18 +48,17 @@ def copy_tokenizer(checkpoint: Path, folder: Path) -> None:
             remedy="Fetch it from where the checkpoint came from",
         )
     folder.mkdir(exist_ok=True)
-    for name in SIDE_FILES:
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, folder / name)
+    names = [name for name in SIDE_FILES if (checkpoint / name).is_file()]
+    for name in names:
+        shutil.copyfile(checkpoint / name, folder / name)
+    return names
 
 
-def assemble(stage: Path, partial: Path) -> None:
-    """Fill `partial` anew with the files of a finished stage: hard links where possible, else copies."""
-    if partial.exists():
-        shutil.rmtree(partial)
-    for file in sorted(stage.rglob("*")):
-        if file.is_file() and file.name not in (RECORD, PART):
-            link_file(file, partial / file.relative_to(stage))
+def assemble(stage: Path, folder: Path) -> None:
+    """Put the files that a finished stage says it wrote into `folder`: hard links where possible, else copies."""
+    for name in read_record(stage)["files"]:
+        if name != PART:
+            link_file(stage / name, folder / name)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ PART = "part.json"
 T = TypeVar("T")
 
 
-def write_part(part: Any, folder: Path) -> None:
-    """Leave a stage's part of the manifest in its folder."""
+def write_part(part: Any, folder: Path) -> str:
+    """Leave a stage's part of the manifest in its folder, and give the file's name."""
     (folder / PART).write_text(json.dumps(asdict(part)))
+    return PART
 
 
 def read_part(kind: type[T], folder: Path) -> T:

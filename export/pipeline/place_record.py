@@ -7,8 +7,8 @@ from typing import Literal
 
 from arriero.export.pipeline.bundle import assemble
 from arriero.export.pipeline.stages import WorkDir
-from arriero.runtimes.manifest import RECORD_FILE, RECORD_FOLDER, Manifest
-from arriero.runtimes.proof.record import ReferenceRecord
+from arriero.runtimes.manifest import RECORD_FILE, RECORD_FOLDER, Manifest, file_sha256
+from arriero.runtimes.proof.record import FILE, ReferenceRecord
 
 Place = Literal["bundle", "separate"]
 
@@ -19,10 +19,9 @@ def place_record(record: ReferenceRecord, place: Place, bundle: Path, work: Work
         assemble(record.folder, bundle / RECORD_FOLDER)
         return
     folder = separate_folder(work.output, record.hash)
-    if not folder.is_dir():
-        partial = folder.with_name(f"{folder.name}.partial")
-        assemble(record.folder, partial)
-        work.publish(partial, folder)
+    if not _holds(folder, record.hash):
+        assemble(record.folder, work.bundles.prepare(folder))
+        work.bundles.publish(folder)
 
 
 def is_placed(bundle: Path, place: Place) -> bool:
@@ -30,7 +29,14 @@ def is_placed(bundle: Path, place: Place) -> bool:
     manifest = Manifest.read(bundle)
     if place == "bundle":
         return RECORD_FILE in manifest.files
-    return RECORD_FILE not in manifest.files and separate_folder(bundle.parent, manifest.record).is_dir()
+    separate = separate_folder(bundle.parent, manifest.record)
+    return RECORD_FILE not in manifest.files and _holds(separate, manifest.record)
+
+
+def _holds(folder: Path, digest: str) -> bool:
+    """Whether the folder holds the record of this hash."""
+    path = folder / FILE
+    return path.is_file() and file_sha256(path) == digest
 
 
 def separate_folder(output: Path, digest: str) -> Path:

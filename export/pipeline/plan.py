@@ -6,12 +6,13 @@ Nothing is written and no tensor is read: sizes come from the checkpoint's heade
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from arriero.errors import ArrieroError
 from arriero.export.build_file.schema import BuildConfig
 from arriero.export.machine.budget import available_memory, free_disk, human_bytes
-from arriero.export.pipeline.check_fit import check_fit, check_schemes
+from arriero.export.pipeline.check_build import Findings, check_asked, check_ready
 from arriero.export.pipeline.estimate_needs import (
     CONTEXTS,
     estimate_needs,
@@ -23,39 +24,49 @@ from arriero.export.pipeline.estimate_needs import (
 from arriero.export.pipeline.planned import Plan, PlannedStage
 from arriero.export.pipeline.record_plan import answer_mode, record_bytes
 from arriero.export.pipeline.resolution import weak_thresholds
-from arriero.export.pipeline.stage_keys import calibrating, stage_inputs
+from arriero.export.pipeline.stage_keys import KeyInputs, calibrating, stage_inputs
 from arriero.export.pipeline.stages import WorkDir, key_of
 from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.samples.cases import scored_counts
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
-from arriero.graphs.names import expected_tensors
-from arriero.graphs.sources.ledger import check_ledger
 from arriero.profiles.recipe import Profile, load_profile
 
 
-def make_plan(build: BuildConfig) -> Plan:
-    """Plan `build`. Raises `ArrieroError`/`Problems` for a checkpoint that is not sound or does not fit the build."""
+def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
+    """Plan `build`, or its stages `only`. What would stop it stands in the plan's `problems`.
+
+    Raises `ArrieroError`/`Problems`, with all of those, for a checkpoint that is not sound or does not fit the build.
+    """
     checkpoint = Checkpoint.open(build.model)
     config = ModelConfig.load(build.model)
     work = WorkDir(build.output)
     profiles = {target.profile: load_profile(target.profile) for target in build.targets}
     content = checkpoint.known_content_hash(work.hash_memo)
-    check_fit(build, config)
-    inputs = stage_inputs(build, content or "", profiles)
+    asked, ready = Findings(), Findings()
+    inputs: dict[str, KeyInputs] = {}
+    asked.of(lambda: inputs.update(stage_inputs(build, content or "", profiles)))
     keys = {name: key_of(name, values) for name, values in inputs.items()}
     state = {name: bool(content) and work.is_done(name, key) for name, key in keys.items()}
-    if not all(state.values()):
-        check_ledger(checkpoint.tensors.values(), expected_tensors(config))
-        check_schemes(build, profiles)
+    undone = {name for name in keys if not state[name] and (only is None or name in only)}
+    check_asked(build, checkpoint, config, profiles, undone, asked)
+    check_ready(build, checkpoint, config, profiles, undone, ready)
+    if asked.raised:
+        asked.raised += ready.raised
+        asked.raise_all()
     seen = config if "image" in build.modalities else config.without_vision()
-    sizes, case_sizes = sample_sizes(build, seen, state)
+    try:
+        sizes, case_sizes = sample_sizes(build, seen, state)
+    except ArrieroError as error:
+        ready.raised.insert(0, error)
+        ready.raise_all()
+        raise
     used = [info for info in checkpoint.tensors.values() if is_used(info, build, checkpoint)]
     targets = tuple(
         plan_target(target, profiles[target.profile], checkpoint, used, config, state) for target in build.targets
     )
     needs = estimate_needs(keys, config, seen, used, targets, calibrating(profiles), sizes, case_sizes)
-    return Plan(
+    plan = Plan(
         model=_describe(build, checkpoint, config),
         reference={
             "answers": answer_mode(build),
@@ -73,7 +84,9 @@ def make_plan(build: BuildConfig) -> Plan:
         disk_budget=build.budgets.disk,
         gpu_budget=build.budgets.gpu_memory,
         warnings=_warnings(build, profiles),
+        problems=ready.problems(),
     )
+    return plan if only is None else plan.only(*only)
 
 
 def _warnings(build: BuildConfig, profiles: Mapping[str, Profile]) -> tuple[str, ...]:

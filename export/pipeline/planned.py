@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from arriero.errors import ArrieroError, Problems
 from arriero.export.compile import MemoryBudget
 from arriero.export.machine.budget import check_budget
 from arriero.traits import TRAITS
@@ -72,6 +74,7 @@ class Plan:
     disk_budget: int | None
     gpu_budget: int | None
     warnings: tuple[str, ...]
+    problems: tuple[ArrieroError, ...]  # what would stop the build, beside too little memory or disk
 
     @property
     def done(self) -> bool:
@@ -97,16 +100,30 @@ class Plan:
         """The plan of these stages alone."""
         return replace(self, stages=tuple(stage for stage in self.stages if stage.name in names))
 
+    def check(self, file: str) -> None:
+        """Refuse a plan that cannot be carried out, for all of its problems and what it needs beyond its budgets."""
+        _raise([*self.problems, *self._over_budget(file)], file)
+
     def check_budgets(self, file: str) -> None:
         """Refuse a plan that needs more memory or disk than the build file `file` or the machine gives it."""
-        where, room = f"{file}: budgets.", self.memory_available
-        check_budget("memory", self.peak_memory, budget=self.memory_budget, available=room, where=f"{where}host_memory")
-        room = self.disk_available
-        check_budget("disk space", self.disk, budget=self.disk_budget, available=room, where=f"{where}disk")
+        _raise(self._over_budget(file), file)
+
+    def _over_budget(self, file: str) -> list[ArrieroError]:
+        """What needs more than the build file `file` or the machine gives it."""
+        asked = [
+            ("memory", self.peak_memory, self.memory_budget, self.memory_available, "host_memory"),
+            ("disk space", self.disk, self.disk_budget, self.disk_available, "disk"),
+        ]
         for target in self.targets:
-            if target.on_gpu and not target.done:
-                budget = self.gpu_budget  # weights that it has no room for stay with the host
-                check_budget("GPU memory", target.kv_bytes, budget=budget, available=None, where=f"{where}gpu_memory")
+            if target.on_gpu and not target.done:  # weights that a GPU has no room for stay with the host
+                asked.append(("GPU memory", target.kv_bytes, self.gpu_budget, None, "gpu_memory"))
+        problems = []
+        for what, needed, budget, available, key in asked:
+            try:
+                check_budget(what, needed, budget=budget, available=available, where=f"{file}: budgets.{key}")
+            except ArrieroError as error:
+                problems.append(error)
+        return problems
 
     def gpu_share(self, name: str) -> MemoryBudget | None:
         """What the GPU's budget leaves the engines of target `name` beside its cache; None without a budget."""
@@ -120,4 +137,10 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Give the plan as JSON values."""
-        return {**asdict(self), "peak_memory": self.peak_memory, "disk": self.disk, "done": self.done}
+        entries = {**asdict(self), "problems": [str(problem) for problem in self.problems]}
+        return {**entries, "peak_memory": self.peak_memory, "disk": self.disk, "done": self.done}
+
+
+def _raise(problems: Sequence[ArrieroError], file: str) -> None:
+    if problems:
+        raise problems[0] if len(problems) == 1 else Problems(f"{file}: the build cannot be done", problems)

@@ -1,13 +1,12 @@
 """Content-keyed stages: what was finished once is never done again, and what was killed leaves no half result.
 
 A finished stage is the folder `<output>/.work/<name>-<key>`, which appears by one rename from `<name>-<key>.partial`.
-Its key is a hash of everything the stage depends on, so that a folder that is there is the right one.
+Its key is a hash of everything the stage depends on. What it wrote is hashed when it is done, and again before use.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -15,35 +14,35 @@ import os
 import re
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arriero.errors import ArrieroError, MachineLacks
+from arriero.errors import ArrieroError, MachineLacks, is_full
 from arriero.export.machine.budget import PeakMemory
+from arriero.export.pipeline.ownership import MARK, PARTIAL, is_owned, own, remove_owned
+from arriero.export.pipeline.publish import Publisher, sync
 from arriero.runtimes.manifest import file_sha256
 
 RECORD = "stage.json"
-DOOMED = ".deleting-"
-OLD = re.compile(r"(?P<final>.+)\.old-[0-9a-f]{8}")
+Run = Callable[[Path], Iterable[str] | None]  # fills a folder and says which files it wrote; None for all
+FOLDER = re.compile(r"(?P<name>.+)-(?P<key>[0-9a-f]{12})(\.partial)?")
 
 
 @dataclass(frozen=True)
 class Stage:
     """One step of a build: `run` fills the folder it is given; `key_inputs` (JSON values) decide what comes out.
 
-    A stage that `resumes` is handed the folder of a killed run as it was left; another starts from an empty one.
-    A stage that is `shared` has its files hard-linked into bundles. What damages a bundle damages it too, so its files
-    are hashed when it is done and again before it is used.
+    `run` gives the names of the files that it wrote, relative to the folder; whatever else lies there is dropped. None
+    stands for all of them, for a stage that starts from an empty folder. One that `resumes` is handed the folder of a
+    killed run as it was left.
     """
 
     name: str
     key_inputs: Mapping[str, Any]
-    run: Callable[[Path], None]
+    run: Run
     resumes: bool = False
-    shared: bool = False
 
     @property
     def key(self) -> str:
@@ -62,6 +61,8 @@ class WorkDir:
     def __init__(self, output: Path) -> None:
         self.output = output
         self.root = output / ".work"
+        self.ran: dict[str, float] = {}  # the seconds of each stage that this process ran
+        self.bundles = Publisher(output, self.root / "published.json")
 
     @property
     def hash_memo(self) -> Path:
@@ -75,9 +76,11 @@ class WorkDir:
         Raises `ArrieroError` naming the process that holds it. The system frees the lock of a killed process.
         """
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            own(self.root)
             lock = (self.root / "lock").open("a+")
         except OSError as error:
+            if is_full(error):
+                raise
             remedy = "Choose another `output`, or change the folder's owner or mode"
             raise ArrieroError(f"cannot write here ({error.strerror})", where=str(self.output), remedy=remedy) from None
         with lock:
@@ -93,7 +96,7 @@ class WorkDir:
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
-            self._recover()
+            self.bundles.recover()
             yield
 
     def folder(self, name: str, key: str) -> Path:
@@ -110,11 +113,10 @@ class WorkDir:
             return False
 
     def is_intact(self, name: str, key: str) -> bool:
-        """Whether the stage is finished and every file it wrote has its size, and its content where that is hashed."""
+        """Whether the stage is finished and every file it wrote has the content that it was given."""
         folder = self.folder(name, key)
         return self.is_done(name, key) and all(
-            "sha256" not in record or file_sha256(folder / file) == record["sha256"]
-            for file, record in read_record(folder)["files"].items()
+            file_sha256(folder / file) == record.get("sha256") for file, record in read_record(folder)["files"].items()
         )
 
     def run_stage(self, stage: Stage) -> Path:
@@ -125,63 +127,41 @@ class WorkDir:
         final = self.folder(stage.name, stage.key)
         if self.is_intact(stage.name, stage.key):
             return final
-        partial = final.with_name(f"{final.name}.partial")
-        _remove(final)
-        if not stage.resumes:
-            _remove(partial)
-        partial.mkdir(parents=True, exist_ok=True)
-        start = time.monotonic()
-        with PeakMemory() as memory, _machine_limits(stage.name, self.output):
-            stage.run(partial)
-        record = {
-            "name": stage.name,
-            "key": stage.key,
-            "inputs": stage.key_inputs,
-            "seconds": round(time.monotonic() - start, 3),
-            "peak_memory_bytes": memory.anonymous,
-            "peak_resident_bytes": memory.resident,
-            "files": _records(partial, stage.shared),
-        }
-        with (partial / RECORD).open("w") as file:
-            json.dump(record, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(final)
-        _sync(self.root)
+        partial = final.with_name(f"{final.name}{PARTIAL}")
+        remove_owned(final, RECORD)
+        with machine_limits(f"in stage {stage.name}", self.output):
+            if not stage.resumes:
+                remove_owned(partial)
+            own(partial)
+            start = time.monotonic()
+            with PeakMemory() as memory:
+                names = stage.run(partial)
+            seconds = time.monotonic() - start
+            _drop_others(partial, names)
+            record = {
+                "name": stage.name,
+                "key": stage.key,
+                "inputs": stage.key_inputs,
+                "seconds": round(seconds, 3),
+                "peak_memory_bytes": memory.anonymous,
+                "peak_resident_bytes": memory.resident,
+                "files": _records(partial),
+            }
+            with (partial / RECORD).open("w") as file:
+                json.dump(record, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(final)
+        sync(self.root)
+        self.ran[stage.name] = seconds
         return final
 
-    def publish(self, partial: Path, final: Path) -> None:
-        """Put the finished folder `partial` (`<final>.partial`) in the place of `final`; the old one goes afterwards.
-
-        A kill in between leaves either the old or the new bundle, whole; the next `locked` finishes the change.
-        """
-        old = final.with_name(f"{final.name}.old-{uuid.uuid4().hex[:8]}")
-        if final.exists():
-            final.rename(old)
-        partial.rename(final)
-        _sync(final.parent)
-        _remove(old)
-
     def prune(self, keep: Iterable[tuple[str, str]]) -> None:
-        """Delete the stage folders, partial ones too, whose (name, key) is not in `keep`."""
-        kept = {self.folder(name, key).name for name, key in keep}
+        """Delete the stage folders that builds made, partial ones too, whose (name, key) is not in `keep`."""
+        kept = {self.folder(name, key).name + suffix for name, key in keep for suffix in ("", PARTIAL)}
         for folder in self.root.iterdir():
-            if re.fullmatch(r".+-[0-9a-f]{12}(\.partial)?", folder.name) and folder.name not in kept:
-                _remove(folder)
-
-    def _recover(self) -> None:
-        for folder in (*self.output.glob(f"{DOOMED}*"), *self.root.glob(f"{DOOMED}*")):
-            shutil.rmtree(folder)
-        for old in sorted(self.output.glob("*.old-*")):
-            match = OLD.fullmatch(old.name)
-            if match is None:
-                continue
-            final = old.with_name(match.group("final"))
-            partial = old.with_name(f"{final.name}.partial")
-            # `publish` moved the old bundle away, so the partial one was complete; only the second rename is missing.
-            if not final.exists():
-                (partial if partial.exists() else old).rename(final)
-            _remove(old)
+            if FOLDER.fullmatch(folder.name) and folder.name not in kept and is_owned(folder):
+                remove_owned(folder, RECORD)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -193,40 +173,41 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _machine_limits(name: str, output: Path) -> Iterator[None]:
+def machine_limits(doing: str, output: Path) -> Iterator[None]:
+    """Within the block, a full disk or memory becomes `MachineLacks` that says it happened while `doing` something."""
     remedy = "Free some and run the same command again: the build goes on where it stopped"
     try:
         yield
     except MemoryError as error:
-        raise MachineLacks(f"the memory ran out in stage {name}", expected="more free memory", remedy=remedy) from error
+        raise MachineLacks(f"the memory ran out {doing}", expected="more free memory", remedy=remedy) from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full(error):
             raise
-        what = f"the disk ran full in stage {name}"
+        what = f"the disk ran full {doing}"
         raise MachineLacks(what, where=str(output), expected="more free disk space", remedy=remedy) from error
 
 
-def _records(folder: Path, hashed: bool) -> dict[str, dict[str, Any]]:
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != RECORD)
+def _drop_others(folder: Path, names: Iterable[str] | None) -> None:
+    """Delete what a killed run left in a stage's folder beside the files `names` that the stage says it wrote."""
+    if names is None:
+        return
+    kept = {folder / name for name in names}
+    missing = [str(path) for path in sorted(kept) if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"the stage says it wrote {', '.join(missing)}")
+    folders = {parent for path in kept for parent in path.parents}
+    for entry in [*folder.rglob("*")]:
+        if not entry.exists() or entry in kept or entry in folders or entry == folder / MARK:
+            continue
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _records(folder: Path) -> dict[str, dict[str, Any]]:
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in (RECORD, MARK))
     return {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size}
-        | ({"sha256": file_sha256(file)} if hashed else {})
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         for file in files
     }
-
-
-def _sync(folder: Path) -> None:
-    """Make renames in `folder` outlive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove(folder: Path) -> None:
-    """Delete a folder that may not exist, by first giving it a name that nobody takes for a result."""
-    if folder.exists():
-        renamed = folder.with_name(f"{DOOMED}{uuid.uuid4().hex[:8]}")
-        folder.rename(renamed)
-        shutil.rmtree(renamed)

@@ -7,14 +7,14 @@ completes it with `arriero parity`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from dataclasses import replace
 from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arriero.errors import BelowThreshold
+from arriero.errors import ArrieroError, BelowThreshold
 from arriero.export.build_file.device import kernel_arch, target_gpu
 from arriero.export.build_file.model_spec import model_spec
 from arriero.export.build_file.schema import Target
@@ -24,10 +24,13 @@ from arriero.export.compile.nvidia.engine_shapes import Limits
 from arriero.export.compile.nvidia.gpus import local_gpus
 from arriero.export.pipeline.bundle import Parts, assemble, copy_tokenizer, is_current, write_manifest
 from arriero.export.pipeline.estimate_needs import cache_bytes
+from arriero.export.pipeline.explain_failure import explain_failures
+from arriero.export.pipeline.failure_page import FailurePage
 from arriero.export.pipeline.parts import read_part, write_part
 from arriero.export.pipeline.place_record import is_placed, place_record
+from arriero.export.pipeline.results import Failure, State, TargetResult
 from arriero.export.pipeline.stage_keys import rounding_folder
-from arriero.export.pipeline.stages import Stage, key_of, read_record
+from arriero.export.pipeline.stages import Run, key_of, read_record
 from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.proof.emulate import can_emulate
 from arriero.profiles.kv_cache import CacheScales, cache_scales
@@ -46,19 +49,12 @@ from arriero.runtimes.manifest import (
     RtnKl,
     StoredWeight,
 )
+from arriero.runtimes.proof.report import ParityReport, read_json
 from arriero.thresholds import OVER_RTN
 from arriero.traits import TRAITS
 
 if TYPE_CHECKING:
     from arriero.export.pipeline.build import Build
-
-
-@dataclass(frozen=True)
-class Published:
-    """A bundle under its name; `device` is what can prove it where this machine could not, None once it is proven."""
-
-    folder: Path
-    device: str | None = None
 
 
 class TargetBuild:
@@ -67,6 +63,8 @@ class TargetBuild:
     def __init__(self, build: Build, target: Target) -> None:
         self.build, self.target, self.profile = build, target, build.profiles[target.profile]
         self.bundle = build.config.output / target.name
+        self.report: ParityReport | None = None
+        self.failures: tuple[Failure, ...] = ()
 
     @property
     def device(self) -> str | None:
@@ -85,43 +83,80 @@ class TargetBuild:
         names = ("graph", "calibrate", "reference", f"lower-{name}", f"parity-{name}")
         return {name: key_of(name, self.build.inputs[name]) for name in names}
 
-    def run(self) -> Published:
-        """Lower, prove and publish; at once when the bundle is current. Raises `BelowThreshold`."""
+    def run(self) -> TargetResult:
+        """Lower, prove and publish; at once when the bundle is current. What stops it is in the result."""
+        start, before = time.monotonic(), dict(self.build.work.ran)
+        try:
+            result = self._run()
+        except ArrieroError as error:
+            report = self.report if isinstance(error, BelowThreshold) else None
+            failures = self.failures if report is not None else ()
+            state: State = "failed" if report is not None else "not built"
+            result = TargetResult(self.target.name, self.bundle, state, failures=failures, report=report, error=error)
+        except Exception as error:  # a fault of ours in one backend is no reason to leave the others out
+            result = TargetResult(self.target.name, self.bundle, "not built", error=error)
+        own = [name for name in self.build.inputs if name.endswith(f"-{self.target.name}")]
+        ran = self.build.work.ran
+        stages = {name: ran.get(name) for name in own if name in ran or result.state != "up to date"}
+        shared = {name: seconds for name, seconds in ran.items() if name not in before and name not in own}
+        return replace(result, seconds=time.monotonic() - start, stages={**shared, **stages})
+
+    def _run(self) -> TargetResult:
         current = is_current(self.bundle, self.stages) and is_placed(self.bundle, self.build.config.parity.record)
         proven = current and Manifest.read(self.bundle).proven
         if current and (proven or self.device is not None):
-            self.failure_page.unlink(missing_ok=True)
+            self.failure_page.remove()
             self.build.watch(f"{self.target.name}: up to date", 1, 1, "bundles")
-            return Published(self.bundle, None if proven else self.device)
+            if not proven:
+                return TargetResult(self.target.name, self.bundle, "unproven", device=self.device)
+            return TargetResult(
+                self.target.name, self.bundle, "up to date", report=read_json(self.bundle / "parity.json")
+            )
         lowered = self.lowered
-        partial_bundle = self.bundle.with_name(f"{self.bundle.name}.partial")
-        assemble(lowered, partial_bundle)
-        place_record(self.build.record, self.build.config.parity.record, partial_bundle, self.build.work)
-        self.write_manifest(partial_bundle)
+        prepared = self.build.work.bundles.prepare(self.bundle)
+        assemble(lowered, prepared)
+        place_record(self.build.record, self.build.config.parity.record, prepared, self.build.work)
+        self.write_manifest(prepared)
         if self.device is None:
-            proof = self.stage("parity", partial(self.prove, partial_bundle))
+            proof = self.stage("parity", partial(self.prove, prepared))
+            self.report = read_json(proof / "parity.json")
+            self.judge(self.report)
             for report in REPORTS:
-                (partial_bundle / report).write_bytes((proof / report).read_bytes())
-            self.write_manifest(partial_bundle)
-        self.build.work.publish(partial_bundle, self.bundle)
-        self.failure_page.unlink(missing_ok=True)
-        return Published(self.bundle, self.device)
+                (prepared / report).write_bytes((proof / report).read_bytes())
+            self.write_manifest(prepared)
+        self.build.work.bundles.publish(self.bundle)
+        self.failure_page.remove()
+        state: State = "published" if self.device is None else "unproven"
+        return TargetResult(self.target.name, self.bundle, state, device=self.device, report=self.report)
+
+    def judge(self, report: ParityReport) -> None:
+        """Raise `BelowThreshold` for a report with rows that failed, with its page kept beside the bundles."""
+        if not report.failed:
+            return
+        coverage = read_part(CalibratedPart, self.build.calibrated).coverage
+        self.failures = explain_failures(report, self.profile, coverage)
+        self.failure_page.write(report)
+        said = "\n".join(f"  {number}. {failure}" for number, failure in enumerate(self.failures, 1))
+        raise BelowThreshold(
+            f"target {self.target.name} is below its parity thresholds\n{said}\n"
+            f"  Where it differs: {self.failure_page.path}"
+        )
 
     @property
-    def failure_page(self) -> Path:
-        """Where the report of a target that failed parity is kept."""
-        return self.build.config.output / f"{self.target.name}.failed-parity.html"
+    def failure_page(self) -> FailurePage:
+        """The report of a target that failed parity."""
+        return FailurePage.of(self.build.config.output, self.target.name)
 
-    def stage(self, kind: str, run: Callable[[Path], None], resumes: bool = False, shared: bool = False) -> Path:
+    def stage(self, kind: str, run: Run, resumes: bool = False) -> Path:
         """Run one of the target's own stages unless it is done."""
         name = f"{kind}-{self.target.name}"
-        return self.build.work.run_stage(Stage(name, self.build.inputs[name], run, resumes, shared))
+        return self.build.stage(name, run, resumes)
 
     @cached_property
     def lowered(self) -> Path:
         """The finished stage `lower-*`."""
         _ = self.build.graph, self.build.calibrated, self.kernels  # finished first: no stage runs within another
-        return self.stage("lower", self.lower, resumes=True, shared=True)
+        return self.stage("lower", self.lower, resumes=True)
 
     @cached_property
     def kernels(self) -> Path | None:
@@ -153,15 +188,22 @@ class TargetBuild:
             return None
         return cache_scales(json.loads((self.build.calibrated / "cache.json").read_text()))
 
-    def lower(self, folder: Path) -> None:
+    def lower(self, folder: Path) -> set[str]:
         """Stage `lower-*`: the backend's graphs and weights, the tokenizer, and proof that the backend loads them."""
         weights = self.lower_parts(self.target, self.build.parts, self.decided, self.roundings, folder)
-        copy_tokenizer(self.build.config.model, folder / "tokenizer")
+        tokenizer = copy_tokenizer(self.build.config.model, folder / "tokenizer")
         compiled = self.compile(self.target, self.build.parts, self.kernels, folder)
         if compiled.gpu is not None:  # an engine has swallowed the file of its part's weights
             weights = {name: {**one, "file": f"{Path(one['file']).stem}.engine"} for name, one in weights.items()}
         stored = {name: StoredWeight(**one) for name, one in weights.items()}
-        write_part(LoweredPart(stored, compiled), folder)
+        code = {f"{part}{suffix}" for part in self.build.parts for suffix in TRAITS[self.target.backend].files}
+        files = {weight.file for weight in stored.values()}
+        return (
+            code
+            | files
+            | {f"tokenizer/{name}" for name in tokenizer}
+            | {write_part(LoweredPart(stored, compiled), folder)}
+        )
 
     def lower_parts(
         self,
@@ -257,7 +299,7 @@ class TargetBuild:
         write_part(RtnKl(kl.mean, kl.error), folder)
 
     def prove(self, bundle: Path, folder: Path) -> None:
-        """Stage `parity-*`: the bundle against the reference record. Raises `BelowThreshold`; the report page stays."""
+        """Stage `parity-*`: the bundle against the reference record. A report that failed is a result as well."""
         from arriero.export.proof.measure_bundle import measure_bundle
         from arriero.runtimes.proof.pages import write_html
         from arriero.runtimes.proof.report import write_json
@@ -265,14 +307,6 @@ class TargetBuild:
         report = measure_bundle(bundle, self.build.record, self.terms, self.build.record.labels(), self.build.watch)
         write_json(report, folder / "parity.json")
         write_html(report, folder / "parity.html")
-        if report.failed:
-            write_html(report, self.failure_page)
-            names = ", ".join(row.title for row in report.failed)
-            raise BelowThreshold(
-                f"target {self.target.name} is below its parity thresholds: {names}",
-                where=str(self.failure_page),
-                remedy="The page shows where it differs; choose a finer profile, or lower the threshold knowingly",
-            )
 
     def write_manifest(self, bundle: Path) -> None:
         """Write the bundle's manifest from the parts that the stages wrote."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from arriero.errors import ArrieroError
 from arriero.export.proof.measure_bundle import Watch, measure_bundle
 from arriero.runtimes.integrity import open_manifest
-from arriero.runtimes.manifest import RECORD_FOLDER, Manifest, ProofTerms
+from arriero.runtimes.manifest import FILE, RECORD_FOLDER, REPORTS, Manifest, ProofTerms
 from arriero.runtimes.proof.cases import Reference
 from arriero.runtimes.proof.complete import complete_proof
 from arriero.runtimes.proof.record import ReferenceRecord
@@ -35,10 +35,28 @@ def prove_bundle(bundle: Path, folder: Path | None, watch: Watch, output: Path |
     if manifest.proven and output is not None:
         remedy = "Leave out --output; --html, --junit and --json write what was measured"
         raise ArrieroError("the bundle is proven already", where=str(bundle), remedy=remedy)
+    if output is not None:
+        _check_output(output, manifest)
     report = measure_bundle(bundle, record, manifest.proof, record.labels(), watch)
     if not manifest.proven and not report.failed:
         complete_proof(manifest, report, output or bundle)
     return report
+
+
+def _check_output(folder: Path, manifest: Manifest) -> None:
+    """Refuse a folder with files that the proof would write over, unless they are an earlier proof of this bundle."""
+    there = [name for name in (FILE, *REPORTS) if (folder / name).exists()]
+    try:
+        same = Manifest.read(folder).chain.record == manifest.chain.record
+    except ArrieroError:
+        same = False
+    if there and not same:
+        raise ArrieroError(
+            f"holds {', '.join(there)}, which the proof would write over",
+            where=str(folder),
+            expected="an empty folder, or one with an earlier proof of this bundle",
+            remedy="Give another folder",
+        )
 
 
 def other_terms(manifest: Manifest) -> ProofTerms:

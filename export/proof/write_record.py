@@ -48,12 +48,14 @@ class Origin:
     tools: Mapping[str, str]
 
 
-def write_record(reference: Session, cases: Sequence[ParityCase], origin: Origin, folder: Path, watch: Watch) -> None:
-    """Fill `folder` with the record of `cases`, from where a killed run left it.
+def write_record(
+    reference: Session, cases: Sequence[ParityCase], origin: Origin, folder: Path, watch: Watch
+) -> set[str]:
+    """Fill `folder` with the record of `cases`, from where a killed run left it; give the names of its files.
 
     Raises ArrieroError naming layer and case when the reference itself gives what is not finite.
     """
-    _Writer(Walk(reference, cases, folder, second=False, what="parity case"), origin, folder, watch).run()
+    return _Writer(Walk(reference, cases, folder, second=False, what="parity case"), origin, folder, watch).run()
 
 
 class _Writer:
@@ -63,9 +65,10 @@ class _Writer:
         self.walk, self.origin, self.folder, self.watch = walk, origin, folder, watch
         self.session, self.cases = walk.session, walk.samples
         self.layers = len(walk.text.layers)
+        self.pictures: set[str] = set()
 
-    def run(self) -> None:
-        """Write everything that is not there yet; `record.json` comes last."""
+    def run(self) -> set[str]:
+        """Write everything that is not there yet, `record.json` last; give the names of all of the record's files."""
         if not self._is_there("embeddings.sketch"):
             self._embed()
         for layer in range(self.layers):
@@ -75,7 +78,7 @@ class _Writer:
         if not self._is_there("top_tokens"):
             self._logits()
         self.walk.hidden_file(self.layers).unlink(missing_ok=True)
-        self._describe()
+        return self._describe()
 
     def _is_there(self, name: str) -> bool:
         return (self.folder / f"{name}.npy").is_file()
@@ -115,7 +118,7 @@ class _Writer:
     def _layer(self, layer: int) -> None:
         """One layer over all cases: expert ids and margins of a MoE layer, and a sketch of what follows."""
         sketches, ids, margins = np.empty((len(self.cases), BUCKETS + 1)), [], []
-        step = f"{STEP}: layer {layer}"
+        step = f"{STEP}: layer {layer} ({layer + 1} of {self.layers})"
         for one in self.walk.steps(layer, lambda done, total: self.watch(step, done, total, "cases")):
             check_finite(one.after, f"layer {layer}", self.cases[one.number].name, self.walk.what)
             sketches[one.number] = self._sketch(layer_name(layer), one.number, one.after[None])
@@ -162,7 +165,7 @@ class _Writer:
         self._save("forced_ids", np.concatenate(forced).astype(np.int32))
         self._save("top_tokens", tops)
 
-    def _describe(self) -> None:
+    def _describe(self) -> set[str]:
         """Pictures, generated answers, and `record.json` over all of it."""
         closes = bool(self.session.spec.eos_token_ids)
         shown = json.loads((self.folder / SHOWN).read_text())
@@ -186,21 +189,30 @@ class _Writer:
                 }
             )
             self.watch(f"{STEP}: answers", number + 1, len(self.cases), "cases")
-        scratch = self.folder / SHOWN
-        files = (file for file in sorted(self.folder.rglob("*")) if file.is_file() and file.name not in (FILE, SHOWN))
+        files = {
+            name: {"bytes": (self.folder / name).stat().st_size, "sha256": file_sha256(self.folder / name)}
+            for name in sorted(self._arrays() | self.pictures)
+        }
         data = {
             "format": FORMAT,
             "model": self.session.spec.entry(),
             "seed": SEED,
             **asdict(self.origin),
             "cases": entries,
-            "files": {
-                file.relative_to(self.folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-                for file in files
-            },
+            "files": files,
         }
         (self.folder / FILE).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        scratch.unlink()
+        return {FILE, *files}
+
+    def _arrays(self) -> set[str]:
+        """The names of the record's arrays."""
+        layers = [layer_name(layer) for layer in range(self.layers)]
+        sketches = ("embeddings", "pixels", "features", "logits", *layers)
+        names = {f"{name}.sketch" for name in sketches} | {"forced_ids", "top_tokens"}
+        # a dense layer has no experts, and a router that takes all of them no margins
+        optional = {f"{layer}.{kind}" for layer in layers for kind in ("expert_ids", "margins")}
+        optional |= {"logits", *SAMPLED}
+        return {f"{name}.npy" for name in names} | {f"{name}.npy" for name in optional if self._is_there(name)}
 
     def _answer(self, number: int) -> dict[str, Any]:
         """What the reference answers, where answers are generated."""
@@ -223,4 +235,5 @@ class _Writer:
             suffix = Path(picture).suffix.lower()
         name = f"{file_sha256(scratch)[:32]}{suffix}"
         scratch.replace(folder / name)
+        self.pictures.add(f"pictures/{name}")
         return f"pictures/{name}"

@@ -1,4 +1,4 @@
-"""The parity report for people and for CI: one self-contained HTML page, a terminal table, JUnit XML.
+"""The parity report for people: one self-contained HTML page, a terminal table.
 
 What is only shown stands here, apart from what is measured: no stage of a build depends on it.
 """
@@ -6,7 +6,6 @@ What is only shown stands here, apart from what is measured: no stage of a build
 from __future__ import annotations
 
 import math
-import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -25,35 +24,6 @@ if TYPE_CHECKING:
 SIDES = ("reference", "candidate")
 
 
-def write_junit(report: ParityReport, path: Path, name: str = "arriero.parity") -> None:
-    """Write JUnit XML: one suite `name`, one test case per row; rows without a threshold pass, with their value."""
-    suite = ET.Element(
-        "testsuite",
-        name=name,
-        tests=str(len(report.rows)),
-        failures=str(len(report.failed)),
-        errors="0",
-        skipped=str(sum(row.status == "info" and row.value is None for row in report.rows)),
-    )
-    if report.labels:
-        properties = ET.SubElement(suite, "properties")
-        for key, value in report.labels.items():
-            ET.SubElement(properties, "property", name=key, value=_clean(value))
-    for row in report.rows:
-        case = ET.SubElement(suite, "testcase", classname=name, name=_clean(row.metric))
-        sentence = _clean(f"{row.title}: {show(row)}{_limit(row)}. {row.detail}".rstrip(" ."))
-        if row.status == "fail":
-            ET.SubElement(case, "failure", type="BelowThreshold", message=sentence).text = _clean(row.about.meaning)
-        elif row.value is None:
-            ET.SubElement(case, "skipped", message=sentence)
-        else:
-            ET.SubElement(case, "system-out").text = sentence
-    root = ET.Element("testsuites", tests=suite.get("tests", ""), failures=suite.get("failures", ""))
-    root.append(suite)
-    ET.indent(root)
-    write_text(path, '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n")
-
-
 def write_html(report: ParityReport, path: Path) -> None:
     """Write one HTML page with tables and inline SVG plots; it needs no other file, no network and no script."""
     write_text(path, render_html(report))
@@ -68,12 +38,12 @@ def render_html(report: ParityReport) -> str:
         counts={status: sum(row.status == status for row in report.rows) for status in order},
         cases=sorted(report.cases, key=_badness, reverse=True),
         shown=show,
-        limit=lambda row: _limit(row).removeprefix(", "),
+        limit=show_limit,
         number=_number,
-        layer_limits={row.metric: _limit(row).removeprefix(", ") for row in report.rows},
+        layer_limits={row.metric: show_limit(row) for row in report.rows},
         plots=[plot for plot in _plots(report) if plot],
     )
-    return _clean(page)
+    return clean(page)
 
 
 def write_page(
@@ -87,7 +57,7 @@ def write_page(
 ) -> None:
     """Write one HTML page of the same kind with one table, `notes` under it and `pictures`."""
     values = {"title": title, "labels": labels, "heads": heads, "rows": rows, "notes": notes, "plots": pictures}
-    write_text(path, _clean(_template("page.html.jinja").render(values)))
+    write_text(path, clean(_template("page.html.jinja").render(values)))
 
 
 def render_table(report: ParityReport, console: Console) -> None:
@@ -108,7 +78,7 @@ def render_table(report: ParityReport, console: Console) -> None:
     table.add_column("status")
     table.add_column("detail", overflow="fold", style="dim")
     for row in sorted(_shown_rows(report), key=lambda row: row.status == "fail"):
-        limit = _limit(row).removeprefix(", ")
+        limit = show_limit(row)
         table.add_row(Text(row.title), show(row), limit, marks[row.status], Text(row.detail))
     console.print(table)
     judged = sum(row.status != "info" for row in report.rows)
@@ -126,12 +96,13 @@ def show(row: Row) -> str:
     return f"{value} ± {_number(row.error, row.about.unit)}" if row.value is not None and row.error else value
 
 
-def _limit(row: Row) -> str:
+def show_limit(row: Row) -> str:
+    """The row's threshold with its direction, as in `at most 1 %`; empty without one."""
     if row.threshold is None:
         return ""
     unit = row.about.unit
     limit = f"{100 * row.threshold:.6g} %" if unit == "share" else _number(row.threshold, unit)
-    return f", {'at most' if row.about.direction == 'max' else 'at least'} {limit}"
+    return f"{'at most' if row.about.direction == 'max' else 'at least'} {limit}"
 
 
 def _number(value: float | None, unit: str = "") -> str:
@@ -199,6 +170,6 @@ def _template(name: str) -> Template:
     return environment.get_template(name)
 
 
-def _clean(text: str) -> str:
-    """`text` without the control characters that neither XML 1.0 nor HTML can hold."""
+def clean(text: str) -> str:
+    """The text without the control characters that neither XML 1.0 nor HTML can hold."""
     return "".join(c for c in text if c in "\t\n\r" or (c >= " " and not "\ud800" <= c <= "\udfff" and c < "\ufffe"))

@@ -6,7 +6,6 @@ Files appear whole or not at all. Numbers that are not finite survive the round 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arriero.errors import ArrieroError
+from arriero.errors import ArrieroError, is_full
 from arriero.runtimes.manifest import Fallback
 from arriero.runtimes.proof.paired import Pairs
 from arriero.runtimes.proof.rows import Row
@@ -150,14 +149,21 @@ def read_json(path: Path) -> ParityReport:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all. Raises ArrieroError where it cannot be written."""
+    """Write a file that appears whole or not at all. Raises ArrieroError where it cannot be written.
+
+    What is no file, such as /dev/stdout, is written to; behind a link the file is replaced and the link stays.
+    """
+    path = path.resolve() if path.is_symlink() else path
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # the path is not what is wrong
+        if is_full(error):  # the path is not what is wrong
             raise
         raise ArrieroError(
             f"the report cannot be written ({error.strerror})",

@@ -19,7 +19,7 @@ from arriero.export.compile.nvidia.gpus import Gpu
 from arriero.export.machine import doctor
 from arriero.export.machine.budget import human_bytes
 from arriero.export.pipeline import build as building
-from arriero.export.pipeline import target_build
+from arriero.export.pipeline import check_build, target_build
 from arriero.export.pipeline.plan import make_plan
 from arriero.export.pipeline.stage_keys import stage_inputs
 from arriero.profiles.recipe import load_profile, shipped
@@ -170,12 +170,11 @@ def test_weights_that_a_budget_has_no_room_for_are_streamed(folder: Path) -> Non
 
 
 def test_a_product_that_is_missing_is_told_before_anything_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building.Build, "check_inputs", lambda build: None)
-
     def missing(product: str) -> None:
         raise MachineLacks(f"{product} is not installed")
 
-    monkeypatch.setattr(building, "load", missing)
+    monkeypatch.setattr(check_build, "load", missing)
+    monkeypatch.setattr(check_build, "_check_samples", lambda *_: None)
     build = load(folder, f"{RTX}, gpu: rtx-4090")
     with pytest.raises(MachineLacks, match="tensorrt-rtx is not installed"):
         building.Build(build, "build.yaml", lambda *told: None).run()

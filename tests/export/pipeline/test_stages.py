@@ -1,4 +1,4 @@
-"""Stages: done once, resumed after SIGKILL, published without a moment in which both bundles are gone for good."""
+"""Stages: done once, resumed after SIGKILL, used again only as they were written."""
 
 import errno
 import json
@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from arriero.errors import ArrieroError, MachineLacks
+from arriero.export.pipeline.bundle import assemble
+from arriero.export.pipeline.ownership import own
 from arriero.export.pipeline.stages import Stage, WorkDir, key_of, read_record
 
 
@@ -49,7 +51,7 @@ def test_keys_follow_name_and_inputs_and_not_their_order():
 
 @pytest.mark.parametrize("damage", ["delete", "shorten", "record", "change"])
 def test_a_damaged_result_is_built_again(tmp_path, damage):
-    work, stage = WorkDir(tmp_path), Stage("a", {}, writer("hello"), shared=True)
+    work, stage = WorkDir(tmp_path), Stage("a", {}, writer("hello"))
     with work.locked():
         folder = work.run_stage(stage)
         if damage == "delete":
@@ -63,6 +65,59 @@ def test_a_damaged_result_is_built_again(tmp_path, damage):
         assert work.is_done("a", stage.key) == (damage == "change")
         assert not work.is_intact("a", stage.key)
         assert (work.run_stage(stage) / "out.txt").read_text() == "hello"
+
+
+@pytest.mark.parametrize("size", [1, 1 << 20])
+def test_flipped_bytes_of_a_finished_stage_are_noticed_whatever_its_times_say(tmp_path, size):
+    """Any stage, not only those whose files are linked into bundles."""
+    work, stage = WorkDir(tmp_path), Stage("calibrate", {}, writer("a" * size), resumes=True)
+    with work.locked():
+        file = work.run_stage(stage) / "out.txt"
+        before = file.stat()
+        with file.open("r+b") as opened:
+            opened.seek(size // 2)
+            opened.write(b"b")
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert not work.is_intact("calibrate", stage.key)
+        assert (work.run_stage(stage) / "out.txt").read_text() == "a" * size
+
+
+def test_a_finished_stage_holds_what_it_says_it_wrote_and_nothing_else(tmp_path):
+    """Whatever a killed run left there: journals, halves, files of no known name."""
+    work, runs = WorkDir(tmp_path), []
+
+    def run(folder):
+        runs.append(folder)
+        if len(runs) == 1:
+            for name in ("weights/text.safetensors.journal", "weights/stray.bin", "odd/other.txt", "hidden-3.npy"):
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text("left")
+            (folder / "odd" / "link").symlink_to(tmp_path / "elsewhere")
+            raise KeyboardInterrupt
+        (folder / "weights" / "text.safetensors").write_text("weights")
+        return ["weights/text.safetensors"]
+
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine").write_text("mine")
+    stage = Stage("lower", {}, run, resumes=True)
+    with work.locked(), pytest.raises(KeyboardInterrupt):
+        work.run_stage(stage)
+    with work.locked():
+        folder = work.run_stage(stage)
+    assert list(read_record(folder)["files"]) == ["weights/text.safetensors"]
+    left = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()}
+    assert left == {".arriero", "stage.json", "weights/text.safetensors"}
+    assert (tmp_path / "elsewhere" / "mine").read_text() == "mine"
+    assemble(folder, tmp_path / "bundle")
+    assert [file.name for file in (tmp_path / "bundle" / "weights").iterdir()] == ["text.safetensors"]
+
+
+def test_a_work_folder_that_no_build_made_is_left_alone(tmp_path):
+    (tmp_path / ".work").mkdir()
+    (tmp_path / ".work" / "lock").write_text("mine")
+    with pytest.raises(ArrieroError, match=r"\.work: is in the way of the build, and no build made it"):
+        WorkDir(tmp_path).locked().__enter__()
+    assert [(file.name, file.read_text()) for file in (tmp_path / ".work").iterdir()] == [("lock", "mine")]
 
 
 def test_a_failing_stage_leaves_no_result_and_its_error_comes_through(tmp_path):
@@ -92,8 +147,8 @@ def test_what_a_broken_run_left(tmp_path, resumes):
         work.run_stage(stage)
     with work.locked():
         folder = work.run_stage(stage)
-    assert seen == [[], ["one"] if resumes else []]
-    assert sorted(p.name for p in folder.iterdir()) == ["one", "stage.json", "two"]
+    assert seen == [[".arriero"], [".arriero", "one"] if resumes else [".arriero"]]
+    assert sorted(p.name for p in folder.iterdir()) == [".arriero", "one", "stage.json", "two"]
 
 
 @pytest.mark.parametrize(
@@ -145,62 +200,7 @@ def test_sigkill_in_the_middle_of_a_stage(tmp_path):
     stage = Stage("a", {}, lambda folder: (folder / "two").write_text("2") and None, resumes=True)
     assert not work.is_done("a", stage.key)
     with work.locked():
-        assert sorted(p.name for p in work.run_stage(stage).iterdir()) == ["one", "stage.json", "two"]
-
-
-def make_bundle(folder: Path, text: str) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(text)
-    return folder
-
-
-def test_publish_replaces_and_leaves_nothing_behind(tmp_path):
-    work = WorkDir(tmp_path)
-    for text in ("first", "second"):
-        with work.locked():
-            work.publish(make_bundle(tmp_path / "int8.partial", text), tmp_path / "int8")
-        assert (tmp_path / "int8" / "manifest.json").read_text() == text
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".work", "int8"]
-
-
-@pytest.mark.parametrize("renames", [1, 2])
-def test_publish_killed_between_its_steps(tmp_path, renames):
-    """Killed before the second rename (no bundle in place), or before the old one is deleted."""
-    make_bundle(tmp_path / "int8", "old")
-    make_bundle(tmp_path / "int8.partial", "new")
-    child = python(
-        """
-        import os, shutil, signal, sys
-        from pathlib import Path
-        from arriero.export.pipeline.stages import WorkDir
-        left = int(sys.argv[2])
-        rename = Path.rename
-        def counted(self, target):
-            global left
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left -= 1
-            return rename(self, target)
-        work = WorkDir(Path(sys.argv[1]))
-        with work.locked():
-            Path.rename = counted
-            work.publish(work.output / "int8.partial", work.output / "int8")
-        """,
-        tmp_path,
-        renames,
-    )
-    assert child.wait() == -signal.SIGKILL
-    with WorkDir(tmp_path).locked():
-        assert (tmp_path / "int8" / "manifest.json").read_text() == "new"
-        assert sorted(p.name for p in tmp_path.iterdir()) == [".work", "int8"]
-
-
-def test_deletions_cut_short_are_finished(tmp_path):
-    make_bundle(tmp_path / ".deleting-0123abcd", "gone")
-    make_bundle(tmp_path / ".work" / ".deleting-0123abcd", "gone")
-    with WorkDir(tmp_path).locked():
-        assert sorted(p.name for p in tmp_path.iterdir()) == [".work"]
-        assert [p.name for p in (tmp_path / ".work").iterdir()] == ["lock"]
+        assert sorted(p.name for p in work.run_stage(stage).iterdir()) == [".arriero", "one", "stage.json", "two"]
 
 
 def test_an_output_that_cannot_be_written(tmp_path):
@@ -210,24 +210,23 @@ def test_an_output_that_cannot_be_written(tmp_path):
         pass
 
 
-def test_recovery_falls_back_to_the_old_bundle(tmp_path):
-    make_bundle(tmp_path / "int8.old-0123abcd", "old")
-    make_bundle(tmp_path / "notes.old-version", "mine")
-    with WorkDir(tmp_path).locked():
-        assert (tmp_path / "int8" / "manifest.json").read_text() == "old"
-        assert (tmp_path / "notes.old-version").exists()
-
-
 def test_prune_keeps_the_plan_s_stages_and_foreign_files(tmp_path):
     work = WorkDir(tmp_path)
     stages = [Stage("a", {"n": n}, writer()) for n in range(3)]
     with work.locked():
         for stage in stages:
             work.run_stage(stage)
-        (work.root / f"a-{key_of('a', {'n': 9})}.partial").mkdir()
+        left = work.root / f"a-{key_of('a', {'n': 9})}.partial"
+        own(left)
+        (left / "half").touch()
         work.hash_memo.write_text("{}")
+        mine = work.root / "thesis-20261125abcd"  # named as a stage is
+        mine.mkdir()
+        (mine / "chapter.txt").write_text("years of work")
         work.prune([("a", stages[1].key)])
-    assert sorted(p.name for p in work.root.iterdir()) == [f"a-{stages[1].key}", "hashes.json", "lock"]
+    kept = [".arriero", f"a-{stages[1].key}", "hashes.json", "lock", mine.name]
+    assert sorted(p.name for p in work.root.iterdir()) == kept
+    assert (mine / "chapter.txt").read_text() == "years of work"
 
 
 def test_the_lock_is_free_again_after_a_build(tmp_path):

@@ -255,7 +255,7 @@ def test_a_killed_calibration_goes_on_after_its_last_layer(tmp_path: Path) -> No
     coverage = Calibration(walk_over(model, whole), checkpoint, {"p": profile()}, whole, lambda *_: None).run()
 
     def killed(step: str, done: int, total: int, unit: str) -> None:
-        if step == "calibrate: layer 2, matrices" and done == 5:
+        if step == "calibrate: layer 2 (3 of 4), matrices" and done == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -265,7 +265,7 @@ def test_a_killed_calibration_goes_on_after_its_last_layer(tmp_path: Path) -> No
         walk_over(model, parts), checkpoint, {"p": profile()}, parts, lambda step, *_: steps.append(step)
     )
     assert again.run() == coverage
-    assert {step.split(",")[0] for step in steps} == {"calibrate: layer 2", "calibrate: layer 3"}
+    assert {step.split(",")[0] for step in steps} == {"calibrate: layer 2 (3 of 4)", "calibrate: layer 3 (4 of 4)"}
     for file in (
         "ranges.json",
         "cache.json",

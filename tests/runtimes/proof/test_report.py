@@ -19,7 +19,7 @@ from arriero.errors import ArrieroError
 from arriero.runtimes.manifest import Fallback
 from arriero.runtimes.proof import plots, svg
 from arriero.runtimes.proof.heat_map import coverage_map
-from arriero.runtimes.proof.pages import render_html, render_table, show, write_html, write_junit
+from arriero.runtimes.proof.pages import render_html, render_table, show, write_html
 from arriero.runtimes.proof.report import CaseResult, FamilyScore, LayerSeries, ParityReport, read_json, write_json
 from arriero.runtimes.proof.rows import judge
 from arriero.thresholds import METRICS
@@ -117,23 +117,6 @@ def test_a_damaged_report_is_refused_with_its_path(tmp_path, text):
     with pytest.raises(ArrieroError, match="Run `arriero parity` again") as caught:
         read_json(tmp_path / "parity.json")
     assert "parity.json" in str(caught.value)
-
-
-def test_junit_has_a_case_per_row_and_a_failure_per_failed_row(tmp_path):
-    report = make_report()
-    write_junit(report, tmp_path / "out" / "parity.xml")
-    suite = ET.parse(tmp_path / "out" / "parity.xml").getroot().find("testsuite")
-    cases = {case.get("name"): case for case in suite.iter("testcase")}
-    assert list(cases) == [row.metric for row in report.rows]
-    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("8", "2", "1")
-    assert {name for name, case in cases.items() if case.find("failure") is not None} == {
-        "router_agreement_lowest",
-        "vision_relative_l2",
-    }
-    message = cases["router_agreement_lowest"].find("failure").get("message")
-    assert message.startswith("Router agreement, lowest layer: 99.51 %, at least 99.8 %. layer 7 <script>")
-    assert cases["embeddings_relative_l2"].find("skipped") is not None
-    assert "0.021" in cases["logits_max_abs_error"].find("system-out").text
 
 
 class Tags(HTMLParser):

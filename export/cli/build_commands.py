@@ -1,0 +1,114 @@
+"""`arriero plan`, `build`, `calibrate` and `schema`: what is done with a build file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from arriero.errors import ArrieroError
+from arriero.export.cli.options import STDOUT, BuildFile, Json, err, out, print_json
+
+
+def plan(build_file: BuildFile = Path("build.yaml"), as_json: Json = False) -> None:
+    """Say what a build would do and cost, without touching anything.
+
+    Shows the stages (done or to do), the bytes of each bundle by number format, peak memory and disk against the
+    budgets, and what context costs: KV cache bytes at 8k, 128k, 1M and 10M tokens for each cache format.
+    """
+    from arriero.export.build_file.read import load_build
+    from arriero.export.cli.show_plan import show_plan
+    from arriero.export.pipeline.plan import make_plan
+
+    planned = make_plan(load_build(build_file))
+    if as_json:
+        print_json(planned.to_json())
+    else:
+        show_plan(planned, out)
+    planned.check(str(build_file))
+
+
+def build(
+    build_file: BuildFile = Path("build.yaml"),
+    dump_graphs: Annotated[
+        Path | None,
+        typer.Option(help="Keep each graph that is lowered here after every phase, to find the one that goes wrong."),
+    ] = None,
+    require_proof: Annotated[
+        bool, typer.Option("--require-proof", help="End with exit code 3 where a bundle is for another device.")
+    ] = False,
+    junit: Annotated[
+        Path | None, typer.Option(help="Write JUnit XML here, whatever happens: one suite per bundle.")
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="[FILE]", help="Write the results as JSON here, whatever happens; printed without FILE."
+        ),
+    ] = None,
+) -> None:
+    """Build every bundle that the build file names, and publish those that pass parity.
+
+    Steps that are done are not done again: kill a build at any point and give the same command to go on; an unchanged
+    build does nothing. A bundle appears under its name only once its parity against the PyTorch reference has passed;
+    otherwise the report stays beside it as an HTML page. A target that fails does not stop the others: a table at the
+    end says what became of each and why, and the exit code is the highest of theirs. A bundle for a device that this
+    machine is not is published unproven, and `arriero parity` on the device completes it.
+    """
+    from arriero.export.build_file.read import load_build
+    from arriero.export.cli.progress import Progress
+    from arriero.export.cli.show_results import Outcome, show_outcome
+    from arriero.export.pipeline.build import Build
+
+    printed = json_file is not None and str(json_file) == STDOUT
+    if json_file is not None and json_file.suffix in (".yaml", ".yml"):
+        remedy = "Give another FILE, or `--json` at the end to print it"
+        raise ArrieroError("a build file is no place for results", where=f"--json {json_file}", remedy=remedy)
+    outcome = Outcome(str(build_file), require_proof)
+    try:
+        outcome.config = load_build(build_file)
+        with Progress(err) as progress:
+            at_work = Build(outcome.config, str(build_file), progress, dump_graphs, progress.tell)
+            outcome.results = at_work.results  # filled as it goes
+            at_work.run()
+    except BaseException as error:
+        outcome.error = error
+        raise
+    finally:
+        outcome.write(junit, None if printed else json_file)
+    if printed:
+        print_json(outcome.to_json())
+    show_outcome(outcome, None if printed else out, err)
+    raise typer.Exit(outcome.exit_code)
+
+
+def calibrate(build_file: BuildFile = Path("build.yaml"), as_json: Json = False) -> None:
+    """Run the build file's calibration alone, and show what it saw: tokens per expert and activation ranges.
+
+    What it finds lies where `arriero build` looks for it, so that a build goes on from here; killed, the same command
+    goes on after the last finished layer. Experts that too few tokens reach are named: give the set more samples, or
+    other ones. Samples come from `calibration.set`: `embedded`, a JSONL file, or a folder of images.
+    """
+    from arriero.export.build_file.read import load_build
+    from arriero.export.cli.progress import Progress
+    from arriero.export.cli.show_calibration import show_calibration
+    from arriero.export.pipeline.build import Build
+
+    config = load_build(build_file)
+    with Progress(err) as watch:
+        described = Build(config, str(build_file), watch).run_calibration()
+    if as_json:
+        print_json(described)
+    else:
+        show_calibration(described, out)
+
+
+def schema() -> None:
+    """Print the JSON schema of build files, for editors.
+
+    arriero schema > build.schema.json
+    """
+    from arriero.export.build_file.schema import json_schema
+
+    print_json(json_schema())

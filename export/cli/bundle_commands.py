@@ -1,0 +1,224 @@
+"""`arriero parity`, `run`, `inspect` and `compare`: what is done with published bundles."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from arriero.errors import ArrieroError
+from arriero.export.cli.options import SEED, BundleFolder, Json, SampleCount, Set, Threads, err, out, print_json
+
+if TYPE_CHECKING:
+    from arriero.export.build_file.schema import Cases
+    from arriero.runtimes.processor.images import ImageLike
+    from arriero.runtimes.proof.report import ParityReport
+
+
+def parity(
+    bundle: BundleFolder,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder of a reference record, for a bundle that brings none, or in the place of its own."
+        ),
+    ] = None,
+    recorded: Annotated[bool, typer.Option("--recorded", help="Show the build's own report; measure nothing.")] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="The checkpoint folder: compare with its PyTorch reference itself, over the whole vocabulary."
+        ),
+    ] = None,
+    data: Set = None,
+    samples: SampleCount = None,
+    seed: Annotated[int | None, typer.Option(help="Which held-out prompts, with --against.", min=0)] = None,
+    junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML here, one test case per row.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page here.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="A folder for the proof of a bundle that was built elsewhere and cannot be written to."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a bundle on this machine and judge it; exit code 1 when a row is below its threshold.
+
+    It is measured against its reference record, what the PyTorch reference says of the held-out prompts, and needs
+    neither PyTorch nor the checkpoint: router agreement per layer, logits, top tokens, answers and task accuracy, in
+    text and about images. --recorded shows what the build measured instead.
+
+    A bundle that was built for another device than the machine that built it is proven by this, on the device: where it
+    passes, the proof is written into it, or with --output into a folder whose files complete it.
+
+    --against CHECKPOINT compares with the PyTorch reference itself, and refuses a record that says otherwise than the
+    checkpoint; --set, --samples or --seed then choose other prompts than the record's. In CI:
+
+        arriero parity bundles/portable-int8 --junit parity.xml
+    """
+    from arriero.runtimes.proof.junit import Suite, write_junit
+    from arriero.runtimes.proof.pages import render_table, write_html
+
+    other = (data, samples, seed) != (None, None, None)
+    if recorded and (record or against):
+        raise ArrieroError("--recorded measures nothing", remedy="Leave out --record and --against, or --recorded")
+    if other and against is None:
+        what = "--set, --samples and --seed choose prompts that the reference record does not hold"
+        raise ArrieroError(what, remedy="Add --against with the checkpoint folder")
+    if output and (recorded or against):
+        raise ArrieroError("--output takes a proof by the bundle's record", remedy="Leave out --recorded and --against")
+    if other and record:
+        raise ArrieroError("--record brings its own prompts", remedy="Leave out --set, --samples and --seed")
+    chosen = _held_out(data, samples, seed) if other else None
+    start = time.monotonic()
+    report = _recorded(bundle) if recorded else _measure(bundle, record, against, chosen, output)
+    if junit:
+        write_junit([Suite(report.labels.get("bundle", bundle.name), report, time.monotonic() - start)], junit)
+    if html:
+        write_html(report, html)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        render_table(report, out)
+    if report.failed:
+        raise typer.Exit(1)
+
+
+def _recorded(bundle: Path) -> ParityReport:
+    from arriero.runtimes.integrity import check_proven, open_manifest
+    from arriero.runtimes.proof.report import read_json
+
+    check_proven(open_manifest(bundle))
+    return read_json(bundle / "parity.json")
+
+
+def _measure(
+    bundle: Path, record: Path | None, checkpoint: Path | None, other: Cases | None, output: Path | None
+) -> ParityReport:
+    from arriero.export.cli.progress import Progress
+
+    with Progress(err) as watch:
+        if checkpoint is None:
+            from arriero.export.proof.prove import prove_bundle
+
+            return prove_bundle(bundle, record, watch, output)
+        from arriero.export.proof.against import prove_against
+
+        return prove_against(bundle, checkpoint, record, other, watch)
+
+
+def _held_out(data: str | None, samples: int | None, seed: int | None) -> Cases:
+    from arriero.export.build_file.schema import EMBEDDED, Cases
+
+    seed = SEED if seed is None else seed
+    if data is None:
+        return Cases(set=EMBEDDED, samples=samples or 200, seed=seed)
+    if not Path(data).exists():
+        raise ArrieroError("there is no such data set", where=data, expected="a JSONL file, or a folder of images")
+    return Cases(set=str(Path(data).absolute()), samples=samples, seed=seed)
+
+
+def run(
+    bundle: BundleFolder,
+    prompt: Annotated[str, typer.Argument(help="What to ask; - reads it from standard input.")],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="An image to ask about; give the option again for more images.")
+    ] = None,
+    video: Annotated[
+        list[Path] | None, typer.Option(help="A video to ask about, read as frames; shown after the images.")
+    ] = None,
+    frames: Annotated[int, typer.Option(help="Frames to take of each video, evenly spaced.", min=1)] = 4,
+    max_tokens: Annotated[int | None, typer.Option(help="End the answer after so many tokens.", min=1)] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; higher draws more freely.", min=0.0)] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens only.", min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens up to this share.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text.")] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Ask a bundle and stream its answer. Pictures come before the text, or where it says <|image|>.
+
+    arriero run bundles/portable-int8 "What is 17 + 25?"
+
+    arriero run bundles/portable-int8 "Describe the image." --image models/example.png
+
+    arriero run bundles/portable-int8 "Which way does it move?" --video clip.mp4
+    """
+    from arriero.runtimes.api import load
+    from arriero.runtimes.processor.video import read_video
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    pictures: list[ImageLike] = list(image or ())
+    pictures += (frame for path in video or () for frame in read_video(path, frames))
+    with load(bundle, threads) as session:
+        stream = session.generate(
+            text,
+            pictures,
+            stream=True,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=stop or (),
+        )
+        for piece in stream:
+            if not as_json:
+                print(piece, end="", flush=True)
+        result = stream.result
+    if as_json:
+        print_json(result.__dict__)
+        return
+    print()
+    rate = f", {(len(result.token_ids) - 1) / result.decode_s:.1f} tokens/s" if result.decode_s > 0 else ""
+    summary = (
+        f"{result.prompt_tokens} prompt tokens, TTFT {1000 * result.ttft_s:.0f} ms, {len(result.token_ids)} tokens"
+    )
+    err.print(f"[dim]{summary}{rate}, ended by {result.finish_reason}[/]", highlight=False)
+
+
+def inspect(bundle: BundleFolder, as_json: Json = False) -> None:
+    """Say what a bundle holds: model, target, hash chain, weights by scheme, expert coverage, parity.
+
+    Every file is hashed and compared with the manifest on the way.
+    """
+    from arriero.export.cli.show_bundle import describe_bundle, show_bundle
+
+    described = describe_bundle(bundle)
+    if as_json:
+        print_json(described)
+    else:
+        show_bundle(described, out)
+
+
+def compare(
+    bundles: Annotated[list[Path], typer.Argument(help="Bundle folders, all made from one checkpoint.")],
+    against: Annotated[Path, typer.Option(help="The checkpoint folder that they were made from.")],
+    data: Set = None,
+    samples: SampleCount = None,
+    seed: Annotated[int, typer.Option(help="Which held-out prompts.", min=0)] = SEED,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with a plot of quality against size.")] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure bundles side by side: size, tokens/s, KL, top tokens, routers, task accuracy with its standard error.
+
+    arriero compare bundles/portable-fp32 bundles/portable-int4 --against models/chasqui --html compare.html
+    """
+    from arriero.export.cli.progress import Progress
+    from arriero.export.proof import compare as comparison
+
+    cases = _held_out(data, samples, seed)
+    with Progress(err) as watch:
+        lines = comparison.compare_bundles(bundles, against, cases, threads, watch)
+    asked = {"set": Path(cases.set).name, "samples": lines[0].cases, "seed": seed}
+    if html:
+        labels = {"checkpoint": against, "held-out prompts": asked["set"], "how many": asked["samples"], "seed": seed}
+        comparison.write_page(lines, {name: str(value) for name, value in labels.items()}, html)
+    if as_json:
+        print_json(comparison.to_json(lines, {"against": str(against), **asked}))
+    else:
+        comparison.show(lines, out)

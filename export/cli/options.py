@@ -1,0 +1,51 @@
+"""What the commands share: their consoles, the options that several of them take, and how JSON is printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+
+class PipeClosed(Exception):
+    """Whoever read the output is gone."""
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise PipeClosed
+
+
+out, err = _Console(), _Console(stderr=True)
+SEED = 29  # of the held-out prompts
+STDOUT = "-"
+
+ProfileName = Annotated[str, typer.Argument(help="A shipped profile, a profile file, or a published bundle.")]
+BuildFile = Annotated[Path, typer.Argument(help="The build file.", show_default=True)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of text for people.")]
+BundleFolder = Annotated[Path, typer.Argument(help="A bundle folder that `arriero build` published.")]
+Set = Annotated[
+    str | None,
+    typer.Option(
+        "--set", help="A JSONL file or folder of images with the held-out prompts; the embedded ones if none."
+    ),
+]
+SampleCount = Annotated[
+    int | None,
+    typer.Option("--samples", help="How many; 200 of the embedded prompts, all of a set's, when left out.", min=1),
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads to use; every core when left out.", min=1)]
+
+
+def print_json(data: Any) -> None:
+    """Print JSON for machines."""
+    print(json.dumps(data, indent=2))
+
+
+def say(text: str, style: str | None = None) -> None:
+    """Print a line as it is, whole: users copy paths and commands out of it."""
+    out.print(escape(text), style=style, highlight=False, soft_wrap=True)

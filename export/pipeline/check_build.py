@@ -1,0 +1,209 @@
+"""Everything that can be known to stop a build before it begins, found at once; `plan` and `build` run the same list.
+
+Nothing is written and no tensor is read. What is finished is not asked for again: a machine without a target's compiler
+may still publish what it compiled before.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING
+
+from arriero.errors import ArrieroError, Problems
+from arriero.export.build_file.device import kernel_arch, target_gpu
+from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Target
+from arriero.export.compile.build_kernels import find_compiler
+from arriero.export.compile.nvidia.tensorrt_api import load
+from arriero.export.machine.doctor import find_lacks
+from arriero.export.pipeline.check_fit import check_fit, check_schemes
+from arriero.export.pipeline.failure_page import FailurePage
+from arriero.export.pipeline.stages import WorkDir
+from arriero.export.pipeline.target_thresholds import thresholds
+from arriero.export.proof.check_answers import check_answers
+from arriero.export.samples.cases import draw_cases, encoded_sizes
+from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.config import ModelConfig
+from arriero.graphs.names import expected_tensors
+from arriero.graphs.sources.ledger import check_ledger
+from arriero.profiles.kv_cache import check_tokens
+from arriero.profiles.recipe import Profile, check_shapes
+from arriero.traits import BUILD, SHARED_PACKAGES, TRAITS
+
+if TYPE_CHECKING:
+    from arriero.runtimes.processor.processor import Processor
+
+LARGEST_TOY = 50_000_000  # parameters; the embedded tasks teach nothing about a larger model
+SET_LINES = """\
+    calibration:
+      set: data/calibration.jsonl   # a line each: {"prompt": "..", "answer": ".."} or {"messages": [..]}
+      samples: 512                  # typical of what the model will be asked; or `set: embedded` for the toy tasks"""
+
+
+class Findings:
+    """The problems found so far, whichever check came upon them."""
+
+    def __init__(self) -> None:
+        self.raised: list[ArrieroError] = []
+
+    def of(self, check: Callable[..., object], *arguments: object) -> bool:
+        """Run a check and keep what it refuses; says whether it refused nothing."""
+        try:
+            check(*arguments)
+        except ArrieroError as error:
+            self.raised.append(error)
+            return False
+        return True
+
+    def problems(self) -> tuple[ArrieroError, ...]:
+        """Each problem once."""
+        flat = [one for error in self.raised for one in (error.problems if isinstance(error, Problems) else [error])]
+        return tuple({str(one): one for one in flat}.values())
+
+    def raise_all(self, headline: str = "the build cannot be done as it is asked for") -> None:
+        """Raise what was found: what a single check raised as it is, anything else together."""
+        if len(self.raised) == 1:
+            raise self.raised[0]
+        if problems := self.problems():
+            raise problems[0] if len(problems) == 1 else Problems(headline, problems)
+
+
+def check_asked(
+    build: BuildConfig,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    profiles: Mapping[str, Profile],
+    undone: Collection[str],
+    found: Findings,
+) -> None:
+    """Find what a build with stages `undone` asks of checkpoint and backends that they do not have."""
+    found.of(check_fit, build, config)
+    for target in build.targets:
+        found.of(thresholds, build, target, profiles[target.profile])
+    if undone:
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        found.of(check_ledger, checkpoint.tensors.values(), expected_tensors(config))
+        found.of(check_schemes, build, profiles)
+        for profile in profiles.values():
+            found.of(check_shapes, profile, shapes)
+
+
+def check_ready(
+    build: BuildConfig,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    profiles: Mapping[str, Profile],
+    undone: Collection[str],
+    found: Findings,
+) -> None:
+    """Find what this machine, the output folder and the samples lack for the stages `undone`."""
+    if not undone:
+        return
+    found.raised += _packages(build, undone)
+    if "calibrate" in undone:
+        found.of(_check_calibration_set, build, checkpoint, profiles)
+    for target in build.targets:
+        if f"lower-{target.name}" in undone:
+            found.of(_check_compiler, target)
+    if any(name.startswith("parity-") for name in undone):
+        found.raised += _outputs(build)
+    found.of(_check_samples, build, config, profiles, undone, found)
+
+
+def _packages(build: BuildConfig, undone: Collection[str]) -> list[ArrieroError]:
+    """What is not installed, or too old, of what the stages need."""
+    backends = {one.backend: TRAITS[one.backend].packages for one in build.targets if f"lower-{one.name}" in undone}
+    own = [package for name, packages in backends.items() if TRAITS[name].compiles_for != "gpu" for package in packages]
+    return find_lacks([package for package in (*SHARED_PACKAGES, *own) if BUILD in package.needed_for])
+
+
+def _check_calibration_set(build: BuildConfig, checkpoint: Checkpoint, profiles: Mapping[str, Profile]) -> None:
+    """Refuse to calibrate a real checkpoint on the toy tasks that nobody asked for."""
+    calibrates = any(one.calibration for one in profiles.values())
+    calibrates |= any(target.kv_cache == "int8" for target in build.targets)
+    parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    if calibrates and "set" not in build.calibration.model_fields_set and parameters > LARGEST_TOY:
+        raise ArrieroError(
+            f"no calibration set is named, and the embedded one is of toy tasks: it says nothing of a model of "
+            f"{parameters:,} parameters",
+            where="calibration.set",
+            expected="samples of what the model will be asked",
+            remedy=f"Write, for example:\n{SET_LINES}\n ",
+        )
+
+
+def _check_compiler(target: Target) -> None:
+    """Refuse what the target's compiler cannot do on this machine."""
+    gpu, arch = target_gpu(target), kernel_arch(target)
+    if gpu is not None:
+        load(target.backend).check_here(gpu)
+    if arch is not None:
+        find_compiler(arch)
+
+
+def _outputs(build: BuildConfig) -> list[ArrieroError]:
+    """What is where the build writes and not its own, and a folder that it may not write to."""
+    problems = []
+    bundles = WorkDir(build.output).bundles
+    for target in build.targets:
+        problems += bundles.problems(build.output / target.name)
+        problems += FailurePage.of(build.output, target.name).problems()
+    there = next(folder for folder in (build.output, *build.output.parents) if folder.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        remedy = "Choose another `output`, or change the folder's owner or mode"
+        problems.append(ArrieroError("cannot write here", where=str(there), remedy=remedy))
+    return problems
+
+
+def _check_samples(
+    build: BuildConfig,
+    config: ModelConfig,
+    profiles: Mapping[str, Profile],
+    undone: Collection[str],
+    found: Findings,
+) -> None:
+    """Refuse samples that the model cannot read, and sets that are too small for what they are to show.
+
+    A set from a file is read and encoded by `sample_sizes`, which refuses it likewise.
+    """
+    # Imported here: an unchanged build never gets this far.
+    from arriero.export.build_file.model_spec import model_spec
+    from arriero.runtimes.processor.processor import Processor
+
+    seen = config if "image" in build.modalities else config.without_vision()
+    proofs = [target for target in build.targets if f"parity-{target.name}" in undone]
+    if not proofs and not {"calibrate", "reference"} & set(undone):
+        return
+    cramped = [target for target in proofs if target.context < 2]
+    found.raised += [
+        ArrieroError(
+            f"the context of target {target.name} is {target.context} and leaves no room for a prompt and an answer",
+            where="targets.context",
+            expected="at least 2, better 4096",
+        )
+        for target in cramped
+    ]
+    processor = Processor(build.model, model_spec(seen))
+    if proofs and not cramped:
+        cases = draw_cases(build.parity.cases, build.modalities)
+        if build.parity.cases.set == EMBEDDED:
+            room = min(target.context for target in proofs) - 1  # one token of an answer
+            found.of(encoded_sizes, cases, processor, room)
+        for target in proofs:
+            found.of(check_answers, cases, thresholds(build, target, profiles[target.profile]))
+    if "calibrate" in undone:
+        _check_calibration_samples(build, seen, processor, found)
+
+
+def _check_calibration_samples(build: BuildConfig, config: ModelConfig, processor: Processor, found: Findings) -> None:
+    narrow = any(target.kv_cache == "int8" for target in build.targets)
+    if not narrow and build.calibration.set != EMBEDDED:
+        return
+    samples, sizes = draw_cases(build.calibration, build.modalities), []
+
+    def encode() -> None:
+        sizes.extend(encoded_sizes(samples, processor, config.text.max_positions))
+
+    if found.of(encode) and narrow:
+        found.of(check_tokens, sum(size[0] for size in sizes))

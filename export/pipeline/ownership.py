@@ -1,0 +1,69 @@
+"""Which folders are ours to change and delete: those that hold our mark, written into them while they were empty.
+
+A name proves nothing: users call folders what they like, dates look like hashes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from arriero.errors import ArrieroError
+
+MARK = ".arriero"
+PARTIAL = ".partial"
+
+
+def own(folder: Path) -> None:
+    """Make `folder` and mark it, or take the one that is marked or empty. Raises ArrieroError for any other."""
+    if is_owned(folder):
+        return
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()) or _holds_foreign(folder):
+        remedy = "Move it away, or choose another `output`"
+        raise ArrieroError("is in the way of the build, and no build made it", where=str(folder), remedy=remedy)
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / f"{MARK}.{os.getpid()}"
+    scratch.write_text(_mark(folder), encoding="utf-8")
+    scratch.replace(folder / MARK)
+
+
+def is_owned(folder: Path) -> bool:
+    """Whether `folder` holds our mark, made for a folder of its name."""
+    try:
+        return not folder.is_symlink() and (folder / MARK).read_text(encoding="utf-8") == _mark(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def remove_owned(folder: Path, first: str | None = None) -> None:
+    """Delete a marked folder, `first` and the mark itself last, so that a deletion cut short can be finished.
+
+    Raises ArrieroError for a folder without our mark; one that is not there is no error.
+    """
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not is_owned(folder):
+        raise ArrieroError("no build made it, so none deletes it", where=str(folder), remedy="Move it away")
+    if first is not None:
+        (folder / first).unlink(missing_ok=True)
+    for entry in folder.iterdir():
+        if entry.name == MARK:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    (folder / MARK).unlink()
+    folder.rmdir()
+
+
+def _mark(folder: Path) -> str:
+    """The mark names the folder, so that a copy under another name is not ours."""
+    name = folder.name.removesuffix(PARTIAL)
+    return f"6f0c27d1 {name}: made by `arriero build`, which deletes it with all that is in it\n"
+
+
+def _holds_foreign(folder: Path) -> bool:
+    """Whether an unmarked folder holds anything but a mark whose writing was cut short."""
+    return folder.is_dir() and any(not entry.name.startswith(f"{MARK}.") for entry in folder.iterdir())

@@ -1,0 +1,163 @@
+"""Puts finished bundles under their names by renames, and replaces only what a build put there.
+
+What is to be published is put together in `<name>.partial/new`, beside its place and marked as ours; the bundle that it
+replaces waits in `<name>.partial/old` until the new one has its name. Where the place is a symbolic link, the folder
+behind it is replaced and the link stays.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from arriero.errors import ArrieroError, Problems
+from arriero.export.pipeline.ownership import MARK, PARTIAL, is_owned, own, remove_owned
+from arriero.runtimes.manifest import FILE
+from arriero.runtimes.proof.record import FILE as RECORD
+
+NEW, OLD = "new", "old"
+SHOWN = 3  # of the foreign files that an error names
+
+
+class Publisher:
+    """What appears in one output folder. `ledger` remembers which files were published, for damaged manifests."""
+
+    def __init__(self, output: Path, ledger: Path) -> None:
+        self.output, self.ledger = output, ledger
+
+    def prepare(self, final: Path) -> Path:
+        """An empty folder of ours in which what is to be `final` is put together."""
+        staging = _staging(_place(final))
+        own(staging)
+        new = staging / NEW
+        if new.exists():
+            shutil.rmtree(new)
+        new.mkdir()
+        return new
+
+    def publish(self, final: Path) -> None:
+        """Put what was prepared in the place of `final`; the old one goes afterwards.
+
+        A kill in between leaves either the old or the new bundle, whole; the next `recover` finishes the change.
+        Raises ArrieroError/Problems where the place holds what no build put there.
+        """
+        if problems := self.problems(final):
+            raise Problems("a bundle cannot be published", problems)
+        place = _place(final)
+        staging = _staging(place)
+        self._note(final, _files(staging / NEW))
+        if place.exists():
+            place.rename(staging / OLD)
+        (staging / NEW).rename(place)
+        sync(place.parent)
+        remove_owned(staging)
+
+    def problems(self, final: Path) -> list[ArrieroError]:
+        """Why nothing can be published as `final`: what is in its place, or in that of its preparation, is not ours."""
+        try:
+            place = _place(final)
+            reachable = place.parent.is_dir() or not final.is_symlink()
+        except (OSError, RuntimeError):  # links in a circle
+            reachable = False
+        if not reachable:
+            remedy = "Remove the link, or make the folder that it points into"
+            return [ArrieroError("is a symbolic link to nowhere", where=str(final), remedy=remedy)]
+        staging, problems = _staging(place), []
+        if staging.exists() and not is_owned(staging) and (not staging.is_dir() or any(staging.iterdir())):
+            what = "is where the bundle is put together, and no build made it"
+            problems.append(ArrieroError(what, where=str(staging), remedy="Move it away, or rename the target"))
+        remedy = "Choose another `output` or target name, or move it away"
+        if place.exists() and not place.is_dir():
+            problems.append(ArrieroError("is in the bundle's place and is no bundle", where=str(final), remedy=remedy))
+        elif place.is_dir() and (there := _files(place)):
+            ours = self._published(final) | _listed(place)
+            foreign = sorted(there - ours)
+            if not there & ours:
+                what = "is in the bundle's place and is no bundle"
+                problems.append(ArrieroError(what, where=str(final), remedy=remedy))
+            elif foreign:
+                more = f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else ""
+                what = f"holds files that no build put there: {', '.join(foreign[:SHOWN])}{more}"
+                remedy = "Move them away: the bundle is replaced as a whole"
+                problems.append(ArrieroError(what, where=str(final), remedy=remedy))
+        return problems
+
+    def recover(self) -> None:
+        """Finish what a killed `publish` began, wherever our mark says that it did."""
+        for entry in sorted(self.output.iterdir()):
+            try:
+                staging = entry if entry.name.endswith(PARTIAL) else _staging(_place(entry))
+            except (OSError, RuntimeError):
+                continue
+            if is_owned(staging):
+                _finish(staging)
+
+    def prune(self, keep: Iterable[str]) -> None:
+        """Delete what was prepared for names that are not in `keep`."""
+        kept = {f"{name}{PARTIAL}" for name in keep}
+        for entry in self.output.iterdir():
+            if entry.name.endswith(PARTIAL) and entry.name not in kept and is_owned(entry):
+                remove_owned(entry)
+
+    def _published(self, final: Path) -> set[str]:
+        return set(self._read().get(final.name, ()))
+
+    def _note(self, final: Path, files: set[str]) -> None:
+        known = self._read() | {final.name: sorted(files)}
+        scratch = self.ledger.with_name(f"{self.ledger.name}{PARTIAL}")
+        scratch.write_text(json.dumps(known, indent=1))
+        scratch.replace(self.ledger)
+
+    def _read(self) -> dict[str, list[str]]:
+        try:
+            known = json.loads(self.ledger.read_text())
+        except (OSError, ValueError):  # then what is published says itself what it holds
+            return {}
+        return known if isinstance(known, dict) else {}
+
+
+def _finish(staging: Path) -> None:
+    place = staging.with_name(staging.name.removesuffix(PARTIAL))
+    if (staging / OLD).is_dir():
+        # `publish` moved the old bundle away, so the new one was complete; only its rename may be missing.
+        if not place.exists():
+            (staging / (NEW if (staging / NEW).is_dir() else OLD)).rename(place)
+    elif (staging / NEW).is_dir():
+        return  # it was still being put together
+    remove_owned(staging)
+
+
+def _place(final: Path) -> Path:
+    return final.resolve() if final.is_symlink() else final
+
+
+def _staging(place: Path) -> Path:
+    return place.with_name(f"{place.name}{PARTIAL}")
+
+
+def _files(folder: Path) -> set[str]:
+    """All that lies in a folder but its folders, relative to it."""
+    entries = (entry for entry in folder.rglob("*") if entry.is_symlink() or not entry.is_dir())
+    return {entry.relative_to(folder).as_posix() for entry in entries} - {MARK}
+
+
+def _listed(place: Path) -> set[str]:
+    """The files that a published bundle or record says it holds; none where nothing says so."""
+    for name in (FILE, RECORD):
+        try:
+            return {name, *json.loads((place / name).read_text(encoding="utf-8"))["files"]}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return set()
+
+
+def sync(folder: Path) -> None:
+    """Make renames in `folder` outlive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,65 @@
+"""Parity reports as JUnit XML: one suite per bundle, one test case per judged row."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from arriero.runtimes.proof.pages import clean, show, show_limit
+from arriero.runtimes.proof.report import ParityReport, write_text
+
+NAME = "arriero.parity"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One bundle: its report, None without one, with the reason; seconds that it took.
+
+    `error`: why there is no report, or none that counts; `unproven`: the device that has to make it.
+    """
+
+    name: str
+    report: ParityReport | None = None
+    seconds: float = 0.0
+    error: str | None = None
+    unproven: str | None = None
+
+
+def write_junit(suites: Sequence[Suite], path: Path) -> None:
+    """Write one test suite per bundle; a bundle that was not built or proven has one case that says so."""
+    root = ET.Element("testsuites", name="arriero")
+    root.extend(_suite(suite) for suite in suites)
+    for count in ("tests", "failures", "errors", "skipped"):
+        root.set(count, str(sum(int(suite.get(count, "0")) for suite in root)))
+    root.set("time", f"{sum(suite.seconds for suite in suites):.3f}")
+    ET.indent(root)
+    write_text(path, '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n")
+
+
+def _suite(suite: Suite) -> ET.Element:
+    element = ET.Element("testsuite", name=clean(suite.name), time=f"{suite.seconds:.3f}")
+    report = suite.report
+    if report is not None and report.labels:
+        properties = ET.SubElement(element, "properties")
+        for key, value in report.labels.items():
+            ET.SubElement(properties, "property", name=clean(key), value=clean(value))
+    judged = [row for row in report.rows if row.status != "info"] if report is not None else []
+    for row in judged:
+        case = ET.SubElement(element, "testcase", classname=clean(suite.name), name=clean(row.metric))
+        limit = show_limit(row)
+        sentence = clean(f"{row.title}: {show(row)}{limit and f', {limit}'}. {row.detail}".rstrip(" ."))
+        if row.status == "fail":
+            ET.SubElement(case, "failure", type="BelowThreshold", message=sentence).text = clean(row.about.meaning)
+        else:
+            ET.SubElement(case, "system-out").text = sentence
+    for kind, message in (("error", suite.error), ("skipped", suite.unproven)):
+        if message is not None:
+            case = ET.SubElement(element, "testcase", classname=clean(suite.name), name="build")
+            ET.SubElement(case, kind, message=clean(message))
+    element.set("tests", str(len(element.findall("testcase"))))
+    element.set("failures", str(sum(row.status == "fail" for row in judged)))
+    element.set("errors", str(int(suite.error is not None)))
+    element.set("skipped", str(int(suite.unproven is not None)))
+    return element

@@ -1,0 +1,151 @@
+"""`plan` says everything that `build` would refuse, all at once: one list of checks, run by both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from arriero.errors import ArrieroError, MachineLacks, Problems
+from arriero.export.build_file.read import load_build
+from arriero.export.machine import doctor
+from arriero.export.pipeline import check_build
+from arriero.export.pipeline.plan import make_plan
+from tests.command import arriero
+from tests.small import small_scout
+
+BUILD = """\
+version: 1
+model: model
+modalities: [text, image]
+output: out
+targets:
+  - {name: small, backend: onnxruntime, profile: PROFILE, context: 1024}
+calibration: {samples: 12}
+parity: {cases: {samples: 10}}
+"""
+
+
+@pytest.fixture(scope="module")
+def scout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_scout(tmp_path_factory.mktemp("scout") / "model")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, scout: Path) -> Path:
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in scout.iterdir():
+        (model / file.name).symlink_to(file)
+    return tmp_path
+
+
+def problems(folder: Path, text: str, profile: str = "int8") -> str:
+    """What `plan` refuses; `build` refuses it in the same words before it writes anything."""
+    file = folder / "build.yaml"
+    file.write_text(text.replace("PROFILE", profile))
+    told = [arriero(verb, file) for verb in ("plan", "build")]
+    assert [one.code for one in told] in ([2, 2], [3, 3])
+    refused = [one.err[one.err.index("error:") :] for one in told]
+    assert refused[0] == refused[1]
+    assert not (folder / "out").exists() or not (folder / "out" / ".work").exists()
+    return refused[0]
+
+
+def test_nothing_is_wrong_with_a_plain_build(folder: Path) -> None:
+    (folder / "build.yaml").write_text(BUILD.replace("PROFILE", "int8"))
+    assert make_plan(load_build(folder / "build.yaml")).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("context: 1024", "context: 1", "context of target small is 1 and leaves no room for a prompt and an answer"),
+        ("context: 1024", "context: 12", "tokens; expected at most 11"),
+        ("samples: 12", "samples: 3", "holds no images"),
+        ("context: 1024", "context: 1024, kv_cache: int8", "too few for the scales of an int8 key/value cache"),
+        ("samples: 10}", "samples: 1}, thresholds: {task_accuracy_drop.shape: 0.1}", "no parity case of shape"),
+        ("samples: 10}", "samples: 10}, answers: forced, thresholds: {task_accuracy_drop: 0.1}", "answers are forced"),
+    ],
+)
+def test_what_the_build_file_asks_for(folder: Path, old: str, new: str, words: str) -> None:
+    assert old in BUILD
+    assert words in problems(folder, BUILD.replace(old, new))
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "preprocessor_config.json"])
+def test_a_checkpoint_without_what_its_processor_needs(folder: Path, file: str) -> None:
+    (folder / "model" / file).unlink()
+    assert file.partition("_")[0].removesuffix(".json") in problems(folder, BUILD)
+
+
+def test_a_template_that_refuses(folder: Path) -> None:
+    template = folder / "model" / "chat_template.jinja"
+    template.unlink()
+    template.write_text("{{ raise_exception('only on Sundays') }}")
+    assert "only on Sundays" in problems(folder, BUILD)
+
+
+def test_everything_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the machine, the output folder, the build file and the samples."""
+    real = doctor.version_of
+    gone = {"torch": None, "onnxscript": "0.1"}
+    monkeypatch.setattr(doctor, "version_of", lambda name: gone[name] if name in gone else real(name))
+    (folder / "out" / "small").mkdir(parents=True)
+    (folder / "out" / "small" / "thesis.txt").write_text("mine")
+    (folder / "out" / "small.failed-parity.html").write_text("mine")
+    text = BUILD.replace("context: 1024", "context: 1, kv_cache: int8") + "budgets: {host_memory: 2MiB, disk: 1MiB}\n"
+    told = problems(folder, text)
+    for words in (
+        "torch is not installed",
+        "onnxscript is version 0.1; expected 0.7.2 or newer",
+        "small: is in the bundle's place and is no bundle",
+        "small.failed-parity.html: is where the page of a failed parity goes",
+        "leaves no room for a prompt and an answer",
+        "too few for the scales of an int8",
+        "budgets.host_memory",
+        "budgets.disk",
+    ):
+        assert words in told
+    assert (folder / "out" / "small" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_compiler_that_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tvm_ffi", reason="needs apache-tvm: pip install 'arriero[tvm]'")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    (folder / "build.yaml").write_text(BUILD.replace("onnxruntime", "tvm").replace("PROFILE", "int8"))
+    (problem,) = make_plan(load_build(folder / "build.yaml")).problems
+    assert isinstance(problem, MachineLacks)
+    assert "there is no C++ compiler" in str(problem)
+
+
+def test_what_only_the_machine_lacks_has_its_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "version_of", lambda name: None)
+    told = problems(folder, BUILD)
+    assert "onnxruntime is not installed" in told
+    assert Problems("several", [MachineLacks("a"), MachineLacks("b")]).exit_code == 3
+    assert Problems("several", [MachineLacks("a"), ArrieroError("b")]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("profile", "named", "refused"),
+    [("int8-static", False, True), ("int8-static", True, False), ("int8", False, False)],
+)
+def test_a_real_checkpoint_names_its_calibration_set(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, profile: str, named: bool, refused: bool
+) -> None:
+    """The toy tasks are right for toys; the message shows the lines to write, and they can be written so."""
+    monkeypatch.setattr(check_build, "LARGEST_TOY", 1000)
+    text = BUILD.replace("{samples: 12}", "{set: embedded, samples: 12}" if named else "{samples: 12}")
+    file = folder / "build.yaml"
+    file.write_text(text.replace("PROFILE", profile))
+    found = "\n".join(map(str, make_plan(load_build(file)).problems))
+    assert ("no calibration set is named" in found) == refused
+    if refused:
+        assert check_build.SET_LINES in found
+        (folder / "data").mkdir()
+        (folder / "data" / "calibration.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' * 512)
+        lines = "\n".join(line.removeprefix("    ") for line in check_build.SET_LINES.splitlines())
+        kept = text.replace("calibration: {samples: 12}\n", f"{lines}\n").replace("[text, image]", "[text]")
+        file.write_text(kept.replace("PROFILE", profile))
+        assert make_plan(load_build(file)).problems == ()

@@ -1,0 +1,44 @@
+"""JUnit XML: a suite per bundle, a case per judged row, and what was not built or proven says so."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+from arriero.runtimes.proof.junit import Suite, write_junit
+from tests.runtimes.proof.test_report import make_report
+
+
+def written(path: Path, *suites: Suite) -> ET.Element:
+    write_junit(suites, path)
+    return ET.parse(path).getroot()
+
+
+def test_a_case_per_judged_row_and_a_failure_per_failed_row(tmp_path: Path) -> None:
+    report = make_report()
+    (suite,) = written(tmp_path / "out" / "parity.xml", Suite("int8", report, 2.5))
+    cases = {case.get("name"): case for case in suite.iter("testcase")}
+    assert list(cases) == [row.metric for row in report.rows if row.status != "info"]
+    assert (suite.get("name"), suite.get("time")) == ("int8", "2.500")
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == (str(len(cases)), "2", "0")
+    failed = {name for name, case in cases.items() if case.find("failure") is not None}
+    assert failed == {"router_agreement_lowest", "vision_relative_l2"}
+    failure = cases["router_agreement_lowest"].find("failure")
+    assert failure is not None
+    told = "Router agreement, lowest layer: 99.51 %, at least 99.8 %. layer 7 <script>"
+    assert str(failure.get("message")).startswith(told)
+
+
+def test_one_suite_per_bundle_and_sums_over_them(tmp_path: Path) -> None:
+    root = written(
+        tmp_path / "parity.xml",
+        Suite("a", make_report(), 1.0),
+        Suite("b", error="the disk ran full \x00 <b>"),
+        Suite("c", unproven="run it there"),
+    )
+    assert [suite.get("name") for suite in root] == ["a", "b", "c"]
+    assert (root.get("failures"), root.get("errors"), root.get("skipped"), root.get("time")) == ("2", "1", "1", "1.000")
+    assert root.get("tests") == str(len(root.findall(".//testcase")))
+    error = root.find("testsuite[@name='b']/testcase/error")
+    assert error is not None
+    assert error.get("message") == "the disk ran full  <b>"
