@@ -69,13 +69,19 @@ def arriero(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def figures(plan: dict[str, Any], output: Path) -> Iterator[Figure]:
-    """Every figure of `plan` beside what the finished build in `output` measured."""
+def figures(plan: dict[str, Any], keys: dict[str, str], output: Path) -> Iterator[Figure]:
+    """Every figure of `plan` beside what the finished build in `output` measured; `keys` are those of its stages.
+
+    What a stage deletes again (the RTN baseline's weights) is not measured.
+    """
     for stage in plan["stages"]:
-        folder = output / ".work" / f"{stage['name']}-{stage['key']}"
+        folder = output / ".work" / f"{stage['name']}-{keys[stage['name']]}"
         record = json.loads((folder / "stage.json").read_text())
         yield Figure(f"{stage['name']}: memory", stage["memory"], record["peak_memory_bytes"])
-        yield Figure(f"{stage['name']}: disk", stage["disk"], sum(file["bytes"] for file in record["files"].values()))
+        if not stage["name"].startswith("rtn-"):
+            yield Figure(
+                f"{stage['name']}: disk", stage["disk"], sum(file["bytes"] for file in record["files"].values())
+            )
     for target in plan["targets"]:
         manifest = json.loads((output / target["name"] / "manifest.json").read_text())
         weights = sum(
@@ -102,8 +108,11 @@ def measure(folder: Path, changes: dict[str, Any]) -> list[Figure]:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
     targets = "\n".join(f"  - {{name: {name}, {rest}, context: 4096, batch: 2}}" for name, rest in TARGETS.items())
     (folder / "build.yaml").write_text(BUILD.format(targets=targets))
+    before = json.loads(arriero(folder, "plan", "build.yaml", "--json"))
     arriero(folder, "build", "build.yaml")
-    return list(figures(json.loads(arriero(folder, "plan", "build.yaml", "--json")), folder / "bundles"))
+    after = json.loads(arriero(folder, "plan", "build.yaml", "--json"))
+    keys = {stage["name"]: stage["key"] for stage in after["stages"]}
+    return list(figures(before, keys, folder / "bundles"))
 
 
 def main() -> None:

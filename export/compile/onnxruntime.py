@@ -29,4 +29,5 @@ def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Wa
                 where=str(path),
                 remedy="Build again; if it stays so, report it together with this sentence",
             ) from error
+    watch("load", len(parts), len(parts), "graphs")
     return Compiled({"onnxruntime": onnxruntime.__version__})

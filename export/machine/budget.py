@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from arriero.errors import ArrieroError, MachineLacks
@@ -97,7 +100,8 @@ class PeakMemory:
     """Measures the peak memory of what runs inside `with`: `anonymous` (sampled RssAnon) and `resident` (VmHWM), bytes.
 
     Mapped weight files count in `resident`, never in `anonymous`; the kernel takes them back when memory is short.
-    `resident` is the peak since the process began, because the kernel keeps one mark only.
+    `anonymous` counts the programs that this one runs, compilers for instance, too. `resident` is the peak since the
+    process began, because the kernel keeps one mark only.
     """
 
     def __init__(self, interval: float = 0.02) -> None:
@@ -121,13 +125,32 @@ class PeakMemory:
             self._sample()
 
     def _sample(self) -> None:
-        try:
-            status = Path("/proc/self/status").read_text()
-        except OSError:
-            return
-        sizes = {key: int(kib) * 1024 for key, kib in re.findall(r"^(RssAnon|VmHWM):\s+(\d+) kB$", status, re.M)}
-        self.anonymous = max(self.anonymous, sizes.get("RssAnon", 0))
-        self.resident = max(self.resident, sizes.get("VmHWM", 0))
+        own = _status(Path("/proc/self"))
+        children = sum(_status(folder).get("RssAnon", 0) for folder in _descendants(Path("/proc/self")))
+        self.anonymous = max(self.anonymous, own.get("RssAnon", 0) + children)
+        self.resident = max(self.resident, own.get("VmHWM", 0))
+
+
+def release_memory() -> None:
+    """Give memory that is no longer used back to the system: what follows is not to pay for what went before."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    if trim is not None:
+        trim(0)
+
+
+def _status(folder: Path) -> dict[str, int]:
+    """RssAnon and VmHWM of a process in bytes; nothing where it has ended."""
+    found = re.findall(r"^(RssAnon|VmHWM):\s+(\d+) kB$", read_text(folder / "status"), re.M)
+    return {key: int(kib) * 1024 for key, kib in found}
+
+
+def _descendants(folder: Path) -> Iterator[Path]:
+    """The processes that a process started, and those that they did."""
+    for task in folder.glob("task/*/children"):
+        for child in read_text(task).split():
+            yield Path("/proc") / child
+            yield from _descendants(Path("/proc") / child)
 
 
 def _meminfo(root: Path, key: str) -> int | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.errors import ArrieroError, MachineLacks, is_full
-from arriero.export.machine.budget import PeakMemory
+from arriero.export.machine.budget import PeakMemory, release_memory
 from arriero.export.pipeline.ownership import MARK, PARTIAL, is_owned, own, remove_owned
 from arriero.export.pipeline.publish import Publisher, sync
 from arriero.runtimes.manifest import file_sha256
@@ -133,6 +133,7 @@ class WorkDir:
             if not stage.resumes:
                 remove_owned(partial)
             own(partial)
+            release_memory()
             start = time.monotonic()
             with PeakMemory() as memory:
                 names = stage.run(partial)

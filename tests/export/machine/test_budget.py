@@ -1,6 +1,8 @@
 """Sizes in text, what the machine has free (against fake /proc and /sys trees), and refusals by how much."""
 
 import re
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -14,6 +16,7 @@ from arriero.export.machine.budget import (
     free_disk,
     human_bytes,
     parse_bytes,
+    release_memory,
     total_memory,
 )
 
@@ -153,3 +156,25 @@ def test_peak_memory_sees_what_was_given_back():
         del block
     assert peak.anonymous - before.anonymous > 48 << 20
     assert peak.resident >= peak.anonymous
+
+
+def test_the_programs_that_a_stage_runs_count_in_its_peak():
+    script = "import time; held = bytearray(150 << 20); time.sleep(1)"
+    with PeakMemory() as alone:
+        pass
+    with PeakMemory() as memory:
+        subprocess.run(["sh", "-c", f"{sys.executable} -c '{script}'; true"], check=True)
+    assert memory.anonymous - alone.anonymous > 150 << 20
+
+
+def test_memory_that_was_let_go_is_given_back():
+    held = [bytearray(100_000) for _ in range(1000)]  # small enough to come from the heap
+    last = bytearray(100)
+    with PeakMemory() as before:
+        pass
+    del held
+    release_memory()
+    with PeakMemory() as after:
+        pass
+    assert before.anonymous - after.anonymous > 80_000_000
+    assert last is not None
