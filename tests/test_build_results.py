@@ -166,7 +166,7 @@ main()
 def test_paths_that_look_like_markup_do_no_harm(workshop: Path, tmp_path: Path) -> None:
     """`[/x]` closes a style that nobody opened; a build into such a folder is done and says so."""
     folder = tmp_path / "a[/x] [red]b"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     write_build(folder / "build.yaml", workshop / "scout", "text", samples=3)
     for words in (["plan"], ["calibrate"], ["build"], ["build"]):
         done = subprocess.run([*COMMAND, *words, "build.yaml"], cwd=folder, capture_output=True, text=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,8 +11,8 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from arriero.errors import ArrieroError
-from arriero.export.cli import build_commands, bundle_commands
-from arriero.export.cli.options import STDOUT, Json, PipeClosed, err, out, print_json
+from arriero.export.cli import build_commands, bundle_commands, machine_commands
+from arriero.export.cli.options import STDOUT, PipeClosed, err
 from arriero.export.cli.profile_commands import profiles_app
 from arriero.version import __version__
 
@@ -56,22 +55,7 @@ app.command()(bundle_commands.run)
 app.command()(bundle_commands.inspect)
 
 
-@app.command()
-def doctor(
-    backend: Annotated[str | None, typer.Option(help="Look at what this backend needs only.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Say what this machine has and lacks for each backend, and how to get it; exit code 3 if no build is possible."""
-    from arriero.export.machine.doctor import diagnose
-
-    diagnosis = diagnose(Path.cwd(), backend)
-    if as_json:
-        print_json(diagnosis.to_json())
-    else:
-        diagnosis.render(out)
-    raise typer.Exit(diagnosis.exit_code(backend))
-
-
+app.command()(machine_commands.doctor)
 app.command()(bundle_commands.compare)
 app.command()(build_commands.schema)
 app.add_typer(profiles_app)

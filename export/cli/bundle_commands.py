@@ -221,4 +221,6 @@ def compare(
     if as_json:
         print_json(comparison.to_json(lines, {"against": str(against), **asked}))
     else:
-        comparison.show(lines, out)
+        from arriero.export.cli.show_comparison import show_comparison
+
+        show_comparison(lines, out)

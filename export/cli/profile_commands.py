@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from arriero.export.cli.options import Json, ProfileName, out, print_json
+from arriero.export.cli.tables import print_wrapped
 
 profiles_app = typer.Typer(
     name="profiles", help="Say what number formats there are, and why each tensor has its own.", no_args_is_help=True
@@ -53,7 +53,7 @@ def profiles_explain(
         return
     for key, value in explanation.items():
         shown = ", ".join(value) or "nothing" if isinstance(value, list) else value
-        out.print(f"[dim]{key:>9}[/] {escape(shown)}", highlight=False, soft_wrap=True)
+        print_wrapped(out, shown, 10, f"{key:>9}")
 
 
 @profiles_app.command("diff")

@@ -7,8 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.markup import escape
+from rich.text import Text
 
+from arriero.export.cli.tables import print_wrapped
 from arriero.export.machine.budget import human_bytes
 from arriero.runtimes.integrity import open_manifest
 from arriero.runtimes.manifest import RECORD_FILE, Fallback, SampleSet
@@ -17,7 +19,7 @@ from arriero.runtimes.proof.report import read_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-
+INDENT = 13  # of what is said of each name
 FALLBACKS = {
     "nearest": "scales from the weights alone",
     "widest": "the widest range of inputs that an expert of their layer saw",
@@ -57,11 +59,9 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
     kinds = Counter(f"{layer['attention']} {layer['ffn']}" for layer in text["layers"])
     layers = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     vision = "text and image" if described["model"]["vision"] else "text"
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
     rows = {
         "bundle": f"[bold]{described['name']}[/], {human_bytes(described['bytes'])}, every file as recorded",
-        "target": f"{target['backend']}, profile {target['profile']}, context {target['context']:,}, "
+        "target": f"{target['backend']}, profile {escape(target['profile'])}, context {target['context']:,}, "
         f"batch {target['batch']}, arch {target['arch']}",
         "model": f"{described['model']['model_type']} ({vision}); {layers}; {text['num_local_experts']} experts, "
         f"{text['num_experts_per_tok']} per token; chunk {text['attention_chunk_size']:,}",
@@ -71,7 +71,7 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
         + ", ".join(
             f"{human_bytes(size)} per token and {kind} layer" for kind, size in described["kv_bytes_per_token"].items()
         ),
-        "calibration": str(SampleSet(**described["calibration"])),
+        "calibration": escape(str(SampleSet(**described["calibration"]))),
         "coverage": _coverage(described["coverage"]),
         "fallback": _fallback(described["fallback"]),
         "choice": _choice(described["choice"]),
@@ -81,8 +81,9 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
         "built with": ", ".join(f"{name} {version}" for name, version in described["tools"].items()),
     }
     for name, value in rows.items():
-        table.add_row(name, value)
-    console.print(table)
+        text = Text.from_markup(value)
+        style = str(text.spans[0].style) if text.spans else None
+        print_wrapped(console, text.plain, INDENT, name, style)
 
 
 def _parity(proof: dict[str, Any] | None) -> str:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from arriero.export.calibration.coverage import RANGES
+from arriero.export.cli.tables import print_wrapped
 from arriero.export.machine.budget import human_bytes
 from arriero.runtimes.manifest import Fallback, SampleSet
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 def show_calibration(described: dict[str, Any], console: Console) -> None:
     """Print a described calibration for people."""
-    console.print(str(SampleSet(**described["calibration"])), highlight=False, soft_wrap=True)
+    console.print(Text(str(SampleSet(**described["calibration"]))), highlight=False, soft_wrap=True)
     planned = described["planned_memory_bytes"]
     expected = f" (planned: {human_bytes(planned)})" if planned else ""
     console.print(
@@ -38,9 +40,5 @@ def show_calibration(described: dict[str, Any], console: Console) -> None:
     console.print("Right of the tokens: the largest magnitude of what goes in.", style="dim")
     for profile in described["profiles"]:
         experts = ", ".join(str(Fallback(**expert)) for expert in profile["experts"]) or "none"
-        console.print(
-            f"experts below the {profile['minimum_tokens']} tokens of profile {profile['name']}: {experts}",
-            style="yellow" if profile["experts"] else None,
-            highlight=False,
-            soft_wrap=True,
-        )
+        sentence = f"experts below the {profile['minimum_tokens']} tokens of profile {profile['name']}: {experts}"
+        print_wrapped(console, sentence, style="yellow" if profile["experts"] else None)

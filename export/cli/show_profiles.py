@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError
+from arriero.export.cli.tables import print_rows, print_wrapped
 from arriero.profiles.groups import GROUPS, group_of
 from arriero.profiles.recipe import Profile, load_profile, shipped
 from arriero.profiles.selectors import Entry
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+INDENT = 12  # of what a profile says besides its selectors
 
 
 def list_profiles() -> list[dict[str, Any]]:
@@ -78,44 +81,29 @@ def diff(left: Profile, right: Profile) -> list[dict[str, str | None]]:
 
 def show_profile(profile: Profile, console: Console) -> None:
     """Print a profile with every selector's reason."""
-    from rich.table import Table
-
-    console.print(f"[bold]{profile.name}[/] version {profile.version}: {profile.description}", highlight=False)
+    print_wrapped(console, f"{profile.name} version {profile.version}: {profile.description}", style="bold")
     limits = ", ".join(f"{name} {value:g}" for name, value in profile.thresholds.items())
-    console.print(f"[dim]thresholds[/] {limits or 'none'}", highlight=False)
+    print_wrapped(console, limits or "none", INDENT, "thresholds")
     if profile.calibration is not None:
         rule = profile.calibration
         damping = "" if rule.damping is None else f"damping {rule.damping:g}; "
-        console.print(
-            f"[dim]calibration[/] {damping}experts below {rule.minimum_tokens} tokens: {rule.below}. "
-            f"{' '.join(rule.reason.split())}",
-            highlight=False,
-        )
+        sentence = f"{damping}experts below {rule.minimum_tokens} tokens: {rule.below}. {rule.reason}"
+        print_wrapped(console, sentence, INDENT, "calibration")
     if profile.choose is not None:
         candidates = "; ".join(candidate.description for candidate in profile.choose.candidates)
-        console.print(
-            f"[dim]choose[/] within {profile.choose.budget:g} of bf16 among: {candidates}. "
-            f"{' '.join(profile.choose.reason.split())}",
-            highlight=False,
-        )
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("selector", "stored", "reason"):
-        table.add_column(column, overflow="fold")
-    for selector in profile.selectors:
-        table.add_row(_escape(selector.match), selector.scheme.description, " ".join(selector.reason.split()))
-    console.print(table)
+        sentence = f"within {profile.choose.budget:g} of bf16 among: {candidates}. {profile.choose.reason}"
+        print_wrapped(console, sentence, INDENT, "choose")
+    rows = [
+        (selector.match, selector.scheme.description, " ".join(selector.reason.split()))
+        for selector in profile.selectors
+    ]
+    print_rows(console, ("selector", "stored", "reason"), rows)
 
 
 def show_rows(rows: list[dict[str, Any]], console: Console) -> None:
     """Print dictionaries of the same keys as a table."""
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in rows[0] if rows else ():
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(_escape(_cell(value)) for value in row.values()))
-    console.print(table)
+    if rows:
+        print_rows(console, list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
 
 
 def open_profile(name: str) -> Profile:
@@ -146,9 +134,3 @@ def _cell(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "–", True: "yes", False: "no"}[value]
     return str(value)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

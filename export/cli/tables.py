@@ -20,12 +20,21 @@ WHOLE = re.compile(r"`[^`]*`|pip install(?: --[\w-]+)* (?:'[^']*'|\S+)|\S+")  # 
 
 
 def print_rows(
-    console: Console, heads: Sequence[str], rows: Sequence[Sequence[Cell]], title: str | None = None
+    console: Console,
+    heads: Sequence[str],
+    rows: Sequence[Sequence[Cell]],
+    title: str | None = None,
+    blocks: tuple[Sequence[str], Sequence[Sequence[Cell]]] | None = None,
 ) -> None:
-    """Print `rows` under `heads`; texts are taken as they are, never as markup. Numbers stand on the right."""
+    """Print `rows` under `heads`; texts are taken as they are, never as markup. Numbers stand on the right.
+
+    `blocks` are heads and rows of the blocks where these are to be others, as of a table that stands on its side.
+    """
     if title is not None:
         console.print(Text(title, "bold"))
     cells = [[cell if isinstance(cell, Text) else Text(cell) for cell in row] for row in rows]
+    said = [number for number, head in enumerate(heads) if not number or any(str(row[number]) for row in cells)]
+    heads, cells = [heads[number] for number in said], [[row[number] for number in said] for row in cells]
     widths = [
         max(cell_len(line) for cell in column for line in str(cell).split("\n"))
         for column in zip(map(Text, heads), *cells, strict=True)
@@ -33,8 +42,9 @@ def print_rows(
     if sum(widths) + GAP * len(widths) <= console.width:
         console.print(_table(heads, cells, widths))
         return
-    for row in cells:
-        _print_block(console, heads, row)
+    narrow = (heads, cells) if blocks is None else blocks
+    for row in narrow[1]:
+        _print_block(console, narrow[0], [cell if isinstance(cell, Text) else Text(cell) for cell in row])
 
 
 def print_wrapped(console: Console, text: str, indent: int = 0, first: str = "", style: str | None = None) -> None:
@@ -56,7 +66,7 @@ def print_wrapped(console: Console, text: str, indent: int = 0, first: str = "",
 def _table(heads: Sequence[str], cells: Sequence[Sequence[Text]], widths: Sequence[int]) -> Table:
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False, padding=(0, GAP, 0, 0))
     for number, head in enumerate(heads):
-        right = bool(cells) and all(re.match(r"[\d–-]", str(row[number])) for row in cells)
+        right = number > 0 and bool(cells) and all(re.match(r"[\d–-]", str(row[number])) for row in cells)
         table.add_column(Text(head), justify="right" if right else "left", no_wrap=True, min_width=widths[number])
     for row in cells:
         table.add_row(*row)

@@ -50,6 +50,17 @@ def human_bytes(count: float) -> str:
     return f"{count:.3g} {unit}"
 
 
+def human_seconds(count: float) -> str:
+    """Show a time in its two largest units: 3,725 -> `1 h 2 min`; below ten seconds with one digit."""
+    if count < 10:
+        return f"{count:.1f} s"
+    minutes, seconds = divmod(round(count), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
 def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes this process may still take: the kernel's MemAvailable, or less where a cgroup limits it (v1 and v2).
 

@@ -7,10 +7,10 @@ import importlib.metadata
 import platform
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.compile.build_kernels import LEVELS, find_compiler
@@ -20,10 +20,7 @@ from arriero.export.machine.gpu_checks import gpu_checks
 from arriero.runtimes.cpu import MACHINE_CLASSES, architecture, cpu_features, processor_name, usable_cores
 from arriero.runtimes.load_onnxruntime import load_onnxruntime
 from arriero.runtimes.tvm import load_runtime
-from arriero.traits import BUILD, RUN, SHARED_PACKAGES, TRAITS, Package
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from arriero.traits import BACKENDS, BUILD, RUN, SHARED_PACKAGES, TRAITS, Package
 
 LEAST_MEMORY, LEAST_DISK = 2 << 30, 1 << 30
 PYTHON = (3, 11)
@@ -38,41 +35,33 @@ class Diagnosis:
 
     def can(self, action: str, backend: str) -> bool:
         """Whether `action` ("build" or "run") is possible for `backend` here."""
+        return not self.lacks(action, backend)
+
+    def lacks(self, action: str, backend: str) -> list[str]:
+        """The names of what stops `action` for `backend`."""
         checks = (*self.machine, *self.backends[backend])
-        return all(check.status == "ok" or action not in check.needed_for for check in checks)
+        return [check.name for check in checks if check.status != "ok" and action in check.needed_for]
+
+    @property
+    def is_device(self) -> bool:
+        """Whether this machine is to run bundles alone: nothing of what only builds need is installed."""
+        return all(version_of(package.name) is None for package in SHARED_PACKAGES if package.extra == "export")
 
     def exit_code(self, backend: str | None = None) -> int:
-        """Give 3 when a build is impossible for `backend`, or for every backend when none is given; else 0."""
+        """Give 3 when what this machine is for, to build or on a device to run, is impossible for `backend`, or for
+        every backend when none is given; else 0.
+        """
         asked = [backend] if backend else list(self.backends)
-        return 0 if any(self.can(BUILD, name) for name in asked) else 3
+        return 0 if any(self.can(RUN if self.is_device else BUILD, name) for name in asked) else 3
 
     def to_json(self) -> dict[str, Any]:
         """Give the diagnosis as JSON values."""
         can = {name: {BUILD: self.can(BUILD, name), RUN: self.can(RUN, name)} for name in self.backends}
         return {**asdict(self), "can": can}
 
-    def render(self, console: Console) -> None:
-        """Print the diagnosis for people."""
-        from rich.table import Table
-        from rich.text import Text
 
-        table = Table("what", "found", "status", "how to get it")
-        for title, checks in (("machine", self.machine), *self.backends.items()):
-            table.add_section()
-            if title != "machine":
-                table.add_row(f"[bold]backend {title}[/]", "", "", "")
-            for check in checks:
-                colour = "green" if check.status == "ok" else "red" if check.needed_for else "yellow"
-                # Text, because remedies hold `[extra]`, which rich would take for a style.
-                table.add_row(check.name, check.found, Text(check.status, colour), Text(check.remedy or ""))
-        console.print(table)
-        for name in self.backends:
-            can = ", ".join(f"{action} {'yes' if self.can(action, name) else 'no'}" for action in (BUILD, RUN))
-            console.print(f"{name}: {can}", highlight=False)
-
-
-def diagnose(folder: Path, backend: str | None = None) -> Diagnosis:
-    """Look at this machine, with the disk under `folder`, for one backend or all.
+def diagnose(folder: Path, backend: str | None = None, backends: Collection[str] = BACKENDS) -> Diagnosis:
+    """Look at this machine, with the disk under `folder`, for one backend or several.
 
     Raises `ArrieroError` for a backend we do not have.
     """
@@ -80,8 +69,16 @@ def diagnose(folder: Path, backend: str | None = None) -> Diagnosis:
         known = ", ".join(TRAITS)
         raise ArrieroError(f"there is no backend {backend!r}", expected=f"one of {known}", remedy="Choose one of these")
     machine = (_python(), *_hardware(), _memory(), _disk(folder), *map(_library, SHARED_PACKAGES))
-    asked = [backend] if backend else list(TRAITS)
+    asked = [backend] if backend else [name for name in TRAITS if name in backends]
     return Diagnosis(machine, {name: _backend(name) for name in asked})
+
+
+def installed_backends() -> tuple[str, ...]:
+    """The backends whose own packages are all here; every backend where none is."""
+    there = [
+        name for name, traits in TRAITS.items() if all(_library(package).status == "ok" for package in traits.packages)
+    ]
+    return tuple(there) or BACKENDS
 
 
 @functools.cache

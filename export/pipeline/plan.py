@@ -12,6 +12,7 @@ from typing import Any
 from arriero.errors import ArrieroError
 from arriero.export.build_file.schema import BuildConfig
 from arriero.export.machine.budget import available_memory, free_disk, human_bytes
+from arriero.export.machine.speed import measure_speed
 from arriero.export.pipeline.check_build import Findings, check_asked, check_ready
 from arriero.export.pipeline.estimate_needs import (
     CONTEXTS,
@@ -21,6 +22,7 @@ from arriero.export.pipeline.estimate_needs import (
     price_context,
     sample_sizes,
 )
+from arriero.export.pipeline.estimate_time import Work, estimate_seconds
 from arriero.export.pipeline.planned import Plan, PlannedStage
 from arriero.export.pipeline.record_plan import answer_mode, record_bytes
 from arriero.export.pipeline.resolution import weak_thresholds
@@ -66,6 +68,8 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
         plan_target(target, profiles[target.profile], checkpoint, used, config, state) for target in build.targets
     )
     needs = estimate_needs(keys, config, seen, used, targets, calibrating(profiles), sizes, case_sizes)
+    work_to_do = Work(seen, used, sizes, case_sizes, answer_mode(build), calibrating(profiles))
+    times = estimate_seconds(undone, work_to_do, targets, measure_speed()) if undone else {}
     plan = Plan(
         model=_describe(build, checkpoint, config),
         reference={
@@ -74,7 +78,8 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
             "record_bytes": record_bytes(seen, case_sizes),
         },
         stages=tuple(
-            PlannedStage(name, key if content else None, state[name], *needs[name]) for name, key in keys.items()
+            PlannedStage(name, key if content else None, state[name], *needs[name], times.get(name))
+            for name, key in keys.items()
         ),
         targets=targets,
         context_prices=tuple(price_context(config.text, label, tokens) for label, tokens in CONTEXTS.items()),

@@ -18,7 +18,8 @@ SCRATCH_SHARE = 8  # of a GPU's budget beside the cache, one in this many bytes 
 class PlannedStage:
     """A stage of the build; `key` is None while the checkpoint has not been hashed yet.
 
-    `memory` and `disk` are estimates, in bytes, of what it takes to do it, done or not.
+    `memory` and `disk` are estimates, in bytes, of what it takes to do it, done or not; `seconds` how long it takes on
+    this machine, None for what is done.
     """
 
     name: str
@@ -26,6 +27,7 @@ class PlannedStage:
     done: bool
     memory: int
     disk: int
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,11 @@ class Plan:
         """Bytes of disk that all stages still to be done take together."""
         return sum(stage.disk for stage in self.stages if not stage.done)
 
+    @property
+    def seconds(self) -> float:
+        """The estimated time of all stages still to be done."""
+        return sum(stage.seconds or 0.0 for stage in self.stages if not stage.done)
+
     def only(self, *names: str) -> Plan:
         """The plan of these stages alone."""
         return replace(self, stages=tuple(stage for stage in self.stages if stage.name in names))
@@ -138,7 +145,13 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Give the plan as JSON values."""
         entries = {**asdict(self), "problems": [str(problem) for problem in self.problems]}
-        return {**entries, "peak_memory": self.peak_memory, "disk": self.disk, "done": self.done}
+        return {
+            **entries,
+            "peak_memory": self.peak_memory,
+            "disk": self.disk,
+            "seconds": self.seconds,
+            "done": self.done,
+        }
 
 
 def _raise(problems: Sequence[ArrieroError], file: str) -> None:

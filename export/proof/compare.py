@@ -22,8 +22,6 @@ from arriero.runtimes.proof.metrics import accuracy_interval
 from arriero.runtimes.proof.report import ParityReport, read_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from arriero.export.build_file.schema import Cases
 
 Watch = Callable[[str, int, int, str], None]
@@ -78,21 +76,6 @@ def compare_bundles(
 def to_json(lines: Sequence[Compared], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The comparison as JSON values."""
     return {**settings, "bundles": [asdict(line) for line in lines]}
-
-
-def show(lines: Sequence[Compared], console: Console) -> None:
-    """Print the comparison as a table, one column per bundle."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    table.add_column("")
-    columns = [cells(line) for line in lines]
-    for column in columns:
-        table.add_column(column[0], justify="right", overflow="fold")
-    for number, head in enumerate(HEADS[1:], 1):
-        table.add_row(head, *(column[number] for column in columns))
-    console.print(table)
 
 
 NOTES = (

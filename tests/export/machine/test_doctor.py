@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from arriero.errors import ArrieroError
+from arriero.export.cli.show_diagnosis import show_diagnosis
 from arriero.export.machine import doctor
 from arriero.export.machine.doctor import diagnose
 from arriero.traits import SHARED_PACKAGES, TRAITS
@@ -133,7 +134,7 @@ def test_json_for_machines(tmp_path):
 
 def render(found: doctor.Diagnosis) -> str:
     console = Console(file=io.StringIO(), width=160)
-    found.render(console)
+    show_diagnosis(found, console)
     return console.file.getvalue()
 
 
@@ -141,3 +142,24 @@ def test_table_for_people(tmp_path):
     shown = render(diagnose(tmp_path))
     for words in ("python", "CPUExecutionProvider", "onnxruntime: build yes, run yes"):
         assert words in shown
+
+
+BUILD_TOOLS = [package.name for package in SHARED_PACKAGES if package.extra == "export"]
+
+
+@pytest.mark.parametrize(("gone", "code"), [((), 0), (("onnxruntime",), 3)])
+def test_a_device_with_a_runtime_alone_can_run_bundles(tmp_path, monkeypatch, gone, code):
+    """As `pip install 'arriero[onnxruntime]'` leaves it: no torch, no onnx. That is no lack of a device."""
+    real = doctor.version_of
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name in (*BUILD_TOOLS, *gone) else real(name))
+    found = diagnose(tmp_path, "onnxruntime")
+    assert (found.is_device, found.exit_code("onnxruntime"), found.exit_code()) == (True, code, code)
+    told = " ".join(render(found).split())
+    assert ("onnxruntime: can run bundles; cannot build: needs torch, onnx, onnx-ir, onnxscript" in told) == (not gone)
+
+
+def test_the_backends_that_are_installed(monkeypatch):
+    monkeypatch.setattr(doctor, "version_of", lambda name: "9.9" if "tvm" in name else None)
+    assert doctor.installed_backends() == ("tvm",)
+    monkeypatch.setattr(doctor, "version_of", lambda name: None)
+    assert doctor.installed_backends() == tuple(TRAITS)

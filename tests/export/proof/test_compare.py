@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from arriero.export.proof.compare import Compared, decoder_bits, show, to_json, write_page
+from arriero.export.cli.show_comparison import show_comparison
+from arriero.export.proof.compare import Compared, decoder_bits, to_json, write_page
 from arriero.runtimes.cpu import describe_processor
 from arriero.runtimes.manifest import StoredWeight
 from arriero.runtimes.proof.plots import size_and_error
@@ -66,7 +67,7 @@ def test_the_page_stands_alone_and_shows_every_bundle(tmp_path: Path) -> None:
         assert banned not in page
     assert len(to_json(lines, {"seed": 1})["bundles"]) == 2
     console = Console(width=80, record=True)
-    show(lines, console)
+    show_comparison(lines, console)
     assert "31.4" in console.export_text()
 
 

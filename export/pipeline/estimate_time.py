@@ -1,0 +1,105 @@
+"""How long each stage takes on this machine: its arithmetic and bytes at the measured speed, and what Python adds.
+
+Rough on purpose, within a factor of about three: it tells a minute from an hour.
+Legend: T tokens of all samples, K input and N output features of a matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from arriero.export.calibration.estimate import Size
+from arriero.export.machine.speed import MachineSpeed
+from arriero.export.pipeline.planned import PlannedTarget
+from arriero.graphs.config import ModelConfig
+from arriero.graphs.names import TEXT_PREFIX
+from arriero.graphs.sources.weight_source import WeightSource
+from arriero.profiles.groups import is_layer_matrix
+from arriero.profiles.recipe import Profile
+from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS
+from arriero.thresholds import AnswerMode
+
+# Seconds on a machine of 2 cores, rounded up from runs on small models.
+TOOLS = 2.0  # to load what traces, lowers and proves
+TRACED_LAYER = 0.4
+KERNELS = 60.0  # six files of C++ at two at a time
+STEP = 0.002  # of Python and PyTorch for a layer and a sample
+EFFICIENCY = 0.4  # of the measured product that small and ragged ones reach
+ROUNDED = 4  # times that a matrix is gone over while it is rounded and packed
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the stages of a build go over."""
+
+    config: ModelConfig
+    used: Sequence[WeightSource]
+    samples: Sequence[Size]
+    cases: Sequence[Size]
+    answers: AnswerMode
+    profiles: Sequence[Profile]  # that calibrate
+
+    @property
+    def active(self) -> float:
+        """Parameters of the text decoder that one token reads."""
+        share = self.config.text.experts_per_token / self.config.text.experts
+        return sum(
+            math.prod(one.shape) * (share if len(one.shape) == 3 else 1)
+            for one in self.used
+            if one.name.startswith(TEXT_PREFIX) or self.config.vision is None
+        )
+
+    def pass_seconds(self, sizes: Sequence[Size], speed: MachineSpeed) -> float:
+        """The samples once through the decoder, and their pictures through the tower."""
+        flops = 2.0 * self.active * sum(size[0] for size in sizes)
+        vision = self.config.vision
+        if vision is not None:
+            tower = sum(math.prod(one.shape) for one in self.used if not one.name.startswith(TEXT_PREFIX))
+            flops += 2.0 * tower * (vision.grid**2 + 1) * sum(size[1] for size in sizes)
+        return flops / (speed.flops * EFFICIENCY) + STEP * len(sizes) * len(self.config.text.layers)
+
+    def answer_seconds(self, bytes_per_weight: float, speed: MachineSpeed) -> float:
+        """The cases answered token by token, each of which reads the active weights."""
+        if self.answers == "forced":
+            return 0.0
+        tokens = len(self.cases) * MAX_ANSWER_TOKENS / 2  # most end early
+        return tokens * (self.active * bytes_per_weight / speed.copied + STEP * len(self.config.text.layers))
+
+
+def estimate_seconds(
+    names: Iterable[str], work: Work, targets: Sequence[PlannedTarget], speed: MachineSpeed
+) -> dict[str, float]:
+    """Seconds of each of the stages `names`."""
+    text, stored = work.config.text, sum(one.nbytes for one in work.used)
+    proof = work.pass_seconds(work.cases, speed)
+    seconds = {
+        "graph": TOOLS + TRACED_LAYER * len(text.layers),
+        "calibrate": TOOLS + work.pass_seconds(work.samples, speed) + _rounding(work, speed) + stored / speed.copied,
+        "reference": TOOLS + proof + stored / speed.copied + work.answer_seconds(2, speed),
+    }
+    for target in targets:
+        write = target.weights_bytes * (ROUNDED / speed.copied + 2 / speed.hashed) + 4 * stored / speed.copied
+        seconds[f"lower-{target.name}"] = TOOLS + write
+        each = target.weights_bytes / max(1, sum(math.prod(one.shape) for one in work.used))
+        seconds[f"parity-{target.name}"] = TOOLS + proof + work.answer_seconds(each, speed)
+        seconds[f"rtn-{target.name}"] = TOOLS + write + proof
+    return {name: KERNELS if name.startswith("kernels-") else seconds[name] for name in names}
+
+
+def _rounding(work: Work, speed: MachineSpeed) -> float:
+    """Second moments of every matrix's inputs, their inverse, and the sweep over its columns, for each profile."""
+    gptq = [profile for profile in work.profiles if profile.rounds_by_gptq]
+    if not gptq:
+        return 0.0
+    tokens = sum(size[0] for size in work.samples)
+    flops = 0.0
+    for one in work.used:
+        if is_layer_matrix(one.name):
+            experts = one.shape[0] if len(one.shape) == 3 else 1
+            inputs, outputs = (one.shape[1], one.shape[2]) if len(one.shape) == 3 else (one.shape[1], one.shape[0])
+            share = work.config.text.experts_per_token / experts if experts > 1 else 1
+            moments, sweep = 2.0 * tokens * share * inputs**2, 4.0 * (inputs + outputs) * inputs**2
+            flops += experts * (moments + len(gptq) * sweep)
+    return 2 * flops / (speed.flops * EFFICIENCY)  # in float64
