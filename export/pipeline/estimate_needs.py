@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from arriero.errors import ArrieroError
 from arriero.export.build_file.device import device_of
 from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Samples, Target
 from arriero.export.calibration import estimate
@@ -78,28 +79,32 @@ def kv_bytes(text: TextConfig, tokens: int, item_bytes: int) -> int:
 def sample_sizes(
     build: BuildConfig, config: ModelConfig, state: Mapping[str, bool]
 ) -> tuple[list[estimate.Size], list[estimate.Size]]:
-    """Tokens and image tiles of each calibration sample and of each parity case; upper bounds for the embedded sets.
+    """Tokens and image tiles of each calibration sample and of each parity case.
 
-    Sets from files are encoded as long as their stage is to be done, so that a sample which the model cannot read is
-    found now. Raises Problems with all of those.
+    Sets are encoded as long as their stage is to be done, so that a sample which the model cannot read is found now.
+    Raises Problems with all of those in sets from files; of embedded ones, which are a fault of the checkpoint's
+    tokenizer and told as such by `check_ready`, an upper bound is given.
     """
     contexts = [target.context for target in build.targets if not state[f"parity-{target.name}"]]
     rooms: list[tuple[Samples, int | None]] = [  # the most tokens, None once nothing is left to encode for
         (build.calibration, None if state["calibrate"] else config.text.max_positions),
         (build.parity.cases, min(contexts) - 1 if contexts else None),  # room for one token of an answer
     ]
-    sizes = [[estimate.embedded_size(config.vision)] * (samples.samples or 0) for samples, _ in rooms]
-    todo = [n for n, (samples, most) in enumerate(rooms) if samples.set != EMBEDDED and most is not None]
-    if todo:
+    sizes: list[list[estimate.Size]] = [[], []]
+    for number, (samples, most) in enumerate(rooms):
+        if most is None:
+            continue
         # Imported here: an unchanged build never gets this far, and torch takes a second to import.
         from arriero.export.build_file.model_spec import model_spec
         from arriero.runtimes.processor.processor import Processor
 
-        processor = Processor(build.model, model_spec(config))
-        for number in todo:
-            samples, most = rooms[number]
-            assert most is not None
+        try:
+            processor = Processor(build.model, model_spec(config))
             sizes[number] = encoded_sizes(draw_cases(samples, build.modalities), processor, most)
+        except ArrieroError:
+            if samples.set != EMBEDDED:
+                raise
+            sizes[number] = [estimate.embedded_size(config.vision)] * (samples.samples or 0)
     return sizes[0], sizes[1]
 
 
