@@ -5,6 +5,7 @@ A package that is missing, a full disk and Ctrl-C may strike while the command's
 
 from __future__ import annotations
 
+import errno
 import io
 import signal
 import sys
@@ -15,6 +16,8 @@ from typing import NoReturn
 from arriero.errors import UNEXPECTED, ArrieroError, MachineLacks, is_full
 
 STOPPED = 130
+# What the system says of a path that a user gave, rather than of a fault of ours.
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def main() -> None:
@@ -59,6 +62,9 @@ def _what_lacks(error: BaseException) -> ArrieroError | None:
     if is_full(error):
         where = error.filename if isinstance(error, OSError) else None
         return MachineLacks("the disk is full", where=where, remedy="Free some space and try again")
+    if isinstance(error, OSError) and error.errno in REFUSED and error.filename:
+        what = f"cannot be read or written ({error.strerror})"
+        return ArrieroError(what, where=str(error.filename), remedy="Choose another path, or change its owner or mode")
     if isinstance(error, MemoryError):
         return MachineLacks("the memory is full", remedy="Free some memory, or use a machine with more")
     return None

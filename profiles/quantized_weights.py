@@ -10,11 +10,11 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from arriero.profiles.quantize import Quantized
+from arriero.profiles.reserved_array import create_array
 from arriero.profiles.static_scales import InputScale
 
 NOTES = "roundings.jsonl"
@@ -55,9 +55,9 @@ class QuantizedWeights:
             if expert is None:
                 np.save(path, values)
                 continue
-            mode = "r+" if path.is_file() else "w+"
-            shape: Any = (experts, *values.shape)
-            stack = np.lib.format.open_memmap(path, mode, values.dtype, shape)
+            shape = (experts, *values.shape)
+            there = path.is_file()
+            stack = np.lib.format.open_memmap(path, "r+") if there else create_array(path, values.dtype, shape)
             stack[expert] = values
             stack.flush()
         with (self.folder / NOTES).open("a", encoding="utf-8") as notes:

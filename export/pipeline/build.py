@@ -22,7 +22,7 @@ from arriero.export.pipeline.plan import make_plan
 from arriero.export.pipeline.record_plan import answer_mode
 from arriero.export.pipeline.results import TargetResult
 from arriero.export.pipeline.stage_keys import calibrating, rounding_folder, stage_inputs
-from arriero.export.pipeline.stages import Run, Stage, WorkDir, key_of, read_record
+from arriero.export.pipeline.stages import Run, Stage, WorkDir, key_of, machine_limits, read_record
 from arriero.export.pipeline.target_build import TargetBuild
 from arriero.export.samples.cases import describe_set, draw_cases
 from arriero.graphs.checkpoint import Checkpoint
@@ -126,7 +126,7 @@ class Build:
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Hold the output folder; within, what every stage depends on is known."""
-        with self.work.locked():
+        with machine_limits("before the first stage", self.config.output), self.work.locked():
             self.watch("hash checkpoint", 0, 0, "bytes")
             self.content = self.checkpoint.content_hash(self.work.hash_memo)
             self.inputs = stage_inputs(self.config, self.content, self.profiles)

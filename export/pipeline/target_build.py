@@ -30,7 +30,7 @@ from arriero.export.pipeline.parts import read_part, write_part
 from arriero.export.pipeline.place_record import is_placed, place_record
 from arriero.export.pipeline.results import Failure, State, TargetResult
 from arriero.export.pipeline.stage_keys import rounding_folder
-from arriero.export.pipeline.stages import Run, key_of, read_record
+from arriero.export.pipeline.stages import Run, key_of, machine_limits, read_record
 from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.proof.emulate import can_emulate
 from arriero.profiles.kv_cache import CacheScales, cache_scales
@@ -87,7 +87,8 @@ class TargetBuild:
         """Lower, prove and publish; at once when the bundle is current. What stops it is in the result."""
         start, before = time.monotonic(), dict(self.build.work.ran)
         try:
-            result = self._run()
+            with machine_limits(f"while target {self.target.name} was put together", self.build.config.output):
+                result = self._run()
         except ArrieroError as error:
             report = self.report if isinstance(error, BelowThreshold) else None
             failures = self.failures if report is not None else ()

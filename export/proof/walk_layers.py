@@ -22,6 +22,7 @@ from arriero.graphs.config import TextConfig
 from arriero.graphs.model import KeyValue, Linear, MoE, rotation_table
 from arriero.profiles.kv_cache import CacheRange
 from arriero.profiles.moments import ROWS, Moments, check_finite
+from arriero.profiles.reserved_array import create_array
 
 if TYPE_CHECKING:
     from arriero.runtimes.proof.parity_case import ParityCase
@@ -277,7 +278,7 @@ def _watched(module: nn.Module) -> Iterator[dict[str, tuple[Floats, Floats]]]:
 
 
 def _create(path: Path, rows: int, columns: int) -> Any:
-    return np.lib.format.open_memmap(path.with_suffix(".partial"), "w+", np.float32, (rows, columns))
+    return create_array(path.with_suffix(".partial"), np.float32, (rows, columns))
 
 
 def _finish(array: Any, path: Path) -> None:

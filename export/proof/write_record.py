@@ -21,6 +21,7 @@ from PIL import Image
 from arriero.export.proof.reference_answer import forced_ids, generate_answer
 from arriero.export.proof.walk_layers import ROUTER, Walk
 from arriero.profiles.moments import check_finite
+from arriero.profiles.reserved_array import create_array
 from arriero.runtimes.manifest import file_sha256
 from arriero.runtimes.proof.logits import DRAWN, HEAD, WHOLE_VOCABULARY, keep_logits
 from arriero.runtimes.proof.parity import top_tokens
@@ -140,9 +141,7 @@ class _Writer:
         if whole:
             shapes = {"logits": (tokens, vocabulary)}
         files = {
-            name: np.lib.format.open_memmap(
-                self.folder / f"{name}.npy", "w+", np.float32 if whole else DTYPES[name], shape
-            )
+            name: create_array(self.folder / f"{name}.npy", np.float32 if whole else DTYPES[name], shape)
             for name, shape in shapes.items()
         }
         hidden = np.load(self.walk.hidden_file(self.layers), mmap_mode="r")

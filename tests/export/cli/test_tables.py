@@ -62,7 +62,7 @@ def test_a_column_of_nothing_is_left_out() -> None:
     assert "how" not in printed(lambda console: print_rows(console, ("a", "how"), [("1", ""), ("2", "")]))
 
 
-@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize("width", [80, 100])
 def test_what_commands_show_at_80_columns(width: int) -> None:
     checks = (
         Check("python", "ok", "3.11.7", ("build",)),

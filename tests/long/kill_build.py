@@ -1,0 +1,143 @@
+"""Kills a build at many seeded moments over all of its stages, goes on, and compares the final bytes but for times.
+
+A moment is the n-th time that the build opens, renames or deletes something under its output, so that short stages and
+publishing are struck as often as long ones. Several kills strike one output before it is built to the end.
+
+    python -m tests.long.kill_build FOLDER --kills 100
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from arriero.profiles.recipe import shipped
+from tests.command import contents, write_build
+from tests.small import small_scout
+
+# Runs the command and kills it at event number argv[2] under the folder argv[1]; otherwise prints how many there were.
+CHILD = """
+import os, signal, sys
+output, last, count = sys.argv[1], int(sys.argv[2]), 0
+
+def struck(event, values):
+    global count
+    if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "shutil.rmtree"):
+        if any(isinstance(value, (str, os.PathLike)) and os.fspath(value).startswith(output) for value in values):
+            count += 1
+            if count == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(struck)
+sys.argv = ["arriero", "build", sys.argv[3]]
+from arriero.export.__main__ import main
+try:
+    main()
+finally:
+    print("events", count)
+"""
+TIMED = ("measured", "chain")  # of a manifest: what times go into
+PAGE = "parity.html"  # says when it was made
+
+
+class KillingFailed(Exception):
+    """A build that was killed did not end as an undisturbed one does."""
+
+
+def prepare(folder: Path) -> Path:
+    """A build of a small model with and without calibration, so that there is a stage of every kind."""
+    small_scout(folder / "scout")
+    text = shipped()["int4"].read_text().replace("block: 64", "block: 32").replace("name: int4", "name: small4")
+    text = text.replace("kl_over_rtn: 0.5", "kl_over_rtn: 0.99").replace("task_accuracy_drop: 0.02", "")
+    (folder / "small4.yaml").write_text(text)
+    profiles = ("fp32", str(folder / "small4.yaml"))
+    file = write_build(folder / "build.yaml", folder / "scout", profiles=profiles, samples=4)
+    file.write_text(file.read_text().replace("calibration: {samples: 4", "calibration: {samples: 40"))
+    return file
+
+
+def build(file: Path, last: int) -> subprocess.CompletedProcess[str]:
+    """Run the build until event number `last`; 0 for to its end."""
+    output = file.parent / "bundles"
+    return subprocess.run([sys.executable, "-c", CHILD, output, str(last), file], capture_output=True, text=True)
+
+
+def ended(done: subprocess.CompletedProcess[str]) -> int:
+    """How many events a build had that ended by itself. Raises KillingFailed for one that did not end well."""
+    if done.returncode:
+        raise KillingFailed(f"the build ended with code {done.returncode}:\n{done.stdout}{done.stderr}")
+    return int(done.stdout.rsplit("events ", 1)[1])
+
+
+def result(output: Path) -> dict[str, Any]:
+    """All that lies in an output folder, published or not, without what tells times."""
+    made: dict[str, Any] = contents(output)
+    for name in [*made]:
+        if name.endswith((f"/{PAGE}", "/stage.json")) or name in (".work/lock", ".work/hashes.json"):
+            made[name] = "there"
+        elif name.endswith("/manifest.json"):
+            entries = json.loads((output / name).read_text())
+            entries["files"].pop(PAGE, None)
+            made[name] = {key: value for key, value in entries.items() if key not in TIMED}
+    return made
+
+
+def under_way(output: Path) -> str:
+    """What was being made when the build was killed."""
+    halves = sorted(path.name for path in (output / ".work").glob("*.partial") if path.is_dir())
+    if halves:
+        return halves[0].rpartition("-")[0]
+    return "publishing" if any(output.glob("*.partial")) else "between stages"
+
+
+def run(folder: Path, kills: int, seed: int, per_output: int, tell: Callable[[str], None] = print) -> Counter[str]:
+    """Kill `kills` times and give how often each stage was struck. Raises KillingFailed where anything differs."""
+    file, drawn, struck = prepare(folder), random.Random(seed), Counter[str]()
+    output = file.parent / "bundles"
+    events = ended(build(file, 0))
+    expected = result(output)
+    tell(f"an undisturbed build has {events} events and {len(expected)} files")
+    while sum(struck.values()) < kills:
+        shutil.rmtree(output)
+        moments = []
+        for _ in range(min(per_output, kills - sum(struck.values()))):
+            moments.append(drawn.randint(1, events))
+            done = build(file, moments[-1])
+            if done.returncode != -signal.SIGKILL:
+                ended(done)  # what was left had fewer events
+                break
+            struck[under_way(output)] += 1
+        ended(build(file, 0))
+        made = result(output)
+        different = sorted(name for name in {*made, *expected} if made.get(name) != expected.get(name))
+        if different:
+            raise KillingFailed(f"killed at {moments}: {', '.join(different)}")
+        tell(f"{sum(struck.values())} kills, the last at events {moments}: equal bytes")
+    return struck
+
+
+def main() -> None:
+    """Read the arguments and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a new folder for the model and its builds")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--per-output", type=int, default=4, help="kills before a build is left to end")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True)
+    struck = run(options.folder.absolute(), options.kills, options.seed, options.per_output)
+    for stage, count in sorted(struck.items()):
+        print(f"{count:4} in {stage}")
+
+
+if __name__ == "__main__":
+    main()
