@@ -175,10 +175,10 @@ def _reached(path: Ints, expected: Ints, closing: Sequence[int]) -> int:
 def _measure_parts(tally: Tally, candidate: Session, case: ReferenceCase, pixels: Floats | None) -> None:
     """Vision on the candidate's own pixels, embeddings on seeded features: [n, 3, h, w] -> [M, H] -> [1, S, H]."""
     if case.features is not None and pixels is not None:
-        features = candidate.backend.vision(pixels)
+        features = candidate.vision(pixels)
         tally.watch("image features", features)
         tally.vision += case.features.errors(features)
-    embeds = candidate.backend.embed(case.fed_ids[None], placeholder_features(case, candidate.spec))
+    embeds = candidate.embed(case.fed_ids[None], placeholder_features(case, candidate.spec))
     tally.watch("embeddings", embeds)
     tally.embeddings += case.embeddings.errors(embeds)
 

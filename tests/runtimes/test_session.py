@@ -13,7 +13,7 @@ from arriero.runtimes import session as session_module
 from arriero.runtimes.processor.processor import Prompt
 from arriero.runtimes.sampling import Sampling, SamplingSettings
 from arriero.runtimes.session import Session
-from arriero.runtimes.settings import Limits, Settings
+from arriero.runtimes.settings import Limits, Output, Settings
 
 IMAGE_TOKEN = 261
 
@@ -97,10 +97,10 @@ def test_a_sampling_is_its_settings_by_name(session):
 
 
 def test_the_settings_by_name_are_the_fields_of_the_records():
-    """Type checkers and editors read the one, `Sampling` and `Limits` hold the other."""
+    """Type checkers and editors read the one, `Sampling`, `Limits` and `Output` hold the other."""
     assert get_type_hints(SamplingSettings) == get_type_hints(Sampling)
-    limits = {field.name for field in fields(Limits)}
-    assert get_type_hints(Settings).keys() == get_type_hints(Sampling).keys() | limits | {"sampling"}
+    others = {field.name for record in (Limits, Output) for field in fields(record)}
+    assert get_type_hints(Settings).keys() == get_type_hints(Sampling).keys() | others | {"sampling"}
 
 
 def test_stop_texts_end_the_answer_and_are_left_out(session):
