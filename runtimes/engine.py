@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -22,6 +23,7 @@ from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Backend
 
 Result = TypeVar("Result")
+LINGER_S = 10.0  # how long closing waits at most for the system to end a thread that is done
 Task = tuple["Future[Any]", Context, Callable[[], Any]]
 
 
@@ -114,6 +116,10 @@ class _Owner(threading.Thread):
             self._stopped = True
         self.tasks.put(None)
         self.join()
+        # For Python it is over; the system's thread still waits for the workers that its backend gave it.
+        end = time.monotonic() + LINGER_S
+        while os.path.exists(f"/proc/self/task/{self.native_id}") and time.monotonic() < end:
+            time.sleep(0.001)
 
     def run(self) -> None:
         while (task := self.tasks.get()) is not None:

@@ -67,7 +67,7 @@ class Sampler:
     def _processed(self, logits: Floats) -> Floats:
         """What the caller's function makes of `logits`."""
         assert self._sampling.logits_processor is not None
-        given = self._sampling.logits_processor(np.append(self._prompt_ids, self._tokens), logits)
+        given = self._sampling.logits_processor(np.append(self._prompt_ids, np.array(self._tokens, np.int64)), logits)
         processed: Floats = np.array(given, np.float32)
         if processed.shape != logits.shape:
             raise ArrieroError(

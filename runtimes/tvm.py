@@ -190,9 +190,10 @@ def load_runtime() -> Any:
     os.environ.setdefault("TVM_BIND_THREADS", "0")
     # And on x86 it would use every second core only, taking the others for hyper-threads.
     os.environ.setdefault("TVM_NUM_THREADS", str(usable_cores()))
-    # Workers look for the next task rather than sleep between the operators of a step, but not for the 300,000 looks of
-    # TVM's own choice: a fifth of a second of every core after every answer, and before a thread that is done can end.
-    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "10000")
+    # Between a step's operators workers look for the next task rather than sleep, but not for the 300,000 looks of
+    # TVM's own choice: a fifth of a second of every core after every answer, minutes where others compute, and as long
+    # until the threads of a session that is closed have ended.
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "1000")
     with _unseen("torch"):
         import tvm_ffi
 

@@ -44,8 +44,12 @@ class Detokenizer:
         """Take one more id and give the text that it completes: often one piece, none within a character."""
         if self.is_special(token):
             name = Piece(self._decode([token], skip_special_tokens=False), special=True)
-            # left out, it parts nothing: a character may be begun before it and ended after it
-            return [name] if self._skip else [*self.flush(), name]
+            if self._skip:  # it parts nothing: a character may be begun before it and ended after it
+                return [name]
+            rest = self.flush()
+            self._ids.append(token)
+            self._context, self._done = self._done, len(self._ids)
+            return [*rest, name]
         self._ids.append(token)
         before, after = self._decoded()
         if after.endswith(_HALF) or len(after) <= len(before):
@@ -60,4 +64,5 @@ class Detokenizer:
         return [Piece(after[len(before) :])] if len(after) > len(before) else []
 
     def _decoded(self) -> tuple[str, str]:
-        return self._decode(self._ids[self._context : self._done]), self._decode(self._ids[self._context :])
+        before, after = self._ids[self._context : self._done], self._ids[self._context :]
+        return self._decode(before, skip_special_tokens=self._skip), self._decode(after, skip_special_tokens=self._skip)

@@ -164,7 +164,7 @@ def test_cancelling_stops_soon(session, after):
 
 def test_a_batch_answers_as_alone_while_rows_finish_apart(session, toy):
     prompts = ["a", "a longer prompt", "hello", "mid size", "x"]
-    settings = {"temperature": 1.0, "seed": 9, "max_tokens": 25}
+    settings = {"temperature": 1.0, "seed": 7, "max_tokens": 25}
     stop = ["e", "t"]
     alone = [session.generate(prompt, stop=stop, **settings) for prompt in prompts]
     toy.steps.clear()
@@ -226,7 +226,7 @@ def test_threads_sharing_a_session_answer_as_alone(session):
         ({"prompt": Prompt(np.array([IMAGE_TOKEN]))}, "hold 1 image placeholders and the images make 0"),
         (
             {"prompt": Prompt(np.array([1]), np.zeros((1, 3, 5, 5), np.float32))},
-            r"shape \[1, 3, 5, 5\]; expected tiles",
+            r"shape \[1, 3, 5, 5\]; expected float32 tiles",
         ),
         ({"prompt": Prompt(np.array([1])), "images": ["a.png"]}, "beside an encoded prompt"),
     ],

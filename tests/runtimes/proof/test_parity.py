@@ -17,7 +17,6 @@ from arriero.export.proof.live_reference import LiveReference
 from arriero.export.proof.reference import TorchBackend
 from arriero.graphs.ops import expert_dispatch
 from arriero.runtimes.backend import StepOutput
-from arriero.runtimes.processor.detokenize import Detokenizer
 from arriero.runtimes.processor.processor import Prompt
 from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS
 from arriero.runtimes.proof.parity import measure
@@ -43,8 +42,8 @@ class ToyProcessor:
     def tokenize(self, text):
         return np.array([ord(c) for c in text], np.int64)
 
-    def detokenizer(self):
-        return Detokenizer(lambda ids: "".join(chr(i) for i in ids))
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(chr(i) for i in ids)
 
 
 class Wrapped:
