@@ -144,7 +144,7 @@ class Session:
         """Append `token` to `state` and give the logits f32 [V] for the one after it."""
         if int(state.cache.lengths[0]) >= self.context:
             raise ArrieroError(f"the context of {self.context} tokens is full", remedy="Start a shorter prompt")
-        known = isinstance(token, Integral) and 0 <= token < self.spec.vocab_size
+        known = isinstance(token, Integral) and not isinstance(token, bool) and 0 <= token < self.spec.vocab_size
         if not known or token == self.spec.image_token_id:
             raise ArrieroError(f"token {token!r} cannot be decoded", expected="a known token, no image placeholder")
         state.logits = self._step(state.cache, [token])[0]

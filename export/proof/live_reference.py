@@ -22,6 +22,7 @@ from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.runtimes.proof.record import label
 from arriero.runtimes.proof.sketch import WholeArray, seeded_features
 from arriero.runtimes.session import Session
+from arriero.runtimes.steps import check_finite
 from arriero.thresholds import AnswerMode
 
 
@@ -54,7 +55,7 @@ class LiveReference:
         recorder: Any = session.backend
         with recorder.router_margins() as noted:
             output = session.logits(fed, pixels, captures=True)
-        logits = output.logits[0]
+        logits = check_finite(output.logits[0])
         placeholders = 0 if spec.image_token_id is None else int(np.sum(fed == spec.image_token_id))
         seed = SEED, label("seeded features", number)
         embeds = session.embed(fed[None], seeded_features(*seed, placeholders, spec.hidden_size))
