@@ -85,3 +85,11 @@ def test_the_stand_in_faults_where_memory_is_used_after_it_was_given_back(bench)
     assert np.isnan(numbers).all()
     with pytest.raises(AssertionError, match="not memory of the GPU, or freed"):
         one.cuda.view(where, 16)
+
+
+def test_a_vision_engine_of_another_build_joins_no_open_backend(bench):
+    one = bench("tensorrt_10")
+    backend = one.open()
+    (one.folder / "vision.engine").write_bytes((one.folder / "vision.engine").read_bytes() + b" ")
+    with pytest.raises(ArrieroError, match=r"changed or replaced while it was open: vision\.engine"):
+        backend.vision(np.zeros((1, 3, 32, 32), np.float32))
