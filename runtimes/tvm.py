@@ -34,6 +34,7 @@ from arriero.runtimes.backend import (
 from arriero.runtimes.cache import KVCache, check_step
 from arriero.runtimes.cache_rows import CacheRows
 from arriero.runtimes.cpu import usable_cores
+from arriero.runtimes.inside import climbs_out
 from arriero.runtimes.private_library import PrivateLibrary
 
 ALIGNMENT = 64
@@ -218,6 +219,8 @@ def _unseen(package: str) -> Iterator[None]:
 
 def _map(bundle: Path, name: str, files: dict[str, np.memmap]) -> np.memmap:
     """A file of weights; each is mapped once, copy-on-write because DLPack wants it writable."""
+    if climbs_out(name):
+        raise ValueError(f"its weights are in {name!r}, outside the bundle")
     if name not in files:
         files[name] = np.memmap(bundle / name, mode="c")
     return files[name]

@@ -177,9 +177,8 @@ def test_weights_are_mapped_where_they_lie(bundles, backend):
     matrices = [entry for entry in entries if len(entry["shape"]) > 1]
     assert {entry["file"] for entry in matrices} == {"weights/model.safetensors"}
     assert not any(entry["aligned"] for entry in matrices)
-    files: dict[str, np.memmap] = {}
-    maps = [runtime._map(bundles / "fp32", entry, files) for entry in matrices]
-    assert all(np.shares_memory(array, files["weights/model.safetensors"]) for array in maps)
+    file = runtime._map(bundles / "fp32", "weights/model.safetensors", {})
+    assert all(np.shares_memory(runtime._weight(file, entry), file) for entry in matrices)
 
 
 def edited(bundle: Path, folder: Path, **target: object) -> Path:
@@ -212,6 +211,16 @@ def test_a_library_that_is_none_is_refused(bundles, tmp_path):
     (folder / "text.so").unlink()
     (folder / "text.so").write_bytes(b"no library")
     with pytest.raises(ArrieroError, match=r"text\.so: TVM's runtime refuses the library.*arriero build"):
+        TvmBackend(folder, Manifest.read(folder).model, 1)
+
+
+def test_weights_outside_the_bundle_are_refused(bundles, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(bundles / "fp32", folder)
+    described = json.loads((folder / "text.json").read_text())
+    described["weights"][0]["file"] = "../fp32/weights/model.safetensors"
+    (folder / "text.json").write_text(json.dumps(described))
+    with pytest.raises(ArrieroError, match=r"text\.so: .*'\.\./fp32/.*', outside the bundle"):
         TvmBackend(folder, Manifest.read(folder).model, 1)
 
 
