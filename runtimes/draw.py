@@ -57,7 +57,7 @@ def top_log_probabilities(logits: Floats, count: int) -> tuple[Ints, NDArray[Any
     log_sum = largest + float(np.log(np.exp(logits - np.float64(largest)).sum()))
     ids = _largest(logits, count) if 0 < count < len(logits) else np.arange(len(logits) if count else 0)
     ids = ids[np.lexsort((ids, -logits[ids]))]
-    return ids, logits[ids] - log_sum, log_sum
+    return ids, logits[ids].astype(np.float64) - log_sum, log_sum
 
 
 def _largest(logits: Floats, count: int) -> Ints:
