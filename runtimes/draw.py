@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from arriero.runtimes.backend import Floats, Ints
 
 Doubles = NDArray[np.float64]
+BLOCK = 512
 BINS, PER_NAT = 4096, 64  # the last bin holds all that is e ** -64 times as likely as the likeliest, or less
 
 
@@ -83,8 +84,17 @@ def _head(depth: Doubles, weights: Doubles, top_p: float) -> Ints:
 
 
 def _draw(weights: Doubles, uniform: float) -> int:
-    """An index of `weights` [N], each as probable as it weighs."""
+    """An index of `weights` [N], each as probable as it weighs: first its block, then the entry in that."""
+    blocks = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK))
+    block, left = _reached(blocks, uniform * float(blocks.sum()))
+    entry, _ = _reached(weights[block * BLOCK : (block + 1) * BLOCK], left)
+    return block * BLOCK + entry
+
+
+def _reached(weights: Doubles, target: float) -> tuple[int, float]:
+    """The entry within which the sum of `weights` comes to `target`, and what of that is left to come to in it."""
     cumulative = np.cumsum(weights)
-    drawn = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
-    # the product may round up to the sum itself, which the last entry of any weight is the first to reach
-    return int(min(drawn, np.searchsorted(cumulative, cumulative[-1])))
+    entry = int(np.searchsorted(cumulative, target, side="right"))
+    # the target may round up to the sum itself, which the last entry of any weight is the first to reach
+    entry = min(entry, int(np.searchsorted(cumulative, cumulative[-1])))
+    return entry, target - float(cumulative[entry - 1]) if entry else target

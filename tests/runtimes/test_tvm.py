@@ -95,30 +95,6 @@ def test_results_do_not_depend_on_the_number_of_threads(bundles, backend):
     assert np.array_equal(one, three)
 
 
-def test_a_forked_process_is_told_that_the_pool_stayed_behind(bundles):
-    """TVM would wait for ever for workers that a fork does not copy."""
-    script = f"""
-import os, arriero
-
-def ask():
-    return arriero.load({str(bundles / "int8")!r}, threads=2).generate("Hello", max_tokens=3).token_ids
-
-alone = ask()
-if os.fork() == 0:
-    try:
-        ask()
-    except arriero.ArrieroError as error:
-        print(error, flush=True)
-        os._exit(7)
-    os._exit(0)
-print(os.waitstatus_to_exitcode(os.wait()[1]), ask() == alone)
-"""
-    # a child that waits for ever is killed: no machine is so busy that the sound case takes as long
-    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600).stdout
-    assert "used in this process before it was forked" in told
-    assert told.endswith("7 True\n")
-
-
 def test_every_thread_asked_for_is_one_of_the_pool(bundles):
     """TVM's own choice, every second processor, would run two threads' work on one."""
     cores = usable_cores()
