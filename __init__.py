@@ -2,7 +2,7 @@
 
 from arriero.errors import ArrieroError, BelowThreshold, MachineLacks, Problems
 from arriero.runtimes.api import load
-from arriero.runtimes.generation import Generation, Stream
+from arriero.runtimes.generation import Generation, Stream, TokenLogprobs
 from arriero.runtimes.sampling import Sampling
 from arriero.runtimes.session import Session
 from arriero.version import __version__
@@ -16,6 +16,7 @@ __all__ = [
     "Sampling",
     "Session",
     "Stream",
+    "TokenLogprobs",
     "__version__",
     "load",
 ]

@@ -32,12 +32,15 @@ typedef float Floats __attribute__((vector_size(16)));
 
 extern "C" uint64_t read_sum(const uint64_t* p, int64_t bytes) {
     typedef uint64_t Words __attribute__((vector_size(64)));
+    typedef uint64_t Unaligned __attribute__((vector_size(64), aligned(8)));  // as an array of numpy's may lie
     Words sums[8] = {};
-    const Words* w = reinterpret_cast<const Words*>(p);
-    for (int64_t i = 0; i + 8 <= bytes / 64; i += 8) {
+    const Unaligned* w = reinterpret_cast<const Unaligned*>(p);
+    int64_t i = 0;
+    for (; i + 8 <= bytes / 64; i += 8) {
         for (int j = 0; j < 8; ++j) sums[j] += w[i + j];
     }
     uint64_t total = 0;
+    for (int64_t rest = 8 * i; rest < bytes / 8; ++rest) total += p[rest];
     for (int j = 0; j < 8; ++j) {
         for (int k = 0; k < 8; ++k) total += sums[j][k];
     }

@@ -19,10 +19,14 @@ def build_probe(folder: Path) -> ctypes.CDLL:
     flags = ["-O3", "-march=native", "-fPIC", "-shared"]
     subprocess.run([find_compiler(platform.machine()), *flags, str(source), "-o", str(probe)], check=True)
     library = ctypes.CDLL(str(probe))
+    library.read_sum.restype = ctypes.c_uint64
     library.int8_dots.restype = library.float_multiply_adds.restype = ctypes.c_int64
     return library
 
 
-def read_sum(probe: ctypes.CDLL, words: np.ndarray) -> None:
-    """Read all of `words` u64 [n], with the calling thread; other Python threads run meanwhile."""
-    probe.read_sum(ctypes.c_void_p(words.ctypes.data), ctypes.c_int64(words.nbytes))
+def read_sum(probe: ctypes.CDLL, words: np.ndarray) -> int:
+    """Give the sum, modulo 2**64, of `words` u64 [n] wherever they lie, read by the calling thread.
+
+    Other Python threads run meanwhile.
+    """
+    return int(probe.read_sum(ctypes.c_void_p(words.ctypes.data), ctypes.c_int64(words.nbytes)))

@@ -34,7 +34,9 @@ from rich.table import Table
 from roofline import build_probe, read_sum
 
 from arriero.export.proof.compare import decoder_bytes
+from arriero.runtimes.manifest import Manifest
 
+LINE = 8  # words of a cache line
 READ = 1 << 30  # bytes of the buffer whose reading is the roofline, beyond any cache
 
 
@@ -45,7 +47,7 @@ class Bundle:
         command = [sys.executable, __file__, "--worker", str(path), "--threads", str(threads)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.ready = self._answer()
-        self.bytes_per_token = touched_bytes(json.loads((path / "manifest.json").read_text()))
+        self.bytes_per_token = touched_bytes(Manifest.read(path))
 
     def measure(self, prefill: int, decode: int) -> dict[str, float]:
         """Tokens per second of one round."""
@@ -79,11 +81,11 @@ class LlamaCpp:
         return {"prefill" if run["n_prompt"] else "decode": float(run["avg_ts"]) for run in runs}
 
 
-def touched_bytes(manifest: dict[str, Any]) -> int:
+def touched_bytes(manifest: Manifest) -> int:
     """Bytes of weights that one token of decode reads."""
-    text = manifest["model"]["text"]
-    share = text["num_experts_per_tok"] / text["num_local_experts"] if text["num_local_experts"] else 1
-    return decoder_bytes(manifest["weights"], share)
+    model = manifest.model
+    share = model.num_experts_per_tok / model.num_local_experts if model.num_local_experts else 1
+    return decoder_bytes(manifest.weights, share)
 
 
 def serve(bundle: Path, threads: int) -> None:
@@ -131,8 +133,9 @@ def resident_mib() -> float:
 
 
 def read_bandwidth(probe: ctypes.CDLL, buffer: np.ndarray, threads: int) -> float:
-    """Bytes per second with which `threads` read `buffer` u64 [n] once."""
-    parts = np.array_split(buffer, threads)
+    """Bytes per second with which `threads` read `buffer` u64 [n], n a multiple of `LINE`, once."""
+    # in whole rows of 64 bytes, so that no part begins within one
+    parts = [part.reshape(-1) for part in np.array_split(buffer.reshape(-1, LINE), threads)]
     workers = [threading.Thread(target=read_sum, args=(probe, part)) for part in parts]
     start = time.perf_counter()
     for worker in workers:
@@ -197,7 +200,8 @@ def main() -> None:
         parser.error("name at least one bundle or --gguf")
     with tempfile.TemporaryDirectory() as folder:
         probe = build_probe(Path(folder))
-    buffer = np.ones(READ // 8, np.uint64)
+    room = np.ones(READ // 8 + LINE, np.uint64)
+    buffer = room[-room.ctypes.data % 64 // 8 :][: READ // 8]  # numpy aligns to less than a line
     rounds, bandwidth = [], []
     for number in range(arguments.rounds):
         bandwidth.append(read_bandwidth(probe, buffer, arguments.threads))

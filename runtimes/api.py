@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -37,8 +38,14 @@ def open_session(manifest: Manifest, options: BackendOptions = DEFAULT_OPTIONS) 
     """Give a session over a bundle that is what its manifest says, proven or not yet. Raises as `check_machine`."""
     check_machine(manifest)
     processor = Processor(manifest.bundle / "tokenizer", manifest.model)
-    backend = open_backend(manifest.target.backend, manifest.bundle, manifest.model, options)
+    backend = open_bundle_backend(manifest, options)
     return Session(backend, processor, manifest.target.context, manifest.target.batch)
+
+
+def open_bundle_backend(manifest: Manifest, options: BackendOptions = DEFAULT_OPTIONS) -> Backend:
+    """Give the backend of a bundle that is what its manifest says; code that changes from now on is refused."""
+    options = replace(options, sha256={name: record.sha256 for name, record in manifest.files.items()})
+    return open_backend(manifest.target.backend, manifest.bundle, manifest.model, options)
 
 
 def open_backend(name: str, folder: Path, spec: ModelSpec, options: BackendOptions = DEFAULT_OPTIONS) -> Backend:

@@ -140,9 +140,14 @@ def no_vision() -> ArrieroError:
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """How a backend is to use this machine. `threads` None means every core that this process may use."""
+    """How a backend is to use this machine, and what it may run there.
+
+    `threads` None means every core that this process may use. `sha256` are the hashes, by name, that files of code must
+    have when they are opened; empty where no manifest says them.
+    """
 
     threads: int | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
@@ -189,7 +194,7 @@ class Cache(Protocol):
 
 
 class Backend(Protocol):
-    """The model behind one set of weights. Every method may be called from several threads at once."""
+    """The model behind one set of weights. One thread at a time calls its methods; a session's `Engine` sees to it."""
 
     spec: ModelSpec
 

@@ -7,15 +7,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from arriero.errors import ArrieroError
-from arriero.runtimes.backend import Floats, ModelSpec
-from arriero.runtimes.processor.detokenize import Detokenizer
-from arriero.runtimes.sampling import Sampling
-from arriero.runtimes.settings import Limits
+from arriero.runtimes.backend import Floats, Ints, ModelSpec
+from arriero.runtimes.draw import top_log_probabilities
+from arriero.runtimes.processor.detokenize import Decode, Detokenizer, Piece
+from arriero.runtimes.sampler import Sampler
+from arriero.runtimes.settings import AnswerSettings
+from arriero.runtimes.stop_text import StopText
 
 FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A chosen token's log-probability under the model, and the likeliest tokens with theirs, likeliest first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,8 @@ class Generation:
     """A finished answer.
 
     `token_ids` holds every token chosen, a closing one included. `ttft_s` runs from the call to the first token,
-    `decode_s` from there to the last; rows of a batch share these clocks.
+    `decode_s` from there to the last; rows of a batch share these clocks. `logprobs` has one entry for each token where
+    they were asked for.
     """
 
     text: str
@@ -32,27 +42,30 @@ class Generation:
     prompt_tokens: int
     ttft_s: float
     decode_s: float
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 class Answer:
     """One row's answer: feed it logits with `take`, read `finished`, then `result`."""
 
     def __init__(
-        self,
-        spec: ModelSpec,
-        detokenizer: Detokenizer,
-        sampling: Sampling,
-        limits: Limits,
-        max_tokens: int,
-        prompt_tokens: int,
+        self, spec: ModelSpec, decode: Decode, settings: AnswerSettings, max_tokens: int, prompt_ids: Ints
     ) -> None:
-        """Start an answer of at most `max_tokens` to a prompt of `prompt_tokens`; its clock starts now."""
-        self._spec, self._detokenizer, self._sampling, self._limits = spec, detokenizer, sampling, limits
-        self._random = sampling.generator()
-        self.max_tokens, self._prompt_tokens = max_tokens, prompt_tokens
+        """Start an answer of at most `max_tokens` to a prompt with `prompt_ids`; its clock starts now.
+
+        Raises `ArrieroError` for settings that name tokens the model does not know.
+        """
+        settings.check_vocabulary(spec.vocab_size)
+        self._limits, self._output = settings.limits, settings.output
+        # an image placeholder in an answer would have no image behind it
+        self._sampler = Sampler(settings.sampling, prompt_ids, never=spec.image_token_id)
+        self._closing = {*spec.eos_token_ids, *settings.limits.stop_token_ids}
+        self._detokenizer = Detokenizer(decode, settings.output.skip_special_tokens)
+        self._text = StopText(settings.limits.stop, settings.output.skip_special_tokens)
+        self.max_tokens, self._prompt_tokens = max_tokens, len(prompt_ids)
         self._pieces: list[str] = []
-        self._held = ""
         self.token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
         self.finished: FinishReason | None = None
         self._started = time.perf_counter()
         self._first: float | None = None
@@ -60,24 +73,25 @@ class Answer:
 
     def take(self, logits: Floats) -> str:
         """Choose the next token from `logits` [V] and give the text that is now certain; may set `finished`."""
-        if self._spec.image_token_id is not None:
-            # an image placeholder in an answer would have no image behind it
-            logits = logits.copy()
-            logits[self._spec.image_token_id] = -np.inf
-        token = self._sampling.choose(logits, self._random)
+        token = self._sampler.choose(logits)
         self.token_ids.append(token)
+        if self._output.logprobs is not None:
+            ids, logprobs, log_sum = top_log_probabilities(logits, self._output.logprobs)
+            top = tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))
+            self._logprobs.append(TokenLogprobs(token, float(logits[token]) - log_sum, top))
         self._last = time.perf_counter()
         self._first = self._first or self._last
-        if token in self._spec.eos_token_ids:
+        closing = token in self._closing
+        if not closing or self._detokenizer.is_special(token):
+            # what an ordinary token says that closes the answer is left out, as a stop text is
+            self._say(self._detokenizer.push(token))
+        if closing:
             return self._close("stop")
-        self._held += self._detokenizer.push(token)
-        if self._cut():
+        if self._text.stopped:
             return self._emit("stop")
         if len(self.token_ids) >= self.max_tokens:
             return self._close("length")
-        keep = max((_overlap(self._held, text) for text in self._limits.stop), default=0)
-        piece = self._held[: len(self._held) - keep]
-        self._held = self._held[len(piece) :]
+        piece = self._text.take()
         self._pieces.append(piece)
         return piece
 
@@ -101,23 +115,21 @@ class Answer:
             prompt_tokens=self._prompt_tokens,
             ttft_s=first - self._started,
             decode_s=self._last - first,
+            logprobs=None if self._output.logprobs is None else tuple(self._logprobs),
         )
 
     def _close(self, reason: FinishReason) -> str:
-        self._held += self._detokenizer.flush()
-        return self._emit("stop" if self._cut() else reason)
+        self._say(self._detokenizer.flush())
+        return self._emit("stop" if self._text.stopped else reason)
+
+    def _say(self, pieces: list[Piece]) -> None:
+        for piece in pieces:
+            self._text.push(piece)
 
     def _emit(self, reason: FinishReason) -> str:
-        self.finished, piece, self._held = reason, self._held, ""
+        self.finished, piece = reason, self._text.rest()
         self._pieces.append(piece)
         return piece
-
-    def _cut(self) -> bool:
-        """Cut the held text before its earliest stop text, if it has one."""
-        places = [place for text in self._limits.stop if (place := self._held.find(text)) >= 0]
-        if places:
-            self._held = self._held[: min(places)]
-        return bool(places)
 
 
 class Stream(Iterator[str]):
@@ -136,8 +148,3 @@ class Stream(Iterator[str]):
         if self._answer.finished is None:
             raise ArrieroError("the answer is not finished", remedy="Read the stream to its end first")
         return self._answer.result()
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `stop`."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

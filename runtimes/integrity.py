@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from arriero.errors import ArrieroError, Problems
+from arriero.runtimes.inside import links_out
 from arriero.runtimes.manifest import COPY_AGAIN, FILE, RECORD_FILE, Manifest, file_sha256, link, parity_digest
 
 FULL_HASH_BYTES = 1 << 30  # bundles up to here are hashed whole at every load: about a second
@@ -62,11 +63,22 @@ def check_files(manifest: Manifest, full: bool | None = None) -> None:
     """Compare the files with their records; all differences are raised together.
 
     Sizes are always compared. Hashes are compared for all files when `full`, or when `full` is None and the bundle has
-    at most `FULL_HASH_BYTES`; otherwise for files up to `QUICK_HASH_BYTES`.
+    at most `FULL_HASH_BYTES`; otherwise for libraries, and for files up to `QUICK_HASH_BYTES`. A link that leads out of
+    the bundle is refused before anything is read.
     """
     if full is None:
         full = sum(record.bytes for record in manifest.files.values()) <= FULL_HASH_BYTES
-    problems = []
+    problems = [
+        ArrieroError(
+            "the link leads out of the bundle",
+            where=name,
+            expected="files of the bundle itself",
+            remedy=f"Copy what it points to in its place (`cp -rL`). {COPY_AGAIN}",
+        )
+        for name in links_out(manifest.bundle)
+    ]
+    if problems:  # nothing out there is read
+        raise Problems(f"{manifest.bundle}: the bundle is not whole by itself", problems)
     for name, record in manifest.files.items():
         path = manifest.bundle / name
         if not path.is_file():
@@ -75,7 +87,9 @@ def check_files(manifest: Manifest, full: bool | None = None) -> None:
             what = f"the file has {size} bytes: it is incomplete or belongs to another build"
             expected = f"the {record.bytes} bytes that {FILE} records"
             problems.append(ArrieroError(what, where=name, expected=expected, remedy=COPY_AGAIN))
-        elif (full or size <= QUICK_HASH_BYTES) and (digest := file_sha256(path)) != record.sha256:
+        elif (full or size <= QUICK_HASH_BYTES or path.suffix == ".so") and (
+            digest := file_sha256(path)
+        ) != record.sha256:
             what = f"the file's content was changed or damaged: sha256 {digest[:12]}..."
             expected = f"{record.sha256[:12]}... that {FILE} records"
             problems.append(ArrieroError(what, where=name, expected=expected, remedy=COPY_AGAIN))

@@ -10,11 +10,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Self
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import ModelSpec
+from arriero.runtimes.inside import climbs_out
 from arriero.runtimes.typed_json import decode
 
 FORMAT = 3
@@ -318,6 +319,5 @@ def _check_names(files: Mapping[str, FileRecord], where: str) -> None:
     if not files:
         raise ArrieroError("no files are recorded", where=where, remedy=COPY_AGAIN)
     for name in files:
-        parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts:
+        if climbs_out(name):
             raise ArrieroError(f"{name!r} points outside the bundle", where=where, remedy=COPY_AGAIN)

@@ -6,7 +6,6 @@ k experts per token, M image placeholder tokens.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +27,7 @@ from arriero.runtimes.cache import KVCache, check_step, valid_slots
 from arriero.runtimes.cache_rows import CacheRows
 from arriero.runtimes.cpu import usable_cores
 from arriero.runtimes.load_onnxruntime import load_onnxruntime
+from arriero.runtimes.unchanged import Unchanged
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -50,7 +50,7 @@ class OrtBackend:
         # a text-only model's graph has no input for image features
         self._embed_inputs = [entry.name for entry in self._embed.get_inputs()]
         self._vision: onnxruntime.InferenceSession | None = None
-        self._vision_lock = threading.Lock()
+        self._files = Unchanged(bundle)
         self._check_signature()
 
     def _open(self, name: str) -> onnxruntime.InferenceSession:
@@ -88,10 +88,11 @@ class OrtBackend:
         """Turn tiles f32 [n, 3, h, w] into features f32 [n * tokens_per_tile, H]."""
         if self.spec.vision is None:
             raise no_vision()
-        with self._vision_lock:
-            if self._vision is None:
-                # opened on the first image: a text-only app never pays for the tower's memory
-                self._vision = self._open("vision.onnx")
+        if self._vision is None:
+            # opened on the first image: a text-only app never pays for the tower's memory
+            vision = self._open("vision.onnx")
+            self._files.check()  # afterwards, so that nothing can come in between
+            self._vision = vision
         groups = range(0, len(pixel_values), TILES_AT_ONCE)
         parts = [
             self._vision.run(["image_features"], {"pixel_values": pixel_values[i : i + TILES_AT_ONCE]})[0]

@@ -20,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.api import open_backend
+from arriero.runtimes.api import open_bundle_backend
 from arriero.runtimes.backend import Backend, BackendOptions, Cache, ModelSpec
 from arriero.runtimes.integrity import open_manifest
 from arriero.runtimes.machine_fit import check_machine
@@ -114,7 +114,7 @@ def main() -> None:
         manifest = open_manifest(Path(sys.argv[1]))
         check_machine(manifest)
         options = BackendOptions(threads=int(sys.argv[2]))
-        server = Server(open_backend(manifest.target.backend, manifest.bundle, manifest.model, options))
+        server = Server(open_bundle_backend(manifest, options))
     except ArrieroError as error:
         write_message(answers, {"error": str(error)}, {})
         return

@@ -1,13 +1,16 @@
 """A model ready to answer: prefill in pieces, decode token by token, generate one answer or a batch of them.
 
 Shapes: S prompt tokens, V vocabulary, B batch rows, H hidden, C attention chunk.
-A session holds no state of its own: every call works on its own cache, so threads may share one session.
+A session holds no state of its own: every call works on its own cache, so threads may share one session. The steps of
+all of them run on the one thread that owns the backend, see `Engine`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from numbers import Integral
 from types import TracebackType
 from typing import Literal, Self, Unpack, overload
 
@@ -15,12 +18,14 @@ import numpy as np
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Backend, Cache, Floats, Ints, StepOutput
+from arriero.runtimes.check_prompt import check_prompt
+from arriero.runtimes.engine import Engine
 from arriero.runtimes.generation import Answer, Generation, Stream
 from arriero.runtimes.processor.chat import Message
 from arriero.runtimes.processor.images import Images, as_list
 from arriero.runtimes.processor.processor import Processor, Prompt
-from arriero.runtimes.sampling import Sampling
-from arriero.runtimes.settings import Limits, Settings, read_settings
+from arriero.runtimes.settings import AnswerSettings, Settings, read_settings
+from arriero.runtimes.steps import append_tokens, check_finite, read_piece
 from arriero.traits import PREFILL_PIECE
 
 PromptLike = Prompt | str | Sequence[Message]
@@ -41,7 +46,7 @@ class Session:
         self, backend: Backend, processor: Processor, context: int | None = None, batch: int | None = None
     ) -> None:
         """Serve sequences of at most `context` tokens (the model's own limit when None), `batch` of them at once."""
-        self._backend: Backend | None = backend
+        self.engine = Engine(backend)
         self.processor = processor
         self.spec = backend.spec
         self.context = min(context or self.spec.max_position_embeddings, self.spec.max_position_embeddings)
@@ -55,16 +60,12 @@ class Session:
 
     @property
     def backend(self) -> Backend:
-        """What runs the graphs; `ArrieroError` once the session is closed."""
-        if self._backend is None:
-            raise ArrieroError("the session is closed", remedy="Load the bundle again")
-        return self._backend
+        """What runs the graphs, on the engine's thread; `ArrieroError` once the session is closed."""
+        return self.engine.backend
 
     def close(self) -> None:
-        """Free the backend; answers still on their way end with an `ArrieroError`."""
-        backend, self._backend = self._backend, None
-        if backend is not None:
-            backend.close()
+        """Free the backend once the step in flight is done; answers still on their way end with an `ArrieroError`."""
+        self.engine.close()
 
     # --- answers
 
@@ -84,13 +85,16 @@ class Session:
         """Answer `prompt`: a text, a list of messages, or an encoded `Prompt`.
 
         How tokens are chosen is `sampling=Sampling(...)`, or its fields as keyword arguments: `temperature` 0, the
-        default, is greedy; `seed` makes draws repeatable. The answer ends at the model's closing token, before a
-        `stop` text, at `max_tokens` (None fills the context), or soon after `cancel` is set. With `stream`, gives the
-        text in pieces as it comes. A prompt or a setting that cannot work is an `ArrieroError` before anything runs.
+        default, is greedy; `seed` makes draws repeatable. The answer ends at the model's closing token or one of
+        `stop_token_ids`, before a `stop` text, at `max_tokens` (None fills the context), or soon after `cancel` is
+        set. `logprobs` n also gives each token's log-probability and the n likeliest; `skip_special_tokens=False`
+        leaves control tokens in the text. With `stream`, gives the text in pieces as it comes. A prompt or a setting
+        that cannot work is an `ArrieroError` before anything runs.
         """
         encoded = self.encode(prompt, images)
-        answer = self._answer(encoded, *read_settings(settings))
-        pieces = Stream(self._pieces(encoded, answer), answer)
+        answer = self._answer(encoded, read_settings(settings))
+        cache = self._new_cache(1, len(encoded.input_ids) + answer.max_tokens)
+        pieces = Stream(self._pieces(encoded, answer, cache), answer)
         if stream:
             return pieces
         for _ in pieces:
@@ -102,15 +106,17 @@ class Session:
 
         Images come inside messages or encoded prompts. The settings are those of `generate`.
         """
+        if isinstance(prompts, str | Prompt):
+            raise ArrieroError("prompts is one prompt", expected="a list of them", remedy="Use `generate`")
         encoded = [self.encode(prompt) for prompt in prompts]
-        sampling, limits = read_settings(settings)
+        read = read_settings(settings)
         for prompt in encoded:
-            self._room(prompt, limits.max_tokens)
+            self._room(prompt, read.limits.max_tokens)
         results: list[Generation] = []
         at_once = self.batch or max(len(encoded), 1)
         for start in range(0, len(encoded), at_once):
             group = encoded[start : start + at_once]
-            answers = [self._answer(prompt, sampling, limits) for prompt in group]
+            answers = [self._answer(prompt, read) for prompt in group]
             self._run_together(group, answers)
             results += [answer.result() for answer in answers]
         return results
@@ -118,18 +124,18 @@ class Session:
     # --- below: one step at a time
 
     def encode(self, prompt: PromptLike, images: Images = None) -> Prompt:
-        """Give the ids and tiles of `prompt`."""
+        """Give the ids and tiles of `prompt`. Raises `ArrieroError` for ones that the model cannot read."""
         if not isinstance(prompt, Prompt):
-            return self.processor.encode(prompt, images)
-        if as_list(images):
+            prompt = self.processor.encode(prompt, images)
+        elif as_list(images):
             raise ArrieroError("there are images beside an encoded prompt", remedy="Encode them with the prompt")
-        return prompt
+        return check_prompt(prompt, self.spec)
 
     def prefill(self, prompt: PromptLike, images: Images = None) -> State:
         """Read `prompt` into a new state whose `logits` choose the first token of the answer."""
         encoded = self.encode(prompt, images)
         self._room(encoded, None)
-        cache = self.backend.new_cache(1, self.context)
+        cache = self._new_cache(1, self.context)
         logits = self._read(encoded, cache)
         assert logits is not None
         return State(cache, logits)
@@ -138,27 +144,27 @@ class Session:
         """Append `token` to `state` and give the logits f32 [V] for the one after it."""
         if int(state.cache.lengths[0]) >= self.context:
             raise ArrieroError(f"the context of {self.context} tokens is full", remedy="Start a shorter prompt")
-        if not 0 <= token < self.spec.vocab_size or token == self.spec.image_token_id:
-            raise ArrieroError(f"token {token} cannot be decoded", expected="a known token, no image placeholder")
+        known = isinstance(token, Integral) and not isinstance(token, bool) and 0 <= token < self.spec.vocab_size
+        if not known or token == self.spec.image_token_id:
+            raise ArrieroError(f"token {token!r} cannot be decoded", expected="a known token, no image placeholder")
         state.logits = self._step(state.cache, [token])[0]
         return state.logits
 
     def logits(self, input_ids: Ints, pixel_values: Floats | None = None, captures: bool = False) -> StepOutput:
-        """Run ids i64 [S] from the start and give the logits of every position [1, S, V].
+        """Run ids i64 [S] from the start and give the logits of every position [1, S, V], finite or not.
 
         `captures` adds what each layer gave and where each token was routed. The ids are read in the same pieces as
         a prompt is.
         """
-        prompt = Prompt(np.asarray(input_ids, np.int64), pixel_values)
+        prompt = check_prompt(Prompt(input_ids, pixel_values), self.spec)
         if prompt.input_ids.size > self.context:
             raise self._too_long(prompt.input_ids.size, 0)
-        cache = self.backend.new_cache(1, prompt.input_ids.size)
-        steps = [
-            self.backend.forward(embeds, positions, cache, np.arange(embeds.shape[1]), captures)
-            for embeds, positions in self._embedded(prompt)
-        ]
-        if not steps:
-            raise ArrieroError("there are no ids to run", expected="at least one")
+        cache = self._new_cache(1, prompt.input_ids.size)
+        steps = []
+        for ids, features in self._pieces_of(prompt):
+            index = np.arange(len(ids))
+            piece = partial(read_piece, ids=ids, features=features, cache=cache, logits_index=index, captures=captures)
+            steps.append(self.engine.run(piece))
         first = steps[0]
         return StepOutput(
             logits=np.concatenate([step.logits for step in steps], axis=1),
@@ -166,21 +172,29 @@ class Session:
             hiddens={n: np.concatenate([step.hiddens[n] for step in steps], axis=1) for n in first.hiddens},
         )
 
+    def embed(self, input_ids: Ints, image_features: Floats) -> Floats:
+        """Embed ids i64 [B, S], image placeholders taking `image_features` f32 [M, H] in order: f32 [B, S, H]."""
+        return self.engine.run(lambda backend: backend.embed(input_ids, image_features))
+
+    def vision(self, pixel_values: Floats) -> Floats:
+        """Turn tiles f32 [n, 3, h, w] into features f32 [M, H]."""
+        return self.engine.run(lambda backend: backend.vision(pixel_values))
+
     # --- inside
 
-    def _answer(self, prompt: Prompt, sampling: Sampling, limits: Limits) -> Answer:
-        room = self._room(prompt, limits.max_tokens)
-        detokenizer = self.processor.detokenizer()
-        return Answer(self.spec, detokenizer, sampling, limits, room, len(prompt.input_ids))
+    def _answer(self, prompt: Prompt, settings: AnswerSettings) -> Answer:
+        room = self._room(prompt, settings.limits.max_tokens)
+        return Answer(self.spec, self.processor.decode, settings, room, prompt.input_ids)
 
     def _room(self, prompt: Prompt, max_tokens: int | None) -> int:
         """How many tokens the answer may have; refuses what does not fit the context."""
         length = len(prompt.input_ids)
-        if length == 0:
-            raise ArrieroError("the prompt has no tokens", expected="at least one")
         if length + (max_tokens or 1) > self.context:
             raise self._too_long(length, max_tokens or 1)
         return max_tokens or self.context - length
+
+    def _new_cache(self, batch: int, capacity: int) -> Cache:
+        return self.engine.run(lambda backend: backend.new_cache(batch, capacity))
 
     def _too_long(self, length: int, answer: int) -> ArrieroError:
         return ArrieroError(
@@ -189,8 +203,7 @@ class Session:
             remedy="Shorten the prompt, lower max_tokens, or build the bundle with a larger `context`",
         )
 
-    def _pieces(self, prompt: Prompt, answer: Answer) -> Iterator[str]:
-        cache = self.backend.new_cache(1, len(prompt.input_ids) + answer.max_tokens)
+    def _pieces(self, prompt: Prompt, answer: Answer, cache: Cache) -> Iterator[str]:
         logits = self._read(prompt, cache, answer)
         while logits is not None:
             if piece := answer.take(logits):
@@ -203,7 +216,7 @@ class Session:
 
     def _run_together(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> None:
         capacity = max(len(p.input_ids) + a.max_tokens for p, a in zip(prompts, answers, strict=True))
-        cache = self.backend.new_cache(len(prompts), capacity)
+        cache = self._new_cache(len(prompts), capacity)
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             logits = self._read(prompt, cache.rows(row, row + 1), answer)
             if logits is None:
@@ -217,7 +230,7 @@ class Session:
                     # the last row moves into the gap, so that finished rows cost no more steps
                     last = running.pop()
                     if row < len(running):
-                        cache.copy_row(len(running), row)
+                        self._copy_row(cache, len(running), row)
                         running[row] = last
             if not running:
                 return
@@ -227,54 +240,34 @@ class Session:
                 if answer.cancelled and not answer.finished:
                     answer.cancel()
 
+    def _copy_row(self, cache: Cache, source: int, target: int) -> None:
+        self.engine.run(lambda _: cache.copy_row(source, target))
+
     def _read(self, prompt: Prompt, cache: Cache, answer: Answer | None = None) -> Floats | None:
         """Prefill one row; gives the last position's logits [V], or None when `answer` was cancelled meanwhile."""
         logits: Floats | None = None
-        for embeds, positions in self._embedded(prompt):
+        for ids, features in self._pieces_of(prompt):
             if answer is not None and answer.cancelled:
                 return None
-            last = np.array([embeds.shape[1] - 1])
-            logits = self.backend.forward(embeds, positions, cache, last).logits[0, 0]
+            last = np.array([len(ids) - 1])
+            piece = partial(read_piece, ids=ids, features=features, cache=cache, logits_index=last)
+            logits = check_finite(self.engine.run(piece).logits[0, 0])
         return logits
 
-    def _embedded(self, prompt: Prompt) -> Iterator[tuple[Floats, Ints]]:
-        """Give a prompt as embeddings [1, piece, H] with positions [1, piece]; no piece crosses a chunk boundary."""
+    def _pieces_of(self, prompt: Prompt) -> Iterator[tuple[Ints, Floats]]:
+        """Give a prompt piece by piece: ids [S] with their image features [M, H]; none crosses a chunk boundary."""
         ids, chunk = prompt.input_ids, self.spec.attention_chunk_size
-        features = self._features(prompt)
+        features = np.zeros((0, self.spec.hidden_size), np.float32)
+        if prompt.pixel_values is not None:
+            features = self.vision(prompt.pixel_values)
         start = used = 0
         while start < len(ids):
             stop = min(start + PREFILL_PIECE, (start // chunk + 1) * chunk, len(ids))
-            piece = ids[None, start:stop]
+            piece = ids[start:stop]
             placeholders = int(np.sum(piece == self.spec.image_token_id))
-            embeds = self.backend.embed(piece, features[used : used + placeholders])
-            yield embeds, np.arange(start, stop)[None]
+            yield piece, features[used : used + placeholders]
             start, used = stop, used + placeholders
-
-    def _features(self, prompt: Prompt) -> Floats:
-        """Give the image features f32 [M, H] of a prompt, having checked its ids."""
-        ids, vocabulary = prompt.input_ids, self.spec.vocab_size
-        if ids.ndim != 1 or np.any((ids < 0) | (ids >= vocabulary)):
-            raise ArrieroError("the ids are not a flat list of known tokens", expected=f"numbers below {vocabulary}")
-        features = np.zeros((0, self.spec.hidden_size), np.float32)
-        tiles, vision = prompt.pixel_values, self.spec.vision
-        if tiles is not None and len(tiles):
-            if vision is not None and tiles.shape[1:] != (3, vision.image_size, vision.image_size):
-                raise ArrieroError(
-                    f"pixel_values has the shape {list(tiles.shape)}",
-                    expected=f"tiles [n, 3, {vision.image_size}, {vision.image_size}]",
-                    remedy="Encode the images with the session's processor",
-                )
-            features = self.backend.vision(tiles.astype(np.float32, copy=False))
-        placeholders = int(np.sum(ids == self.spec.image_token_id))
-        if placeholders != len(features):
-            raise ArrieroError(
-                f"the ids hold {placeholders} image placeholders and the images make {len(features)} features",
-                remedy="Encode text and images together with the session's processor",
-            )
-        return features
 
     def _step(self, cache: Cache, tokens: Sequence[int]) -> Floats:
         """Append one token to each row and give the logits [B, V] that follow."""
-        ids = np.asarray(tokens, np.int64)[:, None]
-        embeds = self.backend.embed(ids, np.zeros((0, self.spec.hidden_size), np.float32))
-        return self.backend.forward(embeds, cache.lengths[:, None].copy(), cache, np.array([0])).logits[:, 0]
+        return check_finite(self.engine.run(partial(append_tokens, tokens=tokens, cache=cache)))

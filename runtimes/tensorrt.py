@@ -7,7 +7,6 @@ that get logits, k experts per token, M image placeholder tokens, n image tiles.
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from arriero.runtimes.nvidia.device_cache import DeviceCache, SlotLimits
 from arriero.runtimes.nvidia.engine import Engine
 from arriero.runtimes.nvidia.engine_signature import REBUILD
 from arriero.runtimes.nvidia.products import Product, check_product
+from arriero.runtimes.unchanged import Unchanged
 
 PRODUCT = Product()
 KINDS = ("key", "value")
@@ -48,7 +48,7 @@ class TensorRtBackend:
         self._trt = product.load()
         self.device = Device(load_cuda(product.extra))
         self._engines: dict[str, Engine] = {}
-        self._vision_lock = threading.Lock()
+        self._files = Unchanged(bundle)
         try:
             self._cache_stream = self.device.stream()
             self._text, self._embed = self._open("text"), self._open("embed")
@@ -88,9 +88,11 @@ class TensorRtBackend:
         """Turn tiles f32 [n, 3, h, w] into features f32 [n * tokens_per_tile, H]."""
         if self.spec.vision is None:
             raise no_vision()
-        with self._vision_lock:
+        if "vision" not in self._engines:
             # loaded on the first image: a text-only app never pays for the tower's memory
-            engine = self._engines.get("vision") or self._open("vision")
+            self._files.check()
+            self._open("vision")
+        engine = self._engines["vision"]
         most = max(min(TILES_AT_ONCE, engine.signature.most("pixel_values", 0)), 1)
         groups = (pixel_values[i : i + most] for i in range(0, len(pixel_values), most))
         return np.concatenate(

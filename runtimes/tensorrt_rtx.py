@@ -63,7 +63,9 @@ class RtxProduct(Product):
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE)
         cache = config.create_runtime_cache()
         with suppress(OSError):
-            cache.deserialize(_kept(plan).read_bytes())  # False for those of another driver or GPU: compiled anew
+            kernels = os.open(_kept(plan), os.O_RDONLY | os.O_NOFOLLOW)  # a link there is not what was kept
+            with open(kernels, "rb") as file:
+                cache.deserialize(file.read())  # False for those of another driver or GPU: compiled anew
         config.set_runtime_cache(cache)
         # graphs are recorded by us, over copies and step together
         config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED

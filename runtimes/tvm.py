@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -35,9 +34,8 @@ from arriero.runtimes.backend import (
 from arriero.runtimes.cache import KVCache, check_step
 from arriero.runtimes.cache_rows import CacheRows
 from arriero.runtimes.cpu import usable_cores
-
-if TYPE_CHECKING:
-    import tvm_ffi
+from arriero.runtimes.inside import climbs_out
+from arriero.runtimes.private_library import PrivateLibrary
 
 ALIGNMENT = 64
 CPU, POOLED = (1, 0), 2  # DLPack's device type and number; the kind of allocator
@@ -47,31 +45,33 @@ WEIGHT_DTYPES = {"FLOAT": np.float32, "BFLOAT16": np.uint16, "FLOAT16": np.float
 class TvmBackend:
     """The compiled graphs of a bundle directory."""
 
-    def __init__(self, bundle: Path, spec: ModelSpec, threads: int | None = None) -> None:
-        """Open the libraries in `bundle` for the model `spec`; `threads` None means every core we may use."""
+    def __init__(
+        self, bundle: Path, spec: ModelSpec, threads: int | None = None, sha256: Mapping[str, str] | None = None
+    ) -> None:
+        """Open the libraries in `bundle` for the model `spec`; `threads` and `sha256` are those of `BackendOptions`."""
         self.spec = spec
         self.threads = threads or usable_cores()
-        self._bundle = bundle
-        self._files: dict[str, np.memmap] = {}
-        self._text = _Graph(bundle, "text", self._files, self.threads)
-        self._embed = _Graph(bundle, "embed", self._files, self.threads)
-        self._vision: _Graph | None = None
-        self._vision_lock = threading.Lock()
+        files: dict[str, np.memmap] = {}
+        parts = ("text", "embed") if spec.vision is None else ("text", "embed", "vision")
+        self._graphs = {part: _Graph(bundle, part, files, self.threads, sha256 or {}) for part in parts}
+        # the tower is opened on the first image: a text-only app never pays for its memory
+        for part in ("text", "embed"):
+            self._graphs[part].open()
 
     def vision(self, pixel_values: Floats) -> Floats:
         """Turn tiles f32 [n, 3, h, w] into features f32 [n * tokens_per_tile, H]."""
         if self.spec.vision is None:
             raise no_vision()
-        with self._vision_lock:
-            if self._vision is None:
-                # opened on the first image: a text-only app never pays for the tower's memory
-                self._vision = _Graph(self._bundle, "vision", self._files, self.threads)
+        vision = self._graphs["vision"]
+        vision.open()
         groups = (pixel_values[i : i + TILES_AT_ONCE] for i in range(0, len(pixel_values), TILES_AT_ONCE))
-        return np.concatenate([self._vision.run({"pixel_values": _aligned(group)})[0] for group in groups])
+        return np.concatenate([vision.run({"pixel_values": _aligned(group)})[0] for group in groups])
 
     def embed(self, input_ids: Ints, image_features: Floats) -> Floats:
         """Embed ids i64 [B, S], image placeholders taking `image_features` f32 [M, H] in order: f32 [B, S, H]."""
-        return self._embed.run({"input_ids": _aligned(input_ids), "image_features": _aligned(image_features)})[0]
+        return self._graphs["embed"].run(
+            {"input_ids": _aligned(input_ids), "image_features": _aligned(image_features)}
+        )[0]
 
     def new_cache(self, batch: int, capacity: int) -> CacheRows[KVCache]:
         """Give an empty cache for `batch` rows of at most `capacity` tokens."""
@@ -92,11 +92,12 @@ class TvmBackend:
         for number in range(len(self.spec.layers)):
             for kind, buffer in zip(("key", "value"), store.layer(number, cache.start, cache.stop), strict=True):
                 feeds[f"past_{kind}.{number}"] = buffer
+        text = self._graphs["text"]
         if not captures:
-            (logits,) = self._text.run(feeds, "step")
+            (logits,) = text.run(feeds, "step")
             cache.lengths += steps
             return StepOutput(logits)
-        named = dict(zip(self._text.outputs, self._text.run(feeds), strict=True))
+        named = dict(zip(text.outputs, text.run(feeds), strict=True))
         cache.lengths += steps
         layers = range(len(self.spec.layers))
         return StepOutput(
@@ -107,53 +108,63 @@ class TvmBackend:
 
     def close(self) -> None:
         """Drop the libraries and their memory."""
-        del self._text, self._embed
-        self._vision = None
-        self._files.clear()
+        self._graphs.clear()
 
 
 def open_backend(bundle: Path, spec: ModelSpec, options: BackendOptions) -> TvmBackend:
     """Open the libraries in `bundle` for the model `spec`."""
-    return TvmBackend(bundle, spec, options.threads)
+    return TvmBackend(bundle, spec, options.threads, options.sha256)
 
 
 class _Graph:
-    """One library with its weights; several threads may run it at once, each on a machine of its own."""
+    """One library with its weights, as they lie in the bundle when this is made; `open` loads them."""
 
-    def __init__(self, bundle: Path, part: str, files: dict[str, np.memmap], threads: int) -> None:
-        ffi = load_runtime()
-        path = bundle / f"{part}.so"
-        try:
+    def __init__(
+        self, bundle: Path, part: str, files: dict[str, np.memmap], threads: int, sha256: Mapping[str, str]
+    ) -> None:
+        self._ffi, self._path, self._threads = load_runtime(), bundle / f"{part}.so", threads
+        with self._refusal():
             signature = json.loads((bundle / f"{part}.json").read_text())
-            self._library = ffi.load_module(str(path))
-        except Exception as error:
-            raise ArrieroError(
-                f"TVM's runtime refuses the library: {str(error).splitlines()[0]}",
-                where=str(path),
-                remedy="Rebuild the bundle with `arriero build`",
-            ) from error
-        self.inputs, self.outputs = signature["inputs"], signature["outputs"]
-        self._threads = threads
-        self._parts = ffi.from_dlpack(np.zeros(threads, np.uint8))
-        self._weights = [ffi.from_dlpack(_map(bundle, entry, files)) for entry in signature["weights"]]
-        self._idle: queue.SimpleQueue[tvm_ffi.Module] = queue.SimpleQueue()
+            self._library = PrivateLibrary(self._path, sha256.get(self._path.name))
+            self.inputs, self.outputs = signature["inputs"], signature["outputs"]
+            self._entries = [(_map(bundle, entry["file"], files), entry) for entry in signature["weights"]]
+        self._machine: Any = None
+
+    def open(self) -> None:
+        """Load the library and hand it its weights, unless that is done."""
+        if self._machine is not None:
+            return
+        ffi = self._ffi
+        with self._refusal():
+            # TVM's own `load_module` would keep it for as long as the process runs
+            load = ffi.get_global_func("ffi.Module.load_from_file.so")
+            machine = self._library.open(lambda path: load(path, "so"))["vm_load_executable"]()
+            machine["vm_initialization"](*CPU, POOLED)
+        self._parts = ffi.from_dlpack(np.zeros(self._threads, np.uint8))
+        self._weights = [ffi.from_dlpack(_weight(file, entry)) for file, entry in self._entries]
+        self._machine = machine
 
     def run(self, feeds: Mapping[str, np.ndarray], function: str = "main") -> list[np.ndarray]:
         """Give the outputs of `function` over `feeds` (by input name), in order."""
-        import tvm_ffi
-
+        ffi = self._ffi
         use_threads(self._threads)
+        arguments = [self._parts if name == "threads" else ffi.from_dlpack(feeds[name]) for name in self.inputs]
+        results = self._machine[function](*arguments, *self._weights)
+        return [np.from_dlpack(item) for item in (results if isinstance(results, ffi.Array) else [results])]
+
+    @contextmanager
+    def _refusal(self) -> Iterator[None]:
+        """Make one of our errors of what goes wrong in the block."""
         try:
-            machine = self._idle.get_nowait()
-        except queue.Empty:
-            machine = self._library["vm_load_executable"]()
-            machine["vm_initialization"](*CPU, POOLED)
-        arguments = [self._parts if name == "threads" else tvm_ffi.from_dlpack(feeds[name]) for name in self.inputs]
-        try:
-            results = machine[function](*arguments, *self._weights)
-        finally:
-            self._idle.put(machine)
-        return [np.from_dlpack(item) for item in (results if isinstance(results, tvm_ffi.Array) else [results])]
+            yield
+        except ArrieroError:
+            raise
+        except Exception as error:
+            raise ArrieroError(
+                f"TVM's runtime refuses the library: {(str(error).splitlines() or [repr(error)])[0]}",
+                where=str(self._path),
+                remedy="Rebuild the bundle with `arriero build`",
+            ) from error
 
 
 _configured = threading.local()
@@ -161,18 +172,11 @@ _configured = threading.local()
 
 def use_threads(threads: int) -> None:
     """Let the calling thread's next run use `threads` threads; TVM keeps a pool of workers per calling thread."""
-    process, configured = getattr(_configured, "pool", (os.getpid(), None))
-    if process != os.getpid():  # it would wait for workers that did not come along
-        raise ArrieroError(
-            "TVM was used in this process before it was forked",
-            expected="a pool of threads that is this process's own",
-            remedy="Start the process by spawn, or load bundles after the fork only",
-        )
-    if configured != threads:
+    if getattr(_configured, "threads", None) != threads:
         import tvm_ffi
 
         tvm_ffi.get_global_func("runtime.config_threadpool")(1, threads)
-        _configured.pool = process, threads
+        _configured.threads = threads
 
 
 def load_runtime() -> Any:
@@ -187,6 +191,10 @@ def load_runtime() -> Any:
     os.environ.setdefault("TVM_BIND_THREADS", "0")
     # And on x86 it would use every second core only, taking the others for hyper-threads.
     os.environ.setdefault("TVM_NUM_THREADS", str(usable_cores()))
+    # Between a step's operators workers look for the next task rather than sleep, but not for the 300,000 looks of
+    # TVM's own choice: a fifth of a second of every core after every answer, minutes where others compute, and as long
+    # until the threads of a session that is closed have ended.
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "1000")
     with _unseen("torch"):
         import tvm_ffi
 
@@ -209,13 +217,20 @@ def _unseen(package: str) -> Iterator[None]:
             del sys.modules[package]
 
 
-def _map(bundle: Path, entry: Mapping[str, Any], files: dict[str, np.memmap]) -> np.ndarray:
-    """A weight where it lies in its file; each file is mapped once, copy-on-write because DLPack wants it writable."""
-    name, dtype = entry["file"], np.dtype(WEIGHT_DTYPES[entry["dtype"]])
+def _map(bundle: Path, name: str, files: dict[str, np.memmap]) -> np.memmap:
+    """A file of weights; each is mapped once, copy-on-write because DLPack wants it writable."""
+    if climbs_out(name):
+        raise ValueError(f"its weights are in {name!r}, outside the bundle")
     if name not in files:
         files[name] = np.memmap(bundle / name, mode="c")
+    return files[name]
+
+
+def _weight(file: np.memmap, entry: Mapping[str, Any]) -> np.ndarray:
+    """A weight where it lies in its file."""
+    dtype = np.dtype(WEIGHT_DTYPES[entry["dtype"]])
     count = int(np.prod(entry["shape"], dtype=np.int64)) * dtype.itemsize
-    data: np.ndarray = files[name][entry["offset"] : entry["offset"] + count]
+    data: np.ndarray = file[entry["offset"] : entry["offset"] + count]
     weight = data.view(np.ndarray).view(dtype).reshape(entry["shape"])
     return _aligned(weight) if entry["aligned"] else weight
 

@@ -187,6 +187,17 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
             id="temperature-below",
         ),
         pytest.param(["x", "--seed", "-1", "--temperature", "1"], "seed is -1", "seed", "at least 0", id="seed"),
+        pytest.param(["x", "--min-p", "7"], "min_p is 7.0", "min_p", "a share from 0 to 1", id="min-p"),
+        pytest.param(
+            ["x", "--repetition-penalty", "0"], "repetition_penalty is 0", "repetition_penalty", "above 0", id="repeat"
+        ),
+        pytest.param(
+            ["x", "--presence-penalty", "3"], "presence_penalty is 3", "presence_penalty", "from -2 to 2", id="presence"
+        ),
+        pytest.param(
+            ["x", "--stop-token-id", "99999"], "the token 99999", "stop_token_ids", "an id below", id="stop-id"
+        ),
+        pytest.param(["x", "--logprobs", "2"], "shown as JSON only", "--logprobs", "Add --json", id="logprobs"),
         pytest.param(["x", "--stop", ""], "stop text is empty", "stop", "one character", id="stop"),
         pytest.param(
             ["x", "--max-tokens", "0"], "Invalid value", "'--max-tokens'", "greater than or equal to 1", id="no-tokens"

@@ -42,7 +42,7 @@ def hub_cache() -> Path:
 
 def _in_cache(model: str) -> Path:
     match = HUB.fullmatch(model)
-    if match is None:
+    if match is None or ".." in (match["revision"] or "").split("/"):  # which would lead out of the cache
         remedy = "For example hf://meta-llama/Llama-4-Scout-17B-16E-Instruct"
         raise ArrieroError(f"{model!r} is malformed", expected="hf://organisation/name[@revision]", remedy=remedy)
     org, name, revision = match.group("org", "name", "revision")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -134,8 +135,21 @@ def run(
     temperature: Annotated[float, typer.Option(help="0 is greedy; higher draws more freely.", min=0.0)] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens only.", min=1)] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens up to this share.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Draw from tokens at least so probable as this share of the likeliest.")
+    ] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages tokens of prompt and answer.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Taken from the logits of the answer's tokens, once.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, as often as each came.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text.")] = None,
+    stop_token_id: Annotated[list[int] | None, typer.Option(help="End the answer with this token.")] = None,
+    special_tokens: Annotated[
+        bool, typer.Option("--special-tokens", help="Leave control tokens in the answer.")
+    ] = False,
+    logprobs: Annotated[
+        int | None, typer.Option(help="With --json: each token's log-probability, and so many likeliest.", min=0)
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -150,6 +164,8 @@ def run(
     from arriero.runtimes.api import load
     from arriero.runtimes.processor.video import read_video
 
+    if logprobs is not None and not as_json:
+        raise ArrieroError("--logprobs is shown as JSON only", remedy="Add --json")
     text = sys.stdin.read() if prompt == "-" else prompt
     pictures: list[ImageLike] = list(image or ())
     pictures += (frame for path in video or () for frame in read_video(path, frames))
@@ -162,15 +178,22 @@ def run(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
             seed=seed,
             stop=stop or (),
+            stop_token_ids=stop_token_id or (),
+            skip_special_tokens=not special_tokens,
+            logprobs=logprobs,
         )
         for piece in stream:
             if not as_json:
                 print(piece, end="", flush=True)
         result = stream.result
     if as_json:
-        print_json(result.__dict__)
+        print_json(asdict(result))
         return
     print()
     rate = f", {(len(result.token_ids) - 1) / result.decode_s:.1f} tokens/s" if result.decode_s > 0 else ""

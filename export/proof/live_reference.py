@@ -22,6 +22,7 @@ from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.runtimes.proof.record import label
 from arriero.runtimes.proof.sketch import WholeArray, seeded_features
 from arriero.runtimes.session import Session
+from arriero.runtimes.steps import check_finite
 from arriero.thresholds import AnswerMode
 
 
@@ -47,17 +48,17 @@ class LiveReference:
 
     def case(self, number: int, case: ParityCase) -> ReferenceCase:
         """What the reference says of one case."""
-        session, backend, spec = self.session, self.session.backend, self.session.spec
+        session, spec = self.session, self.session.spec
         prompt = session.encode(case.prompt, list(case.images))
         answer = session.processor.tokenize(case.answer)
         fed, pixels = np.concatenate([prompt.input_ids, answer]), prompt.pixel_values
-        recorder: Any = backend
+        recorder: Any = session.backend
         with recorder.router_margins() as noted:
             output = session.logits(fed, pixels, captures=True)
-        logits = output.logits[0]
+        logits = check_finite(output.logits[0])
         placeholders = 0 if spec.image_token_id is None else int(np.sum(fed == spec.image_token_id))
         seed = SEED, label("seeded features", number)
-        embeds = backend.embed(fed[None], seeded_features(*seed, placeholders, spec.hidden_size))
+        embeds = session.embed(fed[None], seeded_features(*seed, placeholders, spec.hidden_size))
         ids, text = ([], "") if self.answers == "forced" else generate_answer(session, prompt)
         return ReferenceCase(
             case=case,
@@ -68,7 +69,7 @@ class LiveReference:
             embeddings=WholeArray(embeds),
             feature_seed=seed,
             pixels=None if pixels is None else WholeArray(pixels),
-            features=None if pixels is None else WholeArray(backend.vision(pixels)),
+            features=None if pixels is None else WholeArray(session.vision(pixels)),
             hiddens={layer: WholeArray(hidden) for layer, hidden in output.hiddens.items()},
             expert_ids={layer: chosen[0] for layer, chosen in output.expert_ids.items()},
             margins={layer: np.concatenate(pieces) for layer, pieces in noted.items()},

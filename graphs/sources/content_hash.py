@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def content_hash(files: Sequence[Path], memo: Path | None = None) -> str:
-    """The sha256 over all `files`, with per-file hashes remembered in `memo` by path, size and time of change."""
+    """The sha256 over all `files`, with those of each remembered in `memo` by path, size, time of change and inode."""
     known = _read_memo(memo)
     hashes: dict[str, str] = {}
     for file in files:
@@ -40,7 +40,8 @@ def _combine(hashes: dict[str, str]) -> str:
 
 def _memo_key(file: Path) -> str:
     stat = file.stat()
-    return f"{file.absolute()}|{stat.st_size}|{stat.st_mtime_ns}"
+    # the inode too: images of containers give every file one time
+    return f"{file.absolute()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
 
 
 def _read_memo(memo: Path | None) -> dict[str, str]:

@@ -25,6 +25,7 @@ LACKS = {
     "cudaErrorSystemDriverMismatch": "Restart the machine: the driver was updated while it ran",
     "cudaErrorMemoryAllocation": ROOM,
 }
+AGAIN = "Load the bundle again"
 BLOCK = 512  # bytes that an allocation is rounded up to; an empty tensor needs an address too
 
 
@@ -49,6 +50,7 @@ class Device:
         self._lock = threading.Lock()
         self._taken: dict[int, tuple[str, Any]] = {}  # number -> the function that gives it back, and what
         self._count = 0
+        self._closed = False
         self._thread = threading.local()  # `later`: what this thread gives back once it is through with a capture
         # without a GPU this answers with the error that says why
         (devices,) = self.call("cudaGetDeviceCount")
@@ -62,7 +64,12 @@ class Device:
         return int(self.call("cudaDeviceGetAttribute", getattr(self.runtime.cudaDeviceAttr, name), 0)[0])
 
     def call(self, function: str, *arguments: Any) -> tuple[Any, ...]:
-        """Call a function of the CUDA runtime and give what it returns beside its status. Raises on any failure."""
+        """Call a function of the CUDA runtime and give what it returns beside its status. Raises on any failure.
+
+        After `close` every call is refused: a cache that somebody still holds has no memory any more.
+        """
+        if self._closed:
+            raise ArrieroError("the session is closed, and its memory of the GPU given back", remedy=AGAIN)
         status, *values = getattr(self.runtime, function)(*arguments)
         if status != self.runtime.cudaError_t.cudaSuccess:
             raise self._error(function, status)
@@ -129,6 +136,7 @@ class Device:
 
     def close(self) -> None:
         """Give back everything, newest first."""
+        self._closed = True
         for number in sorted(self._taken, reverse=True):
             self.give(number)
 

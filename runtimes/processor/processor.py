@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Floats, Ints, ModelSpec, VisionSpec
 from arriero.runtimes.processor.chat import ChatTemplate, Message, as_messages, expand, find_template
-from arriero.runtimes.processor.detokenize import Detokenizer
 from arriero.runtimes.processor.images import ImageLike, Images, Tiler, as_list, read_image
 
 IMAGE, PATCH = "<|image|>", "<|patch|>"
@@ -150,10 +149,6 @@ class Processor:
     def decode(self, ids: Sequence[int] | Ints, skip_special_tokens: bool = True) -> str:
         """Give the text of `ids`."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
-
-    def detokenizer(self) -> Detokenizer:
-        """Give a fresh streaming decoder that leaves special tokens out."""
-        return Detokenizer(self.decode)
 
 
 def _layout(rows: int, columns: int, tokens: int) -> str:

@@ -22,6 +22,7 @@ from arriero.runtimes.proof.report import CaseResult, ParityReport
 from arriero.runtimes.proof.rtn_baseline import with_rtn_baseline
 from arriero.runtimes.proof.sketch import seeded_features
 from arriero.runtimes.proof.tally import Tally
+from arriero.runtimes.steps import NotFinite, check_finite
 from arriero.thresholds import OVER_RTN, check_thresholds
 
 if TYPE_CHECKING:
@@ -67,11 +68,11 @@ def measure(
 
 
 def measure_kl(candidate: Session, reference: Reference, progress: Callable[[int, int], None]) -> KlSums:
-    """KL(reference || candidate) in nats over every fed token of the cases, and nothing else."""
+    """KL(reference || candidate) in nats over every fed token of the cases, and nothing else. Raises NotFinite."""
     total = KlSums()
     for done, case in enumerate(reference, 1):
         prompt = candidate.encode(case.case.prompt, list(case.case.images))
-        logits = candidate.logits(case.fed_ids, prompt.pixel_values).logits[0]
+        logits = check_finite(candidate.logits(case.fed_ids, prompt.pixel_values).logits[0])
         total += case.logits.figures(logits, metrics.NEAR_TIE).kl
         progress(done, len(reference))
     return total
@@ -103,7 +104,7 @@ def _run_case(tally: Tally, candidate: Session, case: ReferenceCase) -> None:
         tally.add_router(layer, agreed)
         router_flips = (router_flips or 0) + agreed.real_flips
     answers = _forced_answers if tally.answers == "forced" else _generated_answers
-    texts, rights, prefix = answers(candidate, case, prompt, logits)
+    texts, rights, prefix = answers(tally, candidate, case, prompt, logits)
     tally.results.append(
         CaseResult(
             name=case.case.name,
@@ -130,16 +131,23 @@ Answers = tuple[
 ]  # texts, rights, common prefix; reference first
 
 
-def _generated_answers(candidate: Session, case: ReferenceCase, prompt: Prompt, logits: Floats) -> Answers:
+def _generated_answers(
+    tally: Tally, candidate: Session, case: ReferenceCase, prompt: Prompt, logits: Floats
+) -> Answers:
     """What both sides say, each on its own. A context too short for the reference's answer cuts both to its room."""
-    room = min(MAX_ANSWER_TOKENS, candidate.context - len(prompt.input_ids))
-    said = candidate.generate(prompt, max_tokens=max(1, room))
-    texts = case.generated_text, said.text
-    prefix = metrics.common_prefix(case.generated_ids[: max(1, room)], said.token_ids)
+    room = max(1, min(MAX_ANSWER_TOKENS, candidate.context - len(prompt.input_ids)))
+    text, ids = "", list[int]()
+    try:
+        said = candidate.generate(prompt, max_tokens=room)
+        text, ids = said.text, said.token_ids
+    except NotFinite:  # no answer; the report says how many values and in which layers
+        tally.watch("answers", np.array([np.nan]))
+    texts = case.generated_text, text
+    prefix = metrics.common_prefix(case.generated_ids[:room], ids)
     return texts, (case.case.is_right(texts[0]), case.case.is_right(texts[1])), prefix
 
 
-def _forced_answers(candidate: Session, case: ReferenceCase, prompt: Prompt, logits: Floats) -> Answers:
+def _forced_answers(tally: Tally, candidate: Session, case: ReferenceCase, prompt: Prompt, logits: Floats) -> Answers:
     """How far the top tokens of both sides lead along the expected answer; right is who gets to its closing token."""
     spec, expected = candidate.spec, case.expected_ids
     start = case.prompt_tokens - 1
@@ -175,10 +183,10 @@ def _reached(path: Ints, expected: Ints, closing: Sequence[int]) -> int:
 def _measure_parts(tally: Tally, candidate: Session, case: ReferenceCase, pixels: Floats | None) -> None:
     """Vision on the candidate's own pixels, embeddings on seeded features: [n, 3, h, w] -> [M, H] -> [1, S, H]."""
     if case.features is not None and pixels is not None:
-        features = candidate.backend.vision(pixels)
+        features = candidate.vision(pixels)
         tally.watch("image features", features)
         tally.vision += case.features.errors(features)
-    embeds = candidate.backend.embed(case.fed_ids[None], placeholder_features(case, candidate.spec))
+    embeds = candidate.embed(case.fed_ids[None], placeholder_features(case, candidate.spec))
     tally.watch("embeddings", embeds)
     tally.embeddings += case.embeddings.errors(embeds)
 

@@ -196,3 +196,32 @@ print(sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:2] == ["3", "[]"]
+
+
+@pytest.mark.parametrize("name", ["text.onnx", "tokenizer", "tokenizer/chat_template.jinja", "extra.so"])
+def test_a_link_that_leads_out_of_the_bundle_is_refused(copy, tmp_path, name):
+    """A recorded file, a folder, and one that no manifest names: what is equal out there today may not be tomorrow."""
+    path, outside = copy / name, tmp_path / "outside"
+    if path.exists():
+        path.rename(outside)
+    path.symlink_to(outside)
+    with pytest.raises(ArrieroError, match=rf"{name}: the link leads out of the bundle; .*cp -rL"):
+        arriero.load(copy)
+
+
+def test_a_link_within_the_bundle_and_a_link_to_it_are_its_own(copy, tmp_path):
+    (copy / "text.onnx").rename(copy / "graph.onnx")
+    (copy / "text.onnx").symlink_to("graph.onnx")
+    (tmp_path / "link").symlink_to(copy)
+    arriero.load(tmp_path / "link").close()
+
+
+def test_a_library_is_hashed_at_every_load_however_large_the_bundle(copy, monkeypatch):
+    (copy / "text.so").write_bytes(b"code")
+    write_manifest(copy)
+    monkeypatch.setattr(integrity, "FULL_HASH_BYTES", 0)
+    monkeypatch.setattr(integrity, "QUICK_HASH_BYTES", 0)
+    arriero.load(copy).close()
+    (copy / "text.so").write_bytes(b"edoc")
+    with pytest.raises(ArrieroError, match=r"text\.so: the file's content was changed"):
+        arriero.load(copy)

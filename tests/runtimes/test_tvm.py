@@ -95,30 +95,6 @@ def test_results_do_not_depend_on_the_number_of_threads(bundles, backend):
     assert np.array_equal(one, three)
 
 
-def test_a_forked_process_is_told_that_the_pool_stayed_behind(bundles):
-    """TVM would wait for ever for workers that a fork does not copy."""
-    script = f"""
-import os, arriero
-
-def ask():
-    return arriero.load({str(bundles / "int8")!r}, threads=2).generate("Hello", max_tokens=3).token_ids
-
-alone = ask()
-if os.fork() == 0:
-    try:
-        ask()
-    except arriero.ArrieroError as error:
-        print(error, flush=True)
-        os._exit(7)
-    os._exit(0)
-print(os.waitstatus_to_exitcode(os.wait()[1]), ask() == alone)
-"""
-    # a child that waits for ever is killed: no machine is so busy that the sound case takes as long
-    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600).stdout
-    assert "used in this process before it was forked" in told
-    assert told.endswith("7 True\n")
-
-
 def test_every_thread_asked_for_is_one_of_the_pool(bundles):
     """TVM's own choice, every second processor, would run two threads' work on one."""
     cores = usable_cores()
@@ -177,9 +153,8 @@ def test_weights_are_mapped_where_they_lie(bundles, backend):
     matrices = [entry for entry in entries if len(entry["shape"]) > 1]
     assert {entry["file"] for entry in matrices} == {"weights/model.safetensors"}
     assert not any(entry["aligned"] for entry in matrices)
-    files: dict[str, np.memmap] = {}
-    maps = [runtime._map(bundles / "fp32", entry, files) for entry in matrices]
-    assert all(np.shares_memory(array, files["weights/model.safetensors"]) for array in maps)
+    file = runtime._map(bundles / "fp32", "weights/model.safetensors", {})
+    assert all(np.shares_memory(runtime._weight(file, entry), file) for entry in matrices)
 
 
 def edited(bundle: Path, folder: Path, **target: object) -> Path:
@@ -212,6 +187,16 @@ def test_a_library_that_is_none_is_refused(bundles, tmp_path):
     (folder / "text.so").unlink()
     (folder / "text.so").write_bytes(b"no library")
     with pytest.raises(ArrieroError, match=r"text\.so: TVM's runtime refuses the library.*arriero build"):
+        TvmBackend(folder, Manifest.read(folder).model, 1)
+
+
+def test_weights_outside_the_bundle_are_refused(bundles, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(bundles / "fp32", folder)
+    described = json.loads((folder / "text.json").read_text())
+    described["weights"][0]["file"] = "../fp32/weights/model.safetensors"
+    (folder / "text.json").write_text(json.dumps(described))
+    with pytest.raises(ArrieroError, match=r"text\.so: .*'\.\./fp32/.*', outside the bundle"):
         TvmBackend(folder, Manifest.read(folder).model, 1)
 
 

@@ -46,6 +46,7 @@ class FakeCuda:
         self.faults: list[str] = []
         self.device: dict[int, NDArray[np.uint8]] = {}
         self.pinned: dict[int, NDArray[np.uint8]] = {}
+        self.given_back: list[NDArray[np.uint8]] = []  # what was pinned: the host can still read it, full of NaN now
         self.handles: dict[int, cudaHandle] = {}
         self.launches = self.captures = 0
         self.failing: dict[str, tuple[int, str]] = {}  # function -> calls until it fails, and how
@@ -177,7 +178,10 @@ class FakeCuda:
         if address not in memory:
             self.faults.append(f"{address:#x} is freed twice, or was never allocated")
             return "cudaErrorInvalidValue"
-        del memory[address]
+        block = memory.pop(address)
+        if memory is self.pinned:
+            block.fill(0xFF)
+            self.given_back.append(block)
         return None
 
     def _cudaStreamCreateWithFlags(self, flags: int) -> Any:

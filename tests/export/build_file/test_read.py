@@ -108,6 +108,7 @@ BAD = {
     "model number": ("model: model", "model: 7", r":2: model: 7 names no model; expected a folder, or hf://"),
     "model none": ("model: model", "model:", r":2: model: has no value; expected a folder, or hf://"),
     "model half a character": ("model: model", 'model: "\\ud800"', r":2: model: holds half of a surrogate pair"),
+    "model hub climbs": ("model: model", "model: hf://a/b@../../c", r"'hf://a/b@\.\./\.\./c' is malformed"),
     "model hub": ("model: model", "model: hf://scout", r"'hf://scout' is malformed; .*For example hf://meta-llama"),
     "no text": ("[text, image]", "[image]", r":3: modalities: text is missing: .* Write `modalities: \[text, image\]`"),
     "modality": ("[text, image]", "[text, imge]", r":3: modalities\[1\]: 'imge' .*expected 'text' or 'image'.*'image'"),

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.processor.chat import ChatTemplate
-from arriero.runtimes.processor.detokenize import Detokenizer
+from arriero.runtimes.processor.detokenize import Detokenizer, Piece
 from arriero.runtimes.processor.processor import Processor
 from tests.runtimes.conftest import SPECIALS, model_entry, write_tokenizer
 
@@ -178,32 +178,48 @@ def test_settings_may_stand_in_the_processor_config(tmp_path):
 
 def test_streamed_text_never_has_half_a_character(processor):
     text = "añ😀 漢字 \u200d👩\u200d🚀 \ufffd end"
-    stream = processor.detokenizer()
-    pieces = [stream.push(int(token)) for token in processor.tokenize(text)]
-    assert "".join(pieces) + stream.flush() == text
+    stream = Detokenizer(processor.decode)
+    pieces = [said(stream.push(int(token))) for token in processor.tokenize(text)]
+    assert "".join(pieces) + said(stream.flush()) == text
     whole = [piece for piece in pieces if piece]
     assert all(piece in text for piece in whole)
     assert max(len(piece) for piece in whole if "\ufffd" not in piece) == 1  # nothing waits without need
 
 
 def test_an_unfinished_character_shows_at_the_end_only(processor):
-    stream = processor.detokenizer()
+    stream = Detokenizer(processor.decode)
     ids = processor.tokenize("a😀")[:-1]
-    assert [stream.push(int(token)) for token in ids] == ["a", "", "", ""]
-    assert stream.flush() == "\ufffd"
-    assert stream.flush() == ""
+    assert [said(stream.push(int(token))) for token in ids] == ["a", "", "", ""]
+    assert said(stream.flush()) == "\ufffd"
+    assert stream.flush() == []
 
 
-def test_special_tokens_are_left_out_of_the_stream(processor):
-    stream = processor.detokenizer()
+def test_special_tokens_stand_apart_in_the_stream(processor):
     ids = processor.tokenize("a<|eot|>b")
-    assert [stream.push(int(token)) for token in ids] == ["a", "", "b"]
+    stream = Detokenizer(processor.decode)
+    pieces = [stream.push(int(token)) for token in ids]
+    assert pieces == [[Piece("a")], [Piece("<|eot|>", special=True)], [Piece("b")]]
     assert len(SPECIALS) == 10
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_the_pieces_make_the_decoded_whole_around_a_special_token_within_a_character(processor, skip):
+    ids = [int(token) for token in processor.tokenize("a😀b")]
+    ids.insert(3, int(processor.tokenize("<|eot|>")[0]))
+    stream = Detokenizer(processor.decode, skip)
+    pieces = [piece for token in ids for piece in stream.push(token)] + stream.flush()
+    shown = "".join(piece.text for piece in pieces if not (piece.special and skip))
+    assert shown == processor.decode(ids, skip_special_tokens=skip)
+    assert ("<|eot|>" in shown) is not skip
+
+
+def said(pieces):
+    return "".join(piece.text for piece in pieces)
 
 
 def test_streaming_keeps_the_spaces_of_a_word_tokenizer():
     words = {"▁to": 0, "▁be": 1, "▁or": 2, "<unk>": 3}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.decoder = decoders.Metaspace()
-    stream = Detokenizer(lambda ids: tokenizer.decode(list(ids)))
-    assert [stream.push(token) for token in (0, 1, 2, 0, 1)] == ["to", " be", " or", " to", " be"]
+    stream = Detokenizer(lambda ids, skip_special_tokens=True: tokenizer.decode(list(ids)))
+    assert [said(stream.push(token)) for token in (0, 1, 2, 0, 1)] == ["to", " be", " or", " to", " be"]

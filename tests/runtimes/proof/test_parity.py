@@ -17,7 +17,6 @@ from arriero.export.proof.live_reference import LiveReference
 from arriero.export.proof.reference import TorchBackend
 from arriero.graphs.ops import expert_dispatch
 from arriero.runtimes.backend import StepOutput
-from arriero.runtimes.processor.detokenize import Detokenizer
 from arriero.runtimes.processor.processor import Prompt
 from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS
 from arriero.runtimes.proof.parity import measure
@@ -43,8 +42,8 @@ class ToyProcessor:
     def tokenize(self, text):
         return np.array([ord(c) for c in text], np.int64)
 
-    def detokenizer(self):
-        return Detokenizer(lambda ids: "".join(chr(i) for i in ids))
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(chr(i) for i in ids)
 
 
 class Wrapped:
@@ -210,13 +209,15 @@ def test_images_merged_in_the_wrong_order_fail_by_the_embeddings(reference, case
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("where", ["logits", "hidden", "vision"])
+@pytest.mark.parametrize("where", ["logits", "hidden", "vision", "answers"])
 def test_one_value_that_is_not_finite_fails_even_without_thresholds(reference, cases, bad, where):
     backend = twin(reference)
 
     def forward(embeds, positions, cache, index, captures=False):
         output = backend.forward(embeds, positions, cache, index, captures)
-        if captures:
+        if where == "answers" and not captures:
+            output.logits[0, -1, 5] = bad  # in steps that no capture sees
+        elif where != "answers" and captures:
             target = output.logits if where == "logits" else output.hiddens[1]
             target[0, -1, 5] = bad
         return output

@@ -1,0 +1,46 @@
+"""The two steps of a sequence, each one call on the backend's own thread, and what may come out of them.
+
+Shapes: B batch rows, S new tokens per row, H hidden, V vocabulary, M image placeholder tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from arriero.errors import ArrieroError
+from arriero.runtimes.backend import Backend, Cache, Floats, Ints, StepOutput
+
+
+class NotFinite(ArrieroError):
+    """The model computed NaN or infinity, from which no token can be chosen."""
+
+
+def read_piece(
+    backend: Backend, ids: Ints, features: Floats, cache: Cache, logits_index: Ints, captures: bool = False
+) -> StepOutput:
+    """Append `ids` [S] to the one row of `cache`, image placeholders taking `features` [M, H]."""
+    embeds = backend.embed(ids[None], features)
+    positions = cache.lengths[:, None] + np.arange(len(ids))
+    return backend.forward(embeds, positions, cache, logits_index, captures)
+
+
+def append_tokens(backend: Backend, tokens: Sequence[int], cache: Cache) -> Floats:
+    """Append one token to each row of `cache` and give the logits f32 [B, V] that follow."""
+    embeds = backend.embed(np.asarray(tokens, np.int64)[:, None], np.zeros((0, backend.spec.hidden_size), np.float32))
+    return backend.forward(embeds, cache.lengths[:, None].copy(), cache, np.array([0])).logits[:, 0]
+
+
+def check_finite(logits: Floats) -> Floats:
+    """Give `logits` [.., V] back where all are finite; else raise `NotFinite`."""
+    finite = np.isfinite(logits)
+    if not finite.all():
+        bad = np.argwhere(~finite)
+        raise NotFinite(
+            f"the model gives {len(bad)} of {logits.size} logits that are not finite, the first for token {bad[0, -1]}",
+            expected="finite numbers: no token can be chosen by others",
+            remedy="Run `arriero parity` on the bundle, which names the layer where they arise; build it again from a "
+            "sound checkpoint, or with a profile of more bits",
+        )
+    return logits

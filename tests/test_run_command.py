@@ -1,0 +1,43 @@
+"""`arriero run`: what its options do to an answer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.command import arriero
+
+PROMPT = "What is 17 + 25?"
+
+
+@pytest.fixture(scope="module")
+def ask(workshop):
+    """Ask the exact bundle with options, and give the answer as JSON."""
+
+    def run(*options):
+        done = arriero("run", workshop / "bundles" / "fp32", PROMPT, "--json", "--max-tokens", "6", *options)
+        assert done.code == 0, done.err
+        return json.loads(done.out)
+
+    return run
+
+
+def test_options_reach_the_answer(ask):
+    plain = ask()
+    assert plain["logprobs"] is None
+    first, *_ = plain["token_ids"]
+    assert ask("--stop-token-id", first)["token_ids"] == [first]
+    drawn = ask("--temperature", "3", "--seed", "1")
+    assert ask("--temperature", "3", "--seed", "1", "--min-p", "1")["token_ids"] == plain["token_ids"]
+    assert drawn["token_ids"] != plain["token_ids"]
+    unlike = ask("--presence-penalty", "2", "--frequency-penalty", "2", "--repetition-penalty", "50")
+    assert len(set(unlike["token_ids"])) == len(unlike["token_ids"])
+
+
+def test_log_probabilities_are_told_per_token(ask):
+    told = ask("--logprobs", "2")
+    assert [entry["token_id"] for entry in told["logprobs"]] == told["token_ids"]
+    for entry in told["logprobs"]:
+        assert entry["top"][0] == [entry["token_id"], pytest.approx(entry["logprob"])]  # greedy takes the likeliest
+        assert len(entry["top"]) == 2
