@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import signal
 import sys
 import traceback
@@ -14,6 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from arriero.errors import UNEXPECTED, ArrieroError, MachineLacks, is_full
+from arriero.runtimes.cpu import usable_cores
 
 STOPPED = 130
 # What the system says of a path that a user gave, rather than of a fault of ours.
@@ -30,6 +32,8 @@ def main() -> None:
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not where it is ignored, as under nohup
         signal.signal(signal.SIGINT, stop)
+    # PyTorch and numpy count the machine's cores, whatever a container's quota leaves of them
+    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
     for stream in (sys.stdout, sys.stderr):  # a terminal of few characters shows what it can
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -46,7 +46,7 @@ finally:
     print("events", count)
 """
 TIMED = ("measured", "chain")  # of a manifest: what times go into
-PAGE = "parity.html"  # says when it was made
+PAGE, REPORT = "parity.html", "parity.json"  # say when they were made
 
 
 class KillingFailed(Exception):
@@ -84,9 +84,14 @@ def result(output: Path) -> dict[str, Any]:
     for name in [*made]:
         if name.endswith((f"/{PAGE}", "/stage.json")) or name in (".work/lock", ".work/hashes.json"):
             made[name] = "there"
+        elif name.endswith(f"/{REPORT}"):
+            report = json.loads((output / name).read_text())
+            del report["labels"]["measured"]
+            made[name] = report
         elif name.endswith("/manifest.json"):
             entries = json.loads((output / name).read_text())
-            entries["files"].pop(PAGE, None)
+            for report in (PAGE, REPORT):
+                entries["files"].pop(report, None)
             made[name] = {key: value for key, value in entries.items() if key not in TIMED}
     return made
 
