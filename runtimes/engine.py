@@ -84,7 +84,7 @@ class Engine:
             backend, self._backend = self._backend, None
         if backend is None:
             return
-        if threading.current_thread() is self._owner:
+        if threading.current_thread() is self._owner or not self._owner.is_alive():
             backend.close()
             return
         closing = self._owner.submit(backend.close)

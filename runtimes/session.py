@@ -8,7 +8,7 @@ all of them run on the one thread that owns the backend, see `Engine`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
 from types import TracebackType
@@ -160,14 +160,20 @@ class Session:
         if prompt.input_ids.size > self.context:
             raise self._too_long(prompt.input_ids.size, 0)
         cache = self._new_cache(1, prompt.input_ids.size)
-        steps = []
+        steps: list[StepOutput] = []
+        start, size = 0, prompt.input_ids.size
         for ids, features in self._pieces_of(prompt):
             index = np.arange(len(ids))
             piece = partial(read_piece, ids=ids, features=features, cache=cache, logits_index=index, captures=captures)
-            steps.append(self.engine.run(piece))
+            step = self.engine.run(piece)
+            if not steps:  # put together here, not afterwards: of a large vocabulary they would be there twice
+                logits = np.empty((1, size, step.logits.shape[-1]), np.float32)
+            logits[:, start : start + len(ids)] = step.logits
+            steps.append(replace(step, logits=logits[:, :0]))
+            start += len(ids)
         first = steps[0]
         return StepOutput(
-            logits=np.concatenate([step.logits for step in steps], axis=1),
+            logits=logits,
             expert_ids={n: np.concatenate([step.expert_ids[n] for step in steps], axis=1) for n in first.expert_ids},
             hiddens={n: np.concatenate([step.hiddens[n] for step in steps], axis=1) for n in first.hiddens},
         )

@@ -137,7 +137,10 @@ class PeakMemory:
 
     def _sample(self) -> None:
         own = _status(Path("/proc/self"))
-        children = sum(_status(folder).get("RssAnon", 0) for folder in _descendants(Path("/proc/self")))
+        # a child that has not become another program yet shares this one's memory
+        name = read_text(Path("/proc/self/cmdline"))
+        programs = (folder for folder in _descendants(Path("/proc/self")) if read_text(folder / "cmdline") != name)
+        children = sum(_status(folder).get("RssAnon", 0) for folder in programs)
         self.anonymous = max(self.anonymous, own.get("RssAnon", 0) + children)
         self.resident = max(self.resident, own.get("VmHWM", 0))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def content_hash(files: Sequence[Path], memo: Path | None = None) -> str:
-    """The sha256 over all `files`, with those of each remembered in `memo` by path, size, time of change and inode."""
+    """The sha256 over all `files`; per-file hashes are remembered in `memo` by path, size, time of change and inode."""
     known = _read_memo(memo)
     hashes: dict[str, str] = {}
     for file in files:

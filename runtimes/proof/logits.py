@@ -142,8 +142,8 @@ class SampledLogits:
         if candidate.shape != shape:
             raise ShapesDiffer(f"shapes differ: reference {list(shape)}, candidate {list(candidate.shape)}")
         kl = KlSums()
-        for token in range(0, len(candidate), metrics.ROWS_AT_ONCE):
-            kl += self._kl(slice(token, token + metrics.ROWS_AT_ONCE), candidate)
+        for rows in metrics.row_blocks(candidate):
+            kl += self._kl(rows, candidate)
         with np.errstate(invalid="ignore"):
             errors = [
                 np.abs(np.take_along_axis(candidate, ids, 1).astype(np.float64) - kept)

@@ -8,7 +8,7 @@ broken candidate can never pass because `NaN > threshold` is false.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 TWO_SIDED = 1.959964  # standard errors on both sides of an estimate beyond which 5 % lie
 NEAR_TIE = 1e-3  # natural-log units: below this margin the two best choices are within 0.1 % of equally likely
-ROWS_AT_ONCE = 256  # tokens turned into float64 at once: 256 x 200k logits are 400 MB
+BYTES_AT_ONCE = 32 << 20  # of logits turned into float64 at once: 20 tokens of a vocabulary of 202,048
 
 
 class ShapesDiffer(ValueError):
@@ -108,6 +108,13 @@ def max_abs_error(reference: NDArray, candidate: NDArray) -> float | None:
     return ErrorSums.of(reference, candidate).max_abs
 
 
+def row_blocks(logits: NDArray) -> Iterator[slice]:
+    """Slices over the tokens of logits [T, V], each of at most `BYTES_AT_ONCE` in float64, of one token at least."""
+    at_once = max(1, BYTES_AT_ONCE // (8 * max(logits.shape[1], 1)))
+    for start in range(0, len(logits), at_once):
+        yield slice(start, start + at_once)
+
+
 def kl_per_token(reference: NDArray, candidate: NDArray) -> NDArray[np.float64]:
     """KL(reference || candidate) of the softmaxes, in nats: logits [T, V] twice -> [T].
 
@@ -115,8 +122,7 @@ def kl_per_token(reference: NDArray, candidate: NDArray) -> NDArray[np.float64]:
     """
     _same_shape(reference, candidate)
     out = np.empty(len(reference), np.float64)
-    for start in range(0, len(reference), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
+    for rows in row_blocks(reference):
         log_p, log_q = _log_softmax(reference[rows]), _log_softmax(candidate[rows])
         with np.errstate(invalid="ignore"):
             out[rows] = np.maximum(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1), 0.0)

@@ -59,8 +59,11 @@ class SketchedArray:
     @classmethod
     def of(cls, array: NDArray, seed: int, label: str) -> SketchedArray:
         """Sketch an array."""
-        wide = array.astype(np.float64).reshape(-1)
-        return cls(array.shape, sketch(array, seed, label), float(wide @ wide), seed, label)
+        flat, squared_norm = array.reshape(-1), 0.0
+        for start in range(0, flat.size, PIECE):
+            piece = flat[start : start + PIECE].astype(np.float64)
+            squared_norm += float(piece @ piece)
+        return cls(array.shape, sketch(array, seed, label), squared_norm, seed, label)
 
     def errors(self, candidate: NDArray) -> ErrorSums:
         """The estimated error of the candidate's array, with its variance. Raises ShapesDiffer."""

@@ -1,6 +1,7 @@
 """Checkpoints read rightly, and each kind of corruption refused with where, what and the remedy."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from arriero.errors import ArrieroError, Problems
 from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.sources.content_hash import content_hash
 from arriero.graphs.sources.ledger import check_ledger, group_names
 from arriero.graphs.sources.safetensors_header import read_header, to_float32
 
@@ -347,6 +349,20 @@ def test_content_hash_follows_every_file(tmp_path):
     hashes.append(Checkpoint.open(folder).content_hash(memo))
     assert len(set(hashes)) == 3
     assert hashes[-1] == Checkpoint.open(folder).content_hash()
+
+
+def test_a_file_replaced_by_one_of_its_size_and_time_is_hashed_anew(tmp_path):
+    """As in images of containers, which give every file one time."""
+    memo, folder = tmp_path / "hashes.json", make_single(tmp_path / "c")
+    files, file = sorted(folder.iterdir()), folder / "config.json"
+    before = content_hash(files, memo)
+    times = file.stat().st_mtime_ns
+    other = tmp_path / "other"
+    other.write_bytes(file.read_bytes()[::-1])
+    os.utime(other, ns=(times, times))
+    other.rename(file)
+    os.utime(file, ns=(times, times))
+    assert content_hash(files, memo) == content_hash(files) != before
 
 
 def test_known_hash_needs_a_fresh_memo_and_writes_nothing(tmp_path):

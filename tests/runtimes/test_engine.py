@@ -181,6 +181,9 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 SLOW = """
 import os, signal, sys, threading, time
 import numpy as np
+import atexit
+session_of = []
+atexit.register(lambda: [session.close() for session in session_of])  # runs after all that is registered later
 sys.path.insert(0, {root!r})
 from tests.runtimes.test_engine import Strict
 from arriero.runtimes.session import Session
@@ -203,8 +206,18 @@ def slow(seconds: float) -> str:
         "threading.Thread(target=lambda: [session.logits(ids) for _ in range(9)] and print('done')).start()",
         "sys.exit(0)",
         "1 / 0",
+        "atexit.register(session.close)",
+        "session_of.append(session)",
     ],
-    ids=["idle", "daemon caller in flight", "caller outlives the main thread", "exit", "error"],
+    ids=[
+        "idle",
+        "daemon caller in flight",
+        "caller outlives the main thread",
+        "exit",
+        "error",
+        "closed first",
+        "closed last",
+    ],
 )
 def test_a_process_ends_by_itself_whatever_its_session_does(ending):
     done = run(f"{slow(0.05)}\nsession.logits(ids)\n{ending}")

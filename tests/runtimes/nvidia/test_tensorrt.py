@@ -302,6 +302,17 @@ def test_rtx_kernels_are_kept_for_the_next_process(bench, tmp_path, monkeypatch)
     assert sorted((tmp_path / "cache" / "arriero").iterdir()) == kept
 
 
+def test_rtx_kernels_behind_a_link_are_not_those_that_were_kept(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    one = bench("tensorrt_rtx_1")
+    one.open().close()
+    for number, path in enumerate(sorted((tmp_path / "cache" / "arriero").iterdir())):
+        path.rename(tmp_path / f"elsewhere{number}")
+        path.symlink_to(tmp_path / f"elsewhere{number}")
+    one.open().close()
+    assert not one.trt.recorder.named("IRuntimeCache.deserialize")
+
+
 def test_a_cache_folder_that_cannot_be_written_is_done_without(bench, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -86,9 +86,14 @@ def test_kl_ignores_a_shift_of_all_logits_and_is_exact_for_large_ones():
     assert metrics.kl_per_token(logits, logits + 64)[0] == pytest.approx(0.0, abs=1e-12)
 
 
-def test_kl_over_more_rows_than_one_block():
+def test_kl_over_more_rows_than_one_block(monkeypatch):
     rng = np.random.default_rng(1)
-    reference, candidate = rng.normal(size=(2, metrics.ROWS_AT_ONCE + 3, 4))
+    reference, candidate = rng.normal(size=(2, 11, 4))
+    monkeypatch.setattr(metrics, "BYTES_AT_ONCE", 4 * 4 * 8)
+    assert [(rows.start, rows.stop) for rows in metrics.row_blocks(reference)] == [(0, 4), (4, 8), (8, 12)]
+    monkeypatch.setattr(metrics, "BYTES_AT_ONCE", 1)
+    assert len(list(metrics.row_blocks(reference))) == 11
+    monkeypatch.setattr(metrics, "BYTES_AT_ONCE", 4 * 4 * 8)
     whole = metrics.kl_per_token(reference, candidate)
     assert whole[-1] == metrics.kl_per_token(reference[-1:], candidate[-1:])[0]
     assert (whole >= 0).all()
