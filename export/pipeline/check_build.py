@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Collection, Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from arriero.errors import ArrieroError, Problems
 from arriero.export.build_file.device import kernel_arch, target_gpu
 from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Target
 from arriero.export.compile.build_kernels import find_compiler
+from arriero.export.compile.cpus import NAMED, NATIVE, parse_cpu
 from arriero.export.compile.nvidia.tensorrt_api import load
 from arriero.export.machine.doctor import find_lacks
 from arriero.export.pipeline.check_fit import check_fit, check_schemes
@@ -140,6 +142,9 @@ def _check_compiler(target: Target) -> None:
         load(target.backend).check_here(gpu)
     if arch is not None:
         find_compiler(arch)
+        if target.cpu not in (None, NATIVE, *NAMED) and not find_lacks(TRAITS[target.backend].packages):
+            # Imported here: names of ours are known to be good, a triple only the compiler knows.
+            import_module(f"arriero.export.compile.{TRAITS[target.backend].module}").llvm_target(parse_cpu(target.cpu))
 
 
 def _outputs(build: BuildConfig) -> list[ArrieroError]:
