@@ -109,7 +109,7 @@ def check_ready(
         if f"lower-{target.name}" in undone:
             found.of(_check_compiler, target)
     if any(name.startswith("parity-") for name in undone):
-        found.raised += _outputs(build)
+        found.raised += _outputs(build, undone)
     found.of(_check_samples, build, config, profiles, undone, found)
 
 
@@ -147,11 +147,13 @@ def _check_compiler(target: Target) -> None:
             import_module(f"arriero.export.compile.{TRAITS[target.backend].module}").llvm_target(parse_cpu(target.cpu))
 
 
-def _outputs(build: BuildConfig) -> list[ArrieroError]:
+def _outputs(build: BuildConfig, undone: Collection[str]) -> list[ArrieroError]:
     """What is where the build writes and not its own, and a folder that it may not write to."""
     problems = []
     bundles = WorkDir(build.output).bundles
     for target in build.targets:
+        if not {f"lower-{target.name}", f"parity-{target.name}"} & set(undone):
+            continue
         problems += bundles.problems(build.output / target.name)
         problems += FailurePage.of(build.output, target.name).problems()
     there = next(folder for folder in (build.output, *build.output.parents) if folder.exists())
