@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,8 +62,7 @@ class QuantizedWeights:
             stack = np.lib.format.open_memmap(path, "r+") if there else create_array(path, values.dtype, shape)
             stack[expert] = values
             stack.flush()
-        with (self.folder / NOTES).open("a", encoding="utf-8") as notes:
-            notes.write(json.dumps(asdict(note)) + "\n")
+        self._note([note])
 
     def read(self, name: str, bits: int, block: int) -> Quantized:
         """The matrix or stack `name`, memory-mapped."""
@@ -79,8 +80,15 @@ class QuantizedWeights:
         for source in (path for name in taken for path in other.folder.glob(f"{glob.escape(name)}.*.npy")):
             (self.folder / source.name).unlink(missing_ok=True)
             (self.folder / source.name).hardlink_to(source)
-        with (self.folder / NOTES).open("a", encoding="utf-8") as notes:
-            notes.writelines(json.dumps(asdict(note)) + "\n" for note in other.notes() if note.tensor in taken)
+        self._note([note for note in other.notes() if note.tensor in taken])
+
+    def settle(self) -> None:
+        """Leave one record of each matrix, so that the file is the same whatever was written twice on the way."""
+        path = self.folder / NOTES
+        if path.is_file():
+            scratch = path.with_suffix(".partial")
+            scratch.write_text("".join(map(_line, self.notes())), encoding="utf-8")
+            scratch.replace(path)
 
     def files(self) -> set[str]:
         """The names of the files that hold what was written and adopted; none where nothing was."""
@@ -92,5 +100,24 @@ class QuantizedWeights:
         """How each matrix was rounded, the last word on each."""
         path = self.folder / NOTES
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        records = [RoundingRecord(**json.loads(line)) for line in lines]
+        records = [RoundingRecord(**record) for line in lines if (record := _record(line)) is not None]
         return list({(note.tensor, note.expert): note for note in records}.values())
+
+    def _note(self, records: Sequence[RoundingRecord]) -> None:
+        with (self.folder / NOTES).open("a+b") as notes:
+            notes.seek(max(0, notes.seek(0, os.SEEK_END) - 1))
+            torn = notes.read(1) not in (b"", b"\n")
+            notes.write(b"\n" * torn + "".join(map(_line, records)).encode())
+
+
+def _line(record: RoundingRecord) -> str:
+    return json.dumps(asdict(record)) + "\n"
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """What a line says; None for one that a full disk cut short, whose matrix is written again."""
+    try:
+        record: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return record

@@ -68,6 +68,10 @@ def test_a_calibrated_build_is_killed_goes_on_and_says_what_it_saw(build_file: P
     finished = stages(output)
     built = arriero("build", build_file)
     assert built.code == 0, built.err
+    thin = sum(got < 64 for layer in seen.json["layers"] for got in layer["tokens_per_expert"])
+    told = f"calibration for profile small4: {thin} of 16 experts had fewer than 64 calibration tokens"
+    assert (told in built.err) == (thin > 0)
+    assert "calibration for profile small4: " in built.err
     assert finished.items() <= stages(output).items()
     bundle = output / "small4"
     rows = {row["metric"]: row for row in arriero("parity", bundle, "--json").json["rows"]}

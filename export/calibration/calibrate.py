@@ -71,6 +71,8 @@ class Calibration:
         for key, profile in self.choosing.items():
             errors = {group: error for one in records for group, error in one["errors"].get(key, {}).items()}
             decide(profile, shapes, errors, self.folder / key)
+        for key in {key.partition("/")[0] for key in self.profiles}:
+            QuantizedWeights(self.folder / key).settle()
         return {layer: tuple(counts) for layer, counts in coverage.items()}
 
     def files(self) -> set[str]:

@@ -29,7 +29,7 @@ def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Wa
     """
     assert device.kernels is not None
     chosen = parse_cpu(device.cpu or NATIVE)
-    target = _target(chosen)
+    target = llvm_target(chosen)
     link = cc.cross_compiler(find_compiler(chosen.arch))
     for number, part in enumerate(parts):
         watch("compile", number, len(parts), "graphs")
@@ -65,7 +65,8 @@ def fuse(module: tvm.IRModule) -> tvm.IRModule:
     return fused
 
 
-def _target(cpu: Cpu) -> tvm.target.Target:
+def llvm_target(cpu: Cpu) -> tvm.target.Target:
+    """The processor as TVM's target. Raises ArrieroError for one that LLVM does not know."""
     generic = tvm.target.Target({"kind": "llvm", "mtriple": cpu.triple})
     known = [str(name) for name in codegen.llvm_get_cpu_archlist(generic)]
     if cpu.cpu not in known:

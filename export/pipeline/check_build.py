@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Collection, Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from arriero.errors import ArrieroError, Problems
 from arriero.export.build_file.device import kernel_arch, target_gpu
 from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Target
 from arriero.export.compile.build_kernels import find_compiler
+from arriero.export.compile.cpus import NAMED, NATIVE, parse_cpu
 from arriero.export.compile.nvidia.tensorrt_api import load
 from arriero.export.machine.doctor import find_lacks
 from arriero.export.pipeline.check_fit import check_fit, check_schemes
@@ -107,7 +109,7 @@ def check_ready(
         if f"lower-{target.name}" in undone:
             found.of(_check_compiler, target)
     if any(name.startswith("parity-") for name in undone):
-        found.raised += _outputs(build)
+        found.raised += _outputs(build, undone)
     found.of(_check_samples, build, config, profiles, undone, found)
 
 
@@ -140,13 +142,18 @@ def _check_compiler(target: Target) -> None:
         load(target.backend).check_here(gpu)
     if arch is not None:
         find_compiler(arch)
+        if target.cpu not in (None, NATIVE, *NAMED) and not find_lacks(TRAITS[target.backend].packages):
+            # Imported here: names of ours are known to be good, a triple only the compiler knows.
+            import_module(f"arriero.export.compile.{TRAITS[target.backend].module}").llvm_target(parse_cpu(target.cpu))
 
 
-def _outputs(build: BuildConfig) -> list[ArrieroError]:
+def _outputs(build: BuildConfig, undone: Collection[str]) -> list[ArrieroError]:
     """What is where the build writes and not its own, and a folder that it may not write to."""
     problems = []
     bundles = WorkDir(build.output).bundles
     for target in build.targets:
+        if not {f"lower-{target.name}", f"parity-{target.name}"} & set(undone):
+            continue
         problems += bundles.problems(build.output / target.name)
         problems += FailurePage.of(build.output, target.name).problems()
     there = next(folder for folder in (build.output, *build.output.parents) if folder.exists())

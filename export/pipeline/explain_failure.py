@@ -39,10 +39,10 @@ def thin_experts(profile: Profile, coverage: Mapping[str, Sequence[int]]) -> str
 
 def _explain(row: Row, report: ParityReport, profile: Profile, coverage: Mapping[str, Sequence[int]]) -> Failure:
     cause, remedy = _cause(row, report, profile, coverage)
-    value = "not measured" if row.value is None else show(row)
+    title, value = row.title, "not measured" if row.value is None else show(row)
     if row.metric == OVER_RTN and row.value is not None:
-        value += " of the RTN baseline's"
-    return Failure(row.metric, row.title, value, show_limit(row) or "none: it has to be finite", cause, remedy)
+        title, value = "KL", f"{value} of the RTN baseline's"
+    return Failure(row.metric, title, value, show_limit(row) or "none: it has to be finite", cause, remedy)
 
 
 def _cause(row: Row, report: ParityReport, profile: Profile, coverage: Mapping[str, Sequence[int]]) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from arriero.profiles.quantize import Quantized, dequantize, quantize
-from arriero.profiles.quantized_weights import QuantizedWeights, RoundingRecord
+from arriero.profiles.quantized_weights import NOTES, QuantizedWeights, RoundingRecord
 
 
 def rounded(seed: int) -> Quantized:
@@ -36,3 +36,20 @@ def test_writing_again_replaces_and_the_last_note_counts(tmp_path: Path) -> None
         store.write("e", 0, 2, rounded(seed), RoundingRecord("e", 0, "gptq", seed, 1.0, None))
     np.testing.assert_array_equal(dequantize(store.read("e", 4, 16))[0], dequantize(rounded(2)))
     assert [note.tokens for note in store.notes()] == [2]
+
+
+def test_settled_notes_do_not_tell_how_often_a_run_was_cut_short(tmp_path: Path) -> None:
+    """Nor do they tell of a line that a full disk tore."""
+    once, torn = QuantizedWeights(tmp_path / "once"), QuantizedWeights(tmp_path / "torn")
+    for store, runs in ((once, ((1, 2, 3),)), (torn, ((1, 2), (2, 3), (3,)))):
+        for tensors in runs:
+            for number in tensors:
+                note = RoundingRecord(f"w{number}", None, "gptq", number, 1.0, None)
+                store.write(note.tensor, None, 0, rounded(number), note)
+            if store is torn:
+                with (store.folder / NOTES).open("a") as notes:
+                    notes.write('{"tensor": "w9", "exp')
+        store.settle()
+    assert (once.folder / NOTES).read_bytes() == (torn.folder / NOTES).read_bytes()
+    assert [note.tensor for note in torn.notes()] == ["w1", "w2", "w3"]
+    assert sorted(path.name for path in torn.folder.iterdir()) == sorted(once.files())

@@ -11,6 +11,7 @@ from arriero.export.build_file.read import load_build
 from arriero.export.machine import doctor
 from arriero.export.pipeline import check_build
 from arriero.export.pipeline.plan import make_plan
+from arriero.profiles.recipe import shipped
 from tests.command import arriero
 from tests.small import small_scout
 
@@ -149,3 +150,15 @@ def test_a_real_checkpoint_names_its_calibration_set(
         kept = text.replace("calibration: {samples: 12}\n", f"{lines}\n").replace("[text, image]", "[text]")
         file.write_text(kept.replace("PROFILE", profile))
         assert make_plan(load_build(file)).problems == ()
+
+
+def test_a_budget_that_no_candidate_meets(folder: Path) -> None:
+    text = shipped()["mixed"].read_text().replace("block: 64", "block: 16").replace("budget: 0.40", "budget: 0.10")
+    (folder / "mine.yaml").write_text(text)
+    assert "choose.budget: even the smallest candidate takes" in problems(folder, BUILD, "mine.yaml")
+
+
+def test_a_processor_that_only_the_compiler_knows(folder: Path) -> None:
+    pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'")
+    odd = BUILD.replace("onnxruntime", "tvm, cpu: x86_64-linux-gnu pentium99")
+    assert "LLVM knows no x86_64 processor 'pentium99'" in problems(folder, odd)

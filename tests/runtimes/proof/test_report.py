@@ -20,7 +20,15 @@ from arriero.runtimes.manifest import Fallback
 from arriero.runtimes.proof import plots, svg
 from arriero.runtimes.proof.heat_map import coverage_map
 from arriero.runtimes.proof.pages import render_html, render_table, show, write_html
-from arriero.runtimes.proof.report import CaseResult, FamilyScore, LayerSeries, ParityReport, read_json, write_json
+from arriero.runtimes.proof.report import (
+    CaseResult,
+    FamilyScore,
+    LayerSeries,
+    ParityReport,
+    read_json,
+    write_json,
+    write_text,
+)
 from arriero.runtimes.proof.rows import judge
 from arriero.thresholds import METRICS
 
@@ -108,6 +116,21 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     with pytest.raises(kind, match=told):
         write_json(make_report(), tmp_path / "parity.json")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("parity.json", "old")]
+
+
+def test_a_report_goes_through_links_and_into_what_is_no_file(tmp_path):
+    """A link stays a link, and a pipe or a device is written to, never replaced."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "there" / "real.json")
+    write_json(make_report(), tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink()
+    assert read_json(tmp_path / "there" / "real.json").labels == make_report().labels
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_text(tmp_path / "pipe", "all of it")
+    assert os.read(reader, 100) == b"all of it"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"format": 2}', '{"format": 9}', "\x00"])
