@@ -28,7 +28,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 128,
         "intermediate_size_mlp": 1024,
     },
-    "wide": {"num_hidden_layers": 2, "hidden_size": 2048, "num_local_experts": 2, "intermediate_size": 3072},
+    "wide": {"num_hidden_layers": 2, "hidden_size": 1024, "num_local_experts": 2, "intermediate_size": 3072},
     "dense": {"num_hidden_layers": 4, "moe_layers": [], "intermediate_size_mlp": 4096},
     "large-vocabulary": {"num_hidden_layers": 2, "hidden_size": 512, "num_local_experts": 2, "vocab_size": 128000},
 }
