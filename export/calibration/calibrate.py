@@ -73,6 +73,8 @@ class Calibration:
             decide(profile, shapes, errors, self.folder / key)
         for key in {key.partition("/")[0] for key in self.profiles}:
             QuantizedWeights(self.folder / key).settle()
+        for left in (*self.folder.glob("hidden-*"), *self.folder.glob("routed.*")):
+            left.unlink()
         return {layer: tuple(counts) for layer, counts in coverage.items()}
 
     def files(self) -> set[str]:

@@ -30,7 +30,8 @@ def show_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         can = {action: diagnosis.can(action, name) for action in (BUILD, RUN)}
         if diagnosis.is_device and can[RUN]:
             needs = ", ".join(diagnosis.lacks(BUILD, name))
-            print_wrapped(console, f"{name}: can run bundles; cannot build: needs {needs}")
+            advice = "pip install 'arriero[export]'"
+            print_wrapped(console, f"{name}: can run bundles; cannot build: needs {needs} ({advice})")
         else:
             said = ", ".join(f"{action} {'yes' if can[action] else 'no'}" for action in (BUILD, RUN))
             print_wrapped(console, f"{name}: {said}")
