@@ -6,7 +6,6 @@ a `config.json` that leaves a key out means the same here as there. A value that
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from arriero.errors import ArrieroError, Problems
+from arriero.strict_json import read_json_object
 
 RopeType = Literal["default", "llama3"]
 REFETCH = "Take the file from the original checkpoint"
@@ -119,11 +119,11 @@ class ModelConfig:
                 expected="a Hugging Face Llama 4 checkpoint directory",
                 remedy="Point `model` at the directory that holds config.json and the safetensors files",
             )
-        config = cls.from_dict(_read_json(path), str(path))
+        config = cls.from_dict(read_json_object(path, REFETCH), str(path))
         generation = folder / "generation_config.json"
         if generation.is_file():
             problems: list[ArrieroError] = []
-            reader = _Reader(_read_json(generation), str(generation), problems, separator=":")
+            reader = _Reader(read_json_object(generation, REFETCH), str(generation), problems, separator=":")
             ids = reader.token_ids("eos_token_id", None)
             if problems:
                 raise problems[0]
@@ -333,13 +333,3 @@ class _Reader:
         if config.image_size % config.patch_size:
             self.refuse("patch_size", f"{config.patch_size} does not divide {config.image_size}", "a divisor")
         return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArrieroError(f"not valid JSON ({error})", where=str(path), remedy=REFETCH) from error
-    if not isinstance(data, dict):
-        raise ArrieroError("not a JSON object", where=str(path), expected="an object of settings", remedy=REFETCH)
-    return data

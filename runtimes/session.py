@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from types import TracebackType
 from typing import Literal, Self, Unpack, overload
 
@@ -117,10 +118,10 @@ class Session:
 
     # --- below: one step at a time
 
-    def encode(self, prompt: PromptLike, images: Images = None) -> Prompt:
-        """Give the ids and tiles of `prompt`."""
+    def encode(self, prompt: PromptLike, images: Images = None, *, special_tokens: bool = False) -> Prompt:
+        """Give the ids and tiles of `prompt`; `special_tokens` as `Processor.encode` takes it."""
         if not isinstance(prompt, Prompt):
-            return self.processor.encode(prompt, images)
+            return self.processor.encode(prompt, images, special_tokens=special_tokens, context=self.context)
         if as_list(images):
             raise ArrieroError("there are images beside an encoded prompt", remedy="Encode them with the prompt")
         return prompt
@@ -138,8 +139,12 @@ class Session:
         """Append `token` to `state` and give the logits f32 [V] for the one after it."""
         if int(state.cache.lengths[0]) >= self.context:
             raise ArrieroError(f"the context of {self.context} tokens is full", remedy="Start a shorter prompt")
-        if not 0 <= token < self.spec.vocab_size or token == self.spec.image_token_id:
-            raise ArrieroError(f"token {token} cannot be decoded", expected="a known token, no image placeholder")
+        if (
+            not isinstance(token, Integral)
+            or not 0 <= token < self.spec.vocab_size
+            or token == self.spec.image_token_id
+        ):
+            raise ArrieroError(f"token {token!r} cannot be decoded", expected="a known token, no image placeholder")
         state.logits = self._step(state.cache, [token])[0]
         return state.logits
 

@@ -266,10 +266,16 @@ def run(
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens up to this share.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text.")] = None,
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--special-tokens", help="Control tokens in the prompt are what they say, and <|image|> places a picture."
+        ),
+    ] = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Ask a bundle and stream its answer. Pictures come before the text, or where it says <|image|>.
+    """Ask a bundle and stream its answer. Pictures come before the text.
 
     arriero run bundles/portable-int8 "What is 17 + 25?"
 
@@ -285,8 +291,7 @@ def run(
     pictures += (frame for path in video or () for frame in read_video(path, frames))
     with load(bundle, threads) as session:
         stream = session.generate(
-            text,
-            pictures,
+            session.encode(text, pictures, special_tokens=special_tokens),
             stream=True,
             max_tokens=max_tokens,
             temperature=temperature,

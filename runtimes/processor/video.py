@@ -10,6 +10,8 @@ from PIL import Image
 
 from arriero.errors import ArrieroError, MachineLacks
 
+FRAMES = 8  # of a video, where nothing else is said
+
 
 def read_video(path: str | os.PathLike[str], num_frames: int) -> list[Image.Image]:
     """Give `num_frames` frames of a video, the middles of as many equal parts of it (fewer if it has fewer)."""
