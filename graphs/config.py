@@ -164,8 +164,8 @@ class ModelConfig:
         bos = (section if "bos_token_id" in section.data else whole).token_id("bos_token_id", 1)
         eos = (section if "eos_token_id" in section.data else whole).token_ids("eos_token_id", 2)
         for each in {id(one): one for one in (whole, section)}.values():
-            each.refuse_unless_none("quantization_config", "Use the bf16 checkpoint, or remove a key that was left over")
-            each.refuse_unless_none("compression_config", "Use the bf16 checkpoint, or remove a key that was left over")
+            for key in ("quantization_config", "compression_config"):
+                each.refuse_unless_none(key, "Use the bf16 checkpoint, or remove a key that was left over")
         if problems:
             raise Problems("the checkpoint's config.json cannot be honoured", problems)
         return cls(
@@ -305,7 +305,9 @@ def _vision(section: Section) -> VisionConfig:
             f"hidden_size / pixel_shuffle_ratio^2 = {round(config.hidden_size / config.shuffle**2)}",
         )
     if config.hidden_size % (4 * config.heads):
-        section.refuse("num_attention_heads", f"{config.heads} heads for hidden_size {config.hidden_size}", "4n per head")
+        section.refuse(
+            "num_attention_heads", f"{config.heads} heads for hidden_size {config.hidden_size}", "4n per head"
+        )
     if config.adapter_in != config.adapter_out:
         section.refuse("projector_input_dim", f"{config.adapter_in} is not projector_output_dim", "equal widths")
     if config.image_size % config.patch_size:

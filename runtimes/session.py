@@ -18,7 +18,7 @@ from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Backend, Cache, Floats, Ints, StepOutput
 from arriero.runtimes.generation import Answer, Generation, Stream
 from arriero.runtimes.processor.chat import Message
-from arriero.runtimes.processor.images import Images, as_list
+from arriero.runtimes.processor.pictures import Images, as_list
 from arriero.runtimes.processor.processor import Processor, Prompt
 from arriero.runtimes.sampling import Sampling
 from arriero.runtimes.settings import Limits, Settings, read_settings

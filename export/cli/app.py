@@ -15,7 +15,7 @@ from arriero.version import __version__
 
 if TYPE_CHECKING:
     from arriero.export.build_file.schema import Cases
-    from arriero.runtimes.processor.images import ImageLike
+    from arriero.runtimes.processor.pictures import ImageLike
     from arriero.runtimes.proof.report import ParityReport
 
 app = typer.Typer(

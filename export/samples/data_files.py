@@ -14,7 +14,7 @@ from typing import Any
 
 from arriero.errors import ArrieroError, MachineLacks, Problems, nearest
 from arriero.export.samples.image_folder import read_folder
-from arriero.runtimes.processor.images import read_image
+from arriero.runtimes.processor.pictures import read_image
 from arriero.runtimes.processor.video import FRAMES, read_video
 from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.runtimes.proof.scorers import SAME_ANSWER

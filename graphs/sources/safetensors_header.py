@@ -74,7 +74,7 @@ def read_header(file: Path) -> list[TensorInfo]:
             raise ArrieroError(what, where=str(file), expected=f"more than {8 + length:,}", remedy=REDOWNLOAD)
         raw = stream.read(length)
     doubled: list[str] = []
-    header = parse_json(raw, f"{file}:header", REDOWNLOAD, lambda pairs: _no_doubles(pairs, doubled))
+    header = parse_json(raw, str(file), REDOWNLOAD, lambda pairs: _no_doubles(pairs, doubled))
     if not isinstance(header, dict):
         raise ArrieroError("the header is not a JSON object", where=str(file), remedy=REDOWNLOAD)
     header.pop("__metadata__", None)

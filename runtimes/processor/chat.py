@@ -7,8 +7,8 @@ from itertools import islice
 from typing import Any
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.processor.images import ImageLike
-from arriero.runtimes.processor.video import FRAMES, read_video
+from arriero.runtimes.processor.pictures import ImageLike
+from arriero.runtimes.processor.video import FRAMES, MOST_FRAMES, read_video
 
 Message = Mapping[str, Any]
 MOST_DEPTH = 100  # of what a message holds besides its content, such as the arguments of a tool call
@@ -31,12 +31,13 @@ def expand(
     images: Sequence[ImageLike],
     placeholder: str | None,
     knows_role: Callable[[Any], object],
+    most_frames: int = MOST_FRAMES,
 ) -> tuple[list[dict[str, Any]], list[ImageLike]]:
     """Give the messages as plain data, and their images in order of appearance.
 
     An image entry brings its own picture as `image` or `path`, or takes the next of `images`; so does each
     `placeholder` in a text, unless it is None. A video entry becomes one image entry per frame. Raises `ArrieroError`
-    for an unknown entry, and for a role that `knows_role` does not.
+    for an unknown entry, for a role that `knows_role` does not, and for a video of more than `most_frames` frames.
     """
     pending = iter(images)
     plain: list[dict[str, Any]] = []
@@ -63,7 +64,7 @@ def expand(
                 raise ArrieroError("the content is malformed", where=where, expected="a text or a list of entries")
             entries: list[dict[str, str]] = []
             for index, entry in enumerate(content):
-                added, pictures = _expand_entry(entry, f"{where}.content[{index}]", pending, placeholder)
+                added, pictures = _expand_entry(entry, f"{where}.content[{index}]", pending, placeholder, most_frames)
                 entries += added
                 shown.extend(pictures)
             content = entries
@@ -78,7 +79,7 @@ def _taken(text: str, pending: Iterator[ImageLike], placeholder: str | None) -> 
 
 
 def _expand_entry(
-    entry: Any, where: str, pending: Iterator[ImageLike], placeholder: str | None
+    entry: Any, where: str, pending: Iterator[ImageLike], placeholder: str | None, most_frames: int
 ) -> tuple[list[dict[str, str]], list[ImageLike]]:
     kind = entry.get("type") if isinstance(entry, Mapping) else None
     if kind == "text" and isinstance(entry.get("text"), str):
@@ -91,8 +92,12 @@ def _expand_entry(
     has_frames = kind == "video" and isinstance(entry.get("frames"), Iterable)
     if has_frames or (kind == "video" and entry.get("path") is not None):
         frames: list[ImageLike] = (
-            list(entry["frames"]) if has_frames else [*read_video(entry["path"], entry.get("num_frames", FRAMES))]
+            list(islice(entry["frames"], most_frames + 1))
+            if has_frames
+            else [*read_video(entry["path"], entry.get("num_frames", FRAMES), most_frames)]
         )
+        if len(frames) > most_frames:
+            raise ArrieroError(f"the video has more than {most_frames} frames", where=where, remedy="Show fewer")
         if not frames:
             raise ArrieroError("the video has no frames", where=where, expected="at least one frame")
         return [{"type": "image"}] * len(frames), frames

@@ -6,10 +6,8 @@ followed by a global tile (the whole image squeezed into one) when the canvas ha
 
 from __future__ import annotations
 
-import io
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -17,13 +15,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from arriero.errors import ArrieroError, Problems
 from arriero.runtimes.backend import Floats
 
-ImageLike = Image.Image | NDArray[np.uint8] | str | os.PathLike[str] | bytes
-Images = ImageLike | Sequence[ImageLike] | None
 Size = tuple[int, int]  # height, width
 ORIGINAL = "Take the file from the original checkpoint"
 MOST_TILES = 1024  # of an image; Llama 4 takes 16
@@ -159,54 +155,6 @@ def _is_square(value: Any) -> bool:
 
 def _is_tile_count(value: Any) -> bool:
     return type(value) is int and 1 <= value <= MOST_TILES
-
-
-def as_list(images: Images) -> list[ImageLike]:
-    """Take one image, several, or none."""
-    if isinstance(images, str | bytes | os.PathLike | Image.Image | np.ndarray):
-        return [images]
-    return list(images) if isinstance(images, Iterable) else [] if images is None else [images]
-
-
-def read_image(image: ImageLike) -> Image.Image:
-    """Give `image` as RGB: a Pillow image, a path, encoded bytes, or an array uint8 [h, w, 3]."""
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise ArrieroError(
-                f"an image array is {image.dtype} {list(image.shape)}",
-                expected="uint8 [height, width, 3], red first",
-            )
-        return Image.fromarray(image)
-    if isinstance(image, Image.Image):
-        return _loaded(image, "the image")
-    name = "the image bytes" if isinstance(image, bytes) else str(image)
-    try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            return _loaded(opened, name)
-    except FileNotFoundError:
-        raise ArrieroError("there is no such image file", where=name, remedy="Check the path") from None
-    except (OSError, TypeError, ValueError, AttributeError, Image.DecompressionBombError) as error:
-        raise ArrieroError(
-            f"this is not a readable image ({error})",
-            where=name,
-            expected="a picture that Pillow reads, such as PNG or JPEG",
-            remedy="Check that the file is complete and is an image",
-        ) from None
-
-
-def _loaded(image: Image.Image, name: str) -> Image.Image:
-    if 0 in image.size:
-        raise ArrieroError(
-            f"the image is {image.width} by {image.height} pixels", where=name, expected="at least one pixel"
-        )
-    try:
-        image.load()
-        turned = ImageOps.exif_transpose(image)
-        return turned.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise whatever the parser in them does
-        raise ArrieroError(
-            f"the image is truncated or corrupt ({error})", where=name, remedy="Get a complete copy of the file"
-        ) from None
 
 
 def _fit(height: int, width: int, room: Size) -> Size:

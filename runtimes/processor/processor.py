@@ -12,8 +12,10 @@ from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Floats, Ints, ModelSpec
 from arriero.runtimes.processor.chat import Message, as_messages, expand, masked, texts
 from arriero.runtimes.processor.detokenize import Detokenizer
-from arriero.runtimes.processor.images import ImageLike, Images, Tiler, as_list, read_image
+from arriero.runtimes.processor.images import Tiler
+from arriero.runtimes.processor.pictures import ImageLike, Images, as_list, read_image
 from arriero.runtimes.processor.side_files import SideFiles
+from arriero.runtimes.processor.video import MOST_FRAMES
 from arriero.runtimes.processor.vocabulary import ORIGINAL, Vocabulary
 
 IMAGE, PATCH = "<|image|>", "<|patch|>"
@@ -116,7 +118,10 @@ class Processor:
             raise ArrieroError("the prompt is empty", expected="some text", remedy="Ask something")
         placeholder = IMAGE if special_tokens else None
         knows_role = self._template.knows_role if self._template is not None else bool
-        messages, shown = expand(as_messages(prompt, len(pictures), placeholder), pictures, placeholder, knows_role)
+        most = min(context or self._most, self._most)
+        frames = MOST_FRAMES if self.spec.vision is None else max(most // self.spec.vision.tokens_per_tile, 1)
+        wrapped = as_messages(prompt, len(pictures), placeholder)
+        messages, shown = expand(wrapped, pictures, placeholder, knows_role, frames)
         if not messages:
             raise ArrieroError("the list of messages is empty", expected="at least one message")
         if self._template is None and not isinstance(prompt, str):
@@ -128,7 +133,7 @@ class Processor:
         if self._template is not None:
             text = self._template.render(messages)
             rendered = _Rendered(text, text) if special_tokens else self._told_apart(text, messages)
-        return self._encode_rendered(rendered, shown, min(context or self._most, self._most))
+        return self._encode_rendered(rendered, shown, most)
 
     @property
     def _most(self) -> int:
@@ -172,7 +177,7 @@ class Processor:
             raise ArrieroError(
                 f"the prompt has {len(places)} image placeholders and {len(images)} images were given",
                 expected="as many of one as of the other",
-                remedy=f"Give one image per image entry of the prompt ({IMAGE} in a text is one with special_tokens only)",
+                remedy=f"Give one image per image entry ({IMAGE} in a text is one with special_tokens only)",
             )
         if not images:
             return Prompt(np.asarray(self._vocabulary.encode(rendered.text, rendered.control, most), np.int64))

@@ -1,6 +1,6 @@
-"""The JSON files beside a tokenizer.json: what of them counts, read as Hugging Face's tokenizer and processor read them.
+"""The JSON files beside a tokenizer.json: what of them counts, read as Hugging Face's tools read them.
 
-What they would honour and we do not is refused here; what neither does is named, with its reason, by `ignored_files`.
+What those would honour and we do not is refused here.
 """
 
 from __future__ import annotations

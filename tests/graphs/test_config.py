@@ -156,7 +156,7 @@ def test_a_key_that_is_left_out_means_what_it_means_in_transformers(key):
         ("text_config", {"tie_word_embeddings": True}),
         (None, {"tie_word_embeddings": True}),
         ("text_config", {"rope_parameters": None, "rope_theta": 7.0}),
-        ("text_config", {"rope_scaling": {"type": "llama3", **{k: 4.0 for k in ROPE[:3]}}, "rope_parameters": None}),
+        ("text_config", {"rope_scaling": {"type": "llama3", **dict.fromkeys(ROPE[:3], 4.0)}, "rope_parameters": None}),
         ("text_config", {"rope_scaling": {"rope_type": "default", "rope_theta": 3.0}}),
         (None, {"image_token_id": 299}),
         ("text_config", {"attention_dropout": 0, "use_cache": False, "pad_token_id": None}),

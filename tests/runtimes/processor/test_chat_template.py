@@ -49,9 +49,9 @@ def test_the_template_has_its_helpers_and_its_walls():
 
 
 TEMPLATES = {
-    "loop": "{% for m in messages %}{{ loop.index0 }}{{ loop.last }}{{ loop.length }}{{ m.role }}{% else %}-{% endfor %}",
-    "generation": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
-    "{% else %}[{{ m.role }}]{% endif %}{% endfor %}",
+    "loop": "{% for m in messages %}{{ loop.index0 }}{{ loop.last }}{{ loop.length }}{% else %}-{% endfor %}",
+    "generation": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% else %}[{{ m.role }}]{% endif %}{% endfor %}",
     "generation_scope": "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
     "no_tools": "{{ tools is defined }}{{ tools is none }}{{ documents is none }}{{ nothing is defined }}",
     "macro": "{% macro q(x) %}<{{ x }}>{% endmacro %}{% for m in messages %}{{ q(m.role) }}{% endfor %}",
