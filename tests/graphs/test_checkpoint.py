@@ -174,7 +174,7 @@ RAW = {
     "zero header": (bytes(16), "claims 0 bytes"),
     "cut header": ((500).to_bytes(8, "little") + b"{", "truncated inside its header: 9 bytes; expected more than 508"),
     "not json": ((5).to_bytes(8, "little") + b"{'a'}", "is not valid JSON"),
-    "not text": ((4).to_bytes(8, "little") + b"\xff\xfe\xfd\xfc", "is not valid JSON"),
+    "not text": ((4).to_bytes(8, "little") + b"\xff\xfe\xfd\xfc", "is not UTF-8 text"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer.*git lfs pull"),
 }
 

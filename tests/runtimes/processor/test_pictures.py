@@ -92,7 +92,7 @@ def test_pixels_without_one_meaning_in_bytes_are_refused(mode):
 def test_moving_pictures_and_pages_are_refused_as_images(kind, tmp_path):
     first, second = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
     moving = stored(first, kind, save_all=True, append_images=[second])
-    with pytest.raises(ArrieroError, match="holds 2 frames or pages.*as a video"):
+    with pytest.raises(ArrieroError, match=r"holds 2 frames or pages.*as a video"):
         read_image(moving)
     path = tmp_path / f"a.{kind.lower()}"
     path.write_bytes(moving)
