@@ -119,8 +119,11 @@ class Checkpoint:
             return torch.from_numpy(array.view(np.uint8)).view(dtype).reshape(source.shape)
 
     def content_hash(self, memo: Path | None = None) -> str:
-        """Give the sha256 over all `files`, remembered in `memo`."""
-        return content_hash(self.files, memo)
+        """Give the sha256 over all `files`, remembered in `memo`.
+
+        Raises `Problems` for weights that are NaN or infinite, in the files that it has to read for it.
+        """
+        return content_hash(self.files, memo, self.tensors.values())
 
     def known_content_hash(self, memo: Path) -> str | None:
         """Give `content_hash` when `memo` holds every file as it is now, else None; reads no tensor."""

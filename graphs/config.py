@@ -1,22 +1,22 @@
 """The checkpoint's `config.json` as frozen facts: every value that changes what a Llama 4 computes, or a refusal.
 
-Defaults are those of the Llama 4 configuration class of Hugging Face `transformers` (the format's definition), so that
-a `config.json` that leaves a key out means the same here as there. A value that the reference cannot honour is refused.
+Defaults and types are those of the Llama 4 configuration classes of Hugging Face `transformers` (the format's
+definition), so that a `config.json` means the same here as there. A value that the reference cannot honour is refused.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from arriero.errors import ArrieroError, Problems
+from arriero.graphs.config_section import REFETCH, Section
+from arriero.strict_json import read_json_object
 
 RopeType = Literal["default", "llama3"]
-REFETCH = "Take the file from the original checkpoint"
+MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text decoder. Sizes in elements; `chunk` and `floor_scale` in tokens."""
+    """The text decoder. Sizes in elements; `chunk` and `floor_scale` in tokens.
+
+    `chunk` is `max_positions` where no layer is chunked, as with `attention_chunk_size: null`.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -119,12 +122,12 @@ class ModelConfig:
                 expected="a Hugging Face Llama 4 checkpoint directory",
                 remedy="Point `model` at the directory that holds config.json and the safetensors files",
             )
-        config = cls.from_dict(_read_json(path), str(path))
+        config = cls.from_dict(read_json_object(path, REFETCH), str(path))
         generation = folder / "generation_config.json"
         if generation.is_file():
             problems: list[ArrieroError] = []
-            reader = _Reader(_read_json(generation), str(generation), problems, separator=":")
-            ids = reader.token_ids("eos_token_id", None)
+            section = Section(read_json_object(generation, REFETCH), str(generation), problems, separator=":")
+            ids = section.token_ids("eos_token_id", None, config.text.vocab_size)
             if problems:
                 raise problems[0]
             if ids:
@@ -144,24 +147,32 @@ class ModelConfig:
             )
         text_only = model_type == "llama4_text"
         problems: list[ArrieroError] = []
-        whole = _Reader(data, where, problems, separator=":")
-        section = whole if text_only else whole.section("text_config")
-        raw = section.data
-        text = section.text(tied=bool(data.get("tie_word_embeddings", raw.get("tie_word_embeddings", False))))
+        whole = Section(data, where, problems, separator=":")
+        section = whole if text_only else whole.section("text_config", "llama4_text")
+        whole.boolean("tie_word_embeddings", False)  # that of the text section decides
+        text = _text(section)
         vision, image_token = None, None
-        if not text_only and data.get("vision_config") is not None:
-            vision = whole.section("vision_config").vision()
-            key = "image_token_index" if "image_token_index" in data else "image_token_id"
-            image_token = whole.token_ids(key, 200092)[0]
-        bos = (section if "bos_token_id" in raw else whole).token_ids("bos_token_id", 1)
-        eos = (section if "eos_token_id" in raw else whole).token_ids("eos_token_id", 2)
+        if not text_only:
+            vision = _vision(whole.section("vision_config", "llama4_vision_model"))
+            for key in ("boi_token_index", "eoi_token_index"):
+                if whole.token_id(key, 0) is None:
+                    whole.refuse(key, "is no token id", "a number")
+            key = "image_token_id" if "image_token_id" in data else "image_token_index"
+            image_token = whole.token_id(key, 200092, text.vocab_size)
+            if image_token is None:
+                whole.refuse(key, f"{data.get(key)!r} stands for no image", "the id of <|patch|>")
+        bos = (section if "bos_token_id" in section.data else whole).token_id("bos_token_id", 1)
+        eos = (section if "eos_token_id" in section.data else whole).token_ids("eos_token_id", 2)
+        for each in {id(one): one for one in (whole, section)}.values():
+            for key in ("quantization_config", "compression_config"):
+                each.refuse_unless_none(key, "Use the bf16 checkpoint, or remove a key that was left over")
         if problems:
             raise Problems("the checkpoint's config.json cannot be honoured", problems)
         return cls(
             text=text,
             vision=vision,
             image_token_id=image_token,
-            bos_token_id=bos[0] if bos else None,
+            bos_token_id=bos,
             eos_token_ids=eos,
             text_only=text_only,
         )
@@ -171,175 +182,134 @@ class ModelConfig:
         return replace(self, vision=None, image_token_id=None)
 
 
-class _Reader:
-    """Reads one section of config.json, collecting what is wrong instead of stopping at the first."""
+def _text(section: Section) -> TextConfig:
+    count = section.positive("num_hidden_layers", 48, MOST_LAYERS)
+    heads, kv_heads = section.positive("num_attention_heads", 40), section.positive("num_key_value_heads", 8)
+    experts, per_token = section.positive("num_local_experts", 16), section.positive("num_experts_per_tok", 1)
+    head_dim, positions = section.positive("head_dim", 128), section.positive("max_position_embeddings", 131072)
+    chunk = positions if section.is_null("attention_chunk_size") else section.positive("attention_chunk_size", 8192)
+    section.must_be("hidden_act", "silu", ("silu",))
+    section.must_be("attention_bias", False, (False,))
+    section.ignored_in_inference()
+    section.token_id("pad_token_id", None)
+    if heads % kv_heads:
+        section.refuse("num_key_value_heads", f"{kv_heads} does not divide the {heads} query heads", "a divisor")
+    if per_token > experts:
+        section.refuse("num_experts_per_tok", f"{per_token} of {experts} experts", "at most num_local_experts")
+    if head_dim % 2:
+        section.refuse("head_dim", f"{head_dim} is odd", "an even number, which rotary embeddings pair up")
+    return TextConfig(
+        vocab_size=section.positive("vocab_size", 202048),
+        hidden_size=section.positive("hidden_size", 5120),
+        expert_ffn=section.positive("intermediate_size", 8192),
+        dense_ffn=section.positive("intermediate_size_mlp", 16384),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        experts=experts,
+        experts_per_token=per_token,
+        layers=_layers(section, count),
+        chunk=chunk,
+        rope=_rope(section, 500000.0, positions),
+        rms_norm_eps=section.real("rms_norm_eps", 1e-5, at_least=0),
+        qk_norm=section.boolean("use_qk_norm", True),
+        temperature_tuning=_temperature_tuning(section),
+        floor_scale=section.positive("floor_scale", 8192),
+        attn_scale=section.real("attn_scale", 0.1),
+        tied_embeddings=section.boolean("tie_word_embeddings", False),
+        max_positions=positions,
+    )
 
-    def __init__(self, data: Mapping[str, Any], where: str, problems: list[ArrieroError], separator: str = ".") -> None:
-        self.data, self.where, self.problems, self.separator = data, where, problems, separator
 
-    def refuse(self, key: str, what: str, expected: str) -> None:
-        where = f"{self.where}{self.separator}{key}"
-        self.problems.append(ArrieroError(what, where=where, expected=expected, remedy=REFETCH))
+def _temperature_tuning(section: Section) -> bool:
+    # The first Llama 4 configuration had 4 here where today's has true.
+    value = section.data.get("attn_temperature_tuning")
+    return True if type(value) is int and value == 4 else section.boolean("attn_temperature_tuning", True)
 
-    def section(self, key: str) -> _Reader:
-        return _Reader(self.mapping(key), f"{self.where}{self.separator}{key}", self.problems)
 
-    def mapping(self, key: str) -> Mapping[str, Any]:
-        value = self.data.get(key) or {}
-        if not isinstance(value, Mapping):
-            self.refuse(key, f"{value!r} is not a section", "an object of settings")
-            return {}
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        value = self.data.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            self.refuse(key, f"{value!r} is not a number", "a finite number")
-            return default
-        return float(value)
-
-    def entries(self, key: str, kind: type[Any]) -> list[Any] | None:
-        """The list at `key`, or None when there is none or it is empty."""
-        value = self.data.get(key)
-        if value is not None and not (isinstance(value, list) and all(isinstance(entry, kind) for entry in value)):
-            self.refuse(key, f"{value!r} is not a list of {kind.__name__}", "an entry per layer")
-            return None
-        return value or None
-
-    def token_ids(self, key: str, default: int | None) -> tuple[int, ...]:
-        """One id or several; none where the key is null."""
-        value = self.data.get(key, default)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(number) is int and number >= 0 for number in ids):
-            self.refuse(key, f"{value!r} is no token id", "a number, or a list of numbers")
+def _layers(section: Section, count: int) -> tuple[Layer, ...]:
+    interval = section.positive("no_rope_layer_interval", 4)
+    step = section.positive("interleave_moe_layer_step", 1)
+    rope = section.entries("no_rope_layers", int) or [int((i + 1) % interval != 0) for i in range(count)]
+    kinds = section.entries("layer_types", str)
+    if kinds is None:
+        kinds = ["chunked_attention" if r else "full_attention" for r in rope]
+    listed = section.entries("moe_layers", int)
+    moe = set(range(step - 1, count, step) if listed is None else listed)
+    for key, entries in (("no_rope_layers", rope), ("layer_types", kinds)):
+        if len(entries) != count:
+            section.refuse(key, f"{len(entries)} entries for {count} layers", "an entry per layer")
             return ()
-        return tuple(ids)
+    if set(rope) - {0, 1}:
+        section.refuse("no_rope_layers", f"{sorted(set(rope) - {0, 1})}", "1 (rotary) or 0 (none) for each layer")
+    if unknown := set(kinds) - {"chunked_attention", "full_attention"}:
+        section.refuse("layer_types", f"{sorted(unknown)}", "'chunked_attention' or 'full_attention'")
+    if outside := sorted(i for i in moe if not 0 <= i < count):
+        section.refuse("moe_layers", f"layers {outside} do not exist", f"indices below {count}")
+    chunks = not section.is_null("attention_chunk_size")
+    return tuple(Layer(bool(rope[i]), chunks and kinds[i] == "chunked_attention", i in moe) for i in range(count))
 
-    def positive(self, key: str, default: int) -> int:
-        value = self.data.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            self.refuse(key, f"{value!r} is not a size", "a positive integer")
-            return default
-        return value
 
-    def must_be(self, key: str, default: Any, allowed: tuple[Any, ...]) -> None:
-        value = self.data.get(key, default)
-        if value not in allowed:
-            self.refuse(key, f"{value!r} is not something this model class computes", f"one of {allowed}")
+def _rope(section: Section, theta: float, positions: int) -> Rope:
+    """The rotary embedding of `rope_scaling`, the older key, or else of `rope_parameters`; so transformers reads it."""
+    key = "rope_scaling" if section.data.get("rope_scaling") else "rope_parameters"
+    values = section.section(key)
+    theta = section.number("rope_theta", theta, above=0)
+    if "rope_theta" in values.data:
+        theta = values.number("rope_theta", theta, above=0)
+    for each in (section, values):
+        each.must_be("partial_rotary_factor", None, (None, 1))
+    kind = values.data.get("rope_type", values.data.get("type", "default"))
+    if kind == "default":
+        return Rope("default", theta)
+    if kind != "llama3":
+        values.refuse("rope_type", f"{kind!r} is not supported", "'default' or 'llama3'")
+        return Rope("default", theta)
+    missing = [each for each in ("factor", "low_freq_factor", "high_freq_factor") if each not in values.data]
+    if missing:
+        section.refuse(key, f"llama3 scaling without {', '.join(missing)}", "all three values")
+        return Rope("default", theta)
+    low, high = (values.number(f"{end}_freq_factor", 1.0, above=0) for end in ("low", "high"))
+    if high < low:
+        values.refuse("high_freq_factor", f"{high} is below low_freq_factor, {low}", f"at least {low}")
+    original = values.positive("original_max_position_embeddings", positions)
+    return Rope("llama3", theta, values.number("factor", 1.0, above=0), low, high, original)
 
-    def text(self, tied: bool) -> TextConfig:
-        count = self.positive("num_hidden_layers", 48)
-        heads = self.positive("num_attention_heads", 40)
-        kv_heads = self.positive("num_key_value_heads", 8)
-        experts = self.positive("num_local_experts", 16)
-        per_token = self.positive("num_experts_per_tok", 1)
-        self.must_be("hidden_act", "silu", ("silu",))
-        self.must_be("attention_bias", False, (False,))
-        if heads % kv_heads:
-            self.refuse("num_key_value_heads", f"{kv_heads} does not divide the {heads} query heads", "a divisor")
-        if per_token > experts:
-            self.refuse("num_experts_per_tok", f"{per_token} of {experts} experts", "at most num_local_experts")
-        return TextConfig(
-            vocab_size=self.positive("vocab_size", 202048),
-            hidden_size=self.positive("hidden_size", 5120),
-            expert_ffn=self.positive("intermediate_size", 8192),
-            dense_ffn=self.positive("intermediate_size_mlp", 16384),
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=self.positive("head_dim", 128),
-            experts=experts,
-            experts_per_token=per_token,
-            layers=self.layers(count),
-            chunk=self.positive("attention_chunk_size", 8192),
-            rope=self.rope(500000.0),
-            rms_norm_eps=self.number("rms_norm_eps", 1e-5),
-            qk_norm=bool(self.data.get("use_qk_norm", True)),
-            temperature_tuning=bool(self.data.get("attn_temperature_tuning", True)),
-            floor_scale=self.positive("floor_scale", 8192),
-            attn_scale=self.number("attn_scale", 0.1),
-            tied_embeddings=tied,
-            max_positions=self.positive("max_position_embeddings", 131072),
+
+def _vision(section: Section) -> VisionConfig:
+    config = VisionConfig(
+        hidden_size=section.positive("hidden_size", 768),
+        layers=section.positive("num_hidden_layers", 34, MOST_LAYERS),
+        heads=section.positive("num_attention_heads", 16),
+        ffn=section.positive("intermediate_size", 5632),
+        channels=section.positive("num_channels", 3),
+        image_size=section.positive("image_size", 448),
+        patch_size=section.positive("patch_size", 14),
+        shuffle=section.real("pixel_shuffle_ratio", 0.5),
+        adapter_in=section.positive("projector_input_dim", 4096),
+        adapter_out=section.positive("projector_output_dim", 4096),
+        rope_theta=_rope(section, 10000.0, 1).theta,
+    )
+    section.must_be("hidden_act", "gelu", ("gelu",))
+    section.must_be("vision_output_dim", 7680, (config.adapter_out,))
+    section.must_be("vision_feature_select_strategy", "default", ("default", "full"))
+    section.must_be("multi_modal_projector_bias", False, (False,))
+    section.must_be("num_channels", 3, (3,))
+    section.ignored_in_inference()
+    if not 0 < config.shuffle <= 1:
+        section.refuse("pixel_shuffle_ratio", f"{config.shuffle} is not a share", "above 0 and at most 1")
+    elif round(config.hidden_size / config.shuffle**2) != config.ffn:
+        section.refuse(
+            "intermediate_size",
+            f"{config.ffn} is not what pixel shuffle gives the adapter",
+            f"hidden_size / pixel_shuffle_ratio^2 = {round(config.hidden_size / config.shuffle**2)}",
         )
-
-    def layers(self, count: int) -> tuple[Layer, ...]:
-        interval = self.positive("no_rope_layer_interval", 4)
-        step = self.positive("interleave_moe_layer_step", 1)
-        rope = self.entries("no_rope_layers", int) or [int((i + 1) % interval != 0) for i in range(count)]
-        kinds = self.entries("layer_types", str) or ["chunked_attention" if r else "full_attention" for r in rope]
-        listed = self.entries("moe_layers", int)
-        moe = set(range(step - 1, count, step) if self.data.get("moe_layers") is None else listed or ())
-        if len(rope) < count or len(kinds) < count:
-            self.refuse("no_rope_layers", f"{len(rope)} entries for {count} layers", "an entry per layer")
-            return ()
-        if unknown := set(kinds) - {"chunked_attention", "full_attention"}:
-            self.refuse("layer_types", f"{sorted(unknown)}", "'chunked_attention' or 'full_attention'")
-        if outside := [i for i in moe if not 0 <= i < count]:
-            self.refuse("moe_layers", f"layers {outside} do not exist", f"indices below {count}")
-        return tuple(Layer(bool(rope[i]), kinds[i] == "chunked_attention", i in moe) for i in range(count))
-
-    def rope(self, theta: float) -> Rope:
-        data = {**self.mapping("rope_scaling"), **self.mapping("rope_parameters")}
-        scaling = _Reader({"rope_theta": self.data.get("rope_theta", theta), **data}, self.where, self.problems)
-        theta = scaling.number("rope_theta", theta)
-        kind = data.get("rope_type", data.get("type", "default"))
-        if kind == "default":
-            return Rope("default", theta)
-        if kind != "llama3":
-            self.refuse("rope_parameters.rope_type", f"{kind!r} is not supported", "'default' or 'llama3'")
-            return Rope("default", theta)
-        missing = [
-            key
-            for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            if key not in data
-        ]
-        if missing:
-            self.refuse("rope_parameters", f"llama3 scaling without {', '.join(missing)}", "all four values")
-            return Rope("default", theta)
-        return Rope(
-            "llama3",
-            theta,
-            scaling.number("factor", 1.0),
-            scaling.number("low_freq_factor", 1.0),
-            scaling.number("high_freq_factor", 1.0),
-            scaling.positive("original_max_position_embeddings", 8192),
+    if config.hidden_size % (4 * config.heads):
+        section.refuse(
+            "num_attention_heads", f"{config.heads} heads for hidden_size {config.hidden_size}", "4n per head"
         )
-
-    def vision(self) -> VisionConfig:
-        config = VisionConfig(
-            hidden_size=self.positive("hidden_size", 768),
-            layers=self.positive("num_hidden_layers", 34),
-            heads=self.positive("num_attention_heads", 16),
-            ffn=self.positive("intermediate_size", 5632),
-            channels=self.positive("num_channels", 3),
-            image_size=self.positive("image_size", 448),
-            patch_size=self.positive("patch_size", 14),
-            shuffle=self.number("pixel_shuffle_ratio", 0.5),
-            adapter_in=self.positive("projector_input_dim", 4096),
-            adapter_out=self.positive("projector_output_dim", 4096),
-            rope_theta=self.rope(10000.0).theta,
-        )
-        self.must_be("hidden_act", "gelu", ("gelu",))
-        self.must_be("vision_output_dim", config.adapter_out, (config.adapter_out,))
-        if not 0 < config.shuffle <= 1:
-            self.refuse("pixel_shuffle_ratio", f"{config.shuffle} is not a share", "above 0 and at most 1")
-        elif round(config.hidden_size / config.shuffle**2) != config.ffn:
-            self.refuse(
-                "intermediate_size",
-                f"{config.ffn} is not what pixel shuffle gives the adapter",
-                f"hidden_size / pixel_shuffle_ratio^2 = {round(config.hidden_size / config.shuffle**2)}",
-            )
-        if config.adapter_in != config.adapter_out:
-            self.refuse("projector_input_dim", f"{config.adapter_in} is not projector_output_dim", "equal widths")
-        if config.image_size % config.patch_size:
-            self.refuse("patch_size", f"{config.patch_size} does not divide {config.image_size}", "a divisor")
-        return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArrieroError(f"not valid JSON ({error})", where=str(path), remedy=REFETCH) from error
-    if not isinstance(data, dict):
-        raise ArrieroError("not a JSON object", where=str(path), expected="an object of settings", remedy=REFETCH)
-    return data
+    if config.adapter_in != config.adapter_out:
+        section.refuse("projector_input_dim", f"{config.adapter_in} is not projector_output_dim", "equal widths")
+    if config.image_size % config.patch_size:
+        section.refuse("patch_size", f"{config.patch_size} does not divide {config.image_size}", "a divisor")
+    return config

@@ -44,7 +44,8 @@ def encode(sample: Sample, processor: Processor) -> Row:
     """A whole conversation as one row."""
     prompt = processor.encode(sample.conversation, sample.images)
     ids = torch.from_numpy(prompt.input_ids)
-    said = mark_answers(prompt.input_ids, processor.tokenize(ANSWER_OPENS), int(processor.tokenize(ANSWER_ENDS)[0]))
+    opens, ends = (processor.tokenize(text, special_tokens=True) for text in (ANSWER_OPENS, ANSWER_ENDS))
+    said = mark_answers(prompt.input_ids, opens, int(ends[0]))
     targets = torch.where(torch.from_numpy(said), ids, IGNORED)
     tiles = None if prompt.pixel_values is None else torch.from_numpy(prompt.pixel_values)
     return Row(ids, torch.cat([targets[1:], torch.tensor([IGNORED])]), tiles)

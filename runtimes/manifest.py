@@ -17,6 +17,7 @@ from arriero.errors import ArrieroError
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.inside import climbs_out
 from arriero.runtimes.typed_json import decode
+from arriero.strict_json import read_json_object
 
 FORMAT = 3
 FILE = "manifest.json"
@@ -306,13 +307,7 @@ def _read_json(bundle: Path, path: Path) -> dict[str, Any]:
         if bundle.name.endswith(".partial"):
             remedy = "This build was not finished: run `arriero build` again"
         raise ArrieroError(f"the bundle has no {FILE}", where=str(bundle), remedy=remedy)
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ArrieroError(f"the manifest is not valid JSON ({error})", where=str(path), remedy=COPY_AGAIN) from None
-    if not isinstance(raw, dict):
-        raise ArrieroError("the manifest is not a JSON object", where=str(path), remedy=COPY_AGAIN)
-    return raw
+    return read_json_object(path, COPY_AGAIN)
 
 
 def _check_names(files: Mapping[str, FileRecord], where: str) -> None:

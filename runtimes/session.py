@@ -22,7 +22,7 @@ from arriero.runtimes.check_prompt import check_prompt
 from arriero.runtimes.engine import Engine
 from arriero.runtimes.generation import Answer, Generation, Stream
 from arriero.runtimes.processor.chat import Message
-from arriero.runtimes.processor.images import Images, as_list
+from arriero.runtimes.processor.pictures import Images, as_list
 from arriero.runtimes.processor.processor import Processor, Prompt
 from arriero.runtimes.settings import AnswerSettings, Settings, read_settings
 from arriero.runtimes.steps import append_tokens, check_finite, read_piece
@@ -123,10 +123,13 @@ class Session:
 
     # --- below: one step at a time
 
-    def encode(self, prompt: PromptLike, images: Images = None) -> Prompt:
-        """Give the ids and tiles of `prompt`. Raises `ArrieroError` for ones that the model cannot read."""
+    def encode(self, prompt: PromptLike, images: Images = None, *, special_tokens: bool = False) -> Prompt:
+        """Give the ids and tiles of `prompt`; `special_tokens` as `Processor.encode` takes it.
+
+        Raises `ArrieroError` for ones that the model cannot read.
+        """
         if not isinstance(prompt, Prompt):
-            prompt = self.processor.encode(prompt, images)
+            prompt = self.processor.encode(prompt, images, special_tokens=special_tokens, context=self.context)
         elif as_list(images):
             raise ArrieroError("there are images beside an encoded prompt", remedy="Encode them with the prompt")
         return check_prompt(prompt, self.spec)

@@ -152,14 +152,16 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(["x", "--image", "gone.png"], "no such image", "gone.png", "Check the path", id="no-file"),
         pytest.param(["x", "--image", "."], "not a readable image", "Is a directory", "is an image", id="folder"),
         pytest.param(
-            ["<|image|> or <|image|>?", "--image", "good.png"],
+            ["<|image|> or <|image|>?", "--special-tokens", "--image", "good.png"],
             r"\d image placeholders and 1 images",
             "prompt",
             "Give one image per",
             id="too-few-images",
         ),
-        pytest.param(["<|image|>?"], "1 image placeholders and 0", "prompt", "Give one image per", id="no-images"),
-        pytest.param(["<|patch|>"], "placeholder", "ids|prompt", "", id="model-s-own-placeholder"),
+        pytest.param(
+            ["<|image|>?", "--special-tokens"], "1 image placeholders and 0", "prompt", "Give one", id="no-images"
+        ),
+        pytest.param(["<|patch|>", "--special-tokens"], "placeholder", "ids|prompt", "", id="model-s-own-placeholder"),
         pytest.param([""], "prompt is empty", "prompt", "Ask", id="empty-prompt"),
         pytest.param(["-"], "prompt is empty", "prompt", "Ask", id="empty-standard-input"),
         pytest.param(["what " * 3000], "exceed the context", "at most 1024", "Shorten the prompt", id="too-long"),

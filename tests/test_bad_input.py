@@ -222,7 +222,7 @@ def tokenizer_too_large(folder: Path) -> None:
 AGAIN = "again"
 CHECKPOINTS = [
     case(content("config_missing", CONFIG, None), "missing", CONFIG, "Download config.json"),
-    case(cut("config_truncated", CONFIG, 0.5), "is not JSON", r"config.json:\d+", AGAIN),
+    case(cut("config_truncated", CONFIG, 0.5), "is not valid JSON", r"config.json:\d+", AGAIN),
     case(
         setting("config_of_another_model", CONFIG, model_type="mixtral"),
         "'mixtral'",
@@ -299,7 +299,7 @@ CHECKPOINTS = [
     case(
         cut("header_truncated", "model.safetensors", 0.001), "truncated inside its header", "model.safetensors", AGAIN
     ),
-    case(header_broken, "header is not JSON", "model.safetensors", AGAIN),
+    case(header_broken, "is not valid JSON", "model.safetensors", AGAIN),
     case(
         content("weights_are_a_pointer", "model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"),
         "Git LFS pointer",
@@ -329,7 +329,7 @@ CHECKPOINTS = [
     case(shard_missing, "00002-of-00002.safetensors is missing", INDEX, "Download"),
     case(shard_truncated, "truncated", "model-00002", AGAIN),
     case(shard_of_another_download, "does not hold", INDEX, "download them together"),
-    case(index_broken, "is not JSON", INDEX, AGAIN),
+    case(index_broken, "is not valid JSON", INDEX, AGAIN),
     case(two_sets_of_weights, "has both", "scout", "Remove the one"),
     case(no_weights, "no weights found", "scout", "safetensors layout"),
     case(content("tokenizer_missing", TOKENIZER, None), "tokenizer is missing", TOKENIZER, ORIGINAL),

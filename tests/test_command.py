@@ -295,16 +295,20 @@ def test_run_streams_what_json_tells(workshop, picture):
 
 
 def test_a_prompt_may_say_where_its_pictures_are(workshop, picture):
-    """As a session takes it; pictures that the prompt does not place come before it."""
+    """Only where special tokens are asked for; otherwise pictures come before it, and what it spells is text."""
     bundle = workshop / "bundles" / "fp32"
-    asked = ("run", bundle, "--json", "--max-tokens", "3", "--image", picture)
+    plain = ("run", bundle, "--json", "--max-tokens", "3", "--image", picture)
+    asked = (*plain, "--special-tokens")
     placed = arriero(*asked, "What is in <|image|> here?")
     assert placed.code == 0, placed.err
     with package.load(bundle) as session:
-        by_hand = session.generate("What is in <|image|> here?", [picture], max_tokens=3)
+        prompt = session.encode("What is in <|image|> here?", [picture], special_tokens=True)
+        by_hand = session.generate(prompt, max_tokens=3)
     assert placed.json["token_ids"] == by_hand.token_ids
     first, before = arriero(*asked, "Here?"), arriero(*asked, "<|image|>Here?")
     assert first.json["token_ids"] == before.json["token_ids"]
+    typed = arriero(*plain, "<|image|>Here?")
+    assert typed.json["prompt_tokens"] > before.json["prompt_tokens"]
     refused = arriero(*asked, "Is <|image|> like <|image|>?")
     assert (refused.code, "2 image placeholders and 1 images were given" in refused.err) == (2, True)
 

@@ -20,6 +20,7 @@ from arriero.profiles.recipe import Profile
 from arriero.profiles.schemes import Chosen
 from arriero.runtimes.manifest import Choice, ChosenScheme
 from arriero.runtimes.typed_json import decode
+from arriero.strict_json import read_json_object
 
 CHOICE = "choice.json"
 Shapes = Mapping[str, tuple[int, ...]]
@@ -76,7 +77,7 @@ def read_choice(folder: Path) -> Choice | None:
     """What was chosen for the profile whose roundings lie in `folder`; None where nothing was left to choice."""
     path = folder / CHOICE
     remedy = "Delete the folder and calibrate again"
-    return decode(Choice, json.loads(path.read_text()), str(path), remedy) if path.is_file() else None
+    return decode(Choice, read_json_object(path, remedy), str(path), remedy) if path.is_file() else None
 
 
 def decided(profile: Profile, folder: Path) -> Profile:

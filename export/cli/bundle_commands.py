@@ -15,7 +15,7 @@ from arriero.export.cli.options import SEED, BundleFolder, Json, SampleCount, Se
 
 if TYPE_CHECKING:
     from arriero.export.build_file.schema import Cases
-    from arriero.runtimes.processor.images import ImageLike
+    from arriero.runtimes.processor.pictures import ImageLike
     from arriero.runtimes.proof.report import ParityReport
 
 
@@ -145,7 +145,13 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text.")] = None,
     stop_token_id: Annotated[list[int] | None, typer.Option(help="End the answer with this token.")] = None,
     special_tokens: Annotated[
-        bool, typer.Option("--special-tokens", help="Leave control tokens in the answer.")
+        bool,
+        typer.Option(
+            "--special-tokens", help="Control tokens in the prompt are what they say, and <|image|> places a picture."
+        ),
+    ] = False,
+    show_special_tokens: Annotated[
+        bool, typer.Option("--show-special-tokens", help="Leave control tokens in the answer.")
     ] = False,
     logprobs: Annotated[
         int | None, typer.Option(help="With --json: each token's log-probability, and so many likeliest.", min=0)
@@ -153,7 +159,7 @@ def run(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Ask a bundle and stream its answer. Pictures come before the text, or where it says <|image|>.
+    """Ask a bundle and stream its answer. Pictures come before the text.
 
     arriero run bundles/portable-int8 "What is 17 + 25?"
 
@@ -171,8 +177,7 @@ def run(
     pictures += (frame for path in video or () for frame in read_video(path, frames))
     with load(bundle, threads) as session:
         stream = session.generate(
-            text,
-            pictures,
+            session.encode(text, pictures, special_tokens=special_tokens),
             stream=True,
             max_tokens=max_tokens,
             temperature=temperature,
@@ -185,7 +190,7 @@ def run(
             seed=seed,
             stop=stop or (),
             stop_token_ids=stop_token_id or (),
-            skip_special_tokens=not special_tokens,
+            skip_special_tokens=not show_special_tokens,
             logprobs=logprobs,
         )
         for piece in stream:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from arriero.runtimes.typed_json import decode
+from arriero.strict_json import read_json_object
 
 PART = "part.json"
 T = TypeVar("T")
@@ -22,4 +23,5 @@ def write_part(part: Any, folder: Path) -> str:
 def read_part(kind: type[T], folder: Path) -> T:
     """The part of type `kind` that the stage in `folder` left. Raises ArrieroError where it does not fit."""
     path = folder / PART
-    return decode(kind, json.loads(path.read_text()), str(path), "Delete the folder and build again")
+    remedy = "Delete the folder and build again"
+    return decode(kind, read_json_object(path, remedy), str(path), remedy)

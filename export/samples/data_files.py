@@ -14,12 +14,11 @@ from typing import Any
 
 from arriero.errors import ArrieroError, MachineLacks, Problems, nearest
 from arriero.export.samples.image_folder import read_folder
-from arriero.runtimes.processor.images import read_image
-from arriero.runtimes.processor.video import read_video
+from arriero.runtimes.processor.pictures import read_image
+from arriero.runtimes.processor.video import FRAMES, read_video
 from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.runtimes.proof.scorers import SAME_ANSWER
 
-FRAMES = 8  # of a video whose entry does not say `num_frames`; what a session takes
 EXAMPLE = '{"prompt": "What is 17 + 25?", "answer": "42"}'
 ROLES = ("system", "user", "assistant")
 ENTRIES = {"text": ("type", "text"), "image": ("type", "path"), "video": ("type", "path", "num_frames")}

@@ -1,28 +1,76 @@
-"""The hash over a set of files, with the hashes of unchanged ones remembered."""
+"""The hash over a set of files, with the hashes of unchanged ones remembered.
+
+It is the one time that a build reads every byte of a checkpoint, so the weights are checked on the way.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
+
+from arriero.errors import ArrieroError, Problems
+from arriero.graphs.sources.finite import first_nonfinite, not_finite
+from arriero.graphs.sources.weight_source import WeightSource
+
+BLOCK = 1 << 24  # bytes, a multiple of every dtype's size
 
 
-def content_hash(files: Sequence[Path], memo: Path | None = None) -> str:
-    """The sha256 over all `files`; per-file hashes are remembered in `memo` by path, size, time of change and inode."""
+def content_hash(files: Sequence[Path], memo: Path | None = None, weights: Iterable[WeightSource] = ()) -> str:
+    """The sha256 over all `files`; those of each are remembered in `memo` by path, size, time of change and inode.
+
+    Raises `Problems` for values of `weights` that are NaN or infinite, in the files that it does not remember.
+    """
+    placed: dict[Path, list[tuple[int, WeightSource]]] = {}
+    for source in weights:
+        if source.place is not None:
+            placed.setdefault(source.place.file, []).append((source.place.offset, source))
     known = _read_memo(memo)
     hashes: dict[str, str] = {}
     for file in files:
         key = _memo_key(file)
         if key not in known:
             known = {old: value for old, value in known.items() if not old.startswith(f"{file.absolute()}|")}
-            with file.open("rb") as stream:
-                known[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+            known[key] = _hash_file(file, placed.get(file, []))
             if memo:
                 _write_memo(memo, known)
         hashes[file.name] = known[key]
     return _combine(hashes)
+
+
+def _hash_file(file: Path, weights: list[tuple[int, WeightSource]]) -> str:
+    digest, problems, at = hashlib.sha256(), [], 0
+    with file.open("rb") as stream:
+        for offset, source in sorted(weights, key=lambda weight: weight[0]):
+            for block in _blocks(stream, offset - at):
+                digest.update(block)
+            seen, problem = 0, None
+            for block in _blocks(stream, source.nbytes):
+                digest.update(block)
+                if problem is None and (number := first_nonfinite(block, source.dtype)) is not None:
+                    problem = not_finite(source, seen * math.prod(source.shape) // source.nbytes + number)
+                seen += len(block)
+            problems += [problem] if problem else []
+            at = offset + source.nbytes
+        while block := stream.read(BLOCK):
+            digest.update(block)
+    if problems:
+        raise Problems(f"the weights in {file} are broken", problems)
+    return digest.hexdigest()
+
+
+def _blocks(stream: IO[bytes], count: int) -> Iterator[bytes]:
+    """The next `count` bytes of `stream`. Raises ArrieroError where it ends before."""
+    while count > 0:
+        block = stream.read(min(BLOCK, count))
+        if not block:
+            raise ArrieroError("the file was cut short while it was read", where=stream.name, remedy="Start again")
+        count -= len(block)
+        yield block
 
 
 def known_content_hash(files: Sequence[Path], memo: Path) -> str | None:

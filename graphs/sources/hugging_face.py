@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from arriero.errors import ArrieroError, Problems
 from arriero.graphs.names import canonical_name
 from arriero.graphs.sources.safetensors_header import NUMPY_DTYPES, REDOWNLOAD, TensorInfo, read_header, to_float32
 from arriero.graphs.sources.weight_source import FilePlace, WeightSource
+from arriero.strict_json import read_json_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -128,7 +128,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         remedy = "Give the folder that holds config.json and the safetensors files"
         raise ArrieroError(what, where=str(folder), expected="a checkpoint folder", remedy=remedy)
     path = folder / "config.json"
-    config = read_json(path, "Download config.json from the model's page into this folder")
+    config = read_json_object(path, "Download config.json from the model's page into this folder")
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         stated = f"model_type is {model_type!r}" if "model_type" in config else "model_type is missing"
@@ -150,7 +150,7 @@ def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         seen = f" (it holds {', '.join(others[:4])})" if others else ""
         remedy = "Download the checkpoint in Hugging Face safetensors layout"
         raise ArrieroError(f"no weights found{seen}", where=str(folder), expected=f"{SINGLE} or {INDEX}", remedy=remedy)
-    listed = read_json(index, REDOWNLOAD).get("weight_map")
+    listed = read_json_object(index, REDOWNLOAD).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         what = "weight_map is missing or empty"
         raise ArrieroError(what, where=str(index), expected="tensor name -> file name", remedy=REDOWNLOAD)
@@ -179,19 +179,3 @@ def _compare_with_index(index: Path, listed: dict[str, str], infos: list[TensorI
         if info.name not in listed:
             what = f"tensor {info.name} is not in the index"
             yield ArrieroError(what, where=str(info.file), expected=f"an entry in {index.name}", remedy=remedy)
-
-
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """Read a JSON object, or raise ArrieroError with the line that is none."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ArrieroError("is missing", where=str(path), remedy=remedy) from None
-    except UnicodeDecodeError:
-        raise ArrieroError("is not UTF-8 text", where=str(path), expected="JSON", remedy=REDOWNLOAD) from None
-    except json.JSONDecodeError as error:
-        where = f"{path}:{error.lineno}"
-        raise ArrieroError(f"is not JSON ({error.msg})", where=where, expected="JSON", remedy=REDOWNLOAD) from None
-    if not isinstance(content, dict):
-        raise ArrieroError("is not a JSON object", where=str(path), expected="a JSON object", remedy=remedy)
-    return content

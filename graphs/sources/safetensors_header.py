@@ -6,7 +6,6 @@ end to end. What the header promises and the file does not hold is refused, all 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from arriero.errors import ArrieroError, Problems
+from arriero.strict_json import parse_json
 
 # How numpy sees each safetensors dtype. bf16 and f8, which numpy lacks, are seen as raw bits.
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
@@ -74,10 +74,7 @@ def read_header(file: Path) -> list[TensorInfo]:
             raise ArrieroError(what, where=str(file), expected=f"more than {8 + length:,}", remedy=REDOWNLOAD)
         raw = stream.read(length)
     doubled: list[str] = []
-    try:
-        header = json.loads(raw.decode(), object_pairs_hook=lambda pairs: _no_doubles(pairs, doubled))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArrieroError(f"the header is not JSON ({error})", where=str(file), remedy=REDOWNLOAD) from None
+    header = parse_json(raw, str(file), REDOWNLOAD, lambda pairs: _no_doubles(pairs, doubled))
     if not isinstance(header, dict):
         raise ArrieroError("the header is not a JSON object", where=str(file), remedy=REDOWNLOAD)
     header.pop("__metadata__", None)

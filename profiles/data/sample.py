@@ -37,10 +37,11 @@ class Sample:
         return [part for part in self.shown if isinstance(part, np.ndarray)]
 
     @property
-    def prompt(self) -> str:
-        """What is shown, with `<|image|>` for each image, and the first question, as one text."""
-        shown = "".join(part if isinstance(part, str) else "<|image|>" for part in self.shown)
-        return shown + self.turns[0].question
+    def prompt(self) -> str | list[dict[str, Any]]:
+        """What is shown and the first question: one text, or one message where images are shown."""
+        if not self.images:
+            return "".join(map(str, self.shown)) + self.turns[0].question
+        return self.conversation[:1]
 
     @property
     def conversation(self) -> list[dict[str, Any]]:

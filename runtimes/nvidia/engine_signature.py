@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError
+from arriero.strict_json import read_json_object
 
 Shape = tuple[int, ...]
 REBUILD = "Rebuild the bundle with `arriero build`"
@@ -86,7 +86,7 @@ class Signature:
     def read(cls, path: Path) -> Signature:
         """Read `<part>.json`; what is wrong with it is an ArrieroError."""
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_json_object(path, REBUILD)
             profiles = tuple(
                 Profile(str(entry["name"]), {name: _range(ends) for name, ends in entry["ranges"].items()})
                 for entry in raw["profiles"]

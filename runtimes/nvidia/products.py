@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections import deque
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes.manifest import Manifest
 from arriero.runtimes.nvidia.cuda import Device, load_cuda
+from arriero.strict_json import read_json_object
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ def check_plugins(manifest: Manifest) -> None:
     for part in sorted(name for name in manifest.files if name.endswith(".engine")):
         described = manifest.bundle / part.replace(".engine", ".json")
         try:
-            inside = dict(json.loads(described.read_text(encoding="utf-8")).get("plugins") or {})
-        except (OSError, ValueError, AttributeError, TypeError):
+            inside = dict(read_json_object(described, "").get("plugins") or {})
+        except (ArrieroError, AttributeError, TypeError, ValueError):
             continue  # whoever loads the engine says what is wrong with the file
         for name, digest in inside.items():
             if recorded.get(name) != digest:

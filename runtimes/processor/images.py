@@ -6,9 +6,8 @@ followed by a global tile (the whole image squeezed into one) when the canvas ha
 
 from __future__ import annotations
 
-import io
-import os
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -16,14 +15,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from arriero.errors import ArrieroError
+from arriero.errors import ArrieroError, Problems
 from arriero.runtimes.backend import Floats
 
-ImageLike = Image.Image | NDArray[np.uint8] | str | os.PathLike[str] | bytes
-Images = ImageLike | Sequence[ImageLike] | None
 Size = tuple[int, int]  # height, width
+ORIGINAL = "Take the file from the original checkpoint"
+MOST_TILES = 1024  # of an image; Llama 4 takes 16
 
 
 @dataclass(frozen=True)
@@ -47,45 +46,43 @@ class Tiler:
     rescale_factor: float = 1 / 255
 
     @classmethod
-    def parse(cls, settings: Mapping[str, Any], where: str) -> Tiler:
-        """Read preprocessor settings; a value this runtime cannot honour is an `ArrieroError`."""
-        try:
-            return cls._parse(settings, where)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ArrieroError(
-                f"an image setting has the wrong shape ({error})",
-                where=where,
-                expected="the settings of a Llama 4 image processor",
-                remedy="Take the file from the original checkpoint",
-            ) from None
+    def parse(cls, settings: Any, where: str) -> Tiler:
+        """Read preprocessor settings. Raises `Problems` with every value that this runtime cannot honour."""
+        if not isinstance(settings, Mapping):
+            what = f"the image settings are a {type(settings).__name__}"
+            raise ArrieroError(what, where=where, expected="an object", remedy=ORIGINAL)
+        problems: list[ArrieroError] = []
 
-    @classmethod
-    def _parse(cls, settings: Mapping[str, Any], where: str) -> Tiler:
-        size = settings.get("size", {"height": cls.size, "width": cls.size})
-        refused = [
-            (size.get("height") != size.get("width") or not size.get("height"), f"size is {size}", "a square"),
-            (settings.get("resample", 2) != 2, f"resample is {settings.get('resample')}", "2 (bilinear)"),
-            *(
-                (settings.get(key, True) is not True, f"{key} is {settings.get(key)}", "true")
-                for key in ("do_resize", "do_rescale", "do_normalize")
-            ),
-        ]
-        for wrong, what, expected in refused:
-            if wrong:
-                raise ArrieroError(
-                    what, where=where, expected=expected, remedy="Use the image settings Llama 4 was trained with"
-                )
-        mean, std = (tuple(float(x) for x in settings.get(key, (0.5, 0.5, 0.5))) for key in ("image_mean", "image_std"))
-        if len(mean) != 3 or len(std) != 3 or not all(std):
-            raise ValueError(f"image_mean is {mean} and image_std {std}")
-        return cls(
-            size=int(size["height"]),
-            max_patches=int(settings.get("max_patches", cls.max_patches)),
-            resize_to_max_canvas=bool(settings.get("resize_to_max_canvas", cls.resize_to_max_canvas)),
-            image_mean=mean,
-            image_std=std,
-            rescale_factor=float(settings.get("rescale_factor", cls.rescale_factor)),
+        def read(key: str, default: Any, expected: str, fits: Callable[[Any], bool]) -> Any:
+            value = settings.get(key, default)
+            if fits(value):
+                return value
+            problems.append(ArrieroError(f"is {value!r}", where=f"{where}:{key}", expected=expected, remedy=ORIGINAL))
+            return default
+
+        def triple(key: str, default: tuple[float, ...], least: float | None = None) -> tuple[float, ...]:
+            value = read(
+                key, default, f"3 numbers{'' if least is None else ' above 0'}", lambda v: _is_triple(v, least)
+            )
+            return tuple(map(float, value))
+
+        for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+            read(key, True, "true", lambda value: value is True)
+        read("resample", 2, "2 (bilinear)", lambda value: type(value) is int and value == 2)
+        kinds = ("Llama4ImageProcessor", "Llama4ImageProcessorFast")
+        read("image_processor_type", kinds[0], " or ".join(kinds), lambda value: value in kinds)
+        size = read("size", {"height": cls.size, "width": cls.size}, "a square's height and width", _is_square)
+        tiler = cls(
+            size=size["height"],
+            max_patches=read("max_patches", cls.max_patches, f"1 to {MOST_TILES}", _is_tile_count),
+            resize_to_max_canvas=read("resize_to_max_canvas", False, "true or false", lambda v: isinstance(v, bool)),
+            image_mean=triple("image_mean", cls.image_mean),
+            image_std=triple("image_std", cls.image_std, 0),
+            rescale_factor=read("rescale_factor", cls.rescale_factor, "a number above 0", lambda v: _is_number(v, 0)),
         )
+        if problems:
+            raise Problems("image settings that cannot be honoured", problems)
+        return tiler
 
     def tile(self, image: Image.Image) -> Tiles:
         """Cut an RGB `image` into tiles."""
@@ -142,52 +139,22 @@ class Tiler:
         return min((g for g, s in zip(grids, scales, strict=True) if s == chosen), key=lambda g: g[0] * g[1])
 
 
-def as_list(images: Images) -> list[ImageLike]:
-    """Take one image, several, or none."""
-    if isinstance(images, str | bytes | os.PathLike | Image.Image | np.ndarray):
-        return [images]
-    return list(images) if isinstance(images, Iterable) else [] if images is None else [images]
+def _is_number(value: Any, above: float | None = None) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return number and (above is None or value > above)
 
 
-def read_image(image: ImageLike) -> Image.Image:
-    """Give `image` as RGB: a Pillow image, a path, encoded bytes, or an array uint8 [h, w, 3]."""
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise ArrieroError(
-                f"an image array is {image.dtype} {list(image.shape)}",
-                expected="uint8 [height, width, 3], red first",
-            )
-        return Image.fromarray(image)
-    if isinstance(image, Image.Image):
-        return _loaded(image, "the image")
-    name = "the image bytes" if isinstance(image, bytes) else str(image)
-    try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            return _loaded(opened, name)
-    except FileNotFoundError:
-        raise ArrieroError("there is no such image file", where=name, remedy="Check the path") from None
-    except (OSError, TypeError, ValueError, AttributeError, Image.DecompressionBombError) as error:
-        raise ArrieroError(
-            f"this is not a readable image ({error})",
-            where=name,
-            expected="a picture that Pillow reads, such as PNG or JPEG",
-            remedy="Check that the file is complete and is an image",
-        ) from None
+def _is_triple(value: Any, above: float | None) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(_is_number(each, above) for each in value)
 
 
-def _loaded(image: Image.Image, name: str) -> Image.Image:
-    if 0 in image.size:
-        raise ArrieroError(
-            f"the image is {image.width} by {image.height} pixels", where=name, expected="at least one pixel"
-        )
-    try:
-        image.load()
-        turned = ImageOps.exif_transpose(image)
-        return turned.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise whatever the parser in them does
-        raise ArrieroError(
-            f"the image is truncated or corrupt ({error})", where=name, remedy="Get a complete copy of the file"
-        ) from None
+def _is_square(value: Any) -> bool:
+    sides = (value.get("height"), value.get("width")) if isinstance(value, Mapping) else (None, None)
+    return type(sides[0]) is int and sides[0] > 0 and sides[0] == sides[1]
+
+
+def _is_tile_count(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MOST_TILES
 
 
 def _fit(height: int, width: int, room: Size) -> Size:

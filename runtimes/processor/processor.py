@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.backend import Floats, Ints, ModelSpec, VisionSpec
-from arriero.runtimes.processor.chat import ChatTemplate, Message, as_messages, expand, find_template
-from arriero.runtimes.processor.images import ImageLike, Images, Tiler, as_list, read_image
+from arriero.runtimes.backend import Floats, Ints, ModelSpec
+from arriero.runtimes.processor.chat import Message, as_messages, expand, masked, texts
+from arriero.runtimes.processor.images import Tiler
+from arriero.runtimes.processor.pictures import ImageLike, Images, as_list, read_image
+from arriero.runtimes.processor.side_files import SideFiles
+from arriero.runtimes.processor.video import MOST_FRAMES
+from arriero.runtimes.processor.vocabulary import ORIGINAL, Vocabulary
 
 IMAGE, PATCH = "<|image|>", "<|patch|>"
 IMAGE_TOKENS = (IMAGE, PATCH, "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>")
-_ORIGINAL = "Take the file from the original checkpoint"
 
 
 @dataclass(frozen=True)
@@ -29,200 +28,204 @@ class Prompt:
     input_ids: Ints
     pixel_values: Floats | None = None
 
+    def __post_init__(self) -> None:
+        ids, tiles = np.asarray(self.input_ids), self.pixel_values
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            what = f"the ids are {ids.dtype} {list(ids.shape)}"
+            raise ArrieroError(what, where="Prompt.input_ids", expected="a flat list of whole numbers")
+        object.__setattr__(self, "input_ids", ids.astype(np.int64, copy=False))
+        if tiles is not None and (np.asarray(tiles).ndim != 4 or np.asarray(tiles).dtype.kind != "f"):
+            what = f"the tiles are {np.asarray(tiles).dtype} {list(np.shape(tiles))}"
+            raise ArrieroError(what, where="Prompt.pixel_values", expected="float32 [n, 3, height, width], or None")
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A prompt's text, and the same text with control tokens only where they stand for themselves."""
+
+    text: str
+    control: str
+
 
 class Processor:
-    """The tokenizer folder of a checkpoint or bundle, at work. Safe to share between threads."""
+    """The tokenizer folder of a checkpoint or bundle, at work. Safe to share between threads.
+
+    What users write is text: `<|eot|>` in a message does not end it, and `<|image|>` takes no picture, unless the
+    caller asks for `special_tokens`.
+    """
 
     def __init__(self, folder: Path, spec: ModelSpec) -> None:
         """Read `folder` (tokenizer.json, its configs and templates) for the model `spec`."""
         self.spec = spec
-        self._tokenizer = _read_tokenizer(folder / "tokenizer.json")
-        config = _read_json(folder / "tokenizer_config.json")
-        special = {key: _token_text(value) for key, value in config.items() if key.endswith("_token")}
-        if "bos_token" not in special and spec.bos_token_id is not None:
-            special["bos_token"] = self._tokenizer.id_to_token(spec.bos_token_id)
-        template = find_template(folder, config)
-        self._template = (
-            ChatTemplate(template[0], {k: v for k, v in special.items() if v is not None}, template[1])
-            if template
-            else None
-        )
-        size = self._tokenizer.get_vocab_size()
+        self._where = str(folder / "tokenizer.json")
+        files = SideFiles.read(folder)
+        self._vocabulary = Vocabulary(folder / "tokenizer.json", files.template.text if files.template else "")
+        files.check_added_tokens(self._vocabulary)
+        self._bos = None if spec.bos_token_id is None else self._vocabulary.token(spec.bos_token_id)
+        self._template = files.chat_template(self._bos)
+        self._starts_with_bos = files.starts_with_bos
+        size = self._vocabulary.size
         if size > spec.vocab_size:
-            raise ArrieroError(
-                f"the tokenizer knows {size} tokens, the model {spec.vocab_size}",
-                where=str(folder / "tokenizer.json"),
-                remedy="The tokenizer belongs to another model: take the files of the original checkpoint",
-            )
-        unknown = [token for token in spec.eos_token_ids if self._tokenizer.id_to_token(token) is None]
-        if unknown:
-            raise ArrieroError(
-                f"the tokenizer does not know the model's closing tokens {unknown}",
-                where=str(folder / "tokenizer.json"),
-                remedy="The tokenizer belongs to another model: take the files of the original checkpoint",
-            )
+            self._refuse_tokenizer(f"the tokenizer knows {size} tokens, the model {spec.vocab_size}")
+        if unknown := [token for token in spec.eos_token_ids if self._vocabulary.token(token) is None]:
+            self._refuse_tokenizer(f"the tokenizer does not know the model's closing tokens {unknown}")
         self._tiler: Tiler | None = None
         if spec.vision is not None:
-            self._tiler = _read_tiler(folder, spec.vision.image_size)
-            self._check_image_tokens(str(folder / "tokenizer.json"))
-            _check_tile_tokens(folder / "processor_config.json", spec.vision)
+            self._tiler = files.tiler(spec.vision)
+            self._check_image_tokens()
 
-    def _check_image_tokens(self, where: str) -> None:
-        missing = [token for token in IMAGE_TOKENS if self._tokenizer.token_to_id(token) is None]
+    def _refuse_tokenizer(self, what: str) -> None:
+        remedy = "The tokenizer belongs to another model: take the files of the original checkpoint"
+        raise ArrieroError(what, where=self._where, remedy=remedy)
+
+    def _check_image_tokens(self) -> None:
+        missing = [token for token in IMAGE_TOKENS if self._vocabulary.id(token) is None]
         if missing:
             raise ArrieroError(
                 f"image tokens are missing: {', '.join(missing)}",
-                where=where,
+                where=self._where,
                 expected="the tokenizer of a Llama 4 that sees",
-                remedy=_ORIGINAL,
+                remedy=ORIGINAL,
             )
-        patch = self._tokenizer.token_to_id(PATCH)
+        patch = self._vocabulary.id(PATCH)
         if patch != self.spec.image_token_id:
             raise ArrieroError(
                 f"{PATCH} has id {patch}",
-                where=where,
+                where=self._where,
                 expected=f"{self.spec.image_token_id}, the model's image token",
-                remedy=_ORIGINAL,
+                remedy=ORIGINAL,
             )
 
-    def encode(self, prompt: str | Sequence[Message], images: Images = None) -> Prompt:
+    def encode(
+        self,
+        prompt: str | Sequence[Message],
+        images: Images = None,
+        *,
+        special_tokens: bool = False,
+        context: int | None = None,
+    ) -> Prompt:
         """Give ids and tiles for a text or a list of messages, ending where the answer begins.
 
         A plain text becomes one user message. Images are Pillow images, paths, encoded bytes or uint8 arrays
-        [h, w, 3], one or a list; each needs one image entry or `<|image|>` in the text. Without a chat template a
-        plain text is encoded as it stands.
+        [h, w, 3], one or a list; each needs one image entry, and those of a plain text come before it. Without a chat
+        template a plain text is encoded as it stands. With `special_tokens`, control tokens that the prompt spells
+        stand for themselves, and `<|image|>` for a picture: for prompts that no stranger had a hand in. A prompt of
+        more than `context` tokens (the model's limit when None) is refused before all of it is read.
         """
         pictures = as_list(images)
         if isinstance(prompt, str) and not prompt:
             raise ArrieroError("the prompt is empty", expected="some text", remedy="Ask something")
-        messages, shown = expand(as_messages(prompt, len(pictures), IMAGE), pictures, IMAGE)
+        placeholder = IMAGE if special_tokens else None
+        knows_role = self._template.knows_role if self._template is not None else bool
+        most = min(context or self._most, self._most)
+        frames = MOST_FRAMES if self.spec.vision is None else max(most // self.spec.vision.tokens_per_tile, 1)
+        wrapped = as_messages(prompt, len(pictures), placeholder)
+        messages, shown = expand(wrapped, pictures, placeholder, knows_role, frames)
         if not messages:
             raise ArrieroError("the list of messages is empty", expected="at least one message")
-        if self._template is not None:
-            return self.encode_text(self._template.render(messages), shown)
-        if not isinstance(prompt, str):
+        if self._template is None and not isinstance(prompt, str):
             raise ArrieroError(
                 "this model has no chat template, so it takes plain text only",
                 remedy="Pass one string, or add chat_template.jinja to the checkpoint and rebuild",
             )
-        text = prompt if IMAGE in prompt else IMAGE * len(shown) + prompt
-        bos = None if self.spec.bos_token_id is None else self._tokenizer.id_to_token(self.spec.bos_token_id)
-        return self.encode_text((bos or "") + text, shown)
+        rendered = self._plain_text(str(prompt), len(shown), special_tokens)
+        if self._template is not None:
+            text = self._template.render(messages)
+            rendered = _Rendered(text, text) if special_tokens else self._told_apart(text, messages)
+        return self._encode_rendered(rendered, shown, most)
 
-    def encode_text(self, text: str, images: Sequence[ImageLike] = ()) -> Prompt:
-        """Give ids and tiles for a rendered `text` whose `<|image|>`s stand for `images`, in order."""
-        if text.count(IMAGE) != len(images):
+    @property
+    def _most(self) -> int:
+        return self.spec.max_position_embeddings
+
+    def _plain_text(self, text: str, images: int, special_tokens: bool) -> _Rendered:
+        """A text without a template, behind the token that begins every text."""
+        start = (self._bos or "") if self._starts_with_bos else ""
+        start += "" if special_tokens and IMAGE in text else IMAGE * images
+        return _Rendered(start + text, start + (text if special_tokens else "\0" * len(text)))
+
+    def _told_apart(self, text: str, messages: Sequence[dict[str, object]]) -> _Rendered:
+        """The template's `text`, and where the control tokens in it are the template's own and not the users'.
+
+        The template renders the messages once more with a mask over every character that a control token may begin
+        or end with. What still spells a control token is the template's.
+        """
+        assert self._template is not None
+        ends, written = self._vocabulary.ends, set().union(*texts(list(messages)))
+        if not written & ends:
+            return _Rendered(text, text)
+        used = written | set(self._template.source.text)
+        mask = next(character for character in map(chr, range(0xE000, 0xF8FF)) if character not in used)
+        control = self._template.render([masked(message, ends, mask) for message in messages])
+        if len(text) == len(control) and all(c in (t, mask) for t, c in zip(text, control, strict=True)):
+            return _Rendered(text, control)
+        spelled, own = ([m.group() for m in self._vocabulary.control_tokens(each)] for each in (text, control))
+        if spelled == own:  # the template rewrites what users write, and no token of theirs came through
+            return _Rendered(text, text)
+        raise ArrieroError(
+            "a message spells a control token, and the chat template rewrites messages so that it cannot be told from "
+            "the template's own",
+            where=self._template.source.where,
+            remedy="Take it out of the message, or encode the prompt with special_tokens=True if it is meant",
+        )
+
+    def _encode_rendered(self, rendered: _Rendered, images: Sequence[ImageLike], most: int) -> Prompt:
+        """Give ids and tiles for a rendered text whose `<|image|>`s stand for `images`, in order."""
+        places = [match for match in self._vocabulary.control_tokens(rendered.control) if match.group() == IMAGE]
+        if len(places) != len(images):
             raise ArrieroError(
-                f"the prompt has {text.count(IMAGE)} image placeholders and {len(images)} images were given",
+                f"the prompt has {len(places)} image placeholders and {len(images)} images were given",
                 expected="as many of one as of the other",
-                remedy=f"Give one image per image entry (or {IMAGE}) of the prompt",
+                remedy=f"Give one image per image entry ({IMAGE} in a text is one with special_tokens only)",
             )
         if not images:
-            return Prompt(self.tokenize(text))
+            return Prompt(np.asarray(self._vocabulary.encode(rendered.text, rendered.control, most), np.int64))
         if self._tiler is None or self.spec.vision is None:
             raise ArrieroError(
                 "this bundle has no vision tower, so it cannot read images",
                 remedy="Build it with `modalities: [text, image]`",
             )
-        tiles = [self._tiler.tile(read_image(image)) for image in images]
-        layouts = iter(_layout(part.rows, part.columns, self.spec.vision.tokens_per_tile) for part in tiles)
-        ids = self.tokenize(re.sub(re.escape(IMAGE), lambda _: next(layouts), text))
-        pixel_values = np.concatenate([part.pixel_values for part in tiles])
-        placeholders, features = int(np.sum(ids == self.spec.image_token_id)), len(pixel_values)
-        features *= self.spec.vision.tokens_per_tile
+        per_tile = self.spec.vision.tokens_per_tile
+        if len(images) * per_tile > most:
+            raise ArrieroError(
+                f"the prompt's {len(images)} images are at least {len(images) * per_tile} tokens",
+                expected=f"at most {most} tokens together",
+                remedy="Show fewer images or frames, or build the bundle with a larger `context`",
+            )
+        ids: list[int] = []
+        tiles, start = [], 0
+        for place, image in zip(places, images, strict=True):
+            part = self._tiler.tile(read_image(image))
+            tiles.append(part.pixel_values)
+            before = slice(start, place.start())
+            ids += self._vocabulary.encode(rendered.text[before], rendered.control[before], most)
+            ids += self._layout(part.rows, part.columns, per_tile)
+            start = place.end()
+        ids += self._vocabulary.encode(rendered.text[start:], rendered.control[start:], most)
+        pixel_values = np.concatenate(tiles)
+        placeholders, features = ids.count(self.spec.image_token_id or -1), len(pixel_values) * per_tile
         if placeholders != features:
             raise ArrieroError(
                 f"the prompt has {placeholders} {PATCH} tokens and its images make {features}",
                 remedy=f"Leave {PATCH} out of the prompt: it is the model's own placeholder",
             )
-        return Prompt(ids, pixel_values)
+        return Prompt(np.asarray(ids, np.int64), pixel_values)
 
-    def tokenize(self, text: str) -> Ints:
-        """Give the ids of `text` as it stands [S]: special tokens in it are recognised, none is added."""
-        try:
-            return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
-        except TypeError:  # of a str, only one that holds half of a surrogate pair
-            raise ArrieroError(
-                "the prompt holds what is no character", expected="text that can be written as UTF-8"
-            ) from None
+    def _layout(self, rows: int, columns: int, tokens: int) -> Iterator[int]:
+        """Give the ids that stand for one image: its tiles row by row, then the global tile."""
+        tile = [PATCH] * tokens
+        names = ["<|image_start|>"]
+        for _ in range(rows if rows * columns > 1 else 0):
+            names += [*tile, *(["<|tile_x_separator|>", *tile] * (columns - 1)), "<|tile_y_separator|>"]
+        for name in [*names, IMAGE, *tile, "<|image_end|>"]:
+            number = self._vocabulary.id(name)
+            assert number is not None  # checked when the processor was made
+            yield number
+
+    def tokenize(self, text: str, special_tokens: bool = False) -> Ints:
+        """Give the ids of `text` as it stands [S]; control tokens in it are text unless `special_tokens`."""
+        return np.asarray(self._vocabulary.encode(text, text if special_tokens else ""), np.int64)
 
     def decode(self, ids: Sequence[int] | Ints, skip_special_tokens: bool = True) -> str:
         """Give the text of `ids`."""
-        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
-
-
-def _layout(rows: int, columns: int, tokens: int) -> str:
-    """Give the tokens that stand for one image: its tiles row by row, then the global tile."""
-    tile = PATCH * tokens
-    row = "<|tile_x_separator|>".join([tile] * columns) + "<|tile_y_separator|>"
-    parts = row * rows if rows * columns > 1 else ""
-    return f"<|image_start|>{parts}{IMAGE}{tile}<|image_end|>"
-
-
-def _read_tokenizer(path: Path) -> Tokenizer:
-    if not path.is_file():
-        raise ArrieroError("the tokenizer is missing", where=str(path), remedy=_ORIGINAL)
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ArrieroError(f"the tokenizer cannot be read ({error})", where=str(path), remedy=_ORIGINAL) from None
-    # a saved tokenizer may carry the padding and truncation of its training run, which would cut prompts silently
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def _read_tiler(folder: Path, image_size: int) -> Tiler:
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        settings = _read_json(folder / name)
-        settings = settings.get("image_processor", settings)
-        if "size" in settings or "image_mean" in settings:
-            tiler = Tiler.parse(settings, str(folder / name))
-            if tiler.size != image_size:
-                raise ArrieroError(
-                    f"tiles are {tiler.size} pixels wide",
-                    where=f"{folder / name}:size",
-                    expected=f"{image_size}, the vision tower's input",
-                    remedy=_ORIGINAL,
-                )
-            return tiler
-    raise ArrieroError(
-        "the image settings are missing",
-        where=str(folder / "preprocessor_config.json"),
-        expected="the size, image_mean and image_std of the checkpoint",
-        remedy=_ORIGINAL,
-    )
-
-
-def _check_tile_tokens(path: Path, vision: VisionSpec) -> None:
-    settings = _read_json(path)
-    patch, ratio = settings.get("patch_size"), settings.get("pixel_shuffle_ratio")
-    if patch is None or ratio is None:
-        return
-    try:
-        tokens = (vision.image_size // patch) ** 2 // round(1 / ratio**2)
-    except (TypeError, ArithmeticError):
-        tokens = 0
-    if tokens != vision.tokens_per_tile:
-        raise ArrieroError(
-            f"patch_size {patch} and pixel_shuffle_ratio {ratio} make {tokens} tokens per tile",
-            where=str(path),
-            expected=f"{vision.tokens_per_tile}, as the vision tower gives",
-            remedy=_ORIGINAL,
-        )
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArrieroError(f"this is not valid JSON ({error})", where=str(path), remedy=_ORIGINAL) from None
-    if not isinstance(content, dict):
-        raise ArrieroError("the content is no mapping", where=str(path), expected="a JSON object", remedy=_ORIGINAL)
-    return content
-
-
-def _token_text(value: Any) -> str | None:
-    return value.get("content") if isinstance(value, Mapping) else value
+        return self._vocabulary.decode(ids, skip_special_tokens)

@@ -13,7 +13,6 @@ K and N as in `logits.py`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +30,7 @@ from arriero.runtimes.proof.cases import ReferenceCase
 from arriero.runtimes.proof.logits import SampledLogits, WholeLogits
 from arriero.runtimes.proof.parity_case import ParityCase, map_pictures
 from arriero.runtimes.proof.sketch import SketchedArray
+from arriero.strict_json import read_json_object
 from arriero.thresholds import AnswerMode
 
 FORMAT = 1
@@ -71,14 +71,13 @@ class ReferenceRecord:
                 expected=f"a folder with {FILE}",
                 remedy="Give the folder that a build published as `reference-...`, or the `reference` of a bundle",
             )
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ArrieroError(f"the record is not valid JSON ({error})", where=str(path), remedy=_AGAIN) from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT or not all(key in data for key in KEYS):
-            number = data.get("format") if isinstance(data, dict) else None
+        data = read_json_object(path, _AGAIN)
+        if data.get("format") != FORMAT or not all(key in data for key in KEYS):
             raise ArrieroError(
-                f"the record has format {number!r}", where=str(path), expected=f"format {FORMAT}", remedy=_AGAIN
+                f"the record has format {data.get('format')!r}",
+                where=str(path),
+                expected=f"format {FORMAT}",
+                remedy=_AGAIN,
             )
         problems = [problem for name in data["files"] if (problem := _damage(folder, name, data["files"][name]))]
         if problems:

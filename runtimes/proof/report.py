@@ -18,6 +18,7 @@ from arriero.errors import ArrieroError, is_full
 from arriero.runtimes.manifest import Fallback
 from arriero.runtimes.proof.paired import Pairs
 from arriero.runtimes.proof.rows import Row
+from arriero.strict_json import read_json_object
 from arriero.thresholds import AnswerMode
 
 FORMAT = 2
@@ -140,12 +141,7 @@ def write_json(report: ParityReport, path: Path) -> None:
 
 def read_json(path: Path) -> ParityReport:
     """Read what `write_json` wrote. Raises ArrieroError when the file is missing or is no parity report."""
-    try:
-        return ParityReport.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
-    except OSError as error:
-        raise ArrieroError("the parity report cannot be read", where=str(path), remedy=_AGAIN) from error
-    except ValueError as error:
-        raise ArrieroError(f"not valid JSON ({error})", where=str(path), remedy=_AGAIN) from error
+    return ParityReport.from_dict(read_json_object(path, _AGAIN), str(path))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -175,8 +175,8 @@ RAW = {
     "html": (b"<!DOCTYPE html><html>not found</html>", "so this is no safetensors file"),
     "zero header": (bytes(16), "claims 0 bytes"),
     "cut header": ((500).to_bytes(8, "little") + b"{", "truncated inside its header: 9 bytes; expected more than 508"),
-    "not json": ((5).to_bytes(8, "little") + b"{'a'}", "header is not JSON"),
-    "not text": ((4).to_bytes(8, "little") + b"\xff\xfe\xfd\xfc", "header is not JSON"),
+    "not json": ((5).to_bytes(8, "little") + b"{'a'}", "is not valid JSON"),
+    "not text": ((4).to_bytes(8, "little") + b"\xff\xfe\xfd\xfc", "is not UTF-8 text"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer.*git lfs pull"),
 }
 
@@ -209,7 +209,7 @@ def test_all_header_problems_at_once(tmp_path):
 FOLDERS = {
     "no folder": (lambda f: f.rename(f.with_name("moved")), "there is no such folder; expected a checkpoint folder"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: is missing. Download config.json"),
-    "config not json": (lambda f: (f / "config.json").write_text('{\n"a": }'), "config.json:2: is not JSON"),
+    "config not json": (lambda f: (f / "config.json").write_text('{\n"a": }'), "config.json:2: is not valid JSON"),
     "config not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "config.json: is not UTF-8 text"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: is not a JSON object"),
     "other model": (
@@ -220,7 +220,7 @@ FOLDERS = {
     "no weights": (lambda f: (f / INDEX).unlink(), r"no weights found \(it holds model-00001.*Hugging Face safetens"),
     "both layouts": (lambda f: save_file({}, f / "model.safetensors"), "has both model.safetensors and model.safet"),
     "empty index": (lambda f: (f / INDEX).write_text('{"weight_map": {}}'), "weight_map is missing or empty"),
-    "index not json": (lambda f: (f / INDEX).write_text("{"), "index.json:1: is not JSON"),
+    "index not json": (lambda f: (f / INDEX).write_text("{"), "index.json:1: is not valid JSON"),
     "missing shard": (
         lambda f: (f / "model-00002-of-00002.safetensors").unlink(),
         r"shard model-00002-of-00002.safetensors is missing \(2 tensors\). Download model-00002",

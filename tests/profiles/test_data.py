@@ -19,7 +19,7 @@ def test_the_same_seed_gives_the_same_samples_and_another_does_not(family):
         assert left.turns == right.turns
         assert left.prompt == right.prompt
         assert all(np.array_equal(a, b) for a, b in zip(left.images, right.images, strict=True))
-    assert [s.prompt + s.answer for s in first] != [s.prompt + s.answer for s in other] or family in IMAGE_FAMILIES
+    assert [(s.prompt, s.answer) for s in first] != [(s.prompt, s.answer) for s in other] or family in IMAGE_FAMILIES
     if family in IMAGE_FAMILIES:
         assert any(not np.array_equal(a.images[0], b.images[0]) for a, b in zip(first, other, strict=True))
 
@@ -27,7 +27,9 @@ def test_the_same_seed_gives_the_same_samples_and_another_does_not(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_splits_are_different_streams(family):
     trained, held_out = make(family, 20, 1, "train"), make(family, 20, 1)
-    shown = [[(s.prompt, *(image.tobytes() for image in s.images)) for s in split] for split in (trained, held_out)]
+    shown = [
+        [(str(s.prompt), *(image.tobytes() for image in s.images)) for s in split] for split in (trained, held_out)
+    ]
     assert shown[0] != shown[1]
 
 

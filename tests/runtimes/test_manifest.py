@@ -93,10 +93,10 @@ def test_missing_and_unreadable_manifests(copy, tmp_path):
     path = copy / "manifest.json"
     whole = path.read_text()
     path.write_text(whole[: len(whole) // 2])
-    with pytest.raises(ArrieroError, match=r"manifest is not valid JSON.*Copy the bundle again"):
+    with pytest.raises(ArrieroError, match=r"manifest.json:1: is not valid JSON.*Copy the bundle again"):
         arriero.load(copy)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ArrieroError, match="manifest is not valid JSON"):
+    with pytest.raises(ArrieroError, match=r"manifest.json: is not UTF-8 text"):
         arriero.load(copy)
     path.write_text("[1]")
     with pytest.raises(ArrieroError, match="not a JSON object"):
@@ -161,8 +161,8 @@ def test_another_processor_is_refused_and_its_synonym_is_not(copy, monkeypatch):
     ("name", "content", "sentence"),
     [
         ("tokenizer.json", "{}", "the tokenizer cannot be read"),
-        ("tokenizer_config.json", "{", "not valid JSON"),
-        ("tokenizer_config.json", "[]", "no mapping"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json:1: is not valid JSON"),
+        ("tokenizer_config.json", "[]", "is not a JSON object"),
         ("chat_template.jinja", "{% if %}", "chat template is broken at line 1"),
         (
             "processor_config.json",
@@ -171,8 +171,16 @@ def test_another_processor_is_refused_and_its_synonym_is_not(copy, monkeypatch):
         ),
         ("preprocessor_config.json", "{}", "image settings are missing"),
         ("preprocessor_config.json", '{"size": {"height": 28, "width": 56}}', "expected a square"),
-        ("preprocessor_config.json", '{"size": {"height": 28, "width": 28}, "resample": 3}', "resample is 3"),
-        ("preprocessor_config.json", '{"size": {"height": 28, "width": 28}, "do_resize": false}', "do_resize is False"),
+        (
+            "preprocessor_config.json",
+            '{"size": {"height": 28, "width": 28}, "resample": 3}',
+            "resample: is 3",
+        ),
+        (
+            "preprocessor_config.json",
+            '{"size": {"height": 28, "width": 28}, "do_resize": false}',
+            "do_resize: is F",
+        ),
     ],
 )
 def test_a_wrong_tokenizer_folder_is_refused(copy, name, content, sentence):

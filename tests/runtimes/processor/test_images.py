@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.processor.images import Tiler, read_image
+from arriero.runtimes.processor.images import Tiler
+from arriero.runtimes.processor.pictures import read_image
 from arriero.runtimes.processor.video import read_video
 
 

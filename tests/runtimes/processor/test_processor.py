@@ -8,7 +8,6 @@ from tokenizers import Tokenizer, decoders, models
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes.backend import ModelSpec
-from arriero.runtimes.processor.chat import ChatTemplate
 from arriero.runtimes.processor.detokenize import Detokenizer, Piece
 from arriero.runtimes.processor.processor import Processor
 from tests.runtimes.conftest import SPECIALS, model_entry, write_tokenizer
@@ -44,15 +43,17 @@ def test_messages_go_through_the_template(processor):
 def test_images_stand_first_unless_the_text_says_where(processor):
     assert text_of(processor, processor.encode("what?", [square, square])) == f"{START}{ONE}{ONE}what?{END}"
     assert text_of(processor, processor.encode("what?", np.asarray(square))) == f"{START}{ONE}what?{END}"
-    assert text_of(processor, processor.encode("a<|image|>b", square)) == f"{START}a{ONE}b{END}"
+    placed = processor.encode("a<|image|>b", square, special_tokens=True)
+    assert text_of(processor, placed) == f"{START}a{ONE}b{END}"
 
 
 def test_tiles_of_a_large_image_are_laid_out_in_rows(processor):
-    prompt = processor.encode("<|image|>", [Image.new("RGB", (56, 56))])
+    shown = [{"role": "user", "content": [{"type": "image"}]}]
+    prompt = processor.encode(shown, [Image.new("RGB", (56, 56))])
     row = f"{TILE}<|tile_x_separator|>{TILE}<|tile_y_separator|>"
     assert text_of(processor, prompt) == f"{START}<|image_start|>{row}{row}<|image|>{TILE}<|image_end|>{END}"
     assert prompt.pixel_values.shape == (5, 3, 28, 28)
-    wide = processor.encode("<|image|>", [Image.new("RGB", (56, 28))])
+    wide = processor.encode(shown, [Image.new("RGB", (56, 28))])
     assert text_of(processor, wide) == f"{START}<|image_start|>{row}<|image|>{TILE}<|image_end|>{END}"
 
 
@@ -68,7 +69,7 @@ def test_images_keep_the_order_of_their_places(processor, tmp_path):
         {"role": "user", "content": [{"type": "image", "image": shade(200)}, {"type": "text", "text": "<|image|>"}]},
         {"role": "user", "content": [{"type": "video", "frames": [shade(230), shade(240)]}]},
     ]
-    prompt = processor.encode(messages, [shade(0), shade(80), shade(220)])
+    prompt = processor.encode(messages, [shade(0), shade(80), shade(220)], special_tokens=True)
     shades = np.round((prompt.pixel_values[:, 0, 0, 0] + 1) * 127.5)
     np.testing.assert_allclose(shades, [0, 40, 80, 200, 220, 230, 240], atol=1)
 
@@ -83,6 +84,9 @@ def test_images_keep_the_order_of_their_places(processor, tmp_path):
         ("a<|patch|>", [square], "5 <|patch|> tokens and its images make 4"),
         ([{"role": "user"}], [], r"messages\[0\]: a message is malformed"),
         (["a"], [], r"messages\[0\]: a message is malformed"),
+        ([{"role": "narrator", "content": "a"}], [], r"messages\[0\].role: there is no role 'narrator'"),
+        ([{"role": None, "content": "a"}], [], r"messages\[0\].role: there is no role None"),
+        (b"a", [], "the prompt is a bytes"),
         ([{"role": "user", "content": 5}], [], r"messages\[0\]: the content is malformed"),
         ([{"role": "user", "content": [{"type": "audio"}]}], [], r"content\[0\]: the entry of type 'audio'"),
         ([{"role": "user", "content": ["a"]}], [], "the entry of str is unknown"),
@@ -95,7 +99,7 @@ def test_images_keep_the_order_of_their_places(processor, tmp_path):
 )
 def test_wrong_prompts_are_refused(processor, prompt, images, sentence):
     with pytest.raises(ArrieroError, match=sentence.replace("|patch|", r"\|patch\|")):
-        processor.encode(prompt, images)
+        processor.encode(prompt, images, special_tokens=True)
 
 
 def test_a_missing_video_library_is_named(processor, monkeypatch):
@@ -127,46 +131,6 @@ def test_without_a_template_plain_text_only(tmp_path):
         assert text_of(Processor(tmp_path / "t", spec), Processor(tmp_path / "t", spec).encode("a")) == "a!"
 
 
-def test_the_template_has_its_helpers_and_its_walls(tmp_path):
-    write_tokenizer(tmp_path / "t")
-    spec = ModelSpec.parse(model_entry())
-
-    def render(template, message="x"):
-        (tmp_path / "t" / "chat_template.jinja").write_text(template)
-        processor = Processor(tmp_path / "t", spec)
-        return text_of(processor, processor.encode(message))
-
-    assert render("{{ {'a<b': 'é'} | tojson }}") == '{"a<b": "é"}'
-    assert len(render("{{ strftime_now('%Y') }}")) == 4
-    assert (
-        render("{% for i in [1, 2] %}\n  {% if i == 2 %}\n{% break %}\n  {% endif %}\n{{ i }}\n{% endfor %}") == "1\n"
-    )
-    with pytest.raises(ArrieroError, match=r"refuses these messages.*roles must alternate"):
-        render("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ArrieroError, match="refuses these messages"):
-        render("{{ messages.__class__.__mro__ }}")
-    with pytest.raises(ArrieroError, match="refuses these messages"):
-        render("{{ messages.append(1) }}")
-
-
-def test_llama4s_own_template_renders_as_in_transformers(tmp_path):
-    llama4 = pytest.importorskip("transformers.models.llama4.processing_llama4", reason="needs transformers")
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    messages = [
-        {"role": "system", "content": " be brief "},
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is 'this'?\n"}]},
-        {"role": "assistant", "content": "a <cat>"},
-        {"role": "tool", "content": {"näme": [1, "<b>"]}},
-        {"role": "user", "content": "sure?"},
-    ]
-    (expected,), _ = render_jinja_template(
-        [messages], chat_template=llama4.chat_template, add_generation_prompt=True, bos_token="<|begin_of_text|>"
-    )
-    template = ChatTemplate(llama4.chat_template, {"bos_token": "<|begin_of_text|>"}, "here")
-    assert template.render(messages) == expected
-
-
 def test_settings_may_stand_in_the_processor_config(tmp_path):
     write_tokenizer(tmp_path / "t")
     (tmp_path / "t" / "preprocessor_config.json").rename(tmp_path / "t" / "old")
@@ -195,7 +159,7 @@ def test_an_unfinished_character_shows_at_the_end_only(processor):
 
 
 def test_special_tokens_stand_apart_in_the_stream(processor):
-    ids = processor.tokenize("a<|eot|>b")
+    ids = processor.tokenize("a<|eot|>b", special_tokens=True)
     stream = Detokenizer(processor.decode)
     pieces = [stream.push(int(token)) for token in ids]
     assert pieces == [[Piece("a")], [Piece("<|eot|>", special=True)], [Piece("b")]]
@@ -205,7 +169,7 @@ def test_special_tokens_stand_apart_in_the_stream(processor):
 @pytest.mark.parametrize("skip", [True, False])
 def test_the_pieces_make_the_decoded_whole_around_a_special_token_within_a_character(processor, skip):
     ids = [int(token) for token in processor.tokenize("a😀b")]
-    ids.insert(3, int(processor.tokenize("<|eot|>")[0]))
+    ids.insert(3, int(processor.tokenize("<|eot|>", special_tokens=True)[0]))
     stream = Detokenizer(processor.decode, skip)
     pieces = [piece for token in ids for piece in stream.push(token)] + stream.flush()
     shown = "".join(piece.text for piece in pieces if not (piece.special and skip))

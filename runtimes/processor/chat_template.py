@@ -1,0 +1,163 @@
+"""A checkpoint's chat template: which one it is, and messages rendered through it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from arriero.errors import ArrieroError
+from arriero.runtimes.processor.bounded_jinja import BoundedEnvironment
+from arriero.strict_json import read_json_object
+
+ROLES = ("system", "user", "assistant", "tool", "ipython")
+MOST_SOURCE = 1_000_000  # characters; the longest templates that models come with have some ten thousand
+ORIGINAL = "Take the chat template of the original checkpoint"
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # the names under which messages bring it
+
+
+@dataclass(frozen=True)
+class TemplateSource:
+    """A template and where it stands."""
+
+    text: str
+    where: str
+
+
+class ChatTemplate:
+    """A compiled chat template with the special tokens it may name."""
+
+    def __init__(self, source: TemplateSource, special_tokens: Mapping[str, str]) -> None:
+        """Compile `source`; `special_tokens` such as bos_token are visible in it."""
+        self.source, self._special_tokens = source, dict(special_tokens)
+        self._environment = BoundedEnvironment()
+        self._environment.globals["raise_exception"] = _raise
+        self._environment.globals["strftime_now"] = _now
+        if len(source.text) > MOST_SOURCE:
+            what = f"the chat template has {len(source.text):,} characters"
+            raise ArrieroError(what, where=source.where, expected=f"at most {MOST_SOURCE:,}", remedy=ORIGINAL)
+        try:
+            self._template = self._environment.from_string(source.text)
+        except jinja2.TemplateSyntaxError as error:
+            what = f"the chat template is broken at line {error.lineno} ({error.message})"
+            raise ArrieroError(what, where=source.where, remedy=ORIGINAL) from None
+        except (RecursionError, SyntaxError, MemoryError, OverflowError) as error:
+            what = f"the chat template is nested too deeply ({error or type(error).__name__})"
+            raise ArrieroError(what, where=source.where, remedy=ORIGINAL) from None
+
+    def knows_role(self, role: Any) -> bool:
+        """Whether messages may be of this role: one that every Llama 4 knows, or that the template names."""
+        return isinstance(role, str) and (role in ROLES or re.search(f"[\"']{re.escape(role)}[\"']", self.source.text))
+
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """Give the prompt text for `messages`, ending where the assistant's answer begins."""
+        variables = {
+            **self._special_tokens,
+            "messages": [_with_reasoning(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None,
+            "documents": None,
+        }
+        try:
+            return self._environment.render(self._template, variables)
+        except Exception as error:  # a template is a stranger's program: it may fail in any way
+            raise ArrieroError(
+                f"the chat template refuses these messages ({error or type(error).__name__})",
+                where=self.source.where,
+                expected="a list of {role, content} that alternates as the model was trained",
+                remedy="Change the messages, or take the chat template of the original checkpoint",
+            ) from None
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message as Hugging Face's tools hand it to templates: no nulls, and its reasoning under every name."""
+    plain = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((plain[key] for key in _REASONING if key in plain), None)
+    return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+# --- which template a checkpoint has
+
+
+def find_template(
+    folder: Path, tokenizer_config: Mapping[str, Any], processor_config: Mapping[str, Any]
+) -> TemplateSource | None:
+    """Give the template that Hugging Face's processor or tokenizer takes of `folder`, or None when there is none.
+
+    In this order: `chat_template` of processor_config.json, chat_template.json, chat_template.jinja, then what
+    tokenizer_config.json holds; of several templates that have names, the one called default.
+    """
+    inside = processor_config.get("chat_template")
+    if inside is not None:
+        return _chosen(inside, f"{folder / 'processor_config.json'}:chat_template")
+    others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    legacy, file = folder / "chat_template.json", folder / "chat_template.jinja"
+    if legacy.is_file():
+        if others:
+            what = "chat_template.json and the folder additional_chat_templates exclude each other"
+            remedy = "Replace chat_template.json by a chat_template.jinja, or remove the folder"
+            raise ArrieroError(
+                what, where=str(folder), expected="one of them, as Hugging Face's tools do", remedy=remedy
+            )
+        content = read_json_object(legacy, ORIGINAL)
+        if content.get("chat_template") is None:
+            raise ArrieroError("holds no chat_template", where=str(legacy), remedy=ORIGINAL)
+        return _chosen(content["chat_template"], f"{legacy}:chat_template")
+    if file.is_file():
+        return TemplateSource(_read(file), str(file))
+    default = next((other for other in others if other.stem == "default"), None)
+    if default is not None:
+        return TemplateSource(_read(default), str(default))
+    inside = tokenizer_config.get("chat_template")
+    if inside is not None:
+        return _chosen(inside, f"{folder / 'tokenizer_config.json'}:chat_template")
+    if others:
+        raise ArrieroError(
+            f"there are templates for special uses only: {', '.join(other.stem for other in others)}",
+            where=str(others[0].parent),
+            expected="a chat_template.jinja, the default",
+            remedy="Copy the one that the model should be asked with to chat_template.jinja",
+        )
+    return None
+
+
+def _chosen(value: Any, where: str) -> TemplateSource:
+    """A text, or the one called default of a list of {name, template} or of a mapping."""
+    if isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value):
+        value = {entry.get("name"): entry.get("template") for entry in value}
+    if isinstance(value, Mapping):
+        if not isinstance(value.get("default"), str):
+            names = ", ".join(map(str, value)) or "none"
+            remedy = "Name the template that the model should be asked with default"
+            raise ArrieroError(
+                f"holds no template called default ({names})", where=where, expected="a default", remedy=remedy
+            )
+        value = value["default"]
+    if not isinstance(value, str):
+        raise ArrieroError(
+            f"is a {type(value).__name__}", where=where, expected="the text of a template", remedy=ORIGINAL
+        )
+    return TemplateSource(value, where)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        what = f"the chat template is not UTF-8 text (byte {error.start})"
+        raise ArrieroError(what, where=str(file), remedy=ORIGINAL) from None
+    except OSError as error:
+        raise ArrieroError(f"cannot be read ({error.strerror})", where=str(file), remedy=ORIGINAL) from None

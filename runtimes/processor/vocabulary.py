@@ -1,0 +1,127 @@
+"""A checkpoint's tokenizer, which takes control tokens for what they are only where the caller says that they stand.
+
+Control tokens are the special ones, such as `<|eot|>`, and those added tokens that the chat template writes. Elsewhere
+their letters are text like any other, as in Meta's own `ChatFormat`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from numbers import Integral
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Tokenizer
+
+from arriero.errors import ArrieroError
+from arriero.runtimes.processor.images import ORIGINAL
+
+CHARACTERS_PER_TOKEN = 16  # more than any ordinary text has
+
+
+class Vocabulary:
+    """The tokens of a tokenizer.json: texts to ids and back. Safe to share between threads."""
+
+    def __init__(self, path: Path, template: str = "") -> None:
+        """Read `path`; `template` is the source of the chat template."""
+        if not path.is_file():
+            raise ArrieroError("the tokenizer is missing", where=str(path), remedy=ORIGINAL)
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ArrieroError(f"the tokenizer cannot be read ({error})", where=str(path), remedy=ORIGINAL) from None
+        # a saved tokenizer may carry the padding and truncation of its training run, which would cut prompts silently
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        added = tokenizer.get_added_tokens_decoder()
+        special = {number for number, token in added.items() if token.special}
+        written = {
+            number
+            for number, token in added.items()
+            if token.content.strip() and token.content in template and number not in special
+        }
+        # The library can read special tokens as text, and no others.
+        tokenizer.add_special_tokens([AddedToken(added[number].content, special=True) for number in sorted(written)])
+        tokenizer.encode_special_tokens = True
+        self._where, self._tokenizer, self._skipped = str(path), tokenizer, frozenset(special)
+        self.added = {token.content: number for number, token in added.items()}
+        self._control = {added[number].content: number for number in special | written}
+        longest_first = sorted(self._control, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._control_ids = np.array(sorted(self._control.values()), np.int64)
+        ends = {token.strip()[end] for token in self._control if token.strip() for end in (0, -1)}
+        self.ends = frozenset(ends)  # the characters that control tokens begin or end with
+        self.size = tokenizer.get_vocab_size()
+
+    def id(self, token: str) -> int | None:
+        """The id of `token`, None if there is none."""
+        number: int | None = self._tokenizer.token_to_id(token)
+        return number
+
+    def token(self, number: int) -> str | None:
+        """The token of id `number`, None if there is none."""
+        text: str | None = self._tokenizer.id_to_token(number)
+        return text
+
+    def control_tokens(self, text: str) -> Iterator[re.Match[str]]:
+        """Where `text` spells control tokens."""
+        return self._pattern.finditer(text)
+
+    def encode(self, text: str, control: str = "", most: int | None = None) -> list[int]:
+        """The ids of `text`, with the control tokens that `control`, of the same length, spells at the same places.
+
+        Raises ArrieroError for what is no text, and for more than `most` tokens before all are made.
+        """
+        self._refuse_long(text, most)
+        ids: list[int] = []
+        start = 0
+        for match in self.control_tokens(control):
+            ids += self._plain(text[start : match.start()])
+            ids.append(self._control[match.group()])
+            start = match.end()
+        ids += self._plain(text[start:])
+        return ids
+
+    def _refuse_long(self, text: str, most: int | None) -> None:
+        """Refuse a text by its beginning, in time that grows with `most` and not with the text."""
+        size = (most or 0) * CHARACTERS_PER_TOKEN
+        while most is not None and size < len(text):
+            if len(self._encoded(text[:size])) > most + 1:  # the cut may have split one token in two
+                raise ArrieroError(
+                    f"the prompt's {len(text):,} characters are more than {most} tokens, the context",
+                    expected=f"at most {most} tokens together",
+                    remedy="Shorten the prompt, or build the bundle with a larger `context`",
+                )
+            size *= 2
+
+    def _plain(self, text: str) -> list[int]:
+        ids = self._encoded(text) if text else []
+        forged = np.intersect1d(np.asarray(ids, np.int64), self._control_ids)
+        if len(forged):
+            raise ArrieroError(
+                f"the tokenizer makes {self.token(int(forged[0]))!r}, a control token, of ordinary text",
+                where=self._where,
+                remedy="Leave these letters out of the prompt",
+            )
+        return ids
+
+    def _encoded(self, text: str) -> list[int]:
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:  # of a str, only one that holds half of a surrogate pair
+            raise ArrieroError(
+                "the prompt holds what is no character", expected="text that can be written as UTF-8"
+            ) from None
+        return ids
+
+    def decode(self, ids: Sequence[int] | NDArray[np.int64], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`. Raises ArrieroError for what are no ids."""
+        numbers = list(ids) if np.iterable(ids) else [ids]
+        for number in numbers:
+            if not isinstance(number, Integral) or isinstance(number, bool) or not 0 <= number < 2**32:
+                raise ArrieroError(f"{number!r} is no token id", expected="whole numbers from 0")
+        kept = [int(number) for number in numbers if not (skip_special_tokens and int(number) in self._skipped)]
+        text: str = self._tokenizer.decode(kept, skip_special_tokens=False)
+        return text
