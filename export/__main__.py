@@ -15,6 +15,15 @@ from typing import NoReturn
 from arriero.errors import ArrieroError, MachineLacks
 
 STOPPED = 130
+# What brings a module that a device needs; all others are for building.
+EXTRAS = {
+    **dict.fromkeys(("rich", "typer"), "arriero"),
+    "onnxruntime": "arriero[onnxruntime]",
+    **dict.fromkeys(("tvm", "tvm_ffi"), "arriero[tvm]"),
+    **dict.fromkeys(("tensorrt", "cuda"), "arriero[tensorrt]"),
+    "tensorrt_rtx": "arriero[tensorrt-rtx]",
+    "av": "arriero[video]",
+}
 
 
 def main() -> None:
@@ -49,8 +58,9 @@ def main() -> None:
 def _what_lacks(error: BaseException) -> ArrieroError | None:
     """What the machine lacks when `error` says so; None for any other."""
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("arriero"):
-        remedy = "Install what the command needs with `pip install 'arriero[export]'`"
-        return MachineLacks(f"the package {error.name} is not installed", remedy=remedy)
+        name = (error.name or "").partition(".")[0]
+        remedy = f"Install what the command needs with `pip install '{EXTRAS.get(name, 'arriero[export]')}'`"
+        return MachineLacks(f"the package {name} is not installed", remedy=remedy)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return MachineLacks("the disk is full", where=error.filename, remedy="Free some space and try again")
     return None

@@ -47,6 +47,7 @@ def copy_tokenizer(checkpoint: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for name in SIDE_FILES:
         if (checkpoint / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(checkpoint / name, folder / name)
 
 

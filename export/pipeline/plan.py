@@ -19,6 +19,7 @@ from arriero.export.compile.cpus import NATIVE, parse_cpu
 from arriero.export.machine.budget import available_memory, check_budget, free_disk, human_bytes
 from arriero.export.machine.doctor import installed_versions
 from arriero.export.pipeline.check_fit import check_fit, check_schemes
+from arriero.export.pipeline.ignored_files import ignored_files
 from arriero.export.pipeline.record_plan import answer_mode, record_bytes, record_inputs, record_memory, walk_bytes
 from arriero.export.pipeline.resolution import weak_thresholds
 from arriero.export.pipeline.sources import source_hash
@@ -230,7 +231,7 @@ def make_plan(build: BuildConfig) -> Plan:
         disk_available=free_disk(build.output),
         disk_budget=build.budgets.disk,
         gpu_budget=build.budgets.gpu_memory,
-        warnings=_warnings(build, profiles),
+        warnings=(*_warnings(build, profiles), *ignored_files(build.model)),
     )
 
 

@@ -37,6 +37,8 @@ def write_junit(report: ParityReport, path: Path, name: str = "arriero.parity") 
         properties = ET.SubElement(suite, "properties")
         for key, value in report.labels.items():
             ET.SubElement(properties, "property", name=key, value=_clean(value))
+    if report.warnings:
+        ET.SubElement(suite, "system-err").text = _clean("\n".join(report.warnings))
     for row in report.rows:
         case = ET.SubElement(suite, "testcase", classname=name, name=_clean(row.metric))
         sentence = _clean(f"{row.title}: {show(row)}{_limit(row)}. {row.detail}".rstrip(" ."))
@@ -108,6 +110,8 @@ def render_table(report: ParityReport, console: Console) -> None:
         limit = _limit(row).removeprefix(", ")
         table.add_row(Text(row.title), show(row), limit, marks[row.status], Text(row.detail))
     console.print(table)
+    for warning in report.warnings:
+        console.print(Text.assemble(("warning: ", "yellow"), warning))
     judged = sum(row.status != "info" for row in report.rows)
     if report.failed:
         console.print(Text(f"{len(report.failed)} of {judged} judged rows failed", "bold red"))

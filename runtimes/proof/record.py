@@ -32,7 +32,7 @@ from arriero.runtimes.proof.sketch import SketchedArray
 from arriero.strict_json import read_json_object
 from arriero.thresholds import AnswerMode
 
-FORMAT = 1
+FORMAT = 2
 FILE = "record.json"
 KEYS = ("format", "checkpoint", "model", "modalities", "answers", "seed", "set", "tools", "cases", "files")
 SAMPLED = ("head_ids", "head_logits", "drawn_ids", "drawn_logits", "log_sum", "rest_log_sum")
@@ -173,7 +173,7 @@ class ReferenceRecord:
 
 def _damage(folder: Path, name: str, entry: Mapping[str, Any]) -> ArrieroError | None:
     path = folder / name
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    if not path.resolve().is_relative_to(folder.resolve()):
         return ArrieroError(f"{name!r} points outside the record", where=str(folder / FILE), remedy=_AGAIN)
     if not path.is_file():
         return ArrieroError("the file is missing from the record", where=name, remedy=_AGAIN)
