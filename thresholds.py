@@ -87,6 +87,8 @@ FORCED = {
 }
 # Metrics that may name one family of tasks, as in `task_accuracy_drop.recall`.
 PER_FAMILY = tuple(name for pair in FORCED.items() for name in pair if name.startswith("task_accuracy"))
+# Below this share of right answers of the reference itself, two equal sides prove that both make the same mistakes.
+REFERENCE_FLOOR = 0.25
 OVER_RTN = "kl_over_rtn"  # a threshold that only a build, or what it recorded, can judge
 ALWAYS = {"same_prompt": 1.0, "nonfinite_values": 0.0}  # a bundle that breaks these is broken at any precision
 SETTABLE = tuple(metric for metric in METRICS if metric not in ALWAYS)

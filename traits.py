@@ -24,12 +24,23 @@ class Package:
     least: str
     needed_for: tuple[str, ...] = (BUILD, RUN)
     extra: str | None = None
+    imports: tuple[str, ...] = ()  # the modules that code of ours imports of it
     instead: str | None = None  # a distribution that may stand in its place
 
     @property
     def requirement(self) -> str:
         """What pip is to install."""
         return "arriero" if self.extra is None else f"arriero[{self.extra}]"
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of memory that a backend takes beside weights and cache, as `benchmarks/plan_accuracy.py` measures them."""
+
+    compiler: int = 0
+    runtime: int = 0
+    logit_copies: int = 3  # of a case's logits while it is measured
+    maps_weights: bool = False  # read where the file is mapped; else each is copied, a quantised one packed besides
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,7 @@ class BackendTraits:
     head_multiple: int  # its attention takes heads of a multiple of so many features
     packages: tuple[Package, ...]
     files: tuple[str, ...]  # suffixes of what each graph of a bundle becomes
+    footprint: Footprint = Footprint()
     gpus: tuple[int, ...] = ()  # compute capabilities times ten that it builds engines for
     builds_anywhere: bool = True  # else only on the GPU that will run the engines
     keeps_stored_dtype: bool = False  # it reads exact matrices in the checkpoint's own dtype
@@ -64,7 +76,7 @@ TRAITS: dict[str, BackendTraits] = {
             schemes=("exact", "int_block", "fp8", "int8_dynamic", "int8_static"),
             cache_types=("float32", "int8"),
             head_multiple=8,
-            packages=(Package("onnxruntime", "1.32", extra="onnxruntime"),),
+            packages=(Package("onnxruntime", "1.32", extra="onnxruntime", imports=("onnxruntime",)),),
             files=(".onnx",),
         ),
         BackendTraits(
@@ -74,8 +86,12 @@ TRAITS: dict[str, BackendTraits] = {
             schemes=("exact", "int_block", "fp8"),
             cache_types=("float32",),
             head_multiple=16,
-            packages=(Package("apache-tvm", "0.27", extra="tvm"), Package("apache-tvm-ffi", "0.1.14", extra="tvm")),
+            packages=(
+                Package("apache-tvm", "0.27", extra="tvm", imports=("tvm",)),
+                Package("apache-tvm-ffi", "0.1.14", extra="tvm", imports=("tvm_ffi",)),
+            ),
             files=(".so", ".json"),
+            footprint=Footprint(compiler=130 << 20, runtime=350 << 20, logit_copies=6, maps_weights=True),
             keeps_stored_dtype=True,
         ),
         BackendTraits(
@@ -84,7 +100,10 @@ TRAITS: dict[str, BackendTraits] = {
             schemes=("exact", "half", "int_block", "fp8_static", "int8_static"),
             cache_types=("float32",),
             head_multiple=1,
-            packages=(Package("tensorrt", "10.16", extra="tensorrt"), Package(*CUDA_BINDINGS, extra="tensorrt")),
+            packages=(
+                Package("tensorrt", "10.16", extra="tensorrt", imports=("tensorrt",)),
+                Package(*CUDA_BINDINGS, extra="tensorrt", imports=("cuda",)),
+            ),
             files=(".engine", ".json"),
             # as TensorRT's releases list them
             gpus=(75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121),
@@ -98,7 +117,12 @@ TRAITS: dict[str, BackendTraits] = {
             head_multiple=1,
             # NVIDIA's own package brings bindings and libraries together, in the place of the registry's two
             packages=(
-                Package("tensorrt_rtx_cu13_bindings", "1.7.1", extra="tensorrt-rtx", instead="tensorrt_rtx"),
+                Package(
+                    *("tensorrt_rtx_cu13_bindings", "1.7.1"),
+                    extra="tensorrt-rtx",
+                    imports=("tensorrt_rtx",),
+                    instead="tensorrt_rtx",
+                ),
                 Package("onnxruntime-ep-nv-tensorrt-rtx-cu13", "0.5", extra="tensorrt-rtx", instead="tensorrt_rtx"),
                 Package(*CUDA_BINDINGS, extra="tensorrt-rtx"),
             ),
@@ -112,13 +136,22 @@ BACKENDS = tuple(TRAITS)
 
 # What every build and every bundle needs, whatever the backend.
 SHARED_PACKAGES = (
-    Package("numpy", "2"),
-    Package("tokenizers", "0.21"),
-    Package("jinja2", "3.1"),
-    Package("pillow", "11"),
+    Package("numpy", "2", imports=("numpy",)),
+    Package("tokenizers", "0.21", imports=("tokenizers",)),
+    Package("jinja2", "3.1", imports=("jinja2",)),
+    Package("pillow", "11", imports=("PIL",)),
     Package("torch", "2.13", (BUILD,), "export"),
     Package("onnx", "1.23", (BUILD,), "export"),
     Package("onnx-ir", "1.1", (BUILD,), "export"),
     Package("onnxscript", "0.7.2", (BUILD,), "export"),
-    Package("av", "14", (), "video"),
+    Package("av", "14", (), "video", imports=("av",)),
 )
+# What the command is shown with.
+COMMAND_PACKAGES = (Package("rich", "14", imports=("rich",)), Package("typer", "0.16", imports=("typer",)))
+
+
+def extra_of(module: str) -> str:
+    """What pip is to install for a missing module of somebody else's; what no device needs is for building."""
+    backends = (package for traits in TRAITS.values() for package in traits.packages)
+    packages = (*backends, *SHARED_PACKAGES, *COMMAND_PACKAGES)
+    return next((package.requirement for package in packages if module in package.imports), "arriero[export]")

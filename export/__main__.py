@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from arriero.errors import UNEXPECTED, ArrieroError, MachineLacks, is_full
 from arriero.runtimes.cpu import usable_cores
+from arriero.traits import extra_of
 
 STOPPED = 130
 # What the system says of a path that a user gave, rather than of a fault of ours.
@@ -61,8 +62,9 @@ def main() -> None:
 def _what_lacks(error: BaseException) -> ArrieroError | None:
     """What the machine lacks when `error` says so; None for any other."""
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("arriero"):
-        remedy = "Install what the command needs with `pip install 'arriero[export]'`"
-        return MachineLacks(f"the package {error.name} is not installed", remedy=remedy)
+        name = (error.name or "").partition(".")[0]
+        remedy = f"Install what the command needs with `pip install '{extra_of(name)}'`"
+        return MachineLacks(f"the package {name} is not installed", remedy=remedy)
     if is_full(error):
         where = error.filename if isinstance(error, OSError) else None
         return MachineLacks("the disk is full", where=where, remedy="Free some space and try again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from arriero.errors import ArrieroError, MachineLacks
@@ -52,8 +53,10 @@ def _in_cache(model: str) -> Path:
     if not repository.is_dir():
         raise MachineLacks(f"{model} is not in the Hugging Face cache {repository.parent}", remedy=remedy)
     reference = repository / "refs" / (revision or "main")
+    _check_inside(repository, [reference], command)
     commit = reference.read_text().strip() if reference.is_file() else revision or "main"
     snapshot = repository / "snapshots" / commit
+    _check_inside(repository, [snapshot, *(sorted(snapshot.rglob("*")) if snapshot.is_dir() else ())], command)
     if not snapshot.is_dir():
         held = sorted(p.name for p in (repository / "snapshots").glob("*"))
         seen = f"; it holds {', '.join(held)}" if held else ""
@@ -62,3 +65,13 @@ def _in_cache(model: str) -> Path:
     if not (snapshot / "config.json").exists():
         raise MachineLacks(f"the download of {model} in {snapshot} is incomplete: no config.json", remedy=remedy)
     return snapshot
+
+
+def _check_inside(repository: Path, paths: Iterable[Path], command: str) -> None:
+    for path in paths:
+        if not path.resolve().is_relative_to(repository.resolve()):
+            raise ArrieroError(
+                f"{path} leads out of the cached model's folder",
+                expected=f"files in {repository}, as `hf download` leaves them",
+                remedy=f"Delete the folder {repository} and run `{command}`",
+            )

@@ -50,6 +50,7 @@ def copy_tokenizer(checkpoint: Path, folder: Path) -> list[str]:
     folder.mkdir(exist_ok=True)
     names = [name for name in SIDE_FILES if (checkpoint / name).is_file()]
     for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(checkpoint / name, folder / name)
     return names
 

@@ -144,7 +144,9 @@ def _check_compiler(target: Target) -> None:
         find_compiler(arch)
         if target.cpu not in (None, NATIVE, *NAMED) and not find_lacks(TRAITS[target.backend].packages):
             # Imported here: names of ours are known to be good, a triple only the compiler knows.
-            import_module(f"arriero.export.compile.{TRAITS[target.backend].module}").llvm_target(parse_cpu(target.cpu))
+            import_module(f"arriero.export.compile.{TRAITS[target.backend].module}").llvm_target(
+                parse_cpu(target.cpu or NATIVE)
+            )
 
 
 def _outputs(build: BuildConfig, undone: Collection[str]) -> list[ArrieroError]:

@@ -20,20 +20,23 @@ from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.kv_cache import ITEM_BYTES
 from arriero.profiles.recipe import Profile, check_shapes
 from arriero.profiles.schemes import Chosen, Exact, Half
+from arriero.runtimes.cpu import usable_cores
 from arriero.traits import TRAITS
 
 CONTEXTS = {"8k": 1 << 13, "128k": 1 << 17, "1M": 1 << 20, "10M": 10 << 20}
 CACHE_BYTES = {**ITEM_BYTES, "float16": 2, "bfloat16": 2}  # of a number in a cache of keys and values
 
-# The estimates' constants, rounded up from runs on small models.
-TOOLS_MEMORY = 1 << 30  # Python with torch, onnx and ONNX Runtime loaded, and the graphs while they are traced
-KERNELS_MEMORY = 5 * (512 << 20)  # a compiler for each instruction set and one more, at the same time
-KERNELS_DISK = 8 << 20
+# The estimates' constants, from runs on small models as `benchmarks/plan_accuracy.py` makes them.
+TRACE_MEMORY, TRACE_LAYER = 320 << 20, 4 << 20  # Python with torch and onnx, and the graph of a layer
+TOOLS_MEMORY = 420 << 20  # the same with ONNX Runtime, once graphs were traced
+COMPILER_MEMORY, COMPILERS = 170 << 20, 5  # one at work on our kernels, and how many there are to run
+KERNELS_DISK = 2 << 20
 ENGINE_MEMORY, ENGINE_COPIES = 1 << 30, 3  # a builder, and the weights: mapped, in its network, serialized
 ENGINE_DISK = 64 << 20  # the code in three engines
-GRAPH_DISK = 64 << 20  # traced and lowered graphs without weights, tokenizer, reports
+GRAPH_DISK = 16 << 20  # traced and lowered graphs without weights, tokenizer, reports
 LARGEST_PIECE = 256 << 20  # a matrix is rounded in pieces of rows; an expert is rounded whole
-PIECE_COPIES = 4  # the piece in float32, over its scales, rounded, and packed
+PIECE_COPIES = 4  # of an expert: in float32, over its scales, rounded, and packed
+FLOATS = ("f32", "bf16", "f16")  # labels of weights that are not quantised
 
 Need = tuple[int, int]  # of a stage: peak memory and disk, in bytes
 
@@ -53,20 +56,25 @@ def estimate_needs(
     walked = record_bytes(seen, case_sizes) + walk_bytes(seen.text, case_sizes)
     calibrated = estimate.walk_disk(config, sizes) + estimate.roundings_disk(calibrates, used)
     needs = {
-        "graph": (TOOLS_MEMORY, 0),
+        "graph": (TRACE_MEMORY + TRACE_LAYER * len(seen.text.layers), 0),
         "calibrate": (estimate.calibration_memory(config, used, sizes, second), calibrated),
         "reference": (record_memory(seen, used, case_sizes), walked),
     }
-    needs |= {name: (KERNELS_MEMORY, KERNELS_DISK) for name in names if name.startswith("kernels-")}
+    kernels = TOOLS_MEMORY + min(COMPILERS, usable_cores()) * COMPILER_MEMORY
+    needs |= {name: (kernels, KERNELS_DISK) for name in names if name.startswith("kernels-")}
+    table = sum(info.nbytes for info in used if info.name == EMBEDDING)
+    longest = max((size[0] for size in case_sizes), default=0)
     for target in targets:
-        lowering = (_lower_memory(used), target.weights_bytes)
+        compiler = TRAITS[target.backend].footprint.compiler
+        lowering = (_lower_memory(used) + compiler, target.weights_bytes + GRAPH_DISK)
         if target.on_gpu:  # an engine beside the weights that it is made of
             engine = ENGINE_MEMORY + ENGINE_COPIES * target.weights_bytes
             lowering = (max(lowering[0], engine), 2 * target.weights_bytes + ENGINE_DISK)
         needs[f"lower-{target.name}"] = lowering
-        needs[f"parity-{target.name}"] = (_parity_memory(target), GRAPH_DISK)
+        parity = _parity_memory(target, seen.text, table, longest)
+        needs[f"parity-{target.name}"] = (parity, GRAPH_DISK)
         # the baseline's weights lie beside the bundle's own while it is measured
-        needs[f"rtn-{target.name}"] = (max(lowering[0], _parity_memory(target)), target.weights_bytes + GRAPH_DISK)
+        needs[f"rtn-{target.name}"] = (max(lowering[0], parity), target.weights_bytes + GRAPH_DISK)
     return needs
 
 
@@ -167,15 +175,25 @@ def cache_bytes(target: Target, profile: Profile) -> int:
 
 
 def _lower_memory(used: Iterable[WeightSource]) -> int:
-    """Estimate lowering: one piece of a matrix is rounded after another."""
+    """Estimate lowering: one piece of a matrix is written after another, and one expert rounded."""
     matrices = [4 * math.prod(info.shape[-2:]) for info in used]
     experts = [4 * math.prod(info.shape[-2:]) for info in used if len(info.shape) > 2]
-    return TOOLS_MEMORY + PIECE_COPIES * max([min(max(matrices, default=0), LARGEST_PIECE), *experts])
+    largest = min(max(matrices, default=0), LARGEST_PIECE)
+    return TOOLS_MEMORY + max(largest, PIECE_COPIES * max(experts, default=0))
 
 
-def _parity_memory(target: PlannedTarget) -> int:
-    """Estimate parity: the bundle's weights (kernels repack them, so a memory map does not help) and its cache."""
-    return TOOLS_MEMORY + target.weights_bytes + target.kv_bytes
+def _parity_memory(target: PlannedTarget, text: TextConfig, table: int, longest: int) -> int:
+    """Estimate parity: one case of `longest` tokens with its cache and logits, and what the backend keeps of weights.
+
+    A backend that does not map weights keeps a copy of what it multiplies by, not of the embedding's `table`, and of
+    quantised matrices the packed form beside what it was packed from.
+    """
+    takes = TRAITS[target.backend].footprint
+    held = takes.runtime + takes.logit_copies * 4 * longest * text.vocab_size
+    held += kv_bytes(text, longest, CACHE_BYTES[target.kv_cache])
+    if not takes.maps_weights:
+        held += sum(size * (1 if label in FLOATS else 2) for label, size in target.weights.items()) - table
+    return TOOLS_MEMORY + held
 
 
 def price_context(text: TextConfig, label: str, tokens: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from arriero.export.pipeline.estimate_needs import (
     sample_sizes,
 )
 from arriero.export.pipeline.estimate_time import Work, estimate_seconds
+from arriero.export.pipeline.ignored_files import ignored_files
 from arriero.export.pipeline.planned import Plan, PlannedStage
 from arriero.export.pipeline.record_plan import answer_mode, record_bytes
 from arriero.export.pipeline.resolution import weak_thresholds
@@ -88,7 +89,7 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
         disk_available=free_disk(build.output),
         disk_budget=build.budgets.disk,
         gpu_budget=build.budgets.gpu_memory,
-        warnings=_warnings(build, profiles),
+        warnings=(*_warnings(build, profiles), *ignored_files(build.model)),
         problems=ready.problems(),
     )
     return plan if only is None else plan.only(*only)

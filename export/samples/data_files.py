@@ -15,7 +15,7 @@ from typing import Any
 from arriero.errors import ArrieroError, MachineLacks, Problems, nearest
 from arriero.export.samples.image_folder import read_folder
 from arriero.runtimes.processor.pictures import read_image
-from arriero.runtimes.processor.video import FRAMES, read_video
+from arriero.runtimes.processor.video import FRAMES, MOST_FRAMES, read_video
 from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.runtimes.proof.scorers import SAME_ANSWER
 
@@ -158,18 +158,23 @@ class _Lines:
         read: dict[str, Any] = {"type": kind, "path": self._path(entry.get("path"), f"{at}.path", kind)}
         if kind == "video":
             frames = read["num_frames"] = entry.get("num_frames", FRAMES)
-            if not isinstance(frames, int) or isinstance(frames, bool) or frames < 1:
-                self._wrong(f"{_short(frames)} is no number of frames", f"{at}.num_frames", "a whole number from 1")
+            if not isinstance(frames, int) or isinstance(frames, bool) or not 1 <= frames <= MOST_FRAMES:
+                expected = f"a whole number from 1 to {MOST_FRAMES:,}"
+                self._wrong(f"{_short(frames)} is no number of frames", f"{at}.num_frames", expected)
         return read
 
     def _path(self, value: Any, at: str, kind: str) -> str:
         text = self._text(value, at)
-        path = self.file.absolute().parent / text
+        folder = self.file.absolute().parent
+        path = folder / text
         try:
-            there = path.is_file()
-        except (OSError, ValueError):  # too long a name, or one with a zero byte
-            there = False
-        if text and not there:
+            there, inside = path.is_file(), path.resolve().is_relative_to(folder.resolve())
+        except (OSError, ValueError, RuntimeError):  # too long a name, one with a zero byte, a link to itself
+            there, inside = False, True
+        if text and not inside:
+            remedy = "Copy the file into the folder: a set is what lies there, wherever it is carried to"
+            self._wrong(f"the {kind} {_short(text)} lies outside the set's folder", at, f"a file in {folder}", remedy)
+        elif text and not there:
             near = sorted(file.name for file in path.parent.iterdir()) if path.parent.is_dir() else []
             remedy = nearest(path.name, near) or "Paths start at the folder of the JSONL file"
             self._wrong(f"there is no {kind} {_short(text)}", at, remedy=remedy)

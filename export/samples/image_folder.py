@@ -14,6 +14,15 @@ PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 def read_folder(folder: Path) -> list[ParityCase]:
     """One case for each image directly in `folder`, in the order of names. Raises ArrieroError where there is none."""
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES and file.is_file())
+    home = folder.resolve()
+    for file in files:
+        if not file.resolve().is_relative_to(home):
+            raise ArrieroError(
+                "the image is a link that leaves the folder",
+                where=str(file),
+                expected=f"a file in {folder}",
+                remedy="Copy the image into the folder",
+            )
     if not files:
         raise ArrieroError(
             "the folder holds no images",

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import wraps
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import TemplateError, nodes, pass_context
 from jinja2.environment import Template
@@ -144,6 +144,7 @@ class _Meter(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
+        assert isinstance(node.iter, nodes.Expr)
         node.iter = _hooked(node.iter, "arriero_paid_rounds")
         return node
 
@@ -159,7 +160,9 @@ class _Meter(NodeTransformer):
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
         self.generic_visit(node)
-        texts = [nodes.Const(n.data, lineno=n.lineno) if isinstance(n, nodes.TemplateData) else n for n in node.nodes]
+        texts: list[nodes.Expr] = [
+            nodes.Const(n.data, lineno=n.lineno) if isinstance(n, nodes.TemplateData) else n for n in node.nodes
+        ]
         node.nodes = [_hooked(text, "arriero_paid") for text in texts]
         return node
 
@@ -167,7 +170,7 @@ class _Meter(NodeTransformer):
 class _Generation(Extension):
     """`{% generation %}`, with which fine-tuning tools mark the assistant's words: they are rendered as they stand."""
 
-    tags: ClassVar = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  # as jinja declares it
 
     def parse(self, parser: Parser) -> nodes.Node:
         lineno = next(parser.stream).lineno

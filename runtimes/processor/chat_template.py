@@ -52,7 +52,9 @@ class ChatTemplate:
 
     def knows_role(self, role: Any) -> bool:
         """Whether messages may be of this role: one that every Llama 4 knows, or that the template names."""
-        return isinstance(role, str) and (role in ROLES or re.search(f"[\"']{re.escape(role)}[\"']", self.source.text))
+        if not isinstance(role, str):
+            return False
+        return role in ROLES or re.search(f"[\"']{re.escape(role)}[\"']", self.source.text) is not None
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """Give the prompt text for `messages`, ending where the assistant's answer begins."""

@@ -67,10 +67,10 @@ class SideFiles:
         bos = config.get("add_bos_token")
         if bos is not None and not isinstance(bos, bool):
             yield ArrieroError(f"is {bos!r}", where=f"{where}:add_bos_token", expected="true or false", remedy=ORIGINAL)
-        for key, value in IMAGE_NAMES.items():
-            if self.processor.get(key, value) != value:
+        for key, token in IMAGE_NAMES.items():
+            if self.processor.get(key, token) != token:
                 what, where = f"is {self.processor[key]!r}", f"{self.folder / PROCESSOR}:{key}"
-                yield ArrieroError(what, where=where, expected=repr(value), remedy=ORIGINAL)
+                yield ArrieroError(what, where=where, expected=repr(token), remedy=ORIGINAL)
 
     @property
     def starts_with_bos(self) -> bool:
@@ -95,10 +95,10 @@ class SideFiles:
         decoder = self.tokenizer.get("added_tokens_decoder")
         problems = []
         if isinstance(decoder, Mapping):
-            listed, name = {_token_text(token): number for number, token in decoder.items()}, TOKENIZER
+            listed, name = [(_token_text(token), number) for number, token in decoder.items()], TOKENIZER
         else:
-            listed, name = dict(self.added), ADDED
-        for token, number in listed.items():
+            listed, name = [*self.added.items()], ADDED
+        for token, number in listed:
             there = vocabulary.id(token) if isinstance(token, str) else None
             if there is None or str(there) != str(number):
                 what = f"the token {token!r} has id {number}, and in tokenizer.json {there or 'it is not there'}"

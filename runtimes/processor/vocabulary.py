@@ -120,7 +120,7 @@ class Vocabulary:
         """The text of `ids`. Raises ArrieroError for what are no ids."""
         numbers = list(ids) if np.iterable(ids) else [ids]
         for number in numbers:
-            if not isinstance(number, Integral) or isinstance(number, bool) or not 0 <= number < 2**32:
+            if not isinstance(number, Integral) or isinstance(number, bool) or not 0 <= int(number) < 2**32:
                 raise ArrieroError(f"{number!r} is no token id", expected="whole numbers from 0")
         kept = [int(number) for number in numbers if not (skip_special_tokens and int(number) in self._skipped)]
         text: str = self._tokenizer.decode(kept, skip_special_tokens=False)

@@ -58,6 +58,8 @@ def _suite(suite: Suite) -> ET.Element:
         if message is not None:
             case = ET.SubElement(element, "testcase", classname=clean(suite.name), name="build")
             ET.SubElement(case, kind, message=clean(message))
+    if report is not None and report.warnings:
+        ET.SubElement(element, "system-err").text = clean("\n".join(report.warnings))
     element.set("tests", str(len(element.findall("testcase"))))
     element.set("failures", str(sum(row.status == "fail" for row in judged)))
     element.set("errors", str(int(suite.error is not None)))

@@ -81,6 +81,8 @@ def render_table(report: ParityReport, console: Console) -> None:
         limit = show_limit(row)
         table.add_row(Text(row.title), show(row), limit, marks[row.status], Text(row.detail))
     console.print(table)
+    for warning in report.warnings:
+        console.print(Text.assemble(("warning: ", "yellow"), warning))
     judged = sum(row.status != "info" for row in report.rows)
     if report.failed:
         console.print(Text(f"{len(report.failed)} of {judged} judged rows failed", "bold red"))

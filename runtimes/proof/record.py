@@ -33,7 +33,7 @@ from arriero.runtimes.proof.sketch import SketchedArray
 from arriero.strict_json import read_json_object
 from arriero.thresholds import AnswerMode
 
-FORMAT = 1
+FORMAT = 2
 FILE = "record.json"
 KEYS = ("format", "checkpoint", "model", "modalities", "answers", "seed", "set", "tools", "cases", "files")
 SAMPLED = ("head_ids", "head_logits", "drawn_ids", "drawn_logits", "log_sum", "rest_log_sum")

@@ -19,7 +19,7 @@ from arriero.runtimes.manifest import Fallback
 from arriero.runtimes.proof.paired import Pairs
 from arriero.runtimes.proof.rows import Row
 from arriero.strict_json import read_json_object
-from arriero.thresholds import AnswerMode
+from arriero.thresholds import FORCED, REFERENCE_FLOOR, AnswerMode
 
 FORMAT = 2
 _AGAIN = "Run `arriero parity` again"
@@ -106,9 +106,25 @@ class ParityReport:
         """The rows that failed; empty, hence false, when the candidate passed."""
         return tuple(row for row in self.rows if row.status == "fail")
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes the proof say less than it seems to: a reference that answers hardly any case right."""
+        count = sum(score.count for score in self.families)
+        right = sum(score.reference_right for score in self.families)
+        if not count or right >= REFERENCE_FLOOR * count:
+            return ()
+        prefix = FORCED if self.answers == "forced" else {}
+        metric = prefix.get("task_accuracy_reference", "task_accuracy_reference")
+        return (
+            f"The reference itself answers {right} of {count} cases right, so equal answers may be equal mistakes: "
+            "check the checkpoint's chat template and tokenizer, and that the set's answers are what the model should "
+            f"say; a threshold on {metric} makes this fail.",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The report as strict JSON values; infinities and NaN become the strings "inf", "-inf" and "nan"."""
-        return {"format": FORMAT, "passed": not self.failed, **_plain(asdict(self))}
+        values = {"format": FORMAT, "passed": not self.failed, "warnings": list(self.warnings)}
+        return values | _plain(asdict(self))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str | None = None) -> ParityReport:

@@ -342,6 +342,26 @@ def test_other_revision_and_incomplete_download(folder):
         load_build(write(folder, GOOD.replace("model: model", "model: hf://meta-llama/Scout")))
 
 
+def test_links_and_revisions_that_leave_the_cached_model_are_refused(folder):
+    snapshot = put_in_cache(folder / "hub")
+    (snapshot.parents[1] / "blobs").mkdir()
+    (snapshot.parents[1] / "blobs" / "1").write_text("{}")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/1")  # as the cache itself does
+    text = GOOD.replace("model: model", "model: hf://meta-llama/Scout")
+    assert load_build(write(folder, text)).model == snapshot
+    (folder / "secret").mkdir()
+    (folder / "secret" / "config.json").write_text("{}")
+    with pytest.raises(ArrieroError, match="leads out of the cached model's folder"):
+        load_build(write(folder, text.replace("Scout", "Scout@../../../secret")))
+    (snapshot / "model.safetensors").symlink_to(folder / "secret" / "config.json")
+    with pytest.raises(ArrieroError, match=r"model\.safetensors leads out of the cached model's folder"):
+        load_build(write(folder, text))
+    (snapshot / "model.safetensors").unlink()
+    (snapshot.parents[1] / "refs" / "main").write_text("../../../secret")
+    with pytest.raises(ArrieroError, match="leads out of"):
+        load_build(write(folder, text))
+
+
 def test_missing_model_among_other_mistakes_is_one_of_them(folder):
     text = GOOD.replace("model: model", "model: hf://meta-llama/Scout").replace("version: 1", "version: 2")
     with pytest.raises(Problems) as caught:

@@ -314,7 +314,7 @@ def test_a_damaged_record_is_refused_with_every_file(broken):
     [
         ("{", "not valid JSON"),
         ("[]", "has format None"),
-        ('{"format": 9}', "has format 9; expected format 1"),
+        ('{"format": 9}', "has format 9; expected format 2"),
         (None, "there is no reference record"),
     ],
 )

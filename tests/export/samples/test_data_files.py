@@ -285,6 +285,36 @@ def test_what_only_the_model_finds_is_named_with_its_line_too(folder: Path, proc
     assert re.search(r"bad.jsonl:2: .*cut.png: the image is truncated or corrupt", second)
 
 
+def test_pictures_outside_the_sets_folder_are_refused(folder: Path) -> None:
+    inner = folder / "set"
+    inner.mkdir()
+    (inner / "link.png").symlink_to(folder / "pictures" / "red.png")
+    (inner / "own.png").write_bytes((folder / "pictures" / "red.png").read_bytes())
+    outside = ("../pictures/red.png", str(folder / "pictures" / "red.png"), "link.png")
+    entries = [{"messages": user({"type": "image", "path": path}, ASK)} for path in (*outside, "own.png")]
+    (inner / "a.jsonl").write_text(lines(*entries))
+    with pytest.raises(Problems) as caught:
+        read_cases(inner / "a.jsonl")
+    told = [str(problem) for problem in caught.value.problems]
+    assert len(told) == 3
+    assert all("lies outside the set's folder" in one for one in told)
+    with pytest.raises(ArrieroError, match=r"link\.png: the image is a link that leaves the folder"):
+        read_cases(inner)
+    (folder / "linked.jsonl").symlink_to(inner / "a.jsonl")  # paths start where the set was named
+    with pytest.raises(Problems, match="there is no image"):
+        read_cases(folder / "linked.jsonl")
+
+
+def test_deep_and_endless_json_of_a_set_is_a_sentence(folder: Path) -> None:
+    (folder / "bad.jsonl").write_text("[" * 100_000 + "\n" + '{"prompt": ' + "1" * 5000 + "}\n")
+    with pytest.raises(Problems, match=r"(?s):1: is not JSON.*:2: is not JSON"):
+        read_cases(folder / "bad.jsonl")
+    endless = {"type": "video", "path": "clip.mp4", "num_frames": 10**9}
+    (folder / "bad.jsonl").write_text(lines({"messages": user(endless, ASK)}))
+    with pytest.raises(Problems, match="1000000000 is no number of frames; expected a whole number from 1 to 1,024"):
+        read_cases(folder / "bad.jsonl")
+
+
 def test_a_video_without_the_package_that_reads_it(folder: Path, processor: Processor, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
     told = r"set.jsonl:4: .*clip.mp4: reading a video file needs the package av\. Install it with"

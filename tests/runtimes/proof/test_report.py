@@ -19,6 +19,7 @@ from arriero.errors import ArrieroError
 from arriero.runtimes.manifest import Fallback
 from arriero.runtimes.proof import plots, svg
 from arriero.runtimes.proof.heat_map import coverage_map
+from arriero.runtimes.proof.junit import Suite, write_junit
 from arriero.runtimes.proof.pages import render_html, render_table, show, write_html
 from arriero.runtimes.proof.report import (
     CaseResult,
@@ -332,3 +333,34 @@ def test_intervals_are_drawn_at_a_hundred_percent_too():
     widths = [float(line.get("x2")) - float(line.get("x1")) for line in lines[::3]]
     assert min(widths) > 30  # 83.9 to 100 %
     assert "Wilson" in plot.caption
+
+
+def scored(right: int, count: int) -> ParityReport:
+    report = make_report()
+    family = FamilyScore("recall", count, right, right, 0, 0)
+    return replace(report, families=(family,), rows=tuple(row for row in report.rows if row.status != "fail"))
+
+
+def test_a_reference_that_answers_hardly_anything_right_is_said_in_every_form(tmp_path):
+    """Two sides that share a fault agree: 0 of 8 right on both would otherwise pass without a word."""
+    assert scored(2, 8).warnings == ()
+    assert replace(make_report(), families=()).warnings == ()
+    broken = scored(0, 8)
+    (told,) = broken.warnings
+    assert told.startswith("The reference itself answers 0 of 8 cases right")
+    assert "a threshold on task_accuracy_reference makes" in told
+    assert "task_accuracy_forced_reference" in replace(broken, answers="forced").warnings[0]
+    assert broken.to_dict()["warnings"] == [told]
+    write_json(broken, tmp_path / "parity.json")
+    assert read_json(tmp_path / "parity.json").warnings == (told,)
+    assert "Warning.</strong> The reference itself answers 0 of 8" in render_html(broken)
+    console = Console(file=io.StringIO(), width=500)
+    render_table(broken, console)
+    assert "warning: The reference itself answers 0 of 8" in console.file.getvalue()
+    write_junit([Suite("int8", broken)], tmp_path / "parity.xml")
+    assert ET.parse(tmp_path / "parity.xml").find("testsuite/system-err").text == told
+
+
+def test_a_threshold_on_the_references_own_accuracy_fails_a_proof_without_a_floor():
+    row = judge("task_accuracy_reference", 0.0, 0.5, "")
+    assert row.status == "fail"

@@ -1,0 +1,34 @@
+"""What a checkpoint's folder holds beside its weights and a build does not take up, each with its reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from arriero.strict_json import read_json_object
+
+# Keys of generation_config.json that are no defaults of answers.
+NEUTRAL = ("_from_model_config", "transformers_version", "eos_token_id", "bos_token_id", "pad_token_id", "use_cache")
+VIDEO = "video_preprocessor_config.json"
+REMEDY = "Take the file from the original checkpoint, or remove it"
+
+
+def ignored_files(folder: Path) -> list[str]:
+    """A sentence for each file or setting in `folder` that other tools honour. Raises ArrieroError as `parse_json`."""
+    sentences = []
+    if (folder / VIDEO).is_file():
+        sentences.append(f"{VIDEO} is ignored: Llama 4 has no video processor, frames are read as images")
+    if code := sorted(file.name for file in folder.glob("*.py")):
+        sentences.append(f"{', '.join(code)} is ignored: no code of a checkpoint is run")
+    templates = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    if others := [file.stem for file in templates if file.stem != "default"]:
+        sentences.append(f"the chat templates {', '.join(others)} are ignored: prompts take the default one")
+    generation, tokenizer = folder / "generation_config.json", folder / "tokenizer_config.json"
+    if generation.is_file():
+        keys = sorted(key for key, value in read_json_object(generation, REMEDY).items() if value is not None)
+        if set_here := [key for key in keys if key not in NEUTRAL]:
+            told = "answers are greedy unless whoever asks says otherwise"
+            sentences.append(f"generation_config.json: {', '.join(set_here)} ignored: {told}")
+    if tokenizer.is_file() and read_json_object(tokenizer, REMEDY).get("clean_up_tokenization_spaces") is True:
+        told = "answers are the text that the model wrote"
+        sentences.append(f"tokenizer_config.json: clean_up_tokenization_spaces ignored: {told}")
+    return sentences
