@@ -1,0 +1,61 @@
+"""What a plan says of bundles is what builds then write; memory is compared by `benchmarks/plan_accuracy.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from arriero.export.build_file.read import load_build
+from arriero.export.pipeline.plan import make_plan
+from tests.command import arriero, write_build
+from tests.small import small_maverick, small_scout
+
+WEIGHTS = (".safetensors", ".bin")
+
+
+def check_figures(build_file: Path) -> None:
+    """Hold the plan's bytes of weights and cache, and of disk for lowering, against the finished build's."""
+    build = load_build(build_file)
+    plan = make_plan(build)
+    disk = {stage.name: (stage.disk, stage.key) for stage in plan.stages}
+    for target in plan.targets:
+        manifest = json.loads((build.output / target.name / "manifest.json").read_text())
+        files = manifest["files"]
+        written = sum(entry["bytes"] for name, entry in files.items() if name.endswith(WEIGHTS))
+        assert target.weights_bytes == pytest.approx(written, rel=0.15), target.name
+        chunk = plan.model["chunk"]
+        slots = {"chunked": min(target.context, chunk), "global": target.context}
+        kinds = [layer["attention"] for layer in manifest["model"]["text"]["layers"]]
+        cache = target.batch * sum(manifest["kv_bytes_per_token"][kind] * slots[kind] for kind in kinds)
+        assert target.kv_bytes == cache
+        planned, key = disk[f"lower-{target.name}"]
+        stage = json.loads((build.output / ".work" / f"lower-{target.name}-{key}" / "stage.json").read_text())
+        taken = sum(entry["bytes"] for entry in stage["files"].values())
+        assert taken <= planned <= taken + (17 << 20), target.name  # graphs and libraries are no more than that
+
+
+def test_figures_of_onnxruntime_bundles(workshop):
+    check_figures(workshop / "build.yaml")
+
+
+def test_figures_of_tvm_bundles(tvm_workshop):
+    """Quantised matrices count at their bits, whatever the checkpoint's dtype is."""
+    check_figures(tvm_workshop / "build.yaml")
+
+
+@pytest.mark.parametrize("shape", ["maverick", "dense"])
+def test_figures_of_other_shapes(tmp_path, shape):
+    if shape == "maverick":
+        small_maverick(tmp_path / "model")
+    else:
+        small_scout(tmp_path / "model", vision=False, moe_layers=[])
+    profiles = ("fp32", "int8-all")
+    thresholds = "{router_agreement: 0.5, task_accuracy_drop: 1.0}"
+    build_file = write_build(
+        tmp_path / "build.yaml", Path("model"), "text", profiles=profiles, samples=3, thresholds=thresholds
+    )
+    built = arriero("build", build_file)
+    assert built.code == 0, built.err
+    check_figures(build_file)
