@@ -28,16 +28,6 @@ class Prompt:
     input_ids: Ints
     pixel_values: Floats | None = None
 
-    def __post_init__(self) -> None:
-        ids, tiles = np.asarray(self.input_ids), self.pixel_values
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            what = f"the ids are {ids.dtype} {list(ids.shape)}"
-            raise ArrieroError(what, where="Prompt.input_ids", expected="a flat list of whole numbers")
-        object.__setattr__(self, "input_ids", ids.astype(np.int64, copy=False))
-        if tiles is not None and (np.asarray(tiles).ndim != 4 or np.asarray(tiles).dtype.kind != "f"):
-            what = f"the tiles are {np.asarray(tiles).dtype} {list(np.shape(tiles))}"
-            raise ArrieroError(what, where="Prompt.pixel_values", expected="float32 [n, 3, height, width], or None")
-
 
 @dataclass(frozen=True)
 class _Rendered:

@@ -102,6 +102,13 @@ def test_wrong_prompts_are_refused(processor, prompt, images, sentence):
         processor.encode(prompt, images, special_tokens=True)
 
 
+def test_ids_of_wrong_types_are_not_decoded(processor):
+    assert processor.decode([97, np.int64(98)]) == processor.decode(np.array([97, 98]))
+    for ids in (["a"], "ab", [1.5], [None], [-1], [True], 5.0, [10**30]):
+        with pytest.raises(ArrieroError, match="is no token id"):
+            processor.decode(ids)
+
+
 def test_a_missing_video_library_is_named(processor, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(MachineLacks, match=r"needs the package av.*arriero\[video\]"):
