@@ -78,6 +78,10 @@ class ReferenceRecord:
                 expected=f"format {FORMAT}",
                 remedy=_AGAIN,
             )
+        files, cases = data["files"], data["cases"]
+        sound = isinstance(files, dict) and all(isinstance(f, dict) and "sha256" in f for f in files.values())
+        if not sound or not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
+            raise ArrieroError("the record's files and cases are malformed", where=str(path), remedy=_AGAIN)
         problems = [problem for name in data["files"] if (problem := _damage(folder, name, data["files"][name]))]
         if problems:
             raise Problems(f"{folder}: the reference record is damaged", problems)

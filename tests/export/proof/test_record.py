@@ -27,7 +27,7 @@ from arriero.runtimes.proof.cases import Reference
 from arriero.runtimes.proof.logits import SampledLogits
 from arriero.runtimes.proof.parity import measure, measure_kl, top_tokens
 from arriero.runtimes.proof.parity_case import ParityCase
-from arriero.runtimes.proof.record import ReferenceRecord
+from arriero.runtimes.proof.record import KEYS, ReferenceRecord
 from arriero.runtimes.proof.report import ParityReport
 from arriero.runtimes.session import Session
 from arriero.thresholds import FORCED, AnswerMode
@@ -312,7 +312,11 @@ def test_a_damaged_record_is_refused_with_every_file(broken):
     ("text", "told"),
     [
         ("{", "not valid JSON"),
-        ("[]", "has format None"),
+        ("[]", "is not a JSON object"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"format": ' + "1" * 5000 + "}", "not valid JSON"),
+        ("{}", "has format None"),
+        (json.dumps({**dict.fromkeys(KEYS), "format": 2, "files": [], "cases": []}), "files and cases are malformed"),
         ('{"format": 9}', "has format 9; expected format 2"),
         (None, "there is no reference record"),
     ],

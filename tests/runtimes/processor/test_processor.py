@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.processor.detokenize import Detokenizer
-from arriero.runtimes.processor.processor import Processor
+from arriero.runtimes.processor.processor import Processor, Prompt
 from tests.runtimes.conftest import SPECIALS, model_entry, write_tokenizer
 
 START = "<|begin_of_text|><|header_start|>user<|header_end|>"
@@ -100,6 +100,31 @@ def test_images_keep_the_order_of_their_places(processor, tmp_path):
 def test_wrong_prompts_are_refused(processor, prompt, images, sentence):
     with pytest.raises(ArrieroError, match=sentence.replace("|patch|", r"\|patch\|")):
         processor.encode(prompt, images, special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("ids", "tiles", "sentence"),
+    [
+        ("abc", None, r"Prompt.input_ids: the ids are <U3 \[\]; expected a flat list of whole numbers"),
+        ([[1, 2]], None, r"the ids are int64 \[1, 2\]"),
+        ([1.5], None, "the ids are float64"),
+        ([True], None, "the ids are bool"),
+        (None, None, "the ids are object"),
+        ([1], "picture", r"Prompt.pixel_values: the tiles are <U7 \[\]"),
+        ([1], np.zeros((1, 3, 4, 4), np.uint8), "the tiles are uint8"),
+        ([1], np.zeros((3, 4, 4), np.float32), r"the tiles are float32 \[3, 4, 4\]"),
+    ],
+)
+def test_a_prompt_of_wrong_types_is_refused_where_it_is_made(ids, tiles, sentence):
+    with pytest.raises(ArrieroError, match=sentence):
+        Prompt(ids, tiles)
+
+
+def test_ids_of_wrong_types_are_not_decoded(processor):
+    assert processor.decode([97, np.int64(98)]) == processor.decode(np.array([97, 98]))
+    for ids in (["a"], "ab", [1.5], [None], [-1], [True], 5.0, [10**30]):
+        with pytest.raises(ArrieroError, match="is no token id"):
+            processor.decode(ids)
 
 
 def test_a_missing_video_library_is_named(processor, monkeypatch):
