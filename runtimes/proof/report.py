@@ -13,16 +13,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.proof.paired import Pairs
 from arriero.runtimes.proof.rows import Row
 from arriero.strict_json import read_json_object
 from arriero.thresholds import FORCED, REFERENCE_FLOOR, AnswerMode
-
-if TYPE_CHECKING:
-    pass
 
 FORMAT = 2
 _AGAIN = "Run `arriero parity` again"
