@@ -152,7 +152,8 @@ class ModelConfig:
         whole.boolean("tie_word_embeddings", False)  # that of the text section decides
         text = _text(section)
         vision, image_token = None, None
-        if not text_only:
+        # Without the section, transformers makes up a tower with random weights, which no checkpoint has.
+        if not text_only and data.get("vision_config") is not None:
             vision = _vision(whole.section("vision_config", "llama4_vision_model"))
             for key in ("boi_token_index", "eoi_token_index"):
                 if whole.token_id(key, 0) is None:

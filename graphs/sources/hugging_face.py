@@ -128,7 +128,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         remedy = "Give the folder that holds config.json and the safetensors files"
         raise ArrieroError(what, where=str(folder), expected="a checkpoint folder", remedy=remedy)
     path = folder / "config.json"
-    config = read_json_object(path, "Download config.json from the model's page into this folder")
+    if not path.is_file():
+        raise ArrieroError(
+            "is missing", where=str(path), remedy=f"Download {path.name} from the model's page into {folder}"
+        )
+    config = read_json_object(path, REDOWNLOAD)
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         stated = f"model_type is {model_type!r}" if "model_type" in config else "model_type is missing"

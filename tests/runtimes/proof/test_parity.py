@@ -34,7 +34,7 @@ EXACT = {"router_agreement": 1.0, "same_top_token": 1.0, "logits_max_abs_error":
 class ToyProcessor:
     """One character is one token; each image is one noise tile of four placeholders before the text."""
 
-    def encode(self, prompt, images=()):
+    def encode(self, prompt, images=(), **settings):
         ids = [1] + [IMAGE_TOKEN] * (4 * len(images)) + [ord(c) for c in prompt]
         tiles = [np.random.default_rng(seed).normal(size=(3, 32, 32)) for seed in images]
         return Prompt(np.array(ids, np.int64), np.stack(tiles).astype(np.float32) if tiles else None)
@@ -236,7 +236,7 @@ def test_one_value_that_is_not_finite_fails_even_without_thresholds(reference, c
 
 def test_another_tokenizer_fails(reference, cases):
     class Shifted(ToyProcessor):
-        def encode(self, prompt, images=()):
+        def encode(self, prompt, images=(), **settings):
             plain = super().encode(prompt, images)
             return Prompt(np.concatenate([plain.input_ids, [9]]), plain.pixel_values)
 
