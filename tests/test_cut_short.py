@@ -23,13 +23,13 @@ def without(package: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(("package", "verb"), [("typer", "--version"), ("rich.console", "doctor"), ("yaml", "plan")])
+@pytest.mark.parametrize(("package", "verb"), [("typer", "--version"), ("rich", "doctor"), ("yaml", "plan")])
 def test_a_missing_package_is_named_with_the_way_to_get_it(package, verb):
     refused = without(package, verb)
     assert (refused.returncode, refused.stdout) == (3, "")
     assert refused.stderr.count("\n") == 1
     assert f"{package} is not installed. Install" in refused.stderr
-    assert "pip install 'arriero[export]'" in refused.stderr
+    assert f"pip install 'arriero{'[export]' * (package == 'yaml')}'" in refused.stderr
 
 
 def test_a_missing_part_of_arriero_itself_is_no_missing_package():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import platform
 import re
 import sys
@@ -17,6 +15,7 @@ from arriero.export.compile.build_kernels import LEVELS, find_compiler
 from arriero.export.machine.budget import available_memory, free_disk, human_bytes, total_memory
 from arriero.export.machine.checks import Check, status
 from arriero.export.machine.gpu_checks import gpu_checks
+from arriero.export.machine.versions import version_of
 from arriero.runtimes.cpu import MACHINE_CLASSES, architecture, cpu_features, processor_name, usable_cores
 from arriero.runtimes.load_onnxruntime import load_onnxruntime
 from arriero.runtimes.tvm import load_runtime
@@ -79,21 +78,6 @@ def installed_backends() -> tuple[str, ...]:
         name for name, traits in TRAITS.items() if all(_library(package).status == "ok" for package in traits.packages)
     ]
     return tuple(there) or BACKENDS
-
-
-@functools.cache
-def version_of(distribution: str) -> str | None:
-    """Give the installed version of a distribution, or None; imports nothing of it."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def installed_versions(packages: Iterable[Package]) -> dict[str, str]:
-    """The installed versions of what builds with `packages` depend on, those that stand in their place too."""
-    names = [name for package in packages for name in (package.name, package.instead) if name]
-    return {name: version for name in names if (version := version_of(name)) is not None}
 
 
 def _python() -> Check:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.export.build_file.schema import BuildConfig
-from arriero.export.machine.doctor import installed_versions
+from arriero.export.machine.versions import installed_versions
 from arriero.export.pipeline.explain_failure import thin_experts
 from arriero.export.pipeline.parts import read_part, write_part
 from arriero.export.pipeline.plan import make_plan

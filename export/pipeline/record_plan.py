@@ -10,7 +10,7 @@ from typing import Any
 
 from arriero.export.build_file.schema import GENERATED_BYTES, BuildConfig
 from arriero.export.calibration import estimate
-from arriero.export.machine.doctor import installed_versions
+from arriero.export.machine.versions import installed_versions
 from arriero.export.pipeline.sources import source_hash
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig, TextConfig

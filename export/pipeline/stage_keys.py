@@ -9,7 +9,7 @@ from typing import Any
 from arriero.export.build_file.device import kernel_arch, target_gpu
 from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Samples, Target
 from arriero.export.compile.cpus import NATIVE, parse_cpu
-from arriero.export.machine.doctor import installed_versions
+from arriero.export.machine.versions import installed_versions
 from arriero.export.pipeline.record_plan import record_inputs
 from arriero.export.pipeline.sources import source_hash
 from arriero.export.pipeline.stages import key_of

@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from arriero.export.machine.doctor import installed_versions
+from arriero.export.machine.versions import installed_versions
 from arriero.export.proof.emulate import EmulatedBackend
 from arriero.runtimes.api import open_session
 from arriero.runtimes.cpu import describe_processor
