@@ -16,7 +16,7 @@ from arriero.export.cli.show_plan import show_plan
 from arriero.export.compile import MemoryBudget, tensorrt_rtx
 from arriero.export.compile.nvidia import gpus, tensorrt_api
 from arriero.export.compile.nvidia.gpus import Gpu
-from arriero.export.machine import doctor
+from arriero.export.machine import versions
 from arriero.export.machine.budget import human_bytes
 from arriero.export.pipeline import build as building
 from arriero.export.pipeline import check_build, target_build
@@ -128,7 +128,7 @@ def test_the_gpu_and_the_products_version_decide_what_is_done_again(
 
     first = lowering(f"{RTX}, gpu: rtx-4090")
     assert first != lowering(f"{RTX}, gpu: rtx-5090")
-    monkeypatch.setattr(doctor, "version_of", lambda name: "9.9")
+    monkeypatch.setattr(versions, "version_of", lambda name: "9.9")
     assert first != lowering(f"{RTX}, gpu: rtx-4090")
 
 
