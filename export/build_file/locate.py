@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from arriero.errors import ArrieroError, MachineLacks
+from arriero.runtimes.inside import leads_out
 
 HUB = re.compile(r"hf://(?P<org>[\w.-]+)/(?P<name>[\w.-]+?)(?:@(?P<revision>[\w./-]+))?")
 
@@ -69,7 +70,7 @@ def _in_cache(model: str) -> Path:
 
 def _check_inside(repository: Path, paths: Iterable[Path], command: str) -> None:
     for path in paths:
-        if not path.resolve().is_relative_to(repository.resolve()):
+        if leads_out(path, repository):
             raise ArrieroError(
                 f"{path} leads out of the cached model's folder",
                 expected=f"files in {repository}, as `hf download` leaves them",

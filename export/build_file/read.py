@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def _cross_checks(document: Document) -> Iterator[ArrieroError]:
 
 
 def _path(document: Document, text: Any) -> Path:
-    return (document.file.absolute().parent / str(text)).resolve()
+    return Path(os.path.realpath(document.file.absolute().parent / str(text)))  # links may go in a circle
 
 
 def _dict(value: Any) -> dict[str, Any]:

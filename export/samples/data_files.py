@@ -58,6 +58,9 @@ class _Lines:
 
     def read(self) -> Iterator[ParityCase]:
         """Give the case of every line that is sound."""
+        if not self.file.is_file():  # a device might never end
+            remedy = "Give a JSONL file, or a folder of images"
+            raise ArrieroError("is no file", where=str(self.file), expected="a regular file", remedy=remedy)
         try:
             text = self.file.read_text("utf-8-sig")
         except UnicodeDecodeError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from arriero.errors import ArrieroError
+from arriero.runtimes.inside import leads_out
 from arriero.runtimes.proof.parity_case import ParityCase
 
 QUESTION = "Describe the image."
@@ -14,9 +15,8 @@ PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 def read_folder(folder: Path) -> list[ParityCase]:
     """One case for each image directly in `folder`, in the order of names. Raises ArrieroError where there is none."""
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES and file.is_file())
-    home = folder.resolve()
     for file in files:
-        if not file.resolve().is_relative_to(home):
+        if leads_out(file, folder):
             raise ArrieroError(
                 "the image is a link that leaves the folder",
                 where=str(file),

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError, Problems
 from arriero.runtimes.backend import ModelSpec
-from arriero.runtimes.inside import climbs_out
+from arriero.runtimes.inside import climbs_out, leads_out
 from arriero.runtimes.manifest import file_sha256
 from arriero.runtimes.proof.cases import ReferenceCase
 from arriero.runtimes.proof.logits import SampledLogits, WholeLogits
@@ -178,7 +178,7 @@ class ReferenceRecord:
 
 def _damage(folder: Path, name: str, entry: Mapping[str, Any]) -> ArrieroError | None:
     path = folder / name
-    if climbs_out(name) or not path.resolve().is_relative_to(folder.resolve()):
+    if climbs_out(name) or leads_out(path, folder):
         return ArrieroError(f"{name!r} points outside the record", where=str(folder / FILE), remedy=_AGAIN)
     if not path.is_file():
         return ArrieroError("the file is missing from the record", where=name, remedy=_AGAIN)

@@ -165,7 +165,7 @@ def write_text(path: Path, text: str) -> None:
 
     What is no file, such as /dev/stdout, is written to; behind a link the file is replaced and the link stays.
     """
-    path = path.resolve() if path.is_symlink() else path
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -52,6 +52,11 @@ def run_bundle(at: Path) -> list[str]:
     return ["run", str(at), PROMPT, "--max-tokens", "2", "--json"]
 
 
+def picture(at: Path) -> str:
+    """The one picture in a folder, or a path where none is any more."""
+    return str(next(at.iterdir(), at / "gone.png"))
+
+
 def plan(at: Path) -> list[str]:
     """A plan of the build file beside the input."""
     return ["plan", str(at / "build.yaml"), "--json"]
@@ -64,7 +69,7 @@ KINDS = {
     "record": Kind("bundles/fp32", ("reference/*", "parity.json"), lambda at: ["parity", str(at), "--json"], True),
     "set": Kind("set", ("*.jsonl", "*.png"), plan),
     "build file": Kind("set", ("build.yaml", "profile.yaml"), plan),
-    "media": Kind("media", ("*",), lambda at: [*run_bundle(at.parent / "sound"), "--image", str(next(at.iterdir()))]),
+    "media": Kind("media", ("*",), lambda at: [*run_bundle(at.parent / "sound"), "--image", picture(at)]),
 }
 
 

@@ -339,3 +339,9 @@ def test_files_that_hold_nothing(folder: Path, content: bytes, told: str) -> Non
 def test_a_folder_without_images(folder: Path) -> None:
     with pytest.raises(ArrieroError, match=r"the folder holds no images; expected files with .bmp, .* directly in it"):
         read_cases(folder)
+
+
+def test_a_set_that_is_a_device_is_refused_before_it_is_read(tmp_path):
+    (tmp_path / "set.jsonl").symlink_to("/dev/zero")
+    with pytest.raises(ArrieroError, match="is no file; expected a regular file"):
+        read_cases(tmp_path / "set.jsonl")
