@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 UNEXPECTED = 70  # the exit code of what no error here stands for: a fault of ours, EX_SOFTWARE of sysexits.h
+STOPPED = 130  # the exit code of what Ctrl-C ended
 
 
 class ArrieroError(Exception):
@@ -53,6 +54,17 @@ class Problems(ArrieroError):
     def __str__(self) -> str:
         lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
         return f"{self.headline}: {len(self.problems)} problem{'s' * (len(self.problems) != 1)}\n{lines}"
+
+
+def raise_together(problems: Sequence[ArrieroError], headline: str) -> None:
+    """Raise a single problem as it is, several as `Problems` under `headline`; nothing where there are none."""
+    if problems:
+        raise problems[0] if len(problems) == 1 else Problems(headline, problems)
+
+
+def sentence_of(error: BaseException) -> str:
+    """What an error says, or what it is called where it says nothing."""
+    return str(error) or type(error).__name__
 
 
 def is_full(error: BaseException) -> bool:

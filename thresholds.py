@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from arriero.errors import ArrieroError, Problems, nearest
+from arriero.errors import ArrieroError, nearest, raise_together
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,4 @@ def check_thresholds(thresholds: Mapping[str, float]) -> None:
             problems.append(
                 ArrieroError(f"{value!r} is not a threshold", where=f"thresholds.{name}", expected="a finite number")
             )
-    if len(problems) > 1:
-        raise Problems("parity thresholds", problems)
-    if problems:
-        raise problems[0]
+    raise_together(problems, "parity thresholds")

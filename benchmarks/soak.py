@@ -12,8 +12,6 @@ by more than its limit.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import subprocess
@@ -25,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+from arriero.export.machine.budget import release_memory
+
 # Growth from the first fifth to the end. At any time one caller and its like may be ending.
 LIMITS = {"memory_mib": 3.0, "threads": 0, "most_threads": 2, "files": 0, "mappings": 24}
 PROMPT = "What is 17 + 25?"
@@ -33,8 +33,7 @@ SETTLE_S = 20.0  # how long threads that are done may take to end, on a machine 
 
 def read_state() -> dict[str, float]:
     """What this process holds now: MiB that are its own, threads, open files, mappings."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free, but kept for later, tells nothing
+    release_memory()  # what is free, but kept for later, tells nothing
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     kib = sum(int(status[name].split()[0]) for name in ("RssAnon", "RssShmem"))
     return {

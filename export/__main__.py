@@ -14,11 +14,10 @@ import traceback
 from types import FrameType
 from typing import NoReturn
 
-from arriero.errors import UNEXPECTED, ArrieroError, MachineLacks, is_full
+from arriero.errors import STOPPED, UNEXPECTED, ArrieroError, MachineLacks, is_full
 from arriero.runtimes.cpu import usable_cores
 from arriero.traits import extra_of
 
-STOPPED = 130
 # What the system says of a path that a user gave, rather than of a fault of ours.
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 

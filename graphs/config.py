@@ -6,7 +6,7 @@ definition), so that a `config.json` means the same here as there. A value that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -181,6 +181,10 @@ class ModelConfig:
     def without_vision(self) -> ModelConfig:
         """The same model for text alone: no vision tower, and no token stands for an image."""
         return replace(self, vision=None, image_token_id=None)
+
+    def taking(self, modalities: Collection[str]) -> ModelConfig:
+        """The model as far as `modalities` ("text", "image") need it."""
+        return self if "image" in modalities else self.without_vision()
 
 
 def _text(section: Section) -> TextConfig:

@@ -71,7 +71,7 @@ class Calibration:
         for key, profile in self.choosing.items():
             errors = {group: error for one in records for group, error in one["errors"].get(key, {}).items()}
             decide(profile, shapes, errors, self.folder / key)
-        for key in {key.partition("/")[0] for key in self.profiles}:
+        for key in self._folders:
             QuantizedWeights(self.folder / key).settle()
         for left in (*self.folder.glob("hidden-*"), *self.folder.glob("routed.*")):
             left.unlink()
@@ -80,10 +80,15 @@ class Calibration:
     def files(self) -> set[str]:
         """The names of the files that a finished `run` leaves, relative to the folder."""
         names = {self._record(layer).name for layer in range(len(self.walk.text.layers))}
-        for key in {key.partition("/")[0] for key in self.profiles}:
+        for key in self._folders:
             names |= {f"{key}/{name}" for name in QuantizedWeights(self.folder / key).files()}
         names |= {f"{key}/{CHOICE}" for key in self.choosing}
         return names | {"ranges.json", "cache.json"}
+
+    @property
+    def _folders(self) -> set[str]:
+        """The folder of each profile: one that chooses has its candidates' inside."""
+        return {key.partition("/")[0] for key in self.profiles}
 
     def _resume(self) -> int:
         """The first layer to do: the one after the last that is done, or 0, the samples embedded."""
@@ -226,12 +231,7 @@ class Calibration:
             kind: names for (at, kind), names in open_groups(profile, [*self.checkpoint.tensors]).items() if at == layer
         }
         for number, (where, tensors) in enumerate(groups.items()):
-            self.watch(
-                f"calibrate: layer {layer} ({layer + 1} of {len(self.walk.text.layers)}), sensitivity",
-                number,
-                len(groups),
-                "groups",
-            )
+            self.watch(f"{self._step(layer)}, sensitivity", number, len(groups), "groups")
             if where == "experts":
                 assert inputs.routed is not None
                 errors[f"{layer} {where}"] = expert_errors(self.walk, layer, inputs.routed, self._weight, forms)

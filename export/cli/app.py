@@ -1,4 +1,4 @@
-"""The `arriero` command: a thin skin over library calls. Exit codes: 0 ok, 1 parity failed, 2 user, 3 machine."""
+"""The `arriero` command: a thin skin over library calls; its help says what the exit codes mean."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ app = typer.Typer(
         "[bold]arriero run bundles/portable-int8 'What is 17 + 25?'[/] "
         "asks the result a question.\n\n"
         "Exit codes: 0 ok, 1 parity or quality below its threshold, 2 a mistake in what was given, 3 the machine lacks "
-        "something, 70 a fault in arriero itself, 130 stopped with Ctrl-C."
+        "something, 70 a fault in arriero itself, 130 stopped with Ctrl-C, 141 whoever read the output went away."
     ),
     rich_markup_mode="rich",
     no_args_is_help=True,
@@ -53,8 +53,6 @@ app.command()(build_commands.calibrate)
 app.command()(bundle_commands.parity)
 app.command()(bundle_commands.run)
 app.command()(bundle_commands.inspect)
-
-
 app.command()(machine_commands.doctor)
 app.command()(bundle_commands.compare)
 app.command()(build_commands.schema)

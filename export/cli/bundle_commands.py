@@ -37,7 +37,7 @@ def parity(
     data: Set = None,
     samples: SampleCount = None,
     seed: Annotated[int | None, typer.Option(help="Which held-out prompts, with --against.", min=0)] = None,
-    junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML here, one test case per row.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML here, one test case per judged row.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page here.")] = None,
     output: Annotated[
         Path | None,
@@ -232,7 +232,7 @@ def compare(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Measure bundles side by side: size, tokens/s, KL, top tokens, routers, task accuracy with its standard error.
+    """Measure bundles side by side: size, tokens/s, KL, top tokens, routers, task accuracy with its interval.
 
     arriero compare bundles/portable-fp32 bundles/portable-int4 --against models/chasqui --html compare.html
     """

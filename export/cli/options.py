@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 
 class PipeClosed(Exception):
@@ -44,8 +43,3 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads to use; every cor
 def print_json(data: Any) -> None:
     """Print JSON for machines."""
     print(json.dumps(data, indent=2))
-
-
-def say(text: str, style: str | None = None) -> None:
-    """Print a line as it is, whole: users copy paths and commands out of it."""
-    out.print(escape(text), style=style, highlight=False, soft_wrap=True)

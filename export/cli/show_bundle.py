@@ -81,9 +81,9 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
         "built with": ", ".join(f"{name} {version}" for name, version in described["tools"].items()),
     }
     for name, value in rows.items():
-        text = Text.from_markup(value)
-        style = str(text.spans[0].style) if text.spans else None
-        print_wrapped(console, text.plain, INDENT, name, style)
+        said = Text.from_markup(value)
+        style = str(said.spans[0].style) if said.spans else None
+        print_wrapped(console, said.plain, INDENT, name, style)
 
 
 def _parity(proof: dict[str, Any] | None) -> str:

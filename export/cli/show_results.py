@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from arriero.errors import UNEXPECTED, ArrieroError
+from arriero.errors import STOPPED, UNEXPECTED, ArrieroError, sentence_of
 from arriero.export.cli.tables import print_rows
 from arriero.export.pipeline.results import TargetResult, worst_code
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from arriero.export.build_file.schema import BuildConfig
 
 STYLES = {"published": "green", "up to date": "green", "unproven": "yellow"}
-STOPPED = 130
 
 
 @dataclass
@@ -60,7 +59,7 @@ class Outcome:
             "bundles": [str(one.folder) for one in self.targets if one.published],
             "unproven": {str(one.folder): one.device for one in self.targets if one.state == "unproven"},
             "targets": [one.to_json() for one in self.targets],
-            "error": None if self.error is None else str(self.error) or type(self.error).__name__,
+            "error": None if self.error is None else sentence_of(self.error),
             "exit_code": self.exit_code,
         }
 
@@ -78,13 +77,13 @@ class Outcome:
                 name=one.name,
                 report=one.report,
                 seconds=one.seconds,
-                error=str(one.error) or type(one.error).__name__ if one.error and one.report is None else None,
+                error=sentence_of(one.error) if one.error and one.report is None else None,
                 unproven=_advice(one) if one.state == "unproven" else None,
             )
             for one in self.targets
         ]
         if not suites:
-            suites = [Suite(name=self.file, error=str(self.error) or type(self.error).__name__)]
+            suites = [Suite(name=self.file, error=None if self.error is None else sentence_of(self.error))]
         write_junit(suites, junit)
 
 
@@ -97,8 +96,8 @@ def show_outcome(outcome: Outcome, out: Console | None, err: Console) -> None:
         told.append(one.error)
         if not isinstance(one.error, ArrieroError):
             err.print(escape("".join(traceback.format_exception(one.error))), highlight=False, soft_wrap=True)
-        said = str(one.error) or type(one.error).__name__
-        err.print(f"[bold red]error:[/] {escape(f'{one.name}: {said}')}", highlight=False, soft_wrap=True)
+        said = f"{one.name}: {sentence_of(one.error)}"
+        err.print(f"[bold red]error:[/] {escape(said)}", highlight=False, soft_wrap=True)
     if out is None:
         return
     rows = [(one.name, _stages(one.stages), f"{one.seconds:.1f} s", _result(one)) for one in outcome.targets]

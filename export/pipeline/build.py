@@ -69,8 +69,7 @@ class Build:
     @cached_property
     def model(self) -> ModelConfig:
         """The model as far as the build's modalities need it."""
-        config = ModelConfig.load(self.config.model)
-        return config if "image" in self.config.modalities else config.without_vision()
+        return ModelConfig.load(self.config.model).taking(self.config.modalities)
 
     @cached_property
     def record(self) -> ReferenceRecord:

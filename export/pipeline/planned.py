@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from arriero.errors import ArrieroError, Problems
+from arriero.errors import ArrieroError, raise_together
 from arriero.export.compile import MemoryBudget
 from arriero.export.machine.budget import check_budget
 from arriero.traits import TRAITS
 
+UNDOABLE = "the build cannot be done"
 SCRATCH_SHARE = 8  # of a GPU's budget beside the cache, one in this many bytes is left to compute in at least
 
 
@@ -109,11 +109,11 @@ class Plan:
 
     def check(self, file: str) -> None:
         """Refuse a plan that cannot be carried out, for all of its problems and what it needs beyond its budgets."""
-        _raise([*self.problems, *self._over_budget(file)], file)
+        raise_together([*self.problems, *self._over_budget(file)], f"{file}: {UNDOABLE}")
 
     def check_budgets(self, file: str) -> None:
         """Refuse a plan that needs more memory or disk than the build file `file` or the machine gives it."""
-        _raise(self._over_budget(file), file)
+        raise_together(self._over_budget(file), f"{file}: {UNDOABLE}")
 
     def _over_budget(self, file: str) -> list[ArrieroError]:
         """What needs more than the build file `file` or the machine gives it."""
@@ -152,8 +152,3 @@ class Plan:
             "seconds": self.seconds,
             "done": self.done,
         }
-
-
-def _raise(problems: Sequence[ArrieroError], file: str) -> None:
-    if problems:
-        raise problems[0] if len(problems) == 1 else Problems(f"{file}: the build cannot be done", problems)

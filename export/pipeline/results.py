@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from arriero.errors import UNEXPECTED, ArrieroError, MachineLacks
+from arriero.errors import UNEXPECTED, ArrieroError, MachineLacks, sentence_of
 
 if TYPE_CHECKING:
     from arriero.runtimes.proof.report import ParityReport
@@ -70,7 +70,7 @@ class TargetResult:
             "stages": dict(self.stages),
             "device": self.device,
             "failures": [vars(one) for one in self.failures],
-            "error": None if self.error is None else str(self.error) or type(self.error).__name__,
+            "error": None if self.error is None else sentence_of(self.error),
         }
 
 

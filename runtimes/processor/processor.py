@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.backend import Floats, Ints, ModelSpec
+from arriero.runtimes.backend import Floats, Ints, ModelSpec, no_vision
 from arriero.runtimes.processor.chat import Message, as_messages, expand, masked, texts
 from arriero.runtimes.processor.images import Tiler
 from arriero.runtimes.processor.pictures import ImageLike, Images, as_list, read_image
@@ -171,10 +171,7 @@ class Processor:
         if not images:
             return Prompt(np.asarray(self._vocabulary.encode(rendered.text, rendered.control, most), np.int64))
         if self._tiler is None or self.spec.vision is None:
-            raise ArrieroError(
-                "this bundle has no vision tower, so it cannot read images",
-                remedy="Build it with `modalities: [text, image]`",
-            )
+            raise no_vision()
         per_tile = self.spec.vision.tokens_per_tile
         if len(images) * per_tile > most:
             raise ArrieroError(

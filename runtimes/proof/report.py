@@ -113,8 +113,8 @@ class ParityReport:
         right = sum(score.reference_right for score in self.families)
         if not count or right >= REFERENCE_FLOOR * count:
             return ()
-        prefix = FORCED if self.answers == "forced" else {}
-        metric = prefix.get("task_accuracy_reference", "task_accuracy_reference")
+        metric = "task_accuracy_reference"
+        metric = FORCED[metric] if self.answers == "forced" else metric
         return (
             f"The reference itself answers {right} of {count} cases right, so equal answers may be equal mistakes: "
             "check the checkpoint's chat template and tokenizer, and that the set's answers are what the model should "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,14 +30,19 @@ def stream(seed: int, label: str) -> np.random.PCG64:
 
 def sketch(array: NDArray, seed: int, label: str) -> NDArray[np.float64]:
     """The sketch [BUCKETS] of an array of any shape; equal arrays give equal bits on every machine."""
-    flat, bits = array.reshape(-1), stream(seed, label)
-    sums = np.zeros(BUCKETS)
-    for start in range(0, flat.size, PIECE):
-        piece = flat[start : start + PIECE].astype(np.float64)
+    bits, sums = stream(seed, label), np.zeros(BUCKETS)
+    for piece in _pieces(array):
         raw = bits.random_raw(-(-len(piece) // PER_DRAW))
         draw = np.asarray(raw, "<u8").view("<u2")[: len(piece)]
         sums += np.bincount(draw & 255, np.where(draw & 256, -piece, piece), BUCKETS)
     return sums
+
+
+def _pieces(array: NDArray) -> Iterator[NDArray[np.float64]]:
+    """The coordinates of an array in order, `PIECE` at a time: as float64 all of them may not fit memory."""
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, PIECE):
+        yield flat[start : start + PIECE].astype(np.float64)
 
 
 def seeded_features(seed: int, label: str, rows: int, columns: int) -> NDArray[np.float32]:
@@ -59,10 +64,7 @@ class SketchedArray:
     @classmethod
     def of(cls, array: NDArray, seed: int, label: str) -> SketchedArray:
         """Sketch an array."""
-        flat, squared_norm = array.reshape(-1), 0.0
-        for start in range(0, flat.size, PIECE):
-            piece = flat[start : start + PIECE].astype(np.float64)
-            squared_norm += float(piece @ piece)
+        squared_norm = sum((float(piece @ piece) for piece in _pieces(array)), 0.0)
         return cls(array.shape, sketch(array, seed, label), squared_norm, seed, label)
 
     def errors(self, candidate: NDArray) -> ErrorSums:
