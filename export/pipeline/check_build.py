@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
 
-from arriero.errors import ArrieroError, Problems
+from arriero.errors import ArrieroError, Problems, raise_together
 from arriero.export.build_file.device import kernel_arch, target_gpu
 from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Target
 from arriero.export.compile.build_kernels import find_compiler
@@ -21,10 +21,10 @@ from arriero.export.compile.nvidia.tensorrt_api import load
 from arriero.export.machine.doctor import find_lacks
 from arriero.export.pipeline.check_fit import check_fit, check_schemes
 from arriero.export.pipeline.failure_page import FailurePage
+from arriero.export.pipeline.sample_sets import SampleSets
 from arriero.export.pipeline.stages import WorkDir
 from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.proof.check_answers import check_answers
-from arriero.export.samples.cases import draw_cases, encoded_sizes
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.names import expected_tensors
@@ -32,9 +32,6 @@ from arriero.graphs.sources.ledger import check_ledger
 from arriero.profiles.kv_cache import check_tokens
 from arriero.profiles.recipe import Profile, check_shapes
 from arriero.traits import BUILD, SHARED_PACKAGES, TRAITS
-
-if TYPE_CHECKING:
-    from arriero.runtimes.processor.processor import Processor
 
 LARGEST_TOY = 50_000_000  # parameters; the embedded tasks teach nothing about a larger model
 SET_LINES = """\
@@ -67,50 +64,48 @@ class Findings:
         """Raise what was found: what a single check raised as it is, anything else together."""
         if len(self.raised) == 1:
             raise self.raised[0]
-        if problems := self.problems():
-            raise problems[0] if len(problems) == 1 else Problems(headline, problems)
+        raise_together(self.problems(), headline)
 
 
-def check_asked(
-    build: BuildConfig,
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    profiles: Mapping[str, Profile],
-    undone: Collection[str],
-    found: Findings,
-) -> None:
-    """Find what a build with stages `undone` asks of checkpoint and backends that they do not have."""
-    found.of(check_fit, build, config)
+@dataclass(frozen=True)
+class Asked:
+    """What a build asks for: its file, checkpoint and profiles, and which stages are to be done."""
+
+    build: BuildConfig
+    checkpoint: Checkpoint
+    config: ModelConfig
+    profiles: Mapping[str, Profile]
+    undone: Collection[str]
+
+
+def check_asked(asked: Asked, found: Findings) -> None:
+    """Find what a build asks of checkpoint and backends that they do not have."""
+    build, checkpoint, profiles = asked.build, asked.checkpoint, asked.profiles
+    found.of(check_fit, build, asked.config)
     for target in build.targets:
         found.of(thresholds, build, target, profiles[target.profile])
-    if undone:
+    if asked.undone:
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-        found.of(check_ledger, checkpoint.tensors.values(), expected_tensors(config))
+        found.of(check_ledger, checkpoint.tensors.values(), expected_tensors(asked.config))
         found.of(check_schemes, build, profiles)
         for profile in profiles.values():
             found.of(check_shapes, profile, shapes)
 
 
-def check_ready(
-    build: BuildConfig,
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    profiles: Mapping[str, Profile],
-    undone: Collection[str],
-    found: Findings,
-) -> None:
-    """Find what this machine, the output folder and the samples lack for the stages `undone`."""
+def check_ready(asked: Asked, sets: SampleSets, found: Findings) -> None:
+    """Find what this machine, the output folder and the samples lack for the stages that are to be done."""
+    build, undone = asked.build, asked.undone
     if not undone:
         return
     found.raised += _packages(build, undone)
     if "calibrate" in undone:
-        found.of(_check_calibration_set, build, checkpoint, profiles)
+        found.of(_check_calibration_set, build, asked.checkpoint, asked.profiles)
     for target in build.targets:
         if f"lower-{target.name}" in undone:
             found.of(_check_compiler, target)
     if any(name.startswith("parity-") for name in undone):
         found.raised += _outputs(build, undone)
-    found.of(_check_samples, build, config, profiles, undone, found)
+    found.of(_check_samples, asked, sets, found)
 
 
 def _packages(build: BuildConfig, undone: Collection[str]) -> list[ArrieroError]:
@@ -165,22 +160,12 @@ def _outputs(build: BuildConfig, undone: Collection[str]) -> list[ArrieroError]:
     return problems
 
 
-def _check_samples(
-    build: BuildConfig,
-    config: ModelConfig,
-    profiles: Mapping[str, Profile],
-    undone: Collection[str],
-    found: Findings,
-) -> None:
+def _check_samples(asked: Asked, sets: SampleSets, found: Findings) -> None:
     """Refuse samples that the model cannot read, and sets that are too small for what they are to show.
 
-    A set from a file is read and encoded by `sample_sizes`, which refuses it likewise.
+    A set from a file is refused likewise by `SampleSets.planned_sizes`, which reads it in any case.
     """
-    # Imported here: an unchanged build never gets this far.
-    from arriero.export.build_file.model_spec import model_spec
-    from arriero.runtimes.processor.processor import Processor
-
-    seen = config if "image" in build.modalities else config.without_vision()
+    build, undone = asked.build, asked.undone
     proofs = [target for target in build.targets if f"parity-{target.name}" in undone]
     if not proofs and not {"calibrate", "reference"} & set(undone):
         return
@@ -193,26 +178,13 @@ def _check_samples(
         )
         for target in cramped
     ]
-    processor = Processor(build.model, model_spec(seen))
+    _ = sets.processor  # nothing of the samples can be said without it
     if proofs and not cramped:
-        cases = draw_cases(build.parity.cases, build.modalities)
         if build.parity.cases.set == EMBEDDED:
-            room = min(target.context for target in proofs) - 1  # one token of an answer
-            found.of(encoded_sizes, cases, processor, room)
+            found.of(sets.case_sizes, min(target.context for target in proofs))
         for target in proofs:
-            found.of(check_answers, cases, thresholds(build, target, profiles[target.profile]))
-    if "calibrate" in undone:
-        _check_calibration_samples(build, seen, processor, found)
-
-
-def _check_calibration_samples(build: BuildConfig, config: ModelConfig, processor: Processor, found: Findings) -> None:
+            found.of(check_answers, sets.cases, thresholds(build, target, asked.profiles[target.profile]))
     narrow = any(target.kv_cache == "int8" for target in build.targets)
-    if not narrow and build.calibration.set != EMBEDDED:
-        return
-    samples, sizes = draw_cases(build.calibration, build.modalities), []
-
-    def encode() -> None:
-        sizes.extend(encoded_sizes(samples, processor, config.text.max_positions))
-
-    if found.of(encode) and narrow:
-        found.of(check_tokens, sum(size[0] for size in sizes))
+    reads_calibration = "calibrate" in undone and (narrow or build.calibration.set == EMBEDDED)
+    if reads_calibration and found.of(sets.sample_sizes) and narrow:
+        found.of(check_tokens, sum(size[0] for size in sets.sample_sizes()))

@@ -6,13 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from arriero.errors import ArrieroError
 from arriero.export.build_file.device import device_of
-from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Samples, Target
+from arriero.export.build_file.schema import BuildConfig, Target
 from arriero.export.calibration import estimate
 from arriero.export.pipeline.planned import PlannedTarget
 from arriero.export.pipeline.record_plan import record_bytes, record_memory, walk_bytes
-from arriero.export.samples.cases import draw_cases, encoded_sizes
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig, TextConfig
 from arriero.graphs.names import EMBEDDING, TEXT_PREFIX
@@ -82,38 +80,6 @@ def kv_bytes(text: TextConfig, tokens: int, item_bytes: int) -> int:
     """Bytes of the KV cache of one sequence of `tokens`; a chunked layer never holds more than its chunk."""
     slots = sum(min(tokens, text.chunk) if layer.chunked else tokens for layer in text.layers)
     return 2 * text.kv_heads * text.head_dim * item_bytes * slots
-
-
-def sample_sizes(
-    build: BuildConfig, config: ModelConfig, state: Mapping[str, bool]
-) -> tuple[list[estimate.Size], list[estimate.Size]]:
-    """Tokens and image tiles of each calibration sample and of each parity case.
-
-    Sets are encoded as long as their stage is to be done, so that a sample which the model cannot read is found now.
-    Raises Problems with all of those in sets from files; of embedded ones, which are a fault of the checkpoint's
-    tokenizer and told as such by `check_ready`, an upper bound is given.
-    """
-    contexts = [target.context for target in build.targets if not state[f"parity-{target.name}"]]
-    rooms: list[tuple[Samples, int | None]] = [  # the most tokens, None once nothing is left to encode for
-        (build.calibration, None if state["calibrate"] else config.text.max_positions),
-        (build.parity.cases, min(contexts) - 1 if contexts else None),  # room for one token of an answer
-    ]
-    sizes: list[list[estimate.Size]] = [[], []]
-    for number, (samples, most) in enumerate(rooms):
-        if most is None:
-            continue
-        # Imported here: an unchanged build never gets this far, and torch takes a second to import.
-        from arriero.export.build_file.model_spec import model_spec
-        from arriero.runtimes.processor.processor import Processor
-
-        try:
-            processor = Processor(build.model, model_spec(config))
-            sizes[number] = encoded_sizes(draw_cases(samples, build.modalities), processor, most)
-        except ArrieroError:
-            if samples.set != EMBEDDED:
-                raise
-            sizes[number] = [estimate.embedded_size(config.vision)] * (samples.samples or 0)
-    return sizes[0], sizes[1]
 
 
 def is_used(info: WeightSource, build: BuildConfig, checkpoint: Checkpoint) -> bool:

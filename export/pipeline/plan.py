@@ -13,20 +13,14 @@ from arriero.errors import ArrieroError
 from arriero.export.build_file.schema import BuildConfig
 from arriero.export.machine.budget import available_memory, free_disk, human_bytes
 from arriero.export.machine.speed import measure_speed
-from arriero.export.pipeline.check_build import Findings, check_asked, check_ready
-from arriero.export.pipeline.estimate_needs import (
-    CONTEXTS,
-    estimate_needs,
-    is_used,
-    plan_target,
-    price_context,
-    sample_sizes,
-)
+from arriero.export.pipeline.check_build import Asked, Findings, check_asked, check_ready
+from arriero.export.pipeline.estimate_needs import CONTEXTS, estimate_needs, is_used, plan_target, price_context
 from arriero.export.pipeline.estimate_time import Work, estimate_seconds
 from arriero.export.pipeline.ignored_files import ignored_files
 from arriero.export.pipeline.planned import Plan, PlannedStage
 from arriero.export.pipeline.record_plan import answer_mode, record_bytes
 from arriero.export.pipeline.resolution import weak_thresholds
+from arriero.export.pipeline.sample_sets import SampleSets
 from arriero.export.pipeline.stage_keys import KeyInputs, calibrating, stage_inputs
 from arriero.export.pipeline.stages import WorkDir, key_of
 from arriero.export.pipeline.target_thresholds import thresholds
@@ -46,20 +40,21 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
     work = WorkDir(build.output)
     profiles = {target.profile: load_profile(target.profile) for target in build.targets}
     content = checkpoint.known_content_hash(work.hash_memo)
-    asked, ready = Findings(), Findings()
+    refused, ready = Findings(), Findings()
     inputs: dict[str, KeyInputs] = {}
-    asked.of(lambda: inputs.update(stage_inputs(build, content or "", profiles)))
+    refused.of(lambda: inputs.update(stage_inputs(build, content or "", profiles)))
     keys = {name: key_of(name, values) for name, values in inputs.items()}
     state = {name: bool(content) and work.is_done(name, key) for name, key in keys.items()}
     undone = {name for name in keys if not state[name] and (only is None or name in only)}
-    check_asked(build, checkpoint, config, profiles, undone, asked)
-    check_ready(build, checkpoint, config, profiles, undone, ready)
-    if asked.raised:
-        asked.raised += ready.raised
-        asked.raise_all()
-    seen = config if "image" in build.modalities else config.without_vision()
+    seen = config.taking(build.modalities)
+    asked, sets = Asked(build, checkpoint, config, profiles, undone), SampleSets(build, seen)
+    check_asked(asked, refused)
+    check_ready(asked, sets, ready)
+    if refused.raised:
+        refused.raised += ready.raised
+        refused.raise_all()
     try:
-        sizes, case_sizes = sample_sizes(build, seen, state)
+        sizes, case_sizes = sets.planned_sizes(state)
     except ArrieroError as error:
         ready.raised.insert(0, error)
         ready.raise_all()
