@@ -37,13 +37,14 @@ def is_owned(folder: Path) -> bool:
 
 
 def remove_owned(folder: Path, first: str | None = None) -> None:
-    """Delete a marked folder, `first` and the mark itself last, so that a deletion cut short can be finished.
+    """Delete a marked folder, `first` before all else and the mark last, so that a deletion cut short can be finished.
 
-    Raises ArrieroError for a folder without our mark; one that is not there is no error.
+    An empty folder, which marking or deleting leaves when it is cut short, goes as well. Raises ArrieroError for any
+    other without our mark; one that is not there is no error.
     """
     if not folder.exists() and not folder.is_symlink():
         return
-    if not is_owned(folder):
+    if not is_owned(folder) and (folder.is_symlink() or not folder.is_dir() or _holds_foreign(folder)):
         raise ArrieroError("no build made it, so none deletes it", where=str(folder), remedy="Move it away")
     if first is not None:
         (folder / first).unlink(missing_ok=True)
@@ -54,7 +55,7 @@ def remove_owned(folder: Path, first: str | None = None) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
-    (folder / MARK).unlink()
+    (folder / MARK).unlink(missing_ok=True)
     folder.rmdir()
 
 

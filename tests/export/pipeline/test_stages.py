@@ -13,7 +13,7 @@ import pytest
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.pipeline.bundle import assemble
-from arriero.export.pipeline.ownership import own
+from arriero.export.pipeline.ownership import MARK, own
 from arriero.export.pipeline.stages import Stage, WorkDir, key_of, read_record
 
 
@@ -241,3 +241,32 @@ def test_records_are_json_for_machines(tmp_path):
     with work.locked():
         folder = work.run_stage(Stage("a", {"nested": {"x": [1, 2]}}, writer()))
     assert json.loads((folder / "stage.json").read_text())["inputs"] == {"nested": {"x": [1, 2]}}
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+@pytest.mark.parametrize("left", [(), (f"{MARK}.4711",)], ids=["empty", "half-marked"])
+def test_a_stage_killed_while_its_folder_was_marked_or_deleted_is_run(tmp_path, left, resumes):
+    def run(folder):
+        (folder / "file").write_text("1")
+        return {"file"}
+
+    work = WorkDir(tmp_path)
+    stage = Stage("one", {}, run, resumes)
+    with work.locked():
+        for folder in (work.folder("one", stage.key), work.root / f"one-{stage.key}.partial"):
+            folder.mkdir()
+            for name in left:
+                (folder / name).write_text("half of a mark")
+        assert list(read_record(work.run_stage(stage))["files"]) == ["file"]
+
+
+def test_what_somebody_else_put_in_a_stages_place_is_kept(tmp_path):
+    work = WorkDir(tmp_path)
+    stage = Stage("one", {}, lambda folder: None)
+    with work.locked():
+        foreign = work.root / f"one-{stage.key}.partial"
+        foreign.mkdir()
+        (foreign / "mine").write_text("1")
+        with pytest.raises(ArrieroError, match="no build made it, so none deletes it"):
+            work.run_stage(stage)
+    assert (foreign / "mine").read_text() == "1"
