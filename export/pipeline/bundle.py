@@ -55,11 +55,15 @@ def copy_tokenizer(checkpoint: Path, folder: Path) -> list[str]:
     return names
 
 
-def assemble(stage: Path, folder: Path) -> None:
-    """Put the files that a finished stage says it wrote into `folder`: hard links where possible, else copies."""
-    for name in read_record(stage)["files"]:
-        if name != PART:
-            link_file(stage / name, folder / name)
+def assemble(stage: Path, folder: Path) -> dict[str, FileRecord]:
+    """Put the files that a finished stage says it wrote into `folder`: hard links where possible, else copies.
+
+    Gives what the stage recorded of each, by its path in `folder`.
+    """
+    files = {name: FileRecord(**record) for name, record in read_record(stage)["files"].items() if name != PART}
+    for name in files:
+        link_file(stage / name, folder / name)
+    return files
 
 
 @dataclass(frozen=True)
@@ -78,16 +82,21 @@ class Parts:
     measured: Measured
 
 
-def write_manifest(partial: Path, parts: Parts, checkpoint: str, profile: str, build: Mapping[str, str]) -> None:
+def write_manifest(
+    partial: Path,
+    parts: Parts,
+    recorded_files: Mapping[str, FileRecord],
+    checkpoint: str,
+    profile: str,
+    build: Mapping[str, str],
+) -> None:
     """Write `manifest.json` over the files that are in `partial` now.
 
-    `checkpoint` and `profile` are the hashes that the chain takes up, `build` the keys of the stages that made the
-    bundle.
+    `recorded_files` are those that a stage has hashed; the others are hashed here. `checkpoint` and `profile` are the
+    hashes that the chain takes up, `build` the keys of the stages that made the bundle.
     """
     names = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file())
-    files = {
-        name: FileRecord((partial / name).stat().st_size, file_sha256(partial / name)) for name in names if name != FILE
-    }
+    files = {name: recorded_files.get(name) or _record(partial / name) for name in names if name != FILE}
     compiled = {key: value for key, value in asdict(parts.lowered.compiled).items() if key != "tools"}
     entries = {
         "format": FORMAT,
@@ -115,6 +124,10 @@ def write_manifest(partial: Path, parts: Parts, checkpoint: str, profile: str, b
     path = partial / f"{FILE}.partial"
     path.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     os.replace(path, partial / FILE)
+
+
+def _record(file: Path) -> FileRecord:
+    return FileRecord(file.stat().st_size, file_sha256(file))
 
 
 def is_current(bundle: Path, build: Mapping[str, str]) -> bool:

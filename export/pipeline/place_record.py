@@ -7,21 +7,25 @@ from typing import Literal
 
 from arriero.export.pipeline.bundle import assemble
 from arriero.export.pipeline.stages import WorkDir
-from arriero.runtimes.manifest import RECORD_FILE, RECORD_FOLDER, Manifest, file_sha256
+from arriero.runtimes.manifest import RECORD_FILE, RECORD_FOLDER, FileRecord, Manifest, file_sha256
 from arriero.runtimes.proof.record import FILE, ReferenceRecord
 
 Place = Literal["bundle", "separate"]
 
 
-def place_record(record: ReferenceRecord, place: Place, bundle: Path, work: WorkDir) -> None:
-    """Put the record into the `bundle` that is being assembled, or publish it beside the bundles, once."""
+def place_record(record: ReferenceRecord, place: Place, bundle: Path, work: WorkDir) -> dict[str, FileRecord]:
+    """Put the record into the `bundle` that is being assembled, or publish it beside the bundles, once.
+
+    Gives what its stage recorded of each file that is in the bundle now, by its path there.
+    """
     if place == "bundle":
-        assemble(record.folder, bundle / RECORD_FOLDER)
-        return
+        files = assemble(record.folder, bundle / RECORD_FOLDER)
+        return {f"{RECORD_FOLDER}/{name}": recorded for name, recorded in files.items()}
     folder = separate_folder(work.output, record.hash)
     if not _holds(folder, record.hash):
         assemble(record.folder, work.bundles.prepare(folder))
         work.bundles.publish(folder)
+    return {}
 
 
 def is_placed(bundle: Path, place: Place) -> bool:

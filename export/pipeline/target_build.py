@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib import import_module
@@ -41,6 +42,7 @@ from arriero.runtimes.manifest import (
     REPORTS,
     CalibratedPart,
     Compiled,
+    FileRecord,
     LoweredPart,
     Manifest,
     Measured,
@@ -115,16 +117,16 @@ class TargetBuild:
             )
         lowered = self.lowered
         prepared = self.build.work.bundles.prepare(self.bundle)
-        assemble(lowered, prepared)
-        place_record(self.build.record, self.build.config.parity.record, prepared, self.build.work)
-        self.write_manifest(prepared)
+        files = assemble(lowered, prepared)
+        files |= place_record(self.build.record, self.build.config.parity.record, prepared, self.build.work)
+        self.write_manifest(prepared, files)
         if self.device is None:
             proof = self.stage("parity", partial(self.prove, prepared))
             self.report = read_json(proof / "parity.json")
             self.judge(self.report)
             for report in REPORTS:
                 (prepared / report).write_bytes((proof / report).read_bytes())
-            self.write_manifest(prepared)
+            self.write_manifest(prepared, files)
         self.build.work.bundles.publish(self.bundle)
         self.failure_page.remove()
         state: State = "published" if self.device is None else "unproven"
@@ -309,8 +311,8 @@ class TargetBuild:
         write_json(report, folder / "parity.json")
         write_html(report, folder / "parity.html")
 
-    def write_manifest(self, bundle: Path) -> None:
-        """Write the bundle's manifest from the parts that the stages wrote."""
+    def write_manifest(self, bundle: Path, files: Mapping[str, FileRecord]) -> None:
+        """Write the bundle's manifest from the parts that the stages wrote; `files` are those that they hashed."""
         build, stages = self.build, self.stages
         folders = {"graph": build.graph, "calibrate": build.calibrated, "lower": self.lowered}
         records = {name: read_record(folder) for name, folder in folders.items()}
@@ -333,7 +335,7 @@ class TargetBuild:
             ),
         )
         digest = key_of("profile", self.profile.model_dump(mode="json"))
-        write_manifest(bundle, parts, build.content, digest, stages)
+        write_manifest(bundle, parts, files, build.content, digest, stages)
 
     def rounded(self) -> RoundedPart:
         """What calibration says of the target's profile: what it chose, and the experts that fell back."""
