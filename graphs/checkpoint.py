@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arriero.errors import ArrieroError
+from arriero.graphs.config import ModelConfig
 from arriero.graphs.sources.content_hash import content_hash, known_content_hash
-from arriero.graphs.sources.hugging_face import TEXT_ONLY, open_folder, read_config
+from arriero.graphs.sources.layout import Layout
+from arriero.graphs.sources.open_layout import open_layout
 from arriero.graphs.sources.weight_source import WeightSource
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ SIDE_FILES = (
 )
 """Files beside the weights which a bundle takes over, so that a change in one is a change of the checkpoint."""
 
+TEXT_ONLY = "llama4_text"
 TORCH_DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -57,18 +61,16 @@ TORCH_DTYPES = {
 class Checkpoint:
     """A sound checkpoint: `config` (config.json as a dict) and `tensors` (canonical name -> `WeightSource`)."""
 
-    def __init__(
-        self, folder: Path, config: dict[str, Any], tensors: dict[str, WeightSource], weight_files: list[Path]
-    ) -> None:
-        self.folder, self.config, self.tensors = folder, config, tensors
-        self._weight_files = weight_files
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self.folder, self.layout = folder, layout
+        self.config, self.tensors = layout.config, layout.tensors
+        self._made: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
         """Open `folder`. Raises as the layout's module does."""
         folder = Path(folder)
-        config = read_config(folder)
-        return cls(folder, config, *open_folder(folder, config))
+        return cls(folder, open_layout(folder))
 
     @property
     def text_only(self) -> bool:
@@ -76,10 +78,31 @@ class Checkpoint:
         return bool(self.config["model_type"] == TEXT_ONLY)
 
     @property
+    def side_folder(self) -> Path:
+        """The folder of tokenizer, processor settings and chat template: the checkpoint's own, or one made for it."""
+        if self.layout.side is not None:
+            return self.layout.side
+        if self._made is None:
+            self._made = tempfile.TemporaryDirectory(prefix="arriero-")
+            for name, text in self.layout.made.items():
+                (Path(self._made.name) / name).write_text(text, encoding="utf-8")
+        return Path(self._made.name)
+
+    def model_config(self) -> ModelConfig:
+        """The model that the config describes. Raises as `ModelConfig.from_dict` does."""
+        return ModelConfig.of(self.config, self.side_folder, str(self.folder / "config.json"))
+
+    @property
     def files(self) -> list[Path]:
         """Every file of the checkpoint that the export reads, sorted by name."""
-        beside = {self.folder / name for name in ("config.json", *SIDE_FILES) if (self.folder / name).exists()}
-        return sorted(beside | set(self._weight_files))
+        side = self.layout.side
+        beside = {side / name for name in ("config.json", *SIDE_FILES)} if side is not None else set()
+        return sorted({file for file in beside if file.exists()} | set(self.layout.weight_files))
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the files with weights take on disk."""
+        return sum(file.stat().st_size for file in self.layout.weight_files)
 
     def source(self, name: str) -> WeightSource:
         """One tensor, or `ArrieroError` with the nearest name."""

@@ -122,7 +122,12 @@ class ModelConfig:
                 expected="a Hugging Face Llama 4 checkpoint directory",
                 remedy="Point `model` at the directory that holds config.json and the safetensors files",
             )
-        config = cls.from_dict(read_json_object(path, REFETCH), str(path))
+        return cls.of(read_json_object(path, REFETCH), folder, str(path))
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any], folder: Path, where: str) -> ModelConfig:
+        """Parse a `config.json` mapping, with the stop tokens of a `generation_config.json` in `folder`."""
+        config = cls.from_dict(data, where)
         generation = folder / "generation_config.json"
         if generation.is_file():
             problems: list[ArrieroError] = []

@@ -7,11 +7,24 @@ from arriero.graphs.config import ModelConfig
 TEXT_PREFIX = "language_model."
 EMBEDDING = f"{TEXT_PREFIX}model.embed_tokens.weight"
 HEAD = f"{TEXT_PREFIX}lm_head.weight"
+RENAMED = {  # the first that fits
+    "model.language_model.": f"{TEXT_PREFIX}model.",
+    "model.vision_model.": "vision_model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.": f"{TEXT_PREFIX}model.",
+    "lm_head.": f"{TEXT_PREFIX}lm_head.",
+}
 
 
-def canonical_name(raw: str, text_only: bool) -> str:
-    """The multimodal name of a tensor; a text-only checkpoint's names gain the `language_model.` prefix."""
-    return TEXT_PREFIX + raw if text_only else raw
+def canonical_name(raw: str) -> str:
+    """The multimodal name of a tensor that a file calls `raw`.
+
+    Text-only checkpoints, and some tools, leave `language_model.` away; others put `model.` before everything.
+    """
+    for prefix, canonical in RENAMED.items():
+        if raw.startswith(prefix):
+            return canonical + raw.removeprefix(prefix)
+    return raw
 
 
 def expert_tensors(layer: int) -> tuple[str, str]:

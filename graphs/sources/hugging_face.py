@@ -1,185 +1,131 @@
-"""Hugging Face's layout: config.json beside one safetensors file, or beside an index and its shards."""
+"""Hugging Face's layout: config.json beside safetensors files, their matrices plain or quantised by a library we read."""
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Iterator
-from dataclasses import dataclass
+import pkgutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from arriero.errors import ArrieroError, Problems
+from arriero.errors import ArrieroError, raise_together
 from arriero.graphs.names import canonical_name
-from arriero.graphs.sources.safetensors_header import NUMPY_DTYPES, REDOWNLOAD, TensorInfo, read_header, to_float32
-from arriero.graphs.sources.weight_source import FilePlace, WeightSource
+from arriero.graphs.sources import quantized
+from arriero.graphs.sources.fuse_experts import fuse_experts
+from arriero.graphs.sources.layout import Layout
+from arriero.graphs.sources.safetensors_files import open_safetensors
+from arriero.graphs.sources.safetensors_header import REDOWNLOAD
+from arriero.graphs.sources.weight_source import WeightSource
 from arriero.strict_json import read_json_object
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-TEXT_ONLY = "llama4_text"  # Llama4ForCausalLM: no vision tower, no projector
-MODEL_TYPES = ("llama4", TEXT_ONLY)
+MODEL_TYPES = ("llama4", "llama4_text")
+SETTINGS = ("quantization_config", "compression_config")  # the second is the name of early compressed-tensors
+MODELOPT = "hf_quant_config.json"
+HELPERS = ("codecs", "modules")
+# What wrappers put before every name, and the tool that does.
+WRAPPERS = {
+    "base_model.model.": "PEFT",
+    "module.": "DistributedDataParallel",
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+}
 
 
-class MappedFile:
-    """A file's bytes, mapped into memory when they are first asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._bytes: NDArray[np.uint8] | None = None
-
-    def bytes(self, offset: int, count: int) -> NDArray[np.uint8]:
-        """`count` bytes from `offset` on, read-only."""
-        if count == 0:
-            return np.empty(0, np.uint8)
-        if self._bytes is None:
-            with self.path.open("rb") as stream:
-                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-            self._bytes = np.frombuffer(mapped, np.uint8)
-        return self._bytes[offset : offset + count]
-
-
-@dataclass(frozen=True)
-class SafetensorsWeight:
-    """A tensor that a safetensors file holds as it is (see `WeightSource`)."""
-
-    name: str
-    info: TensorInfo
-    mapped: MappedFile
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As the header says."""
-        return self.info.shape
-
-    @property
-    def dtype(self) -> str:
-        """As the header says."""
-        return self.info.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        return self.info.nbytes
-
-    @property
-    def stored(self) -> str:
-        """Name and file."""
-        return f"{self.info.name} in {self.info.file.name}"
-
-    @property
-    def place(self) -> FilePlace:
-        """Its span of the file."""
-        return FilePlace(self.info.file, self.info.offset)
-
-    def rows(self, start: int, stop: int) -> NDArray[Any]:
-        """Rows of the memory map; touches those pages of the file only. Raises ValueError for rows beyond it."""
-        count = self.shape[0] if self.shape else 1
-        if not 0 <= start <= stop <= count:
-            raise ValueError(f"rows {start}:{stop} of {self.name} with shape {list(self.shape)}")
-        row_bytes = self.nbytes // count if count else 0
-        raw = self.mapped.bytes(self.info.offset + start * row_bytes, (stop - start) * row_bytes)
-        shape = (stop - start, *self.shape[1:]) if self.shape else ()
-        return raw.view(NUMPY_DTYPES[self.dtype]).reshape(shape)
-
-    def float32(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows in float32."""
-        return to_float32(self.rows(start, stop), self.dtype)
-
-
-def open_folder(folder: Path, config: dict[str, Any]) -> tuple[dict[str, WeightSource], list[Path]]:
-    """The tensors of a folder by canonical name, and the files that hold them, every header proven sound.
+def open_folder(folder: Path) -> Layout:
+    """The checkpoint in `folder`, every header proven sound.
 
     Raises `ArrieroError` for what makes reading pointless, `Problems` with every contradiction between the files.
     """
-    shards, listed = _find_shards(folder)
-    problems: list[ArrieroError] = []
-    infos: list[TensorInfo] = []
-    for shard in shards:
-        try:
-            infos += read_header(shard)
-        except Problems as unsound:
-            problems += unsound.problems
-        except ArrieroError as unsound:
-            problems.append(unsound)
-    if listed is not None and not problems:
-        problems += _compare_with_index(folder / INDEX, listed, infos)
-    text_only = config["model_type"] == TEXT_ONLY
-    maps = {shard: MappedFile(shard) for shard in shards}
-    tensors: dict[str, SafetensorsWeight] = {}
-    for info in infos:
-        name = canonical_name(info.name, text_only)
-        if name in tensors:
-            what = f"tensor {info.name} is stored twice, first as {tensors[name].stored}"
-            problems.append(ArrieroError(what, where=str(info.file), remedy="Remove one of the two files or names"))
-        tensors[name] = SafetensorsWeight(name, info, maps[info.file])
-    if problems:
-        raise Problems(f"the checkpoint {folder} is not sound", problems)
-    index = [folder / INDEX] if listed is not None else []
-    return dict(tensors), [*index, *shards]
+    config = read_config(folder)
+    stored, files = open_safetensors(folder)
+    _refuse_wrapped(stored)
+    named = [(settings, where) for settings, where in _settings(folder, config)]
+    for settings, where in named[:1]:
+        stored = _decoder(settings, where).decode_tensors(settings, stored, where)
+    plain = {key: value for key, value in config.items() if key not in SETTINGS}
+    if isinstance(plain.get("text_config"), Mapping):
+        plain["text_config"] = {key: value for key, value in plain["text_config"].items() if key not in SETTINGS}
+    extra = [folder / MODELOPT] if (folder / MODELOPT).is_file() else []
+    return Layout("Hugging Face", plain, fuse_experts(_canonical(stored)), [*extra, *files], folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Read `folder`/config.json, refusing what is not a Llama 4."""
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "there is no such folder"
-        remedy = "Give the folder that holds config.json and the safetensors files"
-        raise ArrieroError(what, where=str(folder), expected="a checkpoint folder", remedy=remedy)
     path = folder / "config.json"
     if not path.is_file():
-        raise ArrieroError(
-            "is missing", where=str(path), remedy=f"Download {path.name} from the model's page into {folder}"
-        )
+        if (folder / "adapter_config.json").is_file():
+            base = read_json_object(folder / "adapter_config.json", REDOWNLOAD).get("base_model_name_or_path")
+            raise ArrieroError(
+                f"is an adapter, not a model; its base is {base or 'not named'}",
+                where=str(folder),
+                expected="the folder of a checkpoint",
+                remedy=f"Write the base model under `model` and this folder under `adapters: [{folder}]`",
+            )
+        remedy = f"Download {path.name} from the model's page into {folder}"
+        raise ArrieroError("is missing", where=str(path), remedy=remedy)
     config = read_json_object(path, REDOWNLOAD)
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         stated = f"model_type is {model_type!r}" if "model_type" in config else "model_type is missing"
-        remedy = "Arriero exports Llama 4 checkpoints in Hugging Face layout only"
+        remedy = "Arriero exports Llama 4 checkpoints only; no other architecture is approximated"
         raise ArrieroError(stated, where=f"{path}:model_type", expected="llama4 or llama4_text", remedy=remedy)
     return config
 
 
-def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """Give the safetensors files and the index's map tensor -> file name (None without an index)."""
-    single, index = folder / SINGLE, folder / INDEX
-    if single.exists() and index.exists():
-        what = f"has both {SINGLE} and {INDEX}, so it is not clear which weights are meant"
-        raise ArrieroError(what, where=str(folder), expected="one of them", remedy="Remove the one that is stale")
-    if single.exists():
-        return [single], None
-    if not index.exists():
-        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".gguf"))
-        seen = f" (it holds {', '.join(others[:4])})" if others else ""
-        remedy = "Download the checkpoint in Hugging Face safetensors layout"
-        raise ArrieroError(f"no weights found{seen}", where=str(folder), expected=f"{SINGLE} or {INDEX}", remedy=remedy)
-    listed = read_json_object(index, REDOWNLOAD).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        what = "weight_map is missing or empty"
-        raise ArrieroError(what, where=str(index), expected="tensor name -> file name", remedy=REDOWNLOAD)
-    problems: list[ArrieroError] = []
-    for name in sorted({str(file) for file in listed.values()}):
-        where = f"{index}:weight_map"
-        if Path(name).name != name:
-            what = f"{name} is not a plain file name"
-            problems.append(ArrieroError(what, where=where, expected="a file beside the index", remedy=REDOWNLOAD))
-        elif not (folder / name).is_file():
-            tensors = sum(file == name for file in listed.values())
-            what = f"the shard {name} is missing ({tensors} tensors)"
-            problems.append(ArrieroError(what, where=where, remedy=f"Download {name} into {folder}"))
-    if problems:
-        raise Problems(f"the checkpoint {folder} is not complete", problems)
-    return [folder / name for name in sorted(set(listed.values()))], listed
+def _settings(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """What says how the weights are quantised, and where it stands; config.json comes first."""
+    sections = {"": config, "text_config.": config.get("text_config")}
+    for prefix, section in sections.items():
+        for key in SETTINGS:
+            settings = section.get(key) if isinstance(section, Mapping) else None
+            if settings is None:
+                continue
+            where = f"{folder / 'config.json'}:{prefix}{key}"
+            if not isinstance(settings, Mapping):
+                raise ArrieroError(f"is a {type(settings).__name__}", where=where, expected="an object", remedy=REDOWNLOAD)
+            yield settings, where
+    if (folder / MODELOPT).is_file():
+        yield {"quant_method": "modelopt", **read_json_object(folder / MODELOPT, REDOWNLOAD)}, str(folder / MODELOPT)
 
 
-def _compare_with_index(index: Path, listed: dict[str, str], infos: list[TensorInfo]) -> Iterator[ArrieroError]:
-    stored = {(info.name, info.file.name) for info in infos}
-    remedy = "The index and the shards are of different downloads: download them together"
-    for name, file in listed.items():
-        if (name, file) not in stored:
-            yield ArrieroError(f"{file} does not hold {name}", where=f"{index}:weight_map", remedy=remedy)
-    for info in infos:
-        if info.name not in listed:
-            what = f"tensor {info.name} is not in the index"
-            yield ArrieroError(what, where=str(info.file), expected=f"an entry in {index.name}", remedy=remedy)
+def _decoder(settings: Mapping[str, Any], where: str) -> Any:
+    """The module that reads the library's format, by the name that the library gives itself."""
+    method = settings.get("quant_method", "compressed-tensors" if "config_groups" in settings else None)
+    known = sorted(module.name for module in pkgutil.iter_modules(quantized.__path__) if module.name not in HELPERS)
+    file = str(method).replace("-", "_")
+    module = next((name for name in known if file == name or file.startswith(f"{name}_")), None)
+    if module is None:
+        raise ArrieroError(
+            f"quant_method is {method!r}" if "quant_method" in settings else "quant_method is missing",
+            where=where,
+            expected=f"one of {', '.join(name.replace('_', '-') for name in known)}",
+            remedy="Use another release of the model; or if the key is a left-over beside plain weights, remove it",
+        )
+    return import_module(f"{quantized.__name__}.{module}")
+
+
+def _refuse_wrapped(stored: Mapping[str, WeightSource]) -> None:
+    for prefix, tool in WRAPPERS.items():
+        if stored and all(name.startswith(prefix) for name in stored):
+            first = next(iter(stored.values()))
+            raise ArrieroError(
+                f"every tensor's name begins with `{prefix}`, which {tool} adds",
+                where=first.stored,
+                expected=first.name.removeprefix(prefix),
+                remedy="Save the model that is inside the wrapper; for an adapter, write it under `adapters`",
+            )
+
+
+def _canonical(stored: Mapping[str, WeightSource]) -> dict[str, WeightSource]:
+    """The tensors by their canonical names. Raises an error where two have one."""
+    named: dict[str, WeightSource] = {}
+    problems = []
+    for raw, source in stored.items():
+        name = canonical_name(raw)
+        if name in named:
+            what = f"is stored twice, first as {named[name].stored}"
+            problems.append(ArrieroError(what, where=source.stored, remedy="Remove one of the two files or names"))
+        named[name] = replace(source, name=name)  # type: ignore[type-var]
+    raise_together(problems, "the checkpoint holds tensors twice")
+    return named

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from arriero.graphs.sources.stored_codes import StoredCodes
+
 
 @dataclass(frozen=True)
 class FilePlace:
@@ -48,6 +50,16 @@ class WeightSource(Protocol):
     @property
     def stored(self) -> str:
         """The tensor's name in its file, and the file's name, for errors."""
+        ...
+
+    @property
+    def form(self) -> str:
+        """What the values are stored as, in a few words: bf16, int4 block 128, nvfp4."""
+        ...
+
+    @property
+    def codes(self) -> StoredCodes | None:
+        """The codes and scales that the checkpoint holds, where one of our schemes takes them as they are."""
         ...
 
     @property
