@@ -10,7 +10,7 @@ import difflib
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -98,6 +98,12 @@ class Checkpoint:
         side = self.layout.side
         beside = {side / name for name in ("config.json", *SIDE_FILES)} if side is not None else set()
         return sorted({file for file in beside if file.exists()} | set(self.layout.weight_files))
+
+    @property
+    def quantised(self) -> dict[str, tuple[int, int] | None]:
+        """The tensors that are stored quantised, each with the form of its codes where a scheme of ours holds them."""
+        decoded = {name: source for name, source in self.tensors.items() if source.form != source.dtype.lower()}
+        return {name: None if source.codes is None else source.codes.form for name, source in decoded.items()}
 
     @property
     def stored_bytes(self) -> int:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, StrictFloat, StrictInt, model_valida
 
 from arriero.errors import ArrieroError, Problems
 from arriero.profiles.groups import is_layer_matrix
-from arriero.profiles.schemes import Candidate, Chosen, Exact, Half, IntBlock, Record, Scheme, Static
+from arriero.profiles.schemes import AsStored, Candidate, Chosen, Exact, Fp8, Half, IntBlock, Record, Scheme, Static
 from arriero.profiles.selectors import Keep, Rule, Selector, Text
 from arriero.profiles.validate import refusal, validated
 from arriero.profiles.yaml_document import Document
@@ -124,6 +124,31 @@ class Profile(Record):
         ]
         rest = [rule for rule in self.rules if not isinstance(rule.scheme, Chosen)]
         return self.model_copy(update={"rules": [*made, *rest], "choose": None})
+
+    def fitted(self, quantised: Mapping[str, tuple[int, int] | None], names: Iterable[str]) -> Profile:
+        """This profile with every rule of kind `as_stored` made the rules of the tensors `names` that it takes.
+
+        `quantised` maps those that the checkpoint quantises to the form of their codes, None where no scheme holds it.
+        Raises Problems for tensors that are to keep codes which the checkpoint does not hold.
+        """
+        taken = {name: next((one for one in self.selectors if one.takes(name)), None) for name in names}
+        made, problems = [], []
+        for name, selector in taken.items():
+            scheme = None if selector is None else selector.scheme
+            form = quantised.get(name)
+            if isinstance(scheme, AsStored):
+                own = scheme.held(form) if name in quantised else Exact()
+                made.append(Rule(match=(name,), reason=selector.reason if selector else "", scheme=own))
+            elif isinstance(scheme, IntBlock | Fp8) and scheme.rounding == "stored":
+                asked = (scheme.bits, scheme.block) if isinstance(scheme, IntBlock) else (8, 0)
+                if form != asked:
+                    what = f"profile `{self.name}` keeps its codes, and the checkpoint has none of {scheme.label}"
+                    remedy = "Take `kind: as_stored`, which keeps what there is"
+                    problems.append(ArrieroError(what, where=name, remedy=remedy))
+        if problems:
+            raise Problems(f"profile `{self.name}` does not fit this checkpoint", problems)
+        rest = [rule for rule in self.rules if not isinstance(rule.scheme, AsStored)]
+        return self.model_copy(update={"rules": [*made, *rest]}) if made else self
 
     def rtn_baseline(self) -> Profile:
         """This profile without calibration: the same tensors stored the same way, each scheme in its RTN baseline."""

@@ -106,14 +106,15 @@ class IntBlock(_Scheme):
     """Block-wise symmetric integers along the input features, one float32 scale per block.
 
     `accuracy_level` is ONNX Runtime's: 4 rounds activations to int8 as well, 0 keeps them in float32. `rounding` says
-    how the integers are found: each value to its nearest, or by GPTQ on the inputs that calibration saw.
+    how the integers are found: each value to its nearest, by GPTQ on the inputs that calibration saw, or `stored`: they
+    are the checkpoint's own, with its scales.
     """
 
     kind: Literal["int_block"]
     bits: Literal[4, 8]
     block: Literal[16, 32, 64, 128, 256]
     accuracy_level: Literal[0, 4]
-    rounding: Literal["nearest", "gptq"] = "nearest"
+    rounding: Literal["nearest", "gptq", "stored"] = "nearest"
 
     @property
     @override
@@ -130,11 +131,11 @@ class IntBlock(_Scheme):
     @property
     @override
     def calibrates(self) -> bool:
-        return self.rounding != "nearest"
+        return self.rounding == "gptq"
 
     @override
     def rtn_baseline(self) -> Self:
-        return self.model_copy(update={"rounding": "nearest"})
+        return self.model_copy(update={"rounding": "nearest"}) if self.calibrates else self
 
     @override
     def stored_bytes(self, shape: Shape) -> int:
@@ -162,15 +163,17 @@ class Fp8(_PerChannel):
     """E4M3 floats (1 sign, 4 exponent, 3 fraction bits, largest 448; OCP 8-bit Floating Point) with a scale per output.
 
     `activations` fp8 rounds each token to E4M3 as well, at its own largest magnitude / 448; float32 leaves them exact.
+    `rounding` is that of `IntBlock`.
     """
 
     kind: Literal["fp8"]
     activations: Literal["fp8", "float32"]
+    rounding: Literal["nearest", "stored"] = "nearest"
 
     @property
     @override
     def label(self) -> str:
-        return "fp8 per channel"
+        return "fp8 per channel" + ("" if self.rounding == "nearest" else f" {self.rounding}")
 
     @property
     @override
@@ -258,6 +261,36 @@ class Fp8Static(Static):
     word: ClassVar[str] = "fp8"
 
 
+class AsStored(_Scheme):
+    """As the checkpoint stores it: its own integers or E4M3 floats where `IntBlock` or `Fp8` hold them and their scale.
+
+    What is not quantised stays exact. What is, in a form that neither holds (NVFP4, NF4, zero points), is rounded anew,
+    `otherwise`. Which tensor becomes what is settled once the checkpoint is known (`Profile.fitted`).
+    """
+
+    kind: Literal["as_stored"]
+    otherwise: IntBlock
+
+    @property
+    @override
+    def label(self) -> str:
+        return "as stored"
+
+    @property
+    @override
+    def description(self) -> str:
+        return f"the checkpoint's own codes, or else {self.otherwise.description}"
+
+    def held(self, form: tuple[int, int] | None) -> IntBlock | Fp8:
+        """The scheme of a quantised tensor by the form of its codes: bits and block (0 for E4M3); None if none is held."""
+        if form is None:
+            return self.otherwise
+        bits, block = form
+        if not block:
+            return Fp8(kind="fp8", activations="float32", rounding="stored")
+        return self.otherwise.model_copy(update={"bits": bits, "block": block, "rounding": "stored"})
+
+
 class Chosen(_Scheme):
     """Left to the build: one of the profile's `choose.candidates`, by measured sensitivity."""
 
@@ -281,7 +314,8 @@ class Chosen(_Scheme):
 
 Candidate = Annotated[Exact | IntBlock | Fp8 | Int8Dynamic, Field(discriminator="kind")]
 Scheme = Annotated[
-    Exact | Half | IntBlock | Fp8 | Fp8Static | Int8Dynamic | Int8Static | Chosen, Field(discriminator="kind")
+    Exact | Half | IntBlock | Fp8 | Fp8Static | Int8Dynamic | Int8Static | AsStored | Chosen,
+    Field(discriminator="kind"),
 ]
 
 

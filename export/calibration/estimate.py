@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from arriero.export.proof.decoded_memory import decoded_memory
 from arriero.graphs.config import ModelConfig, VisionConfig
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.groups import is_layer_matrix
@@ -30,7 +31,7 @@ def embedded_size(vision: VisionConfig | None) -> Size:
     return EMBEDDED_TOKENS + tiles * (0 if vision is None else vision.tokens_per_tile), tiles
 
 
-def calibration_memory(config: ModelConfig, used: Iterable[WeightSource], sizes: Sequence[Size], second: bool) -> int:
+def calibration_memory(config: ModelConfig, used: Sequence[WeightSource], sizes: Sequence[Size], second: bool) -> int:
     """Bytes that calibration holds at most: a sample's step, or the moments of a layer and one matrix at work.
 
     `second`: whether a profile rounds by gptq, so that second moments are kept and matrices are rounded.
@@ -49,7 +50,7 @@ def calibration_memory(config: ModelConfig, used: Iterable[WeightSource], sizes:
         moments = max((8 * _layer_moments(layers, layer) for layer in range(len(text.layers))), default=0)
         work = max((8 * MOMENT_COPIES * k**2 + 4 * ROUND_COPIES * n * k for n, k in shapes), default=0)
         walk = moments + max(walk, work + rows)
-    return REFERENCE_MEMORY + max(walk, _tower(config.vision, tiles) if config.vision else 0)
+    return REFERENCE_MEMORY + decoded_memory(used) + max(walk, _tower(config.vision, tiles) if config.vision else 0)
 
 
 def walk_disk(config: ModelConfig, sizes: Sequence[Size]) -> int:

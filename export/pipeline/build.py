@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from arriero.export.build_file.schema import BuildConfig
 from arriero.export.machine.versions import installed_versions
 from arriero.export.pipeline.explain_failure import thin_experts
+from arriero.export.pipeline.fitted_profiles import fitted_profiles
 from arriero.export.pipeline.parts import read_part, write_part
 from arriero.export.pipeline.plan import make_plan
 from arriero.export.pipeline.record_plan import answer_mode
@@ -28,7 +29,7 @@ from arriero.export.samples.cases import describe_set, draw_cases
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.profiles.kv_cache import check_tokens
-from arriero.profiles.recipe import load_profile
+from arriero.profiles.recipe import Profile
 from arriero.runtimes.manifest import CalibratedPart
 from arriero.runtimes.proof.record import ReferenceRecord
 from arriero.traits import SHARED_PACKAGES
@@ -59,7 +60,11 @@ class Build:
         self.work = WorkDir(config.output)
         self.results: list[TargetResult] = []
         self._failed: dict[str, Exception] = {}
-        self.profiles = {target.profile: load_profile(target.profile) for target in config.targets}
+
+    @cached_property
+    def profiles(self) -> dict[str, Profile]:
+        """The profiles of the targets, by the names that the build file has for them."""
+        return fitted_profiles(self.config, self.checkpoint)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -69,7 +74,7 @@ class Build:
     @cached_property
     def model(self) -> ModelConfig:
         """The model as far as the build's modalities need it."""
-        return ModelConfig.load(self.config.model).taking(self.config.modalities)
+        return self.checkpoint.model_config().taking(self.config.modalities)
 
     @cached_property
     def record(self) -> ReferenceRecord:
@@ -170,7 +175,7 @@ class Build:
         from arriero.export.proof.walk_layers import Walk
 
         samples = draw_cases(self.config.calibration, self.config.modalities)
-        reference = open_reference(self.config.model, self.model.vision is None)
+        reference = open_reference(self.checkpoint, self.model.vision is None)
         profiles = {rounding_folder(profile): profile for profile in calibrating(self.profiles)}
         walk = Walk(reference, samples, folder, second=any(profile.rounds_by_gptq for profile in profiles.values()))
         if any(target.kv_cache == "int8" for target in self.config.targets):
@@ -193,5 +198,5 @@ class Build:
             set=asdict(describe_set(parity.cases, cases)),
             tools=installed_versions(SHARED_PACKAGES),
         )
-        reference = open_reference(self.config.model, self.model.vision is None)
+        reference = open_reference(self.checkpoint, self.model.vision is None)
         return write_record(reference, cases, origin, folder, self.watch)

@@ -16,6 +16,7 @@ from arriero.export.machine.speed import measure_speed
 from arriero.export.pipeline.check_build import Asked, Findings, check_asked, check_ready
 from arriero.export.pipeline.estimate_needs import CONTEXTS, estimate_needs, is_used, plan_target, price_context
 from arriero.export.pipeline.estimate_time import Work, estimate_seconds
+from arriero.export.pipeline.fitted_profiles import fitted_profiles
 from arriero.export.pipeline.ignored_files import ignored_files
 from arriero.export.pipeline.planned import Plan, PlannedStage
 from arriero.export.pipeline.record_plan import answer_mode, record_bytes
@@ -27,7 +28,7 @@ from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.samples.cases import scored_counts
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
-from arriero.profiles.recipe import Profile, load_profile
+from arriero.profiles.recipe import Profile
 
 
 def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
@@ -36,9 +37,9 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
     Raises `ArrieroError`/`Problems`, with all of those, for a checkpoint that is not sound or does not fit the build.
     """
     checkpoint = Checkpoint.open(build.model)
-    config = ModelConfig.load(build.model)
+    config = checkpoint.model_config()
     work = WorkDir(build.output)
-    profiles = {target.profile: load_profile(target.profile) for target in build.targets}
+    profiles = fitted_profiles(build, checkpoint)
     content = checkpoint.known_content_hash(work.hash_memo)
     refused, ready = Findings(), Findings()
     inputs: dict[str, KeyInputs] = {}
@@ -47,7 +48,7 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
     state = {name: bool(content) and work.is_done(name, key) for name, key in keys.items()}
     undone = {name for name in keys if not state[name] and (only is None or name in only)}
     seen = config.taking(build.modalities)
-    asked, sets = Asked(build, checkpoint, config, profiles, undone), SampleSets(build, seen)
+    asked, sets = Asked(build, checkpoint, config, profiles, undone), SampleSets(build, seen, checkpoint.side_folder)
     check_asked(asked, refused)
     check_ready(asked, sets, ready)
     if refused.raised:
@@ -84,7 +85,7 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
         disk_available=free_disk(build.output),
         disk_budget=build.budgets.disk,
         gpu_budget=build.budgets.gpu_memory,
-        warnings=(*_warnings(build, profiles), *ignored_files(build.model)),
+        warnings=(*_warnings(build, profiles), *ignored_files(checkpoint.side_folder)),
         problems=ready.problems(),
     )
     return plan if only is None else plan.only(*only)
@@ -105,12 +106,12 @@ def _describe(build: BuildConfig, checkpoint: Checkpoint, config: ModelConfig) -
         "model_type": checkpoint.config["model_type"],
         "modalities": list(build.modalities),
         "tensors": len(checkpoint.tensors),
-        "bytes": sum(info.nbytes for info in checkpoint.tensors.values()),
+        "bytes": checkpoint.stored_bytes,
         "parameters": sum(math.prod(info.shape) for info in checkpoint.tensors.values()),
         "layers": {f"{attention} {ffn}": kinds.count((attention, ffn)) for attention, ffn in dict.fromkeys(kinds)},
         "experts": text.experts,
         "experts_per_token": text.experts_per_token,
         "chunk": text.chunk,
         "max_positions": text.max_positions,
-        "size": human_bytes(sum(info.nbytes for info in checkpoint.tensors.values())),
+        "size": human_bytes(checkpoint.stored_bytes),
     }

@@ -5,7 +5,7 @@ Legend: C cases, T tokens of all cases, V vocabulary, H hidden, k experts per to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from arriero.export.build_file.schema import GENERATED_BYTES, BuildConfig
@@ -60,7 +60,7 @@ def walk_bytes(text: TextConfig, sizes: Sequence[estimate.Size]) -> int:
     return 2 * 4 * text.hidden_size * sum(size[0] for size in sizes)
 
 
-def record_memory(config: ModelConfig, used: Iterable[WeightSource], sizes: Sequence[estimate.Size]) -> int:
+def record_memory(config: ModelConfig, used: Sequence[WeightSource], sizes: Sequence[estimate.Size]) -> int:
     """Bytes that making the record holds: a layer, one case's step, its logits once more and once masked."""
     logits = 3 * 4 * config.text.vocab_size * max((size[0] for size in sizes), default=0)
     return logits + estimate.calibration_memory(config, used, sizes, second=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arriero.errors import ArrieroError
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class SampleSets:
-    """Both sets of one build; `seen` is the model as far as its modalities need it."""
+    """Both sets of one build; `seen` is the model as far as its modalities need it, `folder` that of its tokenizer."""
 
-    def __init__(self, build: BuildConfig, seen: ModelConfig) -> None:
-        self._build, self._seen = build, seen
+    def __init__(self, build: BuildConfig, seen: ModelConfig, folder: Path) -> None:
+        self._build, self._seen, self._folder = build, seen, folder
         self._sizes: dict[tuple[bool, int], list[Size]] = {}
 
     @cached_property
@@ -31,7 +32,7 @@ class SampleSets:
         from arriero.export.build_file.model_spec import model_spec
         from arriero.runtimes.processor.processor import Processor
 
-        return Processor(self._build.model, model_spec(self._seen))
+        return Processor(self._folder, model_spec(self._seen))
 
     @cached_property
     def samples(self) -> list[ParityCase]:

@@ -194,7 +194,7 @@ class TargetBuild:
     def lower(self, folder: Path) -> set[str]:
         """Stage `lower-*`: the backend's graphs and weights, the tokenizer, and proof that the backend loads them."""
         weights = self.lower_parts(self.target, self.build.parts, self.decided, self.roundings, folder)
-        tokenizer = copy_tokenizer(self.build.config.model, folder / "tokenizer")
+        tokenizer = copy_tokenizer(self.build.checkpoint.side_folder, folder / "tokenizer")
         compiled = self.compile(self.target, self.build.parts, self.kernels, folder)
         if compiled.gpu is not None:  # an engine has swallowed the file of its part's weights
             weights = {name: {**one, "file": f"{Path(one['file']).stem}.engine"} for name, one in weights.items()}

@@ -122,7 +122,7 @@ def prove_against(
     manifest = open_manifest(bundle)
     check_origin([manifest], checkpoint)
     modalities = modalities_of(manifest)
-    session = open_reference(checkpoint, "image" not in modalities)
+    session = open_reference(Checkpoint.open(checkpoint), "image" not in modalities)
     if other is not None:
         cases = draw_cases(other, modalities)
         check_answers(cases, other_terms(manifest).thresholds)
@@ -141,7 +141,9 @@ def prove_against(
 
 def open_live(checkpoint: Path, cases: Cases, modalities: Sequence[str]) -> LiveReference:
     """The reference of a checkpoint folder on these cases, for bundles of these modalities."""
-    return LiveReference(open_reference(checkpoint, "image" not in modalities), draw_cases(cases, modalities))
+    return LiveReference(
+        open_reference(Checkpoint.open(checkpoint), "image" not in modalities), draw_cases(cases, modalities)
+    )
 
 
 def label_set(cases: Cases) -> Mapping[str, str]:

@@ -8,7 +8,7 @@ get logits, k experts per token, M image placeholder tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from arriero.errors import ArrieroError
 from arriero.export.build_file.model_spec import model_spec
+from arriero.export.proof.resident import ResidentWeights
 from arriero.graphs.checkpoint import Checkpoint
-from arriero.graphs.config import ModelConfig
 from arriero.graphs.model import KeyValue, Llama4
 from arriero.graphs.names import expected_tensors
 from arriero.graphs.sources.ledger import check_ledger
@@ -125,14 +125,13 @@ class TorchCache:
 class TorchBackend:
     """The reference in `graphs/model.py` behind the backend's methods. Weights keep the checkpoint's dtype."""
 
-    def __init__(self, checkpoint: str | Path, text_only: bool = False) -> None:
-        """Open a Hugging Face Llama 4 checkpoint folder; weights are memory-mapped. Raises ArrieroError.
+    def __init__(self, checkpoint: Checkpoint | str | Path, text_only: bool = False) -> None:
+        """Take a checkpoint, or open its folder; weights are mapped or decoded layer by layer. Raises ArrieroError.
 
         `text_only` leaves the vision tower of a multimodal checkpoint out.
         """
-        folder = Path(checkpoint)
-        opened = Checkpoint.open(folder)
-        config = ModelConfig.load(folder)
+        opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+        config = opened.model_config()
         expected = expected_tensors(config)
         check_ledger(opened.tensors.values(), expected)
         if text_only:
@@ -140,18 +139,17 @@ class TorchBackend:
             expected = expected_tensors(config)
         with torch.device("meta"):
             model = Llama4(config)
-        model.load_state_dict({name: opened.torch_tensor(name) for name in expected}, strict=True, assign=True)
-        self._adopt(model)
+        self._adopt(model, ResidentWeights(model, opened, expected))
 
     @classmethod
     def of(cls, model: Llama4) -> TorchBackend:
         """The backend over a model that is already in memory."""
         backend = cls.__new__(cls)
-        backend._adopt(model)
+        backend._adopt(model, None)
         return backend
 
-    def _adopt(self, model: Llama4) -> None:
-        self.model = model.requires_grad_(False).eval()
+    def _adopt(self, model: Llama4, weights: ResidentWeights | None) -> None:
+        self.model, self._weights = model.requires_grad_(False).eval(), weights
         self.spec = model_spec(model.config)
 
     @torch.inference_mode()
@@ -203,6 +201,10 @@ class TorchBackend:
             hiddens={layer: hidden.numpy() for layer, hidden in enumerate(result.hiddens)},
         )
 
+    def holding(self, layer: int) -> AbstractContextManager[None]:
+        """Within the block, the weights of decoder `layer` stay in memory."""
+        return nullcontext() if self._weights is None else self._weights.holding(layer)
+
     @contextmanager
     def router_margins(self) -> Iterator[Margins]:
         """Within the block, note per MoE layer how clear each choice was, one f32 [T] for each forward, in order.
@@ -233,10 +235,10 @@ class TorchBackend:
         del self.model
 
 
-def open_reference(checkpoint: Path, text_only: bool) -> Session:
-    """The PyTorch reference of a checkpoint folder, as a session. Raises `ArrieroError` when it is not sound."""
+def open_reference(checkpoint: Checkpoint, text_only: bool) -> Session:
+    """The PyTorch reference of a checkpoint, as a session. Raises `ArrieroError` when it is not sound."""
     backend = TorchBackend(checkpoint, text_only)
-    return Session(backend, Processor(checkpoint, backend.spec))
+    return Session(backend, Processor(checkpoint.side_folder, backend.spec))
 
 
 def _joined(past: Tensor, present: Tensor, steps: int) -> Tensor:

@@ -165,7 +165,7 @@ class Walk:
         module = self.model.model.layers[layer]
         hidden = np.load(self.hidden_file(layer), mmap_mode="r")
         out = _create(self.hidden_file(layer + 1), *hidden.shape)
-        with _widened(module):
+        with self.session.backend.holding(layer), _widened(module):  # type: ignore[attr-defined]
             for number, (start, stop) in enumerate(zip(self.bounds[:-1], self.bounds[1:], strict=True)):
                 with _watched(module) as seen:
                     after, present = self.step(layer, np.array(hidden[start:stop]))

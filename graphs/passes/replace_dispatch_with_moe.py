@@ -17,6 +17,7 @@ from arriero.errors import ArrieroError
 from arriero.graphs.functions import EXPERT_DISPATCH
 from arriero.graphs.rewrite.nodes import CONTRIB, add_constant, insert_node, replace_node
 from arriero.graphs.rewrite.topk_rows import scale_inputs, sum_choices
+from arriero.graphs.stored.rounded import store_rows
 from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.schemes import Exact, IntBlock
 
@@ -81,8 +82,8 @@ def _weights(store: WeightStore, gate_up: str, down: str) -> tuple[str, list[ir.
         )
     packed = [(*shape[:2], shape[2] * scheme.bits // 8) for shape, scheme in ((fc1, first), (fc2, second))]
     order = np.arange(double).reshape(2, -1).T.reshape(-1)  # as `_interleave` orders rows
-    fc1_values = store.quantized_rows(gate_up, first, fc1, packed[0], fc1_rows, order)
-    fc2_values = store.quantized_rows(down, second, fc2, packed[1], fc2_rows)
+    fc1_values = store_rows(store, gate_up, first, packed[0], order)
+    fc2_values = store_rows(store, down, second, packed[1])
     attributes: Attributes = {
         "expert_weight_bits": first.bits,
         "fc1_expert_weight_bits": first.bits,

@@ -13,6 +13,7 @@ from arriero.graphs.functions import DOMAIN
 from arriero.graphs.rewrite.linear_weight import TIED, linear_weight
 from arriero.graphs.rewrite.nodes import replace_node
 from arriero.graphs.stored.channels import ByteScheme, linear_name, store_matrix
+from arriero.graphs.stored.rounded import store_rows
 from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.schemes import Exact, IntBlock
 
@@ -30,7 +31,7 @@ def replace_linear(model: ir.Model, store: WeightStore) -> int:
             replace_node(node, "FusedMatMul", [node.inputs[0], store.exact(name, TIED.get(name))], {"transB": 1})
         elif isinstance(scheme, IntBlock):  # case 2
             blob = (shape[0], shape[1] // scheme.block, scheme.block * scheme.bits // 8)
-            packed, scales = store.quantized_rows(name, scheme, shape, blob)
+            packed, scales = store_rows(store, name, scheme, blob)
             attributes = {
                 "N": shape[0],
                 "K": shape[1],

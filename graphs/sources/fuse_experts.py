@@ -117,7 +117,9 @@ def _stacked_codes(parts: Parts) -> StoredCodes | None:
         [(codes.read, source.shape[0]) for codes, source in zip(row, expert, strict=True) if codes is not None]
         for row, expert in zip(held, parts, strict=True)
     ]
-    return StoredCodes(*flat[0].form, lambda start, stop: joined_codes([_expert(row) for row in reads[start:stop]], True))
+    return StoredCodes(
+        *flat[0].form, lambda start, stop: joined_codes([_expert(row) for row in reads[start:stop]], True)
+    )
 
 
 def _expert(reads: Sequence[tuple[Callable[[int, int], Codes], int]]) -> Codes:

@@ -1,4 +1,4 @@
-"""Hugging Face's layout: config.json beside safetensors files, their matrices plain or quantised by a library we read."""
+"""Hugging Face's layout: config.json beside safetensors files, matrices plain or quantised by a library we know."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[Mapping
                 continue
             where = f"{folder / 'config.json'}:{prefix}{key}"
             if not isinstance(settings, Mapping):
-                raise ArrieroError(f"is a {type(settings).__name__}", where=where, expected="an object", remedy=REDOWNLOAD)
+                raise ArrieroError(
+                    f"is a {type(settings).__name__}", where=where, expected="an object", remedy=REDOWNLOAD
+                )
             yield settings, where
     if (folder / MODELOPT).is_file():
         yield {"quant_method": "modelopt", **read_json_object(folder / MODELOPT, REDOWNLOAD)}, str(folder / MODELOPT)

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
+from arriero.graphs.stored.rounded import float8
 from arriero.graphs.stored.safetensors_writer import Spec
 from arriero.graphs.stored.weight_store import WeightStore
-from arriero.profiles.float8 import quantize_float8
 from arriero.profiles.quantize import quantize
 from arriero.profiles.schemes import Fp8, Int8Dynamic, Int8Static
 from arriero.profiles.static_scales import InputScale, guess_inputs, quantize_static
@@ -34,7 +34,7 @@ def store_matrix(store: WeightStore, name: str, scheme: ByteScheme) -> list[ir.V
 
     def pieces() -> Iterator[Arrays]:
         inputs = _inputs(store, name, scheme)
-        parts = [_round(rows, scheme, inputs, name) for rows in store.rows(name)]
+        parts = [_round(store, name, scheme, inputs, start, stop) for start, stop in store.spans(name)]
         # Columns are complete only with the last rows, so the bytes are gathered: a quarter of the matrix in float32.
         packed, scales = (np.concatenate([part[kind] for part in parts]) for kind in (0, 1))
         yield (_lay(packed, scheme), scales, *parts[0][2:])
@@ -49,9 +49,8 @@ def store_experts(store: WeightStore, name: str, scheme: ByteScheme) -> list[ir.
     def pieces() -> Iterator[Arrays]:
         inputs = _inputs(store, name, scheme)
         for expert in range(experts):
-            rows = np.ascontiguousarray(store.checkpoint.read_float32(name, expert, expert + 1)[0].T)
             own = InputScale(inputs.divisors[expert], inputs.largest[expert]) if inputs else None
-            packed, *others = _round(rows, scheme, own, name)
+            packed, *others = _round(store, name, scheme, own, expert, expert + 1)
             yield (_lay(packed, scheme)[None], *(array[None] for array in others))
 
     return store.promise(_specs(name, scheme, outputs, features, experts), scheme.label, pieces)
@@ -79,11 +78,16 @@ def _inputs(store: WeightStore, name: str, scheme: ByteScheme) -> InputScale | N
     return guess_inputs(whole[:, None] if len(shape) == 3 else whole.max(keepdims=True), shape[1])
 
 
-def _round(rows: np.ndarray, scheme: ByteScheme, inputs: InputScale | None, name: str) -> Arrays:
-    """Bytes [n, K], scales [n] and, where inputs are known, their multiplier [K] of `rows` f32 [n, K]."""
+def _round(
+    store: WeightStore, name: str, scheme: ByteScheme, inputs: InputScale | None, start: int, stop: int
+) -> Arrays:
+    """Bytes [n, K], scales [n] and, where inputs are known, their multiplier [K] of rows, or of the expert `start`."""
+    stacked = len(store.checkpoint.tensors[name].shape) == 3
     if isinstance(scheme, Fp8):
-        floats = quantize_float8(rows, name=name)
-        return floats.bits, floats.scales
+        floats = float8(store, name, scheme, start, stop)
+        return (floats.bits[0], floats.scales[0]) if stacked else (floats.bits, floats.scales)
+    rows = store.checkpoint.read_float32(name, start, stop)
+    rows = np.ascontiguousarray(rows[0].T) if stacked else rows
     if inputs is None:
         integers = quantize(rows, bits=8, block=rows.shape[1], name=name)
         return integers.packed, integers.scales[:, 0]

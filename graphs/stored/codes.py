@@ -7,14 +7,14 @@ Legend: N output features, K input features, J = K / block, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from arriero.graphs.stored.rounded import quantized
 from arriero.graphs.stored.safetensors_writer import PIECE_BYTES, Spec
 from arriero.graphs.stored.weight_store import HALVES, WeightStore, narrow
-from arriero.profiles.quantize import Quantized, quantize
+from arriero.profiles.quantize import Quantized
 from arriero.profiles.schemes import Int8Static, IntBlock, Static
 from arriero.profiles.static_scales import InputScale, guess_inputs, quantize_static, quantize_static_float8
 
@@ -98,20 +98,15 @@ def _inputs(store: WeightStore, name: str, scheme: Static) -> InputScale:
 
 def rounded_experts(store: WeightStore, name: str, scheme: IntBlock) -> Iterator[Quantized]:
     """Pieces of rows [n, K] of a matrix, or each expert's [N, K], rounded."""
-    shape: dict[str, Any] = {"bits": scheme.bits, "block": scheme.block}
     tensor = store.checkpoint.tensors[name].shape
-    spans: list[Any] = list(range(tensor[0]))
     if len(tensor) == 2:
         step = max(1, PIECE_BYTES // (4 * tensor[1]))
-        spans = [slice(start, min(start + step, tensor[0])) for start in range(0, tensor[0], step)]
-    stored = store.calibrated(name).read(name, **shape) if scheme.calibrates else None
-    for span in spans:
-        if stored is not None:
-            yield Quantized(np.asarray(stored.packed[span]), np.asarray(stored.scales[span]), **shape)
-        elif isinstance(span, slice):
-            yield quantize(store.checkpoint.read_float32(name, span.start, span.stop), **shape, name=name)
-        else:
-            yield quantize(_expert(store, name, span), **shape, name=name)
+        for start in range(0, tensor[0], step):
+            yield quantized(store, name, scheme, start, min(start + step, tensor[0]))
+        return
+    for expert in range(tensor[0]):
+        codes = quantized(store, name, scheme, expert, expert + 1)
+        yield Quantized(codes.packed[0], codes.scales[0], codes.bits, codes.block)
 
 
 def _expert(store: WeightStore, name: str, expert: int) -> np.ndarray:

@@ -17,10 +17,10 @@ from arriero.graphs.stored.packed_panels import (
     pack_gate_up_panels,
     pack_panels,
 )
+from arriero.graphs.stored.rounded import float8, quantized
 from arriero.graphs.stored.safetensors_writer import PIECE_BYTES, Spec
 from arriero.graphs.stored.weight_store import WeightStore
-from arriero.profiles.float8 import quantize_float8
-from arriero.profiles.quantize import Quantized, quantize
+from arriero.profiles.quantize import Quantized
 from arriero.profiles.schemes import Fp8, IntBlock
 
 Form = list[int]  # bits and block of integers; [8, 0] is E4M3, [0, 0] exact
@@ -38,10 +38,7 @@ def store_matrix(store: WeightStore, name: str, new_name: str | None = None) -> 
     def pieces() -> Iterator[Arrays]:
         for start in range(0, outputs, rows):
             stop = min(start + rows, outputs)
-            if isinstance(scheme, IntBlock) and scheme.rounding != "nearest":
-                yield _pack(_calibrated(store, name, scheme, slice(start, stop)), gated=False)
-            else:
-                yield _round(store.checkpoint.read_float32(name, start, stop), scheme, name, gated=False)
+            yield _panels(store, name, scheme, start, stop, gated=False)
 
     specs = _specs(name, scheme, -(-outputs // PANEL), features)
     return store.promise(specs, scheme.label, pieces), _form(scheme)
@@ -57,11 +54,7 @@ def store_experts(store: WeightStore, name: str, gated: bool) -> tuple[list[ir.V
 
     def pieces() -> Iterator[Arrays]:
         for expert in range(experts):
-            if isinstance(scheme, IntBlock) and scheme.rounding != "nearest":
-                packed, scales = _pack(_calibrated(store, name, scheme, expert), gated)
-            else:
-                rows = np.ascontiguousarray(store.checkpoint.read_float32(name, expert, expert + 1)[0].T)
-                packed, scales = _round(rows, scheme, name, gated)
+            packed, scales = _panels(store, name, scheme, expert, expert + 1, gated)
             yield packed[None], scales[None]
 
     return store.promise(_specs(name, scheme, panels, features, experts), scheme.label, pieces), _form(scheme)
@@ -81,20 +74,15 @@ def _specs(name: str, scheme: IntBlock | Fp8, panels: int, features: int, *exper
     ]
 
 
-def _round(rows: np.ndarray, scheme: IntBlock | Fp8, name: str, gated: bool) -> Arrays:
-    """Panels and scales of `rows` f32 [N, K], each value rounded to its nearest."""
+def _panels(store: WeightStore, name: str, scheme: IntBlock | Fp8, start: int, stop: int, gated: bool) -> Arrays:
+    """Panels and scales of rows of a matrix, or of the one expert `start` of a stack."""
+    stacked = len(store.checkpoint.tensors[name].shape) == 3
     if isinstance(scheme, Fp8):
-        floats = quantize_float8(rows, name=name)
-        return (pack_gate_up_e4m3_panels if gated else pack_e4m3_panels)(floats.bits, floats.scales)
-    return _pack(quantize(rows, bits=scheme.bits, block=scheme.block, name=name), gated)
-
-
-def _calibrated(store: WeightStore, name: str, scheme: IntBlock, rows: slice | int) -> Quantized:
-    """Rows of a matrix, or one expert of a stack, as calibration rounded them."""
-    stored = store.calibrated(name).read(name, scheme.bits, scheme.block)
-    return Quantized(stored.packed[rows], stored.scales[rows], scheme.bits, scheme.block)
-
-
-def _pack(quantized: Quantized, gated: bool) -> Arrays:
-    panels = (pack_gate_up_panels if gated else pack_panels)(quantized)
+        floats = float8(store, name, scheme, start, stop)
+        pack = pack_gate_up_e4m3_panels if gated else pack_e4m3_panels
+        return pack(floats.bits[0], floats.scales[0]) if stacked else pack(floats.bits, floats.scales)
+    codes = quantized(store, name, scheme, start, stop)
+    if stacked:
+        codes = Quantized(codes.packed[0], codes.scales[0], codes.bits, codes.block)
+    panels = (pack_gate_up_panels if gated else pack_panels)(codes)
     return panels.packed, panels.scales

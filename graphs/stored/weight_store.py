@@ -18,9 +18,8 @@ from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.graphs.stored import safetensors_writer as weights
 from arriero.graphs.stored.safetensors_writer import Group, Progress, Spec
-from arriero.profiles.quantize import check_block, quantize
 from arriero.profiles.quantized_weights import QuantizedWeights
-from arriero.profiles.schemes import Exact, Half, IntBlock, Scheme
+from arriero.profiles.schemes import Exact, Half, Scheme
 
 DTYPES = {
     "F32": ir.DataType.FLOAT,
@@ -66,7 +65,7 @@ class WeightStore:
         self._origins[new_name or name] = info
 
         def pieces() -> Iterator[tuple[np.ndarray]]:
-            for start, stop in self._spans(name):
+            for start, stop in self.spans(name):
                 yield (self.checkpoint.read_rows(name, start, stop),)
 
         return self.promise([Spec(new_name or name, info.dtype, info.shape)], "exact", pieces)[0]
@@ -85,7 +84,7 @@ class WeightStore:
 
         def pieces() -> Iterator[tuple[np.ndarray]]:
             if info.dtype == label:
-                yield from ((self.checkpoint.read_rows(name, start, stop),) for start, stop in self._spans(name))
+                yield from ((self.checkpoint.read_rows(name, start, stop),) for start, stop in self.spans(name))
                 return
             for rows in self.rows(name):
                 yield (narrow(rows, dtype, name).view(np.uint16),)
@@ -95,38 +94,6 @@ class WeightStore:
     def exact_rows(self, new_name: str, shape: tuple[int, ...], rows: Rows) -> ir.Value:
         """An f32 initialiser `new_name` of `shape`, made of `rows()`."""
         return self.promise([Spec(new_name, "F32", shape)], "exact", lambda: ((piece,) for piece in rows()))[0]
-
-    def quantized_rows(
-        self,
-        name: str,
-        scheme: IntBlock,
-        shape: tuple[int, ...],
-        packed_shape: tuple[int, ...],
-        rows: Rows | None = None,
-        order: np.ndarray | None = None,
-    ) -> tuple[ir.Value, ir.Value]:
-        """Initialisers `name.packed` u8 `packed_shape` and `name.scales` f32 [..., N, J] of a matrix of `shape`.
-
-        `shape` is [..., N, K]; `rows()` gives f32 pieces [..., K] in order, by default the checkpoint's own rows.
-        `order` [N] is the order in which `rows` gives them; calibrated roundings are stored in the checkpoint's.
-        """
-        bits, block = scheme.bits, scheme.block
-        check_block(shape[-1], block, name)
-
-        def pieces() -> Iterator[tuple[np.ndarray, ...]]:
-            if scheme.rounding != "nearest":
-                yield from self._calibrated(name, scheme, order)
-                return
-            for piece in (rows or (lambda: self.rows(name)))():
-                result = quantize(piece, bits=bits, block=block, name=name)
-                yield result.packed, result.scales
-
-        specs = [
-            Spec(f"{name}.packed", "U8", packed_shape),
-            Spec(f"{name}.scales", "F32", (*shape[:-1], shape[-1] // block)),
-        ]
-        packed, scales = self.promise(specs, scheme.label, pieces)
-        return packed, scales
 
     def write(
         self, folder: Path, location: str, progress: Progress | None = None, links: Mapping[Path, str] | None = None
@@ -193,21 +160,13 @@ class WeightStore:
             raise ArrieroError("calibration gave no rounding for this tensor", where=name, remedy="Build it again")
         return self.roundings
 
-    def _calibrated(
-        self, name: str, scheme: IntBlock, order: np.ndarray | None
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        stored = self.calibrated(name).read(name, scheme.bits, scheme.block)
-        stacked = stored.packed.ndim == 3
-        for number in range(len(stored.packed)) if stacked else (slice(None),):
-            packed, scales = stored.packed[number], stored.scales[number]
-            yield (packed, scales) if order is None else (packed[order], scales[order])
-
     def rows(self, name: str) -> Iterator[np.ndarray]:
         """Tensor `name` in float32 pieces along its first axis."""
-        for start, stop in self._spans(name):
+        for start, stop in self.spans(name):
             yield self.checkpoint.read_float32(name, start, stop)
 
-    def _spans(self, name: str) -> Iterator[tuple[int, int]]:
+    def spans(self, name: str) -> Iterator[tuple[int, int]]:
+        """Ranges of rows of tensor `name`, each a piece to read and write."""
         shape = self.checkpoint.tensors[name].shape
         yield from weights.row_slices(shape[0], 4 * int(np.prod(shape[1:], dtype=np.int64)))
 

@@ -36,7 +36,7 @@ def write(source: Path, folder: Path, kind: str, dtype: torch.dtype = torch.bflo
         read_back[f"{name}.weight"] = _dequantised(quantised)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
-    save_file({name: value for name, value in tensors.items()}, folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors")
     for file in source.iterdir():
         if not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)

@@ -24,7 +24,9 @@ class Expert(nn.Module):
 
 def load(folder: Path, dtype: torch.dtype) -> Any:
     """The model of a checkpoint folder, by transformers."""
-    kind = Llama4ForConditionalGeneration if "vision_config" in (folder / "config.json").read_text() else Llama4ForCausalLM
+    kind = (
+        Llama4ForConditionalGeneration if "vision_config" in (folder / "config.json").read_text() else Llama4ForCausalLM
+    )
     return kind.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
 
 

@@ -1,7 +1,8 @@
 """bitsandbytes: NF4 and FP4 in blocks, their scales plain or quantised once more, and LLM.int8.
 
-Source of the formats: the library's functional module. A four-bit value is `quant_map[code] * absmax[block]`; with nested
-scales `absmax = nested_quant_map[byte] * nested_absmax[block] + offset`. An eight-bit one is `code * SCB[row] / 127`.
+Source of the formats: the library's functional module. A four-bit value is `quant_map[code] * absmax[block]`; with
+nested scales `absmax = nested_quant_map[byte] * nested_absmax[block] + offset`. An eight-bit one is
+`code * SCB[row] / 127`.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def _four_bits(module: StoredModule) -> MadeWeight | None:
     values = math.prod(state.shape)
     packed = weight.rows(0, weight.shape[0]).reshape(-1)
     if packed.size != -(-values // 2):
-        module.refuse("weight", f"{module.name} holds {packed.size} bytes", f"{-(-values // 2)} for {list(state.shape)}")
+        module.refuse(
+            "weight", f"{module.name} holds {packed.size} bytes", f"{-(-values // 2)} for {list(state.shape)}"
+        )
         return None
     absmax = _scales(module, stored, state, -(-values // state.block))
     if absmax is None:

@@ -1,7 +1,7 @@
 """compressed-tensors (llm-compressor): FP8, INT8, packed INT4 and INT8, NVFP4, MXFP4 and MXFP8, a matrix at a time.
 
-Source of the formats: the library's compressors. A value is (code - zero point) * scale, in float32; with a global scale
-(NVFP4) the scale is first divided by it. Legend: N outputs, K inputs, J groups of inputs.
+Source of the formats: the library's compressors. A value is (code - zero point) * scale, in float32; with a global
+scale (NVFP4) the scale is first divided by it. Legend: N outputs, K inputs, J groups of inputs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from arriero.errors import ArrieroError, Problems, raise_together
 from arriero.graphs.sources.made_weight import MadeWeight
 from arriero.graphs.sources.quantized.codecs import E2M1, Floats, e8m0, nibbles, spread
 from arriero.graphs.sources.quantized.modules import StoredModule, split_modules
+from arriero.graphs.sources.safetensors_header import REDOWNLOAD, to_float32
 from arriero.graphs.sources.stored_codes import StoredCodes, block_of
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.float8 import Float8
@@ -82,7 +83,7 @@ def _schemes(settings: Mapping[str, Any], where: str) -> Iterator[Scheme]:
     """What `config_groups` says of weights. Raises Problems for what is not read."""
     groups, problems = settings.get("config_groups"), []
     if not isinstance(groups, Mapping) or not groups:
-        raise ArrieroError("holds no config_groups", where=where, expected="a scheme of weights", remedy="Download it again")
+        raise ArrieroError("holds no config_groups", where=where, expected="a scheme of weights", remedy=REDOWNLOAD)
     for name, group in groups.items():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if not isinstance(weights, Mapping):
@@ -96,7 +97,7 @@ def _schemes(settings: Mapping[str, Any], where: str) -> Iterator[Scheme]:
                 int(weights.get("num_bits", 8)),
                 str(weights.get("strategy") or ("group" if weights.get("group_size") else "tensor")),
                 None if weights.get("group_size") is None else int(weights["group_size"]),
-                pattern if pattern is None or len(pattern) == 2 else None,  # type: ignore[arg-type]
+                pattern if pattern is None or len(pattern) == 2 else None,
             )
             re.compile("|".join(target.removeprefix("re:") for target in scheme.targets))
         except (TypeError, ValueError, re.error) as error:
@@ -143,7 +144,7 @@ def _decode(module: StoredModule, scheme: Scheme) -> MadeWeight | None:
             8,
             block,
             lambda start, stop: Quantized(
-                weight.rows(start, stop).view(np.uint8) ^ 0x80,
+                weight.rows(start, stop).view(np.uint8) ^ np.uint8(0x80),
                 spread(scales(start, stop), features // block),
                 8,
                 block,
@@ -179,12 +180,13 @@ def _packed(module: StoredModule, scheme: Scheme) -> MadeWeight | None:
     if group_of.size and not 0 <= group_of.max() < groups:
         module.refuse("weight_g_idx", f"names group {group_of.max()}", f"groups below {groups}")
         return None
-    zeros = None
+    zeros: np.ndarray | None = None
     if "weight_zero_point" in module.parts:
-        zeros = module.take("weight_zero_point", ("I32",), [(-(-rows * bits // 32), groups)])
-        if zeros is None:
+        points = module.take("weight_zero_point", ("I32",), [(-(-rows * bits // 32), groups)])
+        if points is None:
             return None
-        zeros = _bytes_to_codes(np.ascontiguousarray(zeros.rows(0, zeros.shape[0]).T).view(np.uint8), bits)[:, :rows].T
+        columns = np.ascontiguousarray(points.rows(0, points.shape[0]).T)  # packed along the outputs
+        zeros = _bytes_to_codes(columns.view(np.uint8), bits)[:, :rows].T
 
     def raw(start: int, stop: int) -> np.ndarray:
         return packed.rows(start, stop).view(np.uint8)
@@ -202,7 +204,10 @@ def _packed(module: StoredModule, scheme: Scheme) -> MadeWeight | None:
             bits,
             block,
             lambda start, stop: Quantized(
-                np.ascontiguousarray(raw(start, stop)[:, :width]), spread(scales(start, stop), width_of_scales), bits, block
+                np.ascontiguousarray(raw(start, stop)[:, :width]),
+                spread(scales(start, stop), width_of_scales),
+                bits,
+                block,
             ),
         )
     extent = f"block {features // groups}" if groups > 1 else "per channel"
@@ -288,8 +293,6 @@ def _broadcast(source: WeightSource, start: int, stop: int) -> Floats:
 
 
 def _float32(source: WeightSource, values: np.ndarray) -> Floats:
-    from arriero.graphs.sources.safetensors_header import to_float32
-
     return values.astype(np.float32) if source.dtype.startswith(("I", "U")) else to_float32(values, source.dtype)
 
 

@@ -1,8 +1,8 @@
 """NVIDIA Model Optimizer: FP8 with a scale per tensor, NVFP4 with an E4M3 scale per 16 inputs and one for all.
 
-Experts stay stacked: `experts.gate_up_proj` beside `experts.gate_up_proj_weight_scale`; their nibbles lie in pairs along
-the inputs [E, K/2, N], those of a matrix along its rows [N, K/2]. A value is nibble * scale * scale_2: the last is the
-reciprocal of what compressed-tensors stores. Source: the library's `NVFP4QTensor`. Legend: E experts, N outputs, K
+Experts stay stacked: `experts.gate_up_proj` beside `experts.gate_up_proj_weight_scale`. Their nibbles lie in pairs
+along the inputs [E, K/2, N], those of a matrix along its rows [N, K/2]. A value is nibble * scale * scale_2, the last
+the reciprocal of what compressed-tensors stores. Source: the library's `NVFP4QTensor`. Legend: E experts, N outputs, K
 inputs.
 """
 
@@ -102,14 +102,12 @@ def _fp8(module: StoredModule, weight: WeightSource, name: str) -> MadeWeight | 
 def _nvfp4(module: StoredModule, weight: WeightSource, name: str) -> MadeWeight | None:
     stacked = len(weight.shape) == 3
     features = 2 * weight.shape[1]
-    shape = (weight.shape[0], features, weight.shape[2]) if stacked else (weight.shape[0], features)
+    shape: tuple[int, ...] = (weight.shape[0], features, *weight.shape[2:])
     if features % GROUP:
         module.refuse("weight", f"{features} inputs do not divide into groups of {GROUP}")
         return None
     scales = module.take("weight_scale", ("F8_E4M3",), [(shape[0], features // GROUP, *shape[2:])])
-    second = module.take(
-        "weight_scale_2", ("F32",), [(), (1,)] + ([(shape[0],), (shape[0], 1, 1)] if stacked else [])
-    )
+    second = module.take("weight_scale_2", ("F32",), [(), (1,)] + ([(shape[0],), (shape[0], 1, 1)] if stacked else []))
     if scales is None or second is None:
         return None
     whole = second.float32(0, second.shape[0] if second.shape else 1).reshape(-1)

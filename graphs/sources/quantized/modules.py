@@ -29,7 +29,9 @@ class StoredModule:
         source = self.parts.get(part)
         if source is None:
             stored = ", ".join(sorted(self.parts))
-            self.refuse(part, f"has no {part}, only {stored}", "a scale with every weight and a weight with every scale")
+            self.refuse(
+                part, f"has no {part}, only {stored}", "a scale with every weight and a weight with every scale"
+            )
         elif source.dtype not in dtypes:
             self.refuse(part, f"{self.name}.{part} is stored as {source.dtype}", " or ".join(sorted(dtypes)))
         elif shapes and source.shape not in shapes:

@@ -1,0 +1,89 @@
+"""A tensor's integers or E4M3 floats with their scales, wherever its scheme says that they come from.
+
+Case 1, stored: the checkpoint's own codes. Case 2, gptq: what calibration rounded. Case 3, nearest: rounded now.
+Legend: n rows or experts, N output features, K input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from arriero.errors import ArrieroError
+from arriero.graphs.sources.stored_codes import Codes
+from arriero.graphs.stored.safetensors_writer import Spec
+from arriero.graphs.stored.weight_store import WeightStore
+from arriero.profiles.float8 import Float8, quantize_float8
+from arriero.profiles.quantize import Quantized, check_block, quantize
+from arriero.profiles.schemes import Fp8, IntBlock
+
+
+def quantized(store: WeightStore, name: str, scheme: IntBlock, start: int, stop: int) -> Quantized:
+    """Rows `start` to `stop` of the matrix `name` [n, K], or experts of a stack [n, N, K], in integers."""
+    if scheme.rounding == "stored":  # case 1
+        codes = _stored(store, name, (scheme.bits, scheme.block), start, stop)
+        assert isinstance(codes, Quantized)
+        return codes
+    if scheme.rounding == "gptq":  # case 2
+        held = store.calibrated(name).read(name, scheme.bits, scheme.block)
+        return Quantized(held.packed[start:stop], held.scales[start:stop], scheme.bits, scheme.block)
+    return quantize(_rows(store, name, start, stop), bits=scheme.bits, block=scheme.block, name=name)  # case 3
+
+
+def float8(store: WeightStore, name: str, scheme: Fp8, start: int, stop: int) -> Float8:
+    """The same in E4M3."""
+    if scheme.rounding == "stored":  # case 1
+        codes = _stored(store, name, (8, 0), start, stop)
+        assert isinstance(codes, Float8)
+        return codes
+    return quantize_float8(_rows(store, name, start, stop), name=name)  # case 3
+
+
+def store_rows(
+    store: WeightStore,
+    name: str,
+    scheme: IntBlock,
+    packed_shape: tuple[int, ...],
+    order: np.ndarray | None = None,
+) -> tuple[ir.Value, ir.Value]:
+    """Initialisers `name.packed` u8 `packed_shape` and `name.scales` f32 [..., N, K / block] of a matrix or stack.
+
+    `order` [N] is the order of output features in which an expert's rows are stored.
+    """
+    shape = store.checkpoint.tensors[name].shape
+    stacked = len(shape) == 3
+    features = shape[1]
+    check_block(features, scheme.block, name)
+
+    def pieces() -> Iterator[tuple[np.ndarray, ...]]:
+        spans = ((expert, expert + 1) for expert in range(shape[0])) if stacked else store.spans(name)
+        for start, stop in spans:
+            codes = quantized(store, name, scheme, start, stop)
+            yield (codes.packed, codes.scales) if order is None else (codes.packed[:, order], codes.scales[:, order])
+
+    outputs = (shape[0], shape[2]) if stacked else shape[:1]
+    specs = [
+        Spec(f"{name}.packed", "U8", packed_shape),
+        Spec(f"{name}.scales", "F32", (*outputs, features // scheme.block)),
+    ]
+    packed, scales = store.promise(specs, scheme.label, pieces)
+    return packed, scales
+
+
+def _stored(store: WeightStore, name: str, form: tuple[int, int], start: int, stop: int) -> Codes:
+    codes = store.checkpoint.tensors[name].codes
+    if codes is None or codes.form != form:
+        raise ArrieroError(
+            "the checkpoint does not store it in the form that the profile keeps",
+            where=name,
+            remedy="Give it another `rounding` in the profile",
+        )
+    return codes.read(start, stop)
+
+
+def _rows(store: WeightStore, name: str, start: int, stop: int) -> np.ndarray:
+    """Rows of a matrix f32 [n, K], or experts turned [n, N, K]."""
+    values = store.checkpoint.read_float32(name, start, stop)
+    return values if values.ndim == 2 else np.ascontiguousarray(values.transpose(0, 2, 1))
