@@ -56,14 +56,25 @@ class ChatTemplate:
             return False
         return role in ROLES or re.search(f"[\"']{re.escape(role)}[\"']", self.source.text) is not None
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """Give the prompt text for `messages`, ending where the assistant's answer begins."""
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        token_boundary: str = "",
+    ) -> str:
+        """Give the prompt text for `messages`, ending where the assistant's answer begins.
+
+        A template may write `token_boundary` where what follows is to be encoded by itself.
+        """
         variables = {
             **self._special_tokens,
             "messages": [_with_reasoning(message) for message in messages],
             "add_generation_prompt": add_generation_prompt,
-            "tools": None,
-            "documents": None,
+            "tools": tools,
+            "documents": documents,
+            "token_boundary": token_boundary,
         }
         try:
             return self._environment.render(self._template, variables)
