@@ -11,8 +11,8 @@ from arriero.graphs.sources.llama4_defaults import default_side_files
 from arriero.graphs.sources.meta_tokenizer import read_meta_tokenizer
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.processor.processor import Processor
-from tests.pillow_torchvision import stand_in
 from tests.runtimes.conftest import model_entry
+from tests.torchvision_parts import stand_in
 
 TILE, PATCH, SHUFFLE = 336, 14, 0.5
 

@@ -1,7 +1,5 @@
-"""What Meta's preprocessing takes of torchvision, on Pillow's pictures: there torchvision only calls Pillow.
-
-For machines where no torchvision is built for the torch that they have; `python -m tests.long.judge_images` compares
-with the real one.
+"""What the judges of images take of torchvision: the real one, or where there is none, the few steps on Pillow's
+pictures that Meta's preprocessing needs; there torchvision only calls Pillow.
 """
 
 from __future__ import annotations
@@ -9,13 +7,16 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
+
+OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # what is declared goes with it
 
 
 class Compose:
@@ -53,12 +54,40 @@ def resize(image: Image.Image, size: tuple[int, int], interpolation: int = Image
     return image.resize((size[1], size[0]), interpolation)
 
 
+def is_there() -> bool:
+    """Whether torchvision can be imported; afterwards it can, of whatever build it is.
+
+    One for CUDA does not load its operators beside a torch for processors. The judges use none of them, so the two that
+    have to be declared are declared.
+    """
+    package = find_spec("torchvision")
+    if package is None or "torchvision" in sys.modules:
+        return package is not None
+    assert package.origin is not None
+    try:
+        torch.ops.load_library(str(next(Path(package.origin).parent.glob("_C*.so"))))
+    except OSError:
+        for name in ("nms", "qnms"):
+            OPERATORS.define(f"{name}(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
+    return True
+
+
 @contextmanager
 def stand_in() -> Iterator[None]:
-    """While it lasts, `import torchvision.transforms` gives the above where there is no torchvision."""
-    if find_spec("torchvision") is not None:
-        yield
-        return
+    """While it lasts, `import torchvision.transforms` gives the above where there is no torchvision.
+
+    Meta's module has Pillow take truncated pictures, for the whole process; afterwards it does not.
+    """
+    truncated = ImageFile.LOAD_TRUNCATED_IMAGES
+    try:
+        with nullcontext() if is_there() else _replaced():
+            yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = truncated
+
+
+@contextmanager
+def _replaced() -> Iterator[None]:
     names = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
     package, transforms, functional = (types.ModuleType(name) for name in names)
     package.transforms, transforms.functional, functional.resize = transforms, functional, resize
