@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any, TypedDict
 
 from arriero.errors import ArrieroError
+from arriero.runtimes.processor.documents import read_document
 from arriero.runtimes.processor.pictures import ImageLike
 from arriero.runtimes.processor.video import FRAMES, MOST_FRAMES, read_video
 from arriero.strict_json import parse_json
@@ -60,8 +61,9 @@ def expand(
     """Give the messages as plain data, and their images in order of appearance.
 
     An image entry brings its own picture as `image` or `path`, or takes the next of `images`; so does each
-    `placeholder` in a text, unless it is None. A video entry becomes one image entry per frame. Raises `ArrieroError`
-    for an unknown entry, for a role that `knows_role` does not, and for a video of more than `most_frames` frames.
+    `placeholder` in a text, unless it is None. A video entry becomes one image entry per frame, a document entry one
+    per page. Raises `ArrieroError` for an unknown entry, for a role that `knows_role` does not, and for a video or a
+    document of more than `most_frames`.
     """
     pending = iter(images)
     plain: list[dict[str, Any]] = []
@@ -128,11 +130,14 @@ def _expand_entry(
         if not frames:
             raise ArrieroError("the video has no frames", where=where, expected="at least one frame")
         return [{"type": "image"}] * len(frames), frames
+    if kind == "document" and entry.get("path") is not None:
+        pages = read_document(entry["path"], entry.get("pages"), most_frames)
+        return [{"type": "image"}] * len(pages), [*pages]
     raise ArrieroError(
         f"the entry {_shown(entry)} is unknown",
         where=where,
-        expected='{"type": "text", "text": ...}, {"type": "image", ["path" or "image"]} or '
-        '{"type": "video", "frames" or "path"}',
+        expected='{"type": "text", "text": ...}, {"type": "image", ["path" or "image"]}, '
+        '{"type": "video", "frames" or "path"} or {"type": "document", "path"}',
     )
 
 
