@@ -11,6 +11,7 @@ import numpy as np
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Floats, Ints, ModelSpec, no_vision
 from arriero.runtimes.processor.chat import Message, Records, as_messages, as_records, expand
+from arriero.runtimes.processor.chat_template import DEFAULT, TOOL_USE
 from arriero.runtimes.processor.conversation import Conversation, Rendered
 from arriero.runtimes.processor.images import Tiler
 from arriero.runtimes.processor.pictures import ImageLike, Images, as_list, read_image
@@ -42,10 +43,12 @@ class Processor:
         self.spec = spec
         self._where = str(folder / "tokenizer.json")
         files = SideFiles.read(folder)
-        self._vocabulary = Vocabulary(folder / "tokenizer.json", files.template.text if files.template else "")
+        self._vocabulary = Vocabulary(
+            folder / "tokenizer.json", "".join(template.text for template in files.templates.values())
+        )
         files.check_added_tokens(self._vocabulary)
         self._bos = None if spec.bos_token_id is None else self._vocabulary.token(spec.bos_token_id)
-        self._template = files.chat_template(self._bos)
+        self._templates = files.chat_templates(self._bos)
         self._starts_with_bos = files.starts_with_bos
         size = self._vocabulary.size
         if size > spec.vocab_size:
@@ -104,7 +107,9 @@ class Processor:
         if isinstance(prompt, str) and not prompt:
             raise ArrieroError("the prompt is empty", expected="some text", remedy="Ask something")
         placeholder = IMAGE if special_tokens else None
-        knows_role = self._template.knows_role if self._template is not None else bool
+        default = self._templates.get(DEFAULT)
+        template = default if tools is None else self._templates.get(TOOL_USE, default)
+        knows_role = template.knows_role if template is not None else bool
         most = min(context or self._most, self._most)
         frames = MOST_FRAMES if self.spec.vision is None else max(most // self.spec.vision.tokens_per_tile, 1)
         wrapped = as_messages(prompt, len(pictures), placeholder)
@@ -117,8 +122,8 @@ class Processor:
         if continue_final_message and isinstance(prompt, str):
             what = "continue_final_message is set, and the prompt is a text"
             raise ArrieroError(what, expected="messages, the last of them the assistant's")
-        if self._template is not None:
-            rendered = chat.render(self._template, special_tokens, self._vocabulary)
+        if template is not None:
+            rendered = chat.render(template, special_tokens, self._vocabulary)
         elif isinstance(prompt, str) and chat.tools is chat.documents is None:
             rendered = self._plain_text(prompt, len(shown), special_tokens)
         else:
