@@ -106,6 +106,11 @@ class Processor:
         pictures = as_list(images)
         if isinstance(prompt, str) and not prompt:
             raise ArrieroError("the prompt is empty", expected="some text", remedy="Ask something")
+        if not isinstance(continue_final_message, bool):
+            raise ArrieroError(f"continue_final_message is {continue_final_message!r}", expected="True or False")
+        if continue_final_message and isinstance(prompt, str):
+            what = "continue_final_message is set, and the prompt is a text"
+            raise ArrieroError(what, expected="messages, the last of them the assistant's")
         placeholder = IMAGE if special_tokens else None
         default = self._templates.get(DEFAULT)
         template = default if tools is None else self._templates.get(TOOL_USE, default)
@@ -119,9 +124,6 @@ class Processor:
         chat = Conversation(
             messages, as_records(tools, "tools"), as_records(documents, "documents"), continue_final_message
         )
-        if continue_final_message and isinstance(prompt, str):
-            what = "continue_final_message is set, and the prompt is a text"
-            raise ArrieroError(what, expected="messages, the last of them the assistant's")
         if template is not None:
             rendered = chat.render(template, special_tokens, self._vocabulary)
         elif isinstance(prompt, str) and chat.tools is chat.documents is None:
