@@ -3,6 +3,7 @@
 from arriero.errors import ArrieroError, BelowThreshold, MachineLacks, Problems
 from arriero.runtimes.api import load
 from arriero.runtimes.generation import Generation, Stream, TokenLogprobs
+from arriero.runtimes.processor.tool_calls import ToolCall, parse_tool_calls
 from arriero.runtimes.sampling import Sampling
 from arriero.runtimes.session import Session
 from arriero.version import __version__
@@ -17,6 +18,8 @@ __all__ = [
     "Session",
     "Stream",
     "TokenLogprobs",
+    "ToolCall",
     "__version__",
     "load",
+    "parse_tool_calls",
 ]

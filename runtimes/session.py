@@ -21,10 +21,10 @@ from arriero.runtimes.backend import Backend, Cache, Floats, Ints, StepOutput
 from arriero.runtimes.check_prompt import check_prompt
 from arriero.runtimes.engine import Engine
 from arriero.runtimes.generation import Answer, Generation, Stream
-from arriero.runtimes.processor.chat import Message
+from arriero.runtimes.processor.chat import ChatOptions, Message
 from arriero.runtimes.processor.pictures import Images, as_list
 from arriero.runtimes.processor.processor import Processor, Prompt
-from arriero.runtimes.settings import AnswerSettings, Settings, read_settings
+from arriero.runtimes.settings import AnswerSettings, Settings, chat_options, read_settings
 from arriero.runtimes.steps import append_tokens, check_finite, read_piece
 from arriero.traits import PREFILL_PIECE
 
@@ -84,6 +84,8 @@ class Session:
     ) -> Generation | Stream:
         """Answer `prompt`: a text, a list of messages, or an encoded `Prompt`.
 
+        `tools` (JSON schemas of functions) and `documents` (mappings with title and text) go to the chat template; with
+        `continue_final_message` the answer goes on with the last message instead of following it.
         How tokens are chosen is `sampling=Sampling(...)`, or its fields as keyword arguments: `temperature` 0, the
         default, is greedy; `seed` makes draws repeatable. The answer ends at the model's closing token or one of
         `stop_token_ids`, before a `stop` text, at `max_tokens` (None fills the context), or soon after `cancel` is
@@ -91,8 +93,9 @@ class Session:
         leaves control tokens in the text. With `stream`, gives the text in pieces as it comes. A prompt or a setting
         that cannot work is an `ArrieroError` before anything runs.
         """
-        encoded = self.encode(prompt, images)
-        answer = self._answer(encoded, read_settings(settings))
+        read = read_settings(settings)
+        encoded = self.encode(prompt, images, **chat_options(settings))
+        answer = self._answer(encoded, read)
         cache = self._new_cache(1, len(encoded.input_ids) + answer.max_tokens)
         pieces = Stream(self._pieces(encoded, answer, cache), answer)
         if stream:
@@ -108,8 +111,8 @@ class Session:
         """
         if isinstance(prompts, str | Prompt):
             raise ArrieroError("prompts is one prompt", expected="a list of them", remedy="Use `generate`")
-        encoded = [self.encode(prompt) for prompt in prompts]
-        read = read_settings(settings)
+        read, chat = read_settings(settings), chat_options(settings)
+        encoded = [self.encode(prompt, **chat) for prompt in prompts]
         for prompt in encoded:
             self._room(prompt, read.limits.max_tokens)
         results: list[Generation] = []
@@ -123,15 +126,19 @@ class Session:
 
     # --- below: one step at a time
 
-    def encode(self, prompt: PromptLike, images: Images = None, *, special_tokens: bool = False) -> Prompt:
-        """Give the ids and tiles of `prompt`; `special_tokens` as `Processor.encode` takes it.
+    def encode(
+        self, prompt: PromptLike, images: Images = None, *, special_tokens: bool = False, **chat: Unpack[ChatOptions]
+    ) -> Prompt:
+        """Give the ids and tiles of `prompt`.
 
-        Raises `ArrieroError` for ones that the model cannot read.
+        With `special_tokens`, control tokens that the prompt spells are what they say; `chat` is what else a chat
+        template may show, as `generate` takes it. Raises `ArrieroError` for ones that the model cannot read.
         """
         if not isinstance(prompt, Prompt):
-            prompt = self.processor.encode(prompt, images, special_tokens=special_tokens, context=self.context)
-        elif as_list(images):
-            raise ArrieroError("there are images beside an encoded prompt", remedy="Encode them with the prompt")
+            prompt = self.processor.encode(prompt, images, special_tokens=special_tokens, context=self.context, **chat)
+        elif beside := [*(["images"] if as_list(images) else []), *chat]:
+            what = f"there are {' and '.join(beside)} beside an encoded prompt"
+            raise ArrieroError(what, remedy="Encode them with the prompt")
         return check_prompt(prompt, self.spec)
 
     def prefill(self, prompt: PromptLike, images: Images = None) -> State:

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 from arriero.errors import ArrieroError
+from arriero.runtimes.processor.chat import ChatOptions
 from arriero.runtimes.sampling import Sampling, SamplingSettings
 
 
-class Settings(SamplingSettings, total=False):
+class Settings(SamplingSettings, ChatOptions, total=False):
     """What `Session.generate` and `generate_batch` take by name: `sampling`, or its fields one by one, and the rest.
 
     `max_tokens` None fills the context. An answer ends at a token of `stop_token_ids`, before a `stop` text, and soon
@@ -125,6 +126,11 @@ def read_settings(settings: Settings) -> AnswerSettings:
             value = values[name]
             values[name] = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
     return AnswerSettings(sampling, Limits(**_of(Limits, values)), Output(**_of(Output, values)))
+
+
+def chat_options(settings: Settings) -> ChatOptions:
+    """Those of `settings` that a chat template takes."""
+    return cast(ChatOptions, {name: value for name, value in settings.items() if name in ChatOptions.__annotations__})
 
 
 def _of(record: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ def bundle(workshop: Path, tmp_path: Path) -> Path:
         (("onnxruntime",), ("run", "BUNDLE", "hello"), "arriero[onnxruntime]"),
         (("onnxruntime",), ("parity", "BUNDLE"), "arriero[onnxruntime]"),
         (("av",), ("run", "BUNDLE", "hello", "--video", "clip.mp4"), "arriero[video]"),
+        (("pypdfium2",), ("run", "BUNDLE", "hello", "--document", "form.pdf"), "arriero[documents]"),
         (("rich",), ("inspect", "BUNDLE"), "'arriero'"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else None,

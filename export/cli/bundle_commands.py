@@ -130,6 +130,9 @@ def run(
     video: Annotated[
         list[Path] | None, typer.Option(help="A video to ask about, read as frames; shown after the images.")
     ] = None,
+    document: Annotated[
+        list[Path] | None, typer.Option(help="A PDF to ask about, each page a picture; shown after the videos.")
+    ] = None,
     frames: Annotated[int, typer.Option(help="Frames to take of each video, evenly spaced.", min=1)] = 4,
     max_tokens: Annotated[int | None, typer.Option(help="End the answer after so many tokens.", min=1)] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy; higher draws more freely.", min=0.0)] = 0.0,
@@ -166,8 +169,11 @@ def run(
     arriero run bundles/portable-int8 "Describe the image." --image models/example.png
 
     arriero run bundles/portable-int8 "Which way does it move?" --video clip.mp4
+
+    arriero run bundles/portable-int8 "What does it ask for?" --document form.pdf
     """
     from arriero.runtimes.api import load
+    from arriero.runtimes.processor.documents import read_document
     from arriero.runtimes.processor.video import read_video
 
     if logprobs is not None and not as_json:
@@ -175,6 +181,7 @@ def run(
     text = sys.stdin.read() if prompt == "-" else prompt
     pictures: list[ImageLike] = list(image or ())
     pictures += (frame for path in video or () for frame in read_video(path, frames))
+    pictures += (page for path in document or () for page in read_document(path))
     with load(bundle, threads) as session:
         stream = session.generate(
             session.encode(text, pictures, special_tokens=special_tokens),

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypedDict
 
 from arriero.errors import ArrieroError
+from arriero.runtimes.processor.documents import read_document
 from arriero.runtimes.processor.pictures import ImageLike
 from arriero.runtimes.processor.video import FRAMES, MOST_FRAMES, read_video
+from arriero.strict_json import parse_json
 
 Message = Mapping[str, Any]
+Records = Sequence[Mapping[str, Any]] | None
 MOST_DEPTH = 100  # of what a message holds besides its content, such as the arguments of a tool call
+
+
+class ChatOptions(TypedDict, total=False):
+    """What a chat template takes beside the messages: see `Processor.encode`."""
+
+    tools: Records
+    documents: Records
+    continue_final_message: bool
 
 
 def as_messages(prompt: str | Sequence[Message], images: int, placeholder: str | None) -> list[Message]:
@@ -26,6 +37,20 @@ def as_messages(prompt: str | Sequence[Message], images: int, placeholder: str |
     return [{"role": "user", "content": [*entries, {"type": "text", "text": prompt}]}]
 
 
+def as_records(value: Records, name: str) -> list[dict[str, Any]] | None:
+    """Give `tools` or `documents`, whichever `name` says, as plain data."""
+    if value is None:
+        return None
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
+        raise ArrieroError(f"{name} is a {type(value).__name__}", expected="a list of mappings")
+    for number, record in enumerate(value):
+        if not isinstance(record, Mapping):
+            what, where = f"is a {type(record).__name__}", f"{name}[{number}]"
+            expected = "a function's JSON schema" if name == "tools" else "a mapping with title and text"
+            raise ArrieroError(what, where=where, expected=expected)
+    return [_plain(record, f"{name}[{number}]") for number, record in enumerate(value)]
+
+
 def expand(
     messages: Sequence[Message],
     images: Sequence[ImageLike],
@@ -36,15 +61,17 @@ def expand(
     """Give the messages as plain data, and their images in order of appearance.
 
     An image entry brings its own picture as `image` or `path`, or takes the next of `images`; so does each
-    `placeholder` in a text, unless it is None. A video entry becomes one image entry per frame. Raises `ArrieroError`
-    for an unknown entry, for a role that `knows_role` does not, and for a video of more than `most_frames` frames.
+    `placeholder` in a text, unless it is None. A video entry becomes one image entry per frame, a document entry one
+    per page. Raises `ArrieroError` for an unknown entry, for a role that `knows_role` does not, and for a video or a
+    document of more than `most_frames`.
     """
     pending = iter(images)
     plain: list[dict[str, Any]] = []
     shown: list[ImageLike] = []
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+        calls = isinstance(message, Mapping) and message.get("tool_calls")
+        if not isinstance(message, Mapping) or "role" not in message or not (calls or "content" in message):
             raise ArrieroError("a message is malformed", where=where, expected="a mapping with role and content")
         if not knows_role(message["role"]):
             raise ArrieroError(
@@ -52,10 +79,10 @@ def expand(
                 where=f"{where}.role",
                 expected="system, user, assistant, tool, or another one that the chat template names",
             )
-        content = message["content"]
+        content = message.get("content")
         if isinstance(content, str):
             shown += _taken(content, pending, placeholder)
-        elif content is None and message.get("tool_calls"):
+        elif content is None and calls:
             pass  # an assistant's message that only calls tools
         elif message["role"] in ("tool", "ipython") and isinstance(content, Mapping):
             content = _plain(content, where)  # what a tool gave, which templates write as JSON
@@ -69,6 +96,8 @@ def expand(
                 shown.extend(pictures)
             content = entries
         others = {str(key): _plain(value, where) for key, value in message.items() if key != "content"}
+        if calls:
+            others["tool_calls"] = _with_arguments(others["tool_calls"], f"{where}.tool_calls")
         plain.append({**others, "content": content})
     # images too many are handed on: the processor compares the counts
     return plain, [*shown, *pending]
@@ -101,46 +130,37 @@ def _expand_entry(
         if not frames:
             raise ArrieroError("the video has no frames", where=where, expected="at least one frame")
         return [{"type": "image"}] * len(frames), frames
+    if kind == "document" and entry.get("path") is not None:
+        pages = read_document(entry["path"], entry.get("pages"), most_frames)
+        return [{"type": "image"}] * len(pages), [*pages]
     raise ArrieroError(
         f"the entry {_shown(entry)} is unknown",
         where=where,
-        expected='{"type": "text", "text": ...}, {"type": "image", ["path" or "image"]} or '
-        '{"type": "video", "frames" or "path"}',
+        expected='{"type": "text", "text": ...}, {"type": "image", ["path" or "image"]}, '
+        '{"type": "video", "frames" or "path"} or {"type": "document", "path"}',
     )
 
 
-def masked(value: Any, characters: frozenset[str], mask: str) -> Any:
-    """A copy of plain data with `mask`, one character, in the place of each of `characters` in what users wrote.
-
-    Roles and types are not masked where they are plain words, since templates compare them.
-    """
-    if isinstance(value, str):
-        return value.translate({ord(character): mask for character in characters})
-    if isinstance(value, list):
-        return [masked(item, characters, mask) for item in value]
-    if isinstance(value, dict):
-        return {
-            masked(key, characters, mask): item if _is_kind(key, item) else masked(item, characters, mask)
-            for key, item in value.items()
-        }
-    return value
-
-
-def _is_kind(key: str, value: Any) -> bool:
-    return key in ("role", "type") and isinstance(value, str) and value.isidentifier()
-
-
-def texts(value: Any) -> Iterator[str]:
-    """Every text in plain data, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from texts(item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from texts(item)
+def _with_arguments(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Calls of tools with their arguments as mappings, which templates expect: OpenAI's API has them as JSON text."""
+    if not isinstance(calls, list):
+        raise ArrieroError(f"is {calls!r:.60}", where=where, expected="a list of calls")
+    whole = []
+    for number, call in enumerate(calls):
+        place = f"{where}[{number}].function"
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            expected = '{"type": "function", "function": {"name": ..., "arguments": ...}}'
+            raise ArrieroError("the call is malformed", where=place, expected=expected)
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            remedy = "Write the arguments as a JSON object"
+            arguments = _plain(parse_json(arguments, f"{place}.arguments", remedy), place)
+        if not isinstance(arguments, dict):
+            what = f"the arguments are a {type(arguments).__name__}"
+            raise ArrieroError(what, where=f"{place}.arguments", expected="a JSON object, or its text")
+        whole.append({**call, "function": {**function, "arguments": arguments}})
+    return whole
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:

@@ -1,4 +1,4 @@
-"""A checkpoint's chat template: which one it is, and messages rendered through it."""
+"""A checkpoint's chat templates: which they are, and messages rendered through one."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from arriero.strict_json import read_json_object
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 MOST_SOURCE = 1_000_000  # characters; the longest templates that models come with have some ten thousand
+DEFAULT, TOOL_USE = "default", "tool_use"
+USED = (DEFAULT, TOOL_USE)  # of templates that have names
 ORIGINAL = "Take the chat template of the original checkpoint"
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # the names under which messages bring it
 
@@ -56,14 +58,25 @@ class ChatTemplate:
             return False
         return role in ROLES or re.search(f"[\"']{re.escape(role)}[\"']", self.source.text) is not None
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """Give the prompt text for `messages`, ending where the assistant's answer begins."""
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        token_boundary: str = "",
+    ) -> str:
+        """Give the prompt text for `messages`, ending where the assistant's answer begins.
+
+        A template may write `token_boundary` where what follows is to be encoded by itself.
+        """
         variables = {
             **self._special_tokens,
             "messages": [_with_reasoning(message) for message in messages],
             "add_generation_prompt": add_generation_prompt,
-            "tools": None,
-            "documents": None,
+            "tools": tools,
+            "documents": documents,
+            "token_boundary": token_boundary,
         }
         try:
             return self._environment.render(self._template, variables)
@@ -91,20 +104,21 @@ def _now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-# --- which template a checkpoint has
+# --- which templates a checkpoint has
 
 
-def find_template(
+def find_templates(
     folder: Path, tokenizer_config: Mapping[str, Any], processor_config: Mapping[str, Any]
-) -> TemplateSource | None:
-    """Give the template that Hugging Face's processor or tokenizer takes of `folder`, or None when there is none.
+) -> dict[str, TemplateSource]:
+    """Give the templates by name that Hugging Face's processor or tokenizer takes of `folder`, {} where there is none.
 
-    In this order: `chat_template` of processor_config.json, chat_template.json, chat_template.jinja, then what
-    tokenizer_config.json holds; of several templates that have names, the one called default.
+    The one called default is there, and `tool_use` for prompts with tools if there is one. In this order:
+    `chat_template` of processor_config.json, chat_template.json, chat_template.jinja with what stands beside it in the
+    folder additional_chat_templates, then what tokenizer_config.json holds.
     """
     inside = processor_config.get("chat_template")
     if inside is not None:
-        return _chosen(inside, f"{folder / 'processor_config.json'}:chat_template")
+        return _named(inside, f"{folder / 'processor_config.json'}:chat_template")
     others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     legacy, file = folder / "chat_template.json", folder / "chat_template.jinja"
     if legacy.is_file():
@@ -117,42 +131,40 @@ def find_template(
         content = read_json_object(legacy, ORIGINAL)
         if content.get("chat_template") is None:
             raise ArrieroError("holds no chat_template", where=str(legacy), remedy=ORIGINAL)
-        return _chosen(content["chat_template"], f"{legacy}:chat_template")
-    if file.is_file():
-        return TemplateSource(_read(file), str(file))
-    default = next((other for other in others if other.stem == "default"), None)
-    if default is not None:
-        return TemplateSource(_read(default), str(default))
+        return _named(content["chat_template"], f"{legacy}:chat_template")
+    beside = {path.stem: path for path in others} | ({DEFAULT: file} if file.is_file() else {})
+    if DEFAULT in beside:
+        return {name: TemplateSource(_read(path), str(path)) for name, path in beside.items() if name in USED}
     inside = tokenizer_config.get("chat_template")
     if inside is not None:
-        return _chosen(inside, f"{folder / 'tokenizer_config.json'}:chat_template")
+        return _named(inside, f"{folder / 'tokenizer_config.json'}:chat_template")
     if others:
         raise ArrieroError(
-            f"there are templates for special uses only: {', '.join(other.stem for other in others)}",
+            f"there are templates for special uses only: {', '.join(beside)}",
             where=str(others[0].parent),
             expected="a chat_template.jinja, the default",
             remedy="Copy the one that the model should be asked with to chat_template.jinja",
         )
-    return None
+    return {}
 
 
-def _chosen(value: Any, where: str) -> TemplateSource:
-    """A text, or the one called default of a list of {name, template} or of a mapping."""
+def _named(value: Any, where: str) -> dict[str, TemplateSource]:
+    """A text, or those that we use of a list of {name, template} or of a mapping."""
     if isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value):
         value = {entry.get("name"): entry.get("template") for entry in value}
-    if isinstance(value, Mapping):
-        if not isinstance(value.get("default"), str):
-            names = ", ".join(map(str, value)) or "none"
-            remedy = "Name the template that the model should be asked with default"
-            raise ArrieroError(
-                f"holds no template called default ({names})", where=where, expected="a default", remedy=remedy
-            )
-        value = value["default"]
-    if not isinstance(value, str):
-        raise ArrieroError(
-            f"is a {type(value).__name__}", where=where, expected="the text of a template", remedy=ORIGINAL
-        )
-    return TemplateSource(value, where)
+    if not isinstance(value, Mapping):
+        value = {DEFAULT: value}
+    elif not isinstance(value.get(DEFAULT), str):
+        names = ", ".join(map(str, value)) or "none"
+        remedy = "Name the template that the model should be asked with default"
+        what = f"holds no template called default ({names})"
+        raise ArrieroError(what, where=where, expected="a default", remedy=remedy)
+    used = {name: value[name] for name in USED if name in value}
+    for text in used.values():
+        if not isinstance(text, str):
+            what = f"is a {type(text).__name__}"
+            raise ArrieroError(what, where=where, expected="the text of a template", remedy=ORIGINAL)
+    return {name: TemplateSource(text, where) for name, text in used.items()}
 
 
 def _read(file: Path) -> str:

@@ -1,4 +1,7 @@
-"""Images of any size to Llama 4's tiles, pixel for pixel as its Hugging Face processor makes them.
+"""Images of any size to Llama 4's tiles: the grey levels of Meta's own preprocessing, normalised as Hugging Face does.
+
+Meta's resizes with Pillow, as this does. Hugging Face's resizes with torch, whose weights have 16 bits where Pillow's
+have 22: there a level may be one more or one less.
 
 An image is fitted on a canvas of whole tiles (at most `max_patches`), padded right and below, cut into tiles, and
 followed by a global tile (the whole image squeezed into one) when the canvas has more than one.

@@ -1,7 +1,8 @@
 """Pictures of every kind as red, green and blue bytes: converted as a viewer shows them, or refused.
 
-What is transparent is seen on white, as Meta's own preprocessing does (Hugging Face's drops the transparency, and with
-it what the picture looks like). 16-bit grey is scaled to bytes. Colour profiles are not applied, as in both of them.
+What is transparent is seen on white, as in Hugging Face's processor (Meta's own preprocessing sees RGBA so, and drops
+the transparency of other kinds). 16-bit grey is scaled to bytes, where both of them cut off what is brighter than 255.
+Colour profiles are not applied, as in both of them.
 """
 
 from __future__ import annotations

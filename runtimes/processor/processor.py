@@ -10,7 +10,9 @@ import numpy as np
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Floats, Ints, ModelSpec, no_vision
-from arriero.runtimes.processor.chat import Message, as_messages, expand, masked, texts
+from arriero.runtimes.processor.chat import Message, Records, as_messages, as_records, expand
+from arriero.runtimes.processor.chat_template import DEFAULT, TOOL_USE
+from arriero.runtimes.processor.conversation import Conversation, Rendered
 from arriero.runtimes.processor.images import Tiler
 from arriero.runtimes.processor.pictures import ImageLike, Images, as_list, read_image
 from arriero.runtimes.processor.side_files import SideFiles
@@ -29,14 +31,6 @@ class Prompt:
     pixel_values: Floats | None = None
 
 
-@dataclass(frozen=True)
-class _Rendered:
-    """A prompt's text, and the same text with control tokens only where they stand for themselves."""
-
-    text: str
-    control: str
-
-
 class Processor:
     """The tokenizer folder of a checkpoint or bundle, at work. Safe to share between threads.
 
@@ -49,10 +43,12 @@ class Processor:
         self.spec = spec
         self._where = str(folder / "tokenizer.json")
         files = SideFiles.read(folder)
-        self._vocabulary = Vocabulary(folder / "tokenizer.json", files.template.text if files.template else "")
+        self._vocabulary = Vocabulary(
+            folder / "tokenizer.json", "".join(template.text for template in files.templates.values())
+        )
         files.check_added_tokens(self._vocabulary)
         self._bos = None if spec.bos_token_id is None else self._vocabulary.token(spec.bos_token_id)
-        self._template = files.chat_template(self._bos)
+        self._templates = files.chat_templates(self._bos)
         self._starts_with_bos = files.starts_with_bos
         size = self._vocabulary.size
         if size > spec.vocab_size:
@@ -92,6 +88,9 @@ class Processor:
         images: Images = None,
         *,
         special_tokens: bool = False,
+        tools: Records = None,
+        documents: Records = None,
+        continue_final_message: bool = False,
         context: int | None = None,
     ) -> Prompt:
         """Give ids and tiles for a text or a list of messages, ending where the answer begins.
@@ -99,67 +98,54 @@ class Processor:
         A plain text becomes one user message. Images are Pillow images, paths, encoded bytes or uint8 arrays
         [h, w, 3], one or a list; each needs one image entry, and those of a plain text come before it. Without a chat
         template a plain text is encoded as it stands. With `special_tokens`, control tokens that the prompt spells
-        stand for themselves, and `<|image|>` for a picture: for prompts that no stranger had a hand in. A prompt of
-        more than `context` tokens (the model's limit when None) is refused before all of it is read.
+        stand for themselves, and `<|image|>` for a picture: for prompts that no stranger had a hand in. `tools` are
+        JSON schemas of functions, `documents` mappings with title and text, for templates that take them. With
+        `continue_final_message` the answer goes on with the last message. A prompt of more than `context` tokens (the
+        model's limit when None) is refused before all of it is read.
         """
         pictures = as_list(images)
         if isinstance(prompt, str) and not prompt:
             raise ArrieroError("the prompt is empty", expected="some text", remedy="Ask something")
+        if not isinstance(continue_final_message, bool):
+            raise ArrieroError(f"continue_final_message is {continue_final_message!r}", expected="True or False")
+        if continue_final_message and isinstance(prompt, str):
+            what = "continue_final_message is set, and the prompt is a text"
+            raise ArrieroError(what, expected="messages, the last of them the assistant's")
         placeholder = IMAGE if special_tokens else None
-        knows_role = self._template.knows_role if self._template is not None else bool
+        default = self._templates.get(DEFAULT)
+        template = default if tools is None else self._templates.get(TOOL_USE, default)
+        knows_role = template.knows_role if template is not None else bool
         most = min(context or self._most, self._most)
         frames = MOST_FRAMES if self.spec.vision is None else max(most // self.spec.vision.tokens_per_tile, 1)
         wrapped = as_messages(prompt, len(pictures), placeholder)
         messages, shown = expand(wrapped, pictures, placeholder, knows_role, frames)
         if not messages:
             raise ArrieroError("the list of messages is empty", expected="at least one message")
-        if self._template is None and not isinstance(prompt, str):
+        chat = Conversation(
+            messages, as_records(tools, "tools"), as_records(documents, "documents"), continue_final_message
+        )
+        if template is not None:
+            rendered = chat.render(template, special_tokens, self._vocabulary)
+        elif isinstance(prompt, str) and chat.tools is chat.documents is None:
+            rendered = self._plain_text(prompt, len(shown), special_tokens)
+        else:
             raise ArrieroError(
                 "this model has no chat template, so it takes plain text only",
                 remedy="Pass one string, or add chat_template.jinja to the checkpoint and rebuild",
             )
-        rendered = self._plain_text(str(prompt), len(shown), special_tokens)
-        if self._template is not None:
-            text = self._template.render(messages)
-            rendered = _Rendered(text, text) if special_tokens else self._told_apart(text, messages)
         return self._encode_rendered(rendered, shown, most)
 
     @property
     def _most(self) -> int:
         return self.spec.max_position_embeddings
 
-    def _plain_text(self, text: str, images: int, special_tokens: bool) -> _Rendered:
+    def _plain_text(self, text: str, images: int, special_tokens: bool) -> Rendered:
         """A text without a template, behind the token that begins every text."""
         start = (self._bos or "") if self._starts_with_bos else ""
         start += "" if special_tokens and IMAGE in text else IMAGE * images
-        return _Rendered(start + text, start + (text if special_tokens else "\0" * len(text)))
+        return Rendered(start + text, start + (text if special_tokens else "\0" * len(text)))
 
-    def _told_apart(self, text: str, messages: Sequence[dict[str, object]]) -> _Rendered:
-        """The template's `text`, and where the control tokens in it are the template's own and not the users'.
-
-        The template renders the messages once more with a mask over every character that a control token may begin
-        or end with. What still spells a control token is the template's.
-        """
-        assert self._template is not None
-        ends, written = self._vocabulary.ends, set().union(*texts(list(messages)))
-        if not written & ends:
-            return _Rendered(text, text)
-        used = written | set(self._template.source.text)
-        mask = next(character for character in map(chr, range(0xE000, 0xF8FF)) if character not in used)
-        control = self._template.render([masked(message, ends, mask) for message in messages])
-        if len(text) == len(control) and all(c in (t, mask) for t, c in zip(text, control, strict=True)):
-            return _Rendered(text, control)
-        spelled, own = ([m.group() for m in self._vocabulary.control_tokens(each)] for each in (text, control))
-        if spelled == own:  # the template rewrites what users write, and no token of theirs came through
-            return _Rendered(text, text)
-        raise ArrieroError(
-            "a message spells a control token, and the chat template rewrites messages so that it cannot be told from "
-            "the template's own",
-            where=self._template.source.where,
-            remedy="Take it out of the message, or encode the prompt with special_tokens=True if it is meant",
-        )
-
-    def _encode_rendered(self, rendered: _Rendered, images: Sequence[ImageLike], most: int) -> Prompt:
+    def _encode_rendered(self, rendered: Rendered, images: Sequence[ImageLike], most: int) -> Prompt:
         """Give ids and tiles for a rendered text whose `<|image|>`s stand for `images`, in order."""
         places = [match for match in self._vocabulary.control_tokens(rendered.control) if match.group() == IMAGE]
         if len(places) != len(images):
@@ -168,8 +154,12 @@ class Processor:
                 expected="as many of one as of the other",
                 remedy=f"Give one image per image entry ({IMAGE} in a text is one with special_tokens only)",
             )
+
+        def encode(part: slice) -> list[int]:
+            return self._vocabulary.encode(rendered.text[part], rendered.control[part], most, rendered.boundary)
+
         if not images:
-            return Prompt(np.asarray(self._vocabulary.encode(rendered.text, rendered.control, most), np.int64))
+            return Prompt(np.asarray(encode(slice(None)), np.int64))
         if self._tiler is None or self.spec.vision is None:
             raise no_vision()
         per_tile = self.spec.vision.tokens_per_tile
@@ -184,11 +174,10 @@ class Processor:
         for place, image in zip(places, images, strict=True):
             part = self._tiler.tile(read_image(image))
             tiles.append(part.pixel_values)
-            before = slice(start, place.start())
-            ids += self._vocabulary.encode(rendered.text[before], rendered.control[before], most)
+            ids += encode(slice(start, place.start()))
             ids += self._layout(part.rows, part.columns, per_tile)
             start = place.end()
-        ids += self._vocabulary.encode(rendered.text[start:], rendered.control[start:], most)
+        ids += encode(slice(start, None))
         pixel_values = np.concatenate(tiles)
         placeholders, features = ids.count(self.spec.image_token_id or -1), len(pixel_values) * per_tile
         if placeholders != features:

@@ -12,7 +12,7 @@ from typing import Any
 
 from arriero.errors import ArrieroError, Problems
 from arriero.runtimes.backend import VisionSpec
-from arriero.runtimes.processor.chat_template import ChatTemplate, TemplateSource, find_template
+from arriero.runtimes.processor.chat_template import ChatTemplate, TemplateSource, find_templates
 from arriero.runtimes.processor.images import Tiler
 from arriero.runtimes.processor.vocabulary import ORIGINAL, Vocabulary
 from arriero.strict_json import read_json_object
@@ -44,7 +44,7 @@ class SideFiles:
     added: Mapping[str, Any]
     processor: Mapping[str, Any]
     preprocessor: Mapping[str, Any]
-    template: TemplateSource | None
+    templates: Mapping[str, TemplateSource]
 
     @classmethod
     def read(cls, folder: Path) -> SideFiles:
@@ -53,8 +53,8 @@ class SideFiles:
         tokenizer, special_map, added, processor, preprocessor = (
             read_json_object(folder / name, ORIGINAL) if (folder / name).is_file() else {} for name in names
         )
-        template = find_template(folder, tokenizer, processor)
-        files = cls(folder, tokenizer, special_map, added, processor, preprocessor, template)
+        templates = find_templates(folder, tokenizer, processor)
+        files = cls(folder, tokenizer, special_map, added, processor, preprocessor, templates)
         if problems := [*files._refused()]:
             raise Problems("settings of the tokenizer that cannot be honoured", problems)
         return files
@@ -77,10 +77,8 @@ class SideFiles:
         """Whether a text that no template makes begins with the bos token."""
         return self.tokenizer.get("add_bos_token") is not False
 
-    def chat_template(self, bos_token: str | None) -> ChatTemplate | None:
-        """The template with the special tokens that it may name, None without one; `bos_token` if no file names it."""
-        if self.template is None:
-            return None
+    def chat_templates(self, bos_token: str | None) -> dict[str, ChatTemplate]:
+        """The templates with the special tokens that they may name; `bos_token` if no file names it."""
         named = dict(self.tokenizer)
         if "added_tokens_decoder" not in self.tokenizer:
             named |= self.special_map
@@ -88,7 +86,8 @@ class SideFiles:
         named |= extra if isinstance(extra, Mapping) else {}
         texts = {key: _token_text(value) for key, value in named.items() if key.endswith("_token")}
         texts = {"bos_token": bos_token} | {key: text for key, text in texts.items() if text is not None}
-        return ChatTemplate(self.template, {key: text for key, text in texts.items() if text is not None})
+        tokens = {key: text for key, text in texts.items() if text is not None}
+        return {name: ChatTemplate(source, tokens) for name, source in self.templates.items()}
 
     def check_added_tokens(self, vocabulary: Vocabulary) -> None:
         """Refuse tokens that a config adds or moves and the tokenizer does not have so."""

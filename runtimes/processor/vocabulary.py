@@ -51,6 +51,7 @@ class Vocabulary:
         longest_first = sorted(self._control, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._control_ids = np.array(sorted(self._control.values()), np.int64)
+        self.control_letters = frozenset().union(*self._control)
         ends = {token.strip()[end] for token in self._control if token.strip() for end in (0, -1)}
         self.ends = frozenset(ends)  # the characters that control tokens begin or end with
         self.size = tokenizer.get_vocab_size()
@@ -69,20 +70,24 @@ class Vocabulary:
         """Where `text` spells control tokens."""
         return self._pattern.finditer(text)
 
-    def encode(self, text: str, control: str = "", most: int | None = None) -> list[int]:
+    def encode(self, text: str, control: str = "", most: int | None = None, boundary: str = "") -> list[int]:
         """The ids of `text`, with the control tokens that `control`, of the same length, spells at the same places.
 
-        Raises ArrieroError for what is no text, and for more than `most` tokens before all are made.
+        No token reaches across a `boundary`, a character that is not encoded itself. Raises ArrieroError for what is no
+        text, and for more than `most` tokens before all are made.
         """
         self._refuse_long(text, most)
         ids: list[int] = []
         start = 0
         for match in self.control_tokens(control):
-            ids += self._plain(text[start : match.start()])
+            ids += self._words(text[start : match.start()], boundary)
             ids.append(self._control[match.group()])
             start = match.end()
-        ids += self._plain(text[start:])
+        ids += self._words(text[start:], boundary)
         return ids
+
+    def _words(self, text: str, boundary: str) -> list[int]:
+        return [number for part in (text.split(boundary) if boundary else [text]) for number in self._plain(part)]
 
     def _refuse_long(self, text: str, most: int | None) -> None:
         """Refuse a text by its beginning, in time that grows with `most` and not with the text."""

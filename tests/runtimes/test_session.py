@@ -1,8 +1,10 @@
 """Sessions over the numpy toy: pieces, limits, stops, cancelling, batches, threads."""
 
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from inspect import signature
 from typing import get_type_hints
 
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 
 from arriero.errors import ArrieroError
 from arriero.runtimes import session as session_module
-from arriero.runtimes.processor.processor import Prompt
+from arriero.runtimes.processor.chat import ChatOptions
+from arriero.runtimes.processor.processor import Processor, Prompt
 from arriero.runtimes.sampling import Sampling, SamplingSettings
 from arriero.runtimes.session import Session
 from arriero.runtimes.settings import Limits, Output, Settings
@@ -99,8 +102,31 @@ def test_a_sampling_is_its_settings_by_name(session):
 def test_the_settings_by_name_are_the_fields_of_the_records():
     """Type checkers and editors read the one, `Sampling`, `Limits` and `Output` hold the other."""
     assert get_type_hints(SamplingSettings) == get_type_hints(Sampling)
-    others = {field.name for record in (Limits, Output) for field in fields(record)}
+    others = {field.name for record in (Limits, Output) for field in fields(record)} | get_type_hints(
+        ChatOptions
+    ).keys()
     assert get_type_hints(Settings).keys() == get_type_hints(Sampling).keys() | others | {"sampling"}
+    encode = signature(Processor.encode, eval_str=True).parameters
+    assert {name: encode[name].annotation for name in ChatOptions.__annotations__} == get_type_hints(ChatOptions)
+
+
+def test_what_a_chat_template_takes_reaches_it(toy, bundle, tmp_path):
+    shutil.copytree(bundle / "tokenizer", tmp_path / "t")
+    template = "{{ tools[0].name }}{{ documents[0].text }}{% for m in messages %}{{ m.content }};{% endfor %}"
+    (tmp_path / "t" / "chat_template.jinja").write_text(template)
+    session = Session(toy, Processor(tmp_path / "t", toy.spec), context=64, batch=3)
+    shown = {"tools": [{"name": "f"}], "documents": [{"text": "d"}], "continue_final_message": True}
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    prompt = session.encode(chat, **shown)
+    assert session.processor.decode(prompt.input_ids) == "fda;b"
+    expected = session.generate(prompt, max_tokens=5)
+    assert session.generate(chat, max_tokens=5, **shown).token_ids == expected.token_ids
+    stream = session.generate(chat, stream=True, max_tokens=5, **shown)
+    assert "".join(stream) == expected.text
+    batch = session.generate_batch([chat, chat], max_tokens=5, **shown)
+    assert [answer.token_ids for answer in batch] == [expected.token_ids] * 2
+    with pytest.raises(ArrieroError, match="there are images and tools and documents and continue_final_m"):
+        session.encode(prompt, ["a.png"], **shown)
 
 
 def test_stop_texts_end_the_answer_and_are_left_out(session):
@@ -228,7 +254,9 @@ def test_threads_sharing_a_session_answer_as_alone(session):
             {"prompt": Prompt(np.array([1]), np.zeros((1, 3, 5, 5), np.float32))},
             r"shape \[1, 3, 5, 5\]; expected float32 tiles",
         ),
-        ({"prompt": Prompt(np.array([1])), "images": ["a.png"]}, "beside an encoded prompt"),
+        ({"prompt": Prompt(np.array([1])), "images": ["a.png"]}, "there are images beside an encoded prompt"),
+        ({"prompt": "x", "continue_final_message": "content"}, "continue_final_message is 'content'; expected True or"),
+        ({"prompt": "x", "tool": []}, "no setting tool; .*Did you mean tools"),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_sentence(session, toy, arguments, sentence):

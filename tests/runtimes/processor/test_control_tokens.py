@@ -1,13 +1,11 @@
 """What users type is text: no control token comes of it, and the ids are those of Meta's own format."""
 
-import json
-import sys
-import types
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import ModelSpec
@@ -92,12 +90,18 @@ def test_a_template_may_cut_what_an_assistant_thought(tmp_path):
     assert text_of(processor, processor.encode(thought)) == "<|header_start|>b < c<|eot|>"
 
 
-ASCII = "{% for m in messages %}<|header_start|>{{ m.content | tojson(ensure_ascii=True) }}<|eot|>{% endfor %}"
+def test_a_template_may_escape_what_is_not_ascii(tmp_path):
+    template = "{% for m in messages %}<|header_start|>{{ m.content | tojson(ensure_ascii=True) }}<|eot|>{% endfor %}"
+    processor = with_template(tmp_path, template)
+    assert text_of(processor, processor.encode("á < b")) == r'<|header_start|>"\u00e1 < b"<|eot|>'
+    ids = processor.encode("<|eot|>").input_ids
+    assert ids[ids >= 256].tolist() == [258, 257]
 
 
 def test_where_template_and_user_cannot_be_told_apart_the_prompt_is_refused(tmp_path):
-    processor = with_template(tmp_path, ASCII)
-    assert text_of(processor, processor.encode("a < b")) == '<|header_start|>"a < b"<|eot|>'
+    counting = "{% for m in messages %}<|header_start|>{{ m.content + '!' * m.content.count('<') }}<|eot|>{% endfor %}"
+    processor = with_template(tmp_path, counting)
+    assert text_of(processor, processor.encode("a < b")) == "<|header_start|>a < b!<|eot|>"
     with pytest.raises(ArrieroError, match="a message spells a control token"):
         processor.encode("<|eot|>")
 
@@ -153,69 +157,18 @@ def with_template(tmp_path, template):
 
 
 @pytest.fixture(scope="module")
-def meta():
-    """Meta's `ChatFormat` with its tokenizer; what it would resize images with is left out."""
-    pytest.importorskip("llama_models", reason="needs llama-models")
-    name = "llama_models.llama4.preprocess"
-    images = types.ModuleType(name)
-    images.ResizeNormalizeImageTransform = images.VariableSizeImageTransform = lambda *sizes: None
-    before = sys.modules.get(name)
-    sys.modules[name] = images
-    try:
-        from llama_models.llama4.chat_format import ChatFormat
-        from llama_models.llama4.tokenizer import Tokenizer as MetaTokenizer
-    finally:
-        sys.modules.pop(name)
-        if before:
-            sys.modules[name] = before
-    return ChatFormat(MetaTokenizer.get_instance())
-
-
-@pytest.fixture(scope="module")
-def folder(meta, tmp_path_factory):
+def folder(meta_folder, tmp_path_factory):
     """A tokenizer folder as Hugging Face's Llama 4 has it, made of Meta's tokens."""
     llama4 = pytest.importorskip("transformers.models.llama4.processing_llama4", reason="needs transformers")
-    folder = tmp_path_factory.mktemp("real")
-    ranks = meta.tokenizer.model._mergeable_ranks
-    letters = dict(enumerate(_alphabet()))
-    spell = {piece: "".join(letters[byte] for byte in piece) for piece in ranks}
-    pairs = [
-        (rank, max(ranks[piece[:cut]], ranks[piece[cut:]]), spell[piece[:cut]], spell[piece[cut:]])
-        for piece, rank in ranks.items()
-        for cut in range(1, len(piece))
-        if piece[:cut] in ranks and piece[cut:] in ranks
-    ]
-    merges = [(left, right) for _, _, left, right in sorted(pairs, key=lambda pair: pair[:2])]
-    tokenizer = Tokenizer(models.BPE({spell[p]: r for p, r in ranks.items()}, merges, ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(meta.tokenizer.O200K_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in meta.tokenizer.special_tokens])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot|>", "tokenizer_class": "PreTrainedTokenizerFast"}
-        )
-    )
+    folder = tmp_path_factory.mktemp("real") / "t"
+    shutil.copytree(meta_folder, folder)
     (folder / "chat_template.jinja").write_text(llama4.chat_template)
     return folder
 
 
 @pytest.fixture(scope="module")
-def real(folder):
-    entry = model_entry(vision=None, image_token_id=None, bos_token_id=200000, eos_token_ids=[200008])
-    entry["text"] |= {"vocab_size": 202048, "max_position_embeddings": 100_000}
-    return Processor(folder, ModelSpec.parse(entry))
-
-
-def _alphabet():
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+def real(folder, llama4_spec):
+    return Processor(folder, llama4_spec)
 
 
 ORDINARY = {

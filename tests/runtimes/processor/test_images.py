@@ -11,6 +11,7 @@ from arriero.errors import ArrieroError
 from arriero.runtimes.processor.images import Tiler
 from arriero.runtimes.processor.pictures import read_image
 from arriero.runtimes.processor.video import read_video
+from tests.torchvision_parts import is_there
 
 
 def photo(height, width, seed=0):
@@ -82,10 +83,10 @@ def test_tiles_are_those_of_the_reference_processor(height, width, canvas, room)
 @pytest.mark.parametrize("size", [64, 336])
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (128, 64), (100, 37), (37, 300), (337, 672), (1000, 700)])
 def test_tiles_are_those_of_hugging_faces_own_processor(height, width, size, largest):
-    try:
-        from transformers.models.llama4.image_processing_llama4 import Llama4ImageProcessor
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"needs a torchvision built for the CPU build of torch {torch.__version__}: {error}")
+    if not is_there():
+        pytest.skip("needs torchvision, of any build: pip install --no-deps torchvision")
+    from transformers.models.llama4.image_processing_llama4 import Llama4ImageProcessor
+
     pixels = photo(height, width)
     settings = {"size": {"height": size, "width": size}, "max_patches": 16, "resize_to_max_canvas": largest}
     expected = Llama4ImageProcessor(**settings)(images=Image.fromarray(pixels), return_tensors="pt")

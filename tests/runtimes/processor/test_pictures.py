@@ -148,17 +148,30 @@ def halves():
     return frame
 
 
-def test_a_video_that_a_player_turns_is_turned(tmp_path):
+ONE = 1 << 16
+TURNS = {  # the matrix of a track's header, its size, and the side on which a player shows what was left
+    "straight": ((ONE, 0, 0, ONE), (64, 32), "left"),
+    "clockwise": ((0, ONE, -ONE, 0), (32, 64), "top"),
+    "upside_down": ((-ONE, 0, 0, -ONE), (64, 32), "right"),
+    "anticlockwise": ((0, -ONE, ONE, 0), (32, 64), "bottom"),
+}
+
+
+@pytest.mark.parametrize(("matrix", "size", "side"), TURNS.values(), ids=TURNS.keys())
+def test_a_video_that_a_player_turns_is_turned(tmp_path, matrix, size, side):
     path = tmp_path / "a.mp4"
     film(path, [halves()] * 3)
     content = path.read_bytes()
-    straight = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
-    clockwise = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    straight = struct.pack(">9i", ONE, 0, 0, 0, ONE, 0, 0, 0, 1 << 30)
+    turned = struct.pack(">9i", matrix[0], matrix[1], 0, matrix[2], matrix[3], 0, 0, 0, 1 << 30)
     place = content.index(straight, content.index(b"tkhd"))
-    path.write_bytes(content[:place] + clockwise + content[place + 36 :])
+    path.write_bytes(content[:place] + turned + content[place + 36 :])
     (frame,) = read_video(path, 1)
-    assert frame.size == (32, 64)
-    assert np.asarray(frame)[:16].mean() > 180 > 60 > np.asarray(frame)[48:].mean()  # its left is on top now
+    assert frame.size == size
+    pixels = np.asarray(frame)
+    sides = {"left": pixels[:, :16], "top": pixels[:16], "right": pixels[:, -16:], "bottom": pixels[-16:]}
+    opposite = {"left": "right", "top": "bottom", "right": "left", "bottom": "top"}[side]
+    assert sides[side].mean() > 180 > 60 > sides[opposite].mean()
 
 
 def test_frames_of_ten_bits_keep_their_levels(tmp_path):
