@@ -6,6 +6,7 @@ experts, N outputs, K inputs.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,10 +20,12 @@ from arriero.graphs.sources.fuse_experts import fuse_experts
 from arriero.graphs.sources.gguf_config import ARCHITECTURE, PATCH, text_config, vision_config
 from arriero.graphs.sources.gguf_names import ROPE_FACTORS, canonical_name
 from arriero.graphs.sources.layout import Layout
+from arriero.graphs.sources.llama4_defaults import default_side_files
 from arriero.graphs.sources.made_weight import MadeWeight
 from arriero.graphs.sources.quantized.codecs import Floats
 from arriero.graphs.sources.safetensors_header import NUMPY_DTYPES
 from arriero.graphs.sources.stored_codes import StoredCodes
+from arriero.graphs.sources.tokenizer_json import tokenizer_json
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.quantize import Quantized
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 PLAIN = ("F32", "F16", "BF16")
+SPLITS = ("llama4", "gpt-4o")  # names of one way to cut a text into words
 AGAIN = "Download or copy the file again"
 BLOCK = 32  # values that share a scale in Q8_0 and Q4_0
 
@@ -99,7 +103,7 @@ def open_folder(path: Path) -> Layout:
             "eos_token_id": config["eos_token_id"],
         }
     files = [*parts, *([tower] if tower is not None else [])]
-    return Layout("GGUF", config, fuse_experts(tensors), files, None, _side_files(keys, config))
+    return Layout("GGUF", config, fuse_experts(tensors), files, None, _side_files(keys, config, where))
 
 
 def _find(path: Path) -> tuple[list[Path], Path | None]:
@@ -188,7 +192,7 @@ def _source(path: Path, name: str, tensor: ReaderTensor, shape: tuple[int, ...],
         )
 
     try:
-        decode(0, 0)
+        decode(0, min(1, len(data)))
     except NotImplementedError:
         what = f"is stored as {kind}, which the gguf package does not decode"
         raise ArrieroError(what, where=f"{path}:{tensor.name}", remedy="Take a file of another quantisation") from None
@@ -224,7 +228,29 @@ def _q4_0(data: np.ndarray, features: int) -> tuple[int, Any]:
     return 4, read
 
 
-def _side_files(keys: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
-    """The tokenizer and what stands beside it, as the file's keys have it."""
-    del keys, config
-    return {}
+def _side_files(keys: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, str]:
+    """The tokenizer and what stands beside it: as the file's keys have it, else ours."""
+    made = default_side_files(config.get("vision_config"))
+    if template := keys.get("tokenizer.chat_template"):
+        made["chat_template.jinja"] = template
+    settings = json.loads(made["tokenizer_config.json"])
+    tokens = keys.get("tokenizer.ggml.tokens") or []
+    for name in ("bos", "eos", "padding"):
+        number = keys.get(f"tokenizer.ggml.{name}_token_id")
+        if number is not None and number < len(tokens):
+            settings["pad_token" if name == "padding" else f"{name}_token"] = tokens[number]
+    if "tokenizer.ggml.add_bos_token" in keys:
+        settings["add_bos_token"] = keys["tokenizer.ggml.add_bos_token"]
+    return made | {"tokenizer_config.json": json.dumps(settings, indent=2), "tokenizer.json": _tokenizer(keys, where)}
+
+
+def _tokenizer(keys: Mapping[str, Any], where: str) -> str:
+    if whole := keys.get("tokenizer.huggingface.json"):
+        return str(whole)
+    split = keys.get("tokenizer.ggml.pre")
+    if keys.get("tokenizer.ggml.model") != "gpt2" or split not in SPLITS:
+        what = f"is of kind {keys.get('tokenizer.ggml.model')!r} and splits text as {split!r} does"
+        remedy = "Convert the model again with today's llama.cpp"
+        raise ArrieroError(what, where=f"{where}:tokenizer.ggml", expected=f"gpt2 and {SPLITS[0]}", remedy=remedy)
+    pairs = [(left, right) for left, right in (merge.split(" ", 1) for merge in keys["tokenizer.ggml.merges"])]
+    return tokenizer_json(keys["tokenizer.ggml.tokens"], pairs, keys["tokenizer.ggml.token_type"])

@@ -11,7 +11,7 @@ from arriero.graphs.sources.layout import Layout
 
 def open_layout(path: Path) -> Layout:
     """Open the checkpoint at `path`. Raises as the layout's module does."""
-    if not path.is_dir():
+    if not path.is_dir() and path.suffix != ".gguf":
         what = "is a file, not a folder" if path.exists() else "there is no such folder"
         remedy = "Give the folder that holds config.json and the safetensors files"
         raise ArrieroError(what, where=str(path), expected="a checkpoint folder", remedy=remedy)
@@ -20,7 +20,7 @@ def open_layout(path: Path) -> Layout:
     return layout
 
 
-def _kind(folder: Path) -> str:
-    if (folder / "config.json").exists():
-        return "hugging_face"
+def _kind(path: Path) -> str:
+    if path.is_file() or (not (path / "config.json").exists() and any(path.glob("*.gguf"))):
+        return "gguf"
     return "hugging_face"
