@@ -17,26 +17,12 @@ import numpy as np
 from arriero.errors import ArrieroError
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.sources.content_hash import content_hash, known_content_hash
-from arriero.graphs.sources.layout import Layout
+from arriero.graphs.sources.layout import SIDE_FILES, Layout
 from arriero.graphs.sources.open_layout import open_layout
 from arriero.graphs.sources.weight_source import WeightSource
 
 if TYPE_CHECKING:
     import torch
-
-SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/default.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-)
-"""Files beside the weights which a bundle takes over, so that a change in one is a change of the checkpoint."""
 
 TEXT_ONLY = "llama4_text"
 TORCH_DTYPES = {
@@ -85,7 +71,9 @@ class Checkpoint:
         if self._made is None:
             self._made = tempfile.TemporaryDirectory(prefix="arriero-")
             for name, text in self.layout.made.items():
-                (Path(self._made.name) / name).write_text(text, encoding="utf-8")
+                file = Path(self._made.name) / name
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(text, encoding="utf-8")
         return Path(self._made.name)
 
     def model_config(self) -> ModelConfig:

@@ -282,7 +282,7 @@ class AsStored(_Scheme):
         return f"the checkpoint's own codes, or else {self.otherwise.description}"
 
     def held(self, form: tuple[int, int] | None) -> IntBlock | Fp8:
-        """The scheme of a quantised tensor by the form of its codes: bits and block (0 for E4M3); None if none is held."""
+        """The scheme of a quantised tensor by the form of its codes: bits and block, 0 for E4M3; None if not held."""
         if form is None:
             return self.otherwise
         bits, block = form

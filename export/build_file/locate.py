@@ -15,14 +15,14 @@ HUB = re.compile(r"hf://(?P<org>[\w.-]+)/(?P<name>[\w.-]+?)(?:@(?P<revision>[\w.
 
 
 def resolve_model(model: str, folder: Path) -> Path:
-    """Give the checkpoint folder of `model`; relative paths start at `folder`. Never downloads.
+    """Give the checkpoint of `model`, a folder or a .gguf file; relative paths start at `folder`. Never downloads.
 
     Raises `ArrieroError` for what cannot be right, `MachineLacks` for a model that is not in the cache.
     """
     if model.startswith("hf:"):
         return _in_cache(model)
     path = (folder / Path(model).expanduser()).absolute()
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists():
         remedy = f"Write the folder: {Path(model).parent}"

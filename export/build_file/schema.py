@@ -235,7 +235,8 @@ class BuildConfig(_Section):
 
     version: Literal[1] = Field(description="Version of this format.")
     model: Annotated[Path, PathText] = Field(
-        description="The checkpoint: a folder, or `hf://organisation/name[@revision]` in the local Hugging Face cache."
+        description="The checkpoint: a folder (of Hugging Face's, Meta's or GGUF files), a .gguf file, or "
+        "`hf://organisation/name[@revision]` in the local Hugging Face cache."
     )
     modalities: tuple[Modality, ...] = Field(
         min_length=1, description="What the bundles take in: `text`, or `text` and `image`."

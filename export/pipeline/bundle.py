@@ -13,7 +13,7 @@ from typing import Any
 from arriero.errors import ArrieroError
 from arriero.export.pipeline.parts import PART
 from arriero.export.pipeline.stages import read_record
-from arriero.graphs.checkpoint import SIDE_FILES
+from arriero.graphs.sources.layout import SIDE_FILES
 from arriero.graphs.stored.link_file import link_file
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.integrity import open_manifest

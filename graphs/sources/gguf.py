@@ -19,7 +19,7 @@ from arriero.errors import ArrieroError, MachineLacks, raise_together
 from arriero.graphs.sources.fuse_experts import fuse_experts
 from arriero.graphs.sources.gguf_config import ARCHITECTURE, PATCH, text_config, vision_config
 from arriero.graphs.sources.gguf_names import ROPE_FACTORS, canonical_name
-from arriero.graphs.sources.layout import Layout
+from arriero.graphs.sources.layout import Layout, files_beside
 from arriero.graphs.sources.llama4_defaults import default_side_files
 from arriero.graphs.sources.made_weight import MadeWeight
 from arriero.graphs.sources.quantized.codecs import Floats
@@ -102,8 +102,10 @@ def open_folder(path: Path) -> Layout:
             "bos_token_id": config["bos_token_id"],
             "eos_token_id": config["eos_token_id"],
         }
-    files = [*parts, *([tower] if tower is not None else [])]
-    return Layout("GGUF", config, fuse_experts(tensors), files, None, _side_files(keys, config, where))
+    own = files_beside(parts[0].parent)
+    files = [*parts, *([tower] if tower is not None else []), *(parts[0].parent / name for name in own)]
+    made = (own if "tokenizer.json" in own else {}) or _side_files(keys, config, where)
+    return Layout("GGUF", config, fuse_experts(tensors), files, None, made | own)
 
 
 def _find(path: Path) -> tuple[list[Path], Path | None]:

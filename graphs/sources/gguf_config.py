@@ -1,7 +1,7 @@
 """The config of a GGUF file as config.json would have it, and the files beside it, from the file's own keys.
 
-What the format has no key for is what llama.cpp takes a Llama 4 for: a NoPE layer in four, chunks and temperature steps of
-8192 tokens, QK-norm unless there are 128 experts. `feed_forward_length` there is the width of dense layers.
+What the format has no key for is what llama.cpp takes a Llama 4 for: a NoPE layer in four, chunks and temperature steps
+of 8192 tokens, QK-norm unless there are 128 experts. `feed_forward_length` there is the width of dense layers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ MAVERICK = 128  # experts, of the one released model without QK-norm
 PATCH = "<|patch|>"
 
 
-def text_config(keys: Mapping[str, Any], tensors: Mapping[str, WeightSource], factors: Any, where: str) -> dict[str, Any]:
+def text_config(
+    keys: Mapping[str, Any], tensors: Mapping[str, WeightSource], factors: Any, where: str
+) -> dict[str, Any]:
     """The text section; `factors` [D/2] are what the file divides the frequencies by, None without."""
 
     def key(name: str, default: Any = None) -> Any:
@@ -30,7 +32,11 @@ def text_config(keys: Mapping[str, Any], tensors: Mapping[str, WeightSource], fa
             raise ArrieroError("is missing", where=f"{where}:{ARCHITECTURE}.{name}", remedy="Convert the model again")
         return value
 
-    layers, heads, experts = key("block_count"), key("attention.head_count"), keys.get(f"{ARCHITECTURE}.expert_count", 0)
+    layers, heads, experts = (
+        key("block_count"),
+        key("attention.head_count"),
+        keys.get(f"{ARCHITECTURE}.expert_count", 0),
+    )
     head_dim = keys.get(f"{ARCHITECTURE}.attention.key_length") or key("embedding_length") // heads
     chunk = key("attention.sliding_window", RELEASED)
     everywhere = chunk == 0  # every layer is rotary and global

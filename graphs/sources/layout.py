@@ -7,7 +7,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from arriero.errors import ArrieroError
 from arriero.graphs.sources.weight_source import WeightSource
+
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/default.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+"""Files beside the weights which a bundle takes over, so that a change in one is a change of the checkpoint."""
+
+
+def files_beside(folder: Path) -> dict[str, str]:
+    """The texts of the side files that `folder` has, for layouts that are made without them. Raises ArrieroError."""
+    texts = {}
+    for name in SIDE_FILES:
+        if (folder / name).is_file():
+            try:
+                texts[name] = (folder / name).read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                what = f"is not UTF-8 text (byte {error.start})"
+                raise ArrieroError(what, where=str(folder / name), remedy="Copy the file again") from None
+    return texts
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from arriero.graphs.sources.layout import Layout
 
 def open_layout(path: Path) -> Layout:
     """Open the checkpoint at `path`. Raises as the layout's module does."""
-    if not path.is_dir() and path.suffix != ".gguf":
+    if not path.is_dir() and not (path.is_file() and path.suffix == ".gguf"):
         what = "is a file, not a folder" if path.exists() else "there is no such folder"
-        remedy = "Give the folder that holds config.json and the safetensors files"
+        remedy = "Give the folder that holds config.json and the safetensors files, or a .gguf file"
         raise ArrieroError(what, where=str(path), expected="a checkpoint folder", remedy=remedy)
     # Imported when it is needed: each layout brings the library that reads its files.
     layout: Layout = import_module(f"arriero.graphs.sources.{_kind(path)}").open_folder(path)
@@ -21,6 +21,13 @@ def open_layout(path: Path) -> Layout:
 
 
 def _kind(path: Path) -> str:
-    if path.is_file() or (not (path / "config.json").exists() and any(path.glob("*.gguf"))):
+    """The layout's module. Config.json may lie beside any of them, weights of two layouts may not."""
+    if path.is_file():
         return "gguf"
+    if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
+        return "hugging_face"
+    if any(path.glob("*.gguf")):
+        return "gguf"
+    if (path / "params.json").is_file() and any(path.glob("consolidated*.pth")):
+        return "meta"
     return "hugging_face"

@@ -94,10 +94,8 @@ def _add(writer: Any, name: str, values: np.ndarray, kind: str) -> np.ndarray:
         return values
     wanted = Type[kind]
     wanted = SHORT.get(wanted, wanted) if values.shape[-1] % 256 else wanted
-    if kind in ("BF16", "F16"):
-        data = gguf.quants.quantize(values, wanted)
-    else:
-        data = quantized(values, wanted)
+    plain = kind in ("BF16", "F16")
+    data = gguf.quants.quantize(values, wanted) if plain else quantized(values, wanted)
     writer.add_tensor(name, data, raw_dtype=wanted)
     return np.asarray(gguf.quants.dequantize(data, wanted), np.float32).reshape(values.shape)
 
@@ -127,7 +125,7 @@ def _add_text_keys(writer: Any, text: dict[str, Any], source: Path) -> None:
     writer.add_pad_token_id(text["pad_token_id"])
     if (source / "tokenizer.json").is_file():
         whole = (source / "tokenizer.json").read_text(encoding="utf-8")
-        tokens = {token: number for token, number in json.loads(whole)["model"]["vocab"].items()}
+        tokens = dict(json.loads(whole)["model"]["vocab"])
         tokens |= {one["content"]: one["id"] for one in json.loads(whole)["added_tokens"]}
         writer.add_tokenizer_model("gpt2")
         writer.add_token_list(sorted(tokens, key=lambda token: tokens[token]))
