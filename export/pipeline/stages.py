@@ -105,19 +105,11 @@ class WorkDir:
 
     def is_done(self, name: str, key: str) -> bool:
         """Whether the stage is finished and every file it wrote still has its size."""
-        folder = self.folder(name, key)
-        try:
-            files = read_record(folder)["files"]
-            return all((folder / file).stat().st_size == record["bytes"] for file, record in files.items())
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        return _is_whole(self.folder(name, key))
 
     def is_intact(self, name: str, key: str) -> bool:
         """Whether the stage is finished and every file it wrote has the content that it was given."""
-        folder = self.folder(name, key)
-        return self.is_done(name, key) and all(
-            file_sha256(folder / file) == record.get("sha256") for file, record in read_record(folder)["files"].items()
-        )
+        return _is_intact(self.folder(name, key))
 
     def run_stage(self, stage: Stage) -> Path:
         """Give the stage's finished folder, running it if it is not there. Call it under `locked`.
@@ -130,32 +122,41 @@ class WorkDir:
         partial = final.with_name(f"{final.name}{PARTIAL}")
         remove_owned(final, RECORD)
         with machine_limits(f"in stage {stage.name}", self.output):
-            if not stage.resumes:
-                remove_owned(partial)
-            own(partial)
-            release_memory()
-            start = time.monotonic()
-            with PeakMemory() as memory:
-                names = stage.run(partial)
-            seconds = time.monotonic() - start
-            _drop_others(partial, names)
-            record = {
-                "name": stage.name,
-                "key": stage.key,
-                "inputs": stage.key_inputs,
-                "seconds": round(seconds, 3),
-                "peak_memory_bytes": memory.anonymous,
-                "peak_resident_bytes": memory.resident,
-                "files": _records(partial),
-            }
-            with (partial / RECORD).open("w") as file:
-                json.dump(record, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
+            # With its record a stage is complete: what a kill leaves after that is only cleaned and named.
+            if not (is_owned(partial) and _is_intact(partial)):
+                self._write_stage(stage, partial)
+            record = read_record(partial)
+            _drop_others(partial, record["files"])
             partial.rename(final)
         sync(self.root)
-        self.ran[stage.name] = seconds
+        self.ran[stage.name] = record["seconds"]
         return final
+
+    def _write_stage(self, stage: Stage, partial: Path) -> None:
+        """Run the stage in its partial folder and write its record there, over the files that it says it wrote."""
+        if not stage.resumes:
+            remove_owned(partial)
+        own(partial)
+        (partial / RECORD).unlink(missing_ok=True)
+        release_memory()
+        start = time.monotonic()
+        with PeakMemory() as memory:
+            names = stage.run(partial)
+        record = {
+            "name": stage.name,
+            "key": stage.key,
+            "inputs": stage.key_inputs,
+            "seconds": round(time.monotonic() - start, 3),
+            "peak_memory_bytes": memory.anonymous,
+            "peak_resident_bytes": memory.resident,
+            "files": _records(partial, names),
+        }
+        scratch = partial / f"{RECORD}.partial"
+        with scratch.open("w") as file:
+            json.dump(record, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(partial / RECORD)
 
     def prune(self, keep: Iterable[tuple[str, str]]) -> None:
         """Delete the stage folders that builds made, partial ones too, whose (name, key) is not in `keep`."""
@@ -188,17 +189,28 @@ def machine_limits(doing: str, output: Path) -> Iterator[None]:
         raise MachineLacks(what, where=str(output), expected="more free disk space", remedy=remedy) from error
 
 
-def _drop_others(folder: Path, names: Iterable[str] | None) -> None:
-    """Delete what a killed run left in a stage's folder beside the files `names` that the stage says it wrote."""
-    if names is None:
-        return
-    kept = {folder / name for name in names}
-    missing = [str(path) for path in sorted(kept) if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(f"the stage says it wrote {', '.join(missing)}")
+def _is_whole(folder: Path) -> bool:
+    """Whether a stage's folder has its record and every file in it still its size."""
+    try:
+        files = read_record(folder)["files"]
+        return all((folder / file).stat().st_size == record["bytes"] for file, record in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _is_intact(folder: Path) -> bool:
+    """Whether every file has the content too that the record says."""
+    return _is_whole(folder) and all(
+        file_sha256(folder / file) == record.get("sha256") for file, record in read_record(folder)["files"].items()
+    )
+
+
+def _drop_others(folder: Path, names: Iterable[str]) -> None:
+    """Delete what is in a stage's folder beside the files `names` that it recorded."""
+    kept = {folder / name for name in (*names, RECORD, MARK)}
     folders = {parent for path in kept for parent in path.parents}
     for entry in [*folder.rglob("*")]:
-        if not entry.exists() or entry in kept or entry in folders or entry == folder / MARK:
+        if not entry.exists() or entry in kept or entry in folders:
             continue
         if entry.is_dir():
             shutil.rmtree(entry)
@@ -206,8 +218,13 @@ def _drop_others(folder: Path, names: Iterable[str] | None) -> None:
             entry.unlink()
 
 
-def _records(folder: Path) -> dict[str, dict[str, Any]]:
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in (RECORD, MARK))
+def _records(folder: Path, names: Iterable[str] | None) -> dict[str, dict[str, Any]]:
+    """Size and hash of the files `names`, or of all that are there. Raises FileNotFoundError for missing ones."""
+    there = {file for file in folder.rglob("*") if file.is_file() and file not in (folder / RECORD, folder / MARK)}
+    files = sorted(there if names is None else {folder / name for name in names})
+    missing = [str(file) for file in files if file not in there]
+    if missing:
+        raise FileNotFoundError(f"the stage says it wrote {', '.join(missing)}")
     return {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         for file in files

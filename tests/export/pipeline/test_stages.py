@@ -270,3 +270,50 @@ def test_what_somebody_else_put_in_a_stages_place_is_kept(tmp_path):
         with pytest.raises(ArrieroError, match="no build made it, so none deletes it"):
             work.run_stage(stage)
     assert (foreign / "mine").read_text() == "1"
+
+
+@pytest.mark.parametrize("left", ["everything", "the scratch files deleted", "half of them deleted"])
+def test_a_stage_killed_after_its_record_is_cleaned_and_named_without_running_again(tmp_path, left):
+    work = WorkDir(tmp_path)
+    partial = work.folder("s", key_of("s", {})).with_name(f"{work.folder('s', key_of('s', {})).name}.partial")
+
+    def run(folder):
+        (folder / "kept").write_text("result")
+        (folder / "scratch-a").write_text("a stage needs this to go on")
+        (folder / "scratch-b").write_text("and this")
+        return {"kept"}
+
+    def killed(*_: object) -> None:
+        for name in {"everything": (), "half of them deleted": ("scratch-a",)}.get(left, ("scratch-a", "scratch-b")):
+            (partial / name).unlink()
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("arriero.export.pipeline.stages._drop_others", killed)
+        work.run_stage(Stage("s", {}, run, resumes=True))
+
+    def never(folder):
+        raise AssertionError("the stage was finished")
+
+    final = work.run_stage(Stage("s", {}, never, resumes=True))
+    assert {path.name for path in final.iterdir()} == {"kept", "stage.json", ".arriero"}
+    assert work.is_intact("s", key_of("s", {}))
+
+
+def test_a_record_over_files_that_changed_since_is_no_finished_stage(tmp_path):
+    work, runs = WorkDir(tmp_path), []
+
+    def run(folder):
+        runs.append(1)
+        (folder / "kept").write_text("result")
+        return {"kept"}
+
+    def killed(folder: Path, *_: object) -> None:
+        (folder / "kept").write_text("damage")
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("arriero.export.pipeline.stages._drop_others", killed)
+        work.run_stage(Stage("s", {}, run, resumes=True))
+    assert (work.run_stage(Stage("s", {}, run, resumes=True)) / "kept").read_text() == "result"
+    assert len(runs) == 2
