@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import tempfile
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ import numpy as np
 
 from arriero.errors import ArrieroError
 from arriero.graphs.config import ModelConfig
+from arriero.graphs.sources.adapters import merge_adapters
 from arriero.graphs.sources.content_hash import content_hash, known_content_hash
 from arriero.graphs.sources.layout import SIDE_FILES, Layout
 from arriero.graphs.sources.open_layout import open_layout
@@ -53,10 +56,14 @@ class Checkpoint:
         self._made: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
-    def open(cls, folder: str | Path) -> Checkpoint:
-        """Open `folder`. Raises as the layout's module does."""
+    def open(cls, folder: str | Path, adapters: Sequence[Path] = ()) -> Checkpoint:
+        """Open `folder`, or a .gguf file, with LoRA `adapters` merged in order. Raises as the layout's module does."""
         folder = Path(folder)
-        return cls(folder, open_layout(folder))
+        layout = open_layout(folder)
+        if adapters:
+            tensors, files = merge_adapters(layout.tensors, adapters)
+            layout = replace(layout, tensors=tensors, weight_files=[*layout.weight_files, *files])
+        return cls(folder, layout)
 
     @property
     def text_only(self) -> bool:
@@ -82,10 +89,11 @@ class Checkpoint:
 
     @property
     def files(self) -> list[Path]:
-        """Every file of the checkpoint that the export reads, sorted by name."""
+        """Every file of the checkpoint that the export reads, sorted by name; those of adapters in their order."""
         side = self.layout.side
         beside = {side / name for name in ("config.json", *SIDE_FILES)} if side is not None else set()
-        return sorted({file for file in beside if file.exists()} | set(self.layout.weight_files))
+        there = sorted({file for file in beside if file.exists()} - set(self.layout.weight_files))
+        return sorted([*there, *self.layout.weight_files], key=lambda file: file.name)
 
     @property
     def quantised(self) -> dict[str, tuple[int, int] | None]:

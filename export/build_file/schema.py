@@ -238,6 +238,10 @@ class BuildConfig(_Section):
         description="The checkpoint: a folder (of Hugging Face's, Meta's or GGUF files), a .gguf file, or "
         "`hf://organisation/name[@revision]` in the local Hugging Face cache."
     )
+    adapters: tuple[Annotated[Path, PathText], ...] = Field(
+        default=(),
+        description="Folders of LoRA adapters, as PEFT saves them, that are merged into the model in this order.",
+    )
     modalities: tuple[Modality, ...] = Field(
         min_length=1, description="What the bundles take in: `text`, or `text` and `image`."
     )
@@ -260,6 +264,17 @@ class BuildConfig(_Section):
             return resolve_model(model, _folder(info))
         except ArrieroError as error:
             raise refusal(error) from None
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _adapters_exist(cls, adapters: Any, info: ValidationInfo) -> tuple[Path, ...]:
+        if not isinstance(adapters, list) or not all(isinstance(one, str) and one for one in adapters):
+            raise refusal(ArrieroError(f"{adapters!r} is no list", expected="a list of folders"))
+        folders = tuple(_absolute(one, info) for one in adapters)
+        for folder in folders:
+            if not folder.is_dir():
+                raise refusal(ArrieroError(f"there is no folder {folder}", expected="a folder of a LoRA adapter"))
+        return folders
 
     @field_validator("output", mode="before")
     @classmethod

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from arriero.errors import ArrieroError
-from arriero.export.cli.options import SEED, BundleFolder, Json, SampleCount, Set, Threads, err, out, print_json
+from arriero.export.cli.options import (
+    SEED,
+    Adapters,
+    BundleFolder,
+    Json,
+    SampleCount,
+    Set,
+    Threads,
+    err,
+    out,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from arriero.export.build_file.schema import Cases
@@ -34,6 +45,7 @@ def parity(
             help="The checkpoint folder: compare with its PyTorch reference itself, over the whole vocabulary."
         ),
     ] = None,
+    adapter: Adapters = None,
     data: Set = None,
     samples: SampleCount = None,
     seed: Annotated[int | None, typer.Option(help="Which held-out prompts, with --against.", min=0)] = None,
@@ -68,13 +80,15 @@ def parity(
     if other and against is None:
         what = "--set, --samples and --seed choose prompts that the reference record does not hold"
         raise ArrieroError(what, remedy="Add --against with the checkpoint folder")
+    if adapter and against is None:
+        raise ArrieroError("--adapter belongs to a checkpoint", remedy="Add --against with the checkpoint folder")
     if output and (recorded or against):
         raise ArrieroError("--output takes a proof by the bundle's record", remedy="Leave out --recorded and --against")
     if other and record:
         raise ArrieroError("--record brings its own prompts", remedy="Leave out --set, --samples and --seed")
     chosen = _held_out(data, samples, seed) if other else None
     start = time.monotonic()
-    report = _recorded(bundle) if recorded else _measure(bundle, record, against, chosen, output)
+    report = _recorded(bundle) if recorded else _measure(bundle, record, against, adapter or [], chosen, output)
     if junit:
         write_junit([Suite(report.labels.get("bundle", bundle.name), report, time.monotonic() - start)], junit)
     if html:
@@ -96,7 +110,12 @@ def _recorded(bundle: Path) -> ParityReport:
 
 
 def _measure(
-    bundle: Path, record: Path | None, checkpoint: Path | None, other: Cases | None, output: Path | None
+    bundle: Path,
+    record: Path | None,
+    checkpoint: Path | None,
+    adapters: list[Path],
+    other: Cases | None,
+    output: Path | None,
 ) -> ParityReport:
     from arriero.export.cli.progress import Progress
 
@@ -106,8 +125,9 @@ def _measure(
 
             return prove_bundle(bundle, record, watch, output)
         from arriero.export.proof.against import prove_against
+        from arriero.graphs.checkpoint import Checkpoint
 
-        return prove_against(bundle, checkpoint, record, other, watch)
+        return prove_against(bundle, Checkpoint.open(checkpoint, adapters), record, other, watch)
 
 
 def _held_out(data: str | None, samples: int | None, seed: int | None) -> Cases:
@@ -232,6 +252,7 @@ def inspect(bundle: BundleFolder, as_json: Json = False) -> None:
 def compare(
     bundles: Annotated[list[Path], typer.Argument(help="Bundle folders, all made from one checkpoint.")],
     against: Annotated[Path, typer.Option(help="The checkpoint folder that they were made from.")],
+    adapter: Adapters = None,
     data: Set = None,
     samples: SampleCount = None,
     seed: Annotated[int, typer.Option(help="Which held-out prompts.", min=0)] = SEED,
@@ -245,10 +266,12 @@ def compare(
     """
     from arriero.export.cli.progress import Progress
     from arriero.export.proof import compare as comparison
+    from arriero.graphs.checkpoint import Checkpoint
 
+    checkpoint = Checkpoint.open(against, adapter or [])
     cases = _held_out(data, samples, seed)
     with Progress(err) as watch:
-        lines = comparison.compare_bundles(bundles, against, cases, threads, watch)
+        lines = comparison.compare_bundles(bundles, checkpoint, cases, threads, watch)
     asked = {"set": Path(cases.set).name, "samples": lines[0].cases, "seed": seed}
     if html:
         labels = {"checkpoint": against, "held-out prompts": asked["set"], "how many": asked["samples"], "seed": seed}

@@ -37,6 +37,10 @@ SampleCount = Annotated[
     int | None,
     typer.Option("--samples", help="How many; 200 of the embedded prompts, all of a set's, when left out.", min=1),
 ]
+Adapters = Annotated[
+    list[Path] | None,
+    typer.Option(help="A LoRA adapter that the build merged into the checkpoint; several in their order."),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads to use; every core when left out.", min=1)]
 
 

@@ -69,7 +69,7 @@ class Build:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The checkpoint's headers."""
-        return Checkpoint.open(self.config.model)
+        return Checkpoint.open(self.config.model, self.config.adapters)
 
     @cached_property
     def model(self) -> ModelConfig:

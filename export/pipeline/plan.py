@@ -36,7 +36,7 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
 
     Raises `ArrieroError`/`Problems`, with all of those, for a checkpoint that is not sound or does not fit the build.
     """
-    checkpoint = Checkpoint.open(build.model)
+    checkpoint = Checkpoint.open(build.model, build.adapters)
     config = checkpoint.model_config()
     work = WorkDir(build.output)
     profiles = fitted_profiles(build, checkpoint)

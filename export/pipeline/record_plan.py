@@ -12,8 +12,8 @@ from arriero.export.build_file.schema import GENERATED_BYTES, BuildConfig
 from arriero.export.calibration import estimate
 from arriero.export.machine.versions import installed_versions
 from arriero.export.pipeline.sources import source_hash
-from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig, TextConfig
+from arriero.graphs.sources.open_layout import weight_bytes
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.runtimes.proof.logits import DRAWN, HEAD, WHOLE_VOCABULARY
 from arriero.runtimes.proof.sketch import BUCKETS
@@ -28,7 +28,7 @@ def answer_mode(build: BuildConfig) -> AnswerMode:
     """How the reference answers: as the build file says, else by the checkpoint's size."""
     if build.parity.answers is not None:
         return build.parity.answers
-    size = sum(file.stat().st_size for file in Checkpoint.open(build.model).files)
+    size = weight_bytes(build.model)
     return "generated" if size <= GENERATED_BYTES else "forced"
 
 

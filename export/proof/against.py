@@ -112,7 +112,7 @@ def find_differences(recorded: ReferenceCase, live: ReferenceCase) -> Iterator[s
 
 
 def prove_against(
-    bundle: Path, checkpoint: Path, folder: Path | None, other: Cases | None, watch: Watch
+    bundle: Path, checkpoint: Checkpoint, folder: Path | None, other: Cases | None, watch: Watch
 ) -> ParityReport:
     """Measure a published bundle against the PyTorch reference, by the thresholds that it was published under.
 
@@ -122,7 +122,7 @@ def prove_against(
     manifest = open_manifest(bundle)
     check_origin([manifest], checkpoint)
     modalities = modalities_of(manifest)
-    session = open_reference(Checkpoint.open(checkpoint), "image" not in modalities)
+    session = open_reference(checkpoint, "image" not in modalities)
     if other is not None:
         cases = draw_cases(other, modalities)
         check_answers(cases, other_terms(manifest).thresholds)
@@ -139,11 +139,9 @@ def prove_against(
     return measure_other_cases(manifest, checked, record.labels(), watch)
 
 
-def open_live(checkpoint: Path, cases: Cases, modalities: Sequence[str]) -> LiveReference:
-    """The reference of a checkpoint folder on these cases, for bundles of these modalities."""
-    return LiveReference(
-        open_reference(Checkpoint.open(checkpoint), "image" not in modalities), draw_cases(cases, modalities)
-    )
+def open_live(checkpoint: Checkpoint, cases: Cases, modalities: Sequence[str]) -> LiveReference:
+    """The reference of a checkpoint on these cases, for bundles of these modalities."""
+    return LiveReference(open_reference(checkpoint, "image" not in modalities), draw_cases(cases, modalities))
 
 
 def label_set(cases: Cases) -> Mapping[str, str]:
@@ -156,15 +154,15 @@ def modalities_of(manifest: Manifest) -> tuple[str, ...]:
     return ("text",) if manifest.model.vision is None else ("text", "image")
 
 
-def check_origin(manifests: Sequence[Manifest], checkpoint: Path) -> None:
+def check_origin(manifests: Sequence[Manifest], checkpoint: Checkpoint) -> None:
     """Refuse bundles that were not made from this checkpoint, which is hashed once for all of them."""
-    content = Checkpoint.open(checkpoint).content_hash()
+    content = checkpoint.content_hash()
     for manifest in manifests:
         made_from = manifest.chain.checkpoint
         if made_from != content:
             raise ArrieroError(
                 "the bundle was not made from this checkpoint",
-                where=str(checkpoint),
+                where=str(checkpoint.folder),
                 expected=f"a checkpoint with hash {made_from[:12]}...",
                 remedy="Give the checkpoint that the bundle was built from, or build a bundle from this one",
             )

@@ -23,6 +23,7 @@ from arriero.runtimes.proof.report import ParityReport, read_json
 
 if TYPE_CHECKING:
     from arriero.export.build_file.schema import Cases
+    from arriero.graphs.checkpoint import Checkpoint
 
 Watch = Callable[[str, int, int, str], None]
 SPEED_PROMPT, SPEED_TOKENS, SPEED_RUNS = "Count from one to one hundred.", 48, 3
@@ -58,7 +59,7 @@ class Compared:
 
 
 def compare_bundles(
-    bundles: Sequence[Path], checkpoint: Path, wanted: Cases, threads: int | None, watch: Watch
+    bundles: Sequence[Path], checkpoint: Checkpoint, wanted: Cases, threads: int | None, watch: Watch
 ) -> list[Compared]:
     """Measure each bundle. Raises ArrieroError, before anything is measured, for one of another checkpoint."""
     manifests = [Manifest.read(bundle) for bundle in bundles]

@@ -30,7 +30,7 @@ def content_hash(files: Sequence[Path], memo: Path | None = None, weights: Itera
         if source.place is not None:
             placed.setdefault(source.place.file, []).append((source.place.offset, source))
     known = _read_memo(memo)
-    hashes: dict[str, str] = {}
+    hashes: list[tuple[str, str]] = []
     for file in files:
         key = _memo_key(file)
         if key not in known:
@@ -38,7 +38,7 @@ def content_hash(files: Sequence[Path], memo: Path | None = None, weights: Itera
             known[key] = _hash_file(file, placed.get(file, []))
             if memo:
                 _write_memo(memo, known)
-        hashes[file.name] = known[key]
+        hashes.append((file.name, known[key]))
     return _combine(hashes)
 
 
@@ -76,14 +76,16 @@ def _blocks(stream: IO[bytes], count: int) -> Iterator[bytes]:
 def known_content_hash(files: Sequence[Path], memo: Path) -> str | None:
     """`content_hash` when `memo` holds every file as it is now, else None; reads no tensor, writes nothing."""
     known = _read_memo(memo)
-    keys = {file.name: _memo_key(file) for file in files}
-    if not all(key in known for key in keys.values()):
+    keys = [(file.name, _memo_key(file)) for file in files]
+    if not all(key in known for _, key in keys):
         return None
-    return _combine({name: known[key] for name, key in keys.items()})
+    return _combine([(name, known[key]) for name, key in keys])
 
 
-def _combine(hashes: dict[str, str]) -> str:
-    return hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
+def _combine(hashes: Sequence[tuple[str, str]]) -> str:
+    """The hash of files by name; those of one name, which lie in different folders, stay in their order."""
+    lines = (f"{name} {value}\n" for name, value in sorted(hashes, key=lambda pair: pair[0]))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _memo_key(file: Path) -> str:

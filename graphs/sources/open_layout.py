@@ -8,6 +8,8 @@ from pathlib import Path
 from arriero.errors import ArrieroError
 from arriero.graphs.sources.layout import Layout
 
+ENDINGS = (".safetensors", ".gguf", ".pth")
+
 
 def open_layout(path: Path) -> Layout:
     """Open the checkpoint at `path`. Raises as the layout's module does."""
@@ -18,6 +20,12 @@ def open_layout(path: Path) -> Layout:
     # Imported when it is needed: each layout brings the library that reads its files.
     layout: Layout = import_module(f"arriero.graphs.sources.{_kind(path)}").open_folder(path)
     return layout
+
+
+def weight_bytes(path: Path) -> int:
+    """What the files with weights at `path` take on disk, of whatever layout; reads none of them."""
+    files = [path] if path.is_file() else [file for ending in ENDINGS for file in path.glob(f"*{ending}")]
+    return sum(file.stat().st_size for file in files)
 
 
 def _kind(path: Path) -> str:

@@ -16,8 +16,8 @@ from arriero.graphs.sources.safetensors_header import NUMPY_DTYPES, REDOWNLOAD, 
 from arriero.graphs.sources.weight_source import FilePlace
 from arriero.strict_json import read_json_object
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+INDEX_ENDING = ".index.json"
 
 
 class MappedFile:
@@ -96,12 +96,15 @@ class SafetensorsWeight:
         return to_float32(self.rows(start, stop), self.dtype)
 
 
-def open_safetensors(folder: Path) -> tuple[dict[str, SafetensorsWeight], list[Path]]:
+def open_safetensors(folder: Path, single: str = SINGLE) -> tuple[dict[str, SafetensorsWeight], list[Path]]:
     """The tensors of a folder by the names in its files, and the files, every header proven sound.
+
+    `single` is the name of the file that needs no index.
 
     Raises `ArrieroError` for what makes reading pointless, `Problems` with every contradiction between the files.
     """
-    shards, listed = _find_shards(folder)
+    index = folder / f"{single}{INDEX_ENDING}"
+    shards, listed = _find_shards(folder / single, index)
     problems: list[ArrieroError] = []
     infos: list[TensorInfo] = []
     for shard in shards:
@@ -112,7 +115,7 @@ def open_safetensors(folder: Path) -> tuple[dict[str, SafetensorsWeight], list[P
         except ArrieroError as unsound:
             problems.append(unsound)
     if listed is not None and not problems:
-        problems += _compare_with_index(folder / INDEX, listed, infos)
+        problems += _compare_with_index(index, listed, infos)
     maps = {shard: MappedFile(shard) for shard in shards}
     tensors: dict[str, SafetensorsWeight] = {}
     for info in infos:
@@ -122,15 +125,14 @@ def open_safetensors(folder: Path) -> tuple[dict[str, SafetensorsWeight], list[P
         tensors[info.name] = SafetensorsWeight(info.name, info, maps[info.file])
     if problems:
         raise Problems(f"the checkpoint {folder} is not sound", problems)
-    index = [folder / INDEX] if listed is not None else []
-    return tensors, [*index, *shards]
+    return tensors, [*([index] if listed is not None else []), *shards]
 
 
-def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+def _find_shards(single: Path, index: Path) -> tuple[list[Path], dict[str, str] | None]:
     """Give the safetensors files and the index's map tensor -> file name (None without an index)."""
-    single, index = folder / SINGLE, folder / INDEX
+    folder = single.parent
     if single.exists() and index.exists():
-        what = f"has both {SINGLE} and {INDEX}, so it is not clear which weights are meant"
+        what = f"has both {single.name} and {index.name}, so it is not clear which weights are meant"
         raise ArrieroError(what, where=str(folder), expected="one of them", remedy="Remove the one that is stale")
     if single.exists():
         return [single], None
@@ -138,7 +140,9 @@ def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         others = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".gguf"))
         seen = f" (it holds {', '.join(others[:4])})" if others else ""
         remedy = "Download the checkpoint in Hugging Face safetensors layout"
-        raise ArrieroError(f"no weights found{seen}", where=str(folder), expected=f"{SINGLE} or {INDEX}", remedy=remedy)
+        raise ArrieroError(
+            f"no weights found{seen}", where=str(folder), expected=f"{single.name} or {index.name}", remedy=remedy
+        )
     listed = read_json_object(index, REDOWNLOAD).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         what = "weight_map is missing or empty"

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from .split_experts import load, split
+from tests.layouts.split_experts import load, split
 
 PLAIN = ("lm_head", "router", "vision_model", "multi_modal_projector")
 KINDS: dict[str, dict[str, Any]] = {

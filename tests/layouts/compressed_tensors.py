@@ -11,7 +11,7 @@ from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
-from .split_experts import load, split
+from tests.layouts.split_experts import load, split
 
 IGNORE = ["re:.*lm_head", "re:.*router", "re:.*vision_model.*", "re:.*multi_modal_projector.*"]
 EIGHT = {"num_bits": 8, "type": "float", "symmetric": True}

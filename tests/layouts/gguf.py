@@ -14,7 +14,7 @@ import torch
 import xllamacpp
 from gguf import GGMLQuantizationType as Type
 
-from .split_experts import load
+from tests.layouts.split_experts import load
 
 # What llama.cpp takes for rows whose length 256 does not divide.
 SHORT = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0, Type.IQ4_XS: Type.IQ4_NL}

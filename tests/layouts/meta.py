@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .split_experts import load
+from tests.layouts.split_experts import load
 
 KINDS = ("1", "2")
 IDS = {"ln_pre": "layernorm_pre", "ln_post": "layernorm_post"}

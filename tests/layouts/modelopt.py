@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from .split_experts import load
+from tests.layouts.split_experts import load
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -107,6 +107,10 @@ def _schemes(settings: Mapping[str, Any], where: str) -> Iterator[Scheme]:
             what = f"stores weights as {scheme.bits}-bit {scheme.kind}"
             problems.append(ArrieroError(what, where=f"{where}.config_groups.{name}", expected=FORMATS))
         yield scheme
+    transform = settings.get("transform_config") or {}
+    if isinstance(transform, Mapping) and transform.get("config_groups"):
+        where_it_stands, expected = f"{where}.transform_config", "no rotations, which belong to every activation too"
+        problems.append(ArrieroError("rotates weights", where=where_it_stands, expected=expected))
     sparsity = settings.get("sparsity_config") or {}
     if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
         what = f"stores weights as {sparsity.get('format')!r}"

@@ -1,0 +1,314 @@
+"""Every layout that people have, written by the library that writes it, read as that library reads it.
+
+The judge of a value is the library that wrote the file: its own dequantisation, in float32 where it has one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from arriero.errors import ArrieroError
+from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.names import expected_tensors
+from arriero.graphs.sources.ledger import check_ledger
+from arriero.profiles.float8 import Float8, dequantize_float8
+from arriero.profiles.quantize import dequantize
+
+CHASQUI = Path(__file__).parents[3] / "models" / "chasqui"
+WRITERS = ("compressed_tensors", "bitsandbytes", "modelopt", "gguf", "meta")
+
+
+def _kinds() -> list[Any]:
+    """A case per writer and kind, skipped with what it needs where the writer's library is missing."""
+    cases = []
+    for name in WRITERS:
+        try:
+            module = importlib.import_module(f"tests.layouts.{name}")
+        except ImportError as error:
+            needs = pytest.mark.skip(reason=f"needs {error.name}, of the extra `test`")
+            cases.append(pytest.param(name, "", marks=needs, id=name))
+            continue
+        kinds = getattr(module, "SCHEMES", None) or module.KINDS
+        cases += [pytest.param(name, kind, id=f"{name}-{kind}") for kind in kinds]
+    return cases
+
+
+def _write(name: str, kind: str, folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    module = importlib.import_module(f"tests.layouts.{name}")
+    read_back: dict[str, torch.Tensor] = module.write(CHASQUI, folder, kind, dtype)
+    return read_back
+
+
+def _expert_stack(state: dict[str, torch.Tensor], name: str, experts: int) -> torch.Tensor:
+    """A stack of experts [E, K, N] of what a library has one by one, or as stacks [E, N, K]."""
+    stem, _, leaf = name.rpartition(".")
+    matrices = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
+
+    def one(expert: int, matrix: str) -> torch.Tensor:
+        single = f"{stem}.{expert}.{matrix}.weight"
+        return state[single] if single in state else state[f"{stem}.{matrix}"][expert]
+
+    return torch.stack([torch.cat([one(expert, each) for each in matrices]).T for expert in range(experts)])
+
+
+@pytest.mark.parametrize(("name", "kind"), _kinds())
+def test_values_are_the_librarys_own(tmp_path: Path, name: str, kind: str) -> None:
+    state = _write(name, kind, tmp_path / "c", torch.bfloat16)
+    checkpoint = Checkpoint.open(tmp_path / "c")
+    check_ledger(checkpoint.tensors.values(), expected_tensors(checkpoint.model_config()))
+    for tensor, source in checkpoint.tensors.items():
+        ours = torch.from_numpy(checkpoint.read_float32(tensor).copy())
+        direct = (
+            tensor in state and state[tensor].shape == ours.shape and not (name == "gguf" and ".experts." in tensor)
+        )
+        theirs = state[tensor] if direct else _expert_stack(state, tensor, source.shape[0])
+        # Rounded once to the dtype that the library gives, exact products are what it has.
+        assert torch.equal(ours.to(theirs.dtype), theirs), f"{tensor} ({source.form})"
+        part = checkpoint.read_float32(tensor, 1, min(3, source.shape[0]))
+        assert np.array_equal(part, ours.numpy()[1:3])
+
+
+@pytest.mark.parametrize(("name", "kind"), _kinds())
+def test_kept_codes_stand_for_the_same_values(tmp_path: Path, name: str, kind: str) -> None:
+    _write(name, kind, tmp_path / "c", torch.bfloat16)
+    checkpoint = Checkpoint.open(tmp_path / "c")
+    held = {tensor: source for tensor, source in checkpoint.tensors.items() if source.codes is not None}
+    assert {tensor: source.codes.form for tensor, source in held.items() if source.codes} == {
+        tensor: form for tensor, form in checkpoint.quantised.items() if form is not None
+    }
+    for tensor, source in held.items():
+        assert source.codes is not None
+        for start, stop in ((0, source.shape[0]), (1, 2)):
+            codes = source.codes.read(start, stop)
+            values = dequantize_float8(codes) if isinstance(codes, Float8) else dequantize(codes)
+            rows = checkpoint.read_float32(tensor, start, stop)
+            assert np.array_equal(values.transpose(0, 2, 1) if values.ndim == 3 else values, rows), tensor
+
+
+# Which layouts keep their codes, by how many of the 36 quantised matrices and stacks of the embedded model.
+KEPT = {
+    ("compressed_tensors", "fp8-dynamic"): 36,
+    ("compressed_tensors", "w4a16"): 36,
+    ("compressed_tensors", "w4a16-channel"): 36,
+    ("compressed_tensors", "w4a16-asymmetric"): 0,
+    ("compressed_tensors", "nvfp4"): 0,
+    ("modelopt", "fp8"): 36,
+    ("gguf", "Q8_0"): 38,  # the embeddings and the head as well
+    ("gguf", "Q4_0"): 38,
+    ("gguf", "Q4_K"): 0,
+    ("bitsandbytes", "nf4"): 0,
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), [case for case in _kinds() if tuple(case.values) in KEPT])
+def test_what_is_kept_and_what_is_rounded_anew(tmp_path: Path, name: str, kind: str) -> None:
+    _write(name, kind, tmp_path / "c", torch.bfloat16)
+    quantised = Checkpoint.open(tmp_path / "c").quantised
+    assert sum(form is not None for form in quantised.values()) == KEPT[name, kind]
+    assert len(quantised) >= 36
+
+
+@pytest.mark.parametrize(("name", "kind"), [("gguf", "Q8_0"), ("meta", "2")])
+def test_layouts_without_a_config_give_the_same_model(tmp_path: Path, name: str, kind: str) -> None:
+    pytest.importorskip(f"tests.layouts.{name}", exc_type=ImportError)
+    _write(name, kind, tmp_path / "c", torch.bfloat16)
+    ours, original = (Checkpoint.open(folder).model_config() for folder in (tmp_path / "c", CHASQUI))
+    assert ours.vision == original.vision
+    assert ours.image_token_id == original.image_token_id
+    assert ours.bos_token_id == original.bos_token_id
+    assert set(original.eos_token_ids) <= set(ours.eos_token_ids)
+    differing = {key for key, value in vars(ours.text).items() if value != getattr(original.text, key)}
+    # Meta's file says no context, and neither format the width of dense layers where there are none.
+    assert differing <= {"meta": {"max_positions", "dense_ffn"}, "gguf": {"dense_ffn"}}[name]
+
+
+# --- bad input --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed") / "c"
+    _write("compressed_tensors", "w4a16", folder, torch.bfloat16)
+    return folder
+
+
+def _edited(source: Path, folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    tensors = {name: value for file in source.glob("*.safetensors") for name, value in load_file(file).items()}
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    return folder
+
+
+EXPERT = "language_model.model.layers.1.feed_forward.experts.3.up_proj"
+BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+    "an expert without its scale": (
+        lambda t: t.pop(f"{EXPERT}.weight_scale"),
+        r"weight_packed.*has no weight_scale|has no weight_scale, only weight_packed.*a scale with every weight",
+    ),
+    "a scale without its weight": (
+        lambda t: t.pop(f"{EXPERT}.weight_packed"),
+        r"has no weight, only weight_scale, weight_shape",
+    ),
+    "a scale of another shape": (
+        lambda t: t.update({f"{EXPERT}.weight_scale": t[f"{EXPERT}.weight_scale"][:, :2].clone()}),
+        r"weight_scale has shape \[128, 2\]; expected \[128, 8\]",
+    ),
+    "a missing expert": (
+        lambda t: [t.pop(name) for name in [*t] if name.startswith(f"{EXPERT}.")],
+        r"experts.3.up_proj.weight is missing",
+    ),
+    "mixed schemes in one layer": (
+        lambda t: (
+            [t.pop(name) for name in [*t] if name.startswith(f"{EXPERT}.")],
+            t.update({f"{EXPERT}.weight": torch.zeros(128, 256, dtype=torch.bfloat16)}),
+        ),
+        r"is stored as bf16; expected int4 block 32.*stored alike",
+    ),
+    "nan in a scale": (
+        lambda t: t[f"{EXPERT}.weight_scale"].fill_(float("nan")),
+        r"is NaN or infinite",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_quantised_checkpoint_is_refused_by_name(tmp_path: Path, packed: Path, case: str) -> None:
+    edit, message = BROKEN[case]
+    folder = _edited(packed, tmp_path / "c", edit)
+    with pytest.raises(ArrieroError) as caught:
+        _read_all(folder)
+    text = str(caught.value)
+    assert re.search(message, text, re.DOTALL), text
+    assert "layers.1.feed_forward.experts" in text
+
+
+def _read_all(folder: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    for name in checkpoint.tensors:
+        checkpoint.read(name)
+
+
+def _with_settings(source: Path, folder: Path, settings: Any) -> Path:
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"quant_method": "gptq"},
+            "quant_method is 'gptq'; expected one of bitsandbytes, compressed-tensors, modelopt",
+        ),
+        ({}, "quant_method is missing"),
+        ("fp8", "quantization_config: is a str; expected an object"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo is 'W4A8_AWQ'; expected FP8 or NVFP4"),
+        ({"quant_method": "compressed-tensors"}, "holds no config_groups"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 2, "type": "int"}}}},
+            "stores weights as 2-bit int; expected float-quantized",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}},
+                "transform_config": {"config_groups": {"R1": {}}},
+            },
+            "rotates weights",
+        ),
+    ],
+)
+def test_a_quantisation_that_is_not_read_is_refused_with_those_that_are(
+    tmp_path: Path, settings: Any, message: str
+) -> None:
+    with pytest.raises(ArrieroError) as caught:
+        Checkpoint.open(_with_settings(CHASQUI, tmp_path / "c", settings))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
+def test_wrapped_names_are_refused_with_the_tool_that_wrapped_them(tmp_path: Path, prefix: str) -> None:
+    def wrap(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [*tensors]:
+            tensors[prefix + name] = tensors.pop(name)
+
+    tools = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile", "base_model.model.": "PEFT"}
+    with pytest.raises(ArrieroError, match=rf"begins with `{re.escape(prefix)}`, which {tools[prefix]} adds"):
+        Checkpoint.open(_edited(CHASQUI, tmp_path / "c", wrap))
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_names_without_the_language_models_prefix_are_read(tmp_path: Path, prefix: str) -> None:
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [*tensors]:
+            inner = name.removeprefix("language_model.")
+            inner = f"language_model.{inner.removeprefix('model.')}" if prefix and inner.startswith("model.") else inner
+            tensors[inner if inner.startswith("lm_head") else prefix + inner] = tensors.pop(name)
+
+    renamed = Checkpoint.open(_edited(CHASQUI, tmp_path / "c", rename))
+    assert set(renamed.tensors) == set(Checkpoint.open(CHASQUI).tensors)
+
+
+def test_a_pickle_that_carries_code_is_refused_and_nothing_of_it_runs(tmp_path: Path) -> None:
+    _write("meta", "1", tmp_path / "c", torch.bfloat16)
+    witness = tmp_path / "ran"
+
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (witness,))
+
+    torch.save({"norm.weight": Bomb()}, tmp_path / "c" / "consolidated.00.pth")
+    with pytest.raises(ArrieroError, match=r"consolidated.00.pth: .*code that a file brings is never run"):
+        Checkpoint.open(tmp_path / "c")
+    assert not witness.exists()
+
+
+def test_a_missing_rank_and_metas_own_quantisation_are_refused(tmp_path: Path) -> None:
+    _write("meta", "2", tmp_path / "c", torch.bfloat16)
+    (tmp_path / "c" / "fp8_scales_0.pt").touch()
+    with pytest.raises(ArrieroError, match=r"quantised in Meta's own way \(fp8_scales_0.pt\)"):
+        Checkpoint.open(tmp_path / "c")
+    (tmp_path / "c" / "fp8_scales_0.pt").unlink()
+    (tmp_path / "c" / "consolidated.00.pth").unlink()
+    with pytest.raises(ArrieroError, match=r"consolidated.00.pth: is missing"):
+        Checkpoint.open(tmp_path / "c")
+
+
+def test_gguf_files_that_are_not_whole_or_of_another_model_are_refused(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="needs the package gguf")
+    file = tmp_path / "c" / "model.gguf"
+    file.parent.mkdir()
+    writer = gguf.GGUFWriter(file, "qwen3moe")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ArrieroError, match=r"architecture 'qwen3moe'; expected llama4"):
+        Checkpoint.open(file)
+    file.write_bytes(b"GGUF" + bytes(20))
+    with pytest.raises(ArrieroError, match=r"model.gguf: is no sound GGUF file"):
+        Checkpoint.open(file)
+    (file.parent / "other.gguf").write_bytes(file.read_bytes())
+    with pytest.raises(ArrieroError, match=r"holds 2 models: model.gguf, other.gguf; expected one. Name the file"):
+        Checkpoint.open(file.parent)
