@@ -41,3 +41,21 @@ def test_log_probabilities_are_told_per_token(ask):
     for entry in told["logprobs"]:
         assert entry["top"][0] == [entry["token_id"], pytest.approx(entry["logprob"])]  # greedy takes the likeliest
         assert len(entry["top"]) == 2
+
+
+def test_a_document_is_shown_as_its_pages(workshop, tmp_path):
+    pypdfium2 = pytest.importorskip("pypdfium2", reason="needs the package pypdfium2")
+    written = pypdfium2.PdfDocument.new()
+    for _ in range(2):
+        written.new_page(200, 100)
+    written.save(tmp_path / "a.pdf")
+    bundle = workshop / "bundles" / "fp32"
+    done = arriero("run", bundle, PROMPT, "--json", "--max-tokens", "2", "--document", tmp_path / "a.pdf")
+    assert done.code == 0, done.err
+    alone = arriero("run", bundle, PROMPT, "--json", "--max-tokens", "2")
+    pages = [json.loads(each.out)["prompt_tokens"] for each in (done, alone)]
+    assert pages[0] > pages[1] + 2
+    (tmp_path / "b.pdf").write_bytes(b"no PDF")
+    refused = arriero("run", bundle, PROMPT, "--document", tmp_path / "b.pdf")
+    assert refused.code == 2
+    assert "b.pdf: this is not a readable PDF" in refused.err

@@ -47,7 +47,7 @@ def read_meta_tokenizer(path: Path) -> str:
         return "".join(letters[byte] for byte in token)
 
     pairs = (_last_pair(token, ranks) for token in ranks)
-    merges = [(spelled(left), spelled(right)) for left, right in filter(None, pairs)]
+    merges = [f"{spelled(left)} {spelled(right)}" for left, right in filter(None, pairs)]
     control = control_tokens()
     types = [TokenType.NORMAL] * len(ranks) + [TokenType.CONTROL] * len(control)
     return tokenizer_json([*map(spelled, ranks), *control], merges, types)

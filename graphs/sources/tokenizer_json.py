@@ -46,11 +46,12 @@ def spell_bytes() -> list[str]:
     return [chr(byte if byte in seen else next(others)) for byte in range(256)]
 
 
-def tokenizer_json(tokens: Sequence[str], merges: Sequence[tuple[str, str]], types: Sequence[int]) -> str:
+def tokenizer_json(tokens: Sequence[str], merges: Sequence[str], types: Sequence[int]) -> str:
     """Give the text of a tokenizer.json.
 
     `tokens`: by id, spelled as `spell_bytes` says, or as they stand for control tokens and those that users defined.
-    `merges`: the pairs, the one to be merged first in front. `types`: a `TokenType` for each token.
+    `merges`: pairs with a space between them, the first to be merged in front. `types`: a `TokenType` for each token.
+    All three are as GGUF has them under `tokenizer.ggml`.
     """
     added = [
         {"id": number, "content": token, "special": kind == TokenType.CONTROL}

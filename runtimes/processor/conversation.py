@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 from arriero.errors import ArrieroError
@@ -78,8 +79,8 @@ class Conversation:
 
 
 def _unused(letters: str, used: set[str], count: int) -> Iterator[str]:
-    free = (letter for letter in (*letters, *map(chr, _PRIVATE)) if letter not in used)
-    return (letter for letter, _ in zip(free, range(count), strict=False))
+    """The first `count` of `letters`, or of those that mean nothing, that are not `used`."""
+    return islice((letter for letter in chain(letters, map(chr, _PRIVATE)) if letter not in used), count)
 
 
 def _masked(value: Any, characters: frozenset[str], mask: str) -> Any:

@@ -72,6 +72,7 @@ def _opened(path: Any) -> Iterator[PdfDocument]:
             what, remedy = "the document has no pages", "Show one that has"
         raise ArrieroError(what, where=str(path), expected="a PDF of at least one page", remedy=remedy) from None
     try:
+        document.init_forms()  # without it what is filled into a form is not drawn
         yield document
     finally:
         document.close()

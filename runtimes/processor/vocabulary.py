@@ -76,7 +76,7 @@ class Vocabulary:
         No token reaches across a `boundary`, a character that is not encoded itself. Raises ArrieroError for what is no
         text, and for more than `most` tokens before all are made.
         """
-        self._refuse_long(text, most)
+        self._refuse_long(text.replace(boundary, "") if boundary else text, most)
         ids: list[int] = []
         start = 0
         for match in self.control_tokens(control):

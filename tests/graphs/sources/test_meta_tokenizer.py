@@ -95,7 +95,7 @@ def write_ranks(path, tokens):
 def test_merges_are_the_last_ones_and_a_token_that_none_lead_to_is_a_word(tmp_path):
     path = write_ranks(tmp_path / "tokenizer.model", [*BYTES, b"ab", b"bc", b"abc", b"xyz"])
     content = json.loads(read_meta_tokenizer(path))["model"]
-    assert content["merges"] == [["a", "b"], ["b", "c"], ["ab", "c"]]
+    assert content["merges"] == ["a b", "b c", "ab c"]
     tokenizer = Tokenizer.from_str(read_meta_tokenizer(path))
     assert tokenizer.encode("abc xyz xyza").tokens == ["abc", "Ġ", "x", "y", "z", "Ġ", "x", "y", "z", "a"]
     assert tokenizer.encode("xyz").tokens == ["xyz"]
@@ -127,7 +127,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_lists_of_gguf_make_a_tokenizer_with_every_token_at_its_id():
     tokens = ["<s>", *"Ġabcdefghijklmnopqrstuvwxyz", "ab", "<|eot|>", "gracias"]
     kinds = [TokenType.CONTROL, *[TokenType.NORMAL] * 28, TokenType.CONTROL, TokenType.USER_DEFINED]
-    tokenizer = Tokenizer.from_str(tokenizer_json(tokens, [("a", "b")], kinds))
+    tokenizer = Tokenizer.from_str(tokenizer_json(tokens, ["a b"], kinds))
     assert [tokenizer.token_to_id(token) for token in tokens] == [*range(len(tokens))]
     assert tokenizer.encode("<s>abc gracias<|eot|>").tokens == ["<s>", "ab", "c", "Ġ", "gracias", "<|eot|>"]
     added = tokenizer.get_added_tokens_decoder().values()

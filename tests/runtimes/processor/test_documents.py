@@ -18,13 +18,19 @@ pypdfium2 = pytest.importorskip("pypdfium2", reason="needs the package pypdfium2
 def pdf(path, *bodies, box="0 0 200 100", trailer="", page=""):
     """Write a PDF by hand with a page for each body, in PDF's own drawing language."""
     pages = [f"{3 + 2 * n} 0 R" for n in range(len(bodies))]
-    objects = [
-        "<< /Type /Catalog /Pages 2 0 R >>",
-        f"<< /Type /Pages /Count {len(bodies)} /Kids [{' '.join(pages)}] >>",
-    ]
+    tree = f"<< /Type /Pages /Count {len(bodies)} /Kids [{' '.join(pages)}] >>"
+    objects = ["<< /Type /Catalog /Pages 2 0 R >>", tree]
     for number, body in enumerate(bodies):
         objects.append(f"<< /Type /Page /Parent 2 0 R /MediaBox [{box}] {page} /Contents {4 + 2 * number} 0 R >>")
-        objects.append(f"<< /Length {len(body)} >>\nstream\n{body}\nendstream")
+        objects.append(stream(body))
+    return write(path, objects, trailer)
+
+
+def stream(body, entries=""):
+    return f"<< {entries} /Length {len(body)} >>\nstream\n{body}\nendstream"
+
+
+def write(path, objects, trailer=""):
     content, places = b"%PDF-1.4\n", []
     for number, text in enumerate(objects, 1):
         places.append(len(content))
@@ -60,6 +66,20 @@ def test_a_page_that_a_reader_turns_is_turned(tmp_path):
     (page,) = read_document(pdf(tmp_path / "a.pdf", filled(1, 0, 0), page="/Rotate 90"))
     assert page.size == (LONG_SIDE // 2, LONG_SIDE)
     assert np.asarray(page)[: LONG_SIDE // 2 - 2, :, 1].max() == 0  # its left is on top now
+
+
+def test_what_is_filled_into_a_form_is_drawn(tmp_path):
+    widget = "/Type /Annot /Subtype /Widget /FT /Tx /T (a) /V (b) /F 4"
+    objects = [
+        "<< /Type /Catalog /Pages 2 0 R /AcroForm << /Fields [5 0 R] >> >>",
+        "<< /Type /Pages /Count 1 /Kids [3 0 R] >>",
+        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 100 100] /Contents 4 0 R /Annots [5 0 R] >>",
+        stream(""),
+        f"<< {widget} /Rect [10 10 90 90] /P 3 0 R /AP << /N 6 0 R >> >>",
+        stream("1 0 0 rg 0 0 80 80 re f", "/Type /XObject /Subtype /Form /BBox [0 0 80 80]"),
+    ]
+    (page,) = read_document(write(tmp_path / "a.pdf", objects))
+    assert page.getpixel((LONG_SIDE // 2, LONG_SIDE // 2)) == (255, 0, 0)
 
 
 def test_pages_can_be_chosen(colours):

@@ -91,6 +91,17 @@ def test_grey_levels_are_those_of_hugging_faces_processor_to_one(hugging_faces, 
         assert np.abs(levels(tiles.pixel_values) - levels(pixels)).max() <= 1, image
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L"])
+def test_what_is_transparent_is_seen_as_hugging_faces_processor_sees_it(hugging_faces, mode):
+    image = Image.fromarray(photo(336, 336)).convert(mode)
+    if mode in ("P", "L"):
+        image.info["transparency"] = 100
+    else:
+        image.putalpha(Image.fromarray(np.random.default_rng(1).integers(0, 256, (336, 336), np.uint8)))
+    pixels = hugging_faces(images=image, return_tensors="pt")["pixel_values"].float().numpy()
+    np.testing.assert_array_equal(TILER.tile(read_image(image)).pixel_values, pixels)
+
+
 def test_no_level_differs_where_nothing_is_resized(hugging_faces):
     image = Image.fromarray(photo(672, 1008))
     pixels = hugging_faces(images=image, return_tensors="pt")["pixel_values"].float().numpy()

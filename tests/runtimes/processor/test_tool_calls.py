@@ -2,11 +2,14 @@
 
 import json
 import random
+import re
 import time
 import types
+from pathlib import Path
 
 import pytest
 
+import arriero
 from arriero import ToolCall, parse_tool_calls
 
 WEATHER = ToolCall("get_weather", {"city": "Lima", "days": 3})
@@ -128,6 +131,30 @@ def test_a_call_goes_into_the_next_turn_as_it_is(processor):
     assert WEATHER.to_message()["function"]["arguments"] == '{"city": "Lima", "days": 3}'
     call = {"role": "assistant", "content": None, "tool_calls": [WEATHER.to_message()]}
     assert processor.encode([{"role": "user", "content": "a"}, call]).input_ids.size
+
+
+class Scripted:
+    """A session whose model asks for a tool, and then answers."""
+
+    def __init__(self, processor):
+        self.processor, self.texts, self.prompts = processor, ["[get_weather(city='Lima')]", "It is 19 degrees."], []
+
+    def generate(self, messages, tools, max_tokens):
+        self.prompts.append(self.processor.decode(self.processor.encode(messages, tools=tools).input_ids))
+        return types.SimpleNamespace(text=self.texts[len(self.prompts) - 1])
+
+
+def test_the_example_of_the_docs_gives_the_tools_answer_to_the_model(meta_processor):
+    page = (Path(__file__).parents[3] / "docs" / "prompts.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    session = Scripted(meta_processor)
+    names = {"arriero": arriero, "session": session, "get_weather": lambda city: f"19 degrees in {city}"}
+    exec(compile(code, "prompts.md", "exec"), names)
+    assert names["answer"].text == "It is 19 degrees."
+    first, second = session.prompts
+    assert "The weather of a city." in first
+    call = '{"type": "function", "name": "get_weather", "parameters": {"city": "Lima"}}'
+    assert f"assistant\n\n{call}ipython\n\n19 degrees in Lima" in second
 
 
 # --- beside Meta's own
