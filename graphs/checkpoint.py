@@ -150,8 +150,8 @@ class Checkpoint:
 
         Raises `Problems` for weights that are NaN or infinite, in the files that it has to read for it.
         """
-        return content_hash(self.files, memo, self.tensors.values())
+        return content_hash(self.files, memo, self.tensors.values(), self.layout.made)
 
     def known_content_hash(self, memo: Path) -> str | None:
         """Give `content_hash` when `memo` holds every file as it is now, else None; reads no tensor."""
-        return known_content_hash(self.files, memo)
+        return known_content_hash(self.files, memo, self.layout.made)

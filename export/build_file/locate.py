@@ -63,7 +63,7 @@ def _in_cache(model: str) -> Path:
         seen = f"; it holds {', '.join(held)}" if held else ""
         what = f"the Hugging Face cache {repository} does not hold revision {revision or 'main'}{seen}"
         raise MachineLacks(what, remedy=remedy)
-    if not (snapshot / "config.json").exists():
+    if not any(file for name in ("config.json", "params.json", "*.gguf") for file in snapshot.glob(name)):
         raise MachineLacks(f"the download of {model} in {snapshot} is incomplete: no config.json", remedy=remedy)
     return snapshot
 

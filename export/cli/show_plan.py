@@ -26,6 +26,10 @@ def show_plan(plan: Plan, console: Console) -> None:
         f"{model['model_type']}: {model['parameters']:,} parameters in {model['tensors']} tensors, {model['size']}; "
         f"layers: {layers}; {experts}; chunk {model['chunk']:,}",
     )
+    forms = ", ".join(f"{form} ({count})" for form, count in model["stored_as"].items())
+    print_wrapped(console, f"{model['layout']}'s layout; tensors are stored as {forms}")
+    for adapter in model["adapters"]:
+        print_wrapped(console, f"with the adapter {adapter}")
     for show in (_show_stages, _show_targets, _show_prices):
         show(plan, console)
         console.print()
@@ -53,6 +57,10 @@ def show_plan(plan: Plan, console: Console) -> None:
         if share is not None and share.weights is not None:
             kept = f"{human_bytes(share.weights)} of {human_bytes(target.weights_bytes)} of weights stay on the GPU"
             print_wrapped(console, f"{target.name}: {kept}; the rest is sent anew for every step", 8, "   GPU:")
+    for target in plan.targets:
+        if target.quantised:
+            counts = ", ".join(f"{count} {kind}" for kind, count in target.quantised.items())
+            print_wrapped(console, f"of the checkpoint's quantised tensors, {counts}", 8, f"{target.name}:")
     for warning in plan.warnings:
         print_wrapped(console, warning, 9, "warning:")
 

@@ -17,7 +17,7 @@ from arriero.graphs.names import EMBEDDING, TEXT_PREFIX
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.kv_cache import ITEM_BYTES
 from arriero.profiles.recipe import Profile, check_shapes
-from arriero.profiles.schemes import Chosen, Exact, Half
+from arriero.profiles.schemes import Chosen, Exact, Fp8, Half, IntBlock, Scheme
 from arriero.runtimes.cpu import usable_cores
 from arriero.traits import TRAITS
 
@@ -125,8 +125,19 @@ def plan_target(
         weights={label: size for label, size in sizes.items() if size},
         weights_bytes=sum(sizes.values()),
         kv_bytes=target.batch * kv_bytes(config.text, target.context, cache_bytes(target, profile)),
+        quantised=_what_becomes_of(checkpoint.quantised, schemes),
         done=state[f"lower-{target.name}"] and state[f"parity-{target.name}"],
     )
+
+
+def _what_becomes_of(quantised: Iterable[str], schemes: Mapping[str, Scheme]) -> dict[str, int]:
+    """Of the tensors that the checkpoint quantises, how many a bundle keeps as they are, and what it does to others."""
+    counts: dict[str, int] = {}
+    for scheme in (schemes[name] for name in quantised):
+        stored = isinstance(scheme, IntBlock | Fp8) and scheme.rounding == "stored"
+        kind = "kept as stored" if stored else "exact" if isinstance(scheme, Exact) else "rounded anew"
+        counts[kind] = counts.get(kind, 0) + 1
+    return counts
 
 
 def cache_type(target: Target, profile: Profile) -> str:

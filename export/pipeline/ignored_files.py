@@ -20,8 +20,10 @@ def ignored_files(folder: Path) -> list[str]:
     if code := sorted(file.name for file in folder.glob("*.py")):
         sentences.append(f"{', '.join(code)} is ignored: no code of a checkpoint is run")
     templates = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    if others := [file.stem for file in templates if file.stem != "default"]:
-        sentences.append(f"the chat templates {', '.join(others)} are ignored: prompts take the default one")
+    if others := [file.stem for file in templates if file.stem not in ("default", "tool_use")]:
+        sentences.append(
+            f"the chat templates {', '.join(others)} are ignored: prompts take the default one, with tools that called tool_use"
+        )
     generation, tokenizer = folder / "generation_config.json", folder / "tokenizer_config.json"
     if generation.is_file():
         keys = sorted(key for key, value in read_json_object(generation, REMEDY).items() if value is not None)

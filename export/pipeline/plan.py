@@ -6,6 +6,7 @@ Nothing is written and no tensor is read: sizes come from the checkpoint's heade
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -106,6 +107,9 @@ def _describe(build: BuildConfig, checkpoint: Checkpoint, config: ModelConfig) -
         "model_type": checkpoint.config["model_type"],
         "modalities": list(build.modalities),
         "tensors": len(checkpoint.tensors),
+        "layout": checkpoint.layout.name,
+        "adapters": [str(folder) for folder in build.adapters],
+        "stored_as": dict(Counter(info.form for info in checkpoint.tensors.values()).most_common()),
         "bytes": checkpoint.stored_bytes,
         "parameters": sum(math.prod(info.shape) for info in checkpoint.tensors.values()),
         "layers": {f"{attention} {ffn}": kinds.count((attention, ffn)) for attention, ffn in dict.fromkeys(kinds)},

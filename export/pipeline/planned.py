@@ -48,6 +48,7 @@ class PlannedTarget:
     weights: dict[str, int]
     weights_bytes: int
     kv_bytes: int
+    quantised: dict[str, int]  # how many tensors that the checkpoint quantises are kept, made exact, rounded anew
     done: bool
 
     @property

@@ -9,8 +9,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 from arriero.errors import ArrieroError, Problems
@@ -20,8 +21,15 @@ from arriero.graphs.sources.weight_source import WeightSource
 BLOCK = 1 << 24  # bytes, a multiple of every dtype's size
 
 
-def content_hash(files: Sequence[Path], memo: Path | None = None, weights: Iterable[WeightSource] = ()) -> str:
+def content_hash(
+    files: Sequence[Path],
+    memo: Path | None = None,
+    weights: Iterable[WeightSource] = (),
+    texts: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """The sha256 over all `files`; those of each are remembered in `memo` by path, size, time of change and inode.
+
+    `texts` are those of files that the checkpoint would have, by name.
 
     Raises `Problems` for values of `weights` that are NaN or infinite, in the files that it does not remember.
     """
@@ -39,7 +47,7 @@ def content_hash(files: Sequence[Path], memo: Path | None = None, weights: Itera
             if memo:
                 _write_memo(memo, known)
         hashes.append((file.name, known[key]))
-    return _combine(hashes)
+    return _combine(hashes, texts)
 
 
 def _hash_file(file: Path, weights: list[tuple[int, WeightSource]]) -> str:
@@ -73,18 +81,21 @@ def _blocks(stream: IO[bytes], count: int) -> Iterator[bytes]:
         yield block
 
 
-def known_content_hash(files: Sequence[Path], memo: Path) -> str | None:
+def known_content_hash(
+    files: Sequence[Path], memo: Path, texts: Mapping[str, str] = MappingProxyType({})
+) -> str | None:
     """`content_hash` when `memo` holds every file as it is now, else None; reads no tensor, writes nothing."""
     known = _read_memo(memo)
     keys = [(file.name, _memo_key(file)) for file in files]
     if not all(key in known for _, key in keys):
         return None
-    return _combine([(name, known[key]) for name, key in keys])
+    return _combine([(name, known[key]) for name, key in keys], texts)
 
 
-def _combine(hashes: Sequence[tuple[str, str]]) -> str:
+def _combine(hashes: Sequence[tuple[str, str]], texts: Mapping[str, str]) -> str:
     """The hash of files by name; those of one name, which lie in different folders, stay in their order."""
-    lines = (f"{name} {value}\n" for name, value in sorted(hashes, key=lambda pair: pair[0]))
+    made = [(name, hashlib.sha256(text.encode()).hexdigest()) for name, text in texts.items()]
+    lines = (f"{name} {value}\n" for name, value in sorted([*hashes, *made], key=lambda pair: pair[0]))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -18,6 +18,7 @@ SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/default.jinja",
+    "additional_chat_templates/tool_use.jinja",
     "preprocessor_config.json",
     "processor_config.json",
     "generation_config.json",

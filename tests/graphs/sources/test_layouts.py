@@ -5,6 +5,7 @@ The judge of a value is the library that wrote the file: its own dequantisation,
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import re
@@ -48,6 +49,21 @@ def _write(name: str, kind: str, folder: Path, dtype: torch.dtype) -> dict[str, 
     return read_back
 
 
+Written = tuple[Path, dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Written]:
+    """The folder of each layout and what its library reads of it, written when it is first asked for."""
+
+    @functools.cache
+    def write(name: str, kind: str) -> Written:
+        folder = tmp_path_factory.mktemp(name) / "c"
+        return folder, _write(name, kind, folder, torch.bfloat16)
+
+    return write
+
+
 def _expert_stack(state: dict[str, torch.Tensor], name: str, experts: int) -> torch.Tensor:
     """A stack of experts [E, K, N] of what a library has one by one, or as stacks [E, N, K]."""
     stem, _, leaf = name.rpartition(".")
@@ -61,9 +77,9 @@ def _expert_stack(state: dict[str, torch.Tensor], name: str, experts: int) -> to
 
 
 @pytest.mark.parametrize(("name", "kind"), _kinds())
-def test_values_are_the_librarys_own(tmp_path: Path, name: str, kind: str) -> None:
-    state = _write(name, kind, tmp_path / "c", torch.bfloat16)
-    checkpoint = Checkpoint.open(tmp_path / "c")
+def test_values_are_the_librarys_own(written: Callable[[str, str], Written], name: str, kind: str) -> None:
+    folder, state = written(name, kind)
+    checkpoint = Checkpoint.open(folder)
     check_ledger(checkpoint.tensors.values(), expected_tensors(checkpoint.model_config()))
     for tensor, source in checkpoint.tensors.items():
         ours = torch.from_numpy(checkpoint.read_float32(tensor).copy())
@@ -78,9 +94,8 @@ def test_values_are_the_librarys_own(tmp_path: Path, name: str, kind: str) -> No
 
 
 @pytest.mark.parametrize(("name", "kind"), _kinds())
-def test_kept_codes_stand_for_the_same_values(tmp_path: Path, name: str, kind: str) -> None:
-    _write(name, kind, tmp_path / "c", torch.bfloat16)
-    checkpoint = Checkpoint.open(tmp_path / "c")
+def test_kept_codes_stand_for_the_same_values(written: Callable[[str, str], Written], name: str, kind: str) -> None:
+    checkpoint = Checkpoint.open(written(name, kind)[0])
     held = {tensor: source for tensor, source in checkpoint.tensors.items() if source.codes is not None}
     assert {tensor: source.codes.form for tensor, source in held.items() if source.codes} == {
         tensor: form for tensor, form in checkpoint.quantised.items() if form is not None
@@ -110,18 +125,18 @@ KEPT = {
 
 
 @pytest.mark.parametrize(("name", "kind"), [case for case in _kinds() if tuple(case.values) in KEPT])
-def test_what_is_kept_and_what_is_rounded_anew(tmp_path: Path, name: str, kind: str) -> None:
-    _write(name, kind, tmp_path / "c", torch.bfloat16)
-    quantised = Checkpoint.open(tmp_path / "c").quantised
+def test_what_is_kept_and_what_is_rounded_anew(written: Callable[[str, str], Written], name: str, kind: str) -> None:
+    quantised = Checkpoint.open(written(name, kind)[0]).quantised
     assert sum(form is not None for form in quantised.values()) == KEPT[name, kind]
     assert len(quantised) >= 36
 
 
 @pytest.mark.parametrize(("name", "kind"), [("gguf", "Q8_0"), ("meta", "2")])
-def test_layouts_without_a_config_give_the_same_model(tmp_path: Path, name: str, kind: str) -> None:
+def test_layouts_without_a_config_give_the_same_model(
+    written: Callable[[str, str], Written], name: str, kind: str
+) -> None:
     pytest.importorskip(f"tests.layouts.{name}", exc_type=ImportError)
-    _write(name, kind, tmp_path / "c", torch.bfloat16)
-    ours, original = (Checkpoint.open(folder).model_config() for folder in (tmp_path / "c", CHASQUI))
+    ours, original = (Checkpoint.open(folder).model_config() for folder in (written(name, kind)[0], CHASQUI))
     assert ours.vision == original.vision
     assert ours.image_token_id == original.image_token_id
     assert ours.bos_token_id == original.bos_token_id
@@ -135,10 +150,8 @@ def test_layouts_without_a_config_give_the_same_model(tmp_path: Path, name: str,
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packed") / "c"
-    _write("compressed_tensors", "w4a16", folder, torch.bfloat16)
-    return folder
+def packed(written: Callable[[str, str], Written]) -> Path:
+    return written("compressed_tensors", "w4a16")[0]
 
 
 def _edited(source: Path, folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
