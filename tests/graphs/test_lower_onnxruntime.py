@@ -27,7 +27,7 @@ from arriero.profiles.quantize import dequantize, quantize
 from arriero.profiles.recipe import Profile, load_profile
 from arriero.profiles.schemes import IntBlock, Scheme
 from arriero.runtimes.onnxruntime import session_options
-from tests.toys import IMAGE_TOKEN, load_reference, make_maverick_toy, make_scout_toy
+from tests.toys import IMAGE_TOKEN, load_reference, make_guard_toy, make_maverick_toy, make_scout_toy
 
 # fp32 on both sides, another order of summation: measured 4e-7 to 6e-7.
 TOLERANCE = 5e-6
@@ -43,6 +43,7 @@ TOYS = {
     "top-2 and tied": lambda folder: make_scout_toy(
         folder, 3, vision=False, num_experts_per_tok=2, tie_word_embeddings=True
     ),
+    "guard": lambda folder: make_guard_toy(folder, 5),
 }
 
 

@@ -20,7 +20,7 @@ from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.model import Llama4, StepTensors
 from arriero.graphs.trace import text_signature, trace_embed, trace_text, trace_vision, write_weights
-from tests.toys import IMAGE_TOKEN, load_reference, make_maverick_toy, make_scout_toy
+from tests.toys import IMAGE_TOKEN, load_reference, make_guard_toy, make_maverick_toy, make_scout_toy
 
 # Both sides are fp32 and differ only in the order of summation: measured 3e-7 to 6e-7 on these shapes.
 TOLERANCE = 5e-6
@@ -31,6 +31,7 @@ TOYS = {
     "top-2 and tied": lambda folder: make_scout_toy(
         folder, 3, vision=False, num_experts_per_tok=2, tie_word_embeddings=True
     ),
+    "guard": lambda folder: make_guard_toy(folder, 5),
     "all global": lambda folder: make_maverick_toy(folder, 4, layer_types=["full_attention"] * 4),
 }
 
