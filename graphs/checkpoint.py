@@ -35,6 +35,9 @@ SIDE_FILES = (
 )
 """Files beside the weights which a bundle takes over, so that a change in one is a change of the checkpoint."""
 
+LICENSE_FILES = ("LICENSE*", "USE_POLICY*", "NOTICE*")
+"""Patterns of the files that Llama's licence asks to go with every copy; a bundle takes them over as well."""
+
 TORCH_DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -79,7 +82,7 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """Every file of the checkpoint that the export reads, sorted by name."""
         beside = {self.folder / name for name in ("config.json", *SIDE_FILES) if (self.folder / name).exists()}
-        return sorted(beside | set(self._weight_files))
+        return sorted(beside | set(license_files(self.folder)) | set(self._weight_files))
 
     def source(self, name: str) -> WeightSource:
         """One tensor, or `ArrieroError` with the nearest name."""
@@ -130,3 +133,8 @@ class Checkpoint:
     def known_content_hash(self, memo: Path) -> str | None:
         """Give `content_hash` when `memo` holds every file as it is now, else None; reads no tensor."""
         return known_content_hash(self.files, memo)
+
+
+def license_files(folder: Path) -> list[Path]:
+    """The licence, use policy and notices in a checkpoint's folder, sorted by name."""
+    return sorted({file for pattern in LICENSE_FILES for file in folder.glob(pattern) if file.is_file()})

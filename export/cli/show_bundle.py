@@ -14,7 +14,7 @@ from arriero.export.cli.describe_layers import describe_layers
 from arriero.export.cli.tables import print_wrapped
 from arriero.export.machine.budget import human_bytes
 from arriero.runtimes.integrity import open_manifest
-from arriero.runtimes.manifest import RECORD_FILE, Fallback, SampleSet
+from arriero.runtimes.manifest import LICENSES, RECORD_FILE, Fallback, SampleSet
 from arriero.runtimes.proof.report import read_json
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def describe_bundle(bundle: Path) -> dict[str, Any]:
         "chain": asdict(manifest.chain),
         "bytes": sum(record.bytes for record in manifest.files.values()),
         "files": {name: record.bytes for name, record in manifest.files.items()},
+        "licenses": [name for name in manifest.files if name.startswith(f"{LICENSES}/")],
         "weights": dict(Counter(weight.scheme for weight in manifest.weights.values())),
         "calibration": asdict(manifest.calibrated.calibration),
         "coverage": manifest.calibrated.coverage,
@@ -81,6 +82,8 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
         "parity": _parity(described["parity"]),
         "built with": ", ".join(f"{name} {version}" for name, version in described["tools"].items()),
     }
+    if described["licenses"]:
+        rows["licences"] = escape(", ".join(described["licenses"]))
     for name, value in rows.items():
         said = Text.from_markup(value)
         style = str(said.spans[0].style) if said.spans else None

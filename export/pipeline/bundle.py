@@ -13,7 +13,7 @@ from typing import Any
 from arriero.errors import ArrieroError
 from arriero.export.pipeline.parts import PART
 from arriero.export.pipeline.stages import read_record
-from arriero.graphs.checkpoint import SIDE_FILES
+from arriero.graphs.checkpoint import SIDE_FILES, license_files
 from arriero.graphs.stored.link_file import link_file
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.integrity import open_manifest
@@ -53,6 +53,15 @@ def copy_tokenizer(checkpoint: Path, folder: Path) -> list[str]:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(checkpoint / name, folder / name)
     return names
+
+
+def copy_licenses(checkpoint: Path, folder: Path) -> list[str]:
+    """Copy the licence files of the checkpoint folder, if it has any, and give their names."""
+    files = license_files(checkpoint)
+    for file in files:
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / file.name)
+    return [file.name for file in files]
 
 
 def assemble(stage: Path, folder: Path) -> dict[str, FileRecord]:

@@ -101,7 +101,7 @@ def test_a_walk_gives_the_references_hidden_states_and_inputs(tmp_path: Path, na
                 assert (routed.sample[rows.start * per_token : rows.stop * per_token] == number).all()
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", sorted(TOYS.keys() - {"guard"}))  # which has no MoE layer
 @torch.inference_mode()
 def test_statistics_are_those_of_an_explicit_recomputation(tmp_path: Path, name: str) -> None:
     folder = TOYS[name](tmp_path / "toy")
