@@ -91,7 +91,7 @@ DENSE: dict[str, Any] = {
     "moe_layers": [],
     "num_local_experts": 0,
     "interleave_moe_layer_step": 0,
-    "no_rope_layers": [1] * 4,
+    "no_rope_layer_interval": 80,  # beyond the last layer
     "attention_chunk_size": None,
     "attn_temperature_tuning": False,
     "intermediate_size_mlp": 96,

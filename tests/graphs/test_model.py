@@ -189,7 +189,7 @@ def test_images_several_tiles_and_several_images():
 @torch.no_grad()
 def test_dense_layers_without_chunks():
     """Llama Guard 4's shape. transformers makes no mask without a chunk size, so its chunk holds the whole row."""
-    model = judge({**SCOUT, **DENSE, "no_rope_layers": [1] * 8, "attention_chunk_size": 512}, vision=None)
+    model = judge({**SCOUT, **DENSE, "attention_chunk_size": 512}, vision=None)
     data = json.loads(model.config.to_json_string(use_diff=False))
     config = ModelConfig.from_dict({**data, "attention_chunk_size": None}, "config.json")
     assert {(layer.rope, layer.chunked, layer.moe) for layer in config.text.layers} == {(True, False, False)}
