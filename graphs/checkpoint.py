@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import torch
 
 TEXT_ONLY = "llama4_text"
+LICENSE_FILES = ("LICENSE*", "USE_POLICY*", "NOTICE*")
+"""Patterns of the files that Llama's licence asks to go with every copy; a bundle takes them over as well."""
 TORCH_DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -92,7 +94,7 @@ class Checkpoint:
         """Every file of the checkpoint that the export reads, sorted by name; those of adapters in their order."""
         side = self.layout.side
         beside = {side / name for name in ("config.json", *SIDE_FILES)} if side is not None else set()
-        there = sorted({file for file in beside if file.exists()} - set(self.layout.weight_files))
+        there = ({file for file in beside if file.exists()} | set(self.license_files)) - set(self.layout.weight_files)
         return sorted([*there, *self.layout.weight_files], key=lambda file: file.name)
 
     @property
@@ -105,6 +107,12 @@ class Checkpoint:
     def stored_bytes(self) -> int:
         """What the files with weights take on disk."""
         return sum(file.stat().st_size for file in self.layout.weight_files)
+
+    @property
+    def license_files(self) -> list[Path]:
+        """The licence, use policy and notices beside the weights, sorted by name."""
+        folder = self.folder if self.folder.is_dir() else self.folder.parent
+        return sorted({file for pattern in LICENSE_FILES for file in folder.glob(pattern) if file.is_file()})
 
     def source(self, name: str) -> WeightSource:
         """One tensor, or `ArrieroError` with the nearest name."""

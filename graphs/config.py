@@ -195,7 +195,9 @@ class ModelConfig:
 def _text(section: Section) -> TextConfig:
     count = section.positive("num_hidden_layers", 48, MOST_LAYERS)
     heads, kv_heads = section.positive("num_attention_heads", 40), section.positive("num_key_value_heads", 8)
-    experts, per_token = section.positive("num_local_experts", 16), section.positive("num_experts_per_tok", 1)
+    dense = section.data.get("moe_layers") == []  # then the file may say that there are 0 experts, every 0 layers
+    size = section.count if dense else section.positive
+    experts, per_token = size("num_local_experts", 16), size("num_experts_per_tok", 1)
     head_dim, positions = section.positive("head_dim", 128), section.positive("max_position_embeddings", 131072)
     chunk = positions if section.is_null("attention_chunk_size") else section.positive("attention_chunk_size", 8192)
     section.must_be("hidden_act", "silu", ("silu",))
@@ -204,7 +206,7 @@ def _text(section: Section) -> TextConfig:
     section.token_id("pad_token_id", None)
     if heads % kv_heads:
         section.refuse("num_key_value_heads", f"{kv_heads} does not divide the {heads} query heads", "a divisor")
-    if per_token > experts:
+    if per_token > experts and not dense:
         section.refuse("num_experts_per_tok", f"{per_token} of {experts} experts", "at most num_local_experts")
     if head_dim % 2:
         section.refuse("head_dim", f"{head_dim} is odd", "an even number, which rotary embeddings pair up")
@@ -239,13 +241,16 @@ def _temperature_tuning(section: Section) -> bool:
 
 def _layers(section: Section, count: int) -> tuple[Layer, ...]:
     interval = section.positive("no_rope_layer_interval", 4)
-    step = section.positive("interleave_moe_layer_step", 1)
     rope = section.entries("no_rope_layers", int) or [int((i + 1) % interval != 0) for i in range(count)]
     kinds = section.entries("layer_types", str)
     if kinds is None:
         kinds = ["chunked_attention" if r else "full_attention" for r in rope]
-    listed = section.entries("moe_layers", int)
-    moe = set(range(step - 1, count, step) if listed is None else listed)
+    moe = section.entries("moe_layers", int)
+    if moe is None:
+        step = section.positive("interleave_moe_layer_step", 1)
+        moe = list(range(step - 1, count, step))
+    else:
+        section.count("interleave_moe_layer_step", 1)
     for key, entries in (("no_rope_layers", rope), ("layer_types", kinds)):
         if len(entries) != count:
             section.refuse(key, f"{len(entries)} entries for {count} layers", "an entry per layer")

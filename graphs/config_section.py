@@ -107,6 +107,10 @@ class Section:
             return default
         return value
 
+    def count(self, key: str, default: int) -> int:
+        """A size that may be 0."""
+        return 0 if self.data.get(key) == 0 and type(self.data[key]) is int else self.positive(key, default)
+
     def must_be(self, key: str, default: Any, allowed: tuple[Any, ...]) -> None:
         """Refuse all values but the `allowed` ones; `default` is what a missing key means."""
         value = self.data.get(key, default)

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import onnxscript
 from onnx.defs import OpSchema
-from onnxscript import FLOAT, INT64
+from onnxscript import FLOAT, INT64, opset23
 from onnxscript.values import Op
 
 from arriero.graphs.dispatch_functions import dispatch_function, dispatch_over_linear, widened_product
@@ -123,6 +123,11 @@ cached_attention = Op(
         ],
     ),
 )
+
+
+def translate_floor_divide(x: INT64, y: INT64) -> INT64:
+    """Emit one Div for `//`: a position is never negative, and the exporter would also emit what rounds one down."""
+    return opset23.Div(x, y)
 
 
 def translate_attention(

@@ -7,7 +7,6 @@ Module and parameter names are those of the Hugging Face checkpoint, so a state 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arriero.graphs.config import Layer, ModelConfig, Rope, TextConfig
+from arriero.graphs.config import Layer, ModelConfig, TextConfig
 from arriero.graphs.ops import cached_attention, expert_dispatch
+from arriero.graphs.rotary import rotate_pairs, rotation_table
 from arriero.graphs.vision import Projector, VisionModel
 
 KeyValue = tuple[Tensor, Tensor]
@@ -201,7 +201,7 @@ class TextModel(nn.Module):
         slots that get logits), `past` per layer key and value [B, K, P, D].
         """
         config = self.config
-        rotation = rotation_table(positions, config.rope, config.head_dim)
+        rotation = rotation_table(positions, config)
         x, present, hiddens, expert_ids = inputs_embeds, [], [], []
         for layer, spec, cache in zip(self.model.layers, config.layers, past, strict=True):
             past_positions = chunk_past_positions if spec.chunked else global_past_positions
@@ -255,37 +255,8 @@ class Llama4(nn.Module):
         return torch.where(placeholders[..., None], padded[torch.where(placeholders, order, 0)], embeds)
 
 
-def rotation_table(positions: Tensor, rope: Rope, size: int) -> KeyValue:
-    """Cosine and sine [B, S, D/2] of RoPE angles at `positions` [B, S] (RoFormer; Llama 3.1's frequency rescaling)."""
-    angles = positions[..., None].float() * inverse_frequencies(rope, size)
-    return angles.cos(), angles.sin()
-
-
-def inverse_frequencies(rope: Rope, size: int) -> Tensor:
-    """RoPE frequencies [D/2] float32 for head size `size`."""
-    frequency = 1.0 / rope.theta ** (torch.arange(0, size, 2, dtype=torch.float) / size)
-    if rope.type == "default":
-        return frequency
-    wavelength = 2 * math.pi / frequency
-    low, high = rope.original_context / rope.low_freq_factor, rope.original_context / rope.high_freq_factor
-    scaled = torch.where(wavelength > low, frequency / rope.factor, frequency)
-    if high >= low:
-        return scaled
-    smooth = (rope.original_context / wavelength - rope.low_freq_factor) / (
-        rope.high_freq_factor - rope.low_freq_factor
-    )
-    middle = (wavelength >= high) & (wavelength <= low)
-    return torch.where(middle, (1 - smooth) * scaled / rope.factor + smooth * scaled, scaled)
-
-
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate interleaved pairs (2i, 2i+1) of `x` [B, S, heads, D] by angles given as cos, sin [B, S, D/2]."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
-
-
 def temperature(positions: Tensor, config: TextConfig) -> Tensor:
     """Query scale [B, S, 1] of NoPE layers: log1p(floor((pos+1)/floor_scale)) * attn_scale + 1."""
-    steps = torch.floor((positions.float() + 1.0) / config.floor_scale)
-    return (torch.log1p(steps) * config.attn_scale + 1.0)[..., None]
+    # Divided as integers: float32 does not hold every position above 2^24.
+    steps = (positions + 1) // config.floor_scale
+    return (torch.log1p(steps.float()) * config.attn_scale + 1.0)[..., None]

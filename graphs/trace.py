@@ -160,6 +160,7 @@ def _export(module: nn.Module, arguments: tuple, shapes: tuple, names: tuple[lis
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.arriero.expert_dispatch.default: functions.expert_dispatch,
         torch.ops.arriero.cached_attention.default: functions.translate_attention,
+        torch.ops.aten.floor_divide.default: functions.translate_floor_divide,
     }
     with torch.device("meta"), torch.no_grad(), _quiet():
         program = torch.onnx.export(

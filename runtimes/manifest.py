@@ -21,6 +21,7 @@ from arriero.strict_json import read_json_object
 
 FORMAT = 3
 FILE = "manifest.json"
+LICENSES = "licenses"  # the folder of the checkpoint's licence, use policy and notices
 REPORTS = ("parity.json", "parity.html")
 RECORD_FOLDER = "reference"  # of the reference record, in a bundle that brings it
 RECORD_FILE = f"{RECORD_FOLDER}/record.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.models.chasqui import VOCABULARY, write_skeleton
-from tests.toys import make_maverick_toy, make_scout_toy
+from tests.toys import make_guard_toy, make_maverick_toy, make_scout_toy
 
 TILE = 32
 CHUNK = 64  # held-out recall prompts cross it several times
@@ -37,6 +37,12 @@ def small_maverick(folder: Path, seed: int = 6) -> Path:
     """Maverick's shape, text only: dense and MoE layers in turn, 128 experts, no QK-norm."""
     make_maverick_toy(folder, seed, **_sizes(_copy_skeleton(folder, vision=False)))
     return folder
+
+
+def small_guard(folder: Path, seed: int = 7, **changes: Any) -> Path:
+    """Llama Guard 4's shape, text only: dense layers, all rotary and global; `changes` override keys of the config."""
+    sizes = _sizes(_copy_skeleton(folder, vision=False)) | {"attention_chunk_size": None}
+    return make_guard_toy(folder, seed, **sizes | changes)
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -19,7 +19,7 @@ import arriero as package
 from arriero.runtimes.integrity import open_manifest
 from tests.command import arriero, contents, write_build
 from tests.conftest import workshop_profiles
-from tests.small import small_maverick, small_scout
+from tests.small import small_guard, small_maverick, small_scout
 from tests.stopping import run_and_kill, stages
 
 PROMPT = "What is 17 + 25?"
@@ -222,21 +222,39 @@ def test_maverick_s_shape(tmp_path):
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "tvm"])
 def test_a_model_without_experts_is_proven_and_published(tmp_path, backend):
-    """Llama Guard 4's shape: dense layers alone. What the profile asks of routers does not apply, and is not judged."""
+    """Llama Guard 4's shape: dense layers alone. What a profile asks of routers does not apply: no such row."""
     if backend == "tvm":
         pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'")
-    small_scout(tmp_path / "guard", moe_layers=[])
+    small_guard(tmp_path / "guard")
     profiles = ("int8",) if backend == "onnxruntime" else ("int4",)
-    build_file = write_build(tmp_path / "build.yaml", Path("guard"), profiles=profiles, samples=6, backend=backend)
+    build_file = write_build(tmp_path / "build.yaml", Path("guard"), "text", profiles, 6, backend=backend)
     built = arriero("build", build_file)
     assert built.code == 0, built.err
     for name in profiles:
         rows = {row["metric"]: row for row in parity_rows(tmp_path / "bundles" / name)}
-        row = rows["router_agreement"]
-        assert (row["value"], row["threshold"], row["status"]) == (None, None, "info")
-        assert row["detail"] == "does not apply: the model has no MoE layers"
+        assert not rows.keys() & {"router_agreement", "router_agreement_lowest", "vision_relative_l2"}
         assert rows["task_accuracy_drop"]["status"] == "pass"
         assert arriero("run", tmp_path / "bundles" / name, PROMPT, "--max-tokens", "4").code == 0
+
+
+def test_license_files_travel_in_the_bundle(tmp_path):
+    model, bundle = small_guard(tmp_path / "guard"), tmp_path / "bundles" / "fp32"
+    build_file = write_build(tmp_path / "build.yaml", Path("guard"), "text", samples=2)
+    for name in ("LICENSE.txt", "USE_POLICY.md", "NOTICE", "README.md"):
+        (model / name).write_text(f"{name} of the model\n")
+    assert arriero("build", build_file).code == 0
+    names = ["licenses/LICENSE.txt", "licenses/NOTICE", "licenses/USE_POLICY.md"]
+    assert arriero("inspect", bundle, "--json").json["licenses"] == names
+    assert [name for name in open_manifest(bundle, full=True).files if name.startswith("licenses/")] == names
+    assert ", ".join(names) in " ".join(arriero("inspect", bundle).out.split())
+    (model / "NOTICE").write_text("another notice\n")
+    assert arriero("build", build_file).code == 0
+    assert (bundle / "licenses" / "NOTICE").read_text() == "another notice\n"
+    for name in ("LICENSE.txt", "USE_POLICY.md", "NOTICE"):
+        (model / name).unlink()
+    assert arriero("build", build_file).code == 0
+    assert not (bundle / "licenses").exists()
+    assert "licences" not in arriero("inspect", bundle).out
 
 
 def parity_rows(bundle: Path) -> list[dict[str, object]]:

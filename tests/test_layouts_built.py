@@ -1,4 +1,4 @@
-"""Quantised checkpoints from the library that wrote them to bundles that answer: a few layouts of `tests.long.layouts`."""
+"""Quantised checkpoints, from the library that wrote them to bundles that answer: two of `tests.long.layouts`."""
 
 from __future__ import annotations
 

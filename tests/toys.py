@@ -86,6 +86,23 @@ def make_maverick_toy(folder: Path, seed: int, **changes: Any) -> Path:
     return _write(folder, config, seed)
 
 
+# What Llama Guard 4's config.json says beside its sizes: no experts, rotary and unchunked attention throughout.
+DENSE: dict[str, Any] = {
+    "moe_layers": [],
+    "num_local_experts": 0,
+    "interleave_moe_layer_step": 0,
+    "no_rope_layer_interval": 80,  # beyond the last layer
+    "attention_chunk_size": None,
+    "attn_temperature_tuning": False,
+    "intermediate_size_mlp": 96,
+}
+
+
+def make_guard_toy(folder: Path, seed: int, **changes: Any) -> Path:
+    """Llama Guard 4's shape: dense layers alone, all rotary and global; text only. `changes` as for Maverick's."""
+    return make_scout_toy(folder, seed, vision=False, **{**DENSE, **changes})
+
+
 def load_reference(folder: Path) -> Llama4:
     """The torch reference of a toy, with its stored bf16 weights widened on the fly."""
     checkpoint = Checkpoint.open(folder)

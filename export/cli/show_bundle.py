@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.text import Text
 
+from arriero.export.cli.describe_layers import describe_layers
 from arriero.export.cli.tables import print_wrapped
 from arriero.export.machine.budget import human_bytes
 from arriero.runtimes.integrity import open_manifest
-from arriero.runtimes.manifest import RECORD_FILE, Fallback, SampleSet
+from arriero.runtimes.manifest import LICENSES, RECORD_FILE, Fallback, SampleSet
 from arriero.runtimes.proof.report import read_json
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def describe_bundle(bundle: Path) -> dict[str, Any]:
         "chain": asdict(manifest.chain),
         "bytes": sum(record.bytes for record in manifest.files.values()),
         "files": {name: record.bytes for name, record in manifest.files.items()},
+        "licenses": [name for name in manifest.files if name.startswith(f"{LICENSES}/")],
         "weights": dict(Counter(weight.scheme for weight in manifest.weights.values())),
         "calibration": asdict(manifest.calibrated.calibration),
         "coverage": manifest.calibrated.coverage,
@@ -57,14 +59,14 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
     """Print a described bundle for people."""
     target, text = described["target"], described["model"]["text"]
     kinds = Counter(f"{layer['attention']} {layer['ffn']}" for layer in text["layers"])
-    layers = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    numbers = (text["num_local_experts"], text["num_experts_per_tok"], text["attention_chunk_size"])
+    layers = describe_layers(kinds, *numbers)
     vision = "text and image" if described["model"]["vision"] else "text"
     rows = {
         "bundle": f"[bold]{described['name']}[/], {human_bytes(described['bytes'])}, every file as recorded",
         "target": f"{target['backend']}, profile {escape(target['profile'])}, context {target['context']:,}, "
         f"batch {target['batch']}, arch {target['arch']}",
-        "model": f"{described['model']['model_type']} ({vision}); {layers}; {text['num_local_experts']} experts, "
-        f"{text['num_experts_per_tok']} per token; chunk {text['attention_chunk_size']:,}",
+        "model": f"{described['model']['model_type']} ({vision}); {layers}",
         "weights": ", ".join(f"{count} x {scheme}" for scheme, count in described["weights"].items()),
         "chain": " → ".join(f"{name} {value[:8]}" for name, value in described["chain"].items()),
         "KV cache": f"{described['kv_cache']}, "
@@ -80,6 +82,8 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
         "parity": _parity(described["parity"]),
         "built with": ", ".join(f"{name} {version}" for name, version in described["tools"].items()),
     }
+    if described["licenses"]:
+        rows["licences"] = escape(", ".join(described["licenses"]))
     for name, value in rows.items():
         said = Text.from_markup(value)
         style = str(said.spans[0].style) if said.spans else None

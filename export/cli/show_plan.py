@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from arriero.export.cli.describe_layers import describe_layers
 from arriero.export.cli.tables import print_rows, print_wrapped
 from arriero.export.machine.budget import human_bytes, human_seconds
 
@@ -18,13 +19,12 @@ if TYPE_CHECKING:
 def show_plan(plan: Plan, console: Console) -> None:
     """Print model, stages, bundles, context prices, the needs against what there is, and warnings."""
     model = plan.model
-    layers = ", ".join(f"{count} {kind}" for kind, count in model["layers"].items())
-    experts = f"{model['experts']} experts, {model['experts_per_token']} per token"
+    layers = describe_layers(model["layers"], model["experts"], model["experts_per_token"], model["chunk"])
     console.print(Text(model["folder"], style="bold"), soft_wrap=True)
     print_wrapped(
         console,
         f"{model['model_type']}: {model['parameters']:,} parameters in {model['tensors']} tensors, {model['size']}; "
-        f"layers: {layers}; {experts}; chunk {model['chunk']:,}",
+        f"layers: {layers}",
     )
     forms = ", ".join(f"{form} ({count})" for form, count in model["stored_as"].items())
     print_wrapped(console, f"{model['layout']}'s layout; tensors are stored as {forms}")

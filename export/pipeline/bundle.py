@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,14 @@ def copy_tokenizer(checkpoint: Path, folder: Path) -> list[str]:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(checkpoint / name, folder / name)
     return names
+
+
+def copy_licenses(files: Sequence[Path], folder: Path) -> list[str]:
+    """Copy the licence files of a checkpoint, if it has any, and give their names."""
+    for file in files:
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / file.name)
+    return [file.name for file in files]
 
 
 def assemble(stage: Path, folder: Path) -> dict[str, FileRecord]:

@@ -44,7 +44,8 @@ class Work:
     @property
     def active(self) -> float:
         """Parameters of the text decoder that one token reads."""
-        share = self.config.text.experts_per_token / self.config.text.experts
+        text = self.config.text
+        share = text.experts_per_token / text.experts if text.moe_layers else 1.0
         return sum(
             math.prod(one.shape) * (share if len(one.shape) == 3 else 1)
             for one in self.used

@@ -21,9 +21,8 @@ def ignored_files(folder: Path) -> list[str]:
         sentences.append(f"{', '.join(code)} is ignored: no code of a checkpoint is run")
     templates = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     if others := [file.stem for file in templates if file.stem not in ("default", "tool_use")]:
-        sentences.append(
-            f"the chat templates {', '.join(others)} are ignored: prompts take the default one, with tools that called tool_use"
-        )
+        taken = "prompts take the default one, and with tools the one called tool_use"
+        sentences.append(f"the chat templates {', '.join(others)} are ignored: {taken}")
     generation, tokenizer = folder / "generation_config.json", folder / "tokenizer_config.json"
     if generation.is_file():
         keys = sorted(key for key, value in read_json_object(generation, REMEDY).items() if value is not None)

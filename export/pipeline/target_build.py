@@ -23,7 +23,7 @@ from arriero.export.compile import Device
 from arriero.export.compile.cpus import NATIVE
 from arriero.export.compile.nvidia.engine_shapes import Limits
 from arriero.export.compile.nvidia.gpus import local_gpus
-from arriero.export.pipeline.bundle import Parts, assemble, copy_tokenizer, is_current, write_manifest
+from arriero.export.pipeline.bundle import Parts, assemble, copy_licenses, copy_tokenizer, is_current, write_manifest
 from arriero.export.pipeline.estimate_needs import cache_bytes
 from arriero.export.pipeline.explain_failure import explain_failures
 from arriero.export.pipeline.failure_page import FailurePage
@@ -39,6 +39,7 @@ from arriero.profiles.quantized_weights import QuantizedWeights
 from arriero.profiles.recipe import Profile
 from arriero.runtimes.cpu import architecture
 from arriero.runtimes.manifest import (
+    LICENSES,
     REPORTS,
     CalibratedPart,
     Compiled,
@@ -192,9 +193,10 @@ class TargetBuild:
         return cache_scales(json.loads((self.build.calibrated / "cache.json").read_text()))
 
     def lower(self, folder: Path) -> set[str]:
-        """Stage `lower-*`: the backend's graphs and weights, the tokenizer, and proof that the backend loads them."""
+        """Stage `lower-*`: the backend's graphs and weights, tokenizer, licences, and proof that it loads them."""
         weights = self.lower_parts(self.target, self.build.parts, self.decided, self.roundings, folder)
         tokenizer = copy_tokenizer(self.build.checkpoint.side_folder, folder / "tokenizer")
+        licenses = copy_licenses(self.build.checkpoint.license_files, folder / LICENSES)
         compiled = self.compile(self.target, self.build.parts, self.kernels, folder)
         if compiled.gpu is not None:  # an engine has swallowed the file of its part's weights
             weights = {name: {**one, "file": f"{Path(one['file']).stem}.engine"} for name, one in weights.items()}
@@ -205,6 +207,7 @@ class TargetBuild:
             code
             | files
             | {f"tokenizer/{name}" for name in tokenizer}
+            | {f"{LICENSES}/{name}" for name in licenses}
             | {write_part(LoweredPart(stored, compiled), folder)}
         )
 

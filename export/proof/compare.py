@@ -191,7 +191,7 @@ def _line(bundle: Path, manifest: Manifest, measured: ParityReport, speed: float
         logits_kl_mean=values["logits_kl_mean"],
         kl_over_rtn=recorded.get("kl_over_rtn"),
         same_top_token=values["same_top_token"],
-        router_agreement=values["router_agreement"],
+        router_agreement=values.get("router_agreement"),
         accuracy_reference=values["task_accuracy_reference"],
         accuracy=values["task_accuracy_candidate"],
         accuracy_interval=accuracy_interval(right, count) if count else None,

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from arriero.graphs.config import TextConfig
-from arriero.graphs.model import KeyValue, Linear, MoE, rotation_table
+from arriero.graphs.model import KeyValue, Linear, MoE
+from arriero.graphs.rotary import rotation_table
 from arriero.profiles.kv_cache import CacheRange
 from arriero.profiles.moments import ROWS, Moments, check_finite
 from arriero.profiles.reserved_array import create_array
@@ -224,7 +225,7 @@ class Walk:
         """`layer` over one whole sample [S, H]: the hidden states after it [S, H], its keys and values [1, K, S, D]."""
         x = torch.from_numpy(hidden)[None]
         positions = torch.arange(x.shape[1])[None]
-        rotation = rotation_table(positions, self.text.rope, self.text.head_dim)
+        rotation = rotation_table(positions, self.text)
         empty = torch.zeros(1, self.text.kv_heads, 0, self.text.head_dim)
         no_past = torch.zeros(1, 0, dtype=torch.int64)
         after, present, _ = self.model.model.layers[layer](x, rotation, (empty, empty), positions, no_past)

@@ -1,6 +1,6 @@
 """Fuses the traced rotation of interleaved pairs into one RotaryEmbedding node per query and key.
 
-Pattern, for x [B, S, heads*D] and angles [B, S, D/2]:
+Pattern, for x [B, S, heads*D] and angles as cos, sin [B, S, D/2]:
     even, odd = the pairs of Reshape(x) [B, S, heads, D/2, 2]
     Reshape(Concat(Unsqueeze(even*cos - odd*sin), Unsqueeze(even*sin + odd*cos))) [B, S, heads, D]
 Everything after that Reshape (QK-norm) stays as it is.
@@ -19,7 +19,7 @@ VIEWS = ("Unsqueeze", "Slice", "Squeeze", "Reshape")
 
 
 def fuse_rotary(model: ir.Model) -> int:
-    """Rewrite every rotation of queries and keys whose angles are computed in the graph; give how many."""
+    """Rewrite every rotation of queries and keys, whose angles come from the positions; give how many."""
     count = 0
     for concat in list(model.graph):
         rotated = _rotated(concat) if concat.op_type == "Concat" and len(concat.inputs) == 2 else None
@@ -57,9 +57,9 @@ def _rotated(concat: ir.Node) -> tuple[ir.Node, ir.Value, ir.Value, ir.Value] | 
     if x is None or x is not same_x or cos_table is None or sin_table is None:
         miss(concat, ROTARY, "the two halves of its pairs are not of one tensor")
         return None
-    kinds = [node.op_type if (node := table.producer()) else None for table in (cos_table, sin_table)]
-    if kinds != ["Cos", "Sin"]:
-        miss(concat, ROTARY, f"its angles come from {kinds}, not from Cos and Sin")
+    shapes = [table.shape for table in (cos_table, sin_table)]
+    if any(shape is None or len(shape) != 3 for shape in shapes):
+        miss(concat, ROTARY, f"its angles are {shapes}, not [B, S, D/2]")
         return None
     return readers[0], x, cos_table, sin_table
 

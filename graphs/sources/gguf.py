@@ -254,5 +254,5 @@ def _tokenizer(keys: Mapping[str, Any], where: str) -> str:
         what = f"is of kind {keys.get('tokenizer.ggml.model')!r} and splits text as {split!r} does"
         remedy = "Convert the model again with today's llama.cpp"
         raise ArrieroError(what, where=f"{where}:tokenizer.ggml", expected=f"gpt2 and {SPLITS[0]}", remedy=remedy)
-    pairs = [(left, right) for left, right in (merge.split(" ", 1) for merge in keys["tokenizer.ggml.merges"])]
-    return tokenizer_json(keys["tokenizer.ggml.tokens"], pairs, keys["tokenizer.ggml.token_type"])
+    lists = (keys.get(f"tokenizer.ggml.{name}") for name in ("tokens", "merges", "token_type"))
+    return tokenizer_json(*(one or [] for one in lists))

@@ -22,7 +22,7 @@ from arriero.thresholds import ALWAYS, FORCED, PER_FAMILY, AnswerMode
 class Value:
     """A row before it is judged: value (None: not measured), what stands beside it, its standard error.
 
-    `pairs` are what a drop of accuracy is judged by. What `applies` to no model of this shape is not judged.
+    `pairs` are what a drop of accuracy is judged by. What `applies` to no model of this shape is no row of the report.
     """
 
     value: float | None
@@ -33,8 +33,6 @@ class Value:
 
     def row(self, metric: str, threshold: float | None) -> Row:
         """The judged row."""
-        if not self.applies:
-            return Row(metric, None, None, "info", f"does not apply: {self.detail}")
         if self.pairs is not None:
             return judge_drop(metric, self.pairs, threshold, self.detail)
         return judge(metric, self.value, threshold, self.detail, self.error)
@@ -87,7 +85,7 @@ class Tally:
                 values[name] = Value(None, self._why_not(name, families))
         limits = {**ALWAYS, **thresholds}
         return ParityReport(
-            rows=tuple(value.row(name, limits.get(name)) for name, value in values.items()),
+            rows=tuple(value.row(name, limits.get(name)) for name, value in values.items() if value.applies),
             layers=tuple(self._series()),
             families=families,
             cases=tuple(self.results),

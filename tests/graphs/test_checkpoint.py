@@ -347,7 +347,10 @@ def test_content_hash_follows_every_file(tmp_path):
     raw[-1] ^= 1
     shard.write_bytes(raw)
     hashes.append(Checkpoint.open(folder).content_hash(memo))
-    assert len(set(hashes)) == 3
+    for name in ("LICENSE", "USE_POLICY.md", "NOTICE.txt"):
+        (folder / name).write_text("terms")
+        hashes.append(Checkpoint.open(folder).content_hash(memo))
+    assert len(set(hashes)) == 6
     assert hashes[-1] == Checkpoint.open(folder).content_hash()
 
 

@@ -27,7 +27,7 @@ from arriero.profiles.quantize import dequantize, quantize
 from arriero.profiles.recipe import Profile, load_profile
 from arriero.profiles.schemes import IntBlock, Scheme
 from arriero.runtimes.onnxruntime import session_options
-from tests.toys import IMAGE_TOKEN, load_reference, make_maverick_toy, make_scout_toy
+from tests.toys import IMAGE_TOKEN, load_reference, make_guard_toy, make_maverick_toy, make_scout_toy
 
 # fp32 on both sides, another order of summation: measured 4e-7 to 6e-7.
 TOLERANCE = 5e-6
@@ -43,6 +43,7 @@ TOYS = {
     "top-2 and tied": lambda folder: make_scout_toy(
         folder, 3, vision=False, num_experts_per_tok=2, tie_word_embeddings=True
     ),
+    "guard": lambda folder: make_guard_toy(folder, 6),
 }
 
 
@@ -218,8 +219,11 @@ def test_int8_differs_by_the_rounding_of_activations_only(built: Built, tmp_path
     moe = built.config.text.moe_layers
     same = np.stack(
         [
-            (np.sort(ours[f"expert_id.{index}"][0]) == np.sort(ids.numpy())).all(-1)
-            for index, ids in zip(moe, expected.expert_ids, strict=True)
+            np.full(LENGTH, True),  # a model without experts routes nothing
+            *(
+                (np.sort(ours[f"expert_id.{index}"][0]) == np.sort(ids.numpy())).all(-1)
+                for index, ids in zip(moe, expected.expert_ids, strict=True)
+            ),
         ]
     ).all(0)
     assert same.mean() > 0.8  # random routers have near-ties; a flip there is no fault of the graph
@@ -305,6 +309,8 @@ def refusals() -> Iterator[Any]:
 def test_a_scheme_without_a_kernel_is_refused_by_name(
     built: Built, tmp_path: Path, name: str, scheme: Scheme, words: str
 ) -> None:
+    if name not in built.checkpoint.tensors:
+        pytest.skip("needs a model with experts")
     with pytest.raises(ArrieroError, match=words) as caught:
         lower("text", built.canonical, Lowering(built.config, built.checkpoint, altered(built, name, scheme), tmp_path))
     assert name in str(caught.value)

@@ -12,6 +12,7 @@ from arriero.errors import ArrieroError
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.model import Llama4, StepTensors
 from arriero.graphs.names import expected_tensors
+from tests.toys import DENSE
 
 transformers = pytest.importorskip("transformers")
 
@@ -183,6 +184,22 @@ def test_images_several_tiles_and_several_images():
     assert features.shape == (12, 64)
     result = step(ours, ids, 0, ours.language_model.empty_cache(2), features)
     assert_close(result.logits, model(input_ids=ids, pixel_values=tiles).logits)
+
+
+@torch.no_grad()
+def test_dense_layers_without_chunks():
+    """Llama Guard 4's shape. transformers makes no mask without a chunk size, so its chunk holds the whole row."""
+    model = judge({**SCOUT, **DENSE, "attention_chunk_size": 512}, vision=None)
+    data = json.loads(model.config.to_json_string(use_diff=False))
+    config = ModelConfig.from_dict({**data, "attention_chunk_size": None}, "config.json")
+    assert {(layer.rope, layer.chunked, layer.moe) for layer in config.text.layers} == {(True, False, False)}
+    ours = Llama4(config)
+    ours.load_state_dict({f"language_model.{name}": value for name, value in model.state_dict().items()}, strict=True)
+    ids = torch.randint(3, 290, (2, 57))
+    whole = model(input_ids=ids).logits
+    first = step(ours, ids[:, :40], 0, ours.language_model.empty_cache(2))
+    assert_close(first.logits, whole[:, :40])
+    assert_close(step(ours, ids[:, 40:], 40, first.present).logits, whole[:, 40:])
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.model import Llama4, StepTensors
 from arriero.graphs.trace import text_signature, trace_embed, trace_text, trace_vision, write_weights
-from tests.toys import IMAGE_TOKEN, load_reference, make_maverick_toy, make_scout_toy
+from tests.toys import IMAGE_TOKEN, load_reference, make_guard_toy, make_maverick_toy, make_scout_toy
 
 # Both sides are fp32 and differ only in the order of summation: measured 3e-7 to 6e-7 on these shapes.
 TOLERANCE = 5e-6
@@ -31,6 +31,7 @@ TOYS = {
     "top-2 and tied": lambda folder: make_scout_toy(
         folder, 3, vision=False, num_experts_per_tok=2, tie_word_embeddings=True
     ),
+    "guard": lambda folder: make_guard_toy(folder, 5),
     "all global": lambda folder: make_maverick_toy(folder, 4, layer_types=["full_attention"] * 4),
 }
 
@@ -180,3 +181,16 @@ def test_a_float32_checkpoint_traces_as_well(tmp_path: Path) -> None:
     session = opened(model, toy, tmp_path / "text.onnx")
     ours, expected = both(Traced(tmp_path, config, load_reference(toy), model, session), 1, 20, 0, 0)
     assert relative(ours["logits"], expected.logits) < TOLERANCE
+
+
+def test_angles_are_tables_in_float32_for_each_digit_of_a_position(tmp_path):
+    """No operator in float64, which engines for GPUs lack, and no sine of an angle that float32 has rounded."""
+    toy = make_scout_toy(tmp_path / "toy", 1, vision=False, head_dim=128, max_position_embeddings=10_485_760)
+    model = trace_text(ModelConfig.load(toy), Checkpoint.open(toy), tmp_path / "text.onnx")
+    values = [value for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None]
+    assert ir.DataType.DOUBLE not in {value.dtype for value in values}
+    assert not {"Cos", "Sin", "Range"} & {node.op_type for node in model.graph}
+    tables = [node.inputs[0] for node in model.graph if node.op_type == "Gather" and len(node.outputs[0].shape) == 3]
+    constants = [tuple(table.shape) for table in tables if table.const_value is not None]
+    # cosine and sine, each for three digits: 256 ** 3 is the first power above the length
+    assert constants == [(256, 64)] * 6

@@ -2,8 +2,8 @@
 
     python -m tests.long.layouts FOLDER [--only compressed_tensors-w4a16 gguf-Q4_K ..]
 
-Each is built for ONNX Runtime exactly and for TVM as it is stored, proven, and has to answer 42. A line per layout: what the
-tensors are stored as, what becomes of the quantised ones, and the KL of both bundles.
+Each is built for ONNX Runtime exactly and for TVM as it is stored, proven, and has to answer 42. A line for each: what
+the tensors are stored as, what becomes of the quantised ones, and the KL of both bundles.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 
 from arriero.errors import ArrieroError, Problems
 from arriero.export.proof.reference import TorchBackend
-from arriero.graphs.model import rotation_table
+from arriero.graphs.rotary import rotation_table
 from tests.toys import IMAGE_TOKEN, make_maverick_toy, make_scout_toy
 
 # Relative to the largest value: both sides are fp32 and differ only in the order of summation.
@@ -142,7 +142,7 @@ def test_margins_are_noted_for_this_threads_forwards_only(scout):
     with torch.no_grad():
         model, none = scout.model.language_model, torch.zeros(1, 0, dtype=torch.int64)
         positions = torch.arange(20)[None]
-        rotation = rotation_table(positions, model.config.rope, model.config.head_dim)
+        rotation = rotation_table(positions, model.config)
         attended, _ = layer.self_attn(layer.input_layernorm(hidden), rotation, model.empty_cache(1)[0], positions, none)
         logits = layer.feed_forward.router(layer.post_attention_layernorm(hidden + attended)[0])
     best = logits.sort(dim=-1, descending=True).values
