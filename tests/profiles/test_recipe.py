@@ -128,6 +128,7 @@ def everywhere(label: str, *groups: str) -> dict[str, str]:
         ("int8-all", {**everywhere("int8 block 32", *GROUPS), **KEPT}),
         ("int8-dynamic", {**EXACT, **everywhere("int8 per channel dynamic")}),
         ("int8-static", {**EXACT, **everywhere("int8 per channel static observed smooth 0.95")}),
+        ("as-stored", {**everywhere("as stored", *GROUPS), **KEPT}),
         ("mixed", {**everywhere("chosen", *GROUPS), **KEPT, "head": "exact"}),
         ("int4", {**everywhere("int4 block 32 gptq", *GROUPS), **KEPT, **INT4, "head": "int8 block 32"}),
         ("int4-b128", {**everywhere("int4 block 128 gptq", *GROUPS), **KEPT, "head": "int8 block 32"}),

@@ -21,6 +21,7 @@ from arriero.export.proof.live_reference import LiveReference
 from arriero.export.proof.reference import TorchBackend, open_reference
 from arriero.export.proof.write_record import SHOWN, Origin, write_record
 from arriero.export.samples.cases import draw_cases
+from arriero.graphs.checkpoint import Checkpoint
 from arriero.runtimes.backend import StepOutput
 from arriero.runtimes.proof import logits as kept_logits
 from arriero.runtimes.proof.cases import Reference
@@ -40,7 +41,7 @@ ANSWERS = {"task_accuracy_reference", "task_accuracy_candidate", "task_accuracy_
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Session:
-    return open_reference(small_scout(tmp_path_factory.mktemp("scout")), False)
+    return open_reference(Checkpoint.open(small_scout(tmp_path_factory.mktemp("scout"))), False)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +217,7 @@ def test_forced_answers_have_names_of_their_own(reference, forced, record):
 
 @pytest.fixture(scope="module")
 def embedded() -> Session:
-    return open_reference(CHASQUI, False)
+    return open_reference(Checkpoint.open(CHASQUI), False)
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,14 @@ import pytest
 
 from arriero.export.proof.reference import open_reference
 from arriero.export.proof.reference_answer import forced_ids
+from arriero.graphs.checkpoint import Checkpoint
 from tests.small import small_scout
 
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory):
-    return open_reference(small_scout(tmp_path_factory.mktemp("forced") / "scout"), text_only=False).spec
+    checkpoint = Checkpoint.open(small_scout(tmp_path_factory.mktemp("forced") / "scout"))
+    return open_reference(checkpoint, text_only=False).spec
 
 
 @pytest.mark.parametrize(
