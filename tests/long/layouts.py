@@ -71,7 +71,7 @@ def build(folder: Path, name: str, tell: Callable[[str], None] = print) -> None:
         if answer.splitlines()[0].strip() != ANSWER:
             raise WrongAnswer(f"{name}, {target}: {answer!r}")
         rows = json.loads((bundle / "parity.json").read_text())["rows"]
-        divergence[target] = next(row["value"] for row in rows if row["metric"] == "logits_kl")
+        divergence[target] = next(row["value"] for row in rows if row["metric"] == "logits_kl_mean")
     stored = ", ".join(f"{form} {count}" for form, count in plan["model"]["stored_as"].items())
     kept = ", ".join(f"{count} {kind}" for kind, count in plan["targets"][1]["quantised"].items()) or "none quantised"
     tell(f"{name:32} {stored:44} {kept:36} KL {divergence['ort']:.1e} exact, {divergence['tvm']:.1e} as stored")
