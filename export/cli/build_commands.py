@@ -11,17 +11,28 @@ from arriero.errors import ArrieroError
 from arriero.export.cli.options import STDOUT, BuildFile, Json, err, out, print_json
 
 
-def plan(build_file: BuildFile = Path("build.yaml"), as_json: Json = False) -> None:
+def plan(
+    build_file: BuildFile = Path("build.yaml"),
+    model: Annotated[
+        str | None,
+        typer.Option(help="Plan for this checkpoint in the place of the build file's. Its headers are enough."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Say what a build would do and cost, without touching anything.
 
     Shows the stages (done or to do), the bytes of each bundle by number format, peak memory and disk against the
     budgets, and what context costs: KV cache bytes at 8k, 128k, 1M and 10M tokens for each cache format.
     """
+    from arriero.export.build_file.locate import resolve_model
     from arriero.export.build_file.read import load_build
     from arriero.export.cli.show_plan import show_plan
     from arriero.export.pipeline.plan import make_plan
 
-    planned = make_plan(load_build(build_file))
+    config = load_build(build_file)
+    if model is not None:
+        config = config.model_copy(update={"model": resolve_model(model, Path.cwd())})
+    planned = make_plan(config)
     if as_json:
         print_json(planned.to_json())
     else:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arriero.errors import ArrieroError, MachineLacks, raise_together
+from arriero.errors import ArrieroError, MachineLacks, raise_together, sentence_of
 from arriero.graphs.sources.fuse_experts import fuse_experts
 from arriero.graphs.sources.gguf_config import ARCHITECTURE, PATCH, text_config, vision_config
 from arriero.graphs.sources.gguf_names import ROPE_FACTORS, canonical_name
@@ -87,7 +87,11 @@ def open_folder(path: Path) -> Layout:
         what = f"is a model of architecture {architecture!r}"
         raise ArrieroError(what, where=f"{where}:general.architecture", expected=ARCHITECTURE, remedy=remedy)
     tensors, factors = _tensors(opened)
-    config = text_config(keys, tensors, factors, where)
+    try:
+        config = text_config(keys, tensors, factors, where)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, StopIteration) as error:
+        what = f"holds a key of another kind than Llama 4's ({sentence_of(error)})"
+        raise ArrieroError(what, where=where, remedy=AGAIN) from None
     if tower is not None:
         seen = GgufFile.open(tower)
         pixels, _ = _tensors([seen])

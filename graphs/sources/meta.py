@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arriero.errors import ArrieroError, raise_together
+from arriero.errors import ArrieroError, raise_together, sentence_of
 from arriero.graphs.sources.layout import Layout, files_beside
 from arriero.graphs.sources.llama4_defaults import default_side_files
 from arriero.graphs.sources.made_weight import MadeWeight
@@ -47,7 +47,12 @@ def open_folder(folder: Path) -> Layout:
     own = files_beside(folder)
     if TOKENIZER_JSON not in own and (folder / TOKENIZER).is_file():
         own[TOKENIZER_JSON] = read_meta_tokenizer(folder / TOKENIZER)
-    config = read_params(read_json_object(params, AGAIN), tensors, _control_tokens(own, str(folder)), str(params))
+    stated = read_json_object(params, AGAIN)
+    try:
+        config = read_params(stated, tensors, _control_tokens(own, str(folder)), str(params))
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        what = f"holds a value of another kind than Llama 4's ({sentence_of(error)})"
+        raise ArrieroError(what, where=str(params), remedy=AGAIN) from None
     beside = [file for name in (PARAMS, TOKENIZER, *own) if (file := folder / name).is_file()]
     return Layout(
         "Meta", config, tensors, [*beside, *files], None, default_side_files(config.get("vision_config")) | own
