@@ -266,12 +266,10 @@ def compare(
     """
     from arriero.export.cli.progress import Progress
     from arriero.export.proof import compare as comparison
-    from arriero.graphs.checkpoint import Checkpoint
 
-    checkpoint = Checkpoint.open(against, adapter or [])
     cases = _held_out(data, samples, seed)
     with Progress(err) as watch:
-        lines = comparison.compare_bundles(bundles, checkpoint, cases, threads, watch)
+        lines = comparison.compare_bundles(bundles, against, adapter or [], cases, threads, watch)
     asked = {"set": Path(cases.set).name, "samples": lines[0].cases, "seed": seed}
     if html:
         labels = {"checkpoint": against, "held-out prompts": asked["set"], "how many": asked["samples"], "seed": seed}

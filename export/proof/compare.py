@@ -14,6 +14,7 @@ from arriero.errors import ArrieroError
 from arriero.export.machine.budget import human_bytes
 from arriero.export.proof.against import check_origin, label_set, modalities_of, open_live
 from arriero.export.proof.measure_bundle import circumstances, measure_bundle
+from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.stored.safetensors_writer import ITEM_BYTES
 from arriero.runtimes.api import load
 from arriero.runtimes.manifest import RECORD_FOLDER, Manifest, ProofTerms, StoredWeight
@@ -23,7 +24,6 @@ from arriero.runtimes.proof.report import ParityReport, read_json
 
 if TYPE_CHECKING:
     from arriero.export.build_file.schema import Cases
-    from arriero.graphs.checkpoint import Checkpoint
 
 Watch = Callable[[str, int, int, str], None]
 SPEED_PROMPT, SPEED_TOKENS, SPEED_RUNS = "Count from one to one hundred.", 48, 3
@@ -59,9 +59,18 @@ class Compared:
 
 
 def compare_bundles(
-    bundles: Sequence[Path], checkpoint: Checkpoint, wanted: Cases, threads: int | None, watch: Watch
+    bundles: Sequence[Path],
+    folder: Path,
+    adapters: Sequence[Path],
+    wanted: Cases,
+    threads: int | None,
+    watch: Watch,
 ) -> list[Compared]:
-    """Measure each bundle. Raises ArrieroError, before anything is measured, for one of another checkpoint."""
+    """Measure each bundle against the checkpoint in `folder`, with the adapters that the build merged.
+
+    Raises ArrieroError, before anything is measured, for a bundle of another checkpoint.
+    """
+    checkpoint = Checkpoint.open(folder, adapters)
     manifests = [Manifest.read(bundle) for bundle in bundles]
     check_origin(manifests, checkpoint)
     reference = cache(partial(open_live, checkpoint, wanted))

@@ -35,7 +35,7 @@ def check_ledger(
                 note("is unknown to the config", "", "Is config.json the one of these weights?", source.name)
             continue
         if source.dtype.startswith("F8_"):
-            remedy = "Quantised checkpoints are not accepted as input yet: use the bf16 checkpoint"
+            remedy = "Is its scale missing, or quantization_config in config.json? Download them together"
             note(f"is stored as {source.dtype}", " or ".join(FLOAT_DTYPES), remedy, source.name)
         elif source.dtype not in FLOAT_DTYPES:
             note(f"is stored as {source.dtype}", " or ".join(FLOAT_DTYPES), "Use the bf16 checkpoint", source.name)

@@ -312,7 +312,7 @@ def test_ledger_refuses_f8(tmp_path):
     name = "language_model.model.layers.0.feed_forward.experts.down_proj"
     text = ledger(tmp_path, TENSORS | {name: TENSORS[name].to(torch.float8_e4m3fn)})
     assert f"{name}: is stored as F8_E4M3" in text
-    assert "Quantised checkpoints are not accepted as input yet" in text
+    assert "Is its scale missing, or quantization_config in config.json?" in text
 
 
 def test_ledger_allows_named_extras_only_in_full(tmp_path):

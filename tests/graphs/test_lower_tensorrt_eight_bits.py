@@ -174,6 +174,8 @@ def test_nothing_of_an_unrouted_expert_is_read(built: Built, lowered: tuple[Path
     embeds = built.embeds(1)[:, :9].numpy()
     wanted = runnable(built, lowered[0]).step(embeds)
     layers, experts = built.config.text.moe_layers, np.arange(built.config.text.experts)
+    if not layers:
+        pytest.skip("needs a model with experts")
     idle = {layer: np.setdiff1d(experts, wanted[f"expert_id.{layer}"]) for layer in layers}
     assert any(len(unused) for unused in idle.values())
     poisoned = runnable(built, lowered[0], idle).step(embeds)

@@ -18,8 +18,8 @@ from arriero.graphs.lower.tensorrt import lower
 from arriero.graphs.stored.mma_layout import pack_int4_lanes
 from arriero.profiles.quantize import Quantized, quantize
 from arriero.profiles.schemes import Exact, Half, Int8Static, IntBlock, Scheme
-from tests.graphs.test_lower_onnxruntime import CUTS, Built, relative, stepped, whole
-from tests.graphs.test_lower_tensorrt import HALF, HALF_TOLERANCE, INT4, InPlace, assign, built, same_routes
+from tests.graphs.test_lower_onnxruntime import CUTS, TOYS, Built, relative, stepped, whole
+from tests.graphs.test_lower_tensorrt import HALF, HALF_TOLERANCE, INT4, InPlace, assign, same_routes
 
 __all__ = ["built"]
 
@@ -94,6 +94,11 @@ ExpertDown <plugin_namespace, form, aot> (inner, ids, w, scales) => (y)
 def lowered(built: Built, schemes: dict[str, Scheme], out: Path, capability: int) -> Counter[str]:
     lower("text", built.canonical, Lowering(built.config, built.checkpoint, schemes, out, capability=capability))
     return Counter(node.op_type for node in ir.load(out / "text.onnx").graph)
+
+
+@pytest.fixture(scope="session", params=[name for name in TOYS if name != "guard"])  # which has no experts
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return Built(tmp_path_factory.mktemp("lowered"), request.param)
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ def arriero(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def build(folder: Path, name: str, tell: Callable[[str], None] = print) -> None:
-    """Write, build and ask one layout in `folder`. Raises WrongAnswer."""
+def build(folder: Path, name: str, tell: Callable[[str], None] = print) -> dict[str, float]:
+    """Write, build and ask one layout in `folder`; gives the mean KL of both bundles. Raises WrongAnswer."""
     import torch
 
     writer, _, kind = name.partition("-")
@@ -75,6 +75,7 @@ def build(folder: Path, name: str, tell: Callable[[str], None] = print) -> None:
     stored = ", ".join(f"{form} {count}" for form, count in plan["model"]["stored_as"].items())
     kept = ", ".join(f"{count} {kind}" for kind, count in plan["targets"][1]["quantised"].items()) or "none quantised"
     tell(f"{name:32} {stored:44} {kept:36} KL {divergence['ort']:.1e} exact, {divergence['tvm']:.1e} as stored")
+    return divergence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -130,7 +130,7 @@ BAD = {
     "profile": (
         "profile: int8",
         "profile: in8",
-        r":8: .*no profile 'in8'; expected one of bf16, .*int8, .*mean 'int8'\?",
+        r":8: .*no profile 'in8'; expected one of as-stored, bf16, .*int8, .*mean 'int8'\?",
     ),
     "profile path": (
         "profile: int8",

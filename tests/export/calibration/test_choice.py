@@ -93,7 +93,7 @@ def test_sensitivities_are_those_of_the_layer_with_other_weights(tmp_path: Path,
     both = mine.model_copy(update={"choose": mine.choose.model_copy(update={"candidates": [scheme, scheme]})})
     calibration = Calibration(walk, checkpoint, {"p": both}, tmp_path, lambda *_: None)
     found = calibration._errors("p", both, inputs)
-    groups = ("attention", "shared_expert", "experts")
+    groups = ("attention", *(("mlp",) if name == "guard" else ("shared_expert", "experts")))
     assert set(found) == {f"{layer} {group}" for group in groups}
     after = np.load(walk.hidden_file(layer + 1)).astype(np.float64)
     changed: Any = load_reference(folder)
