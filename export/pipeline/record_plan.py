@@ -20,7 +20,8 @@ from arriero.runtimes.proof.sketch import BUCKETS
 from arriero.thresholds import AnswerMode
 from arriero.traits import SHARED_PACKAGES
 
-RECORDS = ("export/proof/write_record.py", "export/samples/cases.py")  # the sources that the stage begins in
+LAYOUTS = "graphs/sources"  # which are imported by name, so that only their folder shows what reads a checkpoint
+RECORDS = ("export/proof/write_record.py", "export/samples/cases.py", LAYOUTS)  # the sources that the stage begins in
 ENTRY_BYTES = 4 << 10  # of `record.json` for one case
 
 

@@ -10,7 +10,7 @@ from arriero.export.build_file.device import kernel_arch, target_gpu
 from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Samples, Target
 from arriero.export.compile.cpus import NATIVE, parse_cpu
 from arriero.export.machine.versions import installed_versions
-from arriero.export.pipeline.record_plan import record_inputs
+from arriero.export.pipeline.record_plan import LAYOUTS, record_inputs
 from arriero.export.pipeline.sources import source_hash
 from arriero.export.pipeline.stages import key_of
 from arriero.export.pipeline.target_thresholds import thresholds
@@ -20,8 +20,8 @@ from arriero.runtimes.cpu import architecture
 from arriero.traits import SHARED_PACKAGES, TRAITS
 
 # The sources that stages begin in: what they import decides the result, and so the key.
-TRACES = ("graphs/trace.py", "graphs/check.py")
-CALIBRATES = ("export/calibration/calibrate.py", "export/proof/reference.py", "export/samples/cases.py")
+TRACES = ("graphs/trace.py", "graphs/check.py", LAYOUTS)
+CALIBRATES = ("export/calibration/calibrate.py", "export/proof/reference.py", "export/samples/cases.py", LAYOUTS)
 PROVES = ("export/proof/measure_bundle.py", "export/proof/rtn_baseline.py")
 
 KeyInputs = dict[str, Any]
@@ -79,7 +79,7 @@ def _lowers(target: Target) -> tuple[str, ...]:
     """The sources that a target's lowering begins in, with the folder of the kernels that go into engines."""
     module = TRAITS[target.backend].module
     kernels = ("export/compile/cuda",) if TRAITS[target.backend].compiles_for == "gpu" else ()
-    return f"graphs/lower/{module}.py", f"export/compile/{module}.py", *kernels
+    return f"graphs/lower/{module}.py", f"export/compile/{module}.py", LAYOUTS, *kernels
 
 
 def gpu_inputs(target: Target, memory: int | None) -> KeyInputs | None:

@@ -40,8 +40,9 @@ def open_folder(folder: Path) -> Layout:
     config = read_config(folder)
     stored, files = open_safetensors(folder)
     _refuse_wrapped(stored)
-    named = [(settings, where) for settings, where in _settings(folder, config)]
-    for settings, where in named[:1]:
+    quantised = next(_settings(folder, config), None)
+    if quantised is not None:
+        settings, where = quantised
         stored = _decoder(settings, where).decode_tensors(settings, stored, where)
     plain = {key: value for key, value in config.items() if key not in SETTINGS}
     if isinstance(plain.get("text_config"), Mapping):

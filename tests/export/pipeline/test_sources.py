@@ -82,6 +82,11 @@ def test_another_gptq_calibrates_anew_and_traces_nothing(keys: Keys) -> None:
         ("graphs/trace.py", {"graph", "lower", "rtn", "parity"}),
         ("export/proof/write_record.py", {"reference", "rtn", "parity"}),
         ("graphs/model.py", {"graph", "calibrate", "reference", "lower", "rtn", "parity"}),
+        ("graphs/sources/gguf.py", {"graph", "calibrate", "reference", "lower", "rtn", "parity"}),
+        (
+            "graphs/sources/quantized/compressed_tensors.py",
+            {"graph", "calibrate", "reference", "lower", "rtn", "parity"},
+        ),
         ("runtimes/tvm.py", {"rtn", "parity"}),
         ("runtimes/proof/tally.py", {"reference", "rtn", "parity"}),
         ("runtimes/onnxruntime.py", set()),
