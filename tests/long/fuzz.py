@@ -11,6 +11,7 @@ be used again. Ends with exit code 1 and the failing seeds if there were any.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -62,8 +63,11 @@ def plan(at: Path) -> list[str]:
     return ["plan", str(at / "build.yaml"), "--json"]
 
 
+LAYOUTS = {"compressed_tensors": "w4a16", "bitsandbytes": "nf4", "modelopt": "nvfp4", "gguf": "Q8_0", "meta": "2"}
 KINDS = {
     "checkpoint": Kind("checkpoint", ("scout/*",), plan),
+    **{name: Kind(name, ("model/*",), plan) for name in LAYOUTS},
+    "adapter": Kind("adapter", ("lora/*",), plan),
     "bundle": Kind("bundles/fp32", ("*", "tokenizer/*"), run_bundle, recorded=True),
     "inspected": Kind("bundles/fp32", ("**/*",), lambda at: ["inspect", str(at), "--json"], recorded=True),
     "record": Kind("bundles/fp32", ("reference/*", "parity.json"), lambda at: ["parity", str(at), "--json"], True),
@@ -95,7 +99,35 @@ def make_sound(folder: Path) -> None:
     write_build(sample / "build.yaml", checkpoint / "scout", profiles=("./profile.yaml",), samples=5)
     text = (sample / "build.yaml").read_text()
     (sample / "build.yaml").write_text(text.replace("{samples: 5, seed: 11}", "{set: set.jsonl}"))
+    write_layouts(folder, checkpoint / "scout")
     (folder / "complete").touch()
+
+
+def write_layouts(folder: Path, source: Path) -> None:
+    """Write the checkpoint `source` in the layouts whose libraries are there, and an adapter for it."""
+    import torch
+
+    for name, kind in LAYOUTS.items():
+        try:
+            module = importlib.import_module(f"tests.layouts.{name}")
+        except ImportError as error:
+            print(f"without {name}: needs the package {error.name}")
+            continue
+        module.write(source, folder / name / "model", kind, torch.bfloat16)
+        write_build(folder / name / "build.yaml", Path("model"), profiles=("as-stored",), samples=4)
+    from safetensors.torch import save_file
+
+    adapter = folder / "adapter"
+    (adapter / "lora").mkdir(parents=True)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {}, "alpha_pattern": {}, "use_dora": False}
+    (adapter / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    text = json.loads((source / "config.json").read_text())["text_config"]
+    hidden, width = text["hidden_size"], text["intermediate_size"]
+    stem = "base_model.model.language_model.model.layers.0.feed_forward.shared_expert.down_proj"
+    factors = {f"{stem}.lora_A.weight": torch.ones(2, width), f"{stem}.lora_B.weight": torch.ones(hidden, 2)}
+    save_file(factors, adapter / "lora" / "adapter_model.safetensors")
+    file = write_build(adapter / "build.yaml", source, samples=4)
+    file.write_text(f"adapters: [lora]\n{file.read_text()}")
 
 
 def copy_sound(sound: Path, kind: Kind, into: Path, draw: random.Random) -> Path:
@@ -180,7 +212,7 @@ def run_case(command: list[str]) -> Outcome:
 def fuzz(sound: Path, cases: int, seed: int, only: Sequence[str] = ()) -> list[str]:
     """Run `cases` cases; gives a line for each that failed. The same seed gives the same cases."""
     preload()
-    names = only or list(KINDS)
+    names = only or [name for name, kind in KINDS.items() if (sound / kind.source).exists()]
     answers = {name: sound_answer(sound, name) for name in names}
     failed, ends, start = [], Counter[str](), time.monotonic()
     for number in range(seed, seed + cases):
