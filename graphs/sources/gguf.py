@@ -45,6 +45,7 @@ class GgufFile:
 
     path: Path
     reader: GGUFReader
+    keys: dict[str, Any]  # the key-value pairs, as Python values
 
     @classmethod
     def open(cls, path: Path) -> GgufFile:
@@ -55,15 +56,11 @@ class GgufFile:
             remedy = "Install it with `pip install 'arriero[gguf]'`"
             raise MachineLacks("reading GGUF needs the package gguf", where=str(path), remedy=remedy) from None
         try:
-            return cls(path, GGUFReader(path))
+            reader = GGUFReader(path)
+            return cls(path, reader, {name: field.contents() for name, field in reader.fields.items()})
         except Exception as error:  # the library asserts, indexes and decodes its way through a broken file
             what = f"is no sound GGUF file ({error or type(error).__name__})"
             raise ArrieroError(what, where=str(path), remedy=AGAIN) from None
-
-    @property
-    def keys(self) -> dict[str, Any]:
-        """The key-value pairs, as Python values."""
-        return {name: field.contents() for name, field in self.reader.fields.items()}
 
     def tensors(self) -> Iterator[tuple[str, ReaderTensor]]:
         """Each tensor by the file's name for it. Raises ArrieroError where the file ends before it does."""

@@ -143,7 +143,7 @@ def _add_vision_keys(writer: Any, vision: dict[str, Any]) -> None:
     writer.add_vision_feed_forward_length(vision["intermediate_size"])
     writer.add_vision_block_count(vision["num_hidden_layers"])
     writer.add_vision_head_count(vision["num_attention_heads"])
-    writer.add_vision_attention_layernorm_eps(vision["norm_eps"])
+    writer.add_vision_attention_layernorm_eps(vision.get("norm_eps", 1e-5))
     writer.add_vision_projector_scale_factor(int(1 / vision["pixel_shuffle_ratio"]))
 
 
