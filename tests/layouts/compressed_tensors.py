@@ -40,6 +40,14 @@ SCHEMES: dict[str, dict[str, Any]] = {
         "group_size": 32,
         "scale_dtype": "torch.uint8",
     },
+    "mxfp8": {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": 32,
+        "scale_dtype": "torch.uint8",
+    },
 }
 ACTIVATIONS = {
     "fp8-dynamic": {**EIGHT, "strategy": "token", "dynamic": True},

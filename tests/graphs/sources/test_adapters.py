@@ -28,6 +28,9 @@ def train(source: Path, folder: Path, **settings: Any) -> Any:
     torch.manual_seed(5)
     config = {"r": 4, "lora_alpha": 6, "target_modules": LINEAR, "target_parameters": EXPERTS, **settings}
     model = peft.get_peft_model(load(source, torch.float32), peft.LoraConfig(init_lora_weights=False, **config))
+    for name, values in model.named_parameters():
+        if "modules_to_save" in name:
+            values.data += 0.05 * torch.randn_like(values)
     model.save_pretrained(folder)
     return model.eval()
 
@@ -44,6 +47,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "experts alone": {"target_modules": [], "target_parameters": EXPERTS},
     "one stack": {"target_modules": [], "target_parameters": EXPERTS[1:]},
     "rank-stabilised": {"use_rslora": True},
+    "a head of its own": {"modules_to_save": ["lm_head"]},
     "ranks by pattern": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"o_proj": 16}},
 }
 

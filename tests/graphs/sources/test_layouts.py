@@ -146,6 +146,23 @@ def test_layouts_without_a_config_give_the_same_model(
     assert differing <= {"meta": {"max_positions", "dense_ffn"}, "gguf": {"dense_ffn"}}[name]
 
 
+def test_inputs_in_activation_order_have_the_scales_of_their_own_group(tmp_path: Path, packed: Path) -> None:
+    """The same values with every matrix's groups of scales the other way round, and `g_idx` saying so."""
+
+    def reverse(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".weight_scale")]:
+            groups = tensors[name].shape[1]
+            tensors[name] = tensors[name].flip(1).contiguous()
+            order = groups - 1 - torch.arange(32 * groups, dtype=torch.int32) // 32
+            tensors[name.replace("weight_scale", "weight_g_idx")] = order
+
+    plain, ordered = Checkpoint.open(packed), Checkpoint.open(_edited(packed, tmp_path / "c", reverse))
+    for name, source in ordered.tensors.items():
+        assert np.array_equal(ordered.read_float32(name), plain.read_float32(name)), name
+        assert source.form == plain.tensors[name].form or source.form == "int4 block 32 reordered"
+    assert not any(form for form in ordered.quantised.values())  # our kernels' groups lie in order
+
+
 # --- bad input --------------------------------------------------------------------------------------------------
 
 
