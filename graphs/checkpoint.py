@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,6 @@ class Checkpoint:
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.folder, self.layout = folder, layout
         self.config, self.tensors = layout.config, layout.tensors
-        self._made: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
     def open(cls, folder: str | Path, adapters: Sequence[Path] = ()) -> Checkpoint:
@@ -75,15 +75,17 @@ class Checkpoint:
     @property
     def side_folder(self) -> Path:
         """The folder of tokenizer, processor settings and chat template: the checkpoint's own, or one made for it."""
-        if self.layout.side is not None:
-            return self.layout.side
-        if self._made is None:
-            self._made = tempfile.TemporaryDirectory(prefix="arriero-")
-            for name, text in self.layout.made.items():
-                file = Path(self._made.name) / name
-                file.parent.mkdir(exist_ok=True)
-                file.write_text(text, encoding="utf-8")
-        return Path(self._made.name)
+        return Path(self._made.name) if self.layout.side is None else self.layout.side
+
+    @cached_property
+    def _made(self) -> tempfile.TemporaryDirectory[str]:
+        """The side files that the layout makes, in a folder that goes with the checkpoint."""
+        folder = tempfile.TemporaryDirectory(prefix="arriero-")
+        for name, text in self.layout.made.items():
+            file = Path(folder.name) / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        return folder
 
     def model_config(self) -> ModelConfig:
         """The model that the config describes. Raises as `ModelConfig.from_dict` does."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from arriero.graphs.sources.weight_source import WeightSource
+from arriero.profiles.groups import LAYER
 
 ROOM = 2 << 30  # bytes of decoded weights
 
@@ -27,5 +29,5 @@ def decoded_memory(used: Iterable[WeightSource]) -> int:
 
 def layer_of(name: str) -> str:
     """The decoder layer that a tensor is of, empty for all others."""
-    head, found, rest = name.partition("language_model.model.layers.")
-    return rest.split(".", 1)[0] if found and not head else ""
+    match = re.match(LAYER, name)
+    return "" if match is None else match["layer"]

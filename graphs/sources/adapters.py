@@ -98,8 +98,8 @@ def _replace_whole(merged: dict[str, WeightSource], name: str, source: WeightSou
     base = merged.get(name)
     if base is None or base.shape != source.shape:
         return False
-    make = source.rows
-    merged[name] = MadeWeight(name, source.shape, source.dtype, source.stored, source.form, make)
+    # Made, not in its place: its file is the adapter's, of which no bundle may take the rest.
+    merged[name] = MadeWeight(name, source.shape, source.dtype, source.stored, source.form, source.rows)
     return True
 
 

@@ -6,6 +6,7 @@ experts, N outputs, K inputs.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ import numpy as np
 
 from arriero.errors import ArrieroError, MachineLacks, raise_together, sentence_of
 from arriero.graphs.sources.fuse_experts import fuse_experts
-from arriero.graphs.sources.gguf_config import ARCHITECTURE, PATCH, text_config, vision_config
+from arriero.graphs.sources.gguf_config import ARCHITECTURE, multimodal_config, text_config
 from arriero.graphs.sources.gguf_names import ROPE_FACTORS, canonical_name
 from arriero.graphs.sources.layout import Layout, files_beside
 from arriero.graphs.sources.llama4_defaults import default_side_files
@@ -30,10 +31,11 @@ from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.quantize import Quantized
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
+    from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
 
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 PLAIN = ("F32", "F16", "BF16")
+TOKENIZER = "tokenizer.json"
 SPLITS = ("llama4", "gpt-4o")  # names of one way to cut a text into words
 AGAIN = "Download or copy the file again"
 BLOCK = 32  # values that share a scale in Q8_0 and Q4_0
@@ -84,29 +86,21 @@ def open_folder(path: Path) -> Layout:
         what = f"is a model of architecture {architecture!r}"
         raise ArrieroError(what, where=f"{where}:general.architecture", expected=ARCHITECTURE, remedy=remedy)
     tensors, factors = _tensors(opened)
+    seen = None if tower is None else GgufFile.open(tower)
+    pixels = {} if seen is None else _tensors([seen])[0]
     try:
         config = text_config(keys, tensors, factors, where)
+        if seen is not None:
+            config = multimodal_config(config, keys, seen.keys, pixels, str(seen.path))
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, StopIteration) as error:
         what = f"holds a key of another kind than Llama 4's ({sentence_of(error)})"
         raise ArrieroError(what, where=where, remedy=AGAIN) from None
-    if tower is not None:
-        seen = GgufFile.open(tower)
-        pixels, _ = _tensors([seen])
-        tensors |= pixels
-        config = {
-            "model_type": "llama4",
-            "text_config": config,
-            "vision_config": vision_config(seen.keys, pixels, str(tower)),
-            "image_token_index": next(
-                (number for number, token in enumerate(keys["tokenizer.ggml.tokens"]) if token == PATCH), None
-            ),
-            "bos_token_id": config["bos_token_id"],
-            "eos_token_id": config["eos_token_id"],
-        }
     own = files_beside(parts[0].parent)
     files = [*parts, *([tower] if tower is not None else []), *(parts[0].parent / name for name in own)]
-    made = (own if "tokenizer.json" in own else {}) or _side_files(keys, config, where)
-    return Layout("GGUF", config, fuse_experts(tensors), files, None, made | own)
+    made = _side_files(keys, config)
+    if TOKENIZER not in own:
+        made[TOKENIZER] = _tokenizer(keys, where)
+    return Layout("GGUF", config, fuse_experts(tensors | pixels), files, None, made | own)
 
 
 def _find(path: Path) -> tuple[list[Path], Path | None]:
@@ -194,17 +188,28 @@ def _source(path: Path, name: str, tensor: ReaderTensor, shape: tuple[int, ...],
             stop - start, *shape[1:]
         )
 
-    try:
-        decode(0, min(1, len(data)))
-    except NotImplementedError:
+    if not _is_decoded(tensor.tensor_type):
         what = f"is stored as {kind}, which the gguf package does not decode"
-        raise ArrieroError(what, where=f"{path}:{tensor.name}", remedy="Take a file of another quantisation") from None
+        raise ArrieroError(what, where=f"{path}:{tensor.name}", remedy="Take a file of another quantisation")
     held = {"Q8_0": _q8_0, "Q4_0": _q4_0}.get(kind)
     codes = None
     if held is not None and len(shape) == 2:
         bits, read = held(data, shape[1])
         codes = StoredCodes(bits, BLOCK, read)
     return MadeWeight(name, shape, "F32", stored, kind.lower(), decode, codes)
+
+
+@functools.cache
+def _is_decoded(kind: GGMLQuantizationType) -> bool:
+    """Whether the package decodes this number format; it says so when it is asked to, here of one block."""
+    from gguf.constants import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _q8_0(data: np.ndarray, features: int) -> tuple[int, Any]:
@@ -231,8 +236,8 @@ def _q4_0(data: np.ndarray, features: int) -> tuple[int, Any]:
     return 4, read
 
 
-def _side_files(keys: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, str]:
-    """The tokenizer and what stands beside it: as the file's keys have it, else ours."""
+def _side_files(keys: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
+    """What stands beside a tokenizer: as the file's keys have it, else ours."""
     made = default_side_files(config.get("vision_config"))
     if template := keys.get("tokenizer.chat_template"):
         made["chat_template.jinja"] = template
@@ -244,10 +249,11 @@ def _side_files(keys: Mapping[str, Any], config: Mapping[str, Any], where: str) 
             settings["pad_token" if name == "padding" else f"{name}_token"] = tokens[number]
     if "tokenizer.ggml.add_bos_token" in keys:
         settings["add_bos_token"] = keys["tokenizer.ggml.add_bos_token"]
-    return made | {"tokenizer_config.json": json.dumps(settings, indent=2), "tokenizer.json": _tokenizer(keys, where)}
+    return made | {"tokenizer_config.json": json.dumps(settings, indent=2)}
 
 
 def _tokenizer(keys: Mapping[str, Any], where: str) -> str:
+    """The text of the tokenizer.json that the file's keys stand for."""
     if whole := keys.get("tokenizer.huggingface.json"):
         return str(whole)
     split = keys.get("tokenizer.ggml.pre")

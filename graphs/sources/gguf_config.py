@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from arriero.errors import ArrieroError
+from arriero.graphs.sources.tower_config import with_tower
 from arriero.graphs.sources.weight_source import WeightSource
 
 ARCHITECTURE = "llama4"
@@ -99,8 +100,14 @@ def _rope_scaling(factors: Any, theta: float, head_dim: int, where: str) -> dict
     return {"rope_type": "llama3", "factor": factor, **ends}
 
 
-def vision_config(keys: Mapping[str, Any], tensors: Mapping[str, WeightSource], where: str) -> dict[str, Any]:
-    """The vision section, of the keys and tensors of a tower's file."""
+def multimodal_config(
+    text: Mapping[str, Any],
+    text_keys: Mapping[str, Any],
+    keys: Mapping[str, Any],
+    tensors: Mapping[str, WeightSource],
+    where: str,
+) -> dict[str, Any]:
+    """The config of a model with the tower in the file `where`, of its `keys` and `tensors`."""
 
     def key(name: str) -> Any:
         if f"clip.vision.{name}" not in keys:
@@ -110,20 +117,15 @@ def vision_config(keys: Mapping[str, Any], tensors: Mapping[str, WeightSource], 
     projector = keys.get("clip.vision.projector_type") or keys.get("clip.projector_type")
     if projector != ARCHITECTURE:
         raise ArrieroError(f"is a vision tower for {projector!r}", where=where, expected=ARCHITECTURE)
-    adapter = tensors["vision_model.vision_adapter.mlp.fc2.weight"].shape
-    ratio = 1 / key("projector.scale_factor")
-    return {
-        "model_type": "llama4_vision_model",
-        "hidden_size": key("embedding_length"),
-        "num_hidden_layers": key("block_count"),
-        "num_attention_heads": key("attention.head_count"),
-        "intermediate_size": round(key("embedding_length") / ratio**2),
-        "image_size": key("image_size"),
-        "patch_size": key("patch_size"),
-        "num_channels": 3,
-        "pixel_shuffle_ratio": ratio,
-        "projector_input_dim": adapter[1],
-        "projector_output_dim": adapter[0],
-        "vision_output_dim": adapter[0],
-        "rope_theta": 10000.0,
-    }
+    tokens = text_keys.get("tokenizer.ggml.tokens") or []
+    return with_tower(
+        text,
+        tensors,
+        next((number for number, token in enumerate(tokens) if token == PATCH), None),
+        hidden_size=key("embedding_length"),
+        layers=key("block_count"),
+        heads=key("attention.head_count"),
+        image_size=key("image_size"),
+        patch_size=key("patch_size"),
+        shuffle=1 / key("projector.scale_factor"),
+    )

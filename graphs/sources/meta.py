@@ -10,7 +10,7 @@ import codecs
 import io
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,24 +35,24 @@ PARAMS, TOKENIZER, TOKENIZER_JSON = "params.json", "tokenizer.model", "tokenizer
 FIRST_CONTROL = 200_000  # id of the first control token of the released models
 SHARD = re.compile(r"consolidated(?:\.(\d+))?\.pth")
 AGAIN = "Download the file again, from where Meta publishes it"
-Make = Callable[[int, int], NDArray[Any]]
 
 
 def open_folder(folder: Path) -> Layout:
     """The checkpoint in `folder`. Raises `Problems` for missing files and tensors that do not fit each other."""
     files = _shards(folder)
     shards = [_load(file) for file in files]
-    tensors = _tensors(folder, files, shards)
-    params = folder / PARAMS
+    where = str(folder / PARAMS)
+    stated = read_json_object(folder / PARAMS, AGAIN)
+    params = stated["model"] if isinstance(stated.get("model"), Mapping) else stated
+    tensors = _tensors(folder, files, shards, params)
     own = files_beside(folder)
     if TOKENIZER_JSON not in own and (folder / TOKENIZER).is_file():
         own[TOKENIZER_JSON] = read_meta_tokenizer(folder / TOKENIZER)
-    stated = read_json_object(params, AGAIN)
     try:
-        config = read_params(stated, tensors, _control_tokens(own, str(folder)), str(params))
+        config = read_params(params, tensors, _control_tokens(own, str(folder)), where)
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         what = f"holds a value of another kind than Llama 4's ({sentence_of(error)})"
-        raise ArrieroError(what, where=str(params), remedy=AGAIN) from None
+        raise ArrieroError(what, where=where, remedy=AGAIN) from None
     beside = [file for name in (PARAMS, TOKENIZER, *own) if (file := folder / name).is_file()]
     return Layout(
         "Meta", config, tensors, [*beside, *files], None, default_side_files(config.get("vision_config")) | own
@@ -110,7 +110,9 @@ def _load(file: Path) -> dict[str, Tensor]:
     return {str(name): value for name, value in held.items() if isinstance(value, torch.Tensor)}
 
 
-def _tensors(folder: Path, files: list[Path], shards: list[dict[str, Tensor]]) -> dict[str, WeightSource]:
+def _tensors(
+    folder: Path, files: list[Path], shards: list[dict[str, Tensor]], params: Mapping[str, Any]
+) -> dict[str, WeightSource]:
     """The tensors by canonical name, each put together of what the files hold of it."""
     problems: list[ArrieroError] = []
     for file, shard in zip(files, shards, strict=True):
@@ -126,8 +128,6 @@ def _tensors(folder: Path, files: list[Path], shards: list[dict[str, Tensor]]) -
         else:
             found[known[0]] = (name, known[1], [shard[name] for shard in shards])
     raise_together(problems, f"the checkpoint {folder} is not sound")
-    params = read_json_object(folder / PARAMS, AGAIN)
-    params = params["model"] if isinstance(params.get("model"), Mapping) else params
     tensors: dict[str, WeightSource] = {}
     for canonical, (name, split, parts) in found.items():
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from arriero.errors import ArrieroError
 from arriero.graphs.names import TEXT_PREFIX
+from arriero.graphs.sources.tower_config import with_tower
 from arriero.graphs.sources.weight_source import WeightSource
 
 CONTEXTS = {16: 10 << 20, 128: 1 << 20}  # by the number of experts
@@ -26,7 +27,6 @@ def read_params(
 
     Raises ArrieroError for a missing key.
     """
-    params = params["model"] if isinstance(params.get("model"), Mapping) else params
 
     def key(name: str) -> Any:
         if name not in params:
@@ -70,25 +70,17 @@ def read_params(
     vision = params.get("vision_args")
     if vision is None:
         return text
-    adapter = tensors["vision_model.vision_adapter.mlp.fc2.weight"].shape
-    ratio = vision["pixel_shuffle_ratio"]
-    tower = {
-        "model_type": "llama4_vision_model",
-        "hidden_size": vision["dim"],
-        "num_hidden_layers": vision["n_layers"],
-        "num_attention_heads": vision["n_heads"],
-        "intermediate_size": round(vision["dim"] / ratio**2),
-        "image_size": vision["image_size"]["height"],
-        "patch_size": vision["patch_size"]["height"],
-        "num_channels": 3,
-        "pixel_shuffle_ratio": ratio,
-        "projector_input_dim": adapter[1],
-        "projector_output_dim": adapter[0],
-        "vision_output_dim": adapter[0],
-        "rope_theta": 10000.0,
-    }
-    shared = {"image_token_index": ids.get(PATCH)} | {key: text[key] for key in ("bos_token_id", "eos_token_id")}
-    return {"model_type": "llama4", "text_config": text, "vision_config": tower, **shared}
+    return with_tower(
+        text,
+        tensors,
+        ids.get(PATCH),
+        hidden_size=vision["dim"],
+        layers=vision["n_layers"],
+        heads=vision["n_heads"],
+        image_size=vision["image_size"]["height"],
+        patch_size=vision["patch_size"]["height"],
+        shuffle=vision["pixel_shuffle_ratio"],
+    )
 
 
 def _rows(tensors: Mapping[str, WeightSource], ending: str) -> int:

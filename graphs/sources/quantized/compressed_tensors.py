@@ -137,7 +137,7 @@ def _decode(module: StoredModule, scheme: Scheme) -> MadeWeight | None:
     def decode(start: int, stop: int) -> Floats:
         values = weight.float32(start, stop) if dtype != "I8" else weight.rows(start, stop).astype(np.float32)
         if zeros is not None and zeros.shape:
-            values = values - spread(_broadcast(zeros, start, stop).astype(np.float32), features)
+            values = values - spread(_broadcast(zeros, start, stop), features)
         return values * spread(scales(start, stop), features)
 
     codes, named = None, f"{'fp8' if scheme.kind == 'float' else 'int8'} {scheme.strategy}"

@@ -38,7 +38,7 @@ def decode_tensors(
     )
     stacks, decoded = split_modules(
         others,
-        {end: end.lstrip("_") for end in ("", *(f"_{part}" for part in PARTS))} | {"": "weight"},
+        {"": "weight"} | {f"_{part}": part for part in PARTS},
         unless=("weight",),
     )
     problems: list[ArrieroError] = []
