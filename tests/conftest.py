@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from arriero.export.pipeline.ownership import own
+from arriero.export.pipeline.sources import source_hash
 from arriero.profiles.recipe import shipped
 from tests.command import arriero, write_build
 from tests.machines.machine_class import describe_machine
@@ -62,7 +63,8 @@ def tvm_workshop(request: pytest.FixtureRequest, workshop: Path, tmp_path_factor
         profiles = workshop_profiles(workshop)
         file = write_build(folder / "build.yaml", workshop / "scout", profiles=profiles, samples=8, backend="tvm")
         # The kernels of one version of the sources are compiled once, not once per run: half a minute of optimisation.
-        kept, work = request.config.cache.mkdir("tvm-kernels"), folder / "bundles" / ".work"
+        version = source_hash("export/compile/kernels", "export/compile/build_kernels.py")
+        kept, work = request.config.cache.mkdir(f"tvm-kernels-{version[:12]}"), folder / "bundles" / ".work"
         own(work)
         shutil.copytree(kept, work, dirs_exist_ok=True)
         built = arriero("build", file)
