@@ -22,6 +22,7 @@ VERSION = 1
 OPSET = 23
 EXPERT_DISPATCH = "ExpertDispatch"
 CACHED_ATTENTION = "CachedAttention"
+ADD_LORA = "AddLora"
 
 _CACHED_ATTENTION_BODY = """
 <domain: "ai.arriero", opset_import: ["" : 23]>
@@ -51,13 +52,33 @@ CachedAttention <num_heads, kv_heads, chunk>
 }
 """
 
+# Every row of B reads its own factors; tokens of one row lie together, whether x is [B, S, K] or [B*S, K].
+_ADD_LORA_BODY = """
+<domain: "ai.arriero", opset_import: ["" : 23, "com.microsoft" : 1]>
+AddLora (x, y, adapter, a, b) => (sum)
+{
+    rows = Shape (adapter)
+    rest = Constant <value_ints: ints = [-1]> ()
+    width = Shape <start: int = -1> (x)
+    by_row = Concat <axis: int = 0> (rows, rest, width)
+    tokens = Reshape (x, by_row)
+    own_a = Gather <axis: int = 0> (a, adapter)
+    own_b = Gather <axis: int = 0> (b, adapter)
+    low = com.microsoft.FusedMatMul <transB: int = 1> (tokens, own_a)
+    high = com.microsoft.FusedMatMul <transB: int = 1> (low, own_b)
+    shape = Shape (y)
+    change = Reshape (high, shape)
+    sum = Add (y, change)
+}
+"""
+
 
 def bodies() -> list[ir.Function]:
     """The function bodies that a canonical model or a lowered one may call, a callee before its callers."""
     dispatch = dispatch_function(EXPERT_DISPATCH, ["w"], widened_product)
     linears = [linear_function(name) for name in LINEAR_FUNCTIONS]
     dispatches = [dispatch_over_linear(name) for name in LINEAR_FUNCTIONS]
-    return [_parse(text) for text in (_CACHED_ATTENTION_BODY, dispatch, *linears, *dispatches)]
+    return [_parse(text) for text in (_CACHED_ATTENTION_BODY, _ADD_LORA_BODY, dispatch, *linears, *dispatches)]
 
 
 def add_functions(model: ir.Model) -> int:

@@ -18,6 +18,7 @@ from arriero.runtimes.snapshot import Snapshot
 
 # A vision tower's activations are per tile, so tiles go through in groups and peak memory does not grow with them.
 TILES_AT_ONCE = 4
+ADAPTER = "adapter"  # the input i64 [B] of a text graph that has adapters to choose from
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -158,6 +159,7 @@ class Cache(Protocol):
     """The keys and values of B rows; a backend's `forward` extends it in place."""
 
     lengths: Ints  # [B] tokens held per row, which is also the position of the row's next token
+    adapters: Ints  # [B] number of the adapter that a row is read with, 0 for none; set before its first token
 
     @property
     def capacity(self) -> int:

@@ -6,6 +6,7 @@ A store numbers its rows from 0 and knows how to copy, save and restore one; `Ca
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -15,12 +16,13 @@ from arriero.runtimes.snapshot import Snapshot, check_truncation
 
 
 class RowStore(ABC):
-    """The keys and values of B rows in one kind of memory, and how many tokens each row holds."""
+    """The keys and values of B rows in one kind of memory; of each row how many tokens it holds, and its adapter."""
 
     def __init__(self, spec: ModelSpec, batch: int, capacity: int) -> None:
         """Hold `batch` empty rows of at most `capacity` tokens."""
         self.spec, self.capacity = spec, capacity
         self.lengths: Ints = np.zeros(batch, np.int64)
+        self.adapters: Ints = np.zeros(batch, np.int64)
 
     @abstractmethod
     def copy_row(self, source: int, target: int) -> None:
@@ -47,9 +49,10 @@ class CacheRows(Generic[Store]):
     """Rows `start` to `stop` of a store, as the `Cache` that a backend steps."""
 
     def __init__(self, store: Store, start: int, stop: int) -> None:
-        """View rows `start` to `stop` of `store`; memory and lengths are shared with it."""
+        """View rows `start` to `stop` of `store`; memory, lengths and adapters are shared with it."""
         self.store, self.start, self.stop = store, start, stop
         self.lengths: Ints = store.lengths[start:stop]
+        self.adapters: Ints = store.adapters[start:stop]
 
     @classmethod
     def whole(cls, store: Store) -> CacheRows[Store]:
@@ -73,6 +76,7 @@ class CacheRows(Generic[Store]):
     def copy_row(self, source: int, target: int) -> None:
         """Make row `target` equal to row `source`."""
         self.store.copy_row(self.start + source, self.start + target)
+        self.adapters[target] = self.adapters[source]
 
     def truncate(self, row: int, length: int) -> None:
         """Keep the first `length` tokens of `row`; see `Cache.truncate`."""
@@ -81,9 +85,10 @@ class CacheRows(Generic[Store]):
 
     def snapshot(self, row: int) -> Snapshot:
         """Copy what `row` holds; see `Cache.snapshot`."""
-        return self.store.snapshot(self.start + row)
+        return replace(self.store.snapshot(self.start + row), adapter=int(self.adapters[row]))
 
     def restore(self, row: int, snapshot: Snapshot) -> None:
         """Make `row` hold what `snapshot` was taken of; see `Cache.restore`."""
         snapshot.check_model(self.spec)
         self.store.restore(self.start + row, snapshot)
+        self.adapters[row] = snapshot.adapter

@@ -14,6 +14,7 @@ import numpy as np
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes.backend import (
+    ADAPTER,
     TILES_AT_ONCE,
     BackendOptions,
     Cache,
@@ -65,7 +66,7 @@ class OrtBackend:
             needs |= {f"{name}_seqlens_k", f"{name}_total"}
         has = {entry.name for entry in self._text.get_inputs()}
         # the other class's counters may stand in the signature unused, so only what is missing or unknown is refused
-        unknown = has - needs - {f"{name}_{kind}" for name in ("chunk", "global") for kind in ("seqlens_k", "total")}
+        unknown = has - needs - {ADAPTER} - {f"{name}_{kind}" for name in ("chunk", "global") for kind in ("seqlens_k", "total")}
         if needs - has or unknown:
             raise ArrieroError(
                 f"the graph's inputs do not fit the manifest's model (missing {sorted(needs - has)[:4]}, "
@@ -82,6 +83,7 @@ class OrtBackend:
                 remedy="Use the arriero that built the bundle, or rebuild it with `arriero build`",
             )
         self._cache_type = CACHE_TYPES[types.pop()]
+        self._has_adapters = ADAPTER in has
         self._counters = [name for name in ("chunk", "global") if f"{name}_total" in has]
 
     def vision(self, pixel_values: Floats) -> Floats:
@@ -123,6 +125,8 @@ class OrtBackend:
         store.reserve(int(cache.lengths.max()) + steps)
         tensor = onnxruntime.OrtValue.ortvalue_from_numpy
         feeds = {"inputs_embeds": inputs_embeds, "positions": positions, "logits_index": logits_index}
+        if self._has_adapters:
+            feeds[ADAPTER] = cache.adapters
         for name in self._counters:
             attention = "chunked" if name == "chunk" else "global"
             held = valid_slots(cache.lengths, attention, self.spec.attention_chunk_size) + steps

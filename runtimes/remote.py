@@ -99,6 +99,7 @@ class Server:
         return {}, {}
 
     def _forward(self, cache: Cache, arrays: Arrays, captures: bool) -> Arrays:
+        cache.adapters[:] = arrays["adapters"]
         embeds, positions = arrays["inputs_embeds"], arrays["positions"]
         step = self.backend.forward(embeds, positions, cache, arrays["logits_index"], captures)
         outputs: Arrays = {"logits": step.logits}

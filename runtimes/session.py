@@ -43,14 +43,27 @@ class Session:
     """Answers prompts with a backend and a processor."""
 
     def __init__(
-        self, backend: Backend, processor: Processor, context: int | None = None, batch: int | None = None
+        self,
+        backend: Backend,
+        processor: Processor,
+        context: int | None = None,
+        batch: int | None = None,
+        adapters: Sequence[str] = (),
+        adapter: str | None = None,
     ) -> None:
-        """Serve sequences of at most `context` tokens (the model's own limit when None), `batch` of them at once."""
+        """Serve sequences of at most `context` tokens (the model's own limit when None), `batch` of them at once.
+
+        `adapters` are the names of the backend's adapters; what does not say which it wants is read with `adapter`, or
+        by the model itself.
+        """
         self.engine = Engine(backend)
         self.processor = processor
         self.spec = backend.spec
         self.context = min(context or self.spec.max_position_embeddings, self.spec.max_position_embeddings)
         self.batch = batch
+        self.adapters = tuple(adapters)
+        self.adapter = adapter
+        self._number(adapter)
 
     def __enter__(self) -> Self:
         return self
@@ -90,13 +103,15 @@ class Session:
         default, is greedy; `seed` makes draws repeatable. The answer ends at the model's closing token or one of
         `stop_token_ids`, before a `stop` text, at `max_tokens` (None fills the context), or soon after `cancel` is
         set. `logprobs` n also gives each token's log-probability and the n likeliest; `skip_special_tokens=False`
-        leaves control tokens in the text. With `stream`, gives the text in pieces as it comes. A prompt or a setting
+        leaves control tokens in the text. `adapter` names the adapter of the bundle to answer with, None for the model
+        itself. With `stream`, gives the text in pieces as it comes. A prompt or a setting
         that cannot work is an `ArrieroError` before anything runs.
         """
         read = read_settings(settings)
         encoded = self.encode(prompt, images, **chat_options(settings))
         answer = self._answer(encoded, read)
-        cache = self._new_cache(1, len(encoded.input_ids) + answer.max_tokens)
+        adapter = settings.get("adapter", self.adapter)
+        cache = self._new_cache(1, len(encoded.input_ids) + answer.max_tokens, adapter)
         pieces = Stream(self._pieces(encoded, answer, cache), answer)
         if stream:
             return pieces
@@ -112,6 +127,8 @@ class Session:
         if isinstance(prompts, str | Prompt):
             raise ArrieroError("prompts is one prompt", expected="a list of them", remedy="Use `generate`")
         read, chat = read_settings(settings), chat_options(settings)
+        adapter = settings.get("adapter", self.adapter)
+        self._number(adapter)
         encoded = [self.encode(prompt, **chat) for prompt in prompts]
         for prompt in encoded:
             self._room(prompt, read.limits.max_tokens)
@@ -120,7 +137,7 @@ class Session:
         for start in range(0, len(encoded), at_once):
             group = encoded[start : start + at_once]
             answers = [self._answer(prompt, read) for prompt in group]
-            self._run_together(group, answers)
+            self._run_together(group, answers, adapter)
             results += [answer.result() for answer in answers]
         return results
 
@@ -141,11 +158,11 @@ class Session:
             raise ArrieroError(what, remedy="Encode them with the prompt")
         return check_prompt(prompt, self.spec)
 
-    def prefill(self, prompt: PromptLike, images: Images = None) -> State:
-        """Read `prompt` into a new state whose `logits` choose the first token of the answer."""
+    def prefill(self, prompt: PromptLike, images: Images = None, adapter: str | None = None) -> State:
+        """Read `prompt` into a new state whose `logits` choose the first token; with the session's adapter, or another."""
         encoded = self.encode(prompt, images)
         self._room(encoded, None)
-        cache = self._new_cache(1, self.context)
+        cache = self._new_cache(1, self.context, adapter or self.adapter)
         logits = self._read(encoded, cache)
         assert logits is not None
         return State(cache, logits)
@@ -169,7 +186,7 @@ class Session:
         prompt = check_prompt(Prompt(input_ids, pixel_values), self.spec)
         if prompt.input_ids.size > self.context:
             raise self._too_long(prompt.input_ids.size, 0)
-        cache = self._new_cache(1, prompt.input_ids.size)
+        cache = self._new_cache(1, prompt.input_ids.size, self.adapter)
         steps: list[StepOutput] = []
         start, size = 0, prompt.input_ids.size
         for ids, features in self._pieces_of(prompt):
@@ -209,8 +226,21 @@ class Session:
             raise self._too_long(length, max_tokens or 1)
         return max_tokens or self.context - length
 
-    def _new_cache(self, batch: int, capacity: int) -> Cache:
-        return self.engine.run(lambda backend: backend.new_cache(batch, capacity))
+    def _new_cache(self, batch: int, capacity: int, adapter: str | None) -> Cache:
+        number = self._number(adapter)
+        cache = self.engine.run(lambda backend: backend.new_cache(batch, capacity))
+        cache.adapters[:] = number
+        return cache
+
+    def _number(self, adapter: str | None) -> int:
+        """The number that the backend knows an adapter by. Raises `ArrieroError` for one that it does not have."""
+        if adapter is None:
+            return 0
+        if adapter not in self.adapters:
+            expected = f"one of {', '.join(self.adapters)}" if self.adapters else "none: the bundle has no adapters"
+            remedy = "Name one of them, or build the bundle with it under `runtime_adapters`"
+            raise ArrieroError(f"there is no adapter {adapter!r}", expected=expected, remedy=remedy)
+        return self.adapters.index(adapter) + 1
 
     def _too_long(self, length: int, answer: int) -> ArrieroError:
         return ArrieroError(
@@ -230,9 +260,9 @@ class Session:
         if piece := answer.cancel():
             yield piece
 
-    def _run_together(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> None:
+    def _run_together(self, prompts: Sequence[Prompt], answers: Sequence[Answer], adapter: str | None) -> None:
         capacity = max(len(p.input_ids) + a.max_tokens for p, a in zip(prompts, answers, strict=True))
-        cache = self._new_cache(len(prompts), capacity)
+        cache = self._new_cache(len(prompts), capacity, adapter)
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             logits = self._read(prompt, cache.rows(row, row + 1), answer)
             if logits is None:

@@ -20,7 +20,8 @@ class Settings(SamplingSettings, ChatOptions, total=False):
     """What `Session.generate` and `generate_batch` take by name: `sampling`, or its fields one by one, and the rest.
 
     `max_tokens` None fills the context. An answer ends at a token of `stop_token_ids`, before a `stop` text, and soon
-    after `cancel` is set. `logprobs` and `skip_special_tokens` are those of `Output`.
+    after `cancel` is set. `logprobs` and `skip_special_tokens` are those of `Output`. `adapter` names one of the
+    bundle's adapters, None the model itself.
     """
 
     sampling: Sampling
@@ -30,6 +31,7 @@ class Settings(SamplingSettings, ChatOptions, total=False):
     cancel: threading.Event | None
     logprobs: int | None
     skip_special_tokens: bool
+    adapter: str | None
 
 
 @dataclass(frozen=True)

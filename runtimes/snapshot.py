@@ -24,13 +24,15 @@ Buffer = NDArray[Any]
 class Snapshot:
     """One row's tokens, apart from any cache: per layer keys and values [K, P, D] in the cache's own dtype.
 
-    P is the row's length in a global layer, and the tokens since the chunk's start in a chunked one.
+    P is the row's length in a global layer, and the tokens since the chunk's start in a chunked one. `adapter` is the
+    number of the adapter that the tokens were read with.
     """
 
     spec: ModelSpec
     length: int
     keys: tuple[Buffer, ...]
     values: tuple[Buffer, ...]
+    adapter: int = 0
 
     @property
     def nbytes(self) -> int:

@@ -22,6 +22,7 @@ import numpy as np
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes.backend import (
+    ADAPTER,
     TILES_AT_ONCE,
     BackendOptions,
     Cache,
@@ -88,11 +89,13 @@ class TvmBackend:
         check_step(positions, cache)
         store.reserve(int(cache.lengths.max()) + steps)
         arguments = {"inputs_embeds": inputs_embeds, "positions": positions, "logits_index": logits_index}
+        text = self._graphs["text"]
+        if ADAPTER in text.inputs:
+            arguments[ADAPTER] = cache.adapters
         feeds: dict[str, np.ndarray] = {name: _aligned(np.asarray(array)) for name, array in arguments.items()}
         for number in range(len(self.spec.layers)):
             for kind, buffer in zip(("key", "value"), store.layer(number, cache.start, cache.stop), strict=True):
                 feeds[f"past_{kind}.{number}"] = buffer
-        text = self._graphs["text"]
         if not captures:
             (logits,) = text.run(feeds, "step")
             cache.lengths += steps

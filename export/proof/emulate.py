@@ -64,7 +64,7 @@ def emulated(folder: Path, arguments: Sequence[str]) -> list[str]:
 
 
 class EmulatedCache(RowStore):
-    """A cache on the other side, known by its number; only its lengths are kept on this side as well."""
+    """A cache on the other side, known by its number; only its lengths and adapters are kept on this side as well."""
 
     def __init__(self, owner: EmulatedBackend, number: int, batch: int, capacity: int) -> None:
         """Stand for the empty cache `number` of `owner`'s process."""
@@ -154,6 +154,7 @@ class EmulatedBackend:
         rows = {"start": cache.start, "stop": cache.stop}
         call = {"do": "forward", "cache": store.number, "captures": captures, **rows}
         arguments: Arrays = {"inputs_embeds": inputs_embeds, "positions": positions, "logits_index": logits_index}
+        arguments["adapters"] = cache.adapters
         _, outputs = self.ask(call, arguments)
         cache.lengths += positions.shape[1]
 

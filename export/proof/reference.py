@@ -52,6 +52,7 @@ class TorchCache:
     def __init__(self, spec: ModelSpec, rows: list[_Row], lengths: Ints, capacity: int) -> None:
         """Hold `rows` of at most `capacity` tokens; `lengths` [B] is shared with the cache these rows are of."""
         self._spec, self._rows, self.lengths, self._capacity = spec, rows, lengths, capacity
+        self.adapters: Ints = np.zeros(len(rows), np.int64)  # of adapters this side knows merged ones alone
 
     @property
     def capacity(self) -> int:

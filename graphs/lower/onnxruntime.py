@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from arriero.graphs.functions import CACHED_ATTENTION, EXPERT_DISPATCH, add_functions
+from arriero.graphs.functions import ADD_LORA, CACHED_ATTENTION, EXPERT_DISPATCH, add_functions
 from arriero.graphs.lower.part import Lowering, Phase, WeightTable, lower_part
+from arriero.graphs.passes.add_adapters import add_adapters
 from arriero.graphs.passes.fuse_rotary import ROTARY, fuse_rotary
 from arriero.graphs.passes.quantize_cache import INT8_CACHE, quantize_cache
 from arriero.graphs.passes.quantize_dispatch import quantize_dispatch
@@ -32,8 +33,8 @@ def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:
     """Lower one of the parts `text`, `vision` and `embed`.
 
     Text has the inputs `inputs_embeds`, `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` f32 or i8
-    [B, K, C, D] and, for the chunked and the global layers, `{chunk,global}_seqlens_k` i32 [B] and
-    `{chunk,global}_total` i32 [1]. Its outputs are as in the canonical graph; present buffers are to be bound to the
+    [B, K, C, D], for the chunked and the global layers `{chunk,global}_seqlens_k` i32 [B] and `{chunk,global}_total`
+    i32 [1], and with runtime adapters `adapter` i64 [B]. Its outputs are as in the canonical graph; present buffers are to be bound to the
     past buffers' memory. One step holds either one row within one chunk, or one token per row. The other parts'
     signatures stay.
     """
@@ -60,6 +61,9 @@ def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:
             Phase("quantize_dispatch", quantize_dispatch, EXPERT_DISPATCH),
             Phase("replace_dispatch_with_moe", replace_dispatch_with_moe, EXPERT_DISPATCH),
         ]
+        if (adapters := lowering.adapters).names:
+            phases.append(Phase("add_adapters", lambda model, store: add_adapters(model, store, adapters), ADD_LORA))
+            expected[ADD_LORA] = len(adapters.deltas)
     phases.append(Phase("replace_linear", replace_linear))
     phases.append(Phase("add_functions", lambda model, _: add_functions(model)))
     return lower_part(part, canonical, lowering, phases, expected, OPSET)

@@ -17,6 +17,7 @@ from arriero.graphs.config import ModelConfig
 from arriero.graphs.passes.keep_weights import keep_weights
 from arriero.graphs.passes.widen_weights import widen_weights
 from arriero.graphs.rewrite.misses import describe_misses
+from arriero.graphs.sources.runtime_adapters import RuntimeAdapters
 from arriero.graphs.stored.safetensors_writer import Progress
 from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.kv_cache import CacheScales
@@ -34,7 +35,8 @@ class Lowering:
 
     `assignment` is `Profile.assign` over the checkpoint's tensors, `roundings` what calibration found for those that
     round by gptq. With `cache`, one entry per layer, keys and values are kept in int8. `capability` is that of the
-    target's GPU (89 for 8.9; 0: none, or any). `dump` is shown the graph after each phase.
+    target's GPU (89 for 8.9; 0: none, or any). `dump` is shown the graph after each phase. `adapters` are those that
+    the bundle switches between; without any its graphs have no input for them.
     """
 
     config: ModelConfig
@@ -46,6 +48,7 @@ class Lowering:
     cache: Sequence[CacheScales] | None = None
     capability: int = 0
     dump: Dump | None = None
+    adapters: RuntimeAdapters = RuntimeAdapters()
 
 
 @dataclass(frozen=True)

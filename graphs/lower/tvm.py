@@ -13,8 +13,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from arriero.graphs.checkpoint import Checkpoint
-from arriero.graphs.functions import CACHED_ATTENTION, DOMAIN, EXPERT_DISPATCH, VERSION
+from arriero.graphs.functions import ADD_LORA, CACHED_ATTENTION, DOMAIN, EXPERT_DISPATCH, VERSION
 from arriero.graphs.lower.part import Lowering, Phase, WeightTable, lower_part
+from arriero.graphs.passes.add_adapters import add_adapters
 from arriero.graphs.passes.bind_experts import bind_experts
 from arriero.graphs.passes.cache_in_place import cache_in_place
 from arriero.graphs.passes.fold_reshape_shapes import fold_reshape_shapes
@@ -40,8 +41,9 @@ def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:
     """Lower one of the parts `text`, `vision` and `embed`. There is no int8 cache here.
 
     Text has the inputs `inputs_embeds`, `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` [B, K, C, D],
-    into which the step writes its keys and values, and the outputs `logits`, `hidden.{i}`, `expert_id.{i}` [B, S, k].
-    One step holds either one row within one chunk, or one token per row. The other parts' signatures stay.
+    into which the step writes its keys and values, with runtime adapters also `adapter` i64 [B], and the outputs
+    `logits`, `hidden.{i}`, `expert_id.{i}` [B, S, k]. One step holds either one row within one chunk, or one token per
+    row. The other parts' signatures stay.
     """
     assert lowering.cache is None
     text = lowering.config.text
@@ -59,6 +61,9 @@ def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:
             EXPERT_DISPATCH: len(text.moe_layers),
             TOKEN_RESHAPE: 2 * len(text.moe_layers),
         }
+        if (adapters := lowering.adapters).names:
+            phases.append(Phase("add_adapters", lambda model, store: add_adapters(model, store, adapters), ADD_LORA))
+            expected[ADD_LORA] = len(adapters.deltas)
     if part == "embed":
         phases.append(Phase("replace_lookup", replace_lookup, LOOKUP))
         expected = {LOOKUP: 1}

@@ -60,74 +60,95 @@ class Delta:
         return (product if self.turned else product.transpose(0, 2, 1)) * self.scaling
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """What the adapter in `folder` makes of a model: sums by tensor, and tensors that it has as a whole."""
+
+    folder: Path
+    deltas: tuple[tuple[str, Delta], ...]
+    whole: dict[str, WeightSource]
+    files: tuple[Path, ...]
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, WeightSource], folder: Path) -> Adapter:
+        """Read `folder` for the model of `tensors`, whose shapes say what it is of.
+
+        Raises `Problems` for what the model does not have, and for an adapter that is no plain LoRA.
+        """
+        config = AdapterConfig.read(folder)
+        stored, weights = open_safetensors(folder, WEIGHTS)
+        problems: list[ArrieroError] = []
+        pairs: dict[str, Pair] = {}
+        whole: dict[str, WeightSource] = {}
+        for name, source in stored.items():
+            raw = name.removeprefix("base_model.model.")
+            match = FACTOR.fullmatch(raw)
+            base = tensors.get(canonical_name(raw))
+            if match is not None:
+                key = match["module"] + match["nested"]
+                pairs.setdefault(key, Pair(match["module"])).factors[match["side"]] = source
+            elif base is not None and base.shape == source.shape:
+                whole[base.name] = source
+            else:
+                what = "is no factor of a LoRA, and the model has no weight of this name and shape"
+                problems.append(ArrieroError(what, where=source.stored, remedy=OTHER))
+        deltas = []
+        for pair in pairs.values():
+            try:
+                deltas.append(_delta(tensors, pair, config))
+            except ArrieroError as error:
+                problems.append(error)
+        if problems:
+            raise Problems(f"the adapter {folder} does not fit the model", problems)
+        return cls(folder, tuple(deltas), whole, (config.path, *weights))
+
+    def merge(self, merged: dict[str, WeightSource]) -> None:
+        """Add it to the tensors of `merged`, in place."""
+        for name, source in self.whole.items():
+            # Made, not in its place: its file is the adapter's, of which no bundle may take the rest.
+            merged[name] = MadeWeight(name, source.shape, source.dtype, source.stored, source.form, source.rows)
+        for name, delta in self.deltas:
+            merged[name] = _added(merged[name], delta)
+
+
 def merge_adapters(
     tensors: Mapping[str, WeightSource], folders: Iterable[Path]
 ) -> tuple[dict[str, WeightSource], list[Path]]:
     """`tensors` with the adapters in `folders` added, one after another, and the adapters' files.
 
-    Raises `Problems` for what the model does not have, and for adapters that are no plain LoRA.
+    Raises as `Adapter.read` does.
     """
     merged, files = dict(tensors), list[Path]()
     for folder in folders:
-        config = AdapterConfig.read(folder)
-        stored, weights = open_safetensors(folder, WEIGHTS)
-        files += [config.path, *weights]
-        problems: list[ArrieroError] = []
-        pairs: dict[str, Pair] = {}
-        for name, source in stored.items():
-            raw = name.removeprefix("base_model.model.")
-            match = FACTOR.fullmatch(raw)
-            if match is not None:
-                key = match["module"] + match["nested"]
-                pairs.setdefault(key, Pair(match["module"])).factors[match["side"]] = source
-            elif not _replace_whole(merged, canonical_name(raw), source):
-                what = "is no factor of a LoRA, and the model has no weight of this name and shape"
-                problems.append(ArrieroError(what, where=source.stored, remedy=OTHER))
-        for pair in pairs.values():
-            try:
-                _merge(merged, pair, config)
-            except ArrieroError as error:
-                problems.append(error)
-        if problems:
-            raise Problems(f"the adapter {folder} does not fit the model", problems)
+        adapter = Adapter.read(merged, folder)
+        adapter.merge(merged)
+        files += adapter.files
     return merged, files
 
 
-def _replace_whole(merged: dict[str, WeightSource], name: str, source: WeightSource) -> bool:
-    """Take a weight that the adapter has as a whole (`modules_to_save`) in the model's place."""
-    base = merged.get(name)
-    if base is None or base.shape != source.shape:
-        return False
-    # Made, not in its place: its file is the adapter's, of which no bundle may take the rest.
-    merged[name] = MadeWeight(name, source.shape, source.dtype, source.stored, source.form, source.rows)
-    return True
-
-
-def _merge(merged: dict[str, WeightSource], pair: Pair, config: AdapterConfig) -> None:
-    """Add one pair to the weight that it is of."""
+def _delta(tensors: Mapping[str, WeightSource], pair: Pair, config: AdapterConfig) -> tuple[str, Delta]:
+    """The tensor that a pair is of, and what it adds to it."""
     if set(pair.factors) != {"A", "B"}:
         raise ArrieroError("has one factor of two", where=pair.stored, expected="lora_A and lora_B")
     a, b = (source.float32(0, source.shape[0]) for source in (pair.factors["A"], pair.factors["B"]))
     if a.ndim != 2 or b.ndim != 2:
         raise ArrieroError("is no matrix", where=pair.stored, expected="lora_A and lora_B as matrices")
     if pair.module.endswith(".experts"):
-        name, delta = _of_experts(merged, pair, a, b, config)
-    else:
-        name = canonical_name(f"{pair.module}.weight")
-        if name not in merged:
-            raise ArrieroError(f"the model has no {name}", where=pair.stored, remedy=OTHER)
-        if len(merged[name].shape) != 2 or (b.shape[0], a.shape[1]) != merged[name].shape or a.shape[0] != b.shape[1]:
-            _refuse_shapes(pair, merged[name])
-        delta = Delta(a, b, config.scaling(pair.module, a.shape[0]))
-    merged[name] = _added(merged[name], delta)
+        return _of_experts(tensors, pair, a, b, config)
+    name = canonical_name(f"{pair.module}.weight")
+    if name not in tensors:
+        raise ArrieroError(f"the model has no {name}", where=pair.stored, remedy=OTHER)
+    if len(tensors[name].shape) != 2 or (b.shape[0], a.shape[1]) != tensors[name].shape or a.shape[0] != b.shape[1]:
+        _refuse_shapes(pair, tensors[name])
+    return name, Delta(a, b, config.scaling(pair.module, a.shape[0]))
 
 
 def _of_experts(
-    merged: Mapping[str, WeightSource], pair: Pair, a: Floats, b: Floats, config: AdapterConfig
+    tensors: Mapping[str, WeightSource], pair: Pair, a: Floats, b: Floats, config: AdapterConfig
 ) -> tuple[str, Delta]:
     """The stack that factors [r*E, x] and [y, r*E] are of, and what they add to it."""
     stem = canonical_name(pair.module)
-    stacks = {name: merged[name] for leaf in ("gate_up_proj", "down_proj") if (name := f"{stem}.{leaf}") in merged}
+    stacks = {name: tensors[name] for leaf in ("gate_up_proj", "down_proj") if (name := f"{stem}.{leaf}") in tensors}
     if not stacks:
         raise ArrieroError(f"the model has no {stem}", where=pair.stored, remedy=OTHER)
     own = (a.shape[1], b.shape[0])

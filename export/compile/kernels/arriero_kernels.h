@@ -125,6 +125,13 @@ int32_t arriero_run_attention(const float* q, const float* k, const float* v, co
                               float* key_cache, float* value_cache, float* out, int64_t B, int64_t S, int64_t Q,
                               int64_t G, int64_t C, int64_t D, int64_t chunk, int64_t parts);
 
+/* The change of a linear layer by LoRA adapters: out[b,s] = y[b,s] + B_i A_i x[b,s], i = adapter[b]. x [B,S,K],
+ * y and out [B,S,N], a stack A [adapters,R,K] and a stack B [adapters,N,R] in float32. Row b is left as it is where i is
+ * 0 or no adapter's number. */
+int32_t arriero_run_add_lora(const float* x, const float* y, const int64_t* adapter, const float* a, const float* b,
+                             float* out, int64_t B, int64_t S, int64_t N, int64_t K, int64_t R, int64_t adapters,
+                             int64_t parts);
+
 #ifdef __cplusplus
 }
 #endif

@@ -132,3 +132,37 @@ extern "C" int32_t arriero_run_attention(const float* q, const float* k, const f
     };
     return run(arriero_attention_workspace(B, S, Q, G, D, parts), parts, write, attend);
 }
+
+extern "C" int32_t arriero_run_add_lora(const float* x, const float* y, const int64_t* adapter, const float* a,
+                                        const float* b, float* out, int64_t B, int64_t S, int64_t N, int64_t K,
+                                        int64_t R, int64_t adapters, int64_t parts) {
+    const int64_t low_bytes = (B * S * R * static_cast<int64_t>(sizeof(float)) + 63) / 64 * 64;
+    const auto changed = [&](int64_t row) { return adapter[row] > 0 && adapter[row] < adapters; };
+    const auto reduce = [&](void* space, int64_t part) {
+        auto* low = static_cast<float*>(space);
+        for (int64_t row = 0; row < B; ++row) {
+            if (!changed(row)) continue;
+            arriero_linear(ARRIERO_F32, 0, x + row * S * K, a + adapter[row] * R * K, nullptr, low + row * S * R, S, R,
+                           K, static_cast<char*>(space) + low_bytes, part, parts);
+        }
+    };
+    const auto expand = [&](void* space, int64_t part) {
+        const auto* low = static_cast<const float*>(space);
+        for (int64_t row = 0; row < B; ++row) {
+            if (!changed(row)) continue;
+            arriero_linear(ARRIERO_F32, 0, low + row * S * R, b + adapter[row] * N * R, nullptr, out + row * S * N, S,
+                           N, R, static_cast<char*>(space) + low_bytes, part, parts);
+        }
+    };
+    const auto add = [&](void*, int64_t part) {
+        for (int64_t row = 0; row < B; ++row) {
+            const int64_t numbers = S * N, end = row * numbers + numbers * (part + 1) / parts;
+            for (int64_t i = row * numbers + numbers * part / parts; i < end; ++i) {
+                out[i] = changed(row) ? out[i] + y[i] : y[i];
+            }
+        }
+    };
+    const int64_t first = arriero_linear_workspace(ARRIERO_F32, 0, S, R, K, parts);
+    const int64_t second = arriero_linear_workspace(ARRIERO_F32, 0, S, N, R, parts);
+    return run(low_bytes + (first > second ? first : second), parts, reduce, expand, add);
+}

@@ -20,13 +20,13 @@ from tvm.relax.frontend.onnx import from_onnx, onnx_frontend
 
 from arriero.export.compile.relax import kernels as kernels
 from arriero.export.compile.relax import ops as ops
-from arriero.graphs.functions import CACHED_ATTENTION, EXPERT_DISPATCH
+from arriero.graphs.functions import ADD_LORA, CACHED_ATTENTION, EXPERT_DISPATCH
 from arriero.graphs.passes.replace_linear_with_kernel import LINEAR
 from arriero.graphs.passes.replace_lookup import LOOKUP
 
 THREADS = "threads"
 # Operators that read their weights at any alignment; all other code is generated for 64 bytes.
-ANY_ALIGNMENT = (LINEAR, LOOKUP, EXPERT_DISPATCH)
+ANY_ALIGNMENT = (LINEAR, LOOKUP, EXPERT_DISPATCH, ADD_LORA)
 Convert = Callable[..., relax.Expr]
 
 
@@ -79,6 +79,11 @@ def convert_dispatch(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dic
     return bb.emit_te(compute, nodes[THREADS], *inputs, primfunc_name_hint="expert_dispatch")
 
 
+def convert_add_lora(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:
+    """AddLora(x, y, adapter, A, B)."""
+    return bb.emit_te(kernels.add_lora, nodes[THREADS], *inputs, primfunc_name_hint="add_lora")
+
+
 def convert_attention(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:
     """CachedAttention(q, k, v, key_cache, value_cache, positions), in place."""
     compute = kernels.attention(attr["num_heads"], attr["kv_heads"], attr["chunk"])
@@ -120,6 +125,7 @@ CONVERTERS: dict[str, Convert] = {
     LINEAR: convert_linear,
     LOOKUP: convert_lookup,
     EXPERT_DISPATCH: convert_dispatch,
+    ADD_LORA: convert_add_lora,
     CACHED_ATTENTION: convert_attention,
     "RotaryEmbedding": convert_rotary,
     "TopK": convert_topk,

@@ -95,6 +95,18 @@ def attention(heads: int, kv_heads: int, chunk: int) -> Callable[..., te.Tensor]
     return compute
 
 
+def add_lora(threads: te.Tensor, *inputs: te.Tensor) -> te.Tensor:
+    """Give y [B, S, N] with the change of each row's adapter, of x [B, S, K], y, adapter [B] and two stacks."""
+    x, y, _, a, b = inputs
+    (batch, steps, width), (adapters, rank, _) = x.shape, a.shape
+
+    def body(ins: Sequence[Any], outs: Sequence[Any]) -> None:
+        sizes = (batch, steps, b.shape[1], width, rank, adapters, threads.shape[0])
+        _run("arriero_run_add_lora", *_pointers(ins[1:]), *_pointers(outs), *sizes)
+
+    return _extern(y.shape, [threads, *inputs], body, "add_lora")
+
+
 def exact_format(dtype: str, name: str) -> Format:
     """The format of a weight that stays exact. Raises ArrieroError for a dtype that no kernel reads."""
     if dtype not in EXACT_FORMATS:

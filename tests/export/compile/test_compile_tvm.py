@@ -57,12 +57,6 @@ def lower(toy: Path, out: Path) -> None:
         )
 
 
-@pytest.fixture(scope="module")
-def kernels(tvm_workshop: Path) -> Path:
-    (found,) = tvm_workshop.glob("bundles/.work/kernels-*/kernels.o")
-    return found
-
-
 @pytest.fixture(scope="module", params=list(TOYS))
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, kernels: Path):
     """The compiled backend of a toy, and its reference."""
