@@ -57,6 +57,7 @@ class BackendTraits:
     footprint: Footprint = Footprint()
     gpus: tuple[int, ...] = ()  # compute capabilities times ten that it builds engines for
     builds_anywhere: bool = True  # else only on the GPU that will run the engines
+    switches_adapters: bool = False  # a bundle may answer with one LoRA adapter or another
     keeps_stored_dtype: bool = False  # it reads exact matrices in the checkpoint's own dtype
 
     @property
@@ -78,6 +79,7 @@ TRAITS: dict[str, BackendTraits] = {
             head_multiple=8,
             packages=(Package("onnxruntime", "1.32", extra="onnxruntime", imports=("onnxruntime",)),),
             files=(".onnx",),
+            switches_adapters=True,
         ),
         BackendTraits(
             name="tvm",
@@ -92,6 +94,7 @@ TRAITS: dict[str, BackendTraits] = {
             ),
             files=(".so", ".json"),
             footprint=Footprint(compiler=130 << 20, runtime=350 << 20, logit_copies=6, maps_weights=True),
+            switches_adapters=True,
             keeps_stored_dtype=True,
         ),
         BackendTraits(

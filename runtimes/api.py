@@ -19,27 +19,33 @@ DEFAULT_OPTIONS = BackendOptions()
 
 
 def load(
-    bundle: str | os.PathLike[str], threads: int | None = None, verify: bool = False, allow_unproven: bool = False
+    bundle: str | os.PathLike[str],
+    threads: int | None = None,
+    verify: bool = False,
+    allow_unproven: bool = False,
+    adapter: str | None = None,
 ) -> Session:
     """Open a bundle directory and give a `Session` that answers from it.
 
     The manifest and the files are checked first; with `verify` every file is hashed, however large the bundle.
     A bundle that its build could not prove is refused unless `allow_unproven`: nobody has measured what it computes.
-    `threads` None uses every core this process may run on. Raises `ArrieroError` with what is wrong and what to do.
+    `threads` None uses every core this process may run on. `adapter` names the bundle's adapter that answers where a
+    call names none; None is the model itself. Raises `ArrieroError` with what is wrong and what to do.
     """
     options = BackendOptions(threads)
     manifest = open_manifest(Path(bundle), verify or None)
     if not allow_unproven:
         check_proven(manifest)
-    return open_session(manifest, options)
+    return open_session(manifest, options, adapter)
 
 
-def open_session(manifest: Manifest, options: BackendOptions = DEFAULT_OPTIONS) -> Session:
+def open_session(manifest: Manifest, options: BackendOptions = DEFAULT_OPTIONS, adapter: str | None = None) -> Session:
     """Give a session over a bundle that is what its manifest says, proven or not yet. Raises as `check_machine`."""
     check_machine(manifest)
     processor = Processor(manifest.bundle / "tokenizer", manifest.model)
     backend = open_bundle_backend(manifest, options)
-    return Session(backend, processor, manifest.target.context, manifest.target.batch)
+    target = manifest.target
+    return Session(backend, processor, target.context, target.batch, tuple(manifest.adapters), adapter)
 
 
 def open_bundle_backend(manifest: Manifest, options: BackendOptions = DEFAULT_OPTIONS) -> Backend:

@@ -9,7 +9,16 @@ from pathlib import Path
 
 from arriero.errors import ArrieroError, Problems
 from arriero.runtimes.inside import links_out
-from arriero.runtimes.manifest import COPY_AGAIN, FILE, RECORD_FILE, Manifest, file_sha256, link, parity_digest
+from arriero.runtimes.manifest import (
+    COPY_AGAIN,
+    FILE,
+    RECORD_FILE,
+    Manifest,
+    file_sha256,
+    link,
+    parity_digest,
+    proof_path,
+)
 
 FULL_HASH_BYTES = 1 << 30  # bundles up to here are hashed whole at every load: about a second
 QUICK_HASH_BYTES = 64 << 20  # in larger bundles, only files up to here are
@@ -36,9 +45,12 @@ def check_chain(manifest: Manifest) -> None:
         if getattr(chain, name) != link(getattr(chain, before), str(digest)):
             where = f"{manifest.bundle / FILE}:chain.{name}"
             raise ArrieroError(f"the link {before} -> {name} is broken: {what}", where=where, remedy=COPY_AGAIN)
-    if RECORD_FILE in manifest.files and manifest.files[RECORD_FILE].sha256 != manifest.record:
-        where = f"{manifest.bundle / FILE}:record"
-        raise ArrieroError("another reference record is in the bundle", where=where, remedy=COPY_AGAIN)
+    records = {None: manifest.record} | {name: one.record for name, one in manifest.adapters.items()}
+    for adapter, record in records.items():
+        file = manifest.files.get(proof_path(adapter, RECORD_FILE))
+        if file is not None and file.sha256 != record:
+            where = f"{manifest.bundle / FILE}:{'record' if adapter is None else f'adapters.{adapter}.record'}"
+            raise ArrieroError("another reference record is in the bundle", where=where, remedy=COPY_AGAIN)
 
 
 def check_proven(manifest: Manifest) -> None:

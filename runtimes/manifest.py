@@ -19,12 +19,13 @@ from arriero.runtimes.inside import climbs_out
 from arriero.runtimes.typed_json import decode
 from arriero.strict_json import read_json_object
 
-FORMAT = 3
+FORMAT = 4
 FILE = "manifest.json"
 LICENSES = "licenses"  # the folder of the checkpoint's licence, use policy and notices
 REPORTS = ("parity.json", "parity.html")
 RECORD_FOLDER = "reference"  # of the reference record, in a bundle that brings it
 RECORD_FILE = f"{RECORD_FOLDER}/record.json"
+ADAPTERS = "adapters"  # the folder with record and reports of each adapter, in a folder of its name
 
 COPY_AGAIN = "Copy the bundle again, or rebuild it with `arriero build`"
 
@@ -153,6 +154,14 @@ class ProofTerms:
 
 
 @dataclass(frozen=True)
+class AdaptedPart:
+    """An adapter that the bundle switches to: the hashes of the checkpoint with it merged, and of that one's record."""
+
+    checkpoint: str
+    record: str
+
+
+@dataclass(frozen=True)
 class Measured:
     """What the build took: bytes of its hungriest stage, and seconds of each."""
 
@@ -208,6 +217,7 @@ class Manifest:
     rounded: RoundedPart
     record: str  # the hash of the reference record that the bundle is proven against
     proof: ProofTerms
+    adapters: dict[str, AdaptedPart]  # in the order of their numbers, which begin at 1
     kv_bytes_per_token: dict[str, int]
     measured: Measured
 
@@ -253,17 +263,24 @@ class Manifest:
             rounded=entry(RoundedPart, "rounded"),
             record=entry(str, "record"),
             proof=entry(ProofTerms, "proof"),
+            adapters=entry(dict[str, AdaptedPart], "adapters"),
             kv_bytes_per_token=entry(dict[str, int], "kv_bytes_per_token"),
             measured=entry(Measured, "measured"),
         )
 
     @property
     def proven(self) -> bool:
-        """Whether the bundle holds the reports of a proof that it passed."""
-        return all(report in self.files for report in REPORTS)
+        """Whether the bundle holds the reports of a proof that it passed, with each of its adapters too."""
+        subjects = (None, *self.adapters)
+        return all(proof_path(subject, report) in self.files for subject in subjects for report in REPORTS)
 
 
 KEYS = tuple(name for name in Manifest.__dataclass_fields__ if name not in ("bundle", "digest"))
+
+
+def proof_path(adapter: str | None, name: str = "") -> str:
+    """Where in a bundle a file of the proof lies: of the model itself for None, else of the model with `adapter`."""
+    return name if adapter is None else f"{ADAPTERS}/{adapter}/{name}".rstrip("/")
 
 
 def link(previous: str, digest: str) -> str:
@@ -277,7 +294,7 @@ def manifest_digest(entries: Mapping[str, Any]) -> str:
     said["files"] = {
         name: record
         for name, record in entries["files"].items()
-        if name not in REPORTS and not name.startswith(f"{RECORD_FOLDER}/")
+        if name not in REPORTS and not name.startswith((f"{RECORD_FOLDER}/", f"{ADAPTERS}/"))
     }
     # `build` also names the stages that made the record and the reports.
     proof = ("parity-", "reference")
@@ -287,7 +304,12 @@ def manifest_digest(entries: Mapping[str, Any]) -> str:
 
 def parity_digest(files: Mapping[str, FileRecord]) -> str:
     """Give the sha256 over the file records of the parity reports."""
-    return _digest({name: files[name].sha256 for name in REPORTS if name in files})
+    reports = [name for name in files if name in REPORTS or _is_adapters_report(name)]
+    return _digest({name: files[name].sha256 for name in reports})
+
+
+def _is_adapters_report(name: str) -> bool:
+    return name.startswith(f"{ADAPTERS}/") and name.split("/", 2)[-1] in REPORTS
 
 
 def file_sha256(path: Path) -> str:

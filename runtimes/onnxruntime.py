@@ -66,7 +66,12 @@ class OrtBackend:
             needs |= {f"{name}_seqlens_k", f"{name}_total"}
         has = {entry.name for entry in self._text.get_inputs()}
         # the other class's counters may stand in the signature unused, so only what is missing or unknown is refused
-        unknown = has - needs - {ADAPTER} - {f"{name}_{kind}" for name in ("chunk", "global") for kind in ("seqlens_k", "total")}
+        unknown = (
+            has
+            - needs
+            - {ADAPTER}
+            - {f"{name}_{kind}" for name in ("chunk", "global") for kind in ("seqlens_k", "total")}
+        )
         if needs - has or unknown:
             raise ArrieroError(
                 f"the graph's inputs do not fit the manifest's model (missing {sorted(needs - has)[:4]}, "

@@ -159,7 +159,7 @@ class Session:
         return check_prompt(prompt, self.spec)
 
     def prefill(self, prompt: PromptLike, images: Images = None, adapter: str | None = None) -> State:
-        """Read `prompt` into a new state whose `logits` choose the first token; with the session's adapter, or another."""
+        """Read `prompt` into a new state whose `logits` choose the first token; `adapter` None is the session's own."""
         encoded = self.encode(prompt, images)
         self._room(encoded, None)
         cache = self._new_cache(1, self.context, adapter or self.adapter)

@@ -11,10 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.manifest import FILE, RECORD_FOLDER, REPORTS
+from arriero.runtimes.manifest import ADAPTERS, FILE, RECORD_FOLDER, REPORTS
 
 # What a proof may write into a bundle while it is open.
-NOT_RUN = (FILE, *REPORTS, RECORD_FOLDER)
+NOT_RUN = (FILE, *REPORTS, RECORD_FOLDER, ADAPTERS)
 
 
 class Unchanged:

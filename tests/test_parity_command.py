@@ -190,7 +190,7 @@ def test_a_record_of_another_checkpoint_is_refused(workshop, tmp_path):
     assert built.code == 0, built.err
     foreign = tmp_path / "bundles" / "fp32" / "reference"
     told = arriero("parity", workshop / "bundles" / "fp32", "--record", foreign)
-    check(told, "not made from the bundle's checkpoint", str(foreign), "published with the bundle")
+    check(told, "not made from this record's checkpoint", str(foreign), "what the bundle was built from")
 
 
 # --- a record that is kept apart

@@ -94,12 +94,8 @@ class Target(_Section):
 
     @field_validator("name")
     @classmethod
-    def _filesystem_safe(cls, name: str) -> str:
-        if re.fullmatch(NAME, name):
-            return name
-        rule = "at most 64 letters, digits, dots, dashes and underscores, the first a letter or digit"
-        remedy = f"For example `{re.sub(r'[^A-Za-z0-9_-]+', '-', name).strip('-_')[:64] or 'portable-int8'}`"
-        raise refusal(ArrieroError(f"{name!r} cannot be a folder name", expected=rule, remedy=remedy))
+    def _name_is_a_folders(cls, name: str) -> str:
+        return _filesystem_safe(name, "portable-int8")
 
     @field_validator("cpu")
     @classmethod
@@ -242,6 +238,12 @@ class BuildConfig(_Section):
         default=(),
         description="Folders of LoRA adapters, as PEFT saves them, that are merged into the model in this order.",
     )
+    runtime_adapters: dict[str, Annotated[Path, PathText]] = Field(
+        default={},
+        description="Name -> folder of LoRA adapters that each bundle switches between while it runs, beside the model "
+        "itself: of attention, shared experts and dense MLPs. Each is proven like the model.",
+        json_schema_extra={"propertyNames": {"pattern": f"^{NAME}$"}},
+    )
     modalities: tuple[Modality, ...] = Field(
         min_length=1, description="What the bundles take in: `text`, or `text` and `image`."
     )
@@ -270,11 +272,19 @@ class BuildConfig(_Section):
     def _adapters_exist(cls, adapters: Any, info: ValidationInfo) -> tuple[Path, ...]:
         if not isinstance(adapters, list) or not all(isinstance(one, str) and one for one in adapters):
             raise refusal(ArrieroError(f"{adapters!r} is no list", expected="a list of folders"))
-        folders = tuple(_absolute(one, info) for one in adapters)
-        for folder in folders:
-            if not folder.is_dir():
-                raise refusal(ArrieroError(f"there is no folder {folder}", expected="a folder of a LoRA adapter"))
-        return folders
+        return tuple(_adapter(one, info) for one in adapters)
+
+    @field_validator("runtime_adapters", mode="before")
+    @classmethod
+    def _named_adapters_exist(cls, adapters: Any, info: ValidationInfo) -> dict[str, Path]:
+        entries = adapters.items() if isinstance(adapters, dict) else [(None, None)]
+        if not all(isinstance(name, str) and isinstance(folder, str) and folder for name, folder in entries):
+            raise refusal(ArrieroError(f"{adapters!r} is no table", expected="name: folder, a line for each adapter"))
+        for name in adapters:
+            _filesystem_safe(name, "german")
+        if len({name.casefold() for name in adapters}) < len(adapters):
+            raise refusal(ArrieroError("two names differ in upper and lower case alone", remedy="Rename one of them"))
+        return {name: _adapter(folder, info) for name, folder in adapters.items()}
 
     @field_validator("output", mode="before")
     @classmethod
@@ -309,6 +319,23 @@ def json_schema() -> dict[str, Any]:
 def _absolute(text: str, info: ValidationInfo) -> Path:
     """Resolve a path of the build file; an absolute one stays itself."""
     return (_folder(info) / Path(text).expanduser()).absolute()
+
+
+def _adapter(text: str, info: ValidationInfo) -> Path:
+    """The folder of an adapter, which must be there."""
+    folder = _absolute(text, info)
+    if not folder.is_dir():
+        raise refusal(ArrieroError(f"there is no folder {folder}", expected="a folder of a LoRA adapter"))
+    return folder
+
+
+def _filesystem_safe(name: str, example: str) -> str:
+    """A name that can be a folder's on any system."""
+    if re.fullmatch(NAME, name):
+        return name
+    rule = "at most 64 letters, digits, dots, dashes and underscores, the first a letter or digit"
+    remedy = f"For example `{re.sub(r'[^A-Za-z0-9_-]+', '-', name).strip('-_')[:64] or example}`"
+    raise refusal(ArrieroError(f"{name!r} cannot be a folder name", expected=rule, remedy=remedy))
 
 
 def _folder(info: ValidationInfo) -> Path:

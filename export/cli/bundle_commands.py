@@ -26,16 +26,17 @@ from arriero.export.cli.options import (
 
 if TYPE_CHECKING:
     from arriero.export.build_file.schema import Cases
+    from arriero.export.proof.prove import Proofs
     from arriero.runtimes.processor.pictures import ImageLike
-    from arriero.runtimes.proof.report import ParityReport
 
 
 def parity(
     bundle: BundleFolder,
     record: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
-            help="The folder of a reference record, for a bundle that brings none, or in the place of its own."
+            help="The folder of a reference record, for a bundle that brings none, or in the place of its own; give "
+            "the option again for those of adapters."
         ),
     ] = None,
     recorded: Annotated[bool, typer.Option("--recorded", help="Show the build's own report; measure nothing.")] = False,
@@ -66,6 +67,9 @@ def parity(
     A bundle that was built for another device than the machine that built it is proven by this, on the device: where it
     passes, the proof is written into it, or with --output into a folder whose files complete it.
 
+    A bundle that switches between adapters is measured with each of them, by the record of the model that has it
+    merged; --against with --adapter measures the bundle with the adapter of that folder alone.
+
     --against CHECKPOINT compares with the PyTorch reference itself, and refuses a record that says otherwise than the
     checkpoint; --set, --samples or --seed then choose other prompts than the record's. In CI:
 
@@ -86,48 +90,63 @@ def parity(
         raise ArrieroError("--output takes a proof by the bundle's record", remedy="Leave out --recorded and --against")
     if other and record:
         raise ArrieroError("--record brings its own prompts", remedy="Leave out --set, --samples and --seed")
+    if against and record and len(record) > 1:
+        raise ArrieroError("a checkpoint is compared by one record", remedy="Give --record once")
     chosen = _held_out(data, samples, seed) if other else None
     start = time.monotonic()
-    report = _recorded(bundle) if recorded else _measure(bundle, record, against, adapter or [], chosen, output)
+    proofs = _recorded(bundle) if recorded else _measure(bundle, record or [], against, adapter or [], chosen, output)
+    seconds = time.monotonic() - start
+    named = {_suite(report.labels.get("bundle", bundle.name), name): report for name, report in proofs.items()}
     if junit:
-        write_junit([Suite(report.labels.get("bundle", bundle.name), report, time.monotonic() - start)], junit)
-    if html:
-        write_html(report, html)
+        write_junit([Suite(name, report, seconds / len(named)) for name, report in named.items()], junit)
+    for name, report in proofs.items():
+        if html:
+            write_html(report, html if name is None else html.with_stem(f"{html.stem}-{name}"))
+        if not as_json:
+            render_table(report, out)
     if as_json:
-        print_json(report.to_dict())
-    else:
-        render_table(report, out)
-    if report.failed:
+        own = next(iter(proofs.values())).to_dict()
+        beside = {name: report.to_dict() for name, report in proofs.items() if name is not None}
+        print_json(own if None not in proofs or not beside else {**own, "adapters": beside})
+    if any(report.failed for report in proofs.values()):
         raise typer.Exit(1)
 
 
-def _recorded(bundle: Path) -> ParityReport:
+def _suite(bundle: str, adapter: str | None) -> str:
+    return bundle if adapter is None else f"{bundle} with {adapter}"
+
+
+def _recorded(bundle: Path) -> Proofs:
     from arriero.runtimes.integrity import check_proven, open_manifest
+    from arriero.runtimes.manifest import proof_path
     from arriero.runtimes.proof.report import read_json
 
-    check_proven(open_manifest(bundle))
-    return read_json(bundle / "parity.json")
+    manifest = open_manifest(bundle)
+    check_proven(manifest)
+    return {adapter: read_json(bundle / proof_path(adapter, "parity.json")) for adapter in (None, *manifest.adapters)}
 
 
 def _measure(
     bundle: Path,
-    record: Path | None,
+    records: list[Path],
     checkpoint: Path | None,
     adapters: list[Path],
     other: Cases | None,
     output: Path | None,
-) -> ParityReport:
+) -> Proofs:
     from arriero.export.cli.progress import Progress
 
     with Progress(err) as watch:
         if checkpoint is None:
             from arriero.export.proof.prove import prove_bundle
 
-            return prove_bundle(bundle, record, watch, output)
+            return prove_bundle(bundle, records, watch, output)
         from arriero.export.proof.against import prove_against
         from arriero.graphs.checkpoint import Checkpoint
 
-        return prove_against(bundle, Checkpoint.open(checkpoint, adapters), record, other, watch)
+        record = records[0] if records else None
+        report = prove_against(bundle, Checkpoint.open(checkpoint, adapters), record, other, watch)
+        return {report.labels.get("adapter"): report}
 
 
 def _held_out(data: str | None, samples: int | None, seed: int | None) -> Cases:
@@ -179,6 +198,7 @@ def run(
     logprobs: Annotated[
         int | None, typer.Option(help="With --json: each token's log-probability, and so many likeliest.", min=0)
     ] = None,
+    adapter: Annotated[str | None, typer.Option(help="The bundle's adapter to answer with, by its name.")] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -202,7 +222,7 @@ def run(
     pictures: list[ImageLike] = list(image or ())
     pictures += (frame for path in video or () for frame in read_video(path, frames))
     pictures += (page for path in document or () for page in read_document(path))
-    with load(bundle, threads) as session:
+    with load(bundle, threads, adapter=adapter) as session:
         stream = session.generate(
             session.encode(text, pictures, special_tokens=special_tokens),
             stream=True,

@@ -14,7 +14,7 @@ from arriero.export.cli.describe_layers import describe_layers
 from arriero.export.cli.tables import print_wrapped
 from arriero.export.machine.budget import human_bytes
 from arriero.runtimes.integrity import open_manifest
-from arriero.runtimes.manifest import LICENSES, RECORD_FILE, Fallback, SampleSet
+from arriero.runtimes.manifest import LICENSES, RECORD_FILE, Fallback, SampleSet, proof_path
 from arriero.runtimes.proof.report import read_json
 
 if TYPE_CHECKING:
@@ -30,7 +30,11 @@ FALLBACKS = {
 def describe_bundle(bundle: Path) -> dict[str, Any]:
     """The manifest's facts with weights summed by scheme and parity in short. Raises `ArrieroError` if damaged."""
     manifest = open_manifest(bundle, full=True)
-    report = read_json(bundle / "parity.json") if manifest.proven else None
+    reports = (
+        [read_json(bundle / proof_path(adapter, "parity.json")) for adapter in (None, *manifest.adapters)]
+        if manifest.proven
+        else []
+    )
     return {
         "name": manifest.name,
         "arriero": manifest.arriero,
@@ -48,10 +52,14 @@ def describe_bundle(bundle: Path) -> dict[str, Any]:
         "kv_bytes_per_token": manifest.kv_bytes_per_token,
         "measured": asdict(manifest.measured),
         "tools": manifest.tools,
+        "adapters": {name: asdict(one) for name, one in manifest.adapters.items()},
         "record": {"hash": manifest.record, "in_bundle": RECORD_FILE in manifest.files},
-        "parity": None
-        if report is None
-        else {"failed": [row.metric for row in report.failed], "rows": len(report.rows)},
+        "parity": {
+            "failed": [row.metric for report in reports for row in report.failed],
+            "rows": sum(len(report.rows) for report in reports),
+        }
+        if reports
+        else None,
     }
 
 
@@ -82,6 +90,8 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
         "parity": _parity(described["parity"]),
         "built with": ", ".join(f"{name} {version}" for name, version in described["tools"].items()),
     }
+    if described["adapters"]:
+        rows["adapters"] = ", ".join(described["adapters"]) + ", switched with `--adapter`; each is proven"
     if described["licenses"]:
         rows["licences"] = escape(", ".join(described["licenses"]))
     for name, value in rows.items():

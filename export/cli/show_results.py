@@ -124,5 +124,11 @@ def _result(one: TargetResult) -> str:
 
 
 def _stages(stages: Mapping[str, float | None]) -> str:
-    ran = [f"{name.partition('-')[0]} {seconds:.1f} s" for name, seconds in stages.items() if seconds is not None]
+    ran = [f"{_kind(name)} {seconds:.1f} s" for name, seconds in stages.items() if seconds is not None]
     return ", ".join(ran) or "all done before"
+
+
+def _kind(stage: str) -> str:
+    """What a stage does, without the target that it does it for: `parity`, and `parity with german` for an adapter."""
+    name, _, adapter = stage.partition("+")
+    return name.partition("-")[0] + (f" with {adapter}" if adapter else "")

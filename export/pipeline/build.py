@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ from arriero.export.pipeline.parts import read_part, write_part
 from arriero.export.pipeline.plan import make_plan
 from arriero.export.pipeline.record_plan import answer_mode
 from arriero.export.pipeline.results import TargetResult
-from arriero.export.pipeline.stage_keys import calibrating, rounding_folder, stage_inputs
+from arriero.export.pipeline.runtime_adapters import adapted_checkpoints
+from arriero.export.pipeline.stage_keys import calibrating, rounding_folder, stage_inputs, subject_stage
 from arriero.export.pipeline.stages import Run, Stage, WorkDir, key_of, machine_limits, read_record
 from arriero.export.pipeline.target_build import TargetBuild
 from arriero.export.samples.cases import describe_set, draw_cases
@@ -60,6 +61,7 @@ class Build:
         self.work = WorkDir(config.output)
         self.results: list[TargetResult] = []
         self._failed: dict[str, Exception] = {}
+        self._records: dict[str | None, ReferenceRecord] = {}
 
     @cached_property
     def profiles(self) -> dict[str, Profile]:
@@ -72,6 +74,11 @@ class Build:
         return Checkpoint.open(self.config.model, self.config.adapters)
 
     @cached_property
+    def adapted(self) -> dict[str, Checkpoint]:
+        """The checkpoint with each of the runtime adapters merged, by the adapter's name."""
+        return adapted_checkpoints(self.config)
+
+    @cached_property
     def model(self) -> ModelConfig:
         """The model as far as the build's modalities need it."""
         return self.checkpoint.model_config().taking(self.config.modalities)
@@ -79,7 +86,15 @@ class Build:
     @cached_property
     def record(self) -> ReferenceRecord:
         """What every target is judged by; written with the first that is."""
-        return ReferenceRecord.open(self.stage("reference", self.write_record, resumes=True))
+        return self.record_of(None)
+
+    def record_of(self, adapter: str | None) -> ReferenceRecord:
+        """The same for the model with a runtime adapter."""
+        if adapter not in self._records:
+            write = partial(self.write_record, adapter)
+            stage = self.stage(subject_stage("reference", adapter), write, resumes=True)
+            self._records[adapter] = ReferenceRecord.open(stage)
+        return self._records[adapter]
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -132,8 +147,10 @@ class Build:
         """Hold the output folder; within, what every stage depends on is known."""
         with machine_limits("before the first stage", self.config.output), self.work.locked():
             self.watch("hash checkpoint", 0, 0, "bytes")
-            self.content = self.checkpoint.content_hash(self.work.hash_memo)
-            self.inputs = stage_inputs(self.config, self.content, self.profiles)
+            memo = self.work.hash_memo
+            self.content = self.checkpoint.content_hash(memo)
+            self.contents = {adapter: one.content_hash(memo) for adapter, one in self.adapted.items()}
+            self.inputs = stage_inputs(self.config, self.content, self.profiles, self.contents)
             yield
 
     def stage(self, name: str, run: Run, resumes: bool = False) -> Path:
@@ -184,19 +201,23 @@ class Build:
         part = CalibratedPart(describe_set(self.config.calibration, samples), calibration.run())
         return calibration.files() | {write_part(part, folder)}
 
-    def write_record(self, folder: Path) -> set[str]:
-        """Stage `reference`: what the PyTorch reference says of the parity cases; no target runs it again."""
+    def write_record(self, adapter: str | None, folder: Path) -> set[str]:
+        """Stage `reference`: what the PyTorch reference says of the parity cases; no target runs it again.
+
+        With `adapter` it is the reference of the checkpoint that has it merged.
+        """
         from arriero.export.proof.reference import open_reference
         from arriero.export.proof.write_record import Origin, write_record
 
         parity = self.config.parity
         cases = draw_cases(parity.cases, self.config.modalities)
         origin = Origin(
-            checkpoint=self.content,
+            checkpoint=self.content if adapter is None else self.contents[adapter],
             modalities=self.config.modalities,
             answers=answer_mode(self.config),
             set=asdict(describe_set(parity.cases, cases)),
             tools=installed_versions(SHARED_PACKAGES),
         )
-        reference = open_reference(self.checkpoint, self.model.vision is None)
+        checkpoint = self.checkpoint if adapter is None else self.adapted[adapter]
+        reference = open_reference(checkpoint, self.model.vision is None)
         return write_record(reference, cases, origin, folder, self.watch)

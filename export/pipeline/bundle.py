@@ -20,6 +20,7 @@ from arriero.runtimes.integrity import open_manifest
 from arriero.runtimes.manifest import (
     FILE,
     FORMAT,
+    AdaptedPart,
     CalibratedPart,
     Chain,
     FileRecord,
@@ -86,6 +87,7 @@ class Parts:
     rounded: RoundedPart
     record: str  # the hash of the reference record
     proof: ProofTerms
+    adapters: Mapping[str, AdaptedPart]
     kv_bytes_per_token: Mapping[str, int]
     measured: Measured
 
@@ -115,6 +117,7 @@ def write_manifest(
         "build": dict(build),
         "record": parts.record,
         "proof": asdict(parts.proof),
+        "adapters": {name: asdict(one) for name, one in parts.adapters.items()},
         "files": {name: asdict(record) for name, record in files.items()},
         "tools": {**parts.tools, **parts.lowered.compiled.tools},
         "weights": {name: asdict(weight) for name, weight in parts.lowered.weights.items()},

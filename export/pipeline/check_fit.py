@@ -39,6 +39,10 @@ def check_fit(build: BuildConfig, config: ModelConfig) -> None:
             what = f"the attention of {target.backend} does not take heads of {config.text.head_dim} features"
             expected = f"a head_dim that is a multiple of {traits.head_multiple}"
             problems.append(ArrieroError(what, where=f"targets[{number}].backend", expected=expected))
+        if build.runtime_adapters and not traits.switches_adapters:
+            what = f"the backend {target.backend} switches between no adapters"
+            remedy = "Merge the adapter with `adapters`, in a build file of its own"
+            problems.append(ArrieroError(what, where=f"targets[{number}].backend", remedy=remedy))
         if target.context > config.text.max_positions:
             what = f"{target.context:,} tokens are more than the model's positions"
             expected = f"at most {config.text.max_positions:,} (max_position_embeddings)"

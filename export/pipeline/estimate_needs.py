@@ -56,7 +56,11 @@ def estimate_needs(
     needs = {
         "graph": (TRACE_MEMORY + TRACE_LAYER * len(seen.text.layers), 0),
         "calibrate": (estimate.calibration_memory(config, used, sizes, second), calibrated),
-        "reference": (record_memory(seen, used, case_sizes), walked),
+        **{
+            name: (record_memory(seen, used, case_sizes), walked)
+            for name in names
+            if name.partition("+")[0] == "reference"
+        },
     }
     kernels = TOOLS_MEMORY + min(COMPILERS, usable_cores()) * COMPILER_MEMORY
     needs |= {name: (kernels, KERNELS_DISK) for name in names if name.startswith("kernels-")}
@@ -70,7 +74,7 @@ def estimate_needs(
             lowering = (max(lowering[0], engine), 2 * target.weights_bytes + ENGINE_DISK)
         needs[f"lower-{target.name}"] = lowering
         parity = _parity_memory(target, seen.text, table, longest)
-        needs[f"parity-{target.name}"] = (parity, GRAPH_DISK)
+        needs |= {name: (parity, GRAPH_DISK) for name in names if name.partition("+")[0] == f"parity-{target.name}"}
         # the baseline's weights lie beside the bundle's own while it is measured
         needs[f"rtn-{target.name}"] = (max(lowering[0], parity), target.weights_bytes + GRAPH_DISK)
     return needs
@@ -96,11 +100,15 @@ def plan_target(
     used: Iterable[WeightSource],
     config: ModelConfig,
     state: Mapping[str, bool],
+    adapters: int,
 ) -> PlannedTarget:
-    """The bundle of one target: bytes of its weights by scheme and of its cache; `used` are the tensors in it."""
+    """The bundle of one target: bytes of its weights by scheme and of its cache; `used` are the tensors in it.
+
+    `adapters` are the bytes of what it switches between.
+    """
     check_shapes(profile, {name: info.shape for name, info in checkpoint.tensors.items()})
     schemes = profile.assign(checkpoint.tensors)
-    sizes: dict[str, int] = {}
+    sizes: dict[str, int] = {"f32": adapters}
     for info in used:
         scheme = schemes[info.name]
         label, size = scheme.dtype, 0 if isinstance(scheme, Chosen) else scheme.stored_bytes(info.shape)
@@ -126,7 +134,8 @@ def plan_target(
         weights_bytes=sum(sizes.values()),
         kv_bytes=target.batch * kv_bytes(config.text, target.context, cache_bytes(target, profile)),
         quantised=_what_becomes_of(checkpoint.quantised, schemes),
-        done=state[f"lower-{target.name}"] and state[f"parity-{target.name}"],
+        done=state[f"lower-{target.name}"]
+        and all(done for name, done in state.items() if name.partition("+")[0] == f"parity-{target.name}"),
     )
 
 

@@ -7,20 +7,25 @@ from typing import Literal
 
 from arriero.export.pipeline.bundle import assemble
 from arriero.export.pipeline.stages import WorkDir
-from arriero.runtimes.manifest import RECORD_FILE, RECORD_FOLDER, FileRecord, Manifest, file_sha256
+from arriero.runtimes.manifest import RECORD_FILE, RECORD_FOLDER, FileRecord, Manifest, file_sha256, proof_path
 from arriero.runtimes.proof.record import FILE, ReferenceRecord
 
 Place = Literal["bundle", "separate"]
 
 
-def place_record(record: ReferenceRecord, place: Place, bundle: Path, work: WorkDir) -> dict[str, FileRecord]:
+def place_record(
+    record: ReferenceRecord, adapter: str | None, place: Place, bundle: Path, work: WorkDir
+) -> dict[str, FileRecord]:
     """Put the record into the `bundle` that is being assembled, or publish it beside the bundles, once.
+
+    It is that of the model with `adapter`, or of the model itself.
 
     Gives what its stage recorded of each file that is in the bundle now, by its path there.
     """
     if place == "bundle":
-        files = assemble(record.folder, bundle / RECORD_FOLDER)
-        return {f"{RECORD_FOLDER}/{name}": recorded for name, recorded in files.items()}
+        inside = proof_path(adapter, RECORD_FOLDER)
+        files = assemble(record.folder, bundle / inside)
+        return {f"{inside}/{name}": recorded for name, recorded in files.items()}
     folder = separate_folder(work.output, record.hash)
     if not _holds(folder, record.hash):
         assemble(record.folder, work.bundles.prepare(folder))
@@ -29,12 +34,14 @@ def place_record(record: ReferenceRecord, place: Place, bundle: Path, work: Work
 
 
 def is_placed(bundle: Path, place: Place) -> bool:
-    """Whether the record of a published bundle is where the build file wants it."""
+    """Whether the records of a published bundle are where the build file wants them."""
     manifest = Manifest.read(bundle)
+    records = {None: manifest.record} | {name: one.record for name, one in manifest.adapters.items()}
+    inside = {adapter: proof_path(adapter, RECORD_FILE) in manifest.files for adapter in records}
     if place == "bundle":
-        return RECORD_FILE in manifest.files
-    separate = separate_folder(bundle.parent, manifest.record)
-    return RECORD_FILE not in manifest.files and _holds(separate, manifest.record)
+        return all(inside.values())
+    apart = (_holds(separate_folder(bundle.parent, record), record) for record in records.values())
+    return not any(inside.values()) and all(apart)
 
 
 def _holds(folder: Path, digest: str) -> bool:

@@ -22,6 +22,7 @@ from arriero.export.pipeline.ignored_files import ignored_files
 from arriero.export.pipeline.planned import Plan, PlannedStage
 from arriero.export.pipeline.record_plan import answer_mode, record_bytes
 from arriero.export.pipeline.resolution import weak_thresholds
+from arriero.export.pipeline.runtime_adapters import adapted_checkpoints, read_runtime_adapters
 from arriero.export.pipeline.sample_sets import SampleSets
 from arriero.export.pipeline.stage_keys import KeyInputs, calibrating, stage_inputs
 from arriero.export.pipeline.stages import WorkDir, key_of
@@ -29,6 +30,7 @@ from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.samples.cases import scored_counts
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
+from arriero.graphs.sources.runtime_adapters import RuntimeAdapters
 from arriero.profiles.recipe import Profile
 
 
@@ -44,9 +46,19 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
     content = checkpoint.known_content_hash(work.hash_memo)
     refused, ready = Findings(), Findings()
     inputs: dict[str, KeyInputs] = {}
-    refused.of(lambda: inputs.update(stage_inputs(build, content or "", profiles)))
+    adapted: dict[str, str | None] = {}
+    switched = RuntimeAdapters()
+    try:
+        switched = read_runtime_adapters(build, checkpoint)
+        for name, one in adapted_checkpoints(build).items():
+            adapted[name] = one.known_content_hash(work.hash_memo)
+    except ArrieroError as error:
+        refused.raised.append(error)
+    hashes = {name: known or "" for name, known in adapted.items()}
+    refused.of(lambda: inputs.update(stage_inputs(build, content or "", profiles, hashes)))
+    hashed = bool(content) and all(adapted.values())
     keys = {name: key_of(name, values) for name, values in inputs.items()}
-    state = {name: bool(content) and work.is_done(name, key) for name, key in keys.items()}
+    state = {name: hashed and work.is_done(name, key) for name, key in keys.items()}
     undone = {name for name in keys if not state[name] and (only is None or name in only)}
     seen = config.taking(build.modalities)
     asked, sets = Asked(build, checkpoint, config, profiles, undone), SampleSets(build, seen, checkpoint.side_folder)
@@ -63,7 +75,8 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
         raise
     used = [info for info in checkpoint.tensors.values() if is_used(info, build, checkpoint)]
     targets = tuple(
-        plan_target(target, profiles[target.profile], checkpoint, used, config, state) for target in build.targets
+        plan_target(target, profiles[target.profile], checkpoint, used, config, state, switched.nbytes)
+        for target in build.targets
     )
     needs = estimate_needs(keys, config, seen, used, targets, calibrating(profiles), sizes, case_sizes)
     work_to_do = Work(seen, used, sizes, case_sizes, answer_mode(build), calibrating(profiles))
@@ -76,7 +89,7 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
             "record_bytes": record_bytes(seen, case_sizes),
         },
         stages=tuple(
-            PlannedStage(name, key if content else None, state[name], *needs[name], times.get(name))
+            PlannedStage(name, key if hashed else None, state[name], *needs[name], times.get(name))
             for name, key in keys.items()
         ),
         targets=targets,
@@ -109,6 +122,7 @@ def _describe(build: BuildConfig, checkpoint: Checkpoint, config: ModelConfig) -
         "tensors": len(checkpoint.tensors),
         "layout": checkpoint.layout.name,
         "adapters": [str(folder) for folder in build.adapters],
+        "runtime_adapters": {name: str(folder) for name, folder in build.runtime_adapters.items()},
         "stored_as": dict(Counter(info.form for info in checkpoint.tensors.values()).most_common()),
         "bytes": checkpoint.stored_bytes,
         "parameters": sum(math.prod(info.shape) for info in checkpoint.tensors.values()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any
 
 from arriero.export.build_file.device import kernel_arch, target_gpu
@@ -25,12 +26,16 @@ CALIBRATES = ("export/calibration/calibrate.py", "export/proof/reference.py", "e
 PROVES = ("export/proof/measure_bundle.py", "export/proof/rtn_baseline.py")
 
 KeyInputs = dict[str, Any]
+NO_ADAPTERS: Mapping[str, str] = MappingProxyType({})
 
 
-def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, Profile]) -> dict[str, KeyInputs]:
+def stage_inputs(
+    build: BuildConfig, content_hash: str, profiles: Mapping[str, Profile], adapted: Mapping[str, str] = NO_ADAPTERS
+) -> dict[str, KeyInputs]:
     """Give every stage of `build` in order, by name, with what its result depends on.
 
-    A later stage names the keys of the earlier ones that it reads, so that a change runs through.
+    A later stage names the keys of the earlier ones that it reads, so that a change runs through. `adapted` are the
+    content hashes of the checkpoint with each of the runtime adapters merged.
     """
     tools = installed_versions(SHARED_PACKAGES)
     seen: KeyInputs = {"checkpoint": content_hash, "modalities": list(build.modalities), "tools": tools}
@@ -42,7 +47,12 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
             "profiles": [rounding_folder(profile) for profile in calibrating(profiles)],
             "source": source_hash(*CALIBRATES),
         },
-        "reference": record_inputs(build, content_hash, _set_inputs(build.parity.cases, build.modalities)),
+        **{
+            subject_stage("reference", adapter): record_inputs(
+                build, content, _set_inputs(build.parity.cases, build.modalities)
+            )
+            for adapter, content in [(None, content_hash), *adapted.items()]
+        },
     }
     for target in build.targets:
         for arch in _kernel_archs(target, profiles[target.profile]):
@@ -63,16 +73,24 @@ def stage_inputs(build: BuildConfig, content_hash: str, profiles: Mapping[str, P
             "profile": profiles[target.profile].model_dump(exclude={"thresholds", "description"}),
             "source": source_hash(*_lowers(target)),
         }
+        if adapted:
+            stages[lower]["adapters"] = dict(adapted)
         proven = {"lower": key_of(lower, stages[lower]), "reference": key_of("reference", stages["reference"])}
         source = source_hash(*PROVES, f"runtimes/{TRAITS[target.backend].module}.py")
         if profiles[target.profile].calibration is not None:
             stages[f"rtn-{target.name}"] = {**proven, "source": source}
-        stages[parity] = {
-            **proven,
-            "thresholds": thresholds(build, target, profiles[target.profile]),
-            "source": source,
-        }
+        limits = thresholds(build, target, profiles[target.profile])
+        stages[parity] = {**proven, "thresholds": limits, "source": source}
+        for adapter in adapted:
+            record = subject_stage("reference", adapter)
+            judged = {**proven, "reference": key_of(record, stages[record])}
+            stages[subject_stage(parity, adapter)] = {**judged, "thresholds": limits, "source": source}
     return stages
+
+
+def subject_stage(stage: str, adapter: str | None) -> str:
+    """The stage that does for the model with `adapter` what `stage` does for the model itself."""
+    return stage if adapter is None else f"{stage}+{adapter}"
 
 
 def _lowers(target: Target) -> tuple[str, ...]:

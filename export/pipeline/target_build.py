@@ -30,10 +30,12 @@ from arriero.export.pipeline.failure_page import FailurePage
 from arriero.export.pipeline.parts import read_part, write_part
 from arriero.export.pipeline.place_record import is_placed, place_record
 from arriero.export.pipeline.results import Failure, State, TargetResult
-from arriero.export.pipeline.stage_keys import rounding_folder
+from arriero.export.pipeline.runtime_adapters import read_runtime_adapters
+from arriero.export.pipeline.stage_keys import rounding_folder, subject_stage
 from arriero.export.pipeline.stages import Run, key_of, machine_limits, read_record
 from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.proof.emulate import can_emulate
+from arriero.graphs.sources.runtime_adapters import RuntimeAdapters
 from arriero.profiles.kv_cache import CacheScales, cache_scales
 from arriero.profiles.quantized_weights import QuantizedWeights
 from arriero.profiles.recipe import Profile
@@ -41,6 +43,7 @@ from arriero.runtimes.cpu import architecture
 from arriero.runtimes.manifest import (
     LICENSES,
     REPORTS,
+    AdaptedPart,
     CalibratedPart,
     Compiled,
     FileRecord,
@@ -51,6 +54,7 @@ from arriero.runtimes.manifest import (
     RoundedPart,
     RtnKl,
     StoredWeight,
+    proof_path,
 )
 from arriero.runtimes.proof.report import ParityReport, read_json
 from arriero.thresholds import OVER_RTN
@@ -83,8 +87,16 @@ class TargetBuild:
     def stages(self) -> dict[str, str]:
         """The stages that make the bundle, and their keys."""
         name = self.target.name
-        names = ("graph", "calibrate", "reference", f"lower-{name}", f"parity-{name}")
+        names = ["graph", "calibrate", f"lower-{name}"]
+        names += [
+            subject_stage(stage, adapter) for stage in ("reference", f"parity-{name}") for adapter in self.subjects
+        ]
         return {name: key_of(name, self.build.inputs[name]) for name in names}
+
+    @property
+    def subjects(self) -> tuple[str | None, ...]:
+        """What is proven: the model itself, None, and with each of its runtime adapters."""
+        return (None, *self.build.adapted)
 
     def run(self) -> TargetResult:
         """Lower, prove and publish; at once when the bundle is current. What stops it is in the result."""
@@ -99,7 +111,7 @@ class TargetBuild:
             result = TargetResult(self.target.name, self.bundle, state, failures=failures, report=report, error=error)
         except Exception as error:  # a fault of ours in one backend is no reason to leave the others out
             result = TargetResult(self.target.name, self.bundle, "not built", error=error)
-        own = [name for name in self.build.inputs if name.endswith(f"-{self.target.name}")]
+        own = [name for name in self.build.inputs if name.partition("+")[0].endswith(f"-{self.target.name}")]
         ran = self.build.work.ran
         stages = {name: ran.get(name) for name in own if name in ran or result.state != "up to date"}
         shared = {name: seconds for name, seconds in ran.items() if name not in before and name not in own}
@@ -119,30 +131,42 @@ class TargetBuild:
         lowered = self.lowered
         prepared = self.build.work.bundles.prepare(self.bundle)
         files = assemble(lowered, prepared)
-        files |= place_record(self.build.record, self.build.config.parity.record, prepared, self.build.work)
+        for adapter in self.subjects:
+            record, place = self.build.record_of(adapter), self.build.config.parity.record
+            files |= place_record(record, adapter, place, prepared, self.build.work)
         self.write_manifest(prepared, files)
         if self.device is None:
-            proof = self.stage("parity", partial(self.prove, prepared))
-            self.report = read_json(proof / "parity.json")
-            self.judge(self.report)
-            for report in REPORTS:
-                (prepared / report).write_bytes((proof / report).read_bytes())
+            proofs = {adapter: self.proof_of(adapter, prepared) for adapter in self.subjects}
+            reports = [read_json(proof / "parity.json") for proof in proofs.values()]
+            for report in reports:
+                self.judge(report)
+            self.report = reports[0]
+            for adapter, proof in proofs.items():
+                (prepared / proof_path(adapter)).mkdir(parents=True, exist_ok=True)
+                for name in REPORTS:
+                    (prepared / proof_path(adapter, name)).write_bytes((proof / name).read_bytes())
             self.write_manifest(prepared, files)
         self.build.work.bundles.publish(self.bundle)
         self.failure_page.remove()
         state: State = "published" if self.device is None else "unproven"
         return TargetResult(self.target.name, self.bundle, state, device=self.device, report=self.report)
 
+    def proof_of(self, adapter: str | None, bundle: Path) -> Path:
+        """The finished stage `parity-*` of the model with `adapter`, or of the model itself."""
+        return self.stage("parity", partial(self.prove, adapter, bundle), adapter=adapter)
+
     def judge(self, report: ParityReport) -> None:
         """Raise `BelowThreshold` for a report with rows that failed, with its page kept beside the bundles."""
+        self.report = report
         if not report.failed:
             return
         coverage = read_part(CalibratedPart, self.build.calibrated).coverage
         self.failures = explain_failures(report, self.profile, coverage)
         self.failure_page.write(report)
         said = "\n".join(f"  {number}. {failure}" for number, failure in enumerate(self.failures, 1))
+        worn = f" with adapter {report.labels['adapter']}" if "adapter" in report.labels else ""
         raise BelowThreshold(
-            f"target {self.target.name} is below its parity thresholds\n{said}\n"
+            f"target {self.target.name}{worn} is below its parity thresholds\n{said}\n"
             f"  Where it differs: {self.failure_page.path}"
         )
 
@@ -151,10 +175,9 @@ class TargetBuild:
         """The report of a target that failed parity."""
         return FailurePage.of(self.build.config.output, self.target.name)
 
-    def stage(self, kind: str, run: Run, resumes: bool = False) -> Path:
+    def stage(self, kind: str, run: Run, resumes: bool = False, adapter: str | None = None) -> Path:
         """Run one of the target's own stages unless it is done."""
-        name = f"{kind}-{self.target.name}"
-        return self.build.stage(name, run, resumes)
+        return self.build.stage(subject_stage(f"{kind}-{self.target.name}", adapter), run, resumes)
 
     @cached_property
     def lowered(self) -> Path:
@@ -240,10 +263,16 @@ class TargetBuild:
                 build.watch(step, done, total, "bytes")
 
             lowering = Lowering(
-                build.model, build.checkpoint, schemes, folder, progress, roundings, self.cache_scales, capability, dump
+                *(build.model, build.checkpoint, schemes, folder, progress, roundings, self.cache_scales, capability),
+                *(dump, self.runtime_adapters),
             )
             weights |= module.lower(part, ir.load(build.graph / f"{part}.onnx"), lowering)
         return weights
+
+    @cached_property
+    def runtime_adapters(self) -> RuntimeAdapters:
+        """What the bundle's text graph switches between."""
+        return read_runtime_adapters(self.build.config, self.build.checkpoint)
 
     def compile(self, target: Target, parts: tuple[str, ...], kernels: Path | None, folder: Path) -> Compiled:
         """Make of the lowered graphs in `folder` what the backend loads."""
@@ -304,13 +333,17 @@ class TargetBuild:
         )
         write_part(RtnKl(kl.mean, kl.error), folder)
 
-    def prove(self, bundle: Path, folder: Path) -> None:
-        """Stage `parity-*`: the bundle against the reference record. A report that failed is a result as well."""
-        from arriero.export.proof.measure_bundle import measure_bundle
+    def prove(self, adapter: str | None, bundle: Path, folder: Path) -> None:
+        """Stage `parity-*`: the bundle against the reference record. A report that failed is a result as well.
+
+        With `adapter` it answers with that, and the record is that of the checkpoint which has it merged.
+        """
+        from arriero.export.proof.measure_bundle import measure_bundle, own_terms
         from arriero.runtimes.proof.pages import write_html
         from arriero.runtimes.proof.report import write_json
 
-        report = measure_bundle(bundle, self.build.record, self.terms, self.build.record.labels(), self.build.watch)
+        record, terms = self.build.record_of(adapter), self.terms if adapter is None else own_terms(self.terms)
+        report = measure_bundle(bundle, record, terms, record.labels(), self.build.watch, adapter)
         write_json(report, folder / "parity.json")
         write_html(report, folder / "parity.html")
 
@@ -331,6 +364,7 @@ class TargetBuild:
             rounded=self.rounded(),
             record=build.record.hash,
             proof=self.terms,
+            adapters={name: AdaptedPart(build.contents[name], build.record_of(name).hash) for name in build.contents},
             kv_bytes_per_token=dict.fromkeys(kinds, per_layer),
             measured=Measured(
                 peak_memory_bytes=max(record["peak_memory_bytes"] for record in records.values()),

@@ -12,14 +12,20 @@ import numpy as np
 from arriero.errors import ArrieroError
 from arriero.export.proof.check_answers import check_answers
 from arriero.export.proof.live_reference import LiveReference
-from arriero.export.proof.measure_bundle import Watch, measure_bundle
-from arriero.export.proof.prove import measure_other_cases, open_record, other_terms
+from arriero.export.proof.measure_bundle import Watch, measure_bundle, own_terms
+from arriero.export.proof.prove import (
+    adapter_of,
+    measure_other_cases,
+    open_own_record,
+    open_records,
+    terms_of,
+)
 from arriero.export.proof.reference import open_reference
 from arriero.export.samples.cases import draw_cases, encoded_sizes
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.integrity import open_manifest
-from arriero.runtimes.manifest import Manifest
+from arriero.runtimes.manifest import Manifest, proof_path
 from arriero.runtimes.proof.cases import ReferenceCase
 from arriero.runtimes.proof.metrics import NEAR_TIE, ShapesDiffer, router_agreement
 from arriero.runtimes.proof.record import ReferenceRecord
@@ -116,27 +122,39 @@ def prove_against(
 ) -> ParityReport:
     """Measure a published bundle against the PyTorch reference, by the thresholds that it was published under.
 
-    The cases are those of its record (or of that in `folder`), which is refused where it differs; or `other` ones.
+    The cases are those of its record (or of that in `folder`), which is refused where it differs; or `other` ones. A
+    checkpoint with one of the bundle's adapters merged is what the bundle with that adapter is measured against.
     Raises ArrieroError when the bundle was made from another checkpoint.
     """
     manifest = open_manifest(bundle)
-    check_origin([manifest], checkpoint)
+    adapter = adapter_of(manifest, checkpoint.content_hash(), "this checkpoint", checkpoint.folder)
     modalities = modalities_of(manifest)
     session = open_reference(checkpoint, "image" not in modalities)
     if other is not None:
         cases = draw_cases(other, modalities)
-        check_answers(cases, other_terms(manifest).thresholds)
+        check_answers(cases, own_terms(manifest.proof).thresholds)
         encoded_sizes(cases, session.processor, manifest.target.context - 1)  # room for one token of an answer
-        answers = (
-            read_json(bundle / "parity.json").answers if manifest.proven else open_record(manifest, folder).answers
-        )
-        return measure_other_cases(manifest, LiveReference(session, cases, answers), label_set(other), watch)
-    record = open_record(manifest, folder)
+        proven = manifest.bundle / proof_path(adapter, "parity.json")
+        answers = read_json(proven).answers if manifest.proven else _record(manifest, folder, adapter).answers
+        return measure_other_cases(manifest, LiveReference(session, cases, answers), label_set(other), watch, adapter)
+    record = _record(manifest, folder, adapter)
     live = LiveReference(session, [record.case(number).case for number in range(len(record))], record.answers)
     checked = CheckedReference(live, record)
-    if record.hash == manifest.record:
-        return measure_bundle(bundle, checked, manifest.proof, record.labels(), watch)
-    return measure_other_cases(manifest, checked, record.labels(), watch)
+    own = manifest.record if adapter is None else manifest.adapters[adapter].record
+    if record.hash == own:
+        return measure_bundle(bundle, checked, terms_of(manifest, adapter), record.labels(), watch, adapter)
+    return measure_other_cases(manifest, checked, record.labels(), watch, adapter)
+
+
+def _record(manifest: Manifest, folder: Path | None, adapter: str | None) -> ReferenceRecord:
+    """The bundle's own record of the model with `adapter`, or that in `folder`, which has to be of the same."""
+    if folder is None:
+        return open_own_record(manifest, adapter)
+    records = open_records(manifest, [folder])
+    if adapter not in records:
+        what = "is the record of the model with another adapter than the checkpoint"
+        raise ArrieroError(what, where=str(folder), remedy="Give the record that was made from the checkpoint")
+    return records[adapter]
 
 
 def open_live(checkpoint: Checkpoint, cases: Cases, modalities: Sequence[str]) -> LiveReference:
@@ -158,11 +176,6 @@ def check_origin(manifests: Sequence[Manifest], checkpoint: Checkpoint) -> None:
     """Refuse bundles that were not made from this checkpoint, which is hashed once for all of them."""
     content = checkpoint.content_hash()
     for manifest in manifests:
-        made_from = manifest.chain.checkpoint
-        if made_from != content:
-            raise ArrieroError(
-                "the bundle was not made from this checkpoint",
-                where=str(checkpoint.folder),
-                expected=f"a checkpoint with hash {made_from[:12]}...",
-                remedy="Give the checkpoint that the bundle was built from, or build a bundle from this one",
-            )
+        if (adapter := adapter_of(manifest, content, "this checkpoint", checkpoint.folder)) is not None:
+            what = f"has the adapter {adapter} merged, and bundles are compared without one"
+            raise ArrieroError(what, where=str(checkpoint.folder), remedy="Leave out --adapter")

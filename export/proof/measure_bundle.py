@@ -32,13 +32,21 @@ Watch = Callable[[str, int, int, str], None]
 
 
 def measure_bundle(
-    bundle: Path, reference: Reference, terms: ProofTerms, labels: Mapping[str, str], watch: Watch
+    bundle: Path,
+    reference: Reference,
+    terms: ProofTerms,
+    labels: Mapping[str, str],
+    watch: Watch,
+    adapter: str | None = None,
 ) -> ParityReport:
-    """Measure the bundle against a reference, by `terms`; `labels` name the reference in the report."""
+    """Measure the bundle, answering with `adapter`, against a reference, by `terms`.
+
+    `labels` name the reference in the report.
+    """
     rtn = None if terms.rtn is None else KlSums(terms.rtn.mean, terms.rtn.error**2, terms.rtn.mean, 1)
-    with open_candidate(bundle) as (manifest, candidate):
+    with open_candidate(bundle, adapter) as (manifest, candidate):
         target = manifest.target
-        step = f"{target.name}: prove parity"
+        step = f"{target.name}: prove parity" + ("" if adapter is None else f" with {adapter}")
         report = measure(
             candidate,
             reference,
@@ -47,6 +55,7 @@ def measure_bundle(
             rtn_kl=rtn,
         )
     own = {"bundle": target.name, "profile": target.profile, "backend": target.backend, "KV cache": target.kv_cache}
+    own |= {} if adapter is None else {"adapter": adapter}
     own |= circumstances({target.backend}, target.arch if is_foreign(manifest) else None)
     thin, calibrated = manifest.rounded.fallback, manifest.calibrated.coverage
     if thin:
@@ -73,16 +82,21 @@ def circumstances(backends: Collection[str], emulated: str | None = None) -> dic
     }
 
 
+def own_terms(terms: ProofTerms) -> ProofTerms:
+    """The terms without the RTN baseline, which was measured on the build's cases and the model itself alone."""
+    return ProofTerms({name: limit for name, limit in terms.thresholds.items() if name != OVER_RTN})
+
+
 @contextmanager
-def open_candidate(bundle: Path) -> Iterator[tuple[Manifest, Session]]:
+def open_candidate(bundle: Path, adapter: str | None = None) -> Iterator[tuple[Manifest, Session]]:
     """The bundle's manifest and a session over it, under emulation when it was compiled for another architecture."""
     manifest = open_manifest(bundle)
     if not is_foreign(manifest):
-        with open_session(manifest) as session:
+        with open_session(manifest, adapter=adapter) as session:
             yield manifest, session
         return
     target = manifest.target
     processor = Processor(bundle / "tokenizer", manifest.model)
     backend = EmulatedBackend(bundle, manifest.model, target.arch)
-    with Session(backend, processor, target.context, target.batch) as session:
+    with Session(backend, processor, target.context, target.batch, tuple(manifest.adapters), adapter) as session:
         yield manifest, session

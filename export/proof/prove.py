@@ -5,42 +5,51 @@ Nothing here needs PyTorch, the checkpoint, or more than the runtime's own packa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from arriero.errors import ArrieroError
-from arriero.export.proof.measure_bundle import Watch, measure_bundle
+from arriero.export.proof.measure_bundle import Watch, measure_bundle, own_terms
 from arriero.runtimes.integrity import open_manifest
-from arriero.runtimes.manifest import FILE, RECORD_FOLDER, REPORTS, Manifest, ProofTerms
+from arriero.runtimes.manifest import FILE, RECORD_FOLDER, REPORTS, Manifest, ProofTerms, proof_path
 from arriero.runtimes.proof.cases import Reference
 from arriero.runtimes.proof.complete import complete_proof
 from arriero.runtimes.proof.record import ReferenceRecord
 from arriero.runtimes.proof.report import ParityReport, read_json
+from arriero.runtimes.proof.rows import Row
 from arriero.runtimes.proof.rtn_baseline import recorded_rows
-from arriero.thresholds import OVER_RTN
+
+Proofs = dict[str | None, ParityReport]  # of a bundle's model itself, None, and with each of its adapters
 
 
-def prove_bundle(bundle: Path, folder: Path | None, watch: Watch, output: Path | None = None) -> ParityReport:
-    """Measure a published bundle here, against its own record or that in `folder`, by the terms of its build.
+def prove_bundle(bundle: Path, folders: Sequence[Path], watch: Watch, output: Path | None = None) -> Proofs:
+    """Measure a published bundle here, against its own records or those in `folders`, by the terms of its build.
 
-    A bundle that its build had no machine for is proven by this: where it passes against its own record, the proof is
+    A bundle that its build had no machine for is proven by this: where it passes against its own records, the proof is
     written into it, or into `output`. Against another record the RTN baseline's KL stands as the build found it, and
     judges nothing. Raises ArrieroError for a record of another checkpoint, and where a bundle brings none.
     """
     manifest = open_manifest(bundle)
-    record = open_record(manifest, folder)
-    if record.hash != manifest.record:
-        return measure_other_cases(manifest, record, record.labels(), watch)
+    records = open_records(manifest, folders)
+    own = {None: manifest.record} | {name: one.record for name, one in manifest.adapters.items()}
+    if {adapter: record.hash for adapter, record in records.items()} != own:
+        return {
+            adapter: measure_other_cases(manifest, record, record.labels(), watch, adapter)
+            for adapter, record in records.items()
+        }
     if manifest.proven and output is not None:
         remedy = "Leave out --output; --html, --junit and --json write what was measured"
         raise ArrieroError("the bundle is proven already", where=str(bundle), remedy=remedy)
     if output is not None:
         _check_output(output, manifest)
-    report = measure_bundle(bundle, record, manifest.proof, record.labels(), watch)
-    if not manifest.proven and not report.failed:
-        complete_proof(manifest, report, output or bundle)
-    return report
+    proofs = {
+        adapter: measure_bundle(bundle, record, terms_of(manifest, adapter), record.labels(), watch, adapter)
+        for adapter, record in records.items()
+    }
+    if not manifest.proven and not any(report.failed for report in proofs.values()):
+        complete_proof(manifest, proofs, output or bundle)
+    return proofs
 
 
 def _check_output(folder: Path, manifest: Manifest) -> None:
@@ -59,40 +68,62 @@ def _check_output(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def other_terms(manifest: Manifest) -> ProofTerms:
-    """The terms on other cases than the build's, which its RTN baseline was not measured on."""
-    return ProofTerms({name: limit for name, limit in manifest.proof.thresholds.items() if name != OVER_RTN})
+def terms_of(manifest: Manifest, adapter: str | None) -> ProofTerms:
+    """The terms on the build's own cases, of the model with `adapter` or of the model itself."""
+    return manifest.proof if adapter is None else own_terms(manifest.proof)
 
 
 def measure_other_cases(
-    manifest: Manifest, reference: Reference, labels: Mapping[str, str], watch: Watch
+    manifest: Manifest, reference: Reference, labels: Mapping[str, str], watch: Watch, adapter: str | None = None
 ) -> ParityReport:
     """Measure a bundle on other cases than its build's, with the rows of the build's report that stand on its own.
 
     A bundle that is not proven yet has no such rows.
     """
-    report = measure_bundle(manifest.bundle, reference, other_terms(manifest), labels, watch)
-    built = recorded_rows(read_json(manifest.bundle / "parity.json")) if manifest.proven else ()
+    report = measure_bundle(manifest.bundle, reference, own_terms(manifest.proof), labels, watch, adapter)
+    built: tuple[Row, ...] = ()
+    if manifest.proven:
+        built = recorded_rows(read_json(manifest.bundle / proof_path(adapter, "parity.json")))
     return replace(report, rows=(*report.rows, *built))
 
 
-def open_record(manifest: Manifest, folder: Path | None) -> ReferenceRecord:
-    """The record of a bundle, or that in `folder`, which has to be of the bundle's checkpoint."""
-    bundle = manifest.bundle
-    if folder is None and not (bundle / RECORD_FOLDER).is_dir():
+def open_records(manifest: Manifest, folders: Sequence[Path] = ()) -> dict[str | None, ReferenceRecord]:
+    """The records of a bundle, of the model itself under None and of its adapters; or those in `folders`."""
+    if not folders:
+        return {adapter: open_own_record(manifest, adapter) for adapter in (None, *manifest.adapters)}
+    opened = [ReferenceRecord.open(folder) for folder in folders]
+    return {
+        adapter_of(manifest, record.checkpoint, "this record's checkpoint", record.folder): record for record in opened
+    }
+
+
+def open_own_record(manifest: Manifest, adapter: str | None) -> ReferenceRecord:
+    """The record that a bundle brings, of the model with `adapter` or of the model itself."""
+    folder = manifest.bundle / proof_path(adapter, RECORD_FOLDER)
+    if not folder.is_dir():
+        expected = manifest.record if adapter is None else manifest.adapters[adapter].record
         raise ArrieroError(
             "the bundle does not bring its reference record",
-            where=str(bundle),
-            expected=f"the record {manifest.record[:12]}..., which its build published apart",
+            where=str(manifest.bundle),
+            expected=f"the record {expected[:12]}..., which its build published apart",
             remedy="Give its folder with --record, or the checkpoint with --against",
         )
-    record = ReferenceRecord.open(folder or bundle / RECORD_FOLDER)
-    checkpoint = manifest.chain.checkpoint
-    if record.checkpoint != checkpoint:
-        raise ArrieroError(
-            "the reference record was not made from the bundle's checkpoint",
-            where=str(record.folder),
-            expected=f"a record of the checkpoint with hash {checkpoint[:12]}...",
-            remedy="Give the record that was published with the bundle",
-        )
+    record = ReferenceRecord.open(folder)
+    adapter_of(manifest, record.checkpoint, "this record's checkpoint", folder)
     return record
+
+
+def adapter_of(manifest: Manifest, checkpoint: str, what: str, where: Path) -> str | None:
+    """The adapter of a bundle that is merged in the checkpoint with hash `checkpoint`; None for the model itself.
+
+    Raises ArrieroError for one that the bundle was not made from; `what` it is, and `where`.
+    """
+    hashes = {manifest.chain.checkpoint: None} | {one.checkpoint: name for name, one in manifest.adapters.items()}
+    if checkpoint not in hashes:
+        raise ArrieroError(
+            f"the bundle was not made from {what}",
+            where=str(where),
+            expected=" or ".join(f"the hash {known[:12]}..." for known in hashes),
+            remedy="Give what the bundle was built from, or build a bundle from this one",
+        )
+    return hashes[checkpoint]

@@ -34,9 +34,9 @@ def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:
 
     Text has the inputs `inputs_embeds`, `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` f32 or i8
     [B, K, C, D], for the chunked and the global layers `{chunk,global}_seqlens_k` i32 [B] and `{chunk,global}_total`
-    i32 [1], and with runtime adapters `adapter` i64 [B]. Its outputs are as in the canonical graph; present buffers are to be bound to the
-    past buffers' memory. One step holds either one row within one chunk, or one token per row. The other parts'
-    signatures stay.
+    i32 [1], and with runtime adapters `adapter` i64 [B]. Its outputs are as in the canonical graph; present buffers are
+    to be bound to the past buffers' memory. One step holds either one row within one chunk, or one token per row. The
+    other parts' signatures stay.
     """
 
     text = lowering.config.text

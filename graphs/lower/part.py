@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Lowering:
     cache: Sequence[CacheScales] | None = None
     capability: int = 0
     dump: Dump | None = None
-    adapters: RuntimeAdapters = RuntimeAdapters()
+    adapters: RuntimeAdapters = field(default_factory=RuntimeAdapters)
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,7 @@ class RuntimeAdapters:
                 what = f"changes {len(fixed)} tensors that cannot be switched while a bundle runs, as {fixed[0]}"
                 expected = "attention, shared experts and dense MLPs alone"
                 remedy = f"Merge it: `adapters: [{folder}]`, in a build file of its own"
-                problems.append(
-                    ArrieroError(what, where=f"runtime_adapters.{name}", expected=expected, remedy=remedy)
-                )
+                problems.append(ArrieroError(what, where=f"runtime_adapters.{name}", expected=expected, remedy=remedy))
             for tensor, delta in adapter.deltas:
                 found.setdefault(tensor, [None] * len(folders))[number] = delta
         if problems:

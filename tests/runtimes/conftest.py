@@ -97,6 +97,7 @@ class ToyCache:
 
     def __init__(self, store: list[list[tuple[Floats, Floats]]], lengths: Ints, capacity: int) -> None:
         self.store, self.lengths, self.capacity = store, lengths, capacity
+        self.adapters = np.zeros(len(store), np.int64)
 
     def rows(self, start: int, stop: int) -> ToyCache:
         return ToyCache(self.store[start:stop], self.lengths[start:stop], self.capacity)
@@ -312,6 +313,7 @@ def write_manifest(folder: Path, **changes: Any) -> dict[str, Any]:
         "calibrated": {"calibration": {"set": "none", "seed": 0, "sha256": "0", "samples": {}}, "coverage": {}},
         "rounded": {"fallback": [], "choice": None},
         "proof": {"thresholds": {}, "rtn": None, "unmeasured": None},
+        "adapters": {},
         "kv_bytes_per_token": {},
         "measured": {"peak_memory_bytes": 0, "seconds": {}},
         "files": {

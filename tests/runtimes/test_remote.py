@@ -33,6 +33,7 @@ def test_steps_over_the_wire_equal_steps_in_the_process(toy):
     positions, index = np.arange(6)[None], np.array([0, 5])
     call = {"do": "forward", "cache": number, "start": 1, "stop": 2, "captures": True}
     arguments = {"inputs_embeds": embedded["inputs_embeds"], "positions": positions, "logits_index": index}
+    arguments["adapters"] = np.array([0])
     _, outputs = over_the_wire(server, call, arguments)
     expected = toy.forward(toy.embed(ids, empty), positions, other, index, captures=True)
     assert np.array_equal(outputs["logits"], expected.logits)

@@ -105,7 +105,7 @@ def test_the_settings_by_name_are_the_fields_of_the_records():
     others = {field.name for record in (Limits, Output) for field in fields(record)} | get_type_hints(
         ChatOptions
     ).keys()
-    assert get_type_hints(Settings).keys() == get_type_hints(Sampling).keys() | others | {"sampling"}
+    assert get_type_hints(Settings).keys() == get_type_hints(Sampling).keys() | others | {"sampling", "adapter"}
     encode = signature(Processor.encode, eval_str=True).parameters
     assert {name: encode[name].annotation for name in ChatOptions.__annotations__} == get_type_hints(ChatOptions)
 
