@@ -14,7 +14,7 @@ demo: $(READY)
 	$(BIN)/arriero run bundles/portable-int8 "Describe the image." --image models/example.png
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	$(BIN)/ruff check .

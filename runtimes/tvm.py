@@ -9,6 +9,7 @@ k experts per token, M image placeholder tokens.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import sys
 import threading
@@ -39,6 +40,7 @@ from arriero.runtimes.inside import climbs_out
 from arriero.runtimes.private_library import PrivateLibrary
 
 ALIGNMENT = 64
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's number on x86-64 and ARM; Python has the name since 3.13
 CPU, POOLED = (1, 0), 2  # DLPack's device type and number; the kind of allocator
 WEIGHT_DTYPES = {"FLOAT": np.float32, "BFLOAT16": np.uint16, "FLOAT16": np.float16, "UINT8": np.uint8}
 
@@ -52,7 +54,7 @@ class TvmBackend:
         """Open the libraries in `bundle` for the model `spec`; `threads` and `sha256` are those of `BackendOptions`."""
         self.spec = spec
         self.threads = threads or usable_cores()
-        files: dict[str, np.memmap] = {}
+        files: dict[str, np.ndarray] = {}
         parts = ("text", "embed") if spec.vision is None else ("text", "embed", "vision")
         self._graphs = {part: _Graph(bundle, part, files, self.threads, sha256 or {}) for part in parts}
         # the tower is opened on the first image: a text-only app never pays for its memory
@@ -123,7 +125,7 @@ class _Graph:
     """One library with its weights, as they lie in the bundle when this is made; `open` loads them."""
 
     def __init__(
-        self, bundle: Path, part: str, files: dict[str, np.memmap], threads: int, sha256: Mapping[str, str]
+        self, bundle: Path, part: str, files: dict[str, np.ndarray], threads: int, sha256: Mapping[str, str]
     ) -> None:
         self._ffi, self._path, self._threads = load_runtime(), bundle / f"{part}.so", threads
         with self._refusal():
@@ -220,21 +222,26 @@ def _unseen(package: str) -> Iterator[None]:
             del sys.modules[package]
 
 
-def _map(bundle: Path, name: str, files: dict[str, np.memmap]) -> np.memmap:
-    """A file of weights; each is mapped once, copy-on-write because DLPack wants it writable."""
+def _map(bundle: Path, name: str, files: dict[str, np.ndarray]) -> np.ndarray:
+    """A file of weights; each is mapped once, copy-on-write because DLPack wants it writable.
+
+    Nothing ever writes there, so no memory is set aside for copies: a file may be larger than the memory.
+    """
     if climbs_out(name):
         raise ValueError(f"its weights are in {name!r}, outside the bundle")
     if name not in files:
-        files[name] = np.memmap(bundle / name, mode="c")
+        with (bundle / name).open("rb") as opened:
+            flags, writable = mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            files[name] = np.frombuffer(mmap.mmap(opened.fileno(), 0, flags=flags, prot=writable), np.uint8)
     return files[name]
 
 
-def _weight(file: np.memmap, entry: Mapping[str, Any]) -> np.ndarray:
+def _weight(file: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
     """A weight where it lies in its file."""
     dtype = np.dtype(WEIGHT_DTYPES[entry["dtype"]])
     count = int(np.prod(entry["shape"], dtype=np.int64)) * dtype.itemsize
     data: np.ndarray = file[entry["offset"] : entry["offset"] + count]
-    weight = data.view(np.ndarray).view(dtype).reshape(entry["shape"])
+    weight = data.view(dtype).reshape(entry["shape"])
     return _aligned(weight) if entry["aligned"] else weight
 
 

@@ -21,6 +21,11 @@ if WORKER:  # the workers share the cores; threads of linear algebra beyond that
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put whole builds, the slowest tests, first: else one worker ends the run with them while the others wait."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 def pytest_report_header() -> str:
     """The line that says on which class of machine the tests run."""
     return describe_machine()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -198,6 +199,20 @@ def test_weights_outside_the_bundle_are_refused(bundles, tmp_path):
     (folder / "text.json").write_text(json.dumps(described))
     with pytest.raises(ArrieroError, match=r"text\.so: .*'\.\./fp32/.*', outside the bundle"):
         TvmBackend(folder, Manifest.read(folder).model, 1)
+
+
+def test_weights_larger_than_memory_are_mapped_without_memory_set_aside(bundles, tmp_path, backend):
+    """The system would refuse a mapping that it has to keep memory for."""
+    folder = tmp_path / "large"
+    shutil.copytree(bundles / "fp32", folder)
+    weights = folder / json.loads((folder / "text.json").read_text())["weights"][0]["file"]
+    weights.chmod(0o644)
+    os.truncate(weights, 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))  # holes, which take no disk
+    ids = np.arange(3, 9)[None]
+    steps = [
+        read(one, one.new_cache(1, 16), ids).logits for one in (backend, TvmBackend(folder, backend.spec, threads=1))
+    ]
+    assert np.array_equal(*steps)
 
 
 @pytest.mark.parametrize(("gone", "package"), [("tvm", "apache-tvm"), ("tvm_ffi", "apache-tvm-ffi")])
