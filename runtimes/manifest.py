@@ -60,6 +60,26 @@ class Compiled:
 
 
 @dataclass(frozen=True)
+class Source:
+    """What a bundle was made of: the checkpoint and its layout, and the adapters that were merged into it.
+
+    Folders stand by their names, synthetic models by their URLs. `synthetic` weights were drawn at random: they cost
+    what the real model's cost, and mean nothing.
+    """
+
+    model: str
+    layout: str
+    adapters: tuple[str, ...] = ()
+    synthetic: bool = False
+
+    def __str__(self) -> str:
+        if self.synthetic:
+            return f"synthetic weights, drawn by {self.model}: answers mean nothing"
+        merged = f", with {', '.join(self.adapters)} merged" if self.adapters else ""
+        return f"{self.model} in the layout {self.layout}{merged}"
+
+
+@dataclass(frozen=True)
 class LoweredPart:
     """What the stage `lower-*` says: every stored weight by its name, and the compilation."""
 
@@ -210,6 +230,7 @@ class Manifest:
     proof: ProofTerms
     kv_bytes_per_token: dict[str, int]
     measured: Measured
+    source: Source | None = None  # bundles from before they said so do not
 
     @classmethod
     def read(cls, bundle: Path) -> Self:
@@ -255,7 +276,13 @@ class Manifest:
             proof=entry(ProofTerms, "proof"),
             kv_bytes_per_token=entry(dict[str, int], "kv_bytes_per_token"),
             measured=entry(Measured, "measured"),
+            source=entry(Source, "source") if "source" in raw else None,
         )
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the weights were drawn at random."""
+        return self.source is not None and self.source.synthetic
 
     @property
     def proven(self) -> bool:
@@ -263,7 +290,7 @@ class Manifest:
         return all(report in self.files for report in REPORTS)
 
 
-KEYS = tuple(name for name in Manifest.__dataclass_fields__ if name not in ("bundle", "digest"))
+KEYS = tuple(name for name in Manifest.__dataclass_fields__ if name not in ("bundle", "digest", "source"))
 
 
 def link(previous: str, digest: str) -> str:

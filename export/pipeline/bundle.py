@@ -27,6 +27,7 @@ from arriero.runtimes.manifest import (
     Measured,
     ProofTerms,
     RoundedPart,
+    Source,
     file_sha256,
     link,
     manifest_digest,
@@ -79,6 +80,7 @@ class Parts:
     """What the stages of one target say of its bundle, each its own part."""
 
     model: ModelSpec
+    source: Source
     target: Mapping[str, Any]  # as the build file has it
     tools: Mapping[str, str]
     lowered: LoweredPart
@@ -111,6 +113,7 @@ def write_manifest(
         "arriero": __version__,
         "name": parts.target["name"],
         "model": parts.model.entry(),
+        "source": asdict(parts.source),
         "target": {**parts.target, **compiled},
         "build": dict(build),
         "record": parts.record,

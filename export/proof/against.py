@@ -162,7 +162,7 @@ def check_origin(manifests: Sequence[Manifest], checkpoint: Checkpoint) -> None:
         if made_from != content:
             raise ArrieroError(
                 "the bundle was not made from this checkpoint",
-                where=str(checkpoint.folder),
+                where=str(checkpoint.model),
                 expected=f"a checkpoint with hash {made_from[:12]}...",
                 remedy="Give the checkpoint that the bundle was built from, or build a bundle from this one",
             )
