@@ -7,6 +7,7 @@ what it answers is noise. Its tokenizer is the embedded model's, a small one, fo
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -59,7 +60,7 @@ class SyntheticModel:
                 refuse(f"{url} has the unknown key {key!r}", nearest(key, values))
             if key in written:
                 refuse(f"{url} has the key {key!r} twice")
-            if not (value.isascii() and value.isdigit()):
+            if not re.fullmatch(r"[0-9]{1,18}", value):
                 refuse(f"{url}: {key} is {value!r}, not a whole number")
             written.add(key)
             values[key] = int(value)

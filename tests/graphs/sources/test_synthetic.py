@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from arriero.errors import ArrieroError
-from arriero.export.proof.reference import TorchBackend
+from arriero.export.proof.reference import TorchBackend, open_reference
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.names import EMBEDDING, TEXT_PREFIX, expert_tensors
 from arriero.graphs.sources import synthetic
@@ -181,12 +181,22 @@ def test_routers_decide_and_few_tokens_hold_the_mass(monkeypatch, released):
         assert 0.5 < float(np.sqrt(np.mean(hidden**2))) < 3
 
 
+def test_it_reads_pictures_and_answers(monkeypatch):
+    """Token ids of config, tokenizer and processor fit each other, and a tile is as many tokens as the tower gives."""
+    checkpoint = open_url(f"synthetic://{add_narrow(monkeypatch, 'scout', vocab_size=2048)}?layers=1")
+    with open_reference(checkpoint, text_only=False) as session:
+        answer = session.generate("What is it?", np.zeros((70, 90, 3), np.uint8), max_tokens=3)
+        assert answer.prompt_tokens > 2 * 16  # two tiles or more, of a grid of 4 x 4 tokens
+        assert 1 <= len(answer.token_ids) <= 3
+
+
 REFUSED = {
     "name": ("synthetic://scuot", r"there is no synthetic model 'scuot'; expected .*scout, maverick.*mean 'scout'\?"),
     "key": ("synthetic://scout?layer=2", r"has the unknown key 'layer'; .*Did you mean 'layers'\?"),
     "empty": ("synthetic://scout?", r"has the unknown key ''; .*For example synthetic://scout\?layers=4"),
     "value": ("synthetic://scout?layers=two", r"layers is 'two', not a whole number"),
     "negative": ("synthetic://scout?seed=-1", r"seed is '-1', not a whole number"),
+    "long": (f"synthetic://scout?seed={'9' * 5000}", r"not a whole number"),
     "none": ("synthetic://guard?layers=0", r"there are no 0 layers in guard; .* Give 1 to 48"),
     "many": ("synthetic://guard?layers=49", r"there are no 49 layers in guard; .* Give 1 to 48"),
     "twice": ("synthetic://scout?seed=1&seed=2", r"has the key 'seed' twice"),
