@@ -112,9 +112,7 @@ class ParityReport:
     def warnings(self) -> tuple[str, ...]:
         """What makes the proof say less than it seems to: synthetic weights, a reference that is hardly ever right."""
         if self.synthetic:
-            return (
-                "The weights are synthetic: drawn at random, so answers mean nothing, and no case counts as right.",
-            )
+            return ("The weights are synthetic, drawn at random: answers mean nothing, right or wrong.",)
         count = sum(score.count for score in self.families)
         right = sum(score.reference_right for score in self.families)
         if not count or right >= REFERENCE_FLOOR * count:

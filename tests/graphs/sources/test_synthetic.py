@@ -157,7 +157,7 @@ def test_every_tensor_has_its_spread(monkeypatch):
 @pytest.mark.parametrize("released", ["scout", "maverick"])
 def test_routers_decide_and_few_tokens_hold_the_mass(monkeypatch, released):
     """At the released vocabulary and numbers of experts, which are what the claims depend on."""
-    backend = TorchBackend(open_url(f"synthetic://{add_narrow(monkeypatch, released)}"), text_only=True)
+    backend = TorchBackend(open_url(f"synthetic://{add_narrow(monkeypatch, released)}?layers=4"), text_only=True)
     ids = np.random.default_rng(3).integers(0, 1000, (1, 96))
     with backend.router_margins() as margins:
         step = backend.forward(
