@@ -23,6 +23,7 @@ from arriero.graphs.sources.adapters import merge_adapters
 from arriero.graphs.sources.content_hash import content_hash, known_content_hash
 from arriero.graphs.sources.layout import SIDE_FILES, Layout
 from arriero.graphs.sources.open_layout import open_layout
+from arriero.graphs.sources.synthetic import SyntheticModel
 from arriero.graphs.sources.weight_source import WeightSource
 
 if TYPE_CHECKING:
@@ -51,21 +52,27 @@ TORCH_DTYPES = {
 
 
 class Checkpoint:
-    """A sound checkpoint: `config` (config.json as a dict) and `tensors` (canonical name -> `WeightSource`)."""
+    """A sound checkpoint: `config` (config.json as a dict) and `tensors` (canonical name -> `WeightSource`).
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
-        self.folder, self.layout = folder, layout
+    `model` is its folder or file, or the synthetic model that it is.
+    """
+
+    def __init__(self, model: Path | SyntheticModel, layout: Layout) -> None:
+        self.model, self.layout = model, layout
         self.config, self.tensors = layout.config, layout.tensors
 
     @classmethod
-    def open(cls, folder: str | Path, adapters: Sequence[Path] = ()) -> Checkpoint:
-        """Open `folder`, or a .gguf file, with LoRA `adapters` merged in order. Raises as the layout's module does."""
-        folder = Path(folder)
-        layout = open_layout(folder)
+    def open(cls, model: str | Path | SyntheticModel, adapters: Sequence[Path] = ()) -> Checkpoint:
+        """Open a folder, a .gguf file or a synthetic model, with LoRA `adapters` merged in order.
+
+        Raises as the layout's module does.
+        """
+        model = Path(model) if isinstance(model, str) else model
+        layout = open_layout(model)
         if adapters:
             tensors, files = merge_adapters(layout.tensors, adapters)
             layout = replace(layout, tensors=tensors, weight_files=[*layout.weight_files, *files])
-        return cls(folder, layout)
+        return cls(model, layout)
 
     @property
     def text_only(self) -> bool:
@@ -89,7 +96,7 @@ class Checkpoint:
 
     def model_config(self) -> ModelConfig:
         """The model that the config describes. Raises as `ModelConfig.from_dict` does."""
-        return ModelConfig.of(self.config, self.side_folder, str(self.folder / "config.json"))
+        return ModelConfig.of(self.config, self.side_folder, f"{self.model}/config.json")
 
     @property
     def files(self) -> list[Path]:
@@ -113,7 +120,9 @@ class Checkpoint:
     @property
     def license_files(self) -> list[Path]:
         """The licence, use policy and notices beside the weights, sorted by name."""
-        folder = self.folder if self.folder.is_dir() else self.folder.parent
+        if isinstance(self.model, SyntheticModel):
+            return []
+        folder = self.model if self.model.is_dir() else self.model.parent
         return sorted({file for pattern in LICENSE_FILES for file in folder.glob(pattern) if file.is_file()})
 
     def source(self, name: str) -> WeightSource:
@@ -123,7 +132,7 @@ class Checkpoint:
         except KeyError:
             near = difflib.get_close_matches(name, self.tensors, n=1)
             remedy = f"The nearest name is {near[0]}" if near else None
-            raise ArrieroError(f"there is no tensor {name}", where=str(self.folder), remedy=remedy) from None
+            raise ArrieroError(f"there is no tensor {name}", where=str(self.model), remedy=remedy) from None
 
     def read(self, name: str) -> np.ndarray:
         """Give a tensor as a read-only array; bf16 as its uint16 bits, f8 as uint8 bits."""

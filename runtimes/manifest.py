@@ -19,7 +19,7 @@ from arriero.runtimes.inside import climbs_out
 from arriero.runtimes.typed_json import decode
 from arriero.strict_json import read_json_object
 
-FORMAT = 4
+FORMAT = 3
 FILE = "manifest.json"
 LICENSES = "licenses"  # the folder of the checkpoint's licence, use policy and notices
 REPORTS = ("parity.json", "parity.html")
@@ -58,6 +58,26 @@ class Compiled:
     features: tuple[str, ...] = ()  # of the processor, in Linux's names
     gpu: str | None = None  # the architecture that engines were compiled for: sm_89, ..
     plugins: dict[str, str] = field(default_factory=dict)  # name -> sha256 of the kernels compiled into the engines
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a bundle was made of: the checkpoint and its layout, and the adapters that were merged into it.
+
+    Folders stand by their names, synthetic models by their URLs. `synthetic` weights were drawn at random: they cost
+    what the real model's cost, and mean nothing.
+    """
+
+    model: str
+    layout: str
+    adapters: tuple[str, ...] = ()
+    synthetic: bool = False
+
+    def __str__(self) -> str:
+        if self.synthetic:
+            return f"synthetic weights, drawn by {self.model}: answers mean nothing"
+        merged = f", with {', '.join(self.adapters)} merged" if self.adapters else ""
+        return f"{self.model} in the layout {self.layout}{merged}"
 
 
 @dataclass(frozen=True)
@@ -217,9 +237,10 @@ class Manifest:
     rounded: RoundedPart
     record: str  # the hash of the reference record that the bundle is proven against
     proof: ProofTerms
-    adapters: dict[str, AdaptedPart]  # in the order of their numbers, which begin at 1
     kv_bytes_per_token: dict[str, int]
     measured: Measured
+    source: Source | None = None  # bundles from before they said so do not
+    adapters: dict[str, AdaptedPart] = field(default_factory=dict)  # in the order of their numbers, which begin at 1
 
     @classmethod
     def read(cls, bundle: Path) -> Self:
@@ -263,10 +284,16 @@ class Manifest:
             rounded=entry(RoundedPart, "rounded"),
             record=entry(str, "record"),
             proof=entry(ProofTerms, "proof"),
-            adapters=entry(dict[str, AdaptedPart], "adapters"),
             kv_bytes_per_token=entry(dict[str, int], "kv_bytes_per_token"),
             measured=entry(Measured, "measured"),
+            source=entry(Source, "source") if "source" in raw else None,
+            adapters=entry(dict[str, AdaptedPart], "adapters") if "adapters" in raw else {},
         )
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the weights were drawn at random."""
+        return self.source is not None and self.source.synthetic
 
     @property
     def proven(self) -> bool:
@@ -275,7 +302,8 @@ class Manifest:
         return all(proof_path(subject, report) in self.files for subject in subjects for report in REPORTS)
 
 
-KEYS = tuple(name for name in Manifest.__dataclass_fields__ if name not in ("bundle", "digest"))
+OPTIONAL = ("source", "adapters")
+KEYS = tuple(name for name in Manifest.__dataclass_fields__ if name not in ("bundle", "digest", *OPTIONAL))
 
 
 def proof_path(adapter: str | None, name: str = "") -> str:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from arriero.export.pipeline.ownership import own
-from arriero.export.pipeline.sources import source_hash
 from arriero.profiles.recipe import shipped
 from tests.command import arriero, write_build
 from tests.machines.machine_class import describe_machine
-from tests.shared import WORKER, made_once
+from tests.shared import WORKER, kept_kernels, made_once
 from tests.small import small_scout
 
 if WORKER:  # the workers share the cores; threads of linear algebra beyond that would wait for each other
@@ -67,15 +64,9 @@ def tvm_workshop(request: pytest.FixtureRequest, workshop: Path, tmp_path_factor
     def make(folder: Path) -> None:
         profiles = workshop_profiles(workshop)
         file = write_build(folder / "build.yaml", workshop / "scout", profiles=profiles, samples=8, backend="tvm")
-        # The kernels of one version of the sources are compiled once, not once per run: half a minute of optimisation.
-        version = source_hash("export/compile/kernels", "export/compile/build_kernels.py")
-        kept, work = request.config.cache.mkdir(f"tvm-kernels-{version[:12]}"), folder / "bundles" / ".work"
-        own(work)
-        shutil.copytree(kept, work, dirs_exist_ok=True)
-        built = arriero("build", file)
+        with kept_kernels(request.config.cache, folder / "bundles" / ".work"):
+            built = arriero("build", file)
         assert built.code == 0, built.err
-        for stage in work.glob("kernels-*"):
-            shutil.copytree(stage, kept / stage.name, dirs_exist_ok=True)
 
     return made_once(tmp_path_factory, "tvm-workshop", make)
 

@@ -230,4 +230,4 @@ def test_a_choice_of_prompts_that_no_record_holds(workshop, chosen):
 @pytest.mark.parametrize("against", ["gone", "scout/config.json"])
 def test_parity_against_no_checkpoint(workshop, against):
     refused = arriero("parity", workshop / "bundles" / "fp32", "--against", workshop / against)
-    check(refused, "no such folder|is a file", against, "Give the folder")
+    check(refused, "there is no folder|is a file", against, "Relative paths start at|Write the folder")

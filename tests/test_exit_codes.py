@@ -28,7 +28,7 @@ COMMANDS = {
     "run": (["bundle", "Hello"], API),
     "inspect": (["bundle"], "arriero.export.cli.show_bundle.describe_bundle"),
     "doctor": ([], "arriero.export.machine.doctor.diagnose"),
-    "compare": (["bundle", "--against", "model"], "arriero.export.proof.compare.compare_bundles"),
+    "compare": (["bundle", "--against", "."], "arriero.export.proof.compare.compare_bundles"),
     "schema": ([], "arriero.export.build_file.schema.json_schema"),
     "profiles list": ([], f"{SHOW}.list_profiles"),
     "profiles show": (["int4"], f"{SHOW}.open_profile"),

@@ -1,4 +1,4 @@
-"""Finds the checkpoint folder that a build file means: a path, or `hf://` in the local Hugging Face cache."""
+"""Finds the checkpoint that a build file means: a path, `hf://` in the local Hugging Face cache, or `synthetic://`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from arriero.errors import ArrieroError, MachineLacks
+from arriero.graphs.sources.synthetic import SyntheticModel
 from arriero.runtimes.inside import leads_out
 
+MODELS = "a folder, hf://organisation/name or synthetic://name"
 HUB = re.compile(r"hf://(?P<org>[\w.-]+)/(?P<name>[\w.-]+?)(?:@(?P<revision>[\w./-]+))?")
 
 
-def resolve_model(model: str, folder: Path) -> Path:
-    """Give the checkpoint of `model`, a folder or a .gguf file; relative paths start at `folder`. Never downloads.
+def resolve_model(model: str, folder: Path) -> Path | SyntheticModel:
+    """Give the checkpoint of `model`: a folder, a .gguf file, or a synthetic model. Never downloads.
 
-    Raises `ArrieroError` for what cannot be right, `MachineLacks` for a model that is not in the cache.
+    Relative paths start at `folder`. Raises `ArrieroError` for what cannot be right, `MachineLacks` for a model that is
+    not in the cache.
     """
+    if model.startswith("synthetic:"):
+        return SyntheticModel.parse(model)
     if model.startswith("hf:"):
         return _in_cache(model)
     path = (folder / Path(model).expanduser()).absolute()
@@ -29,8 +34,10 @@ def resolve_model(model: str, folder: Path) -> Path:
         raise ArrieroError(f"{model} is a file", expected="the folder of a checkpoint", remedy=remedy)
     siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, siblings, n=1)
-    remedy = f"Did you mean {Path(model).with_name(near[0])}?" if near else "Relative paths start at the build file"
-    raise ArrieroError(f"there is no folder {path}", expected="a folder, or hf://organisation/name", remedy=remedy)
+    remedy = (
+        f"Did you mean {Path(model).with_name(near[0])}?" if near else f"Relative paths start at {folder.absolute()}"
+    )
+    raise ArrieroError(f"there is no folder {path}", expected=MODELS, remedy=remedy)
 
 
 def hub_cache() -> Path:

@@ -18,11 +18,13 @@ from pydantic import (
 )
 
 from arriero.errors import ArrieroError, nearest
-from arriero.export.build_file.locate import resolve_model
+from arriero.export.build_file.locate import MODELS, resolve_model
 from arriero.export.compile.cpus import NAMED, NATIVE, parse_cpu
 from arriero.export.compile.nvidia.gpus import NAMED as NAMED_GPUS
 from arriero.export.compile.nvidia.gpus import parse_gpu
 from arriero.export.machine.budget import human_bytes, parse_bytes
+from arriero.graphs.sources.released_configs import RELEASED
+from arriero.graphs.sources.synthetic import SyntheticModel
 from arriero.profiles.kv_cache import CacheType
 from arriero.profiles.recipe import Thresholds, shipped
 from arriero.profiles.validate import refusal
@@ -230,9 +232,10 @@ class BuildConfig(_Section):
     """A build file: one checkpoint in, one proven bundle per target out. Relative paths start at the file's folder."""
 
     version: Literal[1] = Field(description="Version of this format.")
-    model: Annotated[Path, PathText] = Field(
-        description="The checkpoint: a folder (of Hugging Face's, Meta's or GGUF files), a .gguf file, or "
-        "`hf://organisation/name[@revision]` in the local Hugging Face cache."
+    model: Annotated[Path | SyntheticModel, PathText] = Field(
+        description="The checkpoint: a folder (of Hugging Face's, Meta's or GGUF files), a .gguf file, "
+        "`hf://organisation/name[@revision]` in the local Hugging Face cache, or `synthetic://name[?layers=N&seed=N]`: "
+        f"{', '.join(RELEASED)} at true size with weights that are drawn, to measure speed and memory."
     )
     adapters: tuple[Annotated[Path, PathText], ...] = Field(
         default=(),
@@ -259,9 +262,9 @@ class BuildConfig(_Section):
 
     @field_validator("model", mode="before")
     @classmethod
-    def _model_exists(cls, model: Any, info: ValidationInfo) -> Path:
+    def _model_exists(cls, model: Any, info: ValidationInfo) -> Path | SyntheticModel:
         if not isinstance(model, str) or not model:
-            raise refusal(ArrieroError(f"{model!r} names no model", expected="a folder, or hf://organisation/name"))
+            raise refusal(ArrieroError(f"{model!r} names no model", expected=MODELS))
         try:
             return resolve_model(model, _folder(info))
         except ArrieroError as error:

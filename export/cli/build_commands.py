@@ -15,7 +15,10 @@ def plan(
     build_file: BuildFile = Path("build.yaml"),
     model: Annotated[
         str | None,
-        typer.Option(help="Plan for this checkpoint in the place of the build file's. Its headers are enough."),
+        typer.Option(
+            help="Plan for this checkpoint in the place of the build file's. Its headers are enough; "
+            "synthetic://maverick needs no files."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -41,9 +41,10 @@ def parity(
     ] = None,
     recorded: Annotated[bool, typer.Option("--recorded", help="Show the build's own report; measure nothing.")] = False,
     against: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="The checkpoint folder: compare with its PyTorch reference itself, over the whole vocabulary."
+            help="The checkpoint, as a build file names it: compare with its PyTorch reference itself, over the whole "
+            "vocabulary."
         ),
     ] = None,
     adapter: Adapters = None,
@@ -83,9 +84,9 @@ def parity(
         raise ArrieroError("--recorded measures nothing", remedy="Leave out --record and --against, or --recorded")
     if other and against is None:
         what = "--set, --samples and --seed choose prompts that the reference record does not hold"
-        raise ArrieroError(what, remedy="Add --against with the checkpoint folder")
+        raise ArrieroError(what, remedy="Add --against with the checkpoint")
     if adapter and against is None:
-        raise ArrieroError("--adapter belongs to a checkpoint", remedy="Add --against with the checkpoint folder")
+        raise ArrieroError("--adapter belongs to a checkpoint", remedy="Add --against with the checkpoint")
     if output and (recorded or against):
         raise ArrieroError("--output takes a proof by the bundle's record", remedy="Leave out --recorded and --against")
     if other and record:
@@ -129,7 +130,7 @@ def _recorded(bundle: Path) -> Proofs:
 def _measure(
     bundle: Path,
     records: list[Path],
-    checkpoint: Path | None,
+    model: str | None,
     adapters: list[Path],
     other: Cases | None,
     output: Path | None,
@@ -137,15 +138,17 @@ def _measure(
     from arriero.export.cli.progress import Progress
 
     with Progress(err) as watch:
-        if checkpoint is None:
+        if model is None:
             from arriero.export.proof.prove import prove_bundle
 
             return prove_bundle(bundle, records, watch, output)
+        from arriero.export.build_file.locate import resolve_model
         from arriero.export.proof.against import prove_against
         from arriero.graphs.checkpoint import Checkpoint
 
         record = records[0] if records else None
-        report = prove_against(bundle, Checkpoint.open(checkpoint, adapters), record, other, watch)
+        checkpoint = Checkpoint.open(resolve_model(model, Path.cwd()), adapters)
+        report = prove_against(bundle, checkpoint, record, other, watch)
         return {report.labels.get("adapter"): report}
 
 
@@ -212,7 +215,10 @@ def run(
 
     arriero run bundles/portable-int8 "What does it ask for?" --document form.pdf
     """
+    from rich.markup import escape
+
     from arriero.runtimes.api import load
+    from arriero.runtimes.manifest import Manifest
     from arriero.runtimes.processor.documents import read_document
     from arriero.runtimes.processor.video import read_video
 
@@ -253,6 +259,9 @@ def run(
         f"{result.prompt_tokens} prompt tokens, TTFT {1000 * result.ttft_s:.0f} ms, {len(result.token_ids)} tokens"
     )
     err.print(f"[dim]{summary}{rate}, ended by {result.finish_reason}[/]", highlight=False)
+    manifest = Manifest.read(bundle)
+    if manifest.synthetic:
+        err.print(f"[yellow]{escape(str(manifest.source))}[/]", highlight=False)
 
 
 def inspect(bundle: BundleFolder, as_json: Json = False) -> None:
@@ -271,7 +280,7 @@ def inspect(bundle: BundleFolder, as_json: Json = False) -> None:
 
 def compare(
     bundles: Annotated[list[Path], typer.Argument(help="Bundle folders, all made from one checkpoint.")],
-    against: Annotated[Path, typer.Option(help="The checkpoint folder that they were made from.")],
+    against: Annotated[str, typer.Option(help="The checkpoint that they were made from, as the build file names it.")],
     adapter: Adapters = None,
     data: Set = None,
     samples: SampleCount = None,
@@ -284,18 +293,19 @@ def compare(
 
     arriero compare bundles/portable-fp32 bundles/portable-int4 --against models/chasqui --html compare.html
     """
+    from arriero.export.build_file.locate import resolve_model
     from arriero.export.cli.progress import Progress
     from arriero.export.proof import compare as comparison
 
-    cases = _held_out(data, samples, seed)
+    cases, model = _held_out(data, samples, seed), resolve_model(against, Path.cwd())
     with Progress(err) as watch:
-        lines = comparison.compare_bundles(bundles, against, adapter or [], cases, threads, watch)
+        lines = comparison.compare_bundles(bundles, model, adapter or [], cases, threads, watch)
     asked = {"set": Path(cases.set).name, "samples": lines[0].cases, "seed": seed}
     if html:
         labels = {"checkpoint": against, "held-out prompts": asked["set"], "how many": asked["samples"], "seed": seed}
         comparison.write_page(lines, {name: str(value) for name, value in labels.items()}, html)
     if as_json:
-        print_json(comparison.to_json(lines, {"against": str(against), **asked}))
+        print_json(comparison.to_json(lines, {"against": against, **asked}))
     else:
         from arriero.export.cli.show_comparison import show_comparison
 

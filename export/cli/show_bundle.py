@@ -14,7 +14,7 @@ from arriero.export.cli.describe_layers import describe_layers
 from arriero.export.cli.tables import print_wrapped
 from arriero.export.machine.budget import human_bytes
 from arriero.runtimes.integrity import open_manifest
-from arriero.runtimes.manifest import LICENSES, RECORD_FILE, Fallback, SampleSet, proof_path
+from arriero.runtimes.manifest import LICENSES, RECORD_FILE, Fallback, SampleSet, Source, proof_path
 from arriero.runtimes.proof.report import read_json
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def describe_bundle(bundle: Path) -> dict[str, Any]:
         "name": manifest.name,
         "arriero": manifest.arriero,
         "model": manifest.model.entry(),
+        "source": None if manifest.source is None else asdict(manifest.source),
         "target": asdict(manifest.target),
         "chain": asdict(manifest.chain),
         "bytes": sum(record.bytes for record in manifest.files.values()),
@@ -92,6 +93,9 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
     }
     if described["adapters"]:
         rows["adapters"] = ", ".join(described["adapters"]) + ", switched with `--adapter`; each is proven"
+    if described["source"]:
+        source = escape(str(Source(**described["source"])))
+        rows["made of"] = f"[yellow]{source}[/]" if described["source"]["synthetic"] else source
     if described["licenses"]:
         rows["licences"] = escape(", ".join(described["licenses"]))
     for name, value in rows.items():

@@ -27,7 +27,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         f"layers: {layers}",
     )
     forms = ", ".join(f"{form} ({count})" for form, count in model["stored_as"].items())
-    print_wrapped(console, f"{model['layout']}'s layout; tensors are stored as {forms}")
+    print_wrapped(console, f"layout {model['layout']}, tensors stored as {forms}")
     for adapter in model["adapters"]:
         print_wrapped(console, f"with the adapter {adapter}")
     for show in (_show_stages, _show_targets, _show_prices):

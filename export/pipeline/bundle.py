@@ -28,6 +28,7 @@ from arriero.runtimes.manifest import (
     Measured,
     ProofTerms,
     RoundedPart,
+    Source,
     file_sha256,
     link,
     manifest_digest,
@@ -80,6 +81,7 @@ class Parts:
     """What the stages of one target say of its bundle, each its own part."""
 
     model: ModelSpec
+    source: Source
     target: Mapping[str, Any]  # as the build file has it
     tools: Mapping[str, str]
     lowered: LoweredPart
@@ -113,6 +115,7 @@ def write_manifest(
         "arriero": __version__,
         "name": parts.target["name"],
         "model": parts.model.entry(),
+        "source": asdict(parts.source),
         "target": {**parts.target, **compiled},
         "build": dict(build),
         "record": parts.record,

@@ -36,6 +36,7 @@ from arriero.export.pipeline.stages import Run, key_of, machine_limits, read_rec
 from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.proof.emulate import can_emulate
 from arriero.graphs.sources.runtime_adapters import RuntimeAdapters
+from arriero.graphs.sources.synthetic import SyntheticModel
 from arriero.profiles.kv_cache import CacheScales, cache_scales
 from arriero.profiles.quantized_weights import QuantizedWeights
 from arriero.profiles.recipe import Profile
@@ -53,6 +54,7 @@ from arriero.runtimes.manifest import (
     ProofTerms,
     RoundedPart,
     RtnKl,
+    Source,
     StoredWeight,
     proof_path,
 )
@@ -357,6 +359,7 @@ class TargetBuild:
         kinds = sorted({"chunked" if layer.chunked else "global" for layer in text.layers})
         parts = Parts(
             model=model_spec(build.model),
+            source=self.source(),
             target=self.target.model_dump(),
             tools=build.inputs["graph"]["tools"],
             lowered=read_part(LoweredPart, self.lowered),
@@ -373,6 +376,13 @@ class TargetBuild:
         )
         digest = key_of("profile", self.profile.model_dump(mode="json"))
         write_manifest(bundle, parts, files, build.content, digest, stages)
+
+    def source(self) -> Source:
+        """What the bundle is made of. A folder is named without the path to it, which is this machine's."""
+        model, adapters = self.build.config.model, tuple(folder.name for folder in self.build.config.adapters)
+        synthetic = isinstance(model, SyntheticModel)
+        name = str(model) if isinstance(model, SyntheticModel) else model.name
+        return Source(name, self.build.checkpoint.layout.name, adapters, synthetic)
 
     def rounded(self) -> RoundedPart:
         """What calibration says of the target's profile: what it chose, and the experts that fell back."""

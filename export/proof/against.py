@@ -127,7 +127,7 @@ def prove_against(
     Raises ArrieroError when the bundle was made from another checkpoint.
     """
     manifest = open_manifest(bundle)
-    adapter = adapter_of(manifest, checkpoint.content_hash(), "this checkpoint", checkpoint.folder)
+    adapter = adapter_of(manifest, checkpoint.content_hash(), "this checkpoint", checkpoint.model)
     modalities = modalities_of(manifest)
     session = open_reference(checkpoint, "image" not in modalities)
     if other is not None:
@@ -176,6 +176,6 @@ def check_origin(manifests: Sequence[Manifest], checkpoint: Checkpoint) -> None:
     """Refuse bundles that were not made from this checkpoint, which is hashed once for all of them."""
     content = checkpoint.content_hash()
     for manifest in manifests:
-        if (adapter := adapter_of(manifest, content, "this checkpoint", checkpoint.folder)) is not None:
+        if (adapter := adapter_of(manifest, content, "this checkpoint", checkpoint.model)) is not None:
             what = f"has the adapter {adapter} merged, and bundles are compared without one"
-            raise ArrieroError(what, where=str(checkpoint.folder), remedy="Leave out --adapter")
+            raise ArrieroError(what, where=str(checkpoint.model), remedy="Leave out --adapter")

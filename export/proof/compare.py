@@ -15,6 +15,7 @@ from arriero.export.machine.budget import human_bytes
 from arriero.export.proof.against import check_origin, label_set, modalities_of, open_live
 from arriero.export.proof.measure_bundle import circumstances, measure_bundle
 from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.sources.synthetic import SyntheticModel
 from arriero.graphs.stored.safetensors_writer import ITEM_BYTES
 from arriero.runtimes.api import load
 from arriero.runtimes.manifest import RECORD_FOLDER, Manifest, ProofTerms, StoredWeight
@@ -60,17 +61,17 @@ class Compared:
 
 def compare_bundles(
     bundles: Sequence[Path],
-    folder: Path,
+    model: Path | SyntheticModel,
     adapters: Sequence[Path],
     wanted: Cases,
     threads: int | None,
     watch: Watch,
 ) -> list[Compared]:
-    """Measure each bundle against the checkpoint in `folder`, with the adapters that the build merged.
+    """Measure each bundle against the checkpoint `model`, with the adapters that the build merged.
 
     Raises ArrieroError, before anything is measured, for a bundle of another checkpoint.
     """
-    checkpoint = Checkpoint.open(folder, adapters)
+    checkpoint = Checkpoint.open(model, adapters)
     manifests = [Manifest.read(bundle) for bundle in bundles]
     check_origin(manifests, checkpoint)
     reference = cache(partial(open_live, checkpoint, wanted))

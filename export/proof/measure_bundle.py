@@ -56,6 +56,8 @@ def measure_bundle(
         )
     own = {"bundle": target.name, "profile": target.profile, "backend": target.backend, "KV cache": target.kv_cache}
     own |= {} if adapter is None else {"adapter": adapter}
+    if manifest.synthetic:
+        own["checkpoint"] = str(manifest.source)
     own |= circumstances({target.backend}, target.arch if is_foreign(manifest) else None)
     thin, calibrated = manifest.rounded.fallback, manifest.calibrated.coverage
     if thin:
@@ -68,6 +70,7 @@ def measure_bundle(
         labels={**own, **labels},
         coverage={int(layer): counts for layer, counts in calibrated.items()},
         fallback=thin,
+        synthetic=manifest.synthetic,
     )
 
 

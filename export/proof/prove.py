@@ -113,7 +113,7 @@ def open_own_record(manifest: Manifest, adapter: str | None) -> ReferenceRecord:
     return record
 
 
-def adapter_of(manifest: Manifest, checkpoint: str, what: str, where: Path) -> str | None:
+def adapter_of(manifest: Manifest, checkpoint: str, what: str, where: object) -> str | None:
     """The adapter of a bundle that is merged in the checkpoint with hash `checkpoint`; None for the model itself.
 
     Raises ArrieroError for one that the bundle was not made from; `what` it is, and `where`.

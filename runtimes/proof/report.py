@@ -88,7 +88,8 @@ class CaseResult:
 class ParityReport:
     """All rows, the per-layer series, the families and the cases. `labels` are the caller's (bundle, profile, ...).
 
-    `coverage`: calibration tokens of each expert by MoE layer; `fallback`: the experts that too few of them reached.
+    `coverage`: calibration tokens of each expert by MoE layer; `fallback`: the experts that too few of them reached;
+    `synthetic`: whether the bundle's weights were drawn at random.
     """
 
     rows: tuple[Row, ...]
@@ -100,6 +101,7 @@ class ParityReport:
     labels: dict[str, str] = field(default_factory=dict)
     coverage: dict[int, tuple[int, ...]] = field(default_factory=dict)
     fallback: tuple[Fallback, ...] = ()
+    synthetic: bool = False
 
     @property
     def failed(self) -> tuple[Row, ...]:
@@ -108,7 +110,9 @@ class ParityReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What makes the proof say less than it seems to: a reference that answers hardly any case right."""
+        """What makes the proof say less than it seems to: synthetic weights, a reference that is hardly ever right."""
+        if self.synthetic:
+            return ("The weights are synthetic, drawn at random: answers mean nothing, right or wrong.",)
         count = sum(score.count for score in self.families)
         right = sum(score.reference_right for score in self.families)
         if not count or right >= REFERENCE_FLOOR * count:
@@ -145,6 +149,7 @@ class ParityReport:
                 # reports from before they said so do not
                 coverage={int(layer): tuple(counts) for layer, counts in data.get("coverage", {}).items()},
                 fallback=tuple(Fallback(**entry) for entry in data.get("fallback", ())),
+                synthetic=bool(data.get("synthetic", False)),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArrieroError(f"the parity report is damaged ({error})", where=where, remedy=_AGAIN) from error

@@ -313,7 +313,6 @@ def write_manifest(folder: Path, **changes: Any) -> dict[str, Any]:
         "calibrated": {"calibration": {"set": "none", "seed": 0, "sha256": "0", "samples": {}}, "coverage": {}},
         "rounded": {"fallback": [], "choice": None},
         "proof": {"thresholds": {}, "rtn": None, "unmeasured": None},
-        "adapters": {},
         "kv_bytes_per_token": {},
         "measured": {"peak_memory_bytes": 0, "seconds": {}},
         "files": {

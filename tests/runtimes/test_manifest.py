@@ -56,7 +56,7 @@ def put(value, *keys):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (put(1, "format"), r"format 1; expected format 4\. Use the arriero that built it"),
+        (put(1, "format"), r"format 1; expected format 3\. Use the arriero that built it"),
         (put("3", "format"), "has format '3'"),
         (drop("files"), "keys are missing: files"),
         (drop("format"), "keys are missing: format"),
@@ -72,6 +72,7 @@ def put(value, *keys):
         (put("many", "model", "text", "head_dim"), "manifest.json:model: an entry has the wrong shape"),
         (put(3, "model", "text", "num_hidden_layers"), "2 layers are listed; expected 3"),
         (put("sliding", "model", "text", "layers", 0, "attention"), r"layers\[0\]: attention 'sliding'"),
+        (put({"model": "scout"}, "source"), "manifest.json:source: the key 'layout' is missing"),
         (put({}, "files"), "no files are recorded"),
         (put({"bytes": 1}, "files", "text.onnx"), "manifest.json:files.text.onnx: the key 'sha256' is missing"),
         (put({"bytes": 1, "sha256": ""}, "files", "../x"), "'../x' points outside the bundle"),
@@ -85,6 +86,18 @@ def test_a_wrong_manifest_is_refused(copy, change, sentence):
     edit(copy, change)
     with pytest.raises(ArrieroError, match=sentence):
         arriero.load(copy)
+
+
+def test_a_bundle_says_what_it_was_made_of(copy):
+    """Bundles from before they said so are read all the same."""
+    assert Manifest.read(copy).source is None
+    made = {"model": "scout", "layout": "GGUF", "adapters": ["one", "two"]}
+    edit(copy, put(made, "source"))
+    manifest = open_manifest(copy)
+    assert str(manifest.source) == "scout in the layout GGUF, with one, two merged"
+    assert not manifest.synthetic
+    edit(copy, put(made | {"model": "synthetic://guard", "synthetic": True}, "source"))
+    assert str(Manifest.read(copy).source).startswith("synthetic weights, drawn by synthetic://guard:")
 
 
 def test_missing_and_unreadable_manifests(copy, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.export.build_file.read import load_build
 from arriero.export.build_file.schema import json_schema
+from arriero.graphs.sources.synthetic import SyntheticModel
 
 GOOD = """\
 version: 1
@@ -77,6 +78,12 @@ def test_sets_of_ones_own(folder):
     assert (build.parity.cases.set, build.parity.cases.samples) == (str(folder / "data"), 5)
 
 
+def test_a_synthetic_model(folder):
+    build = load_build(write(folder, GOOD.replace("model: model", "model: synthetic://maverick?layers=2")))
+    assert build.model == SyntheticModel("maverick", 2, 0)
+    assert str(build.model) == "synthetic://maverick?layers=2&seed=0"
+
+
 def test_short_file_has_defaults(folder):
     text = "version: 1\nmodel: model\nmodalities: [text]\ntargets: [{name: a, backend: onnxruntime, profile: fp32}]\n"
     build = load_build(write(folder, text))
@@ -105,11 +112,16 @@ BAD = {
     "version text": ("version: 1", "version: one", r":1: version: 'one' is not valid; expected 1"),
     "model folder": ("model: model", "model: modle", r":2: model: there is no folder .*modle; .*Did you mean model\?"),
     "model file": ("model: model", "model: build.yaml", r":2: model: build.yaml is a file; .* Write the folder: \."),
-    "model number": ("model: model", "model: 7", r":2: model: 7 names no model; expected a folder, or hf://"),
-    "model none": ("model: model", "model:", r":2: model: has no value; expected a folder, or hf://"),
+    "model number": ("model: model", "model: 7", r":2: model: 7 names no model; expected a folder, hf://"),
+    "model none": ("model: model", "model:", r":2: model: has no value; expected a folder, hf://"),
     "model half a character": ("model: model", 'model: "\\ud800"', r":2: model: holds half of a surrogate pair"),
     "model hub climbs": ("model: model", "model: hf://a/b@../../c", r"'hf://a/b@\.\./\.\./c' is malformed"),
     "model hub": ("model: model", "model: hf://scout", r"'hf://scout' is malformed; .*For example hf://meta-llama"),
+    "model synthetic": (
+        "model: model",
+        "model: synthetic://scuot",
+        r":2: model: there is no synthetic model 'scuot'; .*Did you mean 'scout'\?",
+    ),
     "no text": ("[text, image]", "[image]", r":3: modalities: text is missing: .* Write `modalities: \[text, image\]`"),
     "modality": ("[text, image]", "[text, imge]", r":3: modalities\[1\]: 'imge' .*expected 'text' or 'image'.*'image'"),
     "modality twice": ("[text, image]", "[text, text]", r"modalities: names a modality twice; expected each of"),
