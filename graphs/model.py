@@ -101,9 +101,14 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[T, H] -> output [T, H] and chosen expert ids [T, k] int64."""
-        value, expert_id = self.router(x).topk(self.per_token, dim=-1)  # [T, k]
-        routed = expert_dispatch(x, expert_id, value.sigmoid(), self.experts.gate_up_proj, self.experts.down_proj)
+        expert_id, score = self.route(x)
+        routed = expert_dispatch(x, expert_id, score, self.experts.gate_up_proj, self.experts.down_proj)
         return self.shared_expert(x) + routed, expert_id
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, H] -> the chosen experts' ids [T, k] int64 and their scores [T, k]."""
+        value, expert_id = self.router(x).topk(self.per_token, dim=-1)
+        return expert_id, value.sigmoid()
 
 
 class Attention(nn.Module):
@@ -156,13 +161,19 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, rotation: KeyValue, past: KeyValue, positions: Tensor, past_positions: Tensor
     ) -> tuple[Tensor, KeyValue, Tensor | None]:
         """`x` [B, S, H] -> next hidden [B, S, H], present key and value, expert ids [T, k] of a MoE layer."""
-        attended, present = self.self_attn(self.input_layernorm(x), rotation, past, positions, past_positions)
-        x = x + attended
+        x, present = self.attend(x, rotation, past, positions, past_positions)
         y = self.post_attention_layernorm(x)
         if not isinstance(self.feed_forward, MoE):
             return x + self.feed_forward(y), present, None
         routed, expert_id = self.feed_forward(y.flatten(0, 1))
         return x + routed.view_as(x), present, expert_id
+
+    def attend(
+        self, x: Tensor, rotation: KeyValue, past: KeyValue, positions: Tensor, past_positions: Tensor
+    ) -> tuple[Tensor, KeyValue]:
+        """The layer's first half: `x` [B, S, H] -> hidden [B, S, H] before the feed-forward, present key and value."""
+        attended, present = self.self_attn(self.input_layernorm(x), rotation, past, positions, past_positions)
+        return x + attended, present
 
 
 class Decoder(nn.Module):

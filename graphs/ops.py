@@ -56,11 +56,16 @@ def _expert_dispatch(x: Tensor, expert_id: Tensor, score: Tensor, w_gate_up: Ten
     outputs = []
     for rows, gate_up, down in zip(scaled.split(counts), w_gate_up.unbind(), w_down.unbind(), strict=True):
         if len(rows):
-            gate, up = (rows @ gate_up.to(x.dtype)).chunk(2, dim=-1)
-            outputs.append((F.silu(gate) * up) @ down.to(x.dtype))
+            outputs.append(run_expert(rows, gate_up.to(x.dtype), down.to(x.dtype)))
     if not outputs:
         return torch.zeros_like(x)
     return torch.zeros_like(x).index_add(0, token, torch.cat(outputs).to(x.dtype))
+
+
+def run_expert(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """What one expert makes of its input [n, H], already scaled: [n, H]. `gate_up` [H, 2F], `down` [F, H]."""
+    gate, up = (rows @ gate_up).chunk(2, dim=-1)
+    return (F.silu(gate) * up) @ down
 
 
 def _cached_attention(

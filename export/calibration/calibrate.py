@@ -109,7 +109,7 @@ class Calibration:
 
     def _layer(self, layer: int) -> None:
         step = self._step(layer)
-        inputs = self.walk.observe(layer, lambda at, total: self.watch(step, at, total, "samples"))
+        inputs = self.walk.observe(layer, lambda at, total: self.watch(step, at, total, "samples and experts"))
         coverage = inputs.routed.counts(self.walk.text.experts) if inputs.routed else None
         self._refuse_thin(layer, coverage)
         ranges: dict[str, Any] = {}

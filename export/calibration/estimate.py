@@ -19,6 +19,7 @@ from arriero.profiles.recipe import Profile
 REFERENCE_MEMORY = 400 << 20  # Python with torch and its mapped weights, after a graph was traced
 MOMENT_COPIES = 5  # second moments in float64: as seen, damped, in GPTQ's order, inverted, factored
 ROUND_COPIES = 12  # a matrix in float32, over its scales, rounded, what is left of it, packed; its error in float64
+EXPERT_BYTES = 6  # of a number in an expert on its way from 16 bits to float32
 SQUARE = 16  # bytes per pair of tokens: the attention's mask on its way from positions to float32
 EMBEDDED_TOKENS = 256  # words of a long embedded sample; its mean is 66 with the embedded model's tokenizer
 
@@ -31,26 +32,31 @@ def embedded_size(vision: VisionConfig | None) -> Size:
     return EMBEDDED_TOKENS + tiles * (0 if vision is None else vision.tokens_per_tile), tiles
 
 
-def calibration_memory(config: ModelConfig, used: Sequence[WeightSource], sizes: Sequence[Size], second: bool) -> int:
-    """Bytes that calibration holds at most: a sample's step, or the moments of a layer and one matrix at work.
+def calibration_memory(
+    config: ModelConfig, used: Sequence[WeightSource], sizes: Sequence[Size], second: bool, whole: bool
+) -> int:
+    """Bytes that calibration holds at most: a sample's step, an expert at work, or a layer's moments and one matrix.
 
-    `second`: whether a profile rounds by gptq, so that second moments are kept and matrices are rounded.
+    `second`: whether a profile rounds by gptq, so that second moments are kept and matrices are rounded. `whole`:
+    whether whole layers are run, experts and all.
     """
     layers = [info for info in used if is_layer_matrix(info.name)]
     shapes = [_features(info) for info in layers]
-    widened = 4 * max((outputs * inputs for outputs, inputs in shapes), default=0)  # an expert that is routed to
-    widened += 4 * max((_layer_matrices(layers, layer) for layer in range(len(config.text.layers))), default=0)
     text = config.text
+    matrices = 4 * max((_layer_matrices(layers, layer) for layer in range(len(text.layers))), default=0)
+    expert = EXPERT_BYTES * 3 * text.hidden_size * text.expert_ffn if text.moe_layers else 0
     tokens, tiles = (max((size[n] for size in sizes), default=0) for n in (0, 1))
     inner = max(text.expert_ffn, text.dense_ffn, text.heads * text.head_dim)
     step = 4 * tokens * (8 * text.hidden_size + 6 * inner) + SQUARE * tokens**2
     rows = 4 * min(ROWS, sum(size[0] for size in sizes)) * (2 * text.hidden_size + 4 * text.expert_ffn)
-    walk = widened + max(step, rows)
+    walk = max(matrices + step, expert + rows)
     if second:
         moments = max((8 * _layer_moments(layers, layer) for layer in range(len(text.layers))), default=0)
         work = max((8 * MOMENT_COPIES * k**2 + 4 * ROUND_COPIES * n * k for n, k in shapes), default=0)
         walk = moments + max(walk, work + rows)
-    return REFERENCE_MEMORY + decoded_memory(used) + max(walk, _tower(config.vision, tiles) if config.vision else 0)
+    return (
+        REFERENCE_MEMORY + decoded_memory(used, whole) + max(walk, _tower(config.vision, tiles) if config.vision else 0)
+    )
 
 
 def walk_disk(config: ModelConfig, sizes: Sequence[Size]) -> int:

@@ -19,6 +19,7 @@ from arriero.profiles.kv_cache import ITEM_BYTES
 from arriero.profiles.recipe import Profile, check_shapes
 from arriero.profiles.schemes import Chosen, Exact, Fp8, Half, IntBlock, Scheme
 from arriero.runtimes.cpu import usable_cores
+from arriero.thresholds import AnswerMode
 from arriero.traits import TRAITS
 
 CONTEXTS = {"8k": 1 << 13, "128k": 1 << 17, "1M": 1 << 20, "10M": 10 << 20}
@@ -48,16 +49,18 @@ def estimate_needs(
     calibrates: Sequence[Profile],
     sizes: Sequence[estimate.Size],
     case_sizes: Sequence[estimate.Size],
+    answers: AnswerMode,
 ) -> dict[str, Need]:
     """Peak memory and disk of each of the stages `names`; `seen` is the model as far as the modalities need it."""
     second = any(profile.rounds_by_gptq for profile in calibrates)
+    chooses = any(profile.choose is not None for profile in calibrates)
     walked = record_bytes(seen, case_sizes) + walk_bytes(seen.text, case_sizes)
     calibrated = estimate.walk_disk(config, sizes) + estimate.roundings_disk(calibrates, used)
     needs = {
         "graph": (TRACE_MEMORY + TRACE_LAYER * len(seen.text.layers), 0),
-        "calibrate": (estimate.calibration_memory(config, used, sizes, second), calibrated),
+        "calibrate": (estimate.calibration_memory(config, used, sizes, second, chooses), calibrated),
         **{
-            name: (record_memory(seen, used, case_sizes), walked)
+            name: (record_memory(seen, used, case_sizes, answers), walked)
             for name in names
             if name.partition("+")[0] == "reference"
         },

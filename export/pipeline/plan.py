@@ -78,7 +78,9 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
         plan_target(target, profiles[target.profile], checkpoint, used, config, state, switched.nbytes)
         for target in build.targets
     )
-    needs = estimate_needs(keys, config, seen, used, targets, calibrating(profiles), sizes, case_sizes)
+    needs = estimate_needs(
+        keys, config, seen, used, targets, calibrating(profiles), sizes, case_sizes, answer_mode(build)
+    )
     work_to_do = Work(seen, used, sizes, case_sizes, answer_mode(build), calibrating(profiles))
     times = estimate_seconds(undone, work_to_do, targets, measure_speed()) if undone else {}
     plan = Plan(

@@ -57,11 +57,14 @@ def record_bytes(config: ModelConfig, sizes: Sequence[estimate.Size]) -> int:
 
 
 def walk_bytes(text: TextConfig, sizes: Sequence[estimate.Size]) -> int:
-    """Bytes of the hidden states before and after a layer, while the record is made."""
-    return 2 * 4 * text.hidden_size * sum(size[0] for size in sizes)
+    """Bytes of the hidden states before and after a layer, and of what experts read, while the record is made."""
+    rows = 2 + (text.experts_per_token if text.moe_layers else 0)
+    return rows * 4 * text.hidden_size * sum(size[0] for size in sizes)
 
 
-def record_memory(config: ModelConfig, used: Sequence[WeightSource], sizes: Sequence[estimate.Size]) -> int:
+def record_memory(
+    config: ModelConfig, used: Sequence[WeightSource], sizes: Sequence[estimate.Size], answers: AnswerMode
+) -> int:
     """Bytes that making the record holds: a layer, one case's step, its logits once more and once masked."""
     logits = 3 * 4 * config.text.vocab_size * max((size[0] for size in sizes), default=0)
-    return logits + estimate.calibration_memory(config, used, sizes, second=False)
+    return logits + estimate.calibration_memory(config, used, sizes, second=False, whole=answers == "generated")

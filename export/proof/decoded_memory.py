@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from arriero.graphs.names import EMBEDDING, HEAD, TEXT_PREFIX
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.groups import LAYER
 
 ROOM = 2 << 30  # bytes of decoded weights
+LAYERS = f"{TEXT_PREFIX}model.layers"  # the module that holds the decoder's layers
 
 
 def is_decoded(source: WeightSource) -> bool:
@@ -16,18 +18,29 @@ def is_decoded(source: WeightSource) -> bool:
     return source.place is None
 
 
-def decoded_memory(used: Iterable[WeightSource]) -> int:
-    """The most bytes of decoded weights that the reference holds at a time."""
-    layers: dict[str, int] = {}
-    for source in used:
-        if is_decoded(source):
-            key = layer_of(source.name)
-            layers[key] = layers.get(key, 0) + source.nbytes
-    outside = layers.pop("", 0)
-    return outside + min(sum(layers.values()), max(ROOM, max(layers.values(), default=0)))
+def group_of(name: str) -> str:
+    """The path of the module with whose call a decoded tensor is needed; empty for those that are small or always.
 
-
-def layer_of(name: str) -> str:
-    """The decoder layer that a tensor is of, empty for all others."""
+    Of a decoder layer all matrices together and the experts apart; the embedding and the head by themselves.
+    """
+    if name in (EMBEDDING, HEAD):
+        return name.removesuffix(".weight")
     match = re.match(LAYER, name)
-    return "" if match is None else match["layer"]
+    if match is None:
+        return ""
+    layer = f"{LAYERS}.{match['layer']}"
+    return f"{layer}.feed_forward" if ".experts." in name else layer
+
+
+def decoded_memory(used: Iterable[WeightSource], whole: bool) -> int:
+    """The most bytes of decoded weights that the reference holds at a time.
+
+    `whole`: whether it runs whole layers, in place of going through them expert by expert.
+    """
+    groups: dict[str, int] = {}
+    for source in used:
+        group = group_of(source.name)
+        if is_decoded(source) and (whole or not group.endswith(".feed_forward")):
+            groups[group] = groups.get(group, 0) + source.nbytes
+    outside = groups.pop("", 0)
+    return outside + min(sum(groups.values()), max(ROOM, max(groups.values(), default=0)))

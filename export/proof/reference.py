@@ -203,8 +203,23 @@ class TorchBackend:
         )
 
     def holding(self, layer: int) -> AbstractContextManager[None]:
-        """Within the block, the weights of decoder `layer` stay in memory."""
+        """Within the block, the weights of decoder `layer` but for its experts stay in memory."""
         return nullcontext() if self._weights is None else self._weights.holding(layer)
+
+    def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
+        """The gate|up [H, 2F] and down [F, H] of one expert in float32."""
+        if self._weights is not None:
+            return self._weights.expert(layer, expert)
+        held: Any = self.model.language_model.model.layers[layer].feed_forward
+        return held.experts.gate_up_proj[expert].float(), held.experts.down_proj[expert].float()
+
+    def head(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of the head [V, H] in float32."""
+        if self._weights is not None:
+            return self._weights.head(start, stop)
+        text: Any = self.model.language_model
+        weight = text.model.embed_tokens.weight if text.config.tied_embeddings else text.lm_head.weight
+        return weight[start:stop].float()
 
     @contextmanager
     def router_margins(self) -> Iterator[Margins]:

@@ -1,7 +1,9 @@
 """The weights of the reference: mapped from their files, and those that are decoded, a few layers of them at a time.
 
-A decoded weight is made in float32 when its layer is needed. Layers stay until others need the room, so that a small
-model is decoded once, and of a large one no more than `ROOM` or one layer is held.
+A decoded weight is made in float32 when it is needed: a layer's matrices together, its experts, the embedding and the
+head each apart. They stay until others need the room, so that a small model is decoded once, and of a large one no more
+than `ROOM` or what is needed at a time is held. Whoever goes through a layer expert by expert asks for one after the
+other, and they are not held at all.
 """
 
 from __future__ import annotations
@@ -13,63 +15,77 @@ from typing import Any
 import torch
 from torch import nn
 
-from arriero.export.proof.decoded_memory import ROOM, is_decoded, layer_of
+from arriero.export.proof.decoded_memory import LAYERS, ROOM, group_of, is_decoded
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.model import Llama4
+from arriero.graphs.names import EMBEDDING, HEAD, expert_tensors
 
 
 class ResidentWeights:
-    """Fills a model on the meta device from a checkpoint, and keeps its decoded layers within `ROOM`."""
+    """Fills a model on the meta device from a checkpoint, and keeps what is decoded within `ROOM`."""
 
     def __init__(self, model: Llama4, checkpoint: Checkpoint, names: Iterable[str]) -> None:
-        """Give `model` the tensors `names`; those of decoded layers come with the first call of their layer."""
+        """Give `model` the tensors `names`; decoded ones come with the first call of the module that reads them."""
         self._checkpoint = checkpoint
-        self._layers: dict[str, list[str]] = {}
-        self._held: dict[str, int] = {}  # layer -> bytes, the longest unused first
+        self._groups: dict[str, list[str]] = {}  # path of the module whose call needs them -> tensors
+        self._held: dict[str, int] = {}  # group -> bytes, the longest unused first
         self._pinned: list[str] = []
         self._model = model
-        decoded = {name: layer_of(name) for name in names if is_decoded(checkpoint.tensors[name])}
-        for name, layer in decoded.items():
-            if layer:
-                self._layers.setdefault(layer, []).append(name)
+        tied = model.config.text.tied_embeddings  # then the head reads the embedding, which nobody calls for it
         for name in names:
-            if not decoded.get(name):
+            group = group_of(name)
+            if is_decoded(checkpoint.tensors[name]) and group and not (tied and name == EMBEDDING):
+                self._groups.setdefault(group, []).append(name)
+            else:
                 self._set(name, checkpoint.torch_tensor(name))
-        for layer in self._layers:
-            model.language_model.model.layers[int(layer)].register_forward_pre_hook(self._loads(layer))
+        for group in self._groups:
+            model.get_submodule(group).register_forward_pre_hook(self._loads(group))
 
-    def _loads(self, layer: str) -> Callable[..., None]:
+    def expert(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gate|up [H, 2F] and down [F, H] of one expert, in float32; they are not held."""
+        gate_up, down = (self._rows(name, expert, expert + 1)[0] for name in expert_tensors(layer))
+        return gate_up, down
+
+    def head(self, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of the head [V, H], in float32; they are not held."""
+        return self._rows(EMBEDDING if self._model.config.text.tied_embeddings else HEAD, start, stop)
+
+    def _rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return torch.from_numpy(self._checkpoint.read_float32(name, start, stop))
+
+    def _loads(self, group: str) -> Callable[..., None]:
         def before(*_: Any) -> None:
-            self._load(layer)
+            self._load(group)
 
         return before
 
     @contextmanager
     def holding(self, layer: int) -> Iterator[None]:
-        """Within the block, the weights of `layer` are there and stay."""
-        self._load(str(layer))
-        self._pinned.append(str(layer))
+        """Within the block, the weights of `layer` but for its experts are there and stay."""
+        group = f"{LAYERS}.{layer}"
+        self._load(group)
+        self._pinned.append(group)
         try:
             yield
         finally:
-            self._pinned.remove(str(layer))
+            self._pinned.remove(group)
 
-    def _load(self, layer: str) -> None:
-        if layer not in self._layers:
+    def _load(self, group: str) -> None:
+        if group not in self._groups:
             return
-        if layer in self._held:
-            self._held[layer] = self._held.pop(layer)
+        if group in self._held:
+            self._held[group] = self._held.pop(group)
             return
-        size = sum(self._checkpoint.tensors[name].nbytes for name in self._layers[layer])
+        size = sum(self._checkpoint.tensors[name].nbytes for name in self._groups[group])
         for other in [other for other in self._held if other not in self._pinned]:
             if sum(self._held.values()) + size <= ROOM:
                 break
-            for name in self._layers[other]:
+            for name in self._groups[other]:
                 self._set(name, torch.empty(self._checkpoint.tensors[name].shape, device="meta"))
             del self._held[other]
-        for name in self._layers[layer]:
+        for name in self._groups[group]:
             self._set(name, self._checkpoint.torch_tensor(name))
-        self._held[layer] = size
+        self._held[group] = size
 
     def _set(self, name: str, values: torch.Tensor) -> None:
         owner, _, leaf = name.rpartition(".")

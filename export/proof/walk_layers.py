@@ -1,7 +1,9 @@
 """Walks samples through the reference's decoder, one layer at a time: what calibration sees and the record keeps.
 
 Between two layers the hidden states of all samples lie in a memory-mapped file, and so do the rows that were routed to
-experts; in memory there is one sample's step and one layer, and for calibration the moments of its matrices.
+experts. All samples go through a layer up to its router, then the experts follow one by one, each over all rows that
+were routed to it: every weight is read and widened once. In memory there is one sample's step and a layer without its
+experts, or one expert, and for calibration the moments of a layer's matrices.
 Legend: S tokens of a sample, T tokens of all samples, H hidden, F expert width, E experts, k experts per token.
 """
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from arriero.graphs.config import TextConfig
 from arriero.graphs.model import KeyValue, Linear, MoE
+from arriero.graphs.ops import run_expert
 from arriero.graphs.rotary import rotation_table
 from arriero.profiles.kv_cache import CacheRange
 from arriero.profiles.moments import ROWS, Moments, check_finite
@@ -34,6 +37,7 @@ Progress = Callable[[int, int], None]
 # What a sample shows: its number, ids [S], pixels [n, 3, h, w] or None, image features [M, H].
 Embedded = Callable[[int, NDArray[np.int64], Floats | None, Floats], None]
 ROUTER = "feed_forward.router"
+VOCABULARY = 16384  # rows of the head at a time
 # Which matrices of a layer read which input: the module that is watched -> the matrices it stands for.
 DENSE = {"gate_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 WATCHED = {
@@ -82,12 +86,11 @@ class LayerInputs:
 
 @dataclass
 class Step:
-    """One sample through one layer: what its watched matrices read and gave, keys and values, what follows."""
+    """One sample through one layer: what its watched matrices read and gave, keys and values."""
 
     number: int
     seen: dict[str, tuple[Floats, Floats]]
     present: KeyValue  # [1, K, S, D] each
-    after: Floats  # [S, H]
 
     def choices(self, per_token: int) -> tuple[NDArray[np.int64], Floats, Floats | None]:
         """Of a MoE layer: expert ids and router logits [S, k], and how clear each choice was, [S]; None if k is all."""
@@ -119,6 +122,7 @@ class Walk:
         self.session, self.folder = session, folder
         self.text: TextConfig = self.model.config
         self.samples = samples
+        self.routed: Routed | None = None
         # Pixels are made again when they are embedded: those of all samples at once may not fit memory.
         self.prompts = [replace(session.encode(s.prompt, s.images), pixel_values=None) for s in samples]
         self.answers = [session.processor.tokenize(sample.answer) for sample in samples]
@@ -161,31 +165,71 @@ class Walk:
     def steps(self, layer: int, progress: Progress | None = None) -> Iterator[Step]:
         """Run `layer` over all samples in turn, and write the hidden states after it when the last is taken.
 
-        Matrices that every token reads are widened once for all samples, experts when they are routed to.
+        What a MoE layer sends to its experts is in `routed` then. Progress counts samples, and experts after them.
         """
         module = self.model.model.layers[layer]
         hidden = np.load(self.hidden_file(layer), mmap_mode="r")
         out = _create(self.hidden_file(layer + 1), *hidden.shape)
-        with self.session.backend.holding(layer), _widened(module):  # type: ignore[attr-defined]
-            for number, (start, stop) in enumerate(zip(self.bounds[:-1], self.bounds[1:], strict=True)):
+        moe = isinstance(module.feed_forward, MoE)
+        self.routed = self._new_routed() if moe else None
+        total = len(self.prompts) + (self.text.experts if moe else 0)
+        tell = progress or _tell_nobody
+        with self._ready(layer):
+            for number in range(len(self.prompts)):
+                rows = slice(*self.bounds[number : number + 2])
                 with _watched(module) as seen:
-                    after, present = self.step(layer, np.array(hidden[start:stop]))
-                yield Step(number, seen, present, after)
-                out[start:stop] = after
-                if progress:
-                    progress(number + 1, len(self.prompts))
+                    after, present = self._reach_router(layer, np.array(hidden[rows]), rows)
+                yield Step(number, seen, present)
+                out[rows] = after
+                tell(number + 1, total)
+        if self.routed is not None:
+            self._add_experts(layer, self.routed, out, lambda expert: tell(len(self.prompts) + expert + 1, total))
         _finish(out, self.hidden_file(layer + 1))
+
+    @contextmanager
+    def _ready(self, layer: int) -> Iterator[None]:
+        """Within the block, the matrices of `layer` that every token reads are in memory, in float32."""
+        with self.session.backend.holding(layer), _widened(self.model.model.layers[layer]):  # type: ignore[attr-defined]
+            yield
+
+    def _new_routed(self) -> Routed:
+        rows = self.tokens * self.text.experts_per_token
+        samples = np.repeat(np.arange(len(self.prompts)), np.diff(self.bounds) * self.text.experts_per_token)
+        file = _create(self.folder / "routed.npy", rows, self.text.hidden_size)
+        return Routed(file, np.zeros(rows, np.int64), samples, [sample.name for sample in self.samples])
+
+    @torch.inference_mode()
+    def _reach_router(self, layer: int, hidden: Floats, rows: slice) -> tuple[Floats, KeyValue]:
+        """A sample [S, H] through `layer`, without its experts if it has any; what these read goes into `routed`."""
+        if self.routed is None:
+            return self.step(layer, hidden)
+        module, per_token = self.model.model.layers[layer], self.text.experts_per_token
+        x, present = module.attend(*self._step_inputs(hidden))
+        y = module.post_attention_layernorm(x)[0]
+        chosen, score = module.feed_forward.route(y)
+        sent = slice(rows.start * per_token, rows.stop * per_token)
+        self.routed.rows[sent] = (y[:, None] * score[..., None]).flatten(0, 1).numpy()
+        self.routed.expert[sent] = chosen.flatten().numpy()
+        return (x[0] + module.feed_forward.shared_expert(y)).numpy(), present
+
+    @torch.inference_mode()
+    def _add_experts(self, layer: int, routed: Routed, out: Any, tell: Callable[[int], None]) -> None:
+        """Add what each expert of `layer` makes of its rows to the hidden states `out` [T, H]."""
+        for expert in range(self.text.experts):
+            every = np.flatnonzero(routed.expert == expert)
+            if len(every):
+                gate_up, down = self.session.backend.expert(layer, expert)  # type: ignore[attr-defined]
+                for start in range(0, len(every), ROWS):
+                    rows = every[start : start + ROWS]
+                    made = run_expert(torch.from_numpy(np.asarray(routed.rows[rows])), gate_up, down)
+                    out[rows // self.text.experts_per_token] += made.numpy()
+            tell(expert)
 
     def observe(self, layer: int, progress: Progress | None = None) -> LayerInputs:
         """Run `layer` over all samples, give what its matrices read, and write the hidden states after it.
 
         Raises ArrieroError naming layer, input or expert, and sample when an activation is not finite.
         """
-        module, per_token = self.model.model.layers[layer], self.text.experts_per_token
-        moe, routed, choices = isinstance(module.feed_forward, MoE), None, []
-        if moe:
-            rows = _create(self.folder / "routed.npy", self.tokens * per_token, self.text.hidden_size)
-            samples = np.repeat(np.arange(len(self.prompts)), np.diff(self.bounds) * per_token)
         moments: dict[str, Moments] = {}
         cache = CacheRange(self.text.kv_heads, self.text.head_dim, self.text.layers[layer].rope)
         for step in self.steps(layer, progress):
@@ -200,22 +244,22 @@ class Walk:
                         tensor, moments.get(self._shared(layer, site)) or Moments(x.shape[-1], self.second)
                     )
                 moments[self._shared(layer, site)].add(x)
-            if moe:
-                x, (chosen, value, _) = step.seen[ROUTER][0], step.choices(per_token)
-                scaled = x[:, None] * torch.from_numpy(value).sigmoid().numpy()[..., None]  # the expert's input
-                start, stop = self.bounds[step.number : step.number + 2]
-                rows[start * per_token : stop * per_token] = scaled.reshape(-1, x.shape[-1])
-                choices.append(chosen.reshape(-1))
-        if moe:
-            routed = Routed(rows, np.concatenate(choices), samples, [sample.name for sample in self.samples])
-        return LayerInputs(layer, moments, routed, cache)
+        return LayerInputs(layer, moments, self.routed, cache)
 
     @torch.inference_mode()
     def logits(self, hidden: Floats) -> Floats:
-        """The logits f32 [S, V] of the hidden states [S, H] after the last layer."""
-        last = self.model.model.norm(torch.from_numpy(hidden))
-        logits: Floats = self.model.head(last).numpy()
+        """The logits f32 [S, V] of the hidden states [S, H] after the last layer, `VOCABULARY` of them at a time."""
+        last, vocabulary = self.model.model.norm(torch.from_numpy(hidden)), self.text.vocab_size
+        logits = np.empty((len(hidden), vocabulary), np.float32)
+        for start in range(0, vocabulary, VOCABULARY):
+            stop = min(start + VOCABULARY, vocabulary)
+            logits[:, start:stop] = (last @ self.session.backend.head(start, stop).T).numpy()  # type: ignore[attr-defined]
         return logits
+
+    def forget_routed(self) -> None:
+        """Delete what the last layer sent to its experts."""
+        self.routed = None
+        (self.folder / "routed.partial").unlink(missing_ok=True)
 
     def _shared(self, layer: int, site: str) -> str:
         return f"language_model.model.layers.{layer}.{WATCHED[site][0]}.weight"
@@ -223,13 +267,20 @@ class Walk:
     @torch.inference_mode()
     def step(self, layer: int, hidden: Floats) -> tuple[Floats, KeyValue]:
         """`layer` over one whole sample [S, H]: the hidden states after it [S, H], its keys and values [1, K, S, D]."""
+        after, present, _ = self.model.model.layers[layer](*self._step_inputs(hidden))
+        return after[0].numpy(), present
+
+    def _step_inputs(self, hidden: Floats) -> tuple[Tensor, KeyValue, KeyValue, Tensor, Tensor]:
+        """What a decoder layer takes for a sample [S, H] from its first position on."""
         x = torch.from_numpy(hidden)[None]
         positions = torch.arange(x.shape[1])[None]
-        rotation = rotation_table(positions, self.text)
         empty = torch.zeros(1, self.text.kv_heads, 0, self.text.head_dim)
         no_past = torch.zeros(1, 0, dtype=torch.int64)
-        after, present, _ = self.model.model.layers[layer](x, rotation, (empty, empty), positions, no_past)
-        return after[0].numpy(), present
+        return x, rotation_table(positions, self.text), (empty, empty), positions, no_past
+
+
+def _tell_nobody(done: int, total: int) -> None:
+    """Keep silent."""
 
 
 def expert_activation(rows: Floats, gate_up: Floats) -> Floats:

@@ -76,6 +76,7 @@ class _Writer:
             if not self._is_there(f"{layer_name(layer)}.sketch"):
                 self._layer(layer)
             self.walk.hidden_file(layer).unlink(missing_ok=True)
+        self.walk.forget_routed()
         if not self._is_there("top_tokens"):
             self._logits()
         self.walk.hidden_file(self.layers).unlink(missing_ok=True)
@@ -120,13 +121,16 @@ class _Writer:
         """One layer over all cases: expert ids and margins of a MoE layer, and a sketch of what follows."""
         sketches, ids, margins = np.empty((len(self.cases), BUCKETS + 1)), [], []
         step = f"{STEP}: layer {layer} ({layer + 1} of {self.layers})"
-        for one in self.walk.steps(layer, lambda done, total: self.watch(step, done, total, "cases")):
-            check_finite(one.after, f"layer {layer}", self.cases[one.number].name, self.walk.what)
-            sketches[one.number] = self._sketch(layer_name(layer), one.number, one.after[None])
+        for one in self.walk.steps(layer, lambda done, total: self.watch(step, done, total, "cases and experts")):
             if ROUTER in one.seen:
                 chosen, _, margin = one.choices(self.walk.text.experts_per_token)
                 ids.append(chosen.astype(np.int32))
                 margins += [] if margin is None else [margin]
+        hidden = np.load(self.walk.hidden_file(layer + 1), mmap_mode="r")
+        for number, case in enumerate(self.cases):
+            after = np.array(hidden[slice(*self.walk.bounds[number : number + 2])])
+            check_finite(after, f"layer {layer}", case.name, self.walk.what)
+            sketches[number] = self._sketch(layer_name(layer), number, after[None])
         for name, pieces in (("expert_ids", ids), ("margins", margins)):
             if pieces:
                 self._save(f"{layer_name(layer)}.{name}", np.concatenate(pieces))
