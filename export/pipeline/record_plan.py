@@ -12,6 +12,7 @@ from arriero.export.build_file.schema import GENERATED_BYTES, BuildConfig
 from arriero.export.calibration import estimate
 from arriero.export.machine.versions import installed_versions
 from arriero.export.pipeline.sources import source_hash
+from arriero.export.proof.decoded_memory import LOGITS
 from arriero.graphs.config import ModelConfig, TextConfig
 from arriero.graphs.sources.open_layout import weight_bytes
 from arriero.graphs.sources.weight_source import WeightSource
@@ -65,6 +66,8 @@ def walk_bytes(text: TextConfig, sizes: Sequence[estimate.Size]) -> int:
 def record_memory(
     config: ModelConfig, used: Sequence[WeightSource], sizes: Sequence[estimate.Size], answers: AnswerMode
 ) -> int:
-    """Bytes that making the record holds: a layer, one case's step, its logits once more and once masked."""
-    logits = 3 * 4 * config.text.vocab_size * max((size[0] for size in sizes), default=0)
+    """Bytes that making the record holds: a layer, a case's step, logits, and those of a case once more and masked."""
+    lengths, token = [size[0] for size in sizes], 4 * config.text.vocab_size
+    largest = token * max(lengths, default=0)
+    logits = max(largest, min(LOGITS, token * sum(lengths))) + 2 * largest
     return logits + estimate.calibration_memory(config, used, sizes, second=False, whole=answers == "generated")

@@ -1,4 +1,4 @@
-"""How much of a quantised checkpoint the reference holds decoded, in float32, at a time."""
+"""How much the reference holds at a time: of a quantised checkpoint decoded, in float32, and of logits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.groups import LAYER
 
 ROOM = 2 << 30  # bytes of decoded weights
+LOGITS = 256 << 20  # bytes of the logits of cases that go through the head together
 LAYERS = f"{TEXT_PREFIX}model.layers"  # the module that holds the decoder's layers
 
 

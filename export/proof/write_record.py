@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from arriero.export.proof.decoded_memory import LOGITS
 from arriero.export.proof.reference_answer import forced_ids, generate_answer
 from arriero.export.proof.walk_layers import ROUTER, Walk
 from arriero.profiles.moments import check_finite
@@ -151,9 +152,8 @@ class _Writer:
         hidden = np.load(self.walk.hidden_file(self.layers), mmap_mode="r")
         sketches, tops = np.empty((len(self.cases), BUCKETS + 1)), np.empty(tokens, np.int32)
         forced: list[NDArray] = []
-        for number, case in enumerate(self.cases):
+        for number, case, logits in self._read_logits(hidden):
             rows = slice(*self.walk.bounds[number : number + 2])
-            logits = self.walk.logits(np.array(hidden[rows]))
             check_finite(logits, "logits", case.name, self.walk.what)
             sketches[number] = self._sketch("logits", number, logits)
             kept = keep_logits(logits, SEED, label("logits", number))
@@ -167,6 +167,20 @@ class _Writer:
         self._save("logits.sketch", sketches)
         self._save("forced_ids", np.concatenate(forced).astype(np.int32))
         self._save("top_tokens", tops)
+
+    def _read_logits(self, hidden: NDArray) -> Iterator[tuple[int, ParityCase, NDArray[np.float32]]]:
+        """Number, case and logits [S, V] of each case; those of `LOGITS` bytes of cases, or of one, go through the head
+        together, so that it is read once for them.
+        """
+        bounds, most = self.walk.bounds, LOGITS // (4 * self.session.spec.vocab_size)
+        start = 0
+        while start < len(self.cases):
+            stop = max(start + 1, int(np.searchsorted(bounds, bounds[start] + most, side="right")) - 1)
+            logits = self.walk.logits(np.array(hidden[bounds[start] : bounds[stop]]))
+            for number in range(start, stop):
+                own = slice(*(bounds[number : number + 2] - bounds[start]))
+                yield number, self.cases[number], logits[own]
+            start = stop
 
     def _describe(self) -> set[str]:
         """Pictures, generated answers, and `record.json` over all of it."""

@@ -173,6 +173,22 @@ def test_a_candidate_fares_as_against_the_reference_itself(reference, cases, rec
     assert total.mean == pytest.approx(rows(recorded)["logits_kl_mean"].value)
 
 
+def test_the_head_is_read_once_for_as_many_cases_as_fit(reference, cases, record, tmp_path, monkeypatch):
+    """Whether cases go through it together or one by one, their logits are the same but for the order of sums."""
+    heads, head = [], reference.backend.head
+    monkeypatch.setattr(reference.backend, "head", lambda *rows: heads.append(rows) or head(*rows))
+    longest = max(len(case.top_tokens) for case in record)
+    for most, name in ((2 * longest, "pairs"), (0, "single")):
+        heads.clear()
+        monkeypatch.setattr(writing, "LOGITS", most * 4 * reference.spec.vocab_size)
+        write(reference, cases, tmp_path / name, "generated")
+        assert (len(heads) == len(cases)) == (name == "single")
+        again = ReferenceRecord.open(tmp_path / name)
+        for number, known in enumerate(record):
+            logits = again.case(number).logits.values
+            np.testing.assert_allclose(logits, known.logits.values, atol=1e-5 * np.abs(known.logits.values).max())
+
+
 def test_parts_stay_apart(reference, cases, record):
     """A fault of the vision tower does not show in the embeddings, and one of the image merge not in the vision."""
     model = reference.backend.model

@@ -17,6 +17,8 @@ from arriero.export.proof.reference import TorchBackend
 from arriero.export.proof.walk_layers import Walk
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.model import Llama4
+from arriero.graphs.sources.made_weight import MadeWeight
+from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.quantize import dequantize, quantize
 from arriero.profiles.quantized_weights import QuantizedWeights
 from arriero.profiles.recipe import Profile
@@ -38,6 +40,13 @@ class FakeSession:
 
     def __init__(self, model: Llama4) -> None:
         self.backend, self.processor = TorchBackend.of(model), self
+
+    @classmethod
+    def over(cls, backend: TorchBackend) -> Any:
+        """A session over a backend that is there."""
+        session = cls.__new__(cls)
+        session.backend, session.processor = backend, session
+        return session
 
     def encode(self, messages: Any, images: Any) -> Prompt:
         draw = np.random.default_rng(messages)
@@ -310,3 +319,40 @@ def test_an_expert_whose_inner_activation_overflows_is_named(tmp_path: Path) -> 
     told = rf"layer 0, expert {expert}, input of down_proj, calibration sample set.jsonl:2: "
     with np.errstate(all="ignore"), pytest.raises(ArrieroError, match=told):
         list(calibration._experts(0, routed))
+
+
+@pytest.mark.parametrize("name", sorted(TOYS.keys() - {"guard"}))
+def test_of_a_decoded_checkpoint_each_expert_is_read_once_and_no_stack_is_held(tmp_path: Path, name: str) -> None:
+    checkpoint = Checkpoint.open(TOYS[name](tmp_path / "toy"))
+    read: list[tuple[str, int, int]] = []
+    checkpoint.layout.tensors.update(
+        {name: _decoded(source, read) for name, source in checkpoint.tensors.items() if ".experts." in name}
+    )
+    backend = TorchBackend(checkpoint)
+    walk, plain = (
+        Walk(session, [FakeSample(number) for number in range(SAMPLES)], tmp_path / kind, False)  # type: ignore[list-item]
+        for kind, session in (
+            ("decoded", FakeSession.over(backend)),
+            ("plain", FakeSession(load_reference(tmp_path / "toy"))),
+        )
+    )
+    for one in (walk, plain):
+        one.folder.mkdir()
+        one.embed()
+        for layer in range(4):
+            for _ in one.steps(layer):
+                pass
+    assert len(read) == len(set(read)) > 0
+    assert {stop - start for _, start, stop in read} == {1}
+    for layer in range(5):
+        np.testing.assert_allclose(*(np.load(one.hidden_file(layer)) for one in (walk, plain)), atol=1e-5)
+
+
+def _decoded(source: WeightSource, read: list[tuple[str, int, int]]) -> MadeWeight:
+    """The tensor as one that is made when it is read; `read` has the name and the rows of each time."""
+
+    def make(start: int, stop: int) -> Any:
+        read.append((source.name, start, stop))
+        return source.float32(start, stop)
+
+    return MadeWeight(source.name, source.shape, "F32", source.stored, "decoded", make)
