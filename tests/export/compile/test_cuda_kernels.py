@@ -113,13 +113,26 @@ def test_many_tokens_over_many_experts(gpu, choices):
         judge(gpu, case, op, shape)
 
 
-@pytest.mark.parametrize("name", ["exact", "int8", "fp8", "int4-b128"])
+@pytest.mark.parametrize("name", FORMS)
 def test_long_rows_go_round_the_pipeline(gpu, name):
+    """Exact rows end within a group; one of the tokens is of no expert."""
     form, block, _, _ = FORMS[name]
-    short = block or 16
+    short, long = block or 16, 2064 if form == "exact" else 2048
+    expert_id = ids(5, experts=3)
+    expert_id[3] = -1
     for op, shape in product(OPS, SHAPES):
-        hidden, ffn = (2048, short) if op == "gate_up" else (short, 2048)
-        case = draw_case(ids(5, experts=3), form, "f16", hidden=hidden, ffn=ffn, experts=3, block=block)
+        hidden, ffn = (long, short) if op == "gate_up" else (short, long)
+        case = draw_case(expert_id, form, "f16", hidden=hidden, ffn=ffn, experts=3, block=block)
+        judge(gpu, case, op, shape)
+
+
+@pytest.mark.parametrize("name", ["exact", "int8", "fp8", "int4-b128"])
+def test_rows_of_the_released_model(gpu, name):
+    """Scout's hidden 5,120 and experts of 8,192, as far as a few outputs go."""
+    form, block, _, _ = FORMS[name]
+    for op, shape in product(OPS, SHAPES):
+        hidden, ffn = (5120, block or 16) if op == "gate_up" else (block or 16, 8192)
+        case = draw_case(np.array([[1], [0], [1]]), form, "f16", hidden=hidden, ffn=ffn, experts=2, block=block)
         judge(gpu, case, op, shape)
 
 
@@ -240,8 +253,8 @@ MUTATIONS = {
     ),
     "a scale of the next block": (
         "decode.h",
-        "feature / stack.block : 0",
-        "feature / stack.block / 2 : 0",
+        "load_float(scales[half] + part);",
+        "load_float(scales[half] + part / 2);",
         ("down", "decode", "int4"),
     ),
     "tokens in another order than weights": ("forms.h", "0x6420", "0x6240", ("down", "prefill", "int8")),
@@ -252,6 +265,30 @@ MUTATIONS = {
         ("gate_up", "decode", "fp8"),
     ),
 }
+
+
+LONG_MUTATIONS = {
+    "tokens of the next warp's group": ("tokens += GROUP * WARPS;", "tokens += GROUP;"),
+    "weights of the next warp's group": ("GROUP_BYTES * WARPS;", "GROUP_BYTES;"),
+    "weights are read before they are there": ("wait_copies<DEPTH - 2>();", "wait_copies<DEPTH - 1>();"),
+    "a ring too short for its requests": ("% DEPTH", "% (DEPTH - 2)"),
+    "a row's tokens beyond its end": ("32 * step < features", "32 * step < features + 32"),
+}
+
+
+@pytest.mark.parametrize("mutation", LONG_MUTATIONS)
+def test_a_wrong_pipeline_is_found(tmp_path, mutation):
+    """Of a decode kernel, by rows of more groups than are in flight."""
+    kernel = Kernel("gate_up", "decode", "f16", "exact")
+    altered = EmulatedGpu(build_altered(tmp_path, kernel, {"decode.h": LONG_MUTATIONS[mutation]}))
+    case = draw_case([[0], [1]], "exact", "f16", hidden=1040, ffn=16, experts=2)
+    failures = 0
+    for late in (True, False):
+        try:
+            judge(altered, case, "gate_up", "decode", late=late)
+        except AssertionError:
+            failures += 1
+    assert failures
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
