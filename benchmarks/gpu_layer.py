@@ -15,13 +15,25 @@ import numpy as np
 from cuda_driver import CudaGpu, Launch
 
 from arriero.export.compile.cuda.launch import BITS, BLOCKED, Kernel, Op
-from arriero.graphs.stored.mma_layout import pack_byte_lanes, pack_int4_lanes, row_words
+from arriero.graphs.stored.mma_layout import GROUP_BYTES, pack_byte_lanes, pack_int4_lanes, row_words
 from arriero.profiles.quantize import Quantized
 
 BLOCK = 128
 SAMPLED = 32
 SHIFT = 4096  # bytes by which the next expert's random bits are moved
 NUMBERS = {"exact": np.dtype(np.float16), "int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
+
+
+TILE = 16  # outputs whose weights of a group lie together, where they are tiled
+
+
+class TiledKernel(Kernel):
+    """A decode kernel of `tiled_decode.cu`."""
+
+    @property
+    def name(self) -> str:
+        """The entry point's name."""
+        return f"{super().name}_tiled"
 
 
 @dataclass(frozen=True)
@@ -36,28 +48,29 @@ class Sizes:
 
 @dataclass(frozen=True)
 class DeviceStack:
-    """A stack [E, N, row] and its scales at their addresses; `values` f64 [E, S, K] of the outputs `rows` [S]."""
+    """A stack [E, N, row] and its scales at their addresses; `values` f64 [E, S, K] of some of its rows."""
 
     weights: int
     scales: int
-    rows: np.ndarray
     values: np.ndarray
 
 
 class Layer:
     """Weights, inputs and results of one expert layer on the device."""
 
-    def __init__(self, gpu: CudaGpu, form: str, sizes: Sizes) -> None:
-        """Random numbers of `form`; results that are of the size of the inputs."""
-        self.form, self.sizes, self._gpu = form, sizes, gpu
+    def __init__(self, gpu: CudaGpu, form: str, sizes: Sizes, *, tiled: bool = False) -> None:
+        """Random numbers of `form`; results are of the size of the inputs. `tiled`: as `TiledKernel` reads them."""
+        self.form, self.sizes, self.tiled, self._gpu = form, sizes, tiled, gpu
         self.block = BLOCK if form == BLOCKED else 0
         self._draw = np.random.default_rng(0)
         hidden, ffn = sizes.hidden, sizes.ffn
-        half = np.sort(self._draw.choice(ffn, SAMPLED // 2, replace=False))
+        # columns of the results
+        self._sampled = {"gate_up": self._draw.choice(ffn, SAMPLED // 2, replace=False)}
+        self._sampled["down"] = self._draw.choice(hidden, SAMPLED, replace=False)
         self.x, self.inner = self._inputs(hidden), self._inputs(ffn)
         self.score = self._draw.uniform(0.1, 0.9, (sizes.tokens, 1)).astype(np.float32)
-        self.gate_up = self._stack(2 * ffn, hidden, np.concatenate([half, half + ffn]), self.x)
-        self.down = self._stack(hidden, ffn, np.sort(self._draw.choice(hidden, SAMPLED, replace=False)), self.inner)
+        self.gate_up = self._stack(2 * ffn, hidden, self._gate_up_rows(), self.x)
+        self.down = self._stack(hidden, ffn, self._sampled["down"], self.inner)
         self._inputs_at = {"gate_up": gpu.upload(self.x), "down": gpu.upload(self.inner)}
         self._score_at = gpu.upload(self.score)
         self._results = {"gate_up": gpu.allocate(self.inner.nbytes), "down": gpu.allocate(self.x.nbytes)}
@@ -72,6 +85,14 @@ class Layer:
             values = (64 * values).astype(NUMBERS["fp8"])
         return values.astype(np.float16)
 
+    def _gate_up_rows(self) -> np.ndarray:
+        """Where the sampled gates and ups are stored."""
+        columns = self._sampled["gate_up"]
+        if not self.tiled:
+            return np.concatenate([columns, columns + self.sizes.ffn])
+        gates = columns // (TILE // 2) * TILE + columns % (TILE // 2)
+        return np.concatenate([gates, gates + TILE // 2])
+
     def _stack(self, outputs: int, features: int, rows: np.ndarray, inputs: np.ndarray) -> DeviceStack:
         """Random weights [E, N, row]."""
         experts, draw = self.sizes.experts, self._draw
@@ -81,7 +102,12 @@ class Layer:
         kept = []
         for expert in range(experts):
             one = np.roll(bulk.reshape(-1), SHIFT * expert).reshape(bulk.shape)
-            one[rows], numbers = self._known(features)
+            known, numbers = self._known(features)
+            if self.tiled:
+                tiles = one.reshape(outputs // TILE, -1, TILE, GROUP_BYTES)
+                tiles[rows // TILE, :, rows % TILE] = known.reshape(SAMPLED, -1, GROUP_BYTES)
+            else:
+                one[rows] = known
             kept.append(numbers)
             self._gpu.upload(one, address + expert * one.nbytes)
         values = np.stack(kept)
@@ -90,7 +116,7 @@ class Layer:
             size = 1 / (values.std() * inputs.astype(np.float32).std() * features**0.5)
             scales = (size * draw.uniform(0.5, 1.5, (experts, outputs, blocks))).astype(np.float32)
             values *= np.repeat(scales[:, rows], features // blocks, -1)
-        return DeviceStack(address, self._gpu.upload(scales), rows, values)
+        return DeviceStack(address, self._gpu.upload(scales), values)
 
     def _bits(self, outputs: int, features: int) -> np.ndarray:
         """Stored rows u8 [N, row bytes] of any numbers that the form has."""
@@ -149,15 +175,15 @@ class Layer:
         result = np.empty((tokens, width), np.float16)
         self._gpu.download(self._results[op], result)
         if op == "down":
-            rows, inner = self.down.rows, self.inner[:tokens].astype(np.float64)
+            inner = self.inner[:tokens].astype(np.float64)
             expected = [self.down.values[expert] @ token for expert, token in zip(ids, inner, strict=True)]
         else:
-            rows, expected = self.gate_up.rows[: SAMPLED // 2], []
+            expected = []
             scaled = self.x[:tokens].astype(np.float64) * self.score[:tokens]
             for expert, token in zip(ids, scaled, strict=True):
                 gate, up = np.split(self.gate_up.values[expert] @ token, 2)
                 expected.append(gate / (1 + np.exp(-gate)) * up)
-        return result[:, rows], np.stack(expected)
+        return result[:, self._sampled[op]], np.stack(expected)
 
     def release(self) -> None:
         """Give the memory back."""

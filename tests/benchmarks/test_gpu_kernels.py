@@ -16,8 +16,8 @@ import torch
 
 from arriero.errors import MachineLacks
 from arriero.export.compile.cuda.build_cuda_kernels import find_nvcc
-from arriero.export.compile.cuda.launch import KERNELS, SCALARS, THREADS
-from tests.cuda_emulator import FORWARD, cached_library
+from arriero.export.compile.cuda.launch import KERNELS, SCALARS, THREADS, source_of
+from tests.cuda_emulator import FORWARD, build, cached_library
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -154,7 +154,7 @@ class Driver:
             return 0
         count = len(values) - len(SCALARS) - 1
         pointers, scalars = [*values[:count], values[-1]], values[count:-1]
-        (kernel,) = (kernel for kernel in KERNELS if kernel.name == name)
+        (kernel,) = (kernel for kernel in KERNELS if kernel.name == name.removesuffix("_tiled"))
         assert count == len(kernel.arrays)
         sizes = {address: len(block) - 256 for address, block in self.memory.items()}
         ranges = [(address, address + sizes[address], 0) for address in pointers[:-1]]
@@ -271,6 +271,17 @@ def test_what_was_measured_is_written_with_date_and_hardware(benchmark, driver, 
     assert not any(driver.graphs.values())
 
 
+def test_the_variant_of_tiles_computes_the_same(request, benchmark, monkeypatch, tmp_path):
+    """Its timed launches are compared as the product's are."""
+    library = tmp_path / "tiled.so"
+    build(library, source=source_of(()) + (FOLDER / "tiled_decode.cu").read_text())
+    monkeypatch.setattr(benchmark, "code_for", lambda gpu, folder: b"not compiled")
+    shape = ["--tokens", "1", "11", "--hidden", "640", "--ffn", "1152", "--experts", "2", "--tiled"]
+    driver = Driver(library)
+    assert benchmark.main([*shape, "--no-peers", "--rounds", "1", "--out", str(tmp_path)], lambda: driver) == 0
+    assert set(driver.kernels) == {"read_probe", "gate_up_decode_f16_int4_tiled", "down_decode_f16_int4_tiled"}
+
+
 def test_a_timed_launch_that_was_wrong_is_named(benchmark, driver, tmp_path, capsys):
     """An expert is read that the tokens did not choose."""
     emulate = driver.emulate
@@ -347,7 +358,7 @@ def test_code_is_compiled_for_another_machine(benchmark, tmp_path, monkeypatch):
     assert code.main([str(tmp_path), "sm_80"]) == 0
     cubin, ptx, words = ((tmp_path / f"sm_80.{kind}") for kind in ("cubin", "ptx", "txt"))
     assert ".visible .entry read_probe(" in ptx.read_text()
-    assert ptx.read_text().count(".entry ") == 2
+    assert ptx.read_text().count(".entry ") == 4
     assert " 0 bytes spill stores" in words.read_text()
     assert cubin.read_bytes() == code.code_for("sm_80", None)
 
