@@ -15,6 +15,7 @@ import numpy as np
 from cuda_driver import CudaGpu, Launch
 
 from arriero.export.compile.cuda.launch import BITS, BLOCKED, Kernel, Op
+from arriero.graphs.stored.expert_plugins import INNER_SCALES
 from arriero.graphs.stored.mma_layout import GROUP_BYTES, pack_byte_lanes, pack_int4_lanes, row_words
 from arriero.profiles.quantize import Quantized
 
@@ -24,6 +25,7 @@ SHIFT = 4096  # bytes by which the next expert's random bits are moved
 NUMBERS = {"exact": np.dtype(np.float16), "int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 
 
+INNER_SCALE = INNER_SCALES["F16"]  # of what lies between both operators, unless it is codes
 TILE = 16  # outputs whose weights of a group lie together, where they are tiled
 
 
@@ -175,14 +177,14 @@ class Layer:
         result = np.empty((tokens, width), np.float16)
         self._gpu.download(self._results[op], result)
         if op == "down":
-            inner = self.inner[:tokens].astype(np.float64)
+            inner = self.inner[:tokens].astype(np.float64) / (1.0 if self.form in ("int8", "fp8") else INNER_SCALE)
             expected = [self.down.values[expert] @ token for expert, token in zip(ids, inner, strict=True)]
         else:
             expected = []
             scaled = self.x[:tokens].astype(np.float64) * self.score[:tokens]
             for expert, token in zip(ids, scaled, strict=True):
                 gate, up = np.split(self.gate_up.values[expert] @ token, 2)
-                expected.append(gate / (1 + np.exp(-gate)) * up)
+                expected.append(gate / (1 + np.exp(-gate)) * up * INNER_SCALE)
         return result[:, self._sampled[op]], np.stack(expected)
 
     def release(self) -> None:

@@ -24,6 +24,7 @@ from arriero.export.compile.cuda.launch import (
     check_sizes,
 )
 from arriero.graphs.ops import expert_dispatch
+from arriero.graphs.stored.expert_plugins import INNER_SCALES
 from tests.cuda_emulator import FORWARD, HEADERS, SOURCES, Broken, EmulatedGpu, build_altered, cached_library
 from tests.dispatch_cases import Case, draw_case
 
@@ -86,7 +87,10 @@ def test_the_judge_is_the_dispatch_of_the_reference_model(name, expert_id):
     x, score = torch.tensor(case.x.astype(np.float64)), torch.tensor(case.score.astype(np.float64))
     gate_up, down = (torch.tensor(stack.values).mT for stack in (case.gate_up, case.down))
     expected = expert_dispatch(x, torch.tensor(case.expert_id, dtype=torch.int64), score, gate_up, down)
-    y = replace(case, inner=case.gate_up_rows()).down_rows()
+    inner = case.gate_up_rows()
+    if case.form in ("int8", "fp8"):
+        inner /= case.inner_scale  # as the graph's multipliers do
+    y = replace(case, inner=inner).down_rows()
     np.testing.assert_allclose(y, expected.numpy(), rtol=1e-11, atol=1e-11 * float(expected.abs().max()))
 
 
@@ -170,6 +174,18 @@ def test_no_token_of_any_expert(gpu):
         assert (np.isnan(result) if op == "gate_up" else result == 0).all()
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_what_float16_does_not_hold_comes_through(gpu, name):
+    """Results of SwiGLU near 10^6, which a token's experts may give where a model was trained in bfloat16."""
+    case = draw(name, "f16", ids(9))
+    case = replace(case, score=case.score * np.float32(2**6))
+    largest = np.nanmax(np.abs(case.gate_up_rows())) / case.inner_scale
+    case = replace(case, score=case.score * np.float32((6e5 / largest) ** 0.5))  # where SwiGLU is a product
+    assert np.nanmax(np.abs(case.gate_up_rows())) / case.inner_scale > np.finfo(np.float16).max
+    for shape in SHAPES:
+        assert np.isfinite(judge(gpu, case, "gate_up", shape)).all()
+
+
 def test_a_token_that_chooses_an_expert_twice_gets_it_twice(gpu):
     for op, shape in product(OPS, SHAPES):
         judge(gpu, draw("int8", "f16", np.array([[1, 1], [2, 1], [1, 2]])), op, shape)
@@ -217,7 +233,7 @@ def test_an_expert_beyond_four_gigabytes(gpu, shape):
     arrays = [x, ids, score, stack, np.zeros(1, np.float32)]
     exact = gpu.launch(kernel, arrays, sizes, inner, touch=[x, ids, score, stack[-1]], grid=grid)
     gate, up = np.split(stack[-1, rows].astype(np.float64) @ (x[0].astype(np.float64) * float(score[0, 0])), 2)
-    assert error(exact[0, :count], gate / (1 + np.exp(-gate)) * up) < SUM_ERROR
+    assert error(exact[0, :count], gate / (1 + np.exp(-gate)) * up * INNER_SCALES["F16"]) < SUM_ERROR
 
 
 MUTATIONS = {
@@ -328,6 +344,8 @@ def test_the_sizes_told_to_python_are_the_sources():
     rows = int(re.search(r"ROW_TILES = (\d+)", prefill)[1])
     assert rows * THREADS // 32 == TILES
     assert re.findall(r"TILE_OUTPUTS = (\d+)", operators) == ["8", "16"]
+    assert f"INNER_SCALE = {INNER_SCALES['BF16']}f;" in operators
+    assert f"INNER_SCALE<Half> = 1.0f / {1 / INNER_SCALES['F16']:.0f};" in operators
     assert f"THREADS = {THREADS}," in (HEADERS / "emulator.h").read_text()
 
 
