@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 from cuda_driver import CudaGpu, Launch
 
-from arriero.export.compile.cuda.launch import BITS, BLOCKED, Kernel, Op
-from arriero.graphs.stored.expert_plugins import INNER_SCALES
+from arriero.export.compile.cuda.launch import BLOCKED, Kernel, Op
+from arriero.graphs.stored.expert_plugins import BITS, INNER_SCALES
 from arriero.graphs.stored.mma_layout import GROUP_BYTES, pack_byte_lanes, pack_int4_lanes, row_words
 from arriero.profiles.quantize import Quantized
 

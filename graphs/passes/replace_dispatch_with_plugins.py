@@ -44,7 +44,7 @@ def replace_dispatch_with_plugins(model: ir.Model, store: WeightStore, activatio
         x, expert_id, score, *stacks = node.inputs
         names = [str(value.name) for value in stacks if value is not None]
         gate_up, down = (store.schemes[name] for name in names)
-        forms = [form for form in (_form(scheme, activations) for scheme in (gate_up, down)) if form is not None]
+        forms = [form for form in (plugin_form(scheme, activations) for scheme in (gate_up, down)) if form is not None]
         if len(forms) < len(names):
             schemes = f"{gate_up.description} and {down.description}"
             miss(node, EXPERT_DISPATCH, f"no kernel takes {schemes} beside {activations} activations")
@@ -76,7 +76,7 @@ def replace_dispatch_with_plugins(model: ir.Model, store: WeightStore, activatio
     return count
 
 
-def _form(scheme: Scheme, activations: str) -> str | None:
+def plugin_form(scheme: Scheme, activations: str) -> str | None:
     """The kernels' form for a scheme beside `activations`; None where there is none."""
     if isinstance(scheme, Half):
         return "exact" if scheme.label.upper() == activations else None
