@@ -28,7 +28,7 @@ from typing import Any
 
 import checkout  # noqa: F401
 from cuda_driver import CudaGpu, open_driver
-from gpu_check import check
+from gpu_check import CASES, check
 from gpu_code import code_for
 from gpu_peers import measure_peers
 from gpu_timing import measure, over_runs
@@ -44,6 +44,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="check only; nothing is timed or written")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="shapes to check")
     parser.add_argument("--time", action="store_true", help="time only, what was checked before")
     parser.add_argument("--code", type=Path, metavar="FOLDER", help="compiled elsewhere, by gpu_code.py")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 512, 2048])
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None, open_library: Callable[[], Any]
     gpu = CudaGpu(open_library(), partial(code_for, folder=options.code))
     known = {kernel.form for kernel in kernels_for(gpu.architecture)}
     forms = [form for form in options.forms if form in known]
-    checked = [] if options.time else check(gpu, forms, partial(print, "checked:", flush=True))
+    checked = [] if options.time else check(gpu, forms, options.cases, partial(print, "checked:", flush=True))
     wrong = [row for row in checked if not row["right"]]
     worst = max((row["error"] for row in checked), default=0.0)
     right = f"{len(checked) - len(wrong)} of {len(checked)} right, worst error {worst:.1e}"

@@ -222,7 +222,7 @@ def test_right_kernels_pass_the_check(benchmark, driver, capsys):
 
 def test_forms_that_the_gpu_has_no_products_for_are_left_out(benchmark, driver, capsys):
     driver.minor = 6
-    assert benchmark.main(["--check", "--forms", "fp8", "int8"], lambda: driver) == 0
+    assert benchmark.main(["--check", "--forms", "fp8", "int8", "--cases", "odd"], lambda: driver) == 0
     assert "Emulated, sm_86: 24 of 24 right" in capsys.readouterr().out
     assert not any(name.endswith("_fp8") for name in driver.kernels)
 
