@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
 import os
 import re
@@ -44,20 +46,16 @@ def test_a_bare_machine_is_told_that_it_has_no_driver(tmp_path):
             if path.is_dir():
                 (tmp_path / path.name).symlink_to(path)
     python = program(tmp_path / "bare", f'exec "{sys.executable}" -S "$@"')
-    try:
-        import ctypes
-
+    with contextlib.suppress(OSError):
         ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        code, steps = run(tmp_path, python, PYTHONPATH=str(tmp_path))
-        assert code == 1
-        assert re.fullmatch(r"driver: .*there is no NVIDIA driver: .*\n", steps)
-    else:
         pytest.skip("this machine has a driver")
+    code, steps = run(tmp_path, python, PYTHONPATH=str(tmp_path))
+    assert code == 1
+    assert re.fullmatch(r"driver: .*there is no NVIDIA driver: .*\n", steps)
 
 
 def test_a_step_that_fails_does_not_stop_the_others(tmp_path):
-    """A Python that knows a GPU and notes what it is asked; the sanitizer is missing, the probes fail, all else goes."""
+    """A Python that knows a GPU and notes what it is asked; the sanitizer is missing, the probes fail."""
     python = program(
         tmp_path / "python",
         f'[ "$1" = -c ] && echo sm_90 && exit; echo "$@" >>"{tmp_path}/asked"\n'
@@ -90,9 +88,8 @@ def test_the_steps_have_thirty_minutes_in_all_and_less_than_ten_each():
     limits = {name: int(limit) for name, limit in re.findall(r'^ *step "?([\w-]+)\S* (\d+) ', script, re.MULTILINE)}
     assert set(limits) == {"compile", *STEPS[:-2], "runtime-"}
     assert max(limits.values()) < 600
-    assert (
-        sum(limits.values()) + limits["runtime-"] <= int(re.search(r"^TOTAL=(\d+)$", script, re.MULTILINE)[1]) == 1800
-    )
+    assert sum(limits.values()) + limits["runtime-"] <= 1800  # of two bundles
+    assert "\nTOTAL=1800\n" in script
 
 
 def test_the_kernels_options_are_the_commands(monkeypatch):
