@@ -10,6 +10,10 @@ set -u
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python3}
 OUT=$(mkdir -p "${1:-gpu-results}" && cd "${1:-gpu-results}" && pwd) || exit 2
+# where wheels of NVIDIA's tools put them
+for folder in $("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/cu*/bin; do
+    PATH=$PATH:$folder
+done
 TOTAL=1800
 FAILED=0
 
