@@ -120,8 +120,9 @@ class CudaGpu:
             self.free(address)
 
     def graph(self, launches: Sequence[Launch]) -> ctypes.c_void_p:
-        """`launches` one after the other as one graph, to be replayed."""
+        """`launches` of one kernel, one after the other, as one graph, to be replayed."""
         graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+        self.start(launches[0])  # a driver may load a kernel at its first launch, which no capture bears
         self._call("cuStreamBeginCapture_v2", self._stream, 0)
         for launch in launches:
             self.start(launch)

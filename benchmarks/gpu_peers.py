@@ -72,7 +72,9 @@ def scaled(torch: Any, x: Any, weights: Any) -> Run:
         for expert, size in zip(weights, experts_tokens(tokens, len(weights), first), strict=True):
             if size:
                 part = x[start : start + -(-size // SCALED_ROWS) * SCALED_ROWS]
-                results.append(torch._scaled_mm(part, expert, one, one, out_dtype=torch.bfloat16)[:size])
+                results.append(
+                    torch._scaled_mm(part, expert, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)[:size]
+                )
                 start += size
         return results
 

@@ -65,8 +65,9 @@ class ReadProbe:
     """Reads a gigabyte, and knows how long that takes."""
 
     def __init__(self, gpu: CudaGpu) -> None:
-        """Of zeros."""
-        self._gpu, self._from, self._out = gpu, gpu.upload(np.zeros(READ, np.uint8)), gpu.allocate(4)
+        """Of random bytes, as the weights are."""
+        self._gpu, self._out = gpu, gpu.allocate(4)
+        self._from = gpu.upload(np.random.default_rng(0).integers(0, 256, READ, np.uint8))
         values = [ctypes.c_uint64(self._from), ctypes.c_uint64(READ // 16), ctypes.c_uint64(self._out)]
         self._graph = gpu.graph([gpu.prepare(READ_PROBE, (8 * gpu.multiprocessors, 1), 256, values)])
 

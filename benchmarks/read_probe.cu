@@ -9,8 +9,8 @@ extern "C" __global__ void __launch_bounds__(256) read_probe(const uint4* from, 
 #pragma unroll
         for (int i = 0; i < 8; ++i) part[i] = __ldcs(from + at + 256 * i);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) all |= part[i].x & part[i].y & part[i].z & part[i].w;
+        for (int i = 0; i < 8; ++i) all ^= part[i].x ^ part[i].y ^ part[i].z ^ part[i].w;
     }
-    // never true of the zeros that are read, which the compiler cannot know
-    if (all) *out = all;
+    // hardly ever true of what is read, which the compiler cannot know
+    if (all == 0x5eed1e55u) *out = all;
 }
