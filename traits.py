@@ -56,6 +56,7 @@ class BackendTraits:
     files: tuple[str, ...]  # suffixes of what each graph of a bundle becomes
     footprint: Footprint = Footprint()
     gpus: tuple[int, ...] = ()  # compute capabilities times ten that it builds engines for
+    most_elements: int | None = None  # of one tensor, where there is a limit
     builds_anywhere: bool = True  # else only on the GPU that will run the engines
     switches_adapters: bool = False  # a bundle may answer with one LoRA adapter or another
     keeps_stored_dtype: bool = False  # it reads exact matrices in the checkpoint's own dtype
@@ -66,6 +67,7 @@ class BackendTraits:
         return self.name.replace("-", "_")
 
 
+TENSORRT_ELEMENTS = 2**31 - 1  # "The volume of a tensor cannot exceed 2^31-1", it says
 CUDA_BINDINGS = ("cuda-bindings", "12.9", (RUN,))
 TRAITS: dict[str, BackendTraits] = {
     traits.name: traits
@@ -110,6 +112,7 @@ TRAITS: dict[str, BackendTraits] = {
             files=(".engine", ".json"),
             # as TensorRT's releases list them
             gpus=(75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121),
+            most_elements=TENSORRT_ELEMENTS,
             builds_anywhere=False,
         ),
         BackendTraits(
@@ -132,6 +135,7 @@ TRAITS: dict[str, BackendTraits] = {
             files=(".engine", ".json"),
             # as its `ComputeCapability` lists them
             gpus=(75, 80, 86, 89, 120, 121),
+            most_elements=TENSORRT_ELEMENTS,
         ),
     )
 }

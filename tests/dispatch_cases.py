@@ -5,11 +5,13 @@ Legend: T tokens, k experts per token, E experts, H hidden, F expert width, N ou
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
 
+from arriero.graphs.stored.expert_plugins import INNER_SCALES
 from arriero.graphs.stored.mma_layout import pack_byte_lanes, pack_int4_lanes
 from arriero.profiles.float8 import to_bits
 from arriero.profiles.quantize import dequantize, quantize
@@ -108,21 +110,33 @@ class Case:
         ids = self.expert_id.reshape(-1)
         return np.where((ids >= 0) & (ids < len(self.down.numbers)), ids, -1)
 
+    @property
+    def inner_scale(self) -> float:
+        """What GateUp's results are multiplied with."""
+        return INNER_SCALES[self.activation.upper()]
+
+    def routed(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Each expert that has rows, and which."""
+        experts = self.experts()
+        for expert in np.unique(experts[experts >= 0]):
+            yield int(expert), np.flatnonzero(experts == expert)
+
     def gate_up_rows(self) -> np.ndarray:
         rows, values = np.full(self.inner.shape, np.nan), self.gate_up.values
-        for row, expert in enumerate(self.experts()):
-            if expert >= 0:
-                token = self.x[row // self.expert_id.shape[1]].astype(np.float64)
-                scaled = token * float(self.score.reshape(-1)[row])
-                gate, up = np.split(values[expert] @ scaled, 2)
-                rows[row] = gate / (1 + np.exp(-gate)) * up
+        scores = self.score.reshape(-1, 1).astype(np.float64)
+        for expert, own in self.routed():
+            scaled = self.x[own // self.expert_id.shape[1]].astype(np.float64) * scores[own]
+            gate, up = np.split(scaled @ values[expert].T, 2, axis=-1)
+            with np.errstate(over="ignore"):  # to infinity, and the quotient to the 0 that it is
+                rows[own] = gate / (1 + np.exp(-gate)) * up * self.inner_scale
         return rows
 
     def down_rows(self) -> np.ndarray:
         y, values = np.zeros(self.x.shape), self.down.values
-        for row, expert in enumerate(self.experts()):
-            if expert >= 0:
-                y[row // self.expert_id.shape[1]] += values[expert] @ self.inner[row].astype(np.float64)
+        scale = 1.0 if self.form in ("int8", "fp8") else self.inner_scale  # a code is what its scale says
+        for expert, own in self.routed():
+            outer = self.inner[own].astype(np.float64) @ values[expert].T / scale
+            np.add.at(y, own // self.expert_id.shape[1], outer)  # a token may choose an expert twice
         return y
 
 

@@ -19,7 +19,7 @@ from arriero.export.compile.build_kernels import find_compiler
 from arriero.export.compile.cpus import NAMED, NATIVE, parse_cpu
 from arriero.export.compile.nvidia.tensorrt_api import load
 from arriero.export.machine.doctor import find_lacks
-from arriero.export.pipeline.check_fit import check_fit, check_schemes
+from arriero.export.pipeline.check_fit import check_elements, check_fit, check_schemes
 from arriero.export.pipeline.failure_page import FailurePage
 from arriero.export.pipeline.sample_sets import SampleSets
 from arriero.export.pipeline.stages import WorkDir
@@ -87,7 +87,8 @@ def check_asked(asked: Asked, found: Findings) -> None:
     if asked.undone:
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
         found.of(check_ledger, checkpoint.tensors.values(), expected_tensors(asked.config))
-        found.of(check_schemes, build, profiles)
+        if found.of(check_schemes, build, profiles):
+            found.of(check_elements, build, profiles, shapes)
         for profile in profiles.values():
             found.of(check_shapes, profile, shapes)
 

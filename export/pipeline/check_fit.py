@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 
 from arriero.errors import ArrieroError, Problems
@@ -74,6 +74,31 @@ def check_schemes(build: BuildConfig, profiles: Mapping[str, Profile]) -> None:
             problems.append(ArrieroError(what, where=f"targets[{number}]", expected=expected, remedy=remedy))
     if problems:
         raise Problems("the build asks for what its backends cannot do", problems)
+
+
+def check_elements(build: BuildConfig, profiles: Mapping[str, Profile], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse targets for which a tensor would have more elements than their backend takes in one."""
+    problems = []
+    for number, target in enumerate(build.targets):
+        most, gpu, profile = TRAITS[target.backend].most_elements, target_gpu(target), profiles[target.profile]
+        if most is None or gpu is None:
+            continue
+        lowering = import_module(f"arriero.graphs.lower.{TRAITS[target.backend].module}")
+        for assignment in (form.assign(shapes) for form in profile.forms):
+            narrow = lowering.activations(assignment)
+            sizes = {
+                name: lowering.stored_elements(shape, assignment[name], narrow, gpu.capability)
+                for name, shape in shapes.items()
+            }
+            largest = max(sizes, key=lambda name: sizes[name])
+            if sizes[largest] > most:
+                what = f"{largest} would be a tensor of {sizes[largest]:,} elements in profile {profile.name}"
+                expected = f"at most {most:,}, which is what {target.backend} takes in one tensor"
+                remedy = "Choose a profile in fewer bits, or a backend for processors"
+                problems.append(ArrieroError(what, where=f"targets[{number}]", expected=expected, remedy=remedy))
+                break
+    if problems:
+        raise Problems("the checkpoint has tensors that are too large for a backend", problems)
 
 
 def _gpu_problems(target: Target, where: str) -> list[ArrieroError]:

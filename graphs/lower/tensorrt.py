@@ -7,6 +7,7 @@ attention are in the profile's 16-bit format if it has one, else in float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
@@ -21,11 +22,13 @@ from arriero.graphs.passes.keep_half import keep_half
 from arriero.graphs.passes.multiply_in_scheme import multiply_in_scheme
 from arriero.graphs.passes.narrow_attention import narrow_attention
 from arriero.graphs.passes.replace_dispatch_with_native_moe import replace_dispatch_with_native_moe
-from arriero.graphs.passes.replace_dispatch_with_plugins import replace_dispatch_with_plugins
+from arriero.graphs.passes.replace_dispatch_with_plugins import plugin_form, replace_dispatch_with_plugins
 from arriero.graphs.passes.scatter_cache import scatter_cache
 from arriero.graphs.passes.sum_products import sum_products
 from arriero.graphs.passes.tile_experts import tile_experts
 from arriero.graphs.rewrite.scheme_products import TYPES
+from arriero.graphs.stored.expert_plugins import BITS
+from arriero.graphs.stored.mma_layout import row_words
 from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.float8 import FP8_SINCE
 from arriero.profiles.schemes import Fp8Static, Half, IntBlock, Scheme
@@ -68,6 +71,15 @@ def activations(assignment: Mapping[str, Scheme]) -> str:
             expected="float16 or bfloat16 throughout: one cache and one attention go with all layers",
         )
     return formats.pop() if formats else "F32"
+
+
+def stored_elements(shape: Sequence[int], scheme: Scheme, narrow: str, capability: int) -> int:
+    """The elements of the largest tensor that a matrix [N, K] or a stack [E, K, N] becomes, beside `activations`."""
+    form = plugin_form(scheme, narrow) if len(shape) == 3 and capability >= PLUGINS_SINCE else None
+    if form not in BITS:
+        return math.prod(shape)
+    experts, features, outputs = shape
+    return experts * outputs * row_words(BITS[form], features)
 
 
 def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from arriero.graphs.lower.part import Lowering, WeightTable
@@ -9,7 +12,7 @@ from arriero.graphs.lower.tensorrt import activations, lacks, lower_standard, ti
 from arriero.graphs.lower.tensorrt import lacks_on as lacks_on_any
 from arriero.profiles.schemes import Exact, IntBlock, Scheme, Static
 
-__all__ = ["lacks", "lacks_on", "lower"]
+__all__ = ["activations", "lacks", "lacks_on", "lower", "stored_elements"]
 TURING = 75
 
 
@@ -21,6 +24,11 @@ def lacks_on(scheme: Scheme, capability: int) -> str | None:
     if capability == TURING and isinstance(scheme, Exact | IntBlock | Static):
         return f"{scheme.description} on sm_{TURING} (there it takes float16 alone)"
     return lacks_on_any(scheme, capability)
+
+
+def stored_elements(shape: Sequence[int], scheme: Scheme, narrow: str, capability: int) -> int:
+    """The elements of the tensor that a matrix or a stack of experts becomes: as many as it has weights."""
+    return math.prod(shape)
 
 
 def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:

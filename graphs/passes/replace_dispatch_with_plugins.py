@@ -5,6 +5,8 @@ The nodes are plugins compiled ahead of time into the engine; their layouts of w
 with a float32 scale per block. Case 3, static eight bits beside float16: packed rows with a float32 scale per output,
 and inputs that the graph rounds to codes; as an expert has a range of its own for the inputs that the score has scaled,
 each pair goes into ExpertGateUp as a token of its own, with score 1.
+Between the two nodes float16 values are scaled by INNER_SCALES; ExpertDown undoes it in cases 1 and 2, the stored
+multiplier of its inputs in case 3.
 Legend: T tokens, k experts per token, P = T k pairs, E experts, N output and K input features of an expert's matrix.
 """
 
@@ -21,7 +23,7 @@ from arriero.graphs.rewrite.nodes import add_constant, insert_node, replace_node
 from arriero.graphs.rewrite.scheme_products import FLOAT, TYPES, round_inputs
 from arriero.graphs.rewrite.topk_rows import scale_inputs
 from arriero.graphs.stored.codes import Arrays, rounded_experts, static_experts
-from arriero.graphs.stored.expert_plugins import BLOCKS, DOMAIN, DOWN, GATE_UP
+from arriero.graphs.stored.expert_plugins import BLOCKS, DOMAIN, DOWN, GATE_UP, INNER_SCALES
 from arriero.graphs.stored.mma_layout import pack_byte_lanes, pack_int4_lanes, row_words
 from arriero.graphs.stored.safetensors_writer import Spec
 from arriero.graphs.stored.weight_store import HALVES, WeightStore, narrow
@@ -42,7 +44,7 @@ def replace_dispatch_with_plugins(model: ir.Model, store: WeightStore, activatio
         x, expert_id, score, *stacks = node.inputs
         names = [str(value.name) for value in stacks if value is not None]
         gate_up, down = (store.schemes[name] for name in names)
-        forms = [form for form in (_form(scheme, activations) for scheme in (gate_up, down)) if form is not None]
+        forms = [form for form in (plugin_form(scheme, activations) for scheme in (gate_up, down)) if form is not None]
         if len(forms) < len(names):
             schemes = f"{gate_up.description} and {down.description}"
             miss(node, EXPERT_DISPATCH, f"no kernel takes {schemes} beside {activations} activations")
@@ -63,7 +65,7 @@ def replace_dispatch_with_plugins(model: ir.Model, store: WeightStore, activatio
         else:
             routed = [insert_node(node, "Cast", [x], to=int(TYPES[activations])), chosen, score]
         inner = _plugin(node, GATE_UP, [*routed, weights, scales], forms[0])
-        weights, scales, *multiplier = _weights(node, store, names[1], down)
+        weights, scales, *multiplier = _weights(node, store, names[1], down, INNER_SCALES[activations])
         if isinstance(down, Static):  # case 3
             inner = _codes(node, down, insert_node(node, "Cast", [inner], to=int(FLOAT)), multiplier[0], pairs)
         outer = _plugin(node, DOWN, [inner, chosen, weights, scales], forms[1])
@@ -74,7 +76,7 @@ def replace_dispatch_with_plugins(model: ir.Model, store: WeightStore, activatio
     return count
 
 
-def _form(scheme: Scheme, activations: str) -> str | None:
+def plugin_form(scheme: Scheme, activations: str) -> str | None:
     """The kernels' form for a scheme beside `activations`; None where there is none."""
     if isinstance(scheme, Half):
         return "exact" if scheme.label.upper() == activations else None
@@ -96,8 +98,9 @@ def _codes(node: ir.Node, scheme: Static, x: ir.Value, multiplier: ir.Value, pai
     return round_inputs(node, scheme, x, insert_node(node, "Gather", [multiplier, pairs], axis=0), TYPES["F16"])
 
 
-def _weights(node: ir.Node, store: WeightStore, name: str, scheme: Scheme) -> list[ir.Value]:
-    """The stack `name` [E, K, N], output features first, and its scales; in case 3 multipliers of its inputs, too."""
+def _weights(node: ir.Node, store: WeightStore, name: str, scheme: Scheme, inputs_scale: float = 1.0) -> list[ir.Value]:
+    """The stack `name` [E, K, N], output features first, and its scales; in case 3 multipliers of its inputs, too,
+    which come as `inputs_scale` of what they are."""
     experts, features, outputs = store.checkpoint.tensors[name].shape
     if isinstance(scheme, Half):  # case 1
         label = scheme.label.upper()
@@ -129,6 +132,6 @@ def _weights(node: ir.Node, store: WeightStore, name: str, scheme: Scheme) -> li
 
     def channels() -> Iterator[Arrays]:
         for codes, factors, multiplier in static_experts(store, name, scheme):
-            yield pack_byte_lanes(codes)[None], factors[None], multiplier[None]
+            yield pack_byte_lanes(codes)[None], factors[None], multiplier[None] / np.float32(inputs_scale)
 
     return store.promise(specs, scheme.label, channels)

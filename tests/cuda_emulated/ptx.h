@@ -25,6 +25,10 @@ inline float load_float(const float* pointer) {
     emulator::check(pointer, 4, false);
     return *pointer;
 }
+inline Quad load_quad(const void* pointer) {
+    emulator::check(pointer, 16, false);
+    return *static_cast<const Quad*>(pointer);
+}
 inline void store_half(u16* pointer, u16 bits) { emulator::store(pointer, bits); }
 
 inline void copy_weights(Quad* to, const void* from, bool valid) { emulator::copy(to, from, 16, valid); }
@@ -67,6 +71,7 @@ inline void count_shared(int* counter) { ++*counter; }
 inline int count_bits(u32 bits) { return __builtin_popcount(bits); }
 inline int lowest_bit(u32 bits) { return __builtin_ctz(bits); }
 
+inline u32 and_or(u32 x, u32 mask, u32 bits) { return (x & mask) | bits; }
 inline u32 choose_bytes(u32 a, u32 b, u32 selector) {
     const unsigned long long bytes = a | static_cast<unsigned long long>(b) << 32;
     u32 chosen = 0;

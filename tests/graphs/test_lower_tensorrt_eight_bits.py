@@ -16,7 +16,8 @@ import torch
 
 from arriero.graphs.lower.part import Lowering
 from arriero.graphs.lower.tensorrt import lower
-from arriero.graphs.rewrite.nodes import insert_node
+from arriero.graphs.rewrite.nodes import add_constant, insert_node
+from arriero.graphs.stored.expert_plugins import INNER_SCALES
 from arriero.profiles.recipe import load_profile
 from arriero.profiles.schemes import Static
 from tests.graphs.stored.test_mma_layout import read_back
@@ -53,7 +54,9 @@ ExpertGateUp <plugin_namespace, form, aot> (x, ids, score, numbers, scales) => (
     sigmoid = Sigmoid (gate)
     silu = Mul (gate, sigmoid)
     inner = Mul (silu, up)
-    y = Cast <to: int = 10> (inner)
+    sixteenth = Constant <value_float: float = 0.0625> ()
+    scaled = Mul (inner, sixteenth)
+    y = Cast <to: int = 10> (scaled)
 }
 """
 )
@@ -134,7 +137,7 @@ def round_as_plugins(built: Built, folder: Path) -> InPlace:
         stored = own.inputs[0].producer() if own is not None and own.op_type == "Unsqueeze" else None
         name = stored.inputs[0].name if stored is not None and stored.op_type == "Gather" else ""
         if name.endswith("experts.down_proj.multiplier"):
-            node.replace_input_with(0, halved(node, node.inputs[0]))
+            node.replace_input_with(0, halved(node, node.inputs[0], INNER_SCALES["F16"]))
         elif name.endswith("experts.down_proj.scales"):
             value = node.outputs[0]
             for step in steps:
@@ -151,8 +154,11 @@ def round_as_plugins(built: Built, folder: Path) -> InPlace:
     return InPlace(folder / "rounded.onnx", built.config, 1)
 
 
-def halved(before: ir.Node, value: ir.Value) -> ir.Value:
-    return insert_node(before, "Cast", [insert_node(before, "Cast", [value], to=10)], to=1)
+def halved(before: ir.Node, value: ir.Value, scale: float = 1.0) -> ir.Value:
+    """`value` as float16 holds it, multiplied with `scale` meanwhile."""
+    there, back = (add_constant(before, ir.tensor(np.array(factor, np.float32))) for factor in (scale, 1 / scale))
+    narrow = insert_node(before, "Cast", [insert_node(before, "Mul", [value, there])], to=10)
+    return insert_node(before, "Mul", [insert_node(before, "Cast", [narrow], to=1), back])
 
 
 def test_plugins_equal_tiles(built: Built, lowered: tuple[Path, Path]) -> None:

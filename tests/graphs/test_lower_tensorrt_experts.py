@@ -68,7 +68,10 @@ ExpertGateUp <plugin_namespace, form, aot> (x, ids, score, w, scales) => (y)
     sigmoid = Sigmoid (gate)
     silu = Mul (gate, sigmoid)
     inner = Mul (silu, up)
-    y = Squeeze (inner, one)
+    full = Squeeze (inner, one)
+    scale = Constant <value_float: float = 0.0625> ()
+    narrow_scale = CastLike (scale, x)
+    y = Mul (full, narrow_scale)
 }
 """
 DOWN = """
@@ -86,7 +89,10 @@ ExpertDown <plugin_namespace, form, aot> (inner, ids, w, scales) => (y)
     choices = Shape (ids)
     shape = Concat <axis: int = 0> (choices, hidden)
     grouped = Reshape (outer, shape)
-    y = ReduceSum <keepdims: int = 0> (grouped, one)
+    summed = ReduceSum <keepdims: int = 0> (grouped, one)
+    scale = Constant <value_float: float = 16.0> ()
+    narrow_scale = CastLike (scale, inner)
+    y = Mul (summed, narrow_scale)
 }
 """
 

@@ -5,6 +5,8 @@
 //
 // with e = expert_id[t,j] and s = score[t,j]: the score scales the expert's INPUT. As both products are linear, the
 // kernels multiply the float32 sums by s, before SwiGLU, which rounds less than scaling x and is the same function.
+// In float16, inner is stored as a sixteenth of what it is (operators.h: INNER_SCALE), which ExpertDown makes good, but
+// for codes: their multiplier has to.
 // Of int8 and fp8, x and inner are what the products take: codes, whole numbers from -127 to 127 or E4M3 values, which
 // float16 holds exactly. An input that is scaled before it is rounded comes as a pair of its own, with score 1.
 //

@@ -1,7 +1,8 @@
 // Few tokens: a block takes 16 outputs of one expert and up to 8 of its tokens; its warps share out the input features.
 //
-// Each lane reads the 16 bytes of weights and of tokens that are its own part of a tensor-core product, several groups
-// ahead, so that nothing but memory bounds the speed. Weights of an expert are read once per 8 of its tokens.
+// Each lane reads the 16 bytes of weights that are its own part of a tensor-core product, several groups ahead, so that
+// nothing but memory bounds the speed. Weights of an expert are read once per 8 of its tokens. Tokens and scales, which
+// other blocks of the multiprocessor read as well, come through its cache into registers, a group ahead.
 #pragma once
 
 #include "operators.h"
@@ -12,86 +13,116 @@ constexpr int DECODE_COLUMNS = 8;
 
 template <class Form>
 struct DecodeShared {
-    // groups in flight: about 9 KiB a warp
-    static constexpr int DEPTH = Form::STEPS == 1 ? 6 : Form::STEPS == 2 ? 4 : 3;
+    static constexpr int DEPTH = 4;  // groups in flight, one of them being read: 4 KiB a warp
     Quad weights[WARPS][DEPTH][2][32];
-    Quad tokens[WARPS][DEPTH][Form::STEPS][32];
-    float scales[Form::scales == Scales::block ? WARPS : 1][DEPTH][2][8][Form::STEPS];
     typename Form::Sum sums[WARPS][4][32];
     int items[DECODE_COLUMNS], count, next;
 };
 
 // sum += the product of 16 outputs of `expert` from `first` on with the columns' source rows, of this warp's groups,
-// but for the scales of whole rows.
-template <class Form, class Op>
+// but for the scales of whole rows. SPAN steps are summed by the tensor cores; of blocks, these have one scale.
+template <int SPAN, class Form, class Op>
 ARRIERO_DEVICE void decode_product(DecodeShared<Form>& shared, const Op& op, const Stack<Form>& stack,
                                    const u16* source, int expert, int first, int row,
                                    typename Form::Sum (&sum)[4]) {
     constexpr int DEPTH = DecodeShared<Form>::DEPTH, STEPS = Form::STEPS, GROUP = Stack<Form>::GROUP;
+    constexpr bool BLOCKS = Form::scales == Scales::block;
+    constexpr int PARTS = STEPS / SPAN;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane / 4, mine = lane % 4;
     const int groups = stack.groups();
+    // Each points to what is read next, and moves on with every group of this warp's.
     const char* weights[2];
     const float* scales[2];
     for (int half = 0; half < 2; ++half) {
         const int output = op.half(first, half) + quad;
-        weights[half] = stack.row_start(expert, output) + 16 * mine;
-        if (Form::scales == Scales::block) scales[half] = stack.scale_start(expert, output);
+        weights[half] = stack.lane_start(expert, output, mine) + Stack<Form>::GROUP_BYTES * warp;
+        if (BLOCKS) scales[half] = stack.scale_start(expert, output) + PARTS * warp;
     }
-    const u16* tokens = source + static_cast<size_t>(row < 0 ? 0 : row) * stack.inputs;
+    const u16* tokens = source + static_cast<size_t>(row) * stack.inputs + GROUP * warp + 8 * mine;
+    int features = stack.inputs - GROUP * warp - 8 * mine;  // from there to the row's end
 
-    const auto request = [&](int group) {
-        if (group < groups) {
-            const int slot = group / WARPS % DEPTH;
+    int requested = warp;
+    const auto request = [&] {
+        if (requested < groups) {
+            const int slot = requested / WARPS % DEPTH;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                copy_weights(&shared.weights[warp][slot][half][lane], weights[half] + 64 * static_cast<size_t>(group),
-                             stack.has(group, mine));
-                if (Form::scales == Scales::block && mine < STEPS) {
-                    const int feature = group * GROUP + 32 * mine;
-                    const bool valid = feature < stack.inputs;
-                    copy_scale(&shared.scales[warp][slot][half][quad][mine],
-                               scales[half] + (valid ? feature / stack.block : 0), valid);
-                }
-            }
-#pragma unroll
-            for (int step = 0; step < STEPS; ++step) {
-                const int feature = group * GROUP + 32 * step + 8 * mine;
-                const bool valid = row >= 0 && feature < stack.inputs;
-                copy_tokens(&shared.tokens[warp][slot][step][lane], tokens + (valid ? feature : 0), valid);
+                copy_weights(&shared.weights[warp][slot][half][lane], weights[half], stack.has(requested, mine));
+                weights[half] += Stack<Form>::GROUP_BYTES * WARPS;
             }
         }
+        requested += WARPS;
         commit_copies();
     };
+    // Past a row's end what was read before stays: weights are zero there.
+    Quad token[STEPS] = {};
+    float scale[2][PARTS] = {};
+    const auto read_token = [&](int step) {
+        if (32 * step < features) token[step] = load_quad(tokens + 32 * step);
+    };
+    const auto read_scales = [&](int part) {
+        if constexpr (BLOCKS) {
+            if (32 * SPAN * part >= features + 8 * mine) return;
+            for (int half = 0; half < 2; ++half) scale[half][part] = load_float(scales[half] + part);
+        }
+    };
+    const auto next_group = [&] {
+        tokens += GROUP * WARPS;
+        features -= GROUP * WARPS;
+        if (BLOCKS) {
+            for (int half = 0; half < 2; ++half) scales[half] += PARTS * WARPS;
+        }
+    };
 
-    for (int ahead = 0; ahead < DEPTH - 1; ++ahead) request(warp + ahead * WARPS);
+    for (int ahead = 0; ahead < DEPTH - 1; ++ahead) request();
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) read_token(step);
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) read_scales(part);
     for (int group = warp; group < groups; group += WARPS) {
         wait_copies<DEPTH - 2>();
-        // a scale is copied by one lane and read by four
-        if (Form::scales == Scales::block) warp_barrier();
-        request(group + (DEPTH - 1) * WARPS);
+        request();
+        next_group();
         const int slot = group / WARPS % DEPTH;
         const Quad low = shared.weights[warp][slot][0][lane], high = shared.weights[warp][slot][1][lane];
+        typename Form::Sum part[4];
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
             u32 a[2][Form::WORDS], b[Form::WORDS];
             Form::weights(low, step, a[0]);
             Form::weights(high, step, a[1]);
-            Form::tokens(shared.tokens[warp][slot][step][lane], b);
+            Form::tokens(token[step], b);
+            read_token(step);
             if constexpr (Form::SPAN == 0) {
                 Form::multiply(sum, a[0], a[1], b);
             } else {
-                float part[4] = {0, 0, 0, 0};
-                Form::multiply(part, a[0], a[1], b);
-                for (int i = 0; i < 4; ++i) {
-                    sum[i] += Form::scales == Scales::block ? part[i] * shared.scales[warp][slot][i / 2][quad][step]
-                                                            : part[i];
+                if (step % SPAN == 0) {
+                    for (int i = 0; i < 4; ++i) part[i] = 0;
                 }
+                Form::multiply(part, a[0], a[1], b);
+                if (step % SPAN != SPAN - 1) continue;
+                for (int i = 0; i < 4; ++i) sum[i] += BLOCKS ? part[i] * scale[i / 2][step / SPAN] : part[i];
+                read_scales(step / SPAN);
             }
         }
     }
     wait_copies<0>();
-    // the next product's copies must not overtake this one's reads of scales
-    if (Form::scales == Scales::block) warp_barrier();
+}
+
+// The same, of any size of blocks.
+template <class Form, class Op>
+ARRIERO_DEVICE void decode_product_of(DecodeShared<Form>& shared, const Op& op, const Stack<Form>& stack,
+                                      const u16* source, int expert, int first, int row,
+                                      typename Form::Sum (&sum)[4]) {
+    if constexpr (Form::scales != Scales::block) {
+        decode_product<Form::STEPS>(shared, op, stack, source, expert, first, row, sum);
+    } else if (stack.block == 32) {
+        decode_product<1>(shared, op, stack, source, expert, first, row, sum);
+    } else if (stack.block == 64) {
+        decode_product<2>(shared, op, stack, source, expert, first, row, sum);
+    } else {
+        decode_product<4>(shared, op, stack, source, expert, first, row, sum);
+    }
 }
 
 // The next up to 8 items of the expert `id` from `start` on, in order.
@@ -145,9 +176,10 @@ ARRIERO_DEVICE void decode(const Op& op, const int* expert_id, const u16* source
         for (int choice = 0; choice < op.passes(); ++choice) {
             const int expert = alone ? load_int(expert_id + op.id_of(item, choice)) : id;
             const bool routed = expert >= 0 && expert < op.sizes.experts;
-            const int row = column < count ? op.source_row(shared.items[column], choice) : -1;
+            // columns without an item multiply the first one's token, and are never stored
+            const int row = op.source_row(shared.items[column < count ? column : 0], choice);
             typename Form::Sum sum[4] = {0, 0, 0, 0};
-            if (routed) decode_product(shared, op, stack, source, expert, first, row, sum);
+            if (routed) decode_product_of(shared, op, stack, source, expert, first, row, sum);
             // the first warp may still read the sums of the choice before
             if (choice > 0) block_barrier();
             for (int i = 0; i < 4; ++i) shared.sums[warp][i][lane] = sum[i];

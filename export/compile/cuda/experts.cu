@@ -17,17 +17,17 @@ ARRIERO_DEVICE Stack<Form> stack_of(const Op& op, const void* weights, const flo
 #define ENTRY(shape) extern "C" __global__ void __launch_bounds__(arriero::THREADS, BLOCKS_##shape)
 
 #define GATE_UP_ENTRY(shape, Act, name, Form)                                                                   \
-    ENTRY(shape) gate_up_##shape##_##name(const arriero::u16* x, const int* expert_id, const float* score,             \
+    ENTRY(shape) gate_up_##shape##_##name(const arriero::u16* x, const int* expert_id, const float* score,      \
                                    const void* gate_up, const float* scales, SIZES, arriero::u16* inner) {      \
         using namespace arriero;                                                                                \
         const GateUp<Act> op{{tokens, choices, experts, hidden, ffn, block}, score, inner};                     \
         shape(op, expert_id, x, stack_of<Form>(op, gate_up, scales));                                           \
     }
 #define DOWN_ENTRY(shape, Act, name, Form)                                                                      \
-    ENTRY(shape) down_##shape##_##name(const arriero::u16* inner, const int* expert_id, const void* down,              \
+    ENTRY(shape) down_##shape##_##name(const arriero::u16* inner, const int* expert_id, const void* down,       \
                                 const float* scales, SIZES, arriero::u16* y) {                                  \
         using namespace arriero;                                                                                \
-        const Down<Act> op{{tokens, choices, experts, hidden, ffn, block}, y};                                  \
+        const Down<Act, Form::scales == Scales::channel> op{{tokens, choices, experts, hidden, ffn, block}, y}; \
         shape(op, expert_id, inner, stack_of<Form>(op, down, scales));                                          \
     }
 

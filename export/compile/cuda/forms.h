@@ -10,19 +10,24 @@ enum class Scales { none, channel, block };
 constexpr ARRIERO_DEVICE u32 pair(u32 bits) { return bits | bits << 16; }
 
 // Bit patterns of the activation types. Adding an integer below 2^fraction to `base`'s bits adds it to base's value.
+// `wide`: a fraction holds two nibbles, so that the upper one of a byte need not be shifted: 16 times its value is there.
 template <class Act>
 struct Bits;
 
 template <>
 struct Bits<Half> {
-    static constexpr u32 one = 0x3c00, base = 0x6400;  // 1024
-    static constexpr u32 minus_base_8 = 0xe408;        // -(1024 + 8)
+    static constexpr u32 one = 0x3c00, base = 0x6400;             // 1024
+    static constexpr u32 minus_base_8 = 0xe408;                   // -(1024 + 8)
+    static constexpr bool wide = true;
+    static constexpr u32 sixteenth = 0x2c00, minus_part_8 = 0xd480;  // -(1024 / 16 + 8)
 };
 
 template <>
 struct Bits<Bfloat> {
     static constexpr u32 one = 0x3f80, base = 0x4300;  // 128
     static constexpr u32 minus_base_8 = 0xc308;        // -(128 + 8)
+    static constexpr bool wide = false;
+    static constexpr u32 sixteenth = 0, minus_part_8 = 0;  // not used
 };
 
 // Each form: STEPS blocks of 32 features in a group; what a lane's 8 values of a block are as operands, WORDS words,
@@ -59,8 +64,11 @@ struct Int4 : Wide<Act> {
     static ARRIERO_DEVICE void weights(const Quad& raw, int step, u32 (&a)[4]) {
         using B = Bits<Act>;
         for (int i = 0; i < 4; ++i) {
-            const u32 value = (raw.word[step] >> 4 * i & pair(0xf)) | pair(B::base);
-            a[i] = Act::multiply_add(value, pair(B::one), pair(B::minus_base_8));
+            const bool upper = B::wide && i % 2;
+            const u32 moved = raw.word[step] >> 4 * (upper ? i - 1 : i);
+            a[i] = Act::multiply_add(and_or(moved, pair(upper ? 0xf0 : 0xf), pair(B::base)),
+                                     pair(upper ? B::sixteenth : B::one),
+                                     pair(upper ? B::minus_part_8 : B::minus_base_8));
         }
     }
 };
@@ -100,6 +108,7 @@ struct Fp8 : Bytes<E4m3Product> {
 template <class Form>
 struct Stack {
     static constexpr int GROUP = 32 * Form::STEPS;  // input features in a lane quad's 64 bytes
+    static constexpr size_t GROUP_BYTES = 64;       // from a row's group to its next
     const char* weights;
     const float* scales;
     int outputs, inputs, block;
@@ -111,8 +120,9 @@ struct Stack {
         return Form::scales == Scales::none ? 2 * static_cast<size_t>(inputs) : 64 * static_cast<size_t>(groups());
     }
     ARRIERO_DEVICE size_t row(int expert, int output) const { return static_cast<size_t>(expert) * outputs + output; }
-    ARRIERO_DEVICE const char* row_start(int expert, int output) const {
-        return weights + row(expert, output) * row_bytes();
+    // A lane's 16 bytes of a row's first group.
+    ARRIERO_DEVICE const char* lane_start(int expert, int output, int lane) const {
+        return weights + row(expert, output) * row_bytes() + 16 * lane;
     }
     ARRIERO_DEVICE const float* scale_start(int expert, int output) const {
         return scales + row(expert, output) * (Form::scales == Scales::block ? inputs / block : 1);

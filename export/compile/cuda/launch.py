@@ -21,7 +21,6 @@ SHAPES: tuple[Shape, ...] = ("decode", "prefill")
 ACTIVATIONS = {"f16": "Half", "bf16": "Bfloat"}  # name -> its C++ type
 # The activation types beside each form of the weights. Float16 holds the codes of int8 and fp8 activations exactly.
 FORMS = {"exact": ("f16", "bf16"), "int8": ("f16",), "fp8": ("f16",), "int4": ("f16", "bf16")}
-BITS = {"int8": 8, "fp8": 8, "int4": 4}  # of a packed weight
 BLOCKED = "int4"  # the form with a scale per block
 MOST_INT8_FEATURES = 2**31 // 127**2  # of a row whose sums fit 32 bits
 THREADS = 128

@@ -15,6 +15,13 @@ struct Sizes {
 // 2 (lane % 4) and the one after. GateUp takes 8 gates and the same 8 ups, Down 16 neighbouring outputs.
 // An item is what becomes one column: a (token, choice) pair of GateUp, a token of Down.
 
+// What GateUp multiplies its results with, so that float16 holds those up to a million, and Down divides by. Only what is
+// below 2^-10 loses precision by it, and 2^-21 at most.
+template <class Act>
+constexpr float INNER_SCALE = 1.0f;
+template <>
+constexpr float INNER_SCALE<Half> = 1.0f / 16;
+
 template <class Act>
 struct GateUp {
     static constexpr int TILE_OUTPUTS = 8;
@@ -38,13 +45,16 @@ struct GateUp {
     ARRIERO_DEVICE void store(int item, int first, int lane, float gate, float up) const {
         const float s = load_float(score + item);
         const float g = gate * s, sigmoid = reciprocal(1.0f + exponential2(-1.4426950408889634f * g));
-        store_half(inner + static_cast<size_t>(item) * sizes.ffn + first + lane / 4, Act::round(g * sigmoid * (up * s)));
+        const float value = g * sigmoid * (up * (s * INNER_SCALE<Act>));
+        store_half(inner + static_cast<size_t>(item) * sizes.ffn + first + lane / 4, Act::round(value));
     }
 };
 
-template <class Act>
+// `CODES`: inner is codes, whose scales say all.
+template <class Act, bool CODES>
 struct Down {
     static constexpr int TILE_OUTPUTS = 16;
+    static constexpr float SCALE = CODES ? 1.0f : 1 / INNER_SCALE<Act>;
     Sizes sizes;
     u16* y;
 
@@ -61,8 +71,8 @@ struct Down {
 
     ARRIERO_DEVICE void store(int item, int first, int lane, float low, float high) const {
         u16* out = y + static_cast<size_t>(item) * sizes.hidden + first + lane / 4;
-        store_half(out, Act::round(low));
-        store_half(out + 8, Act::round(high));
+        store_half(out, Act::round(low * SCALE));
+        store_half(out + 8, Act::round(high * SCALE));
     }
 };
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.compile.cuda.build_cuda_kernels import Blob, build_kernel
-from arriero.export.compile.cuda.launch import BITS, SHAPES, THREADS, Kernel, Op, activations_of, check_sizes
-from arriero.graphs.stored.expert_plugins import DOMAIN, DOWN, GATE_UP
+from arriero.export.compile.cuda.launch import SHAPES, THREADS, Kernel, Op, activations_of, check_sizes
+from arriero.graphs.stored.expert_plugins import BITS, DOMAIN, DOWN, GATE_UP
 from arriero.graphs.stored.mma_layout import row_words
 
 TACTICS = dict(enumerate(SHAPES, 1))  # TensorRT wants them positive

@@ -106,7 +106,7 @@ ARRIERO_DEVICE void prefill_product(PrefillShared<Form>& shared, const Op& op, c
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int output = op.half(start < op.width() ? start : 0, half) + quad;
-            weights[tile][half] = stack.row_start(expert, output) + 16 * mine;
+            weights[tile][half] = stack.lane_start(expert, output, mine);
             if (Form::scales == Scales::block) scales[tile][half] = stack.scale_start(expert, output);
             channel[tile][half] = stack.scale(expert, output);
         }
@@ -137,7 +137,7 @@ ARRIERO_DEVICE void prefill_product(PrefillShared<Form>& shared, const Op& op, c
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         copy_weights(&shared.weights[place][tile][half][thread],
-                                     weights[tile][half] + 64 * static_cast<size_t>(group), stack.has(group, mine));
+                                     weights[tile][half] + Stack<Form>::GROUP_BYTES * group, stack.has(group, mine));
                         if (Form::scales == Scales::block && mine < STEPS) {
                             const int start = group * GROUP + 32 * mine;
                             const bool valid = start < stack.inputs;

@@ -20,6 +20,10 @@ ARRIERO_DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>
 
 ARRIERO_DEVICE int load_int(const int* pointer) { return __ldg(pointer); }
 ARRIERO_DEVICE float load_float(const float* pointer) { return __ldg(pointer); }
+ARRIERO_DEVICE Quad load_quad(const void* pointer) {
+    const uint4 words = __ldg(static_cast<const uint4*>(pointer));
+    return {{words.x, words.y, words.z, words.w}};
+}
 ARRIERO_DEVICE void store_half(u16* pointer, u16 bits) { *pointer = bits; }
 
 // 16 bytes into shared memory, past the first-level cache: for what one warp reads once. Zeros if not `valid`.
@@ -63,6 +67,13 @@ ARRIERO_DEVICE int count_bits(u32 bits) { return __popc(bits); }
 ARRIERO_DEVICE int lowest_bit(u32 bits) { return __ffs(bits) - 1; }
 
 // --- Arithmetic ------------------------------------------------------------------------------------------------------
+
+// x & mask | bits, in one instruction: by itself the compiler takes two where both are constants.
+ARRIERO_DEVICE u32 and_or(u32 x, u32 mask, u32 bits) {
+    u32 y;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+    return y;
+}
 
 // Bytes of the eight in a (0 .. 3) and b (4 .. 7), chosen by the nibbles of `selector`.
 ARRIERO_DEVICE u32 choose_bytes(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }

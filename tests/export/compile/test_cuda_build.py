@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import re
 import shutil
-import subprocess
+import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,8 @@ from arriero.traits import TRAITS
 # 65,536 registers of a multiprocessor, blocks of 128 threads: four blocks of a decode kernel, two of a prefill kernel
 MOST_REGISTERS = {"decode": 128, "prefill": 240}
 SHARED_BYTES = 48 * 1024  # what a kernel has without asking for more
+MOST_INSTRUCTIONS = {"exact": 60, "int8": 80, "fp8": 140, "int4": 200}  # of decode's main loop, per KB of weights
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 ONE = Kernel("gate_up", "decode", "f16", "int4")
 
 
@@ -40,6 +44,16 @@ def nvcc():
         return find_nvcc()
     except MachineLacks as lacks:
         pytest.skip(f"needs nvcc: {lacks}")
+
+
+@pytest.fixture(scope="module")
+def instructions():
+    """What reads machine code: the benchmark's."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module("gpu_instructions")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +73,9 @@ def compiled(request, nvcc):
         return dict(zip(PTX_VERSIONS, pool.map(compile_one, PTX_VERSIONS), strict=True))
 
 
-def properties(said: str) -> dict[str, dict[str, int]]:
-    """Kernel -> registers, spilled bytes and shared bytes, from the assembler's words."""
-    found = {}
-    for part in said.split("Compiling entry function '")[1:]:
-        spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
-        found[part.split("'")[0]] = {
-            "registers": int(re.search(r"Used (\d+) registers", part)[1]),
-            "spilled": sum(map(int, spills.groups())),
-            "shared": int(re.search(r"(\d+) bytes smem", part)[1]),
-        }
-    return found
-
-
 @pytest.mark.parametrize("gpu", PTX_VERSIONS)
-def test_every_kernel_fits_the_registers_and_the_shared_memory(compiled, gpu):
-    found = properties(compiled[gpu][2])
+def test_every_kernel_fits_the_registers_and_the_shared_memory(instructions, compiled, gpu):
+    found = instructions.properties(compiled[gpu][2])
     assert set(found) == {kernel.name for kernel in kernels_for(gpu)}
     for kernel in kernels_for(gpu):
         used = found[kernel.name]
@@ -83,18 +84,18 @@ def test_every_kernel_fits_the_registers_and_the_shared_memory(compiled, gpu):
         assert 0 < used["shared"] <= SHARED_BYTES, (kernel.name, used)
 
 
-def disassembler() -> str:
-    """A path of nvdisasm or cuobjdump; skips without one."""
-    if shutil.which("cuobjdump"):
-        return "cuobjdump"
-    for package in ("triton", "nvidia"):
-        spec = build_cuda_kernels.importlib.util.find_spec(package)
-        for folder in spec.submodule_search_locations or [] if spec else []:
-            for path in sorted(Path(folder).rglob("bin/cuobjdump")):
-                # it calls its neighbour
-                if path.with_name("nvdisasm").is_file():
-                    return str(path)
-    pytest.skip("needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm, or triton")
+@pytest.fixture(scope="module")
+def machine_code(instructions, compiled):
+    """Kernel -> its machine code of a GPU; skips where no tool reads it."""
+
+    @cache
+    def of(gpu: str) -> dict[str, str]:
+        try:
+            return instructions.disassemble(compiled[gpu][1])
+        except MachineLacks as lacks:
+            pytest.skip(f"needs cuobjdump and nvdisasm: {lacks}")
+
+    return of
 
 
 def product_of(name: str, gpu: str) -> str:
@@ -107,27 +108,28 @@ def product_of(name: str, gpu: str) -> str:
 
 
 @pytest.mark.parametrize("gpu", PTX_VERSIONS)
-def test_the_machine_code_has_tensor_cores_and_wide_copies(compiled, gpu):
+def test_the_machine_code_has_tensor_cores_and_wide_copies(machine_code, gpu):
     """Of each kernel: 128-bit asynchronous copies, 128-bit reads of shared memory, its own tensor-core products and no
     others; and neither local memory nor narrow reads of weights."""
-    tool = disassembler()
-    done = subprocess.run(
-        [tool, "--dump-sass", str(compiled[gpu][1])],
-        capture_output=True,
-        text=True,
-        env={"PATH": str(Path(tool).parent)},
-    )
-    if done.returncode or "Function :" not in done.stdout:
-        pytest.skip(f"needs a newer cuobjdump, one that reads {gpu}: {done.stderr.strip()[:80]}")
-    parts = done.stdout.split("Function : ")[1:]
-    assert len(parts) == len(kernels_for(gpu))
-    for part in parts:
-        name = part.split()[0]
+    kernels = machine_code(gpu)
+    assert set(kernels) == {kernel.name for kernel in kernels_for(gpu)}
+    for name, part in kernels.items():
         products = set(re.findall(r"\b[A-Z]MMA\.[A-Z0-9.]+", part))
         assert products == {product_of(name, gpu)}, name
         assert re.search(r"LDGSTS\.E(\.LTC128B)?\.BYPASS(\.LTC128B)?\.128", part), name
         assert "LDS.128" in part, name
         assert not re.search(r"\b(LDL|STL)\b", part), name
+
+
+@pytest.mark.parametrize("gpu", PTX_VERSIONS)
+def test_decode_takes_few_instructions_per_kilobyte_of_weights(instructions, machine_code, gpu):
+    """So that memory bounds it: a multiprocessor of an H200 gets a KB in about 50 cycles, of four instructions each."""
+    for name, code in machine_code(gpu).items():
+        if "_decode_" in name:
+            loops = instructions.main_loops(code)
+            form = name.rpartition("_")[2]
+            assert len(loops) == (3 if form == "int4" else 1), name
+            assert loops[-1] <= MOST_INSTRUCTIONS[form], (name, loops)
 
 
 @pytest.mark.parametrize("gpu", PTX_VERSIONS)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,3 +91,27 @@ def test_float8_sums_bear_tensor_cores_of_few_bits(tmp_path, shape):
         errors.append(np.abs(exact / expected - 1).max())
     assert errors[0] < 2.0**-13
     assert errors[1] > 2.0**-12
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_check_on_a_gpu_allows_for_such_sums(tmp_path, monkeypatch, shape):
+    """As on Ada: its own long rows, and terms that are all positive; not for sums over whole rows."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[3] / "benchmarks")
+    check = importlib.import_module("gpu_check")
+    ids = np.array([[0], [1], [-1], [1]])
+    draw, worst = np.random.default_rng(0), check.allowance("f16", "fp8")
+
+    def right(case: Case, op: str, changes: dict[str, tuple[str, str]]) -> bool:
+        kernel, result = Kernel(op, shape, "f16", "fp8"), case.result(op)
+        result.view(np.uint16)[...] = check.POISON
+        gpu = EmulatedGpu(build_altered(tmp_path / f"{op}-{len(changes)}", kernel, {"ptx.h": COARSE, **changes}))
+        gpu.launch(kernel, case.arrays(op), case.sizes, result)
+        return check.judge(result, case.expected(op), worst)["right"]
+
+    for op, (hidden, ffn) in {"gate_up": (2048, 16), "down": (16, 2048)}.items():
+        assert right(draw_case(ids, "fp8", "f16", hidden=hidden, ffn=ffn, experts=2), op, {})
+    numbers = draw.uniform(1, 2, (EXPERTS, HIDDEN, FFN)).astype(FLOAT8)
+    positive = positive_case("fp8", 1, numbers, draw.uniform(1, 2, (9, FFN)).astype(FLOAT8))
+    assert right(positive, "down", {})
+    if shape == "prefill":  # a decode kernel's warps have a quarter of a row each
+        assert not right(positive, "down", {"forms.h": ("int SPAN = 4;", "int SPAN = 0;")})

@@ -20,8 +20,10 @@ from arriero.export.machine import versions
 from arriero.export.machine.budget import human_bytes
 from arriero.export.pipeline import build as building
 from arriero.export.pipeline import check_build, target_build
+from arriero.export.pipeline.check_fit import check_elements
 from arriero.export.pipeline.plan import make_plan
 from arriero.export.pipeline.stage_keys import stage_inputs
+from arriero.graphs.checkpoint import Checkpoint
 from arriero.profiles.recipe import load_profile, shipped
 from arriero.runtimes.integrity import open_manifest
 from tests.command import arriero
@@ -106,6 +108,34 @@ def test_a_profile_that_cannot_be_honoured_is_refused_by_name(folder: Path, prof
     told = told.replace("blocks of 128", "blocks of 32")
     with pytest.raises(Problems, match=f"tensorrt-rtx has no kernels for .*{told}"):
         make_plan(load(folder, f"name: x, backend: tensorrt-rtx, profile: own.yaml, context: 128, gpu: {gpu}"))
+
+
+@pytest.mark.parametrize(
+    ("target", "profile", "elements"),
+    [
+        ("tensorrt", "fp16", 128 * 5120 * 16384),
+        ("tensorrt", "gpu-int8", 128 * 16384 * 1280),  # words of four codes
+        ("tensorrt", "gpu-fp8", 128 * 16384 * 1280),
+        ("tensorrt", "gpu-int4", None),  # words of eight
+        ("tensorrt-rtx", "gpu-int4", 128 * 5120 * 16384),  # codes
+    ],
+)
+def test_a_stack_of_more_elements_than_a_tensor_may_have_is_refused(
+    folder: Path, target: str, profile: str, elements: int | None
+) -> None:
+    """As Maverick's stacks of experts have, and Scout's have not."""
+    build = load(folder, f"name: x, backend: {target}, profile: {profile}, context: 128, gpu: sm_89")
+    profiles = {profile: load_profile(profile)}
+    shapes = {name: info.shape for name, info in Checkpoint.open(build.model).tensors.items()}
+    name = next(name for name in shapes if name.endswith("experts.gate_up_proj"))
+    check_elements(build, profiles, {**shapes, name: (16, 5120, 16384)})
+    too_large = {**shapes, name: (128, 5120, 16384)}
+    if elements is None:
+        check_elements(build, profiles, too_large)
+        return
+    what = rf"targets\[0\]: {name} would be a tensor of {elements:,} elements in profile {profile}"
+    with pytest.raises(Problems, match=what):
+        check_elements(build, profiles, too_large)
 
 
 @pytest.mark.parametrize("profile", ["fp32", "fp16", "bf16", "int8-static", "gpu-int8", "gpu-fp8"])
