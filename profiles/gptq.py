@@ -16,6 +16,9 @@ from arriero.profiles.quantize import Quantized, check_weight, pack
 # Shares of the largest magnitude that a block's scale is tried at; below 0.6 none was ever chosen.
 CLIPS = np.linspace(0.6, 1.05, 19, dtype=np.float32)
 COLUMNS = 64  # columns whose updates are applied to the rest of the matrix at once
+ROWS = 1024  # rows that are rounded at a time: none depends on another, and these stay in a processor's cache
+SEARCHED = 1 << 18  # elements whose scales are searched at a time, likewise
+SMALL = 128  # triangular matrices up to here are inverted as they are
 
 
 def gptq(
@@ -26,34 +29,71 @@ def gptq(
     block: int,
     damping: float,
     name: str,
-) -> Quantized:
-    """Round `weight` f32 [N, K] for inputs with second moments `moment` [K, K].
+) -> tuple[Quantized, float]:
+    """Round `weight` f32 [N, K] for inputs with second moments `moment` [K, K]; give its `output_error` with it.
 
     `damping` is the share of the mean diagonal that is added to the diagonal. Columns are taken in falling order of
     their moment ("act-order"). Raises as `quantize` does.
+
+    The errors that are passed on say what the rounding costs: with U of `inverse_factor`, weight - rounded = errors U,
+    and U H Uᵀ = 1, so that the sum over their squares is the error of the outputs under the damped moments.
     """
     check_weight(weight, bits=bits, block=block, name=name)
-    damped = _damped(moment, damping)
+    added = _damping(moment, damping)
+    damped = moment + np.eye(len(moment)) * added
     scales = search_scales(weight, np.diagonal(damped), bits=bits, block=block)  # [N, J]
     order = np.argsort(-np.diagonal(damped), kind="stable")
-    factor = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(order, order)])).T.astype(np.float32)  # upper, [K, K]
-    steps = np.repeat(scales, block, -1)[:, order]
+    factor = inverse_factor(damped[np.ix_(order, order)]).astype(np.float32)
+    integers, error = np.empty(weight.shape, np.float32), 0.0
+    for start in range(0, len(weight), ROWS):
+        rows = slice(start, start + ROWS)
+        steps = np.repeat(scales[rows].T, block, 0)[order]  # [K, n], as all below: a column lies together
+        columns = np.ascontiguousarray(weight[rows].T)[order]
+        rounded, passed = _round_columns(columns.copy(), steps, factor, bits)
+        lost = columns - rounded * steps
+        error += passed - added * float(np.sum(np.square(lost, dtype=np.float64)))
+        integers[rows, order] = rounded.T
+    return pack(integers, scales, bits=bits, block=block), max(error, 0.0)
+
+
+def _round_columns(
+    rest: NDArray[np.float32], steps: NDArray[np.float32], factor: NDArray[np.float32], bits: int
+) -> tuple[NDArray[np.float32], float]:
+    """The integers [K, n] of columns `rest` [K, n], which is used up, at scales `steps`, and their errors' squares."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    rest = weight[:, order].copy()
-    integers = np.empty(weight.shape, np.float32)
-    features = weight.shape[1]
-    for start in range(0, features, COLUMNS):
-        stop = min(start + COLUMNS, features)
-        errors = np.empty((len(weight), stop - start), np.float32)
-        for column in range(start, stop):
-            step, value = steps[:, column], rest[:, column]
-            integers[:, column] = np.clip(np.rint(value / step), low, high)
-            errors[:, column - start] = (value - integers[:, column] * step) / factor[column, column]
-            rest[:, column:stop] -= errors[:, column - start, None] * factor[column, column:stop]
-        rest[:, stop:] -= errors @ factor[start:stop, stop:]
-    back = np.empty_like(integers)
-    back[:, order] = integers
-    return pack(back, scales, bits=bits, block=block)
+    integers, squares = np.empty_like(rest), 0.0
+    for start in range(0, len(rest), COLUMNS):
+        stop = min(start + COLUMNS, len(rest))
+        errors = np.empty((stop - start, rest.shape[1]), np.float32)
+        for column, error in zip(range(start, stop), errors, strict=True):
+            integers[column] = np.clip(np.rint(rest[column] / steps[column]), low, high)
+            error[:] = (rest[column] - integers[column] * steps[column]) / factor[column, column]
+            rest[column + 1 : stop] -= factor[column, column + 1 : stop, None] * error
+        rest[stop:] -= factor[start:stop, stop:].T @ errors
+        squares += float(np.sum(np.square(errors, dtype=np.float64)))
+    return integers, squares
+
+
+def inverse_factor(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The upper triangular U [K, K] with UᵀU the inverse of the positive definite `matrix`.
+
+    The Cholesky factor L of the matrix turned about both axes, inverted and turned back, is one: the inverse itself,
+    which costs twice as much, is never made.
+    """
+    return _invert_lower(np.linalg.cholesky(matrix[::-1, ::-1]))[::-1, ::-1]
+
+
+def _invert_lower(lower: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The inverse of a lower triangular matrix, by halves."""
+    size = len(lower)
+    if size <= SMALL:
+        return np.tril(np.linalg.inv(lower))
+    half = size // 2
+    inverse = np.zeros_like(lower)
+    inverse[:half, :half] = _invert_lower(lower[:half, :half])
+    inverse[half:, half:] = _invert_lower(lower[half:, half:])
+    inverse[half:, :half] = -inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half])
+    return inverse
 
 
 def search_scales(
@@ -63,9 +103,14 @@ def search_scales(
 
     Both signs are tried, because the integers reach one further down than up. All-zero blocks get scale 1.
     """
-    rows, features = weight.shape
-    blocks = weight.reshape(rows, features // block, block)
+    features = weight.shape[1]
     weights = importance.astype(np.float32).reshape(1, features // block, block)
+    pieces = np.split(weight, range(rows := max(1, SEARCHED // features), len(weight), rows))
+    return np.concatenate([_search(piece.reshape(len(piece), -1, block), weights, bits) for piece in pieces])
+
+
+def _search(blocks: NDArray[np.float32], weights: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
+    """The scales [n, J] of blocks [n, J, block] whose elements weigh `weights` [1, J, block]."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     largest = np.abs(blocks).max(-1)
     usable = largest / np.float32(-low) >= np.finfo(np.float32).tiny / CLIPS[0]
@@ -82,12 +127,18 @@ def search_scales(
 
 
 def output_error(weight: NDArray[np.float32], rounded: NDArray[np.float32], moment: NDArray[np.float64]) -> float:
-    """Squared error of the outputs over the inputs behind `moment`: sum over rows of e H eᵀ, e = weight - rounded."""
-    error = (weight - rounded).astype(np.float64)
-    return float(np.sum((error @ moment) * error))
+    """Squared error of the outputs over the inputs behind `moment`: sum over rows of e H eᵀ, e = weight - rounded.
+
+    Products are in float32, of which a comparison needs no more; their sum is in float64.
+    """
+    inputs, total = moment.astype(np.float32), 0.0
+    for start in range(0, len(weight), ROWS):
+        error = weight[start : start + ROWS] - rounded[start : start + ROWS]
+        total += float(np.sum((error @ inputs) * error, dtype=np.float64))
+    return total
 
 
-def _damped(moment: NDArray[np.float64], damping: float) -> NDArray[np.float64]:
-    """`moment` made safely positive definite; features that were never active count as barely active."""
+def _damping(moment: NDArray[np.float64], share: float) -> float:
+    """What makes `moment` safely positive definite on its diagonal; never active features count as barely active."""
     mean = float(np.mean(np.diagonal(moment)))
-    return moment + np.eye(len(moment)) * (damping * mean if mean > 0 else 1.0)
+    return share * mean if mean > 0 else 1.0

@@ -182,10 +182,10 @@ class Calibration:
         rule = profile.calibration
         if seen.count >= rule.minimum_tokens:
             assert rule.damping is not None
-            calibrated = gptq(weight, seen.moment, **shape, damping=rule.damping, name=tensor)
-            errors = [output_error(weight, dequantize(one), seen.moment) for one in (calibrated, plain)]
-            gain = errors[0] / errors[1] if errors[1] > 0 else None
-            if errors[0] <= errors[1]:  # a matrix whose rounding was better left alone is left alone
+            calibrated, error = gptq(weight, seen.moment, **shape, damping=rule.damping, name=tensor)
+            without = output_error(weight, dequantize(plain), seen.moment)
+            gain = error / without if without > 0 else None
+            if error <= without:  # a matrix whose rounding was better left alone is left alone
                 rounded, rounding = calibrated, "gptq"
         largest = float(seen.largest.max(initial=0))
         roundings.write(

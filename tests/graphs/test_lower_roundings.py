@@ -47,7 +47,7 @@ def round_all(
         for number, matrix in enumerate(stack):
             x = rng.standard_normal((40, matrix.shape[1]))
             shape = {"bits": scheme.bits, "block": scheme.block}
-            rounded = gptq(np.ascontiguousarray(matrix), x.T @ x, **shape, damping=0.03, name=name)
+            rounded, _ = gptq(np.ascontiguousarray(matrix), x.T @ x, **shape, damping=0.03, name=name)
             expert = number if weight.ndim == 3 else None
             store.write(name, expert, len(stack), rounded, RoundingRecord(name, expert, "gptq", 40, 1.0, 0.5))
             made.append(dequantize(rounded))
