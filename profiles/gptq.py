@@ -80,7 +80,8 @@ def inverse_factor(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     The Cholesky factor L of the matrix turned about both axes, inverted and turned back, is one: the inverse itself,
     which costs twice as much, is never made.
     """
-    return _invert_lower(np.linalg.cholesky(matrix[::-1, ::-1]))[::-1, ::-1]
+    lower = np.asarray(np.linalg.cholesky(matrix[::-1, ::-1]), np.float64)
+    return _invert_lower(lower)[::-1, ::-1]
 
 
 def _invert_lower(lower: NDArray[np.float64]) -> NDArray[np.float64]:
