@@ -47,7 +47,7 @@ class GpuGraphs(OrtBackend):
 
     def _check_signature(self) -> None:
         caches = {entry.type for entry in self._text.get_inputs() if entry.name.startswith("past_")}
-        self._cache_type, self._counters = TYPES[caches.pop()], []
+        self._cache_type, self._counters, self._has_adapters = TYPES[caches.pop()], [], False
 
 
 def progress(step: str, done: int, total: int, unit: str) -> None:
@@ -60,7 +60,7 @@ def measure(build: Build, target: Target, samples: int) -> dict[str, Any]:
     one = TargetBuild(build, target)
     profile, limits = one.decided, thresholds(build.config, target, one.profile)
     spec = build.record.spec
-    processor = Processor(build.config.model, spec)
+    processor = Processor(build.checkpoint.side_folder, spec)
 
     with tempfile.TemporaryDirectory(dir=build.config.output) as scratch:
         folders = Path(scratch) / "calibrated", Path(scratch) / "rtn"

@@ -18,7 +18,7 @@ from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.sources.synthetic import SyntheticModel
 from arriero.graphs.stored.safetensors_writer import ITEM_BYTES
 from arriero.runtimes.api import load
-from arriero.runtimes.manifest import RECORD_FOLDER, Manifest, ProofTerms, StoredWeight
+from arriero.runtimes.manifest import ADAPTERS, RECORD_FOLDER, Manifest, ProofTerms, StoredWeight
 from arriero.runtimes.proof import pages, plots
 from arriero.runtimes.proof.metrics import accuracy_interval
 from arriero.runtimes.proof.report import ParityReport, read_json
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 
 Watch = Callable[[str, int, int, str], None]
 SPEED_PROMPT, SPEED_TOKENS, SPEED_RUNS = "Count from one to one hundred.", 48, 3
+PROOFS = (f"{RECORD_FOLDER}/", f"{ADAPTERS}/")  # folders of a bundle that running it does not need
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One bundle's line. Bytes are of files, without the reference record; shares lie in [0, 1]; KL is the mean over
+    """One bundle's line. Bytes are of files, without reference records; shares lie in [0, 1]; KL is the mean over
     tokens, in nats.
 
     `decoder_bits` are bits per weight of the decoder layers' matrices, scales counted, router and norms not;
@@ -192,7 +193,7 @@ def _line(bundle: Path, manifest: Manifest, measured: ParityReport, speed: float
         name=manifest.name,
         backend=manifest.target.backend,
         profile=manifest.target.profile,
-        bytes=sum(file.bytes for name, file in manifest.files.items() if not name.startswith(f"{RECORD_FOLDER}/")),
+        bytes=sum(file.bytes for name, file in manifest.files.items() if not name.startswith(PROOFS)),
         text_bytes=decoder_bytes(manifest.weights),
         decoder_bits=decoder_bits(manifest.weights),
         kv_cache=manifest.target.kv_cache,
