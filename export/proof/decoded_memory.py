@@ -42,6 +42,7 @@ def decoded_memory(used: Iterable[WeightSource], whole: bool) -> int:
     for source in used:
         group = group_of(source.name)
         if is_decoded(source) and (whole or not group.endswith(".feed_forward")):
-            groups[group] = groups.get(group, 0) + source.nbytes
+            needed = group.removesuffix(".feed_forward")  # a layer that runs needs its experts beside its matrices
+            groups[needed] = groups.get(needed, 0) + source.nbytes
     outside = groups.pop("", 0)
     return outside + min(sum(groups.values()), max(ROOM, max(groups.values(), default=0)))

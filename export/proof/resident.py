@@ -77,7 +77,8 @@ class ResidentWeights:
             self._held[group] = self._held.pop(group)
             return
         size = sum(self._checkpoint.tensors[name].nbytes for name in self._groups[group])
-        for other in [other for other in self._held if other not in self._pinned]:
+        # a layer that runs needs its own matrices beside its experts
+        for other in [one for one in self._held if one not in self._pinned and not group.startswith(f"{one}.")]:
             if sum(self._held.values()) + size <= ROOM:
                 break
             for name in self._groups[other]:

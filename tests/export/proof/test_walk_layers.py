@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from arriero.errors import ArrieroError
 from arriero.export.calibration.calibrate import Calibration, fallbacks
+from arriero.export.proof import resident
 from arriero.export.proof.reference import TorchBackend
 from arriero.export.proof.walk_layers import Walk
 from arriero.graphs.checkpoint import Checkpoint
@@ -346,6 +347,22 @@ def test_of_a_decoded_checkpoint_each_expert_is_read_once_and_no_stack_is_held(t
     assert {stop - start for _, start, stop in read} == {1}
     for layer in range(5):
         np.testing.assert_allclose(*(np.load(one.hidden_file(layer)) for one in (walk, plain)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_a_layer_that_runs_is_not_given_up_for_its_own_experts(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for nothing, each layer has what it needs all the same."""
+    checkpoint = Checkpoint.open(TOYS[name](tmp_path / "toy"))
+    checkpoint.layout.tensors.update({name: _decoded(source, []) for name, source in checkpoint.tensors.items()})
+    monkeypatch.setattr(resident, "ROOM", 1)
+    ids, every = np.arange(3, 3 + LENGTH)[None], np.arange(LENGTH)
+    logits = []
+    for backend in (TorchBackend(checkpoint), TorchBackend.of(load_reference(tmp_path / "toy"))):
+        embeds = backend.embed(ids, np.zeros((0, 64), np.float32))
+        logits.append(backend.forward(embeds, every[None], backend.new_cache(1, LENGTH), every).logits)
+    np.testing.assert_allclose(*logits, atol=1e-5)
 
 
 def _decoded(source: WeightSource, read: list[tuple[str, int, int]]) -> MadeWeight:
