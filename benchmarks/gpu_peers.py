@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
-from gpu_timing import LONG_ENOUGH
+from gpu_timing import LONG_ENOUGH, summary
 from sm_clock import SmClock
 
 LAYOUTS = ("kn", "nk")
@@ -149,10 +148,4 @@ def time_replayed(torch: Any, run: Run, turns: int, rounds: int, clock: SmClock)
     once, _ = seconds(1)
     repeats = max(1, math.ceil(LONG_ENOUGH / once))
     measured: Sequence[tuple[float, int | None]] = [seconds(repeats) for _ in range(rounds)]
-    times, clocks = [time / turns * 1e6 for time, _ in measured], [mhz for _, mhz in measured]
-    return {
-        "microseconds": round(statistics.median(times), 3),
-        "best": round(min(times), 3),
-        "worst": round(max(times), 3),
-        "sm_mhz": None if None in clocks else statistics.median(clocks),
-    }
+    return summary([time / turns for time, _ in measured], [mhz for _, mhz in measured])

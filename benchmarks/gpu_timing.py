@@ -92,12 +92,17 @@ def time_beside(gpu: CudaGpu, graph: ctypes.c_void_p, launches: int, probe: Read
         seconds, clock = gpu.time(graph, repeats)
         times.append(seconds / launches)
         clocks.append(clock)
+    return {**summary(times, clocks), "read_gb_s": round(statistics.median(bandwidths) / 1e9, 1)}
+
+
+def summary(seconds: Sequence[float], clocks: Sequence[int | None]) -> dict[str, Any]:
+    """Of all rounds: median, best and worst time, and the SM clock."""
+    known = [clock for clock in clocks if clock is not None]
     return {
-        "microseconds": round(statistics.median(times) * 1e6, 3),
-        "best": round(min(times) * 1e6, 3),
-        "worst": round(max(times) * 1e6, 3),
-        "sm_mhz": None if None in clocks else statistics.median(clocks),
-        "read_gb_s": round(statistics.median(bandwidths) / 1e9, 1),
+        "microseconds": round(statistics.median(seconds) * 1e6, 3),
+        "best": round(min(seconds) * 1e6, 3),
+        "worst": round(max(seconds) * 1e6, 3),
+        "sm_mhz": statistics.median(known) if len(known) == len(clocks) else None,
     }
 
 

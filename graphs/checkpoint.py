@@ -68,11 +68,14 @@ class Checkpoint:
         Raises as the layout's module does.
         """
         model = Path(model) if isinstance(model, str) else model
-        layout = open_layout(model)
-        if adapters:
-            tensors, files = merge_adapters(layout.tensors, adapters)
-            layout = replace(layout, tensors=tensors, weight_files=[*layout.weight_files, *files])
-        return cls(model, layout)
+        opened = cls(model, open_layout(model))
+        return opened.merged(adapters) if adapters else opened
+
+    def merged(self, adapters: Sequence[Path]) -> Checkpoint:
+        """This checkpoint with LoRA `adapters` merged in order. Raises as `Adapter.read` does."""
+        tensors, files = merge_adapters(self.tensors, adapters)
+        weight_files = [*self.layout.weight_files, *files]
+        return Checkpoint(self.model, replace(self.layout, tensors=tensors, weight_files=weight_files))
 
     @property
     def text_only(self) -> bool:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 from arriero.graphs.config import ModelConfig
 
 TEXT_PREFIX = "language_model."
 EMBEDDING = f"{TEXT_PREFIX}model.embed_tokens.weight"
 HEAD = f"{TEXT_PREFIX}lm_head.weight"
-SWITCHABLE = re.compile(
-    rf"{re.escape(TEXT_PREFIX)}model\.layers\.\d+\."
-    r"(self_attn\.[qkvo]_proj|feed_forward\.(shared_expert\.)?(gate|up|down)_proj)\.weight"
-)
 RENAMED = {  # the first that fits
     "model.language_model.": f"{TEXT_PREFIX}model.",
     "model.vision_model.": "vision_model.",
@@ -49,8 +43,3 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = Llama4(config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def is_switchable(name: str) -> bool:
-    """Whether a tensor is the matrix of a linear layer that an adapter may change while a bundle runs."""
-    return SWITCHABLE.fullmatch(name) is not None

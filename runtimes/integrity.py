@@ -45,8 +45,7 @@ def check_chain(manifest: Manifest) -> None:
         if getattr(chain, name) != link(getattr(chain, before), str(digest)):
             where = f"{manifest.bundle / FILE}:chain.{name}"
             raise ArrieroError(f"the link {before} -> {name} is broken: {what}", where=where, remedy=COPY_AGAIN)
-    records = {None: manifest.record} | {name: one.record for name, one in manifest.adapters.items()}
-    for adapter, record in records.items():
+    for adapter, record in manifest.records.items():
         file = manifest.files.get(proof_path(adapter, RECORD_FILE))
         if file is not None and file.sha256 != record:
             where = f"{manifest.bundle / FILE}:{'record' if adapter is None else f'adapters.{adapter}.record'}"

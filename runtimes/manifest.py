@@ -26,6 +26,7 @@ REPORTS = ("parity.json", "parity.html")
 RECORD_FOLDER = "reference"  # of the reference record, in a bundle that brings it
 RECORD_FILE = f"{RECORD_FOLDER}/record.json"
 ADAPTERS = "adapters"  # the folder with record and reports of each adapter, in a folder of its name
+PROOFS = (f"{RECORD_FOLDER}/", f"{ADAPTERS}/")  # where files lie that a bundle is proven with, and not run
 
 COPY_AGAIN = "Copy the bundle again, or rebuild it with `arriero build`"
 
@@ -298,8 +299,12 @@ class Manifest:
     @property
     def proven(self) -> bool:
         """Whether the bundle holds the reports of a proof that it passed, with each of its adapters too."""
-        subjects = (None, *self.adapters)
-        return all(proof_path(subject, report) in self.files for subject in subjects for report in REPORTS)
+        return all(proof_path(subject, report) in self.files for subject in self.records for report in REPORTS)
+
+    @property
+    def records(self) -> dict[str | None, str]:
+        """The hashes of the reference records: of the model itself, under None, and of it with each adapter."""
+        return {None: self.record} | {name: one.record for name, one in self.adapters.items()}
 
 
 OPTIONAL = ("source", "adapters")
@@ -320,9 +325,7 @@ def manifest_digest(entries: Mapping[str, Any]) -> str:
     """Give the sha256 over all that a manifest's JSON says but its chain, its reference record and its reports."""
     said = {key: value for key, value in entries.items() if key not in ("chain", "record")}
     said["files"] = {
-        name: record
-        for name, record in entries["files"].items()
-        if name not in REPORTS and not name.startswith((f"{RECORD_FOLDER}/", f"{ADAPTERS}/"))
+        name: record for name, record in entries["files"].items() if name not in REPORTS and not name.startswith(PROOFS)
     }
     # `build` also names the stages that made the record and the reports.
     proof = ("parity-", "reference")

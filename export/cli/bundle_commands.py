@@ -124,7 +124,7 @@ def _recorded(bundle: Path) -> Proofs:
 
     manifest = open_manifest(bundle)
     check_proven(manifest)
-    return {adapter: read_json(bundle / proof_path(adapter, "parity.json")) for adapter in (None, *manifest.adapters)}
+    return {adapter: read_json(bundle / proof_path(adapter, "parity.json")) for adapter in manifest.records}
 
 
 def _measure(

@@ -31,7 +31,7 @@ def describe_bundle(bundle: Path) -> dict[str, Any]:
     """The manifest's facts with weights summed by scheme and parity in short. Raises `ArrieroError` if damaged."""
     manifest = open_manifest(bundle, full=True)
     reports = (
-        [read_json(bundle / proof_path(adapter, "parity.json")) for adapter in (None, *manifest.adapters)]
+        [read_json(bundle / proof_path(adapter, "parity.json")) for adapter in manifest.records]
         if manifest.proven
         else []
     )

@@ -14,6 +14,7 @@ from rich.markup import escape
 from arriero.errors import STOPPED, UNEXPECTED, ArrieroError, sentence_of
 from arriero.export.cli.tables import print_rows
 from arriero.export.pipeline.results import TargetResult, worst_code
+from arriero.export.pipeline.stages import split_stage
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -130,5 +131,5 @@ def _stages(stages: Mapping[str, float | None]) -> str:
 
 def _kind(stage: str) -> str:
     """What a stage does, without the target that it does it for: `parity`, and `parity with german` for an adapter."""
-    name, _, adapter = stage.partition("+")
+    name, adapter = split_stage(stage)
     return name.partition("-")[0] + (f" with {adapter}" if adapter else "")

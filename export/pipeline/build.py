@@ -22,13 +22,13 @@ from arriero.export.pipeline.parts import read_part, write_part
 from arriero.export.pipeline.plan import make_plan
 from arriero.export.pipeline.record_plan import answer_mode
 from arriero.export.pipeline.results import TargetResult
-from arriero.export.pipeline.runtime_adapters import adapted_checkpoints
-from arriero.export.pipeline.stage_keys import calibrating, rounding_folder, stage_inputs, subject_stage
-from arriero.export.pipeline.stages import Run, Stage, WorkDir, key_of, machine_limits, read_record
+from arriero.export.pipeline.stage_keys import calibrating, rounding_folder, stage_inputs
+from arriero.export.pipeline.stages import Run, Stage, WorkDir, key_of, machine_limits, read_record, subject_stage
 from arriero.export.pipeline.target_build import TargetBuild
 from arriero.export.samples.cases import describe_set, draw_cases
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
+from arriero.graphs.sources.runtime_adapters import RuntimeAdapters
 from arriero.profiles.kv_cache import check_tokens
 from arriero.profiles.recipe import Profile
 from arriero.runtimes.manifest import CalibratedPart
@@ -76,7 +76,12 @@ class Build:
     @cached_property
     def adapted(self) -> dict[str, Checkpoint]:
         """The checkpoint with each of the runtime adapters merged, by the adapter's name."""
-        return adapted_checkpoints(self.config)
+        return {name: self.checkpoint.merged([folder]) for name, folder in self.config.runtime_adapters.items()}
+
+    @cached_property
+    def runtime_adapters(self) -> RuntimeAdapters:
+        """The factors of those adapters, between which the text graphs of all targets switch."""
+        return RuntimeAdapters.read(self.checkpoint.tensors, self.config.runtime_adapters)
 
     @cached_property
     def model(self) -> ModelConfig:

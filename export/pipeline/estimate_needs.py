@@ -11,6 +11,7 @@ from arriero.export.build_file.schema import BuildConfig, Target
 from arriero.export.calibration import estimate
 from arriero.export.pipeline.planned import PlannedTarget
 from arriero.export.pipeline.record_plan import record_bytes, record_memory, walk_bytes
+from arriero.export.pipeline.stages import split_stage
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig, TextConfig
 from arriero.graphs.names import EMBEDDING, TEXT_PREFIX
@@ -62,7 +63,7 @@ def estimate_needs(
         **{
             name: (record_memory(seen, used, case_sizes, answers), walked)
             for name in names
-            if name.partition("+")[0] == "reference"
+            if split_stage(name)[0] == "reference"
         },
     }
     kernels = TOOLS_MEMORY + min(COMPILERS, usable_cores()) * COMPILER_MEMORY
@@ -77,7 +78,7 @@ def estimate_needs(
             lowering = (max(lowering[0], engine), 2 * target.weights_bytes + ENGINE_DISK)
         needs[f"lower-{target.name}"] = lowering
         parity = _parity_memory(target, seen.text, table, longest)
-        needs |= {name: (parity, GRAPH_DISK) for name in names if name.partition("+")[0] == f"parity-{target.name}"}
+        needs |= {name: (parity, GRAPH_DISK) for name in names if split_stage(name)[0] == f"parity-{target.name}"}
         # the baseline's weights lie beside the bundle's own while it is measured
         needs[f"rtn-{target.name}"] = (max(lowering[0], parity), target.weights_bytes + GRAPH_DISK)
     return needs
@@ -138,7 +139,7 @@ def plan_target(
         kv_bytes=target.batch * kv_bytes(config.text, target.context, cache_bytes(target, profile)),
         quantised=_what_becomes_of(checkpoint.quantised, schemes),
         done=state[f"lower-{target.name}"]
-        and all(done for name, done in state.items() if name.partition("+")[0] == f"parity-{target.name}"),
+        and all(done for name, done in state.items() if split_stage(name)[0] == f"parity-{target.name}"),
     )
 
 

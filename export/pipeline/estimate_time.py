@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from arriero.export.calibration.estimate import Size
 from arriero.export.machine.speed import MachineSpeed
 from arriero.export.pipeline.planned import PlannedTarget
+from arriero.export.pipeline.stages import split_stage
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.names import TEXT_PREFIX
 from arriero.graphs.sources.weight_source import WeightSource
@@ -87,7 +88,7 @@ def estimate_seconds(
         seconds[f"parity-{target.name}"] = TOOLS + proof + work.answer_seconds(each, speed)
         seconds[f"rtn-{target.name}"] = TOOLS + write + proof
     # with an adapter a stage takes as long as without
-    return {name: KERNELS if name.startswith("kernels-") else seconds[name.partition("+")[0]] for name in names}
+    return {name: KERNELS if name.startswith("kernels-") else seconds[split_stage(name)[0]] for name in names}
 
 
 def _rounding(work: Work, speed: MachineSpeed) -> float:

@@ -36,12 +36,11 @@ def place_record(
 def is_placed(bundle: Path, place: Place) -> bool:
     """Whether the records of a published bundle are where the build file wants them."""
     manifest = Manifest.read(bundle)
-    records = {None: manifest.record} | {name: one.record for name, one in manifest.adapters.items()}
-    inside = {adapter: proof_path(adapter, RECORD_FILE) in manifest.files for adapter in records}
+    inside = [proof_path(adapter, RECORD_FILE) in manifest.files for adapter in manifest.records]
     if place == "bundle":
-        return all(inside.values())
-    apart = (_holds(separate_folder(bundle.parent, record), record) for record in records.values())
-    return not any(inside.values()) and all(apart)
+        return all(inside)
+    apart = (_holds(separate_folder(bundle.parent, record), record) for record in manifest.records.values())
+    return not any(inside) and all(apart)
 
 
 def _holds(folder: Path, digest: str) -> bool:

@@ -22,7 +22,6 @@ from arriero.export.pipeline.ignored_files import ignored_files
 from arriero.export.pipeline.planned import Plan, PlannedStage
 from arriero.export.pipeline.record_plan import answer_mode, record_bytes
 from arriero.export.pipeline.resolution import weak_thresholds
-from arriero.export.pipeline.runtime_adapters import adapted_checkpoints, read_runtime_adapters
 from arriero.export.pipeline.sample_sets import SampleSets
 from arriero.export.pipeline.stage_keys import KeyInputs, calibrating, stage_inputs
 from arriero.export.pipeline.stages import WorkDir, key_of
@@ -46,17 +45,12 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
     content = checkpoint.known_content_hash(work.hash_memo)
     refused, ready = Findings(), Findings()
     inputs: dict[str, KeyInputs] = {}
-    adapted: dict[str, str | None] = {}
-    switched = RuntimeAdapters()
-    try:
-        switched = read_runtime_adapters(build, checkpoint)
-        for name, one in adapted_checkpoints(build).items():
-            adapted[name] = one.known_content_hash(work.hash_memo)
-    except ArrieroError as error:
-        refused.raised.append(error)
-    hashes = {name: known or "" for name, known in adapted.items()}
+    switched, hashes = [RuntimeAdapters()], dict[str, str]()
+    if refused.of(lambda: switched.append(RuntimeAdapters.read(checkpoint.tensors, build.runtime_adapters))):
+        for name, folder in build.runtime_adapters.items():
+            hashes[name] = checkpoint.merged([folder]).known_content_hash(work.hash_memo) or ""
     refused.of(lambda: inputs.update(stage_inputs(build, content or "", profiles, hashes)))
-    hashed = bool(content) and all(adapted.values())
+    hashed = bool(content) and all(hashes.values())
     keys = {name: key_of(name, values) for name, values in inputs.items()}
     state = {name: hashed and work.is_done(name, key) for name, key in keys.items()}
     undone = {name for name in keys if not state[name] and (only is None or name in only)}
@@ -75,7 +69,7 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
         raise
     used = [info for info in checkpoint.tensors.values() if is_used(info, build, checkpoint)]
     targets = tuple(
-        plan_target(target, profiles[target.profile], checkpoint, used, config, state, switched.nbytes)
+        plan_target(target, profiles[target.profile], checkpoint, used, config, state, switched[-1].nbytes)
         for target in build.targets
     )
     needs = estimate_needs(

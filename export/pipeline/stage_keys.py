@@ -13,7 +13,7 @@ from arriero.export.compile.cpus import NATIVE, parse_cpu
 from arriero.export.machine.versions import installed_versions
 from arriero.export.pipeline.record_plan import LAYOUTS, record_inputs
 from arriero.export.pipeline.sources import source_hash
-from arriero.export.pipeline.stages import key_of
+from arriero.export.pipeline.stages import key_of, subject_stage
 from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.samples.cases import describe_set, draw_cases
 from arriero.profiles.recipe import Profile
@@ -86,11 +86,6 @@ def stage_inputs(
             judged = {**proven, "reference": key_of(record, stages[record])}
             stages[subject_stage(parity, adapter)] = {**judged, "thresholds": limits, "source": source}
     return stages
-
-
-def subject_stage(stage: str, adapter: str | None) -> str:
-    """The stage that does for the model with `adapter` what `stage` does for the model itself."""
-    return stage if adapter is None else f"{stage}+{adapter}"
 
 
 def _lowers(target: Target) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from arriero.runtimes.manifest import file_sha256
 
 RECORD = "stage.json"
 Run = Callable[[Path], Iterable[str] | None]  # fills a folder and says which files it wrote; None for all
+WITH = "+"  # between a stage's name and the adapter that it is done with
 FOLDER = re.compile(r"(?P<name>.+)-(?P<key>[0-9a-f]{12})(\.partial)?")
 
 
@@ -172,6 +173,17 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{folder / RECORD} is no record")
     return record
+
+
+def subject_stage(stage: str, adapter: str | None) -> str:
+    """The stage that does for the model with `adapter` what `stage` does for the model itself."""
+    return stage if adapter is None else f"{stage}{WITH}{adapter}"
+
+
+def split_stage(name: str) -> tuple[str, str | None]:
+    """The inverse of `subject_stage`."""
+    stage, _, adapter = name.partition(WITH)
+    return stage, adapter or None
 
 
 @contextlib.contextmanager

@@ -30,12 +30,10 @@ from arriero.export.pipeline.failure_page import FailurePage
 from arriero.export.pipeline.parts import read_part, write_part
 from arriero.export.pipeline.place_record import is_placed, place_record
 from arriero.export.pipeline.results import Failure, State, TargetResult
-from arriero.export.pipeline.runtime_adapters import read_runtime_adapters
-from arriero.export.pipeline.stage_keys import rounding_folder, subject_stage
-from arriero.export.pipeline.stages import Run, key_of, machine_limits, read_record
+from arriero.export.pipeline.stage_keys import rounding_folder
+from arriero.export.pipeline.stages import Run, key_of, machine_limits, read_record, split_stage, subject_stage
 from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.proof.emulate import can_emulate
-from arriero.graphs.sources.runtime_adapters import RuntimeAdapters
 from arriero.graphs.sources.synthetic import SyntheticModel
 from arriero.profiles.kv_cache import CacheScales, cache_scales
 from arriero.profiles.quantized_weights import QuantizedWeights
@@ -113,7 +111,7 @@ class TargetBuild:
             result = TargetResult(self.target.name, self.bundle, state, failures=failures, report=report, error=error)
         except Exception as error:  # a fault of ours in one backend is no reason to leave the others out
             result = TargetResult(self.target.name, self.bundle, "not built", error=error)
-        own = [name for name in self.build.inputs if name.partition("+")[0].endswith(f"-{self.target.name}")]
+        own = [name for name in self.build.inputs if split_stage(name)[0].endswith(f"-{self.target.name}")]
         ran = self.build.work.ran
         stages = {name: ran.get(name) for name in own if name in ran or result.state != "up to date"}
         shared = {name: seconds for name, seconds in ran.items() if name not in before and name not in own}
@@ -266,15 +264,10 @@ class TargetBuild:
 
             lowering = Lowering(
                 *(build.model, build.checkpoint, schemes, folder, progress, roundings, self.cache_scales, capability),
-                *(dump, self.runtime_adapters),
+                *(dump, build.runtime_adapters),
             )
             weights |= module.lower(part, ir.load(build.graph / f"{part}.onnx"), lowering)
         return weights
-
-    @cached_property
-    def runtime_adapters(self) -> RuntimeAdapters:
-        """What the bundle's text graph switches between."""
-        return read_runtime_adapters(self.build.config, self.build.checkpoint)
 
     def compile(self, target: Target, parts: tuple[str, ...], kernels: Path | None, folder: Path) -> Compiled:
         """Make of the lowered graphs in `folder` what the backend loads."""

@@ -140,8 +140,7 @@ def prove_against(
     record = _record(manifest, folder, adapter)
     live = LiveReference(session, [record.case(number).case for number in range(len(record))], record.answers)
     checked = CheckedReference(live, record)
-    own = manifest.record if adapter is None else manifest.adapters[adapter].record
-    if record.hash == own:
+    if record.hash == manifest.records[adapter]:
         return measure_bundle(bundle, checked, terms_of(manifest, adapter), record.labels(), watch, adapter)
     return measure_other_cases(manifest, checked, record.labels(), watch, adapter)
 

@@ -18,7 +18,7 @@ from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.sources.synthetic import SyntheticModel
 from arriero.graphs.stored.safetensors_writer import ITEM_BYTES
 from arriero.runtimes.api import load
-from arriero.runtimes.manifest import ADAPTERS, RECORD_FOLDER, Manifest, ProofTerms, StoredWeight
+from arriero.runtimes.manifest import PROOFS, Manifest, ProofTerms, StoredWeight
 from arriero.runtimes.proof import pages, plots
 from arriero.runtimes.proof.metrics import accuracy_interval
 from arriero.runtimes.proof.report import ParityReport, read_json
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 Watch = Callable[[str, int, int, str], None]
 SPEED_PROMPT, SPEED_TOKENS, SPEED_RUNS = "Count from one to one hundred.", 48, 3
-PROOFS = (f"{RECORD_FOLDER}/", f"{ADAPTERS}/")  # folders of a bundle that running it does not need
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,7 @@ def prove_bundle(bundle: Path, folders: Sequence[Path], watch: Watch, output: Pa
     """
     manifest = open_manifest(bundle)
     records = open_records(manifest, folders)
-    own = {None: manifest.record} | {name: one.record for name, one in manifest.adapters.items()}
-    if {adapter: record.hash for adapter, record in records.items()} != own:
+    if {adapter: record.hash for adapter, record in records.items()} != manifest.records:
         return {
             adapter: measure_other_cases(manifest, record, record.labels(), watch, adapter)
             for adapter, record in records.items()
@@ -90,7 +89,7 @@ def measure_other_cases(
 def open_records(manifest: Manifest, folders: Sequence[Path] = ()) -> dict[str | None, ReferenceRecord]:
     """The records of a bundle, of the model itself under None and of its adapters; or those in `folders`."""
     if not folders:
-        return {adapter: open_own_record(manifest, adapter) for adapter in (None, *manifest.adapters)}
+        return {adapter: open_own_record(manifest, adapter) for adapter in manifest.records}
     opened = [ReferenceRecord.open(folder) for folder in folders]
     return {
         adapter_of(manifest, record.checkpoint, "this record's checkpoint", record.folder): record for record in opened
@@ -101,11 +100,10 @@ def open_own_record(manifest: Manifest, adapter: str | None) -> ReferenceRecord:
     """The record that a bundle brings, of the model with `adapter` or of the model itself."""
     folder = manifest.bundle / proof_path(adapter, RECORD_FOLDER)
     if not folder.is_dir():
-        expected = manifest.record if adapter is None else manifest.adapters[adapter].record
         raise ArrieroError(
             "the bundle does not bring its reference record",
             where=str(manifest.bundle),
-            expected=f"the record {expected[:12]}..., which its build published apart",
+            expected=f"the record {manifest.records[adapter][:12]}..., which its build published apart",
             remedy="Give its folder with --record, or the checkpoint with --against",
         )
     record = ReferenceRecord.open(folder)

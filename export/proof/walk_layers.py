@@ -92,14 +92,14 @@ class Step:
     seen: dict[str, tuple[Floats, Floats]]
     present: KeyValue  # [1, K, S, D] each
 
-    def choices(self, per_token: int) -> tuple[NDArray[np.int64], Floats, Floats | None]:
-        """Of a MoE layer: expert ids and router logits [S, k], and how clear each choice was, [S]; None if k is all."""
+    def choices(self, per_token: int) -> tuple[NDArray[np.int64], Floats | None]:
+        """Of a MoE layer: expert ids [S, k], and how clear each choice was, [S]; None if k is all."""
         logits = torch.from_numpy(self.seen[ROUTER][1])
-        value, chosen = logits.topk(per_token, dim=-1)
+        chosen = logits.topk(per_token, dim=-1).indices.numpy()
         if logits.shape[-1] == per_token:
-            return chosen.numpy(), value.numpy(), None
+            return chosen, None
         best = logits.topk(per_token + 1, dim=-1).values
-        return chosen.numpy(), value.numpy(), (best[:, -2] - best[:, -1]).numpy()
+        return chosen, (best[:, -2] - best[:, -1]).numpy()
 
 
 class Walk:
@@ -174,7 +174,7 @@ class Walk:
         self.routed = self._new_routed() if moe else None
         total = len(self.prompts) + (self.text.experts if moe else 0)
         tell = progress or _tell_nobody
-        with self._ready(layer):
+        with self.session.backend.holding(layer), _widened(module):  # type: ignore[attr-defined]
             for number in range(len(self.prompts)):
                 rows = slice(*self.bounds[number : number + 2])
                 with _watched(module) as seen:
@@ -185,12 +185,6 @@ class Walk:
         if self.routed is not None:
             self._add_experts(layer, self.routed, out, lambda expert: tell(len(self.prompts) + expert + 1, total))
         _finish(out, self.hidden_file(layer + 1))
-
-    @contextmanager
-    def _ready(self, layer: int) -> Iterator[None]:
-        """Within the block, the matrices of `layer` that every token reads are in memory, in float32."""
-        with self.session.backend.holding(layer), _widened(self.model.model.layers[layer]):  # type: ignore[attr-defined]
-            yield
 
     def _new_routed(self) -> Routed:
         rows = self.tokens * self.text.experts_per_token

@@ -124,7 +124,7 @@ class _Writer:
         step = f"{STEP}: layer {layer} ({layer + 1} of {self.layers})"
         for one in self.walk.steps(layer, lambda done, total: self.watch(step, done, total, "cases and experts")):
             if ROUTER in one.seen:
-                chosen, _, margin = one.choices(self.walk.text.experts_per_token)
+                chosen, margin = one.choices(self.walk.text.experts_per_token)
                 ids.append(chosen.astype(np.int32))
                 margins += [] if margin is None else [margin]
         hidden = np.load(self.walk.hidden_file(layer + 1), mmap_mode="r")

@@ -5,6 +5,7 @@ Legend: n adapters, R rank, N output features, K input features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from arriero.errors import ArrieroError, Problems
-from arriero.graphs.names import is_switchable
 from arriero.graphs.sources.adapters import Adapter, Delta, Floats
 from arriero.graphs.sources.weight_source import WeightSource
+from arriero.profiles.groups import group_of
+
+SWITCHABLE = (
+    "attention",
+    "shared_expert",
+    "mlp",
+)  # the groups whose matrices an adapter may change while a bundle runs
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,9 @@ class RuntimeAdapters:
             except ArrieroError as error:
                 problems += error.problems if isinstance(error, Problems) else [error]
                 continue
-            fixed = sorted({*adapter.whole, *(tensor for tensor, _ in adapter.deltas if not is_switchable(tensor))})
+            fixed = sorted(
+                {*adapter.whole, *(tensor for tensor, _ in adapter.deltas if group_of(tensor) not in SWITCHABLE)}
+            )
             if fixed:
                 what = f"changes {len(fixed)} tensors that cannot be switched while a bundle runs, as {fixed[0]}"
                 expected = "attention, shared experts and dense MLPs alone"
@@ -52,12 +61,8 @@ class RuntimeAdapters:
 
     def stack(self, tensor: str) -> tuple[Floats, Floats]:
         """A [n+1, R, K] and B [n+1, N, R] of `tensor`, scaled; zeros for number 0 and beyond an adapter's own rank."""
-        deltas = self.deltas[tensor]
-        present = [delta for delta in deltas if delta is not None]
-        rank = max(delta.a.shape[0] for delta in present)
-        a = np.zeros((len(deltas) + 1, rank, present[0].a.shape[1]), np.float32)
-        b = np.zeros((len(deltas) + 1, present[0].b.shape[0], rank), np.float32)
-        for number, delta in enumerate(deltas, 1):
+        a, b = (np.zeros(shape, np.float32) for shape in self._shapes(tensor))
+        for number, delta in enumerate(self.deltas[tensor], 1):
             if delta is not None:
                 own = delta.a.shape[0]
                 a[number, :own], b[number, :, :own] = delta.a, delta.b * delta.scaling
@@ -66,4 +71,10 @@ class RuntimeAdapters:
     @property
     def nbytes(self) -> int:
         """Bytes of all stacks."""
-        return sum(factor.nbytes for tensor in self.deltas for factor in self.stack(tensor))
+        return sum(4 * math.prod(shape) for tensor in self.deltas for shape in self._shapes(tensor))
+
+    def _shapes(self, tensor: str) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        deltas = self.deltas[tensor]
+        present = [delta for delta in deltas if delta is not None]
+        rank, count = max(delta.a.shape[0] for delta in present), len(deltas) + 1
+        return (count, rank, present[0].a.shape[1]), (count, present[0].b.shape[0], rank)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
+import importlib
 import os
 import re
 import subprocess
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from arriero.export.build_file.read import load_build
+from tests.benchmarks.bare_packages import link_bare_packages
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPT = FOLDER / "first_gpu_run.sh"
@@ -40,11 +41,7 @@ def run(tmp_path: Path, python: Path, **environment: str) -> tuple[int, str]:
 
 def test_a_bare_machine_is_told_that_it_has_no_driver(tmp_path):
     """With numpy and ml_dtypes for packages, and nothing of ours."""
-    for name in ("numpy", "ml_dtypes"):
-        folder = Path(importlib.util.find_spec(name).origin).parent
-        for path in (folder, folder.with_name(f"{name}.libs")):
-            if path.is_dir():
-                (tmp_path / path.name).symlink_to(path)
+    link_bare_packages(tmp_path)
     python = program(tmp_path / "bare", f'exec "{sys.executable}" -S "$@"')
     with contextlib.suppress(OSError):
         ctypes.CDLL("libcuda.so.1")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import importlib.util
 import json
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import torch
 from arriero.errors import MachineLacks
 from arriero.export.compile.cuda.build_cuda_kernels import find_nvcc
 from arriero.export.compile.cuda.launch import KERNELS, SCALARS, THREADS, source_of
+from tests.benchmarks.bare_packages import link_bare_packages
 from tests.cuda_emulator import FORWARD, build, cached_library
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -321,11 +321,7 @@ def test_runs_that_a_peer_refused_have_no_spread(benchmark):
 
 def test_a_bare_machine_needs_numpy_and_ml_dtypes_alone(tmp_path):
     """Of packages; the checkout's folder has another name, and another project's `tests` is installed."""
-    for name in ("numpy", "ml_dtypes"):
-        folder = Path(importlib.util.find_spec(name).origin).parent
-        for path in (folder, folder.with_name(f"{name}.libs")):
-            if path.is_dir():
-                (tmp_path / path.name).symlink_to(path)
+    link_bare_packages(tmp_path)
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "__init__.py").write_text("raise RuntimeError('not these')\n")
     (tmp_path / "checkout").symlink_to(FOLDER.parent)

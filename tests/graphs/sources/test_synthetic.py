@@ -23,15 +23,7 @@ from arriero.graphs.sources.spread import LIKELY, MASS
 from arriero.graphs.sources.synthetic import SyntheticModel
 from tests.command import arriero
 from tests.narrow import add_narrow
-from tests.test_true_size import PARAMETERS
-
-BUILD = """version: 1
-model: nothing-here-yet
-modalities: [text]
-targets:
-  - {name: small, backend: tvm, profile: int4, context: 4096}
-calibration: {set: samples.jsonl}
-"""
+from tests.test_true_size import BUILD, PARAMETERS
 
 
 def drawn(shape: tuple[int, ...], name: str = "a", seed: int = 0, deviation: float = 1.0):
