@@ -15,10 +15,10 @@ from arriero.profiles.quantize import Quantized, check_weight, pack
 
 # Shares of the largest magnitude that a block's scale is tried at; below 0.6 none was ever chosen.
 CLIPS = np.linspace(0.6, 1.05, 19, dtype=np.float32)
-COLUMNS = 64  # columns whose updates are applied to the rest of the matrix at once
+PANEL, STRIP = 256, 16  # columns whose updates are applied at once: to the rest of the matrix, to their own panel
 ROWS = 1024  # rows that are rounded at a time: none depends on another, and these stay in a processor's cache
-SEARCHED = 1 << 18  # elements whose scales are searched at a time, likewise
-SMALL = 128  # triangular matrices up to here are inverted as they are
+SEARCHED = 1 << 16  # elements whose scales are searched at a time, likewise
+SMALL = 256  # triangular matrices up to here are factored, inverted and multiplied as they are
 
 
 def gptq(
@@ -62,13 +62,17 @@ def _round_columns(
     """The integers [K, n] of columns `rest` [K, n], which is used up, at scales `steps`, and their errors' squares."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     integers, squares = np.empty_like(rest), 0.0
-    for start in range(0, len(rest), COLUMNS):
-        stop = min(start + COLUMNS, len(rest))
+    for start in range(0, len(rest), PANEL):
+        stop = min(start + PANEL, len(rest))
         errors = np.empty((stop - start, rest.shape[1]), np.float32)
-        for column, error in zip(range(start, stop), errors, strict=True):
-            integers[column] = np.clip(np.rint(rest[column] / steps[column]), low, high)
-            error[:] = (rest[column] - integers[column] * steps[column]) / factor[column, column]
-            rest[column + 1 : stop] -= factor[column, column + 1 : stop, None] * error
+        for strip in range(start, stop, STRIP):
+            end = min(strip + STRIP, stop)
+            for column in range(strip, end):
+                error = errors[column - start]
+                np.clip(np.rint(rest[column] / steps[column]), low, high, out=integers[column])
+                error[:] = (rest[column] - integers[column] * steps[column]) / factor[column, column]
+                rest[column + 1 : end] -= factor[column, column + 1 : end, None] * error
+            rest[end:stop] -= factor[strip:end, end:stop].T @ errors[strip - start : end - start]
         rest[stop:] -= factor[start:stop, stop:].T @ errors
         squares += float(np.sum(np.square(errors, dtype=np.float64)))
     return integers, squares
@@ -77,24 +81,44 @@ def _round_columns(
 def inverse_factor(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     """The upper triangular U [K, K] with UᵀU the inverse of the positive definite `matrix`.
 
-    The Cholesky factor L of the matrix turned about both axes, inverted and turned back, is one: the inverse itself,
-    which costs twice as much, is never made.
+    The Cholesky factor L of the matrix turned about both axes, inverted and turned back, is one: neither the inverse of
+    the matrix nor L as a whole is ever made.
     """
-    lower = np.asarray(np.linalg.cholesky(matrix[::-1, ::-1]), np.float64)
-    return _invert_lower(lower)[::-1, ::-1]
+    return _inverse_cholesky(matrix[::-1, ::-1].copy())[::-1, ::-1]
 
 
-def _invert_lower(lower: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The inverse of a lower triangular matrix, by halves."""
-    size = len(lower)
+def _inverse_cholesky(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The inverse of the Cholesky factor of `matrix`, by halves, so that nearly all of it is products of matrices.
+
+    Only the lower triangle is read, and its second half written over.
+    """
+    size = len(matrix)
     if size <= SMALL:
-        return np.tril(np.linalg.inv(lower))
+        return np.tril(np.linalg.inv(np.linalg.cholesky(matrix)))
     half = size // 2
-    inverse = np.zeros_like(lower)
-    inverse[:half, :half] = _invert_lower(lower[:half, :half])
-    inverse[half:, half:] = _invert_lower(lower[half:, half:])
-    inverse[half:, :half] = -inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half])
+    inverse = np.zeros((size, size))
+    first = inverse[:half, :half] = _inverse_cholesky(matrix[:half, :half])
+    below = _times_lower(matrix[half:, :half], first, transposed=True)  # the factor's own
+    rest = matrix[half:, half:]
+    for start in range(0, len(rest), SMALL):
+        rest[start:, start : start + SMALL] -= below[start:] @ below[start : start + SMALL].T
+    last = inverse[half:, half:] = _inverse_cholesky(rest)
+    inverse[half:, :half] = -_times_lower(_times_lower(below, first).T, last, transposed=True).T
     return inverse
+
+
+def _times_lower(
+    matrix: NDArray[np.float64], lower: NDArray[np.float64], transposed: bool = False
+) -> NDArray[np.float64]:
+    """`matrix` [n, K] times the lower triangular `lower` [K, K] or its transpose, without most of its zeros."""
+    product = np.empty(matrix.shape)
+    for start in range(0, len(lower), SMALL):
+        stop = min(start + SMALL, len(lower))
+        if transposed:
+            np.matmul(matrix[:, :stop], lower[start:stop, :stop].T, out=product[:, start:stop])
+        else:
+            np.matmul(matrix[:, start:], lower[start:, start:stop], out=product[:, start:stop])
+    return product
 
 
 def search_scales(
@@ -104,26 +128,34 @@ def search_scales(
 
     Both signs are tried, because the integers reach one further down than up. All-zero blocks get scale 1.
     """
-    features = weight.shape[1]
-    weights = importance.astype(np.float32).reshape(1, features // block, block)
-    pieces = np.split(weight, range(rows := max(1, SEARCHED // features), len(weight), rows))
-    return np.concatenate([_search(piece.reshape(len(piece), -1, block), weights, bits) for piece in pieces])
+    count, features = weight.shape
+    weights = np.ascontiguousarray(importance.astype(np.float32).reshape(-1, block).T)[:, None]  # [block, 1, J]
+    scales = np.empty((count, features // block), np.float32)
+    for start in range(0, count, rows := max(1, SEARCHED // features)):
+        piece = weight[start : start + rows].reshape(-1, features // block, block)
+        # an element of all blocks lies together, so that each operation is a long one
+        scales[start : start + rows] = _search(np.ascontiguousarray(piece.transpose(2, 0, 1)), weights, bits)
+    return scales
 
 
 def _search(blocks: NDArray[np.float32], weights: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
-    """The scales [n, J] of blocks [n, J, block] whose elements weigh `weights` [1, J, block]."""
+    """The scales [n, J] of blocks [block, n, J] whose elements weigh `weights` [block, 1, J]."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    largest = np.abs(blocks).max(-1)
+    largest = np.abs(blocks).max(0)
     usable = largest / np.float32(-low) >= np.finfo(np.float32).tiny / CLIPS[0]
     widest = np.where(usable, largest, 1).astype(np.float32)
     best, scales = np.full(largest.shape, np.inf, np.float32), np.ones_like(largest)
+    off = np.empty_like(blocks)
     for sign in (1, -1):
         for clip in CLIPS:
             step = widest * np.float32(sign * clip / -low)
-            rounded = np.clip(np.rint(blocks / step[..., None]), low, high) * step[..., None]
-            error = (weights * (blocks - rounded) ** 2).sum(-1)
+            np.divide(blocks, step, out=off)
+            np.clip(np.rint(off, out=off), low, high, out=off)
+            np.subtract(blocks, np.multiply(off, step, out=off), out=off)
+            error = np.multiply(np.square(off, out=off), weights, out=off).sum(0)
             better = usable & (error < best)
-            best[better], scales[better] = error[better], step[better]
+            np.copyto(best, error, where=better)
+            np.copyto(scales, step, where=better)
     return scales
 
 

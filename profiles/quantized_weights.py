@@ -24,7 +24,8 @@ NOTES = "roundings.jsonl"
 
 @dataclass(frozen=True)
 class RoundingRecord:
-    """How one matrix was rounded. `expert` None: not an expert's. `gain`: output error over that of plain rounding.
+    """How one matrix was rounded. `expert` None: not an expert's. `gain`: output error over that of plain rounding,
+    which of a large matrix is judged by some of its rows.
 
     `rounding` is gptq or observed (a range of inputs), or where too few tokens came, the profile's rule.
     """

@@ -32,6 +32,8 @@ from arriero.profiles.static_scales import fit_inputs
 from arriero.profiles.stored_values import stored_values
 from arriero.runtimes.manifest import Fallback
 
+JUDGED = 1024  # rows of a matrix at most that show what rounding to nearest would cost
+
 Watch = Callable[[str, int, int, str], None]
 Matrix = tuple[str, int | None, Callable[[], NDArray[np.float32]], Moments]  # tensor, expert, weight [N, K], its inputs
 
@@ -177,16 +179,19 @@ class Calibration:
         assert profile.calibration is not None
         experts = self.walk.text.experts
         shape = {"bits": scheme.bits, "block": scheme.block}
-        plain = quantize(weight, **shape, name=tensor)
-        rounded, rounding, gain = plain, "nearest", None
+        rounded, rounding, gain = None, "nearest", None
         rule = profile.calibration
         if seen.count >= rule.minimum_tokens:
             assert rule.damping is not None
             calibrated, error = gptq(weight, seen.moment, **shape, damping=rule.damping, name=tensor)
-            without = output_error(weight, dequantize(plain), seen.moment)
+            some = weight[:: -(-len(weight) // JUDGED)]  # of a large matrix evenly spread rows, for all of them
+            plain = dequantize(quantize(some, **shape, name=tensor))
+            without = output_error(some, plain, seen.moment) * len(weight) / len(some)
             gain = error / without if without > 0 else None
             if error <= without:  # a matrix whose rounding was better left alone is left alone
                 rounded, rounding = calibrated, "gptq"
+        if rounded is None:
+            rounded = quantize(weight, **shape, name=tensor)
         largest = float(seen.largest.max(initial=0))
         roundings.write(
             tensor, expert, experts, rounded, RoundingRecord(tensor, expert, rounding, seen.count, largest, gain)
