@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from arriero.profiles.input_factor import InputFactor
 from arriero.profiles.quantize import Quantized, check_weight, pack
 
 # Shares of the largest magnitude that a block's scale is tried at; below 0.6 none was ever chosen.
@@ -18,46 +19,39 @@ CLIPS = np.linspace(0.6, 1.05, 19, dtype=np.float32)
 PANEL, STRIP = 256, 16  # columns whose updates are applied at once: to the rest of the matrix, to their own panel
 ROWS = 1024  # rows that are rounded at a time: none depends on another, and these stay in a processor's cache
 SEARCHED = 1 << 16  # elements whose scales are searched at a time, likewise
-SMALL = 256  # triangular matrices up to here are factored, inverted and multiplied as they are
 
 
 def gptq(
     weight: NDArray[np.float32],
-    moment: NDArray[np.float64],
+    factor: InputFactor,
     *,
     bits: int,
     block: int,
-    damping: float,
     name: str,
 ) -> tuple[Quantized, float]:
-    """Round `weight` f32 [N, K] for inputs with second moments `moment` [K, K]; give its `output_error` with it.
+    """Round `weight` f32 [N, K] for inputs with the second moments behind `factor`; give its `output_error` with it.
 
-    `damping` is the share of the mean diagonal that is added to the diagonal. Columns are taken in falling order of
-    their moment ("act-order"). Raises as `quantize` does.
+    Columns are taken in the factor's order. Raises as `quantize` does.
 
-    The errors that are passed on say what the rounding costs: with U of `inverse_factor`, weight - rounded = errors U,
-    and U H Uᵀ = 1, so that the sum over their squares is the error of the outputs under the damped moments.
+    The errors that are passed on say what the rounding costs: with U the factor, weight - rounded = errors U, and
+    U H Uᵀ = 1, so that the sum over their squares is the error of the outputs under the damped moments.
     """
     check_weight(weight, bits=bits, block=block, name=name)
-    added = _damping(moment, damping)
-    damped = moment + np.eye(len(moment)) * added
-    scales = search_scales(weight, np.diagonal(damped), bits=bits, block=block)  # [N, J]
-    order = np.argsort(-np.diagonal(damped), kind="stable")
-    factor = inverse_factor(damped[np.ix_(order, order)]).astype(np.float32)
+    scales = search_scales(weight, factor.importance, bits=bits, block=block)  # [N, J]
     integers, error = np.empty(weight.shape, np.float32), 0.0
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
-        steps = np.repeat(scales[rows].T, block, 0)[order]  # [K, n], as all below: a column lies together
-        columns = np.ascontiguousarray(weight[rows].T)[order]
-        rounded, passed = _round_columns(columns.copy(), steps, factor, bits)
+        steps = np.repeat(scales[rows].T, block, 0)[factor.order]  # [K, n], as all below: a column lies together
+        columns = np.ascontiguousarray(weight[rows].T)[factor.order]
+        rounded, passed = _round_columns(columns.copy(), steps, factor.upper, bits)
         lost = columns - rounded * steps
-        error += passed - added * float(np.sum(np.square(lost, dtype=np.float64)))
-        integers[rows, order] = rounded.T
+        error += passed - factor.added * float(np.sum(np.square(lost, dtype=np.float64)))
+        integers[rows, factor.order] = rounded.T
     return pack(integers, scales, bits=bits, block=block), max(error, 0.0)
 
 
 def _round_columns(
-    rest: NDArray[np.float32], steps: NDArray[np.float32], factor: NDArray[np.float32], bits: int
+    rest: NDArray[np.float32], steps: NDArray[np.float32], upper: NDArray[np.float32], bits: int
 ) -> tuple[NDArray[np.float32], float]:
     """The integers [K, n] of columns `rest` [K, n], which is used up, at scales `steps`, and their errors' squares."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -70,55 +64,12 @@ def _round_columns(
             for column in range(strip, end):
                 error = errors[column - start]
                 np.clip(np.rint(rest[column] / steps[column]), low, high, out=integers[column])
-                error[:] = (rest[column] - integers[column] * steps[column]) / factor[column, column]
-                rest[column + 1 : end] -= factor[column, column + 1 : end, None] * error
-            rest[end:stop] -= factor[strip:end, end:stop].T @ errors[strip - start : end - start]
-        rest[stop:] -= factor[start:stop, stop:].T @ errors
+                error[:] = (rest[column] - integers[column] * steps[column]) / upper[column, column]
+                rest[column + 1 : end] -= upper[column, column + 1 : end, None] * error
+            rest[end:stop] -= upper[strip:end, end:stop].T @ errors[strip - start : end - start]
+        rest[stop:] -= upper[start:stop, stop:].T @ errors
         squares += float(np.sum(np.square(errors, dtype=np.float64)))
     return integers, squares
-
-
-def inverse_factor(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The upper triangular U [K, K] with UᵀU the inverse of the positive definite `matrix`.
-
-    The Cholesky factor L of the matrix turned about both axes, inverted and turned back, is one: neither the inverse of
-    the matrix nor L as a whole is ever made.
-    """
-    return _inverse_cholesky(matrix[::-1, ::-1].copy())[::-1, ::-1]
-
-
-def _inverse_cholesky(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The inverse of the Cholesky factor of `matrix`, by halves, so that nearly all of it is products of matrices.
-
-    Only the lower triangle is read, and its second half written over.
-    """
-    size = len(matrix)
-    if size <= SMALL:
-        return np.tril(np.linalg.inv(np.linalg.cholesky(matrix)))
-    half = size // 2
-    inverse = np.zeros((size, size))
-    first = inverse[:half, :half] = _inverse_cholesky(matrix[:half, :half])
-    below = _times_lower(matrix[half:, :half], first, transposed=True)  # the factor's own
-    rest = matrix[half:, half:]
-    for start in range(0, len(rest), SMALL):
-        rest[start:, start : start + SMALL] -= below[start:] @ below[start : start + SMALL].T
-    last = inverse[half:, half:] = _inverse_cholesky(rest)
-    inverse[half:, :half] = -_times_lower(_times_lower(below, first).T, last, transposed=True).T
-    return inverse
-
-
-def _times_lower(
-    matrix: NDArray[np.float64], lower: NDArray[np.float64], transposed: bool = False
-) -> NDArray[np.float64]:
-    """`matrix` [n, K] times the lower triangular `lower` [K, K] or its transpose, without most of its zeros."""
-    product = np.empty(matrix.shape)
-    for start in range(0, len(lower), SMALL):
-        stop = min(start + SMALL, len(lower))
-        if transposed:
-            np.matmul(matrix[:, :stop], lower[start:stop, :stop].T, out=product[:, start:stop])
-        else:
-            np.matmul(matrix[:, start:], lower[start:, start:stop], out=product[:, start:stop])
-    return product
 
 
 def search_scales(
@@ -169,9 +120,3 @@ def output_error(weight: NDArray[np.float32], rounded: NDArray[np.float32], mome
         error = weight[start : start + ROWS] - rounded[start : start + ROWS]
         total += float(np.sum((error @ inputs) * error, dtype=np.float64))
     return total
-
-
-def _damping(moment: NDArray[np.float64], share: float) -> float:
-    """What makes `moment` safely positive definite on its diagonal; never active features count as barely active."""
-    mean = float(np.mean(np.diagonal(moment)))
-    return share * mean if mean > 0 else 1.0

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from arriero.errors import ArrieroError
 
 ROWS = 4096  # of an expert's inputs, held at once
+AT_ONCE = 1024  # features whose moments with all others are added at a time
 
 
 class Moments:
@@ -39,7 +40,8 @@ class Moments:
         if len(rows):
             self.largest = np.maximum(self.largest, np.abs(rows).max(0))
             if self._moment is not None:
-                self._moment += rows.T @ rows
+                for start in range(0, len(self.largest), AT_ONCE):
+                    self._moment[start : start + AT_ONCE] += rows.T[start : start + AT_ONCE] @ rows
 
 
 def check_finite(

@@ -23,6 +23,7 @@ from arriero.export.proof.walk_layers import LayerInputs, Routed, Walk, expert_a
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.names import expert_tensors
 from arriero.profiles.gptq import gptq, output_error
+from arriero.profiles.input_factor import InputFactor
 from arriero.profiles.moments import Moments, check_finite
 from arriero.profiles.quantize import Quantized, dequantize, quantize
 from arriero.profiles.quantized_weights import QuantizedWeights, RoundingRecord
@@ -53,6 +54,7 @@ class Calibration:
         }
         self.schemes = {key: profile.assign(checkpoint.tensors) for key, profile in self.profiles.items()}
         self.roundings = {key: QuantizedWeights(folder / key) for key in self.profiles}
+        self._factored: tuple[Moments, float, InputFactor] | None = None
 
     def run(self) -> dict[str, tuple[int, ...]]:
         """Write roundings, `ranges.json` (tensor -> tokens, absmax) and `cache.json` (each layer's range of keys and
@@ -139,8 +141,9 @@ class Calibration:
         self.walk.hidden_file(layer).unlink()
 
     def _matrices(self, inputs: LayerInputs) -> Iterator[Matrix]:
-        for tensor, seen in inputs.moments.items():
-            yield tensor, None, partial(self._weight, tensor, None), seen
+        while inputs.moments:  # none is held for longer than the matrices that read its inputs
+            tensor = next(iter(inputs.moments))
+            yield tensor, None, partial(self._weight, tensor, None), inputs.moments.pop(tensor)
         if inputs.routed is not None:
             yield from self._experts(inputs.layer, inputs.routed)
 
@@ -183,7 +186,7 @@ class Calibration:
         rule = profile.calibration
         if seen.count >= rule.minimum_tokens:
             assert rule.damping is not None
-            calibrated, error = gptq(weight, seen.moment, **shape, damping=rule.damping, name=tensor)
+            calibrated, error = gptq(weight, self._factor(seen, rule.damping), **shape, name=tensor)
             some = weight[:: -(-len(weight) // JUDGED)]  # of a large matrix evenly spread rows, for all of them
             plain = dequantize(quantize(some, **shape, name=tensor))
             without = output_error(some, plain, seen.moment) * len(weight) / len(some)
@@ -196,6 +199,13 @@ class Calibration:
         roundings.write(
             tensor, expert, experts, rounded, RoundingRecord(tensor, expert, rounding, seen.count, largest, gain)
         )
+
+    def _factor(self, seen: Moments, damping: float) -> InputFactor:
+        """The factor of the moments `seen`; the last one is kept for other matrices and profiles that ask for it."""
+        if self._factored is None or self._factored[0] is not seen or self._factored[1] != damping:
+            self._factored = None  # gone before its successor is made
+            self._factored = seen, damping, InputFactor.of(seen.moment, damping)
+        return self._factored[2]
 
     def _fit(
         self,

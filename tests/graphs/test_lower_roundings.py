@@ -16,6 +16,7 @@ from arriero.graphs.lower.part import Lowering
 from arriero.graphs.trace import trace_text
 from arriero.profiles.gptq import gptq
 from arriero.profiles.groups import is_layer_matrix
+from arriero.profiles.input_factor import InputFactor
 from arriero.profiles.quantize import dequantize
 from arriero.profiles.quantized_weights import QuantizedWeights, RoundingRecord
 from arriero.profiles.schemes import Exact, IntBlock, Scheme
@@ -47,7 +48,7 @@ def round_all(
         for number, matrix in enumerate(stack):
             x = rng.standard_normal((40, matrix.shape[1]))
             shape = {"bits": scheme.bits, "block": scheme.block}
-            rounded, _ = gptq(np.ascontiguousarray(matrix), x.T @ x, **shape, damping=0.03, name=name)
+            rounded, _ = gptq(np.ascontiguousarray(matrix), InputFactor.of(x.T @ x, 0.03), **shape, name=name)
             expert = number if weight.ndim == 3 else None
             store.write(name, expert, len(stack), rounded, RoundingRecord(name, expert, "gptq", 40, 1.0, 0.5))
             made.append(dequantize(rounded))
