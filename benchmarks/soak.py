@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from arriero.export.machine.budget import release_memory
+from arriero.export.machine.memory_watch import release_memory
 
 # Growth from the first fifth to the end. At any time one caller and its like may be ending.
 LIMITS = {"memory_mib": 3.0, "threads": 0, "most_threads": 2, "files": 0, "mappings": 24}

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import re
 import shutil
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 from arriero.errors import ArrieroError, MachineLacks
@@ -105,66 +101,6 @@ def check_budget(
             expected=f"about {human_bytes(needed)}",
             remedy=f"Free some {what}, build on a larger machine, or choose a smaller profile, context or batch",
         )
-
-
-class PeakMemory:
-    """Measures the peak memory of what runs inside `with`: `anonymous` (sampled RssAnon) and `resident` (VmHWM), bytes.
-
-    Mapped weight files count in `resident`, never in `anonymous`; the kernel takes them back when memory is short.
-    `anonymous` counts the programs that this one runs, compilers for instance, too. `resident` is the peak since the
-    process began, because the kernel keeps one mark only.
-    """
-
-    def __init__(self, interval: float = 0.02) -> None:
-        self.anonymous = self.resident = 0
-        self._interval = interval
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
-
-    def __enter__(self) -> PeakMemory:
-        self._sample()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._sample()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(self._interval):
-            self._sample()
-
-    def _sample(self) -> None:
-        own = _status(Path("/proc/self"))
-        # a child that has not become another program yet shares this one's memory
-        name = read_text(Path("/proc/self/cmdline"))
-        programs = (folder for folder in _descendants(Path("/proc/self")) if read_text(folder / "cmdline") != name)
-        children = sum(_status(folder).get("RssAnon", 0) for folder in programs)
-        self.anonymous = max(self.anonymous, own.get("RssAnon", 0) + children)
-        self.resident = max(self.resident, own.get("VmHWM", 0))
-
-
-def release_memory() -> None:
-    """Give memory that is no longer used back to the system: what follows is not to pay for what went before."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
-    if trim is not None:
-        trim(0)
-
-
-def _status(folder: Path) -> dict[str, int]:
-    """RssAnon and VmHWM of a process in bytes; nothing where it has ended."""
-    found = re.findall(r"^(RssAnon|VmHWM):\s+(\d+) kB$", read_text(folder / "status"), re.M)
-    return {key: int(kib) * 1024 for key, kib in found}
-
-
-def _descendants(folder: Path) -> Iterator[Path]:
-    """The processes that a process started, and those that they did."""
-    for task in folder.glob("task/*/children"):
-        for child in read_text(task).split():
-            yield Path("/proc") / child
-            yield from _descendants(Path("/proc") / child)
 
 
 def _meminfo(root: Path, key: str) -> int | None:

@@ -58,7 +58,7 @@ class Build:
         `tell` is given what is worth a sentence before the end.
         """
         self.config, self.file, self.watch, self.dump, self.tell = config, file, watch, dump, tell
-        self.work = WorkDir(config.output)
+        self.work = WorkDir(config.output, config.budgets.host_memory)
         self.results: list[TargetResult] = []
         self._failed: dict[str, Exception] = {}
         self._records: dict[str | None, ReferenceRecord] = {}

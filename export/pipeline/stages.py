@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.errors import ArrieroError, MachineLacks, is_full
-from arriero.export.machine.budget import PeakMemory, release_memory
+from arriero.export.machine.memory_watch import MemoryWatch, release_memory
 from arriero.export.pipeline.ownership import MARK, PARTIAL, is_owned, own, remove_owned
 from arriero.export.pipeline.publish import Publisher, sync
 from arriero.runtimes.manifest import file_sha256
@@ -59,8 +59,9 @@ def key_of(name: str, key_inputs: Mapping[str, Any]) -> str:
 class WorkDir:
     """The stages of one output folder, and the bundles published from them."""
 
-    def __init__(self, output: Path) -> None:
-        self.output = output
+    def __init__(self, output: Path, memory: int | None = None) -> None:
+        """Take the stages in `output`; `memory` is what one may hold at most while it runs, in bytes."""
+        self.output, self.memory = output, memory
         self.root = output / ".work"
         self.ran: dict[str, float] = {}  # the seconds of each stage that this process ran
         self.bundles = Publisher(output, self.root / "published.json")
@@ -115,7 +116,8 @@ class WorkDir:
     def run_stage(self, stage: Stage) -> Path:
         """Give the stage's finished folder, running it if it is not there. Call it under `locked`.
 
-        When `run` raises, the partial folder stays for the next try. A full disk or memory becomes `MachineLacks`.
+        When `run` raises, the partial folder stays for the next try. A full disk or memory becomes `MachineLacks`;
+        a stage that holds more than the build's `memory` is stopped with `ArrieroError`.
         """
         final = self.folder(stage.name, stage.key)
         if self.is_intact(stage.name, stage.key):
@@ -140,15 +142,17 @@ class WorkDir:
         own(partial)
         (partial / RECORD).unlink(missing_ok=True)
         release_memory()
-        start = time.monotonic()
-        with PeakMemory() as memory:
+        start, worked = time.monotonic(), processor_seconds()
+        with MemoryWatch(self.memory, f"stage {stage.name}") as memory:
             names = stage.run(partial)
         record = {
             "name": stage.name,
             "key": stage.key,
             "inputs": stage.key_inputs,
             "seconds": round(time.monotonic() - start, 3),
-            "peak_memory_bytes": memory.anonymous,
+            "processor_seconds": round(processor_seconds() - worked, 3),
+            "start_memory_bytes": memory.start,
+            "peak_memory_bytes": memory.peak,
             "peak_resident_bytes": memory.resident,
             "files": _records(partial, names),
         }
@@ -165,6 +169,12 @@ class WorkDir:
         for folder in self.root.iterdir():
             if FOLDER.fullmatch(folder.name) and folder.name not in kept and is_owned(folder):
                 remove_owned(folder, RECORD)
+
+
+def processor_seconds() -> float:
+    """What this process and the programs that it ran have used of processors so far."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 
 from arriero.export.calibration.calibrate import Calibration
 from arriero.export.calibration.estimate import REFERENCE_MEMORY, calibration_memory, embedded_size, walk_disk
-from arriero.export.machine.budget import PeakMemory
+from arriero.export.machine.memory_watch import MemoryWatch
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from tests.export.proof.test_walk_layers import LENGTH, SAMPLES, profile, walk_over
@@ -38,9 +38,9 @@ def test_memory_is_estimated_from_above_and_not_far_off(layer: Path, tmp_path: P
     said = calibration_memory(ModelConfig.load(layer), infos, sizes, second=True, whole=False) - REFERENCE_MEMORY
     walk = walk_over(load_reference(layer), tmp_path / "stage")
     before = resident()
-    with PeakMemory(interval=0.002) as memory:
+    with MemoryWatch(interval=0.002) as memory:
         Calibration(walk, checkpoint, {"p": profile()}, tmp_path / "stage", lambda *_: None).run()
-    taken = memory.anonymous - before
+    taken = memory.peak - before
     # What earlier tests left free in the process is used again, so the measured end may be short, never long.
     assert taken < 1.1 * said
     assert said < 3 * (8 * 5 * (2 * HIDDEN) ** 2)  # three times GPTQ's five matrices of second moments
