@@ -1,7 +1,8 @@
 """Stage `calibrate`: what the reference's layers and experts really see, and the roundings and scales that follow.
 
 Layer by layer: run all samples through it, count and measure the inputs of each matrix and each expert, round its
-matrices for every profile that calibrates, forget the inputs. A killed stage goes on after its last finished layer.
+matrices for every profile that calibrates, forget the inputs. A killed stage goes on after its last finished layer: the
+samples go through the next one again, and what was rounded of it stays.
 Legend: E experts, n tokens of one expert, H hidden, F expert width, K input features, N output features.
 """
 
@@ -55,6 +56,7 @@ class Calibration:
         self.schemes = {key: profile.assign(checkpoint.tensors) for key, profile in self.profiles.items()}
         self.roundings = {key: QuantizedWeights(folder / key) for key in self.profiles}
         self._factored: tuple[Moments, float, InputFactor] | None = None
+        self._rounded: dict[str, set[tuple[str, int | None]]] = {}  # by a killed run, for each profile
 
     def run(self) -> dict[str, tuple[int, ...]]:
         """Write roundings, `ranges.json` (tensor -> tokens, absmax) and `cache.json` (each layer's range of keys and
@@ -64,6 +66,9 @@ class Calibration:
         tokens reached where a profile says `below: stop`.
         """
         layers = range(len(self.walk.text.layers))
+        self._rounded = {
+            key: {(note.tensor, note.expert) for note in one.notes()} for key, one in self.roundings.items()
+        }
         for layer in layers[self._resume() :]:
             self._layer(layer)
         records = [json.loads(self._record(layer).read_text()) for layer in layers]
@@ -127,7 +132,8 @@ class Calibration:
             for key, profile in self.profiles.items():
                 scheme = self.schemes[key][tensor]
                 if isinstance(scheme, IntBlock) and scheme.calibrates:
-                    self._round(self.roundings[key], profile, scheme, tensor, expert, weight(), seen)
+                    if (tensor, expert) not in self._rounded[key]:
+                        self._round(self.roundings[key], profile, scheme, tensor, expert, weight(), seen)
                 elif isinstance(scheme, Static) and scheme.calibrates:
                     self._fit(self.roundings[key], profile, scheme, tensor, expert, weight(), seen)
             self.watch(f"{step}, matrices", number, matrices, "matrices")
@@ -152,7 +158,8 @@ class Calibration:
         gate_up, down = expert_tensors(layer)
         for expert in range(self.walk.text.experts):
             first = self._weight(gate_up, expert)
-            inputs, inners = (Moments(n, self.walk.second) for n in (first.shape[1], first.shape[0] // 2))
+            inputs = Moments(first.shape[1], self._is_left(gate_up, expert))
+            inners = Moments(first.shape[0] // 2, self._is_left(down, expert))
             for rows, samples in routed.of(expert):
                 check_finite(rows, f"layer {layer}, expert {expert}, input", samples)
                 inputs.add(rows)
@@ -162,6 +169,10 @@ class Calibration:
             yield gate_up, expert, partial(_same, first), inputs
             del first
             yield down, expert, partial(self._weight, down, expert), inners
+
+    def _is_left(self, tensor: str, expert: int) -> bool:
+        """Whether a profile that rounds by second moments has yet to round the matrix."""
+        return self.walk.second and any((tensor, expert) not in done for done in self._rounded.values())
 
     def _weight(self, tensor: str, expert: int | None) -> NDArray[np.float32]:
         """A matrix [N, K], or that of one expert."""

@@ -21,7 +21,7 @@ from arriero.graphs.model import Llama4
 from arriero.graphs.sources.made_weight import MadeWeight
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.quantize import dequantize, quantize
-from arriero.profiles.quantized_weights import QuantizedWeights
+from arriero.profiles.quantized_weights import QuantizedWeights, RoundingRecord
 from arriero.profiles.recipe import Profile
 from arriero.runtimes.processor.processor import Prompt
 from tests.toys import VOCABULARY, load_reference, make_guard_toy, make_maverick_toy, make_scout_toy
@@ -259,24 +259,37 @@ def test_every_static_scale_comes_from_rows_that_were_seen(tmp_path: Path, name:
         assert listed
 
 
-def test_a_killed_calibration_goes_on_after_its_last_layer(tmp_path: Path) -> None:
+def test_a_killed_calibration_goes_on_after_its_last_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = TOYS["scout"](tmp_path / "toy")
     checkpoint, model = Checkpoint.open(folder), load_reference(folder)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     coverage = Calibration(walk_over(model, whole), checkpoint, {"p": profile()}, whole, lambda *_: None).run()
 
     def killed(step: str, done: int, total: int, unit: str) -> None:
-        if step == "calibrate: layer 2 (3 of 4), matrices" and done == 5:
+        if step == "calibrate: layer 2 (3 of 4), matrices" and done == 10:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         Calibration(walk_over(model, parts), checkpoint, {"p": profile()}, parts, killed).run()
+    left = {(note.tensor, note.expert) for note in QuantizedWeights(parts / "p").notes()}
+    assert {expert for tensor, expert in left if ".layers.2." in tensor} == {None, 0, 1}
     steps: list[str] = []
+    rounded: list[RoundingRecord] = []
+
+    def write(*written: Any) -> None:
+        rounded.append(written[-1])
+        write_weights(*written)
+
+    write_weights = QuantizedWeights.write
+    monkeypatch.setattr(QuantizedWeights, "write", write)
     again = Calibration(
         walk_over(model, parts), checkpoint, {"p": profile()}, parts, lambda step, *_: steps.append(step)
     )
     assert again.run() == coverage
     assert {step.split(",")[0] for step in steps} == {"calibrate: layer 2 (3 of 4)", "calibrate: layer 3 (4 of 4)"}
+    new = {(note.tensor, note.expert) for note in rounded}
+    assert new.isdisjoint(left)
+    assert new | left == {(note.tensor, note.expert) for note in QuantizedWeights(whole / "p").notes()}
     for file in (
         "ranges.json",
         "cache.json",
