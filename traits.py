@@ -39,6 +39,7 @@ class Footprint:
 
     compiler: int = 0
     runtime: int = 0
+    stays: int = 0  # in the process once it was used, of its packages and of what it keeps for its next use
     logit_copies: int = 3  # of a case's logits while it is measured
     maps_weights: bool = False  # read where the file is mapped; else each is copied, a quantised one packed besides
 
@@ -81,6 +82,7 @@ TRAITS: dict[str, BackendTraits] = {
             head_multiple=8,
             packages=(Package("onnxruntime", "1.32", extra="onnxruntime", imports=("onnxruntime",)),),
             files=(".onnx",),
+            footprint=Footprint(compiler=70 << 20, stays=80 << 20),
             switches_adapters=True,
         ),
         BackendTraits(
@@ -95,7 +97,9 @@ TRAITS: dict[str, BackendTraits] = {
                 Package("apache-tvm-ffi", "0.1.14", extra="tvm", imports=("tvm_ffi",)),
             ),
             files=(".so", ".json"),
-            footprint=Footprint(compiler=130 << 20, runtime=350 << 20, logit_copies=6, maps_weights=True),
+            footprint=Footprint(
+                compiler=70 << 20, runtime=230 << 20, stays=100 << 20, logit_copies=6, maps_weights=True
+            ),
             switches_adapters=True,
             keeps_stored_dtype=True,
         ),

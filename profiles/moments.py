@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError
 
-ROWS = 4096  # of an expert's inputs, held at once
+ROWS = 1024  # of an expert's inputs, held at once
 AT_ONCE = 1024  # features whose moments with all others are added at a time
 
 

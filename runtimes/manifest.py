@@ -105,9 +105,12 @@ class SampleSet:
 
 @dataclass(frozen=True)
 class CalibratedPart:
-    """What the stage `calibrate` says, whatever the profile: its samples, and tokens per expert of each MoE layer."""
+    """Tokens per expert of each MoE layer: of the samples of the stage `calibrate`, whatever the profile.
 
-    calibration: SampleSet
+    Where nothing of a target is calibrated there is no `calibration`, and the tokens are those of its parity cases.
+    """
+
+    calibration: SampleSet | None
     coverage: dict[str, tuple[int, ...]]
 
 

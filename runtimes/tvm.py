@@ -114,6 +114,8 @@ class TvmBackend:
     def close(self) -> None:
         """Drop the libraries and their memory."""
         self._graphs.clear()
+        # what steps no longer use TVM keeps for the next ones, of whatever session
+        load_runtime().get_global_func("vm.builtin.memory_manager.clear")()
 
 
 def open_backend(bundle: Path, spec: ModelSpec, options: BackendOptions) -> TvmBackend:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import ReferenceType, ref
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,8 +56,11 @@ class Calibration:
         }
         self.schemes = {key: profile.assign(checkpoint.tensors) for key, profile in self.profiles.items()}
         self.roundings = {key: QuantizedWeights(folder / key) for key in self.profiles}
-        self._factored: tuple[Moments, float, InputFactor] | None = None
-        self._rounded: dict[str, set[tuple[str, int | None]]] = {}  # by a killed run, for each profile
+        self._factored: tuple[ReferenceType[Moments], float, InputFactor] | None = None
+        # by a killed run
+        self._rounded = {
+            key: {(note.tensor, note.expert) for note in one.notes()} for key, one in self.roundings.items()
+        }
 
     def run(self) -> dict[str, tuple[int, ...]]:
         """Write roundings, `ranges.json` (tensor -> tokens, absmax) and `cache.json` (each layer's range of keys and
@@ -66,9 +70,6 @@ class Calibration:
         tokens reached where a profile says `below: stop`.
         """
         layers = range(len(self.walk.text.layers))
-        self._rounded = {
-            key: {(note.tensor, note.expert) for note in one.notes()} for key, one in self.roundings.items()
-        }
         for layer in layers[self._resume() :]:
             self._layer(layer)
         records = [json.loads(self._record(layer).read_text()) for layer in layers]
@@ -136,7 +137,9 @@ class Calibration:
                         self._round(self.roundings[key], profile, scheme, tensor, expert, weight(), seen)
                 elif isinstance(scheme, Static) and scheme.calibrates:
                     self._fit(self.roundings[key], profile, scheme, tensor, expert, weight(), seen)
+            del weight, seen  # of no use while the next ones are made
             self.watch(f"{step}, matrices", number, matrices, "matrices")
+        self._factored = None
         for key in self.profiles:
             self._widen_thin(key, layer, ranges)
         errors = {key: self._errors(key, profile, inputs) for key, profile in self.choosing.items()}
@@ -167,8 +170,9 @@ class Calibration:
                 check_finite(inner, f"layer {layer}, expert {expert}, input of down_proj", samples)
                 inners.add(inner)
             yield gate_up, expert, partial(_same, first), inputs
-            del first
+            del first, inputs
             yield down, expert, partial(self._weight, down, expert), inners
+            del inners
 
     def _is_left(self, tensor: str, expert: int) -> bool:
         """Whether a profile that rounds by second moments has yet to round the matrix."""
@@ -213,9 +217,9 @@ class Calibration:
 
     def _factor(self, seen: Moments, damping: float) -> InputFactor:
         """The factor of the moments `seen`; the last one is kept for other matrices and profiles that ask for it."""
-        if self._factored is None or self._factored[0] is not seen or self._factored[1] != damping:
+        if self._factored is None or self._factored[0]() is not seen or self._factored[1] != damping:
             self._factored = None  # gone before its successor is made
-            self._factored = seen, damping, InputFactor.of(seen.moment, damping)
+            self._factored = ref(seen), damping, InputFactor.of(seen.moment, damping)
         return self._factored[2]
 
     def _fit(

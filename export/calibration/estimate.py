@@ -11,14 +11,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from arriero.export.proof.decoded_memory import decoded_memory
 from arriero.graphs.config import ModelConfig, VisionConfig
 from arriero.graphs.sources.weight_source import WeightSource
+from arriero.profiles.gptq import ROWS as GPTQ_ROWS
 from arriero.profiles.groups import is_layer_matrix
 from arriero.profiles.moments import ROWS
 from arriero.profiles.recipe import Profile
 
 # From runs on small models, as `benchmarks/plan_accuracy.py` makes them.
-REFERENCE_MEMORY = 400 << 20  # Python with torch and its mapped weights, after a graph was traced
-MOMENT_COPIES = 5  # second moments in float64: as seen, damped, in GPTQ's order, inverted, factored
-ROUND_COPIES = 12  # a matrix in float32, over its scales, rounded, what is left of it, packed; its error in float64
+REFERENCE_MEMORY = 360 << 20  # Python with torch and its mapped weights, after a graph was traced
+ROUNDING_MEMORY = 80 << 20  # what linear algebra keeps, and scales on their way
+FACTORING = 3.3  # of second moments in float64, beside themselves: in GPTQ's order, inverted, halves on their way
+ROUND_BYTES = 14  # of a number in a matrix: read, in float32, rounded, packed
+PIECE_BYTES = 32  # of a number in the rows that are rounded at a time
 EXPERT_BYTES = 6  # of a number in an expert on its way from 16 bits to float32
 SQUARE = 16  # bytes per pair of tokens: the attention's mask on its way from positions to float32
 EMBEDDED_TOKENS = 256  # words of a long embedded sample; its mean is 66 with the embedded model's tokenizer
@@ -41,7 +44,6 @@ def calibration_memory(
     whether whole layers are run, experts and all.
     """
     layers = [info for info in used if is_layer_matrix(info.name)]
-    shapes = [_features(info) for info in layers]
     text = config.text
     matrices = 4 * max((_layer_matrices(layers, layer) for layer in range(len(text.layers))), default=0)
     expert = EXPERT_BYTES * 3 * text.hidden_size * text.expert_ffn if text.moe_layers else 0
@@ -52,11 +54,20 @@ def calibration_memory(
     walk = max(matrices + step, expert + rows)
     if second:
         moments = max((8 * _layer_moments(layers, layer) for layer in range(len(text.layers))), default=0)
-        work = max((8 * MOMENT_COPIES * k**2 + 4 * ROUND_COPIES * n * k for n, k in shapes), default=0)
-        walk = moments + max(walk, work + rows)
+        own = 8 * (text.hidden_size**2 + text.expert_ffn**2) if text.moe_layers else 0
+        alone = max((_rounding_memory(*_features(info)) for info in layers if len(info.shape) == 2), default=0)
+        stacked = max((_rounding_memory(*_features(info)) for info in layers if len(info.shape) > 2), default=0)
+        walk = max(moments + walk, moments + alone, own + rows, own + stacked) + ROUNDING_MEMORY
     return (
         REFERENCE_MEMORY + decoded_memory(used, whole) + max(walk, _tower(config.vision, tiles) if config.vision else 0)
     )
+
+
+def _rounding_memory(outputs: int, inputs: int) -> int:
+    """Bytes that a matrix takes to be rounded beside its second moments: they are factored, then rows are rounded."""
+    numbers = outputs * inputs
+    rounding = 4 * inputs**2 + ROUND_BYTES * numbers + PIECE_BYTES * min(outputs, GPTQ_ROWS) * inputs
+    return int(max(8 * FACTORING * inputs**2 + 4 * numbers, rounding))
 
 
 def walk_disk(config: ModelConfig, sizes: Sequence[Size]) -> int:

@@ -46,7 +46,7 @@ def describe_bundle(bundle: Path) -> dict[str, Any]:
         "files": {name: record.bytes for name, record in manifest.files.items()},
         "licenses": [name for name in manifest.files if name.startswith(f"{LICENSES}/")],
         "weights": dict(Counter(weight.scheme for weight in manifest.weights.values())),
-        "calibration": asdict(manifest.calibrated.calibration),
+        "calibration": None if manifest.calibrated.calibration is None else asdict(manifest.calibrated.calibration),
         "coverage": manifest.calibrated.coverage,
         **asdict(manifest.rounded),
         "kv_cache": manifest.target.kv_cache,
@@ -66,7 +66,7 @@ def describe_bundle(bundle: Path) -> dict[str, Any]:
 
 def show_bundle(described: dict[str, Any], console: Console) -> None:
     """Print a described bundle for people."""
-    target, text = described["target"], described["model"]["text"]
+    target, text, calibration = described["target"], described["model"]["text"], described["calibration"]
     kinds = Counter(f"{layer['attention']} {layer['ffn']}" for layer in text["layers"])
     numbers = (text["num_local_experts"], text["num_experts_per_tok"], text["attention_chunk_size"])
     layers = describe_layers(kinds, *numbers)
@@ -82,8 +82,8 @@ def show_bundle(described: dict[str, Any], console: Console) -> None:
         + ", ".join(
             f"{human_bytes(size)} per token and {kind} layer" for kind, size in described["kv_bytes_per_token"].items()
         ),
-        "calibration": escape(str(SampleSet(**described["calibration"]))),
-        "coverage": _coverage(described["coverage"]),
+        "calibration": "none" if calibration is None else escape(str(SampleSet(**calibration))),
+        "coverage": _coverage(described["coverage"], "parity" if calibration is None else "calibration"),
         "fallback": _fallback(described["fallback"]),
         "choice": _choice(described["choice"]),
         "reference": f"record {described['record']['hash'][:12]}, "
@@ -133,11 +133,11 @@ def _choice(choice: dict[str, Any] | None) -> str:
     return f"{choice['share']:.3f} of bf16, budget {choice['budget']:g}; by group and layer, {schemes}"
 
 
-def _coverage(coverage: dict[str, list[int]]) -> str:
+def _coverage(coverage: dict[str, list[int]], where: str) -> str:
     unseen = [
         f"layer {layer} expert {n}" for layer, counts in coverage.items() for n, got in enumerate(counts) if not got
     ]
     if unseen:
-        return f"[yellow]no calibration token reached {', '.join(unseen)}[/]"
+        return f"[yellow]no {where} token reached {', '.join(unseen)}[/]"
     lows = ", ".join(f"layer {layer}: {min(counts)} to {max(counts)}" for layer, counts in coverage.items())
-    return f"every expert reached; tokens per expert, {lows}"
+    return f"every expert reached; {where} tokens per expert, {lows}"

@@ -22,6 +22,7 @@ from arriero.export.machine.doctor import find_lacks
 from arriero.export.pipeline.check_fit import check_elements, check_fit, check_schemes
 from arriero.export.pipeline.failure_page import FailurePage
 from arriero.export.pipeline.sample_sets import SampleSets
+from arriero.export.pipeline.stage_keys import reads_calibration
 from arriero.export.pipeline.stages import WorkDir
 from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.proof.check_answers import check_answers
@@ -118,8 +119,7 @@ def _packages(build: BuildConfig, undone: Collection[str]) -> list[ArrieroError]
 
 def _check_calibration_set(build: BuildConfig, checkpoint: Checkpoint, profiles: Mapping[str, Profile]) -> None:
     """Refuse to calibrate a real checkpoint on the toy tasks that nobody asked for."""
-    calibrates = any(one.calibration for one in profiles.values())
-    calibrates |= any(target.kv_cache == "int8" for target in build.targets)
+    calibrates = any(reads_calibration(target, profiles) for target in build.targets)
     parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     if calibrates and "set" not in build.calibration.model_fields_set and parameters > LARGEST_TOY:
         raise ArrieroError(

@@ -9,12 +9,13 @@ from typing import Any
 from arriero.export.build_file.device import device_of
 from arriero.export.build_file.schema import BuildConfig, Target
 from arriero.export.calibration import estimate
+from arriero.export.calibration.estimate import REFERENCE_MEMORY
 from arriero.export.pipeline.planned import PlannedTarget
 from arriero.export.pipeline.record_plan import record_bytes, record_memory, walk_bytes
 from arriero.export.pipeline.stages import split_stage
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig, TextConfig
-from arriero.graphs.names import EMBEDDING, TEXT_PREFIX
+from arriero.graphs.names import EMBEDDING, HEAD, TEXT_PREFIX
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.kv_cache import ITEM_BYTES
 from arriero.profiles.recipe import Profile, check_shapes
@@ -28,14 +29,14 @@ CACHE_BYTES = {**ITEM_BYTES, "float16": 2, "bfloat16": 2}  # of a number in a ca
 
 # The estimates' constants, from runs on small models as `benchmarks/plan_accuracy.py` makes them.
 TRACE_MEMORY, TRACE_LAYER = 320 << 20, 4 << 20  # Python with torch and onnx, and the graph of a layer
-TOOLS_MEMORY = 420 << 20  # the same with ONNX Runtime, once graphs were traced
-COMPILER_MEMORY, COMPILERS = 170 << 20, 5  # one at work on our kernels, and how many there are to run
+COMPILER_MEMORY, COMPILERS = 235 << 20, 5  # one at work on our kernels, and how many there are to run
 KERNELS_DISK = 2 << 20
 ENGINE_MEMORY, ENGINE_COPIES = 1 << 30, 3  # a builder, and the weights: mapped, in its network, serialized
 ENGINE_DISK = 64 << 20  # the code in three engines
 GRAPH_DISK = 16 << 20  # traced and lowered graphs without weights, tokenizer, reports
 LARGEST_PIECE = 256 << 20  # a matrix is rounded in pieces of rows; an expert is rounded whole
 PIECE_COPIES = 4  # of an expert: in float32, over its scales, rounded, and packed
+PACKED_SHARE = 0.18  # of float32's bytes, of quantised matrices but the head
 FLOATS = ("f32", "bf16", "f16")  # labels of weights that are not quantised
 
 Need = tuple[int, int]  # of a stage: peak memory and disk, in bytes
@@ -66,18 +67,24 @@ def estimate_needs(
             if split_stage(name)[0] == "reference"
         },
     }
-    kernels = TOOLS_MEMORY + min(COMPILERS, usable_cores()) * COMPILER_MEMORY
-    needs |= {name: (kernels, KERNELS_DISK) for name in names if name.startswith("kernels-")}
+    held, used_before = REFERENCE_MEMORY, set[str]()  # what stays in the process, and which backends left it there
+    compilers = min(COMPILERS, usable_cores()) * COMPILER_MEMORY
     table = sum(info.nbytes for info in used if info.name == EMBEDDING)
     longest = max((size[0] for size in case_sizes), default=0)
     for target in targets:
-        compiler = TRAITS[target.backend].footprint.compiler
-        lowering = (_lower_memory(used) + compiler, target.weights_bytes + GRAPH_DISK)
+        takes = TRAITS[target.backend].footprint
+        lowering = (held + _lower_memory(used, target), target.weights_bytes + GRAPH_DISK)
         if target.on_gpu:  # an engine beside the weights that it is made of
             engine = ENGINE_MEMORY + ENGINE_COPIES * target.weights_bytes
             lowering = (max(lowering[0], engine), 2 * target.weights_bytes + ENGINE_DISK)
         needs[f"lower-{target.name}"] = lowering
-        parity = _parity_memory(target, seen.text, table, longest)
+        if TRAITS[target.backend].compiles_for == "cpu":
+            kernels = {name for name in names if name.startswith("kernels-")} - needs.keys()
+            needs |= dict.fromkeys(kernels, (held + compilers, KERNELS_DISK))
+        if target.backend not in used_before and not target.done:
+            held += takes.stays
+            used_before.add(target.backend)
+        parity = held + _parity_memory(target, seen.text, table, longest)
         needs |= {name: (parity, GRAPH_DISK) for name in names if split_stage(name)[0] == f"parity-{target.name}"}
         # the baseline's weights lie beside the bundle's own while it is measured
         needs[f"rtn-{target.name}"] = (max(lowering[0], parity), target.weights_bytes + GRAPH_DISK)
@@ -164,12 +171,22 @@ def cache_bytes(target: Target, profile: Profile) -> int:
     return CACHE_BYTES[cache_type(target, profile)]
 
 
-def _lower_memory(used: Iterable[WeightSource]) -> int:
-    """Estimate lowering: one piece of a matrix is written after another, and one expert rounded."""
+def _lower_memory(used: Iterable[WeightSource], target: PlannedTarget) -> int:
+    """Estimate lowering: one piece of a matrix is written after another, and one expert rounded; then it is loaded.
+
+    A backend that does not map weights packs what every token is multiplied by as it is loaded, in float32 or for what
+    is quantised in about as much for the head and in less for the rest.
+    """
+    takes = TRAITS[target.backend].footprint
     matrices = [4 * math.prod(info.shape[-2:]) for info in used]
     experts = [4 * math.prod(info.shape[-2:]) for info in used if len(info.shape) > 2]
-    largest = min(max(matrices, default=0), LARGEST_PIECE)
-    return TOOLS_MEMORY + max(largest, PIECE_COPIES * max(experts, default=0))
+    pieces = max(min(max(matrices, default=0), LARGEST_PIECE), PIECE_COPIES * max(experts, default=0))
+    if takes.maps_weights:
+        return takes.compiler + pieces
+    every = sum(4 * math.prod(info.shape) for info in used if len(info.shape) == 2 and info.name != EMBEDDING)
+    head = sum(4 * math.prod(info.shape) for info in used if info.name == HEAD)
+    packed = every if set(target.weights) <= set(FLOATS) else head + PACKED_SHARE * (every - head)
+    return takes.compiler + int(max(pieces, packed))
 
 
 def _parity_memory(target: PlannedTarget, text: TextConfig, table: int, longest: int) -> int:
@@ -183,7 +200,7 @@ def _parity_memory(target: PlannedTarget, text: TextConfig, table: int, longest:
     held += kv_bytes(text, longest, CACHE_BYTES[target.kv_cache])
     if not takes.maps_weights:
         held += sum(size * (1 if label in FLOATS else 2) for label, size in target.weights.items()) - table
-    return TOOLS_MEMORY + held
+    return held
 
 
 def price_context(text: TextConfig, label: str, tokens: int) -> dict[str, Any]:

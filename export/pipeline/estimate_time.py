@@ -103,6 +103,7 @@ def _rounding(work: Work, speed: MachineSpeed) -> float:
             experts = one.shape[0] if len(one.shape) == 3 else 1
             inputs, outputs = (one.shape[1], one.shape[2]) if len(one.shape) == 3 else (one.shape[1], one.shape[0])
             share = work.config.text.experts_per_token / experts if experts > 1 else 1
-            moments, sweep = 2.0 * tokens * share * inputs**2, 4.0 * (inputs + outputs) * inputs**2
-            flops += experts * (moments + len(gptq) * sweep)
-    return 2 * flops / (speed.flops * EFFICIENCY)  # in float64
+            # the factor of the moments is made in float64, which counts twice
+            moments, factor = 2.0 * tokens * share * inputs**2, 4 / 3 * inputs**3
+            flops += experts * (moments + factor + len(gptq) * outputs * inputs**2)
+    return 2 * flops / (speed.flops * EFFICIENCY)  # as much again for scales and columns, element by element

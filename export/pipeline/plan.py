@@ -23,7 +23,7 @@ from arriero.export.pipeline.planned import Plan, PlannedStage
 from arriero.export.pipeline.record_plan import answer_mode, record_bytes
 from arriero.export.pipeline.resolution import weak_thresholds
 from arriero.export.pipeline.sample_sets import SampleSets
-from arriero.export.pipeline.stage_keys import KeyInputs, calibrating, stage_inputs
+from arriero.export.pipeline.stage_keys import KeyInputs, calibrating, reads_calibration, stage_inputs
 from arriero.export.pipeline.stages import WorkDir, key_of
 from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.samples.cases import scored_counts
@@ -51,7 +51,8 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
             hashes[name] = checkpoint.merged([folder]).known_content_hash(work.hash_memo) or ""
     refused.of(lambda: inputs.update(stage_inputs(build, content or "", profiles, hashes)))
     hashed = bool(content) and all(hashes.values())
-    keys = {name: key_of(name, values) for name, values in inputs.items()}
+    needless = only is None and not any(reads_calibration(target, profiles) for target in build.targets)
+    keys = {name: key_of(name, values) for name, values in inputs.items() if not (name == "calibrate" and needless)}
     state = {name: hashed and work.is_done(name, key) for name, key in keys.items()}
     undone = {name for name in keys if not state[name] and (only is None or name in only)}
     seen = config.taking(build.modalities)

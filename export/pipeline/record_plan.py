@@ -12,7 +12,7 @@ from arriero.export.build_file.schema import GENERATED_BYTES, BuildConfig
 from arriero.export.calibration import estimate
 from arriero.export.machine.versions import installed_versions
 from arriero.export.pipeline.sources import source_hash
-from arriero.export.proof.decoded_memory import LOGITS
+from arriero.export.proof.decoded_memory import LOGITS, VOCABULARY
 from arriero.graphs.config import ModelConfig, TextConfig
 from arriero.graphs.sources.open_layout import weight_bytes
 from arriero.graphs.sources.weight_source import WeightSource
@@ -24,6 +24,7 @@ from arriero.traits import SHARED_PACKAGES
 LAYOUTS = "graphs/sources"  # which are imported by name, so that only their folder shows what reads a checkpoint
 RECORDS = ("export/proof/write_record.py", "export/samples/cases.py", LAYOUTS)  # the sources that the stage begins in
 ENTRY_BYTES = 4 << 10  # of `record.json` for one case
+LOGIT_COPIES = 2.5  # of a case's logits while they are looked through for what is kept
 
 
 def answer_mode(build: BuildConfig) -> AnswerMode:
@@ -66,8 +67,10 @@ def walk_bytes(text: TextConfig, sizes: Sequence[estimate.Size]) -> int:
 def record_memory(
     config: ModelConfig, used: Sequence[WeightSource], sizes: Sequence[estimate.Size], answers: AnswerMode
 ) -> int:
-    """Bytes that making the record holds: a layer, a case's step, logits, and those of a case once more and masked."""
+    """Bytes that making the record holds: a layer and a case's step, or logits with what is sorted of a case's."""
     lengths, token = [size[0] for size in sizes], 4 * config.text.vocab_size
     largest = token * max(lengths, default=0)
-    logits = max(largest, min(LOGITS, token * sum(lengths))) + 2 * largest
-    return logits + estimate.calibration_memory(config, used, sizes, second=False, whole=answers == "generated")
+    head = 2 * 4 * VOCABULARY * config.text.hidden_size
+    logits = max(largest, min(LOGITS, token * sum(lengths))) + max(head, LOGIT_COPIES * largest)
+    walked = estimate.calibration_memory(config, used, sizes, second=False, whole=answers == "generated")
+    return max(walked, estimate.REFERENCE_MEMORY + int(logits))

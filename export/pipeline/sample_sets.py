@@ -59,7 +59,7 @@ class SampleSets:
         and told as such by `check_ready`, an upper bound is given.
         """
         build, sizes, case_sizes = self._build, list[Size](), list[Size]()
-        if not state["calibrate"]:
+        if not state.get("calibrate", True):
             sizes = self._or_bound(build.calibration, self.sample_sizes)
         contexts = [target.context for target in build.targets if not state[f"parity-{target.name}"]]
         if contexts:

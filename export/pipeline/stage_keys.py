@@ -34,6 +34,7 @@ def stage_inputs(
 ) -> dict[str, KeyInputs]:
     """Give every stage of `build` in order, by name, with what its result depends on.
 
+    The stage `calibrate` is among them whether or not a target reads it: it may be asked for alone.
     A later stage names the keys of the earlier ones that it reads, so that a change runs through. `adapted` are the
     content hashes of the checkpoint with each of the runtime adapters merged.
     """
@@ -60,12 +61,12 @@ def stage_inputs(
                 "source": source_hash("export/compile/kernels", "export/compile/build_kernels.py")
             }
     graph = key_of("graph", stages["graph"])
-    coverage = key_of("calibrate", stages["calibrate"])
+    calibration = key_of("calibrate", stages["calibrate"])
     for target in build.targets:
         lower, parity = f"lower-{target.name}", f"parity-{target.name}"
         stages[lower] = {
             "graph": graph,
-            "calibrate": coverage,
+            "calibrate": calibration if reads_calibration(target, profiles) else None,
             "target": target.model_dump(),
             "cpu": asdict(parse_cpu(target.cpu or NATIVE)) if kernel_arch(target) else None,
             "gpu": gpu_inputs(target, build.budgets.gpu_memory),
@@ -118,6 +119,11 @@ def calibrating(profiles: Mapping[str, Profile]) -> list[Profile]:
     """The profiles that calibrate, each once, in a fixed order."""
     unique = {rounding_folder(profile): profile for profile in profiles.values() if profile.calibration is not None}
     return [unique[key] for key in sorted(unique)]
+
+
+def reads_calibration(target: Target, profiles: Mapping[str, Profile]) -> bool:
+    """Whether what is made for a target depends on what calibration saw."""
+    return profiles[target.profile].calibration is not None or target.kv_cache == "int8"
 
 
 def rounding_folder(profile: Profile) -> str:

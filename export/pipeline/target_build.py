@@ -30,7 +30,7 @@ from arriero.export.pipeline.failure_page import FailurePage
 from arriero.export.pipeline.parts import read_part, write_part
 from arriero.export.pipeline.place_record import is_placed, place_record
 from arriero.export.pipeline.results import Failure, State, TargetResult
-from arriero.export.pipeline.stage_keys import rounding_folder
+from arriero.export.pipeline.stage_keys import reads_calibration, rounding_folder
 from arriero.export.pipeline.stages import Run, key_of, machine_limits, read_record, split_stage, subject_stage
 from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.proof.emulate import can_emulate
@@ -87,11 +87,23 @@ class TargetBuild:
     def stages(self) -> dict[str, str]:
         """The stages that make the bundle, and their keys."""
         name = self.target.name
-        names = ["graph", "calibrate", f"lower-{name}"]
+        names = ["graph", *["calibrate"] * self.reads_calibration, f"lower-{name}"]
         names += [
             subject_stage(stage, adapter) for stage in ("reference", f"parity-{name}") for adapter in self.subjects
         ]
         return {name: key_of(name, self.build.inputs[name]) for name in names}
+
+    @property
+    def reads_calibration(self) -> bool:
+        """Whether calibration decides what the target is made of."""
+        return reads_calibration(self.target, self.build.profiles)
+
+    @property
+    def calibrated(self) -> CalibratedPart:
+        """What is known of its experts' tokens: from calibration, or where there is none from the parity cases."""
+        if self.reads_calibration:
+            return read_part(CalibratedPart, self.build.calibrated)
+        return CalibratedPart(None, self.build.record.tokens_per_expert())
 
     @property
     def subjects(self) -> tuple[str | None, ...]:
@@ -160,8 +172,7 @@ class TargetBuild:
         self.report = report
         if not report.failed:
             return
-        coverage = read_part(CalibratedPart, self.build.calibrated).coverage
-        self.failures = explain_failures(report, self.profile, coverage)
+        self.failures = explain_failures(report, self.profile, self.calibrated.coverage)
         self.failure_page.write(report)
         said = "\n".join(f"  {number}. {failure}" for number, failure in enumerate(self.failures, 1))
         worn = f" with adapter {report.labels['adapter']}" if "adapter" in report.labels else ""
@@ -182,7 +193,7 @@ class TargetBuild:
     @cached_property
     def lowered(self) -> Path:
         """The finished stage `lower-*`."""
-        _ = self.build.graph, self.build.calibrated, self.kernels  # finished first: no stage runs within another
+        _ = self.build.graph, self.roundings, self.kernels  # finished first: no stage runs within another
         return self.stage("lower", self.lower, resumes=True)
 
     @cached_property
@@ -197,8 +208,10 @@ class TargetBuild:
         return None if self.kernels is None else self.build.kernels_for(architecture())
 
     @cached_property
-    def roundings(self) -> QuantizedWeights:
-        """What calibration found for the target's profile."""
+    def roundings(self) -> QuantizedWeights | None:
+        """What calibration found for the target's profile; None for a target that does not read it."""
+        if not self.reads_calibration:
+            return None
         return QuantizedWeights(self.build.calibrated / rounding_folder(self.profile))
 
     @cached_property
@@ -206,7 +219,7 @@ class TargetBuild:
         """The target's profile, with the choice that calibration made where it leaves one."""
         from arriero.export.calibration.choice import decided
 
-        return decided(self.profile, self.roundings.folder)
+        return self.profile if self.roundings is None else decided(self.profile, self.roundings.folder)
 
     @property
     def cache_scales(self) -> list[CacheScales] | None:
@@ -345,7 +358,9 @@ class TargetBuild:
     def write_manifest(self, bundle: Path, files: Mapping[str, FileRecord]) -> None:
         """Write the bundle's manifest from the parts that the stages wrote; `files` are those that they hashed."""
         build, stages = self.build, self.stages
-        folders = {"graph": build.graph, "calibrate": build.calibrated, "lower": self.lowered}
+        folders = {"graph": build.graph, "lower": self.lowered}
+        if self.reads_calibration:
+            folders["calibrate"] = build.calibrated
         records = {name: read_record(folder) for name, folder in folders.items()}
         text = build.model.text
         per_layer = 2 * text.kv_heads * text.head_dim * cache_bytes(self.target, self.profile)
@@ -356,7 +371,7 @@ class TargetBuild:
             target=self.target.model_dump(),
             tools=build.inputs["graph"]["tools"],
             lowered=read_part(LoweredPart, self.lowered),
-            calibrated=read_part(CalibratedPart, build.calibrated),
+            calibrated=self.calibrated,
             rounded=self.rounded(),
             record=build.record.hash,
             proof=self.terms,
@@ -382,5 +397,7 @@ class TargetBuild:
         from arriero.export.calibration.calibrate import fallbacks
         from arriero.export.calibration.choice import read_choice
 
+        if self.roundings is None:
+            return RoundedPart(fallback=(), choice=None)
         fallback = fallbacks(self.profile, self.roundings.notes())
         return RoundedPart(fallback=fallback, choice=read_choice(self.roundings.folder))

@@ -11,6 +11,7 @@ from arriero.profiles.groups import LAYER
 
 ROOM = 2 << 30  # bytes of decoded weights
 LOGITS = 256 << 20  # bytes of the logits of cases that go through the head together
+VOCABULARY = 4096  # rows of the head at a time
 LAYERS = f"{TEXT_PREFIX}model.layers"  # the module that holds the decoder's layers
 
 

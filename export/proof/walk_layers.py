@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from arriero.export.proof.decoded_memory import VOCABULARY
 from arriero.graphs.config import TextConfig
 from arriero.graphs.model import KeyValue, Linear, MoE
 from arriero.graphs.ops import run_expert
@@ -37,7 +38,6 @@ Progress = Callable[[int, int], None]
 # What a sample shows: its number, ids [S], pixels [n, 3, h, w] or None, image features [M, H].
 Embedded = Callable[[int, NDArray[np.int64], Floats | None, Floats], None]
 ROUTER = "feed_forward.router"
-VOCABULARY = 16384  # rows of the head at a time
 # Which matrices of a layer read which input: the module that is watched -> the matrices it stands for.
 DENSE = {"gate_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 WATCHED = {

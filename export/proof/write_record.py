@@ -161,6 +161,7 @@ class _Writer:
                 file[rows] = logits if whole else getattr(kept, name)
             tops[rows] = top_tokens(logits, self.session.spec.image_token_id)
             forced.append(forced_ids(self.walk.ids(number), self.walk.answers[number], logits[-1], self.session.spec))
+            del logits
             self.watch(f"{STEP}: logits", number + 1, len(self.cases), "cases")
         for file in files.values():
             file.flush()
@@ -180,6 +181,7 @@ class _Writer:
             for number in range(start, stop):
                 own = slice(*(bounds[number : number + 2] - bounds[start]))
                 yield number, self.cases[number], logits[own]
+            del logits  # gone before its successor is made
             start = stop
 
     def _describe(self) -> set[str]:

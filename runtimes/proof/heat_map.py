@@ -1,4 +1,4 @@
-"""A picture of how many calibration tokens reached each expert, for models with more experts than a list can name."""
+"""A picture of how many tokens reached each expert, for models with more experts than a list can name."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def coverage_map(coverage: Mapping[int, Sequence[int]], thin: Collection[tuple[i
         return None
     high = min(CELL, DEEPEST / len(coverage))
     base = TOP + high * len(coverage)
-    svg = canvas("Calibration tokens of each expert", base + BOTTOM)
+    svg = canvas("Tokens of each expert", base + BOTTOM)
     experts = max(map(len, coverage.values()))
     wide = (WIDTH - LEFT - RIGHT) / experts
     gap = 1.0 if min(wide, high) > 5 else 0.25

@@ -140,6 +140,17 @@ class ReferenceRecord:
             generated_text=entry.get("generated_text", ""),
         )
 
+    def tokens_per_expert(self) -> dict[str, tuple[int, ...]]:
+        """How many of the cases' tokens reached each expert, by MoE layer."""
+        counts = {
+            str(layer): np.bincount(
+                self._array(f"{layer_name(layer)}.expert_ids").ravel(), minlength=self.spec.num_local_experts
+            )
+            for layer, one in enumerate(self.spec.layers)
+            if one.ffn == "moe"
+        }
+        return {layer: tuple(int(count) for count in reached) for layer, reached in counts.items()}
+
     def _parity_case(self, entry: Mapping[str, Any]) -> ParityCase:
         prompt = map_pictures(entry["prompt"], self._picture)
         images = tuple(self._picture(name) for name in entry["images"])

@@ -88,8 +88,8 @@ class CaseResult:
 class ParityReport:
     """All rows, the per-layer series, the families and the cases. `labels` are the caller's (bundle, profile, ...).
 
-    `coverage`: calibration tokens of each expert by MoE layer; `fallback`: the experts that too few of them reached;
-    `synthetic`: whether the bundle's weights were drawn at random.
+    `coverage`: tokens of each expert by MoE layer, of calibration or of the cases; `fallback`: the experts that too few
+    of them reached; `synthetic`: whether the bundle's weights were drawn at random.
     """
 
     rows: tuple[Row, ...]

@@ -15,6 +15,7 @@ import pytest
 
 import arriero
 from arriero.errors import ArrieroError, MachineLacks
+from arriero.export.machine.memory_watch import MemoryWatch, release_memory
 from arriero.runtimes import cache as kvcache
 from arriero.runtimes import cpu
 from arriero.runtimes import tvm as runtime
@@ -50,6 +51,21 @@ def test_the_exact_bundle_agrees_with_the_reference_in_text_and_images(bundles):
     rows = {row["metric"]: row["value"] for row in json.loads((bundles / "fp32" / "parity.json").read_text())["rows"]}
     assert rows["router_agreement"] == rows["same_top_token"] == 1.0
     assert rows["logits_max_abs_error"] < 1e-4
+
+
+def test_closing_gives_the_memory_of_steps_back(backend):
+    def held():
+        release_memory()
+        with MemoryWatch() as watch:
+            pass
+        return watch.start
+
+    before = held()
+    backend.embed(draw(1 << 18), np.zeros((0, backend.spec.hidden_size), np.float32))
+    kept = held() - before
+    backend.close()
+    assert kept > 16 << 20
+    assert held() - before < kept / 4
 
 
 def test_int8_computes_what_onnxruntime_computes(bundles, workshop):

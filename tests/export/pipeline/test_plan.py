@@ -70,7 +70,7 @@ def test_planning_touches_nothing(folder):
     plan = make_plan(build)
     assert sorted(folder.rglob("*")) == before
     assert [stage.name for stage in plan.stages] == [
-        *("graph", "calibrate", "reference", "lower-small", "parity-small", "lower-exact", "parity-exact")
+        *("graph", "reference", *BOTH)
     ]
     assert not any(stage.done or stage.key for stage in plan.stages)
     assert not plan.done
@@ -162,14 +162,16 @@ def test_an_int8_cache_is_a_quarter_and_has_keys_and_thresholds_of_its_own(folde
     before, after = make_plan(plain), make_plan(other)
     assert after.targets[1].kv_bytes * 4 == before.targets[1].kv_bytes
     assert (after.targets[1].kv_cache, after.targets[0]) == ("int8", before.targets[0])
-    assert after.peak_memory < before.peak_memory
+    proofs = [next(one for one in plan.stages if one.name == "parity-exact") for plan in (before, after)]
+    assert proofs[1].memory < proofs[0].memory
+    assert {one.name for one in after.stages} - {one.name for one in before.stages} == {"calibrate"}
     profiles = {target.profile: load_profile(target.profile) for target in plain.targets}
     keys = [
         {name: key_of(name, inputs) for name, inputs in stage_inputs(build, "content", profiles).items()}
         for build in (plain, other)
     ]
     changed = {name for name, key in keys[0].items() if keys[1][name] != key}
-    assert changed == {"lower-exact", "parity-exact"}  # calibration is done once for both
+    assert changed == {"lower-exact", "parity-exact"}
     own = thresholds(other, other.targets[1], profiles["fp32"])
     assert "logits_max_abs_error" not in own
     assert own["task_accuracy_drop"] == 0.005
@@ -232,14 +234,17 @@ def test_maverick_and_text_only(tmp_path):
 
 def test_finished_stages_are_known_and_need_nothing_more(folder):
     build = load(folder)
-    finish(build, ["graph", "calibrate", "reference", "lower-small"])
+    finish(build, ["graph", "reference", "lower-small"])
     plan = make_plan(build)
-    assert [stage.name for stage in plan.stages if stage.done] == ["graph", "calibrate", "reference", "lower-small"]
+    assert [stage.name for stage in plan.stages if stage.done] == ["graph", "reference", "lower-small"]
     assert plan.disk == plan.targets[1].weights_bytes + 3 * GRAPH_DISK
     finish(build)
     plan = make_plan(build)
     assert plan.done
     assert (plan.peak_memory, plan.disk) == (0, 0)
+
+
+BOTH = ("lower-small", "parity-small", "lower-exact", "parity-exact")
 
 
 @pytest.mark.parametrize(
@@ -250,9 +255,9 @@ def test_finished_stages_are_known_and_need_nothing_more(folder):
         ("targets:", "parity: {answers: forced}\ntargets:", ["reference", "parity-small", "parity-exact"]),
         ("targets:", "parity: {record: separate}\ntargets:", []),
         ("targets:", "parity: {thresholds: {logits_kl_mean: 1}}\ntargets:", ["parity-small", "parity-exact"]),
-        ("targets:", "calibration: {seed: 5}\ntargets:", ["calibrate", "lower-small", "parity-small"]),
+        ("targets:", "calibration: {seed: 5}\ntargets:", []),  # nothing is calibrated
         ("targets:", "budgets: {disk: 1GiB}\ntargets:", []),
-        ("[text, image]", "[text]", ["graph", "calibrate", "lower-small"]),
+        ("[text, image]", "[text]", ["graph", "reference", *BOTH]),
     ],
 )
 def test_a_change_undoes_what_depends_on_it(folder, old, new, undone):
@@ -395,8 +400,10 @@ def test_a_plan_of_one_stage_asks_for_what_it_alone_needs(folder):
     needs = {stage.name: (stage.memory, stage.disk) for stage in plan.stages}
     assert plan.peak_memory == max(memory for memory, _ in needs.values())
     assert plan.disk == sum(disk for _, disk in needs.values())
-    one = plan.only("calibrate")
-    assert (one.peak_memory, one.disk) == needs["calibrate"]
+    one = plan.only("graph")
+    assert (one.peak_memory, one.disk) == needs["graph"]
+    assert "calibrate" not in needs  # which may be asked for all the same
+    assert [stage.name for stage in make_plan(load(folder), only=("calibrate",)).stages] == ["calibrate"]
 
 
 def test_a_profile_that_calibrates_is_part_of_the_calibration_and_of_its_costs(folder):

@@ -136,7 +136,7 @@ def test_statistics_are_those_of_an_explicit_recomputation(tmp_path: Path, name:
     assert seen.routed is not None
     counts = seen.routed.counts(walk.text.experts)
     assert sum(counts) == SAMPLES * LENGTH * walk.text.experts_per_token
-    calibration = Calibration(walk, Checkpoint.open(folder), {}, tmp_path, lambda *_: None)
+    calibration = Calibration(walk, Checkpoint.open(folder), {"p": profile()}, tmp_path, lambda *_: None)
     found = list(calibration._experts(layer, seen.routed))
     for expert in range(walk.text.experts):
         token, slot = torch.nonzero(chosen == expert, as_tuple=True)
