@@ -65,7 +65,7 @@ def test_closing_gives_the_memory_of_steps_back(backend):
     kept = held() - before
     backend.close()
     assert kept > 16 << 20
-    assert held() - before < kept / 4
+    assert held() - before < kept / 3  # of which a thread keeps what its own operators worked in
 
 
 def test_int8_computes_what_onnxruntime_computes(bundles, workshop):

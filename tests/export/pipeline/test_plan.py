@@ -69,9 +69,7 @@ def test_planning_touches_nothing(folder):
     before = sorted(folder.rglob("*"))
     plan = make_plan(build)
     assert sorted(folder.rglob("*")) == before
-    assert [stage.name for stage in plan.stages] == [
-        *("graph", "reference", *BOTH)
-    ]
+    assert [stage.name for stage in plan.stages] == [*("graph", "reference", *BOTH)]
     assert not any(stage.done or stage.key for stage in plan.stages)
     assert not plan.done
 
