@@ -95,16 +95,20 @@ class Weights:
 class ToyCache:
     """Every key, value and position ever seen, row by row: nothing is restarted, so masks must be explicit."""
 
-    def __init__(self, store: list[list[tuple[Floats, Floats]]], lengths: Ints, capacity: int) -> None:
-        self.store, self.lengths, self.capacity = store, lengths, capacity
-        self.adapters = np.zeros(len(store), np.int64)
+    def __init__(self, store: list[list[tuple[Floats, Floats]]], lengths: Ints, adapters: Ints, capacity: int) -> None:
+        self.store, self.lengths, self.adapters, self.capacity = store, lengths, adapters, capacity
 
     def rows(self, start: int, stop: int) -> ToyCache:
-        return ToyCache(self.store[start:stop], self.lengths[start:stop], self.capacity)
+        return ToyCache(self.store[start:stop], self.lengths[start:stop], self.adapters[start:stop], self.capacity)
 
     def copy_row(self, source: int, target: int) -> None:
         self.store[target][:] = self.store[source]
         self.lengths[target] = self.lengths[source]
+        self.adapters[target] = self.adapters[source]
+
+    def truncate(self, row: int, length: int) -> None:
+        self.store[row][:] = [(keys[:length], values[:length]) for keys, values in self.store[row]]
+        self.lengths[row] = length
 
 
 class ToyBackend:
@@ -131,7 +135,8 @@ class ToyBackend:
 
     def new_cache(self, batch: int, capacity: int) -> ToyCache:
         empty = np.zeros((0, KV_HEADS, DIM), np.float32)
-        return ToyCache([[(empty, empty)] * 2 for _ in range(batch)], np.zeros(batch, np.int64), capacity)
+        rows, lengths, adapters = [[(empty, empty)] * 2 for _ in range(batch)], *np.zeros((2, batch), np.int64)
+        return ToyCache(rows, lengths, adapters, capacity)
 
     def forward(
         self, inputs_embeds: Floats, positions: Ints, cache: Any, logits_index: Ints, captures: bool = False

@@ -277,13 +277,21 @@ def test_the_context_can_be_filled_to_its_last_token(session):
         session.decode(session.prefill(Prompt(np.arange(3))), session.spec.image_token_id)
 
 
-def test_a_closed_session_says_so_and_may_be_closed_again(session):
-    stream, state = session.generate("hello", stream=True, max_tokens=9), session.prefill("hello")
+def test_a_closed_session_says_so_and_may_be_closed_again(session, toy):
+    forward, steps = toy.forward, threading.Semaphore(10)
+
+    def held_up(*arguments, **named):
+        steps.acquire(timeout=0.2)  # the answer is not over before the session is
+        return forward(*arguments, **named)
+
+    toy.forward = held_up
+    state, stream = session.prefill("hello"), session.generate("hello", stream=True, max_tokens=40)
     next(stream)
     session.close()
+    with pytest.raises(ArrieroError, match="the session is closed"):
+        list(stream)
     session.close()
     for use in (
-        lambda: next(stream),
         lambda: session.generate("hello"),
         lambda: session.generate_batch(["hello"]),
         lambda: session.decode(state, 5),
