@@ -39,9 +39,10 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "runtimes": {
         "remote": ("remote.py",),
         "proof": ("proof",),
-        "session": ("api.py", "session.py", "check_prompt.py"),
+        "session": ("api.py", "session.py", "chat_session.py", "check_prompt.py"),
         "engine": (
             *("engine.py", "scheduler.py", "pace.py", "running_rows.py", "request.py", "stream.py"),
+            *("prefix_cache.py", "place.py"),
             *("generation.py", "stop_text.py", "settings.py"),
         ),
         "processor": ("processor",),

@@ -19,7 +19,7 @@ from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Ints, ModelSpec
 from arriero.runtimes.cache_rows import CacheRows, RowStore
 from arriero.runtimes.lazy_memory import give_back, lazy_zeros
-from arriero.runtimes.snapshot import Buffer, Snapshot, slots_held
+from arriero.runtimes.snapshot import Buffer, Snapshot, slots_held, slots_since
 
 FIRST_SLOTS = 256
 
@@ -55,15 +55,15 @@ class KVCache(RowStore):
             for buffer in (*self.keys, *self.values):
                 give_back(buffer[row])
 
-    def snapshot(self, row: int) -> Snapshot:
-        """Copy what `row` holds."""
+    def snapshot(self, row: int, start: int = 0) -> Snapshot:
+        """Copy what `row` holds of the tokens from `start` on."""
         length = int(self.lengths[row])
-        held = slots_held(self.spec, length)
+        held = slots_since(self.spec, start, length)
         keys, values = (
-            tuple(buffer[row, :, :slots].copy() for buffer, slots in zip(buffers, held, strict=True))
+            tuple(buffer[row, :, slots].copy() for buffer, slots in zip(buffers, held, strict=True))
             for buffers in (self.keys, self.values)
         )
-        return Snapshot(self.spec, length, keys, values)
+        return Snapshot(self.spec, length, keys, values, start=start)
 
     def restore(self, row: int, snapshot: Snapshot) -> None:
         """Make `row` hold what `snapshot` was taken of."""

@@ -39,7 +39,7 @@ class Engine:
     def __init__(self, backend: Backend, limits: EngineLimits = NO_LIMITS) -> None:
         """Start the thread; it ends with `close`, or when nobody holds the engine any more."""
         self._backend: Backend | None = backend
-        self._scheduler = Scheduler(limits)
+        self._scheduler = Scheduler(backend.spec, limits)
         self._closing = threading.Lock()
         self._process = os.getpid()
         self._owner = _Owner()
@@ -94,7 +94,10 @@ class Engine:
         """The scheduler's next steps, and its turn after whatever was asked meanwhile."""
         if self._backend is None:
             return  # `_end` has told everybody
-        self._scheduler.turn(self._backend)
+        try:
+            self._scheduler.turn(self._backend)
+        except BaseException as error:  # of no one request: nobody may wait for ever
+            self._scheduler.fail(error)
         if not self._scheduler.idle:
             try:
                 self._owner.submit(self._turn)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from arriero.runtimes.backend import TILES_AT_ONCE, Backend, Floats
+from arriero.runtimes.backend import Backend, Cache, Floats, ModelSpec
 from arriero.runtimes.pace import Pace
+from arriero.runtimes.prefix_cache import PrefixCache
 from arriero.runtimes.request import Request
 from arriero.runtimes.running_rows import RunningRows
 from arriero.runtimes.steps import append_tokens, check_finite, read_piece
@@ -22,11 +24,15 @@ from arriero.traits import PREFILL_PIECE
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """How many requests may run at once, how long each may be, and how many tokens all may come to (None: any)."""
+    """How much may be held at once: `rows` requests, each of `context` tokens, all of `tokens` (None: any number).
+
+    `prefix_bytes` are for prefixes that were read before and features of pictures; 0 keeps none.
+    """
 
     rows: int = 32
     context: int = 1 << 20
     tokens: int | None = None
+    prefix_bytes: int = 0
 
 
 @dataclass
@@ -34,6 +40,7 @@ class Stats:
     """What an engine has done since it was opened, and what it has to do."""
 
     prefilled_tokens: int = 0
+    reused_tokens: int = 0  # of prompts, which the prefix cache had
     generated_tokens: int = 0
     steps: int = 0  # decode steps, each of all rows that decode
     finished: int = 0
@@ -44,9 +51,10 @@ class Stats:
 class Scheduler:
     """The requests of one backend."""
 
-    def __init__(self, limits: EngineLimits) -> None:
+    def __init__(self, spec: ModelSpec, limits: EngineLimits) -> None:
         """Keep to `limits`; a request beyond the tokens runs alone."""
         self.limits, self.stats = limits, Stats()
+        self._prefixes = PrefixCache(spec, limits.prefix_bytes) if limits.prefix_bytes else None
         self._rows = RunningRows(limits.rows, limits.context)
         self._waiting: deque[Request] = deque()
         self._reading: Request | None = None
@@ -96,6 +104,8 @@ class Scheduler:
             self._stop_reading()
         for row in reversed(range(len(self._rows.decoding))):
             if (request := self._rows.decoding[row]).cancelled:
+                if request.keeps_place:
+                    request.kept = self._rows.cache.snapshot(row)
                 request.cancel()
                 self._rows.remove(row)
 
@@ -104,12 +114,13 @@ class Scheduler:
         if self._reading is not None or not self._waiting:
             return
         running = self._rows.decoding
-        held = sum(other.tokens for other in running) + self._waiting[0].tokens
+        held = sum(other.most_tokens for other in running) + self._waiting[0].most_tokens
         if len(running) >= self.limits.rows or (running and held > (self.limits.tokens or held)):
             return
         request = self._reading = self._waiting.popleft()
         try:
-            self._rows.open(backend, request.adapter)
+            self._rows.open(backend, request.tokens.adapter)
+            self._reuse(request)
         except BaseException as error:
             request.fail(error)
             self._stop_reading()
@@ -123,7 +134,7 @@ class Scheduler:
         others = bool(self._rows.decoding)
         try:
             if request.tiles_left:
-                request.see_tiles(backend, 1 if others else TILES_AT_ONCE)
+                request.see_tile(partial(self._see, backend))
                 return
             ids, features = request.next_piece(backend, self._pace.piece() if others else PREFILL_PIECE)
             started = time.perf_counter()
@@ -134,7 +145,8 @@ class Scheduler:
             self.stats.prefilled_tokens += len(ids)
             if request.position < len(request.ids):
                 return
-            self._take(request, logits)
+            self._keep(request, self._rows.reading)
+            self._take(request, logits, self._rows.reading)
         except BaseException as error:
             request.fail(error)
             self._stop_reading()
@@ -145,15 +157,58 @@ class Scheduler:
         else:
             self._rows.abandon_reading()
 
-    def _take(self, request: Request, logits: Floats) -> None:
-        request.take(logits)
+    def _reuse(self, request: Request) -> None:
+        """Begin where the conversation's own place, or the prefix cache, has the prompt read to."""
+        place, row = request.place, self._rows.reading
+        kept = place.shared(request.ids) if place and place.snapshot.adapter == request.tokens.adapter else 0
+        snapshot = self._prefixes.find(request.tokens) if self._prefixes is not None else None
+        length = snapshot.length if snapshot is not None else 0
+        if place is not None and kept >= max(length, 1):
+            row.restore(0, place.snapshot)
+            row.truncate(0, kept)
+        elif snapshot is not None:
+            row.restore(0, snapshot)
+        request.skip(max(kept, length))
+        self.stats.reused_tokens += request.position
+
+    def _keep(self, request: Request, row: Cache) -> None:
+        """Keep what `row` holds of `request` for others that begin like it; a conversation's later turns are its own."""
+        if self._prefixes is not None and request.place is None:
+            self._prefixes.save(request.tokens_held, row)
+
+    def _end(self, request: Request, row: Cache) -> None:
+        """Keep what others, or the conversation itself, may go on from."""
+        if request.keeps_place:
+            request.kept = row.snapshot(0)
+        else:
+            self._keep(request, row)
+
+    def _see(self, backend: Backend, name: bytes, tile: Floats) -> Floats:
+        """The features [M, H] of a tile f32 [1, 3, h, w], which is computed where nobody has shown it lately."""
+        features = self._prefixes.features(name) if self._prefixes is not None else None
+        if features is None:
+            features = backend.vision(tile)
+            if self._prefixes is not None:
+                self._prefixes.save_features(name, features)
+        return features
+
+    def _take(self, request: Request, logits: Floats, row: Cache) -> None:
+        """Choose and hand over the token that follows what `row` holds."""
+        delta = request.choose(logits)
+        if request.answer.finished is not None:
+            self._end(request, row)
         self.stats.generated_tokens += 1
         self.stats.finished += request.answer.finished is not None
+        request.deliver(delta)
 
     def _decode(self, backend: Backend) -> None:
         """Append one token to every row that decodes and choose the next."""
         started = time.perf_counter()
-        outcomes = self._append(backend)
+        count = len(self._rows.decoding)
+        together = backend.few_rows or count
+        outcomes: list[Floats | BaseException] = []
+        for first in range(0, count, together):
+            outcomes += self._append(backend, first, min(first + together, count))
         self._pace.decoded(time.perf_counter() - started)
         self.stats.steps += 1
         ended = []
@@ -161,7 +216,7 @@ class Scheduler:
             try:
                 if isinstance(outcome, BaseException):
                     raise outcome
-                self._take(request, check_finite(outcome))
+                self._take(request, check_finite(outcome), self._rows.cache.rows(row, row + 1))
             except BaseException as error:
                 request.fail(error)
                 ended.append(row)
@@ -172,16 +227,17 @@ class Scheduler:
         for row in reversed(ended):
             self._rows.remove(row)
 
-    def _append(self, backend: Backend) -> list[Floats | BaseException]:
-        """Per row the logits [V] after its last token, or why there are none."""
-        cache, tokens = self._rows.cache, [request.answer.token_ids[-1] for request in self._rows.decoding]
+    def _append(self, backend: Backend, first: int, stop: int) -> list[Floats | BaseException]:
+        """For rows `first` to `stop` the logits [V] after each one's last token, or why there are none."""
+        requests, cache = self._rows.decoding[first:stop], self._rows.cache.rows(first, stop)
+        tokens = [request.answer.token_ids[-1] for request in requests]
         try:
             return list(append_tokens(backend, tokens, cache))
         except BaseException as error:
             if len(tokens) == 1:
                 return [error]
         # one of them may be to blame: each by itself, from where it stood
-        cache.lengths[:] = [request.length for request in self._rows.decoding]
+        cache.lengths[:] = [request.length for request in requests]
         outcomes: list[Floats | BaseException] = []
         for row, token in enumerate(tokens):
             try:

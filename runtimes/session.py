@@ -7,7 +7,8 @@ owns the backend, see `Engine`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
@@ -18,6 +19,7 @@ import numpy as np
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Backend, Cache, Floats, Ints, StepOutput
+from arriero.runtimes.chat_session import Chat, load_chat
 from arriero.runtimes.check_prompt import check_prompt
 from arriero.runtimes.engine import Engine
 from arriero.runtimes.generation import Answer, Generation
@@ -53,17 +55,21 @@ class Session:
         batch: int | None = None,
         adapters: Sequence[str] = (),
         adapter: str | None = None,
+        limits: EngineLimits | None = None,
+        identity: str = "",
     ) -> None:
         """Serve sequences of at most `context` tokens (the model's own limit when None), `batch` of them at once.
 
         `adapters` are the names of the backend's adapters; what does not say which it wants is read with `adapter`, or
-        by the model itself.
+        by the model itself. `limits` are the engine's; None is those of `context` and `batch` alone. A saved
+        conversation belongs to the bundle of that `identity`.
         """
+        self.identity = identity
         self.processor = processor
         self.spec = backend.spec
         self.context = min(context or self.spec.max_position_embeddings, self.spec.max_position_embeddings)
         self.batch = batch
-        self.engine = Engine(backend, EngineLimits(batch or EngineLimits.rows, self.context))
+        self.engine = Engine(backend, limits or EngineLimits(batch or EngineLimits.rows, self.context))
         self.adapters = tuple(adapters)
         self.adapter = adapter
         self._number(adapter)
@@ -117,7 +123,7 @@ class Session:
         """Answer `prompt` as `generate` does, in pieces as they come, for `for` and for `async for`."""
         read = read_settings(settings)
         encoded = self.encode(prompt, images, **chat_options(settings))
-        return self._submit(self._request(encoded, read, settings.get("adapter", self.adapter)))
+        return self.submit(self.request(encoded, read, settings.get("adapter", self.adapter)))
 
     def generate_batch(self, prompts: Sequence[PromptLike], **settings: Unpack[Settings]) -> list[Generation]:
         """Answer several prompts together, at most `batch` at a time, each as `generate` would alone.
@@ -131,7 +137,7 @@ class Session:
         adapter = settings.get("adapter", self.adapter)
         self._number(adapter)
         encoded = [self.encode(prompt, **chat) for prompt in prompts]
-        answers = [self._submit(request) for request in [self._request(prompt, read, adapter) for prompt in encoded]]
+        answers = [self.submit(request) for request in [self.request(prompt, read, adapter) for prompt in encoded]]
         try:
             return [answer.wait() for answer in answers]
         finally:
@@ -142,7 +148,30 @@ class Session:
         """What the session has read and generated since it was opened, and what runs and waits now."""
         return self.engine.stats
 
-    # --- below: one step at a time
+    # --- conversations
+
+    def chat(self, messages: Sequence[Message] = (), **settings: Unpack[Settings]) -> Chat:
+        """Begin a conversation that keeps its place: a turn reads its own tokens alone. `messages` open it, such as the
+        system's; `settings` are those of every turn.
+        """
+        return Chat(self, messages, settings)
+
+    def load_chat(self, path: str | os.PathLike[str], **settings: Unpack[Settings]) -> Chat:
+        """Go on with a conversation that `Chat.save` wrote, where it stood; `settings` over those that it had."""
+        return load_chat(self, path, settings)
+
+    # --- below: what those are made of
+
+    def request(self, prompt: Prompt, settings: AnswerSettings, adapter: str | None) -> Request:
+        """What the engine needs to know to answer an encoded prompt."""
+        room = self._room(prompt, settings.limits.max_tokens)
+        answer = Answer(self.spec, self.processor.decode, settings, room, prompt.input_ids)
+        return Request(prompt, answer, self._number(adapter), self.spec)
+
+    def submit(self, request: Request, answered: Callable[[Generation], None] | None = None) -> Stream:
+        """Have `request` answered; `answered` is called with the whole of it by who reads the stream to its end."""
+        self.engine.submit(request)
+        return Stream(self.engine, request, answered)
 
     def encode(
         self, prompt: PromptLike, images: Images = None, *, special_tokens: bool = False, **chat: Unpack[ChatOptions]
@@ -158,6 +187,10 @@ class Session:
             what = f"there are {' and '.join(beside)} beside an encoded prompt"
             raise ArrieroError(what, remedy="Encode them with the prompt")
         return check_prompt(prompt, self.spec)
+
+    def encode_turn(self, messages: Sequence[Message], images: Images = None, **chat: Unpack[ChatOptions]) -> Prompt:
+        """Give the ids and tiles of what follows the words of the last answer in `messages`; see `encode`."""
+        return self.processor.encode_turn(messages, images, context=self.context, **chat)
 
     def prefill(self, prompt: PromptLike, images: Images = None, adapter: str | None = None) -> State:
         """Read `prompt` into a new state whose `logits` choose the first token; `adapter` None is the session's own."""
@@ -214,15 +247,6 @@ class Session:
 
     # --- inside
 
-    def _request(self, prompt: Prompt, settings: AnswerSettings, adapter: str | None) -> Request:
-        room = self._room(prompt, settings.limits.max_tokens)
-        answer = Answer(self.spec, self.processor.decode, settings, room, prompt.input_ids)
-        return Request(prompt, answer, self._number(adapter))
-
-    def _submit(self, request: Request) -> Stream:
-        self.engine.submit(request)
-        return Stream(self.engine, request)
-
     def _room(self, prompt: Prompt, max_tokens: int | None) -> int:
         """How many tokens the answer may have; refuses what does not fit the context."""
         length = len(prompt.input_ids)
@@ -269,7 +293,7 @@ class Session:
             features = self.vision(prompt.pixel_values)
         start = used = 0
         while start < len(ids):
-            stop = piece_end(self.spec, start, len(ids), PREFILL_PIECE)
+            stop = piece_end(self.spec, start, len(ids), PREFILL_PIECE, self.backend.few_rows)
             piece = ids[start:stop]
             placeholders = int(np.sum(piece == self.spec.image_token_id))
             yield piece, features[used : used + placeholders]

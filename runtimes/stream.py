@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from queue import Empty
 from typing import Self
@@ -20,9 +20,9 @@ class Stream(Iterator[str], AsyncIterator[str]):
     The engine does not wait for its reader: pieces that come meanwhile are kept.
     """
 
-    def __init__(self, engine: Engine, request: Request) -> None:
-        """Follow `request`, which `engine` was handed."""
-        self._engine, self._request, self._ended = engine, request, False
+    def __init__(self, engine: Engine, request: Request, answered: Callable[[Generation], None] | None = None) -> None:
+        """Follow `request`, which `engine` was handed; `answered` is called with the whole answer once it is read."""
+        self._engine, self._request, self._answered, self._ended = engine, request, answered, False
 
     def __iter__(self) -> Self:
         return self
@@ -83,6 +83,8 @@ class Stream(Iterator[str], AsyncIterator[str]):
             return entry
         self._ended = True
         if entry is None:
+            if self._answered is not None:
+                self._answered(self.result)
             return None
         try:
             raise entry

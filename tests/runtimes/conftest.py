@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from arriero.runtimes.backend import Floats, Ints, ModelSpec, StepOutput
 from arriero.runtimes.manifest import FORMAT, REPORTS, FileRecord, file_sha256, link, manifest_digest, parity_digest
 from arriero.runtimes.processor.processor import IMAGE_TOKENS, PATCH, Processor
+from arriero.runtimes.snapshot import Snapshot
 
 HIDDEN, HEADS, KV_HEADS, DIM, EXPERTS, CHUNK, CONTEXT = 16, 4, 2, 8, 4, 8, 64
 IMAGE_SIZE, PATCH_SIZE, TILE_TOKENS = 28, 7, 4
@@ -110,12 +111,34 @@ class ToyCache:
         self.store[row][:] = [(keys[:length], values[:length]) for keys, values in self.store[row]]
         self.lengths[row] = length
 
+    def snapshot(self, row: int, start: int = 0) -> Snapshot:
+        length = int(self.lengths[row])
+        firsts = [length - length % CHUNK, 0]
+        keys, values = (
+            tuple(
+                layer[which][max(first, start) :].transpose(1, 0, 2).copy()
+                for layer, first in zip(self.store[row], firsts, strict=True)
+            )
+            for which in (0, 1)
+        )
+        return Snapshot(ModelSpec.parse(model_entry()), length, keys, values, int(self.adapters[row]), start)
+
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        pairs = []
+        for kept in zip(snapshot.keys, snapshot.values, strict=True):
+            missing = np.zeros((snapshot.length - kept[0].shape[1], KV_HEADS, DIM), np.float32)  # hidden by the mask
+            pairs.append(tuple(np.concatenate([missing, one.transpose(1, 0, 2)]) for one in kept))
+        self.store[row][:] = pairs
+        self.lengths[row], self.adapters[row] = snapshot.length, snapshot.adapter
+
 
 class ToyBackend:
     """The toy in numpy: any number of rows with any number of steps, attention by explicit masks.
 
     `rounds`: whether new keys and values are rounded as an int8 cache rounds them.
     """
+
+    few_rows = 0
 
     def __init__(self, rounds: bool = False) -> None:
         self.rounds = rounds
