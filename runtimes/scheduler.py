@@ -172,7 +172,7 @@ class Scheduler:
         self.stats.reused_tokens += request.position
 
     def _keep(self, request: Request, row: Cache) -> None:
-        """Keep what `row` holds of `request` for others that begin like it; a conversation's later turns are its own."""
+        """Keep what `row` holds of `request` for others that begin like it; a conversation has its own place."""
         if self._prefixes is not None and request.place is None:
             self._prefixes.save(request.tokens_held, row)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from arriero.export.proof.reference import TorchBackend
 from arriero.runtimes.chat_session import Chat
 from arriero.runtimes.processor.processor import Processor, Prompt
 from arriero.runtimes.session import Session
+from arriero.runtimes.settings import read_settings
+from tests.runtimes.gate import Gate
 from tests.toys import load_reference
 
 Open = Callable[[], Session]
@@ -50,7 +53,7 @@ def check_fresh(chat: Chat, session: Session) -> None:
     assert place is not None
     fresh = session.generate(Prompt(place.ids, place.tiles), max_tokens=4, logprobs=5)
     read = session.stats().prefilled_tokens
-    request = session.request(Prompt(place.ids, place.tiles), _settings(), None)
+    request = session.request(Prompt(place.ids, place.tiles), read_settings({"max_tokens": 4, "logprobs": 5}), None)
     request.place = place
     kept = session.submit(request).wait()
     assert session.stats().prefilled_tokens - read <= len(place.ids) - place.snapshot.length + 1
@@ -59,12 +62,6 @@ def check_fresh(chat: Chat, session: Session) -> None:
     assert kept.logprobs is not None
     chances = [[value for entry in g.logprobs or () for _, value in entry.top] for g in (fresh, kept)]
     np.testing.assert_allclose(*chances, atol=1e-5)
-
-
-def _settings() -> Any:
-    from arriero.runtimes.settings import read_settings
-
-    return read_settings({"max_tokens": 4, "logprobs": 5})
 
 
 def test_a_turn_reads_its_own_tokens_and_goes_on_as_a_fresh_reading(open_session: Open) -> None:
@@ -78,15 +75,9 @@ def test_a_turn_reads_its_own_tokens_and_goes_on_as_a_fresh_reading(open_session
         assert chat.messages[-2:] == [{"role": "user", "content": turn}, {"role": "assistant", "content": answer.text}]
         check_fresh(chat, session)
     assert answer.prompt_tokens > session.spec.attention_chunk_size
-    own = [
-        len(session.encode_turn([*SYSTEM, {"role": "assistant", "content": ""}, _user(turn)]).input_ids)
-        for turn in TURNS
-    ]
+    answered = [*SYSTEM, {"role": "assistant", "content": ""}]
+    own = [len(session.encode_turn([*answered, {"role": "user", "content": turn}]).input_ids) for turn in TURNS]
     assert reads[1:] == [count + 1 for count in own[1:]]  # an answer's last token was chosen, not read
-
-
-def _user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
 
 
 def test_a_conversation_with_pictures_is_saved_and_goes_on_elsewhere(open_session: Open, tmp_path: Path) -> None:
@@ -131,13 +122,12 @@ def test_an_answers_tokens_stay_whatever_its_text_would_be(session: Session) -> 
         assert ids[len(ids) - len(answer.token_ids) + closed :] == answer.token_ids[: len(answer.token_ids) - closed]
 
 
-def test_streams_of_threads_and_tasks_are_turns_once_they_are_read(session: Session) -> None:
-    chat = session.chat(max_tokens=10)
+def test_streams_of_threads_and_tasks_are_turns_once_they_are_read(session: Session, toy: Any) -> None:
+    chat, gate = session.chat(max_tokens=10), Gate(toy)
     stream = chat.stream("Hello")
-    next(stream)
     with pytest.raises(ArrieroError, match="still being answered"):
-        chat.send("again") if chat._answering.answer.finished is None else chat.stream("x").close()  # type: ignore[union-attr]
-        raise ArrieroError("still being answered")
+        chat.send("again")
+    gate.open(10_000)
     assert chat.messages == []
     text = stream.wait().text
     assert [message["content"] for message in chat.messages] == ["Hello", text]
@@ -189,13 +179,7 @@ def test_what_is_no_conversation_of_the_bundle_is_refused(
         file.write_bytes(bad)
         with pytest.raises(ArrieroError, match="no saved conversation"):
             session.load_chat(file)
-    with np.load(tmp_path / "none" if False else _rewritten(content, tmp_path)) as arrays:
+    with np.load(io.BytesIO(content)) as arrays:
         np.savez(file, **{**arrays, "key.1": arrays["key.1"][:, :3]})
     with pytest.raises(ArrieroError, match="keys and values are not those of"):
         session.load_chat(file)
-
-
-def _rewritten(content: bytes, folder: Path) -> Path:
-    path = folder / "whole.npz"
-    path.write_bytes(content)
-    return path

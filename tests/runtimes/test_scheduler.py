@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,6 +21,7 @@ from arriero.runtimes.scheduler import EngineLimits, Scheduler
 from arriero.runtimes.session import Session
 from arriero.runtimes.steps import NotFinite
 from arriero.traits import PREFILL_PIECE
+from tests.runtimes.gate import Gate
 from tests.toys import load_reference
 
 SAME_BITS = ("tvm",)
@@ -103,21 +103,6 @@ def test_tasks_of_asyncio_are_answered_together(whole: Session) -> None:
 def session(toy: Any, processor: Processor) -> Iterator[Session]:
     with Session(toy, processor, context=200, batch=3) as opened:
         yield opened
-
-
-class Gate:
-    """Lets a backend take so many steps, of pieces or of decoding, then waits until more are let through."""
-
-    def __init__(self, backend: Any) -> None:
-        self._forward, self._steps = backend.forward, threading.Semaphore(0)
-        backend.forward = self.forward
-
-    def forward(self, *arguments: Any, **named: Any) -> Any:
-        assert self._steps.acquire(timeout=60)
-        return self._forward(*arguments, **named)
-
-    def open(self, steps: int) -> None:
-        self._steps.release(steps)
 
 
 def toy_pieces(session: Session, prompt: str) -> range:
