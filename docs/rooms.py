@@ -39,6 +39,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "runtimes": {
         "remote": ("remote.py",),
         "proof": ("proof",),
+        "server": ("server",),
         "session": ("api.py", "session.py", "chat_session.py", "check_prompt.py"),
         "engine": (
             *("engine.py", "scheduler.py", "pace.py", "running_rows.py", "request.py", "stream.py"),

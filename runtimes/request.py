@@ -47,6 +47,7 @@ class Request:
         self.tokens = read_tokens(prompt, adapter, spec)
         self.ids, self._tiles = prompt.input_ids, prompt.pixel_values
         self.position = 0  # tokens of the prompt that are in the cache
+        self.reused = 0  # of those, the ones that had been read before
         self._features: list[Floats] = []  # [M, H] of the tiles seen so far
         self._context = copy_context()
         self.place: Place | None = None  # of a conversation that the prompt goes on with
@@ -90,7 +91,7 @@ class Request:
 
     def skip(self, length: int) -> None:
         """Take the first `length` tokens as read: the cache has them."""
-        self.position = length
+        self.position = self.reused = length
         first = int(np.searchsorted(self.tokens.placeholders, length))
         whole = first // self.tokens.per_tile if self.tokens.tiles else 0
         self._features = [np.zeros((0, 0), np.float32)] * whole  # of tiles that are read to their end

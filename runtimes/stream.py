@@ -97,6 +97,11 @@ class Stream(Iterator[str], AsyncIterator[str]):
             pass
         return self.result
 
+    @property
+    def reused_tokens(self) -> int:
+        """How many of the prompt's tokens had been read before."""
+        return self._request.reused
+
     def close(self) -> None:
         """End the answer within a step."""
         self._request.abandon()

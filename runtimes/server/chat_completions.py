@@ -1,0 +1,140 @@
+"""/v1/chat/completions: messages in, answers out, whole or as they come."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from arriero.runtimes.generation import Generation, TokenLogprobs
+from arriero.runtimes.processor.chat import ChatOptions
+from arriero.runtimes.processor.processor import Prompt
+from arriero.runtimes.processor.tool_calls import parse_tool_calls
+from arriero.runtimes.server.answer_fields import MOST_TOP_LOGPROBS, AnswerFields, read_answer_fields
+from arriero.runtimes.server.answers import Answers
+from arriero.runtimes.server.fields import Fields
+from arriero.runtimes.server.messages import MessageReader
+from arriero.runtimes.server.models import Model, Models
+from arriero.runtimes.server.options import ServerOptions
+from arriero.runtimes.settings import Settings
+
+CALL_STARTS = ("[", "{", "<")  # what an answer that calls tools begins with
+
+
+def check_text_format(fields: Fields) -> None:
+    """Refuse a form of the answer other than text."""
+    said = fields.fields("response_format")
+    if said is not None and (kind := said.text("type")) != "text":
+        raise said.refusal("type", f"is {kind!r:.40}; expected text")
+
+
+class ChatCompletion:
+    """One request: read from its body, then answered."""
+
+    def __init__(self, body: Any, models: Models, options: ServerOptions) -> None:
+        """Read the body. Raises RefusalError for what cannot be answered."""
+        fields = Fields(body)
+        self.asked: AnswerFields = read_answer_fields(fields, models, options, None)
+        self.messages = MessageReader(options).read(fields.items("messages"))
+        top = fields.integer("top_logprobs", least=0, most=MOST_TOP_LOGPROBS)
+        wanted = fields.flag("logprobs")
+        if top is not None and not wanted:
+            raise fields.refusal("top_logprobs", "goes with logprobs only")
+        self.shown: Settings = {"logprobs": (top or 0) if wanted else None}
+        self.tools = self._tools(fields)
+        check_text_format(fields)
+        fields.ignore(("parallel_tool_calls", "modalities", "reasoning_effort"))
+        fields.refuse_others()
+        self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+
+    def _tools(self, fields: Fields) -> list[dict[str, Any]] | None:
+        tools, choice = fields.items("tools"), fields.take("tool_choice", "auto")
+        if choice not in ("auto", "none"):
+            raise fields.refusal("tool_choice", f"is {choice!r:.60}; expected auto or none")
+        for number, tool in enumerate(tools or ()):
+            if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
+                raise fields.refusal(
+                    f"tools[{number}]", 'is no function; expected {"type": "function", "function": ..}'
+                )
+        return tools if tools and choice == "auto" else None
+
+    @property
+    def model(self) -> Model:
+        """What answers."""
+        return self.asked.model
+
+    def encode(self) -> list[Prompt]:
+        """The prompt's ids and tiles."""
+        options: ChatOptions = {} if self.tools is None else {"tools": self.tools}
+        return [self.model.session.encode(self.messages, **options)]
+
+    def whole(self, answers: Answers, results: list[Generation]) -> dict[str, Any]:
+        """The answer in one piece."""
+        choices = []
+        for number, result in enumerate(results):
+            message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
+            reason = result.finish_reason
+            if calls := self._calls(result.text):
+                message |= {"content": None, "tool_calls": calls}
+                reason = "tool_calls"  # type: ignore[assignment]
+            logprobs = self._logprobs(result.logprobs or ())
+            choices.append({"index": number, "message": message, "finish_reason": reason, "logprobs": logprobs})
+        return {**self._head("chat.completion"), "choices": choices, "usage": answers.usage()}
+
+    async def chunks(self, answers: Answers) -> AsyncIterator[dict[str, Any]]:
+        """The answer as it comes."""
+        for number in range(len(answers.streams)):
+            yield self._chunk(number, {"role": "assistant", "content": ""})
+        # text that may be a call of a tool, which is known at its end only; None where it is not
+        held: list[str | None] = [None if self.tools is None else ""] * len(answers.streams)
+        async for number, delta in answers.deltas():
+            if delta is None:
+                result = answers.streams[number].result
+                calls = self._calls(result.text)
+                if calls:
+                    indexed = [{"index": n, **call} for n, call in enumerate(calls)]
+                    yield self._chunk(number, {"tool_calls": indexed})
+                elif held[number]:
+                    yield self._chunk(number, {"content": held[number]})
+                yield self._chunk(number, {}, "tool_calls" if calls else result.finish_reason)
+                continue
+            text, begun = delta.text, held[number]
+            if begun is not None:
+                begun = held[number] = begun + text
+                text = ""
+                if begun.lstrip() and not begun.lstrip().startswith(CALL_STARTS):
+                    text, held[number] = begun, None
+            if text or delta.logprobs:
+                yield self._chunk(number, {"content": text}, logprobs=self._logprobs(delta.logprobs))
+        if self.asked.include_usage:
+            yield {**self._head("chat.completion.chunk"), "choices": [], "usage": answers.usage()}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}
+        return {**head, "system_fingerprint": self.model.fingerprint}
+
+    def _chunk(
+        self, number: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None
+    ) -> dict[str, Any]:
+        choice = {"index": number, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
+        usage: dict[str, Any] = {"usage": None} if self.asked.include_usage else {}
+        return {**self._head("chat.completion.chunk"), "choices": [choice], **usage}
+
+    def _calls(self, text: str) -> list[dict[str, Any]]:
+        if self.tools is None:
+            return []
+        return [{"id": f"call_{uuid.uuid4().hex[:24]}", **call.to_message()} for call in parse_tool_calls(text)]
+
+    def _logprobs(self, entries: tuple[TokenLogprobs, ...]) -> dict[str, Any] | None:
+        if self.shown["logprobs"] is None or not entries:
+            return None
+        return {"content": [self._logprob(entry) for entry in entries], "refusal": None}
+
+    def _logprob(self, entry: TokenLogprobs) -> dict[str, Any]:
+        top = [self._token(token, logprob) for token, logprob in entry.top]
+        return {**self._token(entry.token_id, entry.logprob), "top_logprobs": top}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self.model.session.processor.decode([token], skip_special_tokens=False)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
