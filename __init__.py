@@ -2,6 +2,7 @@
 
 from arriero.errors import ArrieroError, BelowThreshold, MachineLacks, Problems
 from arriero.runtimes.api import load
+from arriero.runtimes.chat_session import Chat
 from arriero.runtimes.generation import Generation, TokenLogprobs
 from arriero.runtimes.processor.tool_calls import ToolCall, parse_tool_calls
 from arriero.runtimes.sampling import Sampling
@@ -12,6 +13,7 @@ from arriero.version import __version__
 __all__ = [
     "ArrieroError",
     "BelowThreshold",
+    "Chat",
     "Generation",
     "MachineLacks",
     "Problems",
