@@ -61,7 +61,8 @@ class Chat:
         request.place, request.keeps_place = self._place, True
 
         def answered(answer: Generation) -> None:
-            assert request.kept is not None
+            if request.kept is None:  # cancelled before anything was said
+                return
             reply = {"role": "assistant", "content": answer.text}
             self.messages = [*messages[:-1], _without_pictures(turn), reply]
             ids = np.concatenate([request.ids, np.array(answer.token_ids, np.int64)])

@@ -45,10 +45,12 @@ class Request:
         """Ask for `answer` to `prompt`, read with the adapter of that number; the caller's context variables hold."""
         self.answer = answer
         self.tokens = read_tokens(prompt, adapter, spec)
-        self.ids, self._tiles = prompt.input_ids, prompt.pixel_values
-        self.position = 0  # tokens of the prompt that are in the cache
+        self._tiles = prompt.pixel_values
+        self._paused_at = 0  # tokens of the answer that are among `tokens`: read as a prompt is, since it was paused
+        self.position = 0  # of `tokens`, how many the cache has
         self.reused = 0  # of those, the ones that had been read before
         self._features: list[Floats] = []  # [M, H] of the tiles seen so far
+        self.number = 0  # in the order of arrival
         self._context = copy_context()
         self.place: Place | None = None  # of a conversation that the prompt goes on with
         self.keeps_place = False
@@ -58,20 +60,31 @@ class Request:
         self.notify: Callable[[], None] | None = None  # called after each entry of the outbox
 
     @property
-    def most_tokens(self) -> int:
-        """Tokens of memory that prompt and answer may come to."""
-        return len(self.ids) + self.answer.max_tokens
+    def ids(self) -> Ints:
+        """What is to be read before the next token can be chosen [S]."""
+        return self.tokens.ids
 
     @property
     def length(self) -> int:
         """Tokens that the cache holds of it: the last one chosen is still to be appended."""
-        return self.position + max(len(self.answer.token_ids) - 1, 0)
+        return self.position + max(len(self.answer.token_ids) - self._paused_at - 1, 0)
 
     @property
     def tokens_held(self) -> Tokens:
         """The tokens that the cache holds of it."""
-        answered = np.array(self.answer.token_ids[:-1], np.int64)
+        answered = np.array(self.answer.token_ids[self._paused_at : -1], np.int64)
         return replace(self.tokens, ids=np.concatenate([self.ids[: self.position], answered]))
+
+    def tokens_soon(self, ahead: int) -> int:
+        """Tokens of memory that it comes to within `ahead` more of its answer."""
+        left = self.answer.max_tokens - len(self.answer.token_ids)
+        return max(len(self.ids), self.length) + min(left, ahead)
+
+    def pause(self) -> None:
+        """Give up what the cache holds: prompt and answer so far are to be read again."""
+        answered = np.array(self.answer.token_ids[self._paused_at :], np.int64)
+        self.tokens = replace(self.tokens, ids=np.concatenate([self.ids, answered]))
+        self._paused_at, self.position, self._features = len(self.answer.token_ids), 0, []
 
     # --- the prompt, piece by piece
 
@@ -91,7 +104,9 @@ class Request:
 
     def skip(self, length: int) -> None:
         """Take the first `length` tokens as read: the cache has them."""
-        self.position = self.reused = length
+        self.position = length
+        if not self._paused_at:
+            self.reused = length
         first = int(np.searchsorted(self.tokens.placeholders, length))
         whole = first // self.tokens.per_tile if self.tokens.tiles else 0
         self._features = [np.zeros((0, 0), np.float32)] * whole  # of tiles that are read to their end

@@ -21,10 +21,15 @@ from arriero.runtimes.running_rows import RunningRows
 from arriero.runtimes.steps import append_tokens, check_finite, read_piece
 from arriero.traits import PREFILL_PIECE
 
+AHEAD = 256  # tokens of an answer that there is room for when its request is admitted
+
 
 @dataclass(frozen=True)
 class EngineLimits:
     """How much may be held at once: `rows` requests, each of `context` tokens, all of `tokens` (None: any number).
+
+    A request is admitted with some room for its answer. Where answers outgrow the tokens, the newest request
+    waits again and is read anew once there is room; its answer goes on where it was.
 
     `prefix_bytes` are for prefixes that were read before and features of pictures; 0 keeps none.
     """
@@ -44,6 +49,7 @@ class Stats:
     generated_tokens: int = 0
     steps: int = 0  # decode steps, each of all rows that decode
     finished: int = 0
+    paused: int = 0  # times that a request gave its memory to elder ones, to be read again
     running: int = 0
     waiting: int = 0
 
@@ -59,6 +65,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._reading: Request | None = None
         self._pace = Pace()
+        self._added = 0
 
     @property
     def idle(self) -> bool:
@@ -67,12 +74,15 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Take `request` in; it is served after those that came before."""
+        self._added += 1
+        request.number = self._added
         self._waiting.append(request)
 
     def turn(self, backend: Backend) -> None:
         """Take the next steps: at most one piece of a prompt, and one token for every row that decodes."""
         self._end_cancelled()
         self._admit(backend)
+        self._make_room()
         if self._reading is not None:
             self._read(backend, self._reading)
         if self._rows.decoding:
@@ -114,8 +124,8 @@ class Scheduler:
         if self._reading is not None or not self._waiting:
             return
         running = self._rows.decoding
-        held = sum(other.most_tokens for other in running) + self._waiting[0].most_tokens
-        if len(running) >= self.limits.rows or (running and held > (self.limits.tokens or held)):
+        soon = sum(request.tokens_soon(AHEAD) for request in (*running, self._waiting[0]))
+        if len(running) >= self.limits.rows or (running and soon > (self.limits.tokens or soon)):
             return
         request = self._reading = self._waiting.popleft()
         try:
@@ -124,6 +134,25 @@ class Scheduler:
         except BaseException as error:
             request.fail(error)
             self._stop_reading()
+
+    def _make_room(self) -> None:
+        """Pause the newest requests where the next tokens of all would not fit; the eldest always goes on."""
+        if self.limits.tokens is None:
+            return
+        while self._rows.decoding:
+            running = [*self._rows.decoding, *([self._reading] if self._reading else [])]
+            if len(running) == 1 or sum(request.tokens_soon(1) for request in running) <= self.limits.tokens:
+                return
+            newest = self._reading or max(running, key=lambda request: request.number)
+            if newest is self._reading:
+                self._stop_reading()
+            else:
+                row = self._rows.decoding.index(newest)
+                self._keep(newest, self._rows.cache.rows(row, row + 1))
+                self._rows.remove(row)
+            newest.pause()
+            self._waiting.appendleft(newest)
+            self.stats.paused += 1
 
     def _stop_reading(self) -> None:
         self._reading = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
@@ -140,9 +141,13 @@ class Session:
         answers = [self.submit(request) for request in [self.request(prompt, read, adapter) for prompt in encoded]]
         try:
             return [answer.wait() for answer in answers]
-        finally:
-            for answer in answers:  # where one failed: the others end within a step
+        except Exception:
+            for answer in answers:
                 answer.close()
+            for answer in answers:  # each ends within a step; nothing of a failed batch runs on
+                with suppress(Exception):
+                    answer.wait()
+            raise
 
     def stats(self) -> Stats:
         """What the session has read and generated since it was opened, and what runs and waits now."""

@@ -17,5 +17,9 @@ class Gate:
         assert self._steps.acquire(timeout=60)
         return self._forward(*arguments, **named)
 
+    def left(self) -> int:
+        """Steps that are let through and not taken yet."""
+        return self._steps._value
+
     def open(self, steps: int) -> None:
         self._steps.release(steps)

@@ -231,6 +231,31 @@ def test_an_error_while_a_prompt_is_read_ends_that_request_alone(session: Sessio
     assert good.wait().text == expected
 
 
+def test_answers_that_outgrow_the_memory_are_paused_and_go_on(
+    toy: Any, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest gives its row to the elder ones; its text, draws and log-probabilities are those of a lone run."""
+    monkeypatch.setattr(scheduler, "AHEAD", 4)
+    picture = np.full((28, 28, 3), 30, np.uint8)
+    cases: list[dict[str, Any]] = [
+        {"prompt": f"prompt {number}", "temperature": number % 2, "seed": 3, "max_tokens": 50, "logprobs": 2}
+        for number in range(4)
+    ]
+    cases.append({**cases[0], "images": picture})
+    with Session(toy, processor, context=200, batch=8) as session:
+        alone = [session.generate(**case) for case in cases]
+        for prefixes in (0, 1 << 24):
+            session.engine._scheduler = Scheduler(session.spec, EngineLimits(8, 200, 160, prefixes))
+            together = [stream.wait() for stream in [session.stream(**case) for case in cases]]
+            for one, other in zip(alone, together, strict=True):
+                assert one.token_ids == other.token_ids
+                np.testing.assert_allclose(likelihoods(one), likelihoods(other), atol=1e-3)
+            stats = session.stats()
+            assert stats.paused > 0
+            assert stats.generated_tokens == 50 * len(cases)
+            assert (stats.reused_tokens > 0) == (prefixes > 0)
+
+
 def test_requests_wait_for_memory_and_none_overtakes(toy: Any, processor: Processor) -> None:
     with Session(toy, processor, context=200, batch=8) as session:
         session.engine._scheduler = Scheduler(session.spec, EngineLimits(8, 200, tokens=150))
