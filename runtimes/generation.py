@@ -8,6 +8,7 @@ from typing import Literal
 
 from arriero.runtimes.backend import Floats, Ints, ModelSpec
 from arriero.runtimes.draw import top_log_probabilities
+from arriero.runtimes.grammar import Constraint
 from arriero.runtimes.processor.detokenize import Decode, Detokenizer, Piece
 from arriero.runtimes.sampler import Sampler
 from arriero.runtimes.settings import AnswerSettings
@@ -47,16 +48,24 @@ class Answer:
     """One row's answer: feed it logits with `take`, read `finished`, then `result`."""
 
     def __init__(
-        self, spec: ModelSpec, decode: Decode, settings: AnswerSettings, max_tokens: int, prompt_ids: Ints
+        self,
+        spec: ModelSpec,
+        decode: Decode,
+        settings: AnswerSettings,
+        max_tokens: int,
+        prompt_ids: Ints,
+        constraint: Constraint | None = None,
     ) -> None:
         """Start an answer of at most `max_tokens` to a prompt with `prompt_ids`; its clock starts now.
+
+        `constraint` keeps it to the form that `settings` name.
 
         Raises `ArrieroError` for settings that name tokens the model does not know.
         """
         settings.check_vocabulary(spec.vocab_size)
         self._limits, self._output = settings.limits, settings.output
         # an image placeholder in an answer would have no image behind it
-        self._sampler = Sampler(settings.sampling, prompt_ids, never=spec.image_token_id)
+        self._sampler = Sampler(settings.sampling, prompt_ids, never=spec.image_token_id, constraint=constraint)
         self._closing = {*spec.eos_token_ids, *settings.limits.stop_token_ids}
         self._detokenizer = Detokenizer(decode, settings.output.skip_special_tokens)
         self._text = StopText(settings.limits.stop, settings.output.skip_special_tokens)

@@ -112,7 +112,8 @@ class Session:
         How tokens are chosen is `sampling=Sampling(...)`, or its fields as keyword arguments: `temperature` 0, the
         default, is greedy; `seed` makes draws repeatable. The answer ends at the model's closing token or one of
         `stop_token_ids`, before a `stop` text, at `max_tokens` (None fills the context), or soon after `cancel` is
-        set. `logprobs` n also gives each token's log-probability and the n likeliest; `skip_special_tokens=False`
+        set. `json_schema`, `regex`, `choice` or `grammar` say what the answer must be.
+        `logprobs` n also gives each token's log-probability and the n likeliest; `skip_special_tokens=False`
         leaves control tokens in the text. `adapter` names the adapter of the bundle to answer with, None for the model
         itself. With `stream`, gives the text in pieces as it comes. A prompt or a setting
         that cannot work is an `ArrieroError` before anything runs.
@@ -170,7 +171,9 @@ class Session:
     def request(self, prompt: Prompt, settings: AnswerSettings, adapter: str | None) -> Request:
         """What the engine needs to know to answer an encoded prompt."""
         room = self._room(prompt, settings.limits.max_tokens)
-        answer = Answer(self.spec, self.processor.decode, settings, room, prompt.input_ids)
+        form = settings.form
+        constraint = None if form.is_free else self.processor.grammars.constrain(form)
+        answer = Answer(self.spec, self.processor.decode, settings, room, prompt.input_ids, constraint)
         return Request(prompt, answer, self._number(adapter), self.spec)
 
     def submit(self, request: Request, answered: Callable[[Generation], None] | None = None) -> Stream:

@@ -117,7 +117,7 @@ class _Talk:
     def load(self, path: str) -> None:
         """Go on with the conversation in the file `path`."""
         chosen = {name: value for name, value in self._settings.items() if value is not None}
-        self._chat = self._session.load_chat(path, **chosen)  # type: ignore[arg-type]
+        self._chat = self._session.load_chat(path, **chosen)
         for message in self._chat.messages:
             text = message["content"] if isinstance(message["content"], str) else "(with pictures)"
             err.print(f"{message['role']}: {text}", markup=False, highlight=False, style="dim")

@@ -10,6 +10,7 @@ import numpy as np
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Floats, Ints, ModelSpec, no_vision
+from arriero.runtimes.grammar import Grammars
 from arriero.runtimes.processor.chat import Message, Records, as_messages, as_records, expand
 from arriero.runtimes.processor.chat_template import DEFAULT, TOOL_USE
 from arriero.runtimes.processor.conversation import Conversation, Rendered
@@ -42,6 +43,7 @@ class Processor:
         """Read `folder` (tokenizer.json, its configs and templates) for the model `spec`."""
         self.spec = spec
         self._where = str(folder / "tokenizer.json")
+        self.grammars = Grammars(folder / "tokenizer.json", spec.vocab_size, spec.eos_token_ids)
         files = SideFiles.read(folder)
         self._vocabulary = Vocabulary(
             folder / "tokenizer.json", "".join(template.text for template in files.templates.values())

@@ -14,6 +14,7 @@ from arriero.runtimes.processor.tool_calls import parse_tool_calls
 from arriero.runtimes.server.answer_fields import MOST_TOP_LOGPROBS, AnswerFields, read_answer_fields
 from arriero.runtimes.server.answers import Answers
 from arriero.runtimes.server.fields import Fields
+from arriero.runtimes.server.form_fields import read_form
 from arriero.runtimes.server.messages import MessageReader
 from arriero.runtimes.server.models import Model, Models
 from arriero.runtimes.server.options import ServerOptions
@@ -22,11 +23,19 @@ from arriero.runtimes.settings import Settings
 CALL_STARTS = ("[", "{", "<")  # what an answer that calls tools begins with
 
 
-def check_text_format(fields: Fields) -> None:
-    """Refuse a form of the answer other than text."""
-    said = fields.fields("response_format")
-    if said is not None and (kind := said.text("type")) != "text":
-        raise said.refusal("type", f"is {kind!r:.40}; expected text")
+def _call_schema(function: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a call of `function`."""
+    parameters = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": {
+            "type": {"const": "function"},
+            "name": {"const": function.get("name")},
+            "parameters": parameters,
+        },
+        "required": ["type", "name", "parameters"],
+        "additionalProperties": False,
+    }
 
 
 class ChatCompletion:
@@ -42,22 +51,35 @@ class ChatCompletion:
         if top is not None and not wanted:
             raise fields.refusal("top_logprobs", "goes with logprobs only")
         self.shown: Settings = {"logprobs": (top or 0) if wanted else None}
+        self.shown |= read_form(fields)  # type: ignore[typeddict-item]
         self.tools = self._tools(fields)
-        check_text_format(fields)
         fields.ignore(("parallel_tool_calls", "modalities", "reasoning_effort"))
         fields.refuse_others()
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
 
     def _tools(self, fields: Fields) -> list[dict[str, Any]] | None:
         tools, choice = fields.items("tools"), fields.take("tool_choice", "auto")
-        if choice not in ("auto", "none"):
-            raise fields.refusal("tool_choice", f"is {choice!r:.60}; expected auto or none")
         for number, tool in enumerate(tools or ()):
             if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
                 raise fields.refusal(
                     f"tools[{number}]", 'is no function; expected {"type": "function", "function": ..}'
                 )
-        return tools if tools and choice == "auto" else None
+        names = [tool["function"].get("name") for tool in tools or ()]
+        if isinstance(choice, dict):
+            function = choice.get("function")
+            named = function.get("name") if isinstance(function, dict) else None
+            if named not in names:
+                raise fields.refusal("tool_choice", f"names {named!r:.60}; expected one of the tools")
+            self._force([tool for tool in tools or () if tool["function"].get("name") == named])
+        elif choice == "required" and tools:
+            self._force(tools)
+        elif choice not in ("auto", "none"):
+            raise fields.refusal("tool_choice", f"is {choice!r:.60}; expected none, auto, required or a tool")
+        return tools if tools and choice != "none" else None
+
+    def _force(self, tools: list[dict[str, Any]]) -> None:
+        """Let the answer be a call of one of `tools`, in Llama 4's JSON."""
+        self.shown["json_schema"] = {"anyOf": [_call_schema(tool["function"]) for tool in tools]}
 
     @property
     def model(self) -> Model:

@@ -14,6 +14,7 @@ from arriero.runtimes.processor.processor import Prompt
 from arriero.runtimes.server.answer_fields import AnswerFields, read_answer_fields
 from arriero.runtimes.server.answers import Answers
 from arriero.runtimes.server.fields import Fields
+from arriero.runtimes.server.form_fields import read_form
 from arriero.runtimes.server.models import Model, Models
 from arriero.runtimes.server.options import ServerOptions
 from arriero.runtimes.settings import Settings
@@ -30,6 +31,7 @@ class Completion:
         self.asked: AnswerFields = read_answer_fields(fields, models, options, DEFAULT_TOKENS)
         self._prompts = _read_prompts(fields, options.most_answers)
         self.shown: Settings = {"logprobs": fields.integer("logprobs", least=0, most=MOST_LOGPROBS)}
+        self.shown |= read_form(fields)  # type: ignore[typeddict-item]
         for name, least in (("echo", False), ("suffix", ""), ("best_of", self.asked.count)):
             if fields.take(name, least) != least:
                 raise fields.refusal(name, "is not possible here")

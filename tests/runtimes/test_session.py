@@ -13,6 +13,7 @@ import pytest
 
 from arriero.errors import ArrieroError
 from arriero.runtimes import session as session_module
+from arriero.runtimes.grammar import Form
 from arriero.runtimes.processor.chat import ChatOptions
 from arriero.runtimes.processor.processor import Processor, Prompt
 from arriero.runtimes.sampling import Sampling, SamplingSettings
@@ -104,7 +105,7 @@ def test_a_sampling_is_its_settings_by_name(session):
 def test_the_settings_by_name_are_the_fields_of_the_records():
     """Type checkers and editors read the one, `Sampling`, `Limits` and `Output` hold the other."""
     assert get_type_hints(SamplingSettings) == get_type_hints(Sampling)
-    others = {field.name for record in (Limits, Output) for field in fields(record)} | get_type_hints(
+    others = {field.name for record in (Limits, Output, Form) for field in fields(record)} | get_type_hints(
         ChatOptions
     ).keys()
     assert get_type_hints(Settings).keys() == get_type_hints(Sampling).keys() | others | {"sampling", "adapter"}

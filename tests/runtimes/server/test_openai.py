@@ -268,8 +268,13 @@ def test_calls_of_tools_are_calls_and_words_are_words(served: Served, toy_sessio
         ({"messages": HELLO, "logit_bias": {"999": 1}}, "logit_bias names the token 999"),
         ({"messages": HELLO, "stop": [""]}, "stop is no text"),
         ({"messages": HELLO, "stream_options": {"include_usage": True}}, "stream_options goes with stream only"),
-        ({"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format.type is 'json_object'"),
-        ({"messages": HELLO, "tool_choice": "required"}, "tool_choice is 'required'; expected auto or none"),
+        ({"messages": HELLO, "response_format": {"type": "xml"}}, "response_format.type is 'xml'; expected text, json"),
+        ({"messages": HELLO, "response_format": {"type": "json_schema"}}, "response_format.json_schema has no schema"),
+        (
+            {"messages": HELLO, "tool_choice": "required"},
+            "tool_choice is 'required'; expected none, auto, required or a",
+        ),
+        ({"messages": HELLO, "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice names 'f'"),
         ({"messages": HELLO, "extra_body": {"max_token": 3}}, "max_token is not known here. Did you mean max_tokens?"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "path": "/etc/passwd"}]}]},
