@@ -48,17 +48,21 @@ class Answers:
     streams: list[Stream]
     count: int  # answers to each prompt
     metrics: Metrics
+    deadline: float  # of the event loop's clock
 
     @classmethod
-    def begin(cls, asked: AnswerFields, prompts: list[Prompt], shown: Settings, metrics: Metrics) -> Answers:
-        """Have `prompts` answered, each as often as `asked`; `shown` are settings beside those."""
+    def begin(
+        cls, asked: AnswerFields, prompts: list[Prompt], shown: Settings, metrics: Metrics, seconds: float
+    ) -> Answers:
+        """Have `prompts` answered within `seconds`, each as often as `asked`; `shown` are settings beside those."""
         session = asked.model.session
         requests = [
             session.request(prompt, read_settings({**asked.settings_of(number), **shown}), asked.model.adapter)
             for prompt in prompts
             for number in range(asked.count)
         ]
-        return cls([session.submit(request) for request in requests], asked.count, metrics)
+        deadline = asyncio.get_running_loop().time() + seconds
+        return cls([session.submit(request) for request in requests], asked.count, metrics, deadline)
 
     async def wait(self) -> list[Generation]:
         """Wait for all of them."""
@@ -67,11 +71,14 @@ class Answers:
         return [stream.result for stream in self.streams]
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta | None]]:
-        """Every answer's deltas as they come, with the answer's number, and None at its end."""
+        """Every answer's deltas as they come, with its number, and None at its end; TimeoutError after the deadline."""
         waiting = {asyncio.ensure_future(stream.next_delta_async()): n for n, stream in enumerate(self.streams)}
         try:
             while waiting:
-                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                left = self.deadline - asyncio.get_running_loop().time()
+                done, _ = await asyncio.wait(waiting, timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED)
+                if left <= 0 or not done:
+                    raise TimeoutError
                 for task in done:
                     number = waiting.pop(task)
                     delta = task.result()

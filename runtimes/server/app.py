@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from starlette.applications import Starlette
@@ -12,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from arriero.runtimes.server.answers import Answers, Load, until_gone
 from arriero.runtimes.server.chat_completions import ChatCompletion
@@ -24,12 +25,13 @@ from arriero.runtimes.server.messages import MessageReader
 from arriero.runtimes.server.metrics import Metrics
 from arriero.runtimes.server.models import Models
 from arriero.runtimes.server.options import ServerOptions
-from arriero.runtimes.server.sse import HEADERS, events
+from arriero.runtimes.server.sse import HEADERS
 from arriero.runtimes.session import Session
 from arriero.strict_json import parse_json
 
 log = logging.getLogger("arriero.server")
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SLOW_SECONDS = 10.0  # for a client to read what is left of a stream whose time is over
 Handler = Callable[[Request], Awaitable[Response]]
 Kind = type[ChatCompletion] | type[Completion]
 
@@ -81,43 +83,24 @@ class Server:
 
         async def handle(request: Request) -> Response:
             asked = kind(await self._body(request), self.models, self.options)
-            async with self._encoding:
-                prompts = await asyncio.to_thread(asked.encode)
-            count = len(prompts) * asked.asked.count
-            self.load.take(count)
+            self.load.take(asked.count)
+            release = _Once(lambda: self.load.give(asked.count))
             try:
-                answers = Answers.begin(asked.asked, prompts, asked.shown, self.metrics)
+                async with self._encoding:
+                    prompts = await asyncio.to_thread(asked.encode)
+                answers = Answers.begin(asked.asked, prompts, asked.shown, self.metrics, self.options.request_seconds)
+                release.also(answers.close)
+                if asked.asked.stream:
+                    return _Stream(asked.lines(answers), release, self.options.request_seconds + SLOW_SECONDS)
+                results = await until_gone(request, answers.wait)
+                response = JSONResponse(asked.whole(answers, results))
             except BaseException:
-                self.load.give(count)
+                release()
                 raise
-            if asked.asked.stream:
-                return StreamingResponse(
-                    self._streamed(asked, answers, count), media_type="text/event-stream", headers=HEADERS
-                )
-            try:
-                async with asyncio.timeout(self.options.request_seconds):
-                    results = await until_gone(request, answers.wait)
-                return JSONResponse(asked.whole(answers, results))
-            finally:
-                answers.close()
-                self.load.give(count)
+            release()
+            return response
 
         return handle
-
-    async def _streamed(self, asked: ChatCompletion | Completion, answers: Answers, count: int) -> AsyncIterator[str]:
-        """The events of the answers; they end with the request's time, and when the client leaves."""
-
-        async def timed() -> AsyncIterator[Any]:
-            async with asyncio.timeout(self.options.request_seconds):
-                async for chunk in asked.chunks(answers):
-                    yield chunk
-
-        try:
-            async for line in events(timed()):
-                yield line
-        finally:
-            answers.close()
-            self.load.give(count)
 
     async def _body(self, request: Request) -> Any:
         try:
@@ -126,6 +109,40 @@ class Server:
         except TimeoutError:
             raise RefusalError(408, "The body did not come in time.") from None
         return parse_json(content, "the body", "Send one JSON object")
+
+
+class _Once:
+    """What is to be done when a request is over, however it ends."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._works = [work]
+
+    def also(self, work: Callable[[], object]) -> None:
+        """Do `work` too."""
+        self._works.append(work)
+
+    def __call__(self) -> None:
+        while self._works:
+            self._works.pop()()
+
+
+class _Stream(StreamingResponse):
+    """Lines as they come; whatever ends them, also before the first, `release` runs.
+
+    A client that has not read them within `seconds` is left.
+    """
+
+    def __init__(self, lines: AsyncIterator[str], release: _Once, seconds: float) -> None:
+        super().__init__(lines, media_type="text/event-stream", headers=HEADERS)
+        self._release, self._seconds = release, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._seconds):
+                    await super().__call__(scope, receive, send)
+        finally:
+            self._release()
 
 
 def create_app(sessions: Mapping[str, Session], options: ServerOptions) -> tuple[ASGIApp, Server]:

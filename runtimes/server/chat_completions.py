@@ -10,7 +10,7 @@ from typing import Any
 from arriero.runtimes.generation import Generation, TokenLogprobs
 from arriero.runtimes.processor.chat import ChatOptions
 from arriero.runtimes.processor.processor import Prompt
-from arriero.runtimes.processor.tool_calls import parse_tool_calls
+from arriero.runtimes.processor.tool_calls import ToolCall, parse_tool_calls
 from arriero.runtimes.server.answer_fields import MOST_TOP_LOGPROBS, AnswerFields, read_answer_fields
 from arriero.runtimes.server.answers import Answers
 from arriero.runtimes.server.fields import Fields
@@ -18,24 +18,9 @@ from arriero.runtimes.server.form_fields import read_form
 from arriero.runtimes.server.messages import MessageReader
 from arriero.runtimes.server.models import Model, Models
 from arriero.runtimes.server.options import ServerOptions
+from arriero.runtimes.server.sse import events
+from arriero.runtimes.server.tool_text import ToolText, call_schema
 from arriero.runtimes.settings import Settings
-
-CALL_STARTS = ("[", "{", "<")  # what an answer that calls tools begins with
-
-
-def _call_schema(function: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a call of `function`."""
-    parameters = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
-    return {
-        "type": "object",
-        "properties": {
-            "type": {"const": "function"},
-            "name": {"const": function.get("name")},
-            "parameters": parameters,
-        },
-        "required": ["type", "name", "parameters"],
-        "additionalProperties": False,
-    }
 
 
 class ChatCompletion:
@@ -79,12 +64,19 @@ class ChatCompletion:
 
     def _force(self, tools: list[dict[str, Any]]) -> None:
         """Let the answer be a call of one of `tools`, in Llama 4's JSON."""
-        self.shown["json_schema"] = {"anyOf": [_call_schema(tool["function"]) for tool in tools]}
+        self.shown["json_schema"] = {
+            "anyOf": [call_schema(tool["function"].get("name"), tool["function"].get("parameters")) for tool in tools]
+        }
 
     @property
     def model(self) -> Model:
         """What answers."""
         return self.asked.model
+
+    @property
+    def count(self) -> int:
+        """How many answers are asked for."""
+        return self.asked.count
 
     def encode(self) -> list[Prompt]:
         """The prompt's ids and tiles."""
@@ -97,38 +89,36 @@ class ChatCompletion:
         for number, result in enumerate(results):
             message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
             reason = result.finish_reason
-            if calls := self._calls(result.text):
-                message |= {"content": None, "tool_calls": calls}
+            if self.tools is not None and (calls := parse_tool_calls(result.text)):
+                message |= {"content": None, "tool_calls": [self._call(call) for call in calls]}
                 reason = "tool_calls"  # type: ignore[assignment]
             logprobs = self._logprobs(result.logprobs or ())
             choices.append({"index": number, "message": message, "finish_reason": reason, "logprobs": logprobs})
         return {**self._head("chat.completion"), "choices": choices, "usage": answers.usage()}
 
-    async def chunks(self, answers: Answers) -> AsyncIterator[dict[str, Any]]:
+    def lines(self, answers: Answers) -> AsyncIterator[str]:
+        """The answer as events."""
+        return events(self._chunks(answers))
+
+    async def _chunks(self, answers: Answers) -> AsyncIterator[dict[str, Any]]:
         """The answer as it comes."""
         for number in range(len(answers.streams)):
             yield self._chunk(number, {"role": "assistant", "content": ""})
-        # text that may be a call of a tool, which is known at its end only; None where it is not
-        held: list[str | None] = [None if self.tools is None else ""] * len(answers.streams)
+        texts = [ToolText(self.tools is not None) for _ in answers.streams]
         async for number, delta in answers.deltas():
-            if delta is None:
-                result = answers.streams[number].result
-                calls = self._calls(result.text)
-                if calls:
-                    indexed = [{"index": n, **call} for n, call in enumerate(calls)]
-                    yield self._chunk(number, {"tool_calls": indexed})
-                elif held[number]:
-                    yield self._chunk(number, {"content": held[number]})
-                yield self._chunk(number, {}, "tool_calls" if calls else result.finish_reason)
+            if delta is not None:
+                text = texts[number].push(delta.text)
+                if text or delta.logprobs:
+                    yield self._chunk(number, {"content": text}, logprobs=self._logprobs(delta.logprobs))
                 continue
-            text, begun = delta.text, held[number]
-            if begun is not None:
-                begun = held[number] = begun + text
-                text = ""
-                if begun.lstrip() and not begun.lstrip().startswith(CALL_STARTS):
-                    text, held[number] = begun, None
-            if text or delta.logprobs:
-                yield self._chunk(number, {"content": text}, logprobs=self._logprobs(delta.logprobs))
+            words, calls = texts[number].end()
+            if calls:
+                indexed = [{"index": n, **self._call(call)} for n, call in enumerate(calls)]
+                yield self._chunk(number, {"tool_calls": indexed})
+            elif words:
+                yield self._chunk(number, {"content": words})
+            reason = answers.streams[number].result.finish_reason
+            yield self._chunk(number, {}, "tool_calls" if calls else reason)
         if self.asked.include_usage:
             yield {**self._head("chat.completion.chunk"), "choices": [], "usage": answers.usage()}
 
@@ -143,10 +133,8 @@ class ChatCompletion:
         usage: dict[str, Any] = {"usage": None} if self.asked.include_usage else {}
         return {**self._head("chat.completion.chunk"), "choices": [choice], **usage}
 
-    def _calls(self, text: str) -> list[dict[str, Any]]:
-        if self.tools is None:
-            return []
-        return [{"id": f"call_{uuid.uuid4().hex[:24]}", **call.to_message()} for call in parse_tool_calls(text)]
+    def _call(self, call: ToolCall) -> dict[str, Any]:
+        return {"id": f"call_{uuid.uuid4().hex[:24]}", **call.to_message()}
 
     def _logprobs(self, entries: tuple[TokenLogprobs, ...]) -> dict[str, Any] | None:
         if self.shown["logprobs"] is None or not entries:

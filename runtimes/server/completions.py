@@ -17,6 +17,7 @@ from arriero.runtimes.server.fields import Fields
 from arriero.runtimes.server.form_fields import read_form
 from arriero.runtimes.server.models import Model, Models
 from arriero.runtimes.server.options import ServerOptions
+from arriero.runtimes.server.sse import events
 from arriero.runtimes.settings import Settings
 
 DEFAULT_TOKENS, MOST_LOGPROBS = 16, 5  # as OpenAI's API has them
@@ -43,6 +44,11 @@ class Completion:
         """What answers."""
         return self.asked.model
 
+    @property
+    def count(self) -> int:
+        """How many answers are asked for."""
+        return self.asked.count * len(self._prompts)
+
     def encode(self) -> list[Prompt]:
         """The ids of each prompt; a text begins as every text does."""
         session = self.model.session
@@ -61,7 +67,11 @@ class Completion:
         ]
         return {**self._head(), "choices": choices, "usage": answers.usage()}
 
-    async def chunks(self, answers: Answers) -> AsyncIterator[dict[str, Any]]:
+    def lines(self, answers: Answers) -> AsyncIterator[str]:
+        """The answers as events."""
+        return events(self._chunks(answers))
+
+    async def _chunks(self, answers: Answers) -> AsyncIterator[dict[str, Any]]:
         """The answers as they come."""
         usage: dict[str, Any] = {"usage": None} if self.asked.include_usage else {}
         async for number, delta in answers.deltas():

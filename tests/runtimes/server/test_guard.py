@@ -158,6 +158,14 @@ def test_a_client_that_leaves_ends_its_answer(served: Served, toy_session: Sessi
         time.sleep(0.005)
 
 
+def slowly(forward: Any) -> Any:
+    def slow(*arguments: Any, **named: Any) -> Any:
+        time.sleep(0.02)
+        return forward(*arguments, **named)
+
+    return slow
+
+
 def test_an_answer_that_takes_too_long_is_ended(serve: Serve, toy_session: Session, toy: Any) -> None:
     served, gate = serve({"toy": toy_session}, request_seconds=0.5), Gate(toy)
     gate.open(10)
@@ -165,6 +173,10 @@ def test_an_answer_that_takes_too_long_is_ended(serve: Serve, toy_session: Sessi
         threading.Timer(1.5, gate.open, (10_000,)).start()
         answer = web.post("/v1/chat/completions", json={**ASK, "max_tokens": 300})
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+        toy.forward = slowly(toy.forward)
+        lines = web.post("/v1/chat/completions", json={**ASK, "max_tokens": 300, "stream": True}).text.split("\n\n")
+        assert '"code":"timeout"' in lines[-3]
+        assert lines[-2:] == ["data: [DONE]", ""]
         while toy_session.stats().running:
             time.sleep(0.005)
 
