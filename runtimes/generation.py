@@ -32,7 +32,7 @@ class Generation:
 
     `token_ids` holds every token chosen, a closing one included. `ttft_s` runs from the call to the first token,
     whatever else is answered meanwhile included, `decode_s` from there to the last. `logprobs` has one entry for each
-    token where they were asked for.
+    token where they were asked for. `stop_text` is the one of `stop` that ended it, None where something else did.
     """
 
     text: str
@@ -42,6 +42,7 @@ class Generation:
     ttft_s: float
     decode_s: float
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    stop_text: str | None = None
 
 
 class Answer:
@@ -123,6 +124,7 @@ class Answer:
             ttft_s=first - self._started,
             decode_s=self._last - first,
             logprobs=None if self._output.logprobs is None else tuple(self.logprobs),
+            stop_text=self._text.stopped_by,
         )
 
     def _close(self, reason: FinishReason) -> str:

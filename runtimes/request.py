@@ -45,7 +45,7 @@ class Request:
         """Ask for `answer` to `prompt`, read with the adapter of that number; the caller's context variables hold."""
         self.answer = answer
         self.tokens = read_tokens(prompt, adapter, spec)
-        self._tiles = prompt.pixel_values
+        self._tiles, self.prompt_tokens = prompt.pixel_values, len(prompt.input_ids)
         self._paused_at = 0  # tokens of the answer that are among `tokens`: read as a prompt is, since it was paused
         self.position = 0  # of `tokens`, how many the cache has
         self.reused = 0  # of those, the ones that had been read before

@@ -98,6 +98,11 @@ class Stream(Iterator[str], AsyncIterator[str]):
         return self.result
 
     @property
+    def prompt_tokens(self) -> int:
+        """How many tokens the prompt has."""
+        return self._request.prompt_tokens
+
+    @property
     def reused_tokens(self) -> int:
         """How many of the prompt's tokens had been read before."""
         return self._request.reused

@@ -48,7 +48,7 @@ def read_answer_fields(
         "frequency_penalty": fields.number("frequency_penalty", 0.0) or 0.0,
         "seed": fields.integer("seed"),
         "logit_bias": _bias(fields),
-        "stop": _stops(fields),
+        "stop": read_stops(fields, "stop"),
         "adapter": model.adapter,
     }
     if settings["seed"] is not None and settings["seed"] < 0:
@@ -87,11 +87,12 @@ def _bias(fields: Fields) -> dict[int, float] | None:
     return bias
 
 
-def _stops(fields: Fields) -> tuple[str, ...]:
-    said: Any = fields.take("stop", ())
+def read_stops(fields: Fields, name: str) -> tuple[str, ...]:
+    """The texts of the field `name` that end an answer."""
+    said: Any = fields.take(name, ())
     stops = (said,) if isinstance(said, str) else said
     if not isinstance(stops, list | tuple) or not all(isinstance(text, str) and text for text in stops):
-        raise fields.refusal("stop", "is no text; expected a string or a list of strings")
+        raise fields.refusal(name, "is no text; expected a string or a list of strings")
     if len(stops) > MOST_STOPS:
-        raise fields.refusal("stop", f"holds {len(stops)} texts; expected at most {MOST_STOPS}")
+        raise fields.refusal(name, f"holds {len(stops)} texts; expected at most {MOST_STOPS}")
     return tuple(stops)

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from arriero.runtimes.server.answers import Answers, Load, until_gone
+from arriero.runtimes.server.anthropic_messages import AnthropicMessage, anthropic_response
 from arriero.runtimes.server.chat_completions import ChatCompletion
 from arriero.runtimes.server.completions import Completion
 from arriero.runtimes.server.errors import RefusalError, refusal_of
@@ -33,7 +34,7 @@ log = logging.getLogger("arriero.server")
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SLOW_SECONDS = 10.0  # for a client to read what is left of a stream whose time is over
 Handler = Callable[[Request], Awaitable[Response]]
-Kind = type[ChatCompletion] | type[Completion]
+Kind = type[ChatCompletion] | type[Completion] | type[AnthropicMessage]
 
 
 class Server:
@@ -155,6 +156,7 @@ def create_app(sessions: Mapping[str, Session], options: ServerOptions) -> tuple
         Route("/v1/models", _refusing(server.list_models)),
         Route("/v1/models/{name:path}", _refusing(server.show_model)),
         Route("/v1/chat/completions", _refusing(server.answering(ChatCompletion)), methods=["POST"]),
+        Route("/v1/messages", _refusing(server.answering(AnthropicMessage), anthropic_response), methods=["POST"]),
         Route("/v1/completions", _refusing(server.answering(Completion)), methods=["POST"]),
     ]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _no_such})
@@ -162,8 +164,8 @@ def create_app(sessions: Mapping[str, Session], options: ServerOptions) -> tuple
     return Guard(app, options, server.metrics, paths), server
 
 
-def _refusing(handler: Handler) -> Handler:
-    """`handler` whose errors are answers; what is no fault of the request is told to the log alone."""
+def _refusing(handler: Handler, respond: Callable[[RefusalError], Response] = RefusalError.response) -> Handler:
+    """`handler` whose errors are answers as `respond` has them; faults of ours are told to the log alone."""
 
     async def handle(request: Request) -> Response:
         try:
@@ -172,7 +174,7 @@ def _refusing(handler: Handler) -> Handler:
             refusal = refusal_of(error)
             if refusal.status == 500:
                 log.exception("%s failed", request.state.request_id)
-            return refusal.response()
+            return respond(refusal)
 
     return handle
 
