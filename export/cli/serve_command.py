@@ -41,12 +41,12 @@ def serve(
     ] = ServerOptions.request_seconds,
     threads: Threads = None,
 ) -> None:
-    """Serve bundles over HTTP as OpenAI's and Anthropic's APIs have it, on this machine alone unless --host says other.
+    """Serve bundles over HTTP as OpenAI's and Anthropic's APIs have it, on this machine alone without --host.
 
     arriero serve bundles/portable-int8
 
-    Paths: /v1/chat/completions, /v1/completions, /v1/messages, /v1/models, /tokenize, /health, /metrics. Ctrl-C ends it once the
-    answers on their way are done.
+    Paths: /v1/chat/completions, /v1/completions, /v1/messages, /v1/models, /tokenize, /health, /metrics. Ctrl-C ends
+    it once the answers on their way are done.
     """
     try:
         from arriero.runtimes.server.serve import open_bundles
