@@ -114,9 +114,12 @@ class Scheduler:
             self._stop_reading()
         for row in reversed(range(len(self._rows.decoding))):
             if (request := self._rows.decoding[row]).cancelled:
-                if request.keeps_place:
-                    request.kept = self._rows.cache.snapshot(row)
-                request.cancel()
+                try:
+                    if request.keeps_place:
+                        request.kept = self._rows.cache.snapshot(row)
+                    request.cancel()
+                except BaseException as error:
+                    request.fail(error)
                 self._rows.remove(row)
 
     def _admit(self, backend: Backend) -> None:
