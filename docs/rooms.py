@@ -39,7 +39,13 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "runtimes": {
         "remote": ("remote.py",),
         "proof": ("proof",),
-        "session": ("api.py", "session.py", "check_prompt.py", "generation.py", "stop_text.py", "settings.py"),
+        "server": ("server",),
+        "session": ("api.py", "session.py", "chat_session.py", "check_prompt.py"),
+        "engine": (
+            *("engine.py", "scheduler.py", "pace.py", "running_rows.py", "request.py", "stream.py"),
+            *("prefix_cache.py", "place.py"),
+            *("generation.py", "stop_text.py", "settings.py"),
+        ),
         "processor": ("processor",),
         "backends": ("onnxruntime.py", "tvm.py", "tensorrt.py", "tensorrt_rtx.py"),
         "nvidia": ("nvidia",),

@@ -7,15 +7,19 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
+from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Backend, BackendOptions, ModelSpec
 from arriero.runtimes.integrity import check_proven, open_manifest
 from arriero.runtimes.machine_fit import check_machine
 from arriero.runtimes.manifest import Manifest
+from arriero.runtimes.memory import available_memory
 from arriero.runtimes.processor.processor import Processor
+from arriero.runtimes.scheduler import EngineLimits
 from arriero.runtimes.session import Session
 from arriero.traits import TRAITS
 
 DEFAULT_OPTIONS = BackendOptions()
+MOST_PREFIXES = 1 << 30  # bytes of the prefix cache, where a caller names no other
 
 
 def load(
@@ -24,28 +28,64 @@ def load(
     verify: bool = False,
     allow_unproven: bool = False,
     adapter: str | None = None,
+    batch: int | None = None,
+    prefix_cache: int | None = None,
 ) -> Session:
     """Open a bundle directory and give a `Session` that answers from it.
 
     The manifest and the files are checked first; with `verify` every file is hashed, however large the bundle.
     A bundle that its build could not prove is refused unless `allow_unproven`: nobody has measured what it computes.
     `threads` None uses every core this process may run on. `adapter` names the bundle's adapter that answers where a
-    call names none; None is the model itself. Raises `ArrieroError` with what is wrong and what to do.
+    call names none; None is the model itself. `batch` sequences are decoded at once, as many as the bundle was built
+    for when None; engines for a GPU take no more than that. `prefix_cache` is how many bytes may hold what was read
+    before, so that prompts which begin alike are not read twice: an eighth of the free memory when None, at most 1 GiB;
+    0 for none. Raises `ArrieroError` with what is wrong and what to do.
     """
     options = BackendOptions(threads)
     manifest = open_manifest(Path(bundle), verify or None)
     if not allow_unproven:
         check_proven(manifest)
-    return open_session(manifest, options, adapter)
+    if prefix_cache is None:
+        prefix_cache = min((available_memory() or MOST_PREFIXES) // 8, MOST_PREFIXES)
+    return open_session(manifest, options, adapter, batch, prefix_cache)
 
 
-def open_session(manifest: Manifest, options: BackendOptions = DEFAULT_OPTIONS, adapter: str | None = None) -> Session:
+def open_session(
+    manifest: Manifest,
+    options: BackendOptions = DEFAULT_OPTIONS,
+    adapter: str | None = None,
+    batch: int | None = None,
+    prefix_cache: int = 0,
+) -> Session:
     """Give a session over a bundle that is what its manifest says, proven or not yet. Raises as `check_machine`."""
+    check_batch(manifest, batch)
     check_machine(manifest)
     processor = Processor(manifest.bundle / "tokenizer", manifest.model)
     backend = open_bundle_backend(manifest, options)
     target = manifest.target
-    return Session(backend, processor, target.context, target.batch, tuple(manifest.adapters), adapter)
+    per_token = sum(manifest.kv_bytes_per_token.get(layer.attention, 0) for layer in manifest.model.layers)
+    free = available_memory()
+    rows = batch or target.batch
+    # what was planned for must always fit; more is admitted as far as the memory goes that is free now
+    tokens = None if free is None or not per_token else max(free // per_token, target.batch * target.context)
+    limits = EngineLimits(rows, target.context, tokens, prefix_cache)
+    return Session(
+        backend, processor, target.context, rows, tuple(manifest.adapters), adapter, limits, manifest.chain.artifact
+    )
+
+
+def check_batch(manifest: Manifest, batch: int | None) -> None:
+    """Refuse to decode `batch` sequences at once where that is none, or more than the bundle's engines take."""
+    most = manifest.target.batch
+    if batch is not None and batch < 1:
+        raise ArrieroError(f"batch is {batch}", expected="at least 1")
+    if batch is not None and batch > most and TRAITS[manifest.target.backend].compiles_for == "gpu":
+        raise ArrieroError(
+            f"batch is {batch}",
+            where=str(manifest.bundle),
+            expected=f"at most {most}, which the engines were built for",
+            remedy=f"Build the target with `batch: {batch}`",
+        )
 
 
 def open_bundle_backend(manifest: Manifest, options: BackendOptions = DEFAULT_OPTIONS) -> Backend:

@@ -182,8 +182,8 @@ class Cache(Protocol):
         """
         ...
 
-    def snapshot(self, row: int) -> Snapshot:
-        """Copy what `row` holds; later steps change nothing of it."""
+    def snapshot(self, row: int, start: int = 0) -> Snapshot:
+        """Copy what `row` holds of the tokens from `start` on; later steps change nothing of it."""
         ...
 
     def restore(self, row: int, snapshot: Snapshot) -> None:
@@ -199,6 +199,7 @@ class Backend(Protocol):
     """The model behind one set of weights. One thread at a time calls its methods; a session's `Engine` sees to it."""
 
     spec: ModelSpec
+    few_rows: int  # a row's bits are the same in every step of so many rows, and in every one of more; 0: in all
 
     def vision(self, pixel_values: Floats) -> Floats:
         """Turn tiles f32 [n, 3, h, w] into text-space features f32 [n * tokens_per_tile, H]."""

@@ -1,13 +1,15 @@
 """Key and value buffers in numpy: chunked layers keep the current chunk only, global layers grow by doubling.
 
 Shapes: B batch rows, K key/value heads, P slots of a buffer, D head dimension, C attention chunk.
-Buffers are f32, or i8 where the graph rounds keys and values: what a code stands for only the graph knows.
+Buffers are f32, or i8 where the graph rounds keys and values: what a code stands for only the graph knows. All rows
+have as many slots as the longest, but only those that hold tokens take memory.
 A token at position p lies in slot p % C of a chunked layer and in slot p of a global one, so the lengths alone say
 which slots are valid: starting a new chunk moves nothing and clears nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,8 @@ from numpy.typing import DTypeLike
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Ints, ModelSpec
 from arriero.runtimes.cache_rows import CacheRows, RowStore
-from arriero.runtimes.snapshot import Buffer, Snapshot, slots_held
+from arriero.runtimes.lazy_memory import give_back, lazy_zeros
+from arriero.runtimes.snapshot import Buffer, Snapshot, slots_held, slots_since
 
 FIRST_SLOTS = 256
 
@@ -34,24 +37,33 @@ class KVCache(RowStore):
         for layer in spec.layers:
             slots = min(FIRST_SLOTS, self.chunked_limit if layer.attention == "chunked" else capacity)
             shape = (batch, spec.num_key_value_heads, slots, spec.head_dim)
-            self.keys.append(np.zeros(shape, dtype))
-            self.values.append(np.zeros(shape, dtype))
+            self.keys.append(lazy_zeros(shape, dtype))
+            self.values.append(lazy_zeros(shape, dtype))
 
     def copy_row(self, source: int, target: int) -> None:
         """Make row `target` hold what row `source` holds."""
-        for buffer in (*self.keys, *self.values):
-            buffer[target] = buffer[source]
+        held = slots_held(self.spec, int(self.lengths[source]))
+        for buffers in (self.keys, self.values):
+            for buffer, slots in zip(buffers, held, strict=True):
+                buffer[target, :, :slots] = buffer[source, :, :slots]
         self.lengths[target] = self.lengths[source]
 
-    def snapshot(self, row: int) -> Snapshot:
-        """Copy what `row` holds."""
+    def truncate(self, row: int, length: int) -> None:
+        """Keep the first `length` tokens of `row`; one that keeps none gives its memory back."""
+        super().truncate(row, length)
+        if length == 0:
+            for buffer in (*self.keys, *self.values):
+                give_back(buffer[row])
+
+    def snapshot(self, row: int, start: int = 0) -> Snapshot:
+        """Copy what `row` holds of the tokens from `start` on."""
         length = int(self.lengths[row])
-        held = slots_held(self.spec, length)
+        held = slots_since(self.spec, start, length)
         keys, values = (
-            tuple(buffer[row, :, :slots].copy() for buffer, slots in zip(buffers, held, strict=True))
+            tuple(buffer[row, :, slots].copy() for buffer, slots in zip(buffers, held, strict=True))
             for buffers in (self.keys, self.values)
         )
-        return Snapshot(self.spec, length, keys, values)
+        return Snapshot(self.spec, length, keys, values, start=start)
 
     def restore(self, row: int, snapshot: Snapshot) -> None:
         """Make `row` hold what `snapshot` was taken of."""
@@ -70,8 +82,9 @@ class KVCache(RowStore):
             have = self.keys[number].shape[2]
             if min(tokens, limit) > have:
                 slots = grown_slots(have, tokens, limit)
-                self.keys[number] = _grown(self.keys[number], slots)
-                self.values[number] = _grown(self.values[number], slots)
+                held = [slots_held(self.spec, length)[number] for length in self.lengths.tolist()]
+                self.keys[number] = _grown(self.keys[number], slots, held)
+                self.values[number] = _grown(self.values[number], slots, held)
 
     def layer(self, number: int, start: int = 0, stop: int | None = None) -> tuple[Buffer, Buffer]:
         """Layer `number`'s keys and values [B, K, P, D] of rows `start` to `stop`, contiguous, in place."""
@@ -111,8 +124,10 @@ def valid_slots(lengths: Ints, attention: str, chunk: int) -> Ints:
     return lengths % chunk if attention == "chunked" else lengths.copy()
 
 
-def _grown(buffer: Buffer, slots: int) -> Buffer:
-    batch, heads, have, dim = buffer.shape
-    larger = np.zeros((batch, heads, slots, dim), buffer.dtype)
-    larger[:, :, :have] = buffer
+def _grown(buffer: Buffer, slots: int, held: Sequence[int]) -> Buffer:
+    """`buffer` with room for `slots`, and of each row the slots `held`."""
+    batch, heads, _, dim = buffer.shape
+    larger = lazy_zeros((batch, heads, slots, dim), buffer.dtype)
+    for row, count in enumerate(held):
+        larger[row, :, :count] = buffer[row, :, :count]
     return larger

@@ -29,8 +29,8 @@ class RowStore(ABC):
         """Make row `target` hold what row `source` holds."""
 
     @abstractmethod
-    def snapshot(self, row: int) -> Snapshot:
-        """Copy what `row` holds."""
+    def snapshot(self, row: int, start: int) -> Snapshot:
+        """Copy what `row` holds of the tokens from `start` on."""
 
     @abstractmethod
     def restore(self, row: int, snapshot: Snapshot) -> None:
@@ -83,12 +83,12 @@ class CacheRows(Generic[Store]):
         check_truncation(self.spec, int(self.lengths[row]), length)
         self.store.truncate(self.start + row, length)
 
-    def snapshot(self, row: int) -> Snapshot:
+    def snapshot(self, row: int, start: int = 0) -> Snapshot:
         """Copy what `row` holds; see `Cache.snapshot`."""
-        return replace(self.store.snapshot(self.start + row), adapter=int(self.adapters[row]))
+        return replace(self.store.snapshot(self.start + row, start), adapter=int(self.adapters[row]))
 
     def restore(self, row: int, snapshot: Snapshot) -> None:
         """Make `row` hold what `snapshot` was taken of; see `Cache.restore`."""
-        snapshot.check_model(self.spec)
+        snapshot.check_whole(self.spec)
         self.store.restore(self.start + row, snapshot)
         self.adapters[row] = snapshot.adapter

@@ -1,8 +1,9 @@
 """The one thread that owns a session's backend: whatever steps its graphs or touches its caches runs there, in turn.
 
-Callers hand over one step at a time and wait for it, so any number of them share a session, whatever threads they come
-from, and none leaves anything behind: TVM keeps a pool of workers for each thread that ever ran a graph. Closing runs
-on the same thread, after the step in flight, so that no step meets a backend that is going away.
+Callers hand over requests, which a `Scheduler` answers together, or one step at a time to wait for; the scheduler's
+turns and those steps alternate. Any number of callers share a session, whatever threads they come from, and none leaves
+anything behind: TVM keeps a pool of workers for each thread that ever ran a graph. Closing runs on the same thread,
+after the step in flight, so that no step meets a backend that is going away.
 """
 
 from __future__ import annotations
@@ -16,23 +17,29 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextvars import Context, copy_context
 from ctypes import py_object, pythonapi
+from dataclasses import replace
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Backend
+from arriero.runtimes.request import Request
+from arriero.runtimes.scheduler import EngineLimits, Scheduler, Stats
 
 Result = TypeVar("Result")
 LINGER_S = 10.0  # how long closing waits at most for the system to end a thread that is done
+NO_LIMITS = EngineLimits()
 Task = tuple["Future[Any]", Context, Callable[[], Any]]
 
 
 class Engine:
-    """A backend and the thread that owns it."""
+    """A backend, the thread that owns it, and the requests that are answered there."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, limits: EngineLimits = NO_LIMITS) -> None:
         """Start the thread; it ends with `close`, or when nobody holds the engine any more."""
         self._backend: Backend | None = backend
+        self._scheduler = Scheduler(backend.spec, limits)
         self._closing = threading.Lock()
         self._process = os.getpid()
         self._owner = _Owner()
@@ -44,15 +51,58 @@ class Engine:
     @property
     def backend(self) -> Backend:
         """What the thread owns; `ArrieroError` once it is closed, and in a process that was forked since."""
+        self._check_process()
+        if self._backend is None:
+            raise _closed()
+        return self._backend
+
+    def _check_process(self) -> None:
         if self._process != os.getpid():
             raise ArrieroError(
                 "the session was opened before this process was forked",
                 expected="a session of this process: the threads that run its steps stayed behind",
                 remedy="Load bundles after the fork only, or start the process by spawn",
             )
+
+    @property
+    def stats(self) -> Stats:
+        """What was done and what waits, as it stands."""
+        return replace(self._scheduler.stats)
+
+    def submit(self, request: Request) -> None:
+        """Have `request` answered, together with those that came before and come after; its outbox has the rest."""
+        _ = self.backend
+        self._owner.submit(partial(self._admit, request))
+
+    def check_waiting(self) -> None:
+        """Refuse to wait for an outbox where nothing can come: in a forked process, and on the owning thread itself."""
+        self._check_process()
+        if threading.current_thread() is self._owner:
+            raise ArrieroError(
+                "an answer is waited for on the engine's own thread",
+                expected="a thread of the app: this one has to compute the answer",
+                remedy="Call the session outside of functions that it calls itself, such as logits_processor",
+            )
+
+    def _admit(self, request: Request) -> None:
+        idle = self._scheduler.idle
+        self._scheduler.add(request)
+        if idle:
+            self._owner.submit(self._turn)
+
+    def _turn(self) -> None:
+        """The scheduler's next steps, and its turn after whatever was asked meanwhile."""
         if self._backend is None:
-            raise ArrieroError("the session is closed", remedy="Load the bundle again")
-        return self._backend
+            return  # `_end` has told everybody
+        try:
+            self._scheduler.turn(self._backend)
+        except BaseException as error:  # of no one request: nobody may wait for ever
+            self._scheduler.fail(error)
+        if not self._scheduler.idle:
+            try:
+                self._owner.submit(self._turn)
+            except ArrieroError as closed:
+                self._scheduler.fail(closed)
 
     def run(self, work: Callable[[Backend], Result]) -> Result:
         """Give what `work` gives on the owning thread, after what was asked before; raises what it raises.
@@ -85,11 +135,15 @@ class Engine:
         if backend is None:
             return
         if threading.current_thread() is self._owner or not self._owner.is_alive():
-            backend.close()
+            self._end(backend)
             return
-        closing = self._owner.submit(backend.close)
+        closing = self._owner.submit(partial(self._end, backend))
         self._owner.stop()
         closing.result()
+
+    def _end(self, backend: Backend) -> None:
+        self._scheduler.fail(_closed())
+        backend.close()
 
 
 class _Owner(threading.Thread):
@@ -106,7 +160,7 @@ class _Owner(threading.Thread):
         future: Future[Result] = Future()
         with self._lock:
             if self._stopped:
-                raise ArrieroError("the session is closed", remedy="Load the bundle again")
+                raise _closed()
             self.tasks.put((future, copy_context(), work))
         return future
 
@@ -125,6 +179,10 @@ class _Owner(threading.Thread):
         while (task := self.tasks.get()) is not None:
             _do(*task)
             del task  # nothing of a step outlives it here
+
+
+def _closed() -> ArrieroError:
+    return ArrieroError("the session is closed", remedy="Load the bundle again")
 
 
 def _do(future: Future[Any], context: Context, work: Callable[[], Any]) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Floats, Ints, ModelSpec
 from arriero.runtimes.draw import top_log_probabilities
+from arriero.runtimes.grammar import Constraint
 from arriero.runtimes.processor.detokenize import Decode, Detokenizer, Piece
 from arriero.runtimes.sampler import Sampler
 from arriero.runtimes.settings import AnswerSettings
@@ -32,8 +31,8 @@ class Generation:
     """A finished answer.
 
     `token_ids` holds every token chosen, a closing one included. `ttft_s` runs from the call to the first token,
-    `decode_s` from there to the last; rows of a batch share these clocks. `logprobs` has one entry for each token where
-    they were asked for.
+    whatever else is answered meanwhile included, `decode_s` from there to the last. `logprobs` has one entry for each
+    token where they were asked for. `stop_text` is the one of `stop` that ended it, None where something else did.
     """
 
     text: str
@@ -43,29 +42,38 @@ class Generation:
     ttft_s: float
     decode_s: float
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    stop_text: str | None = None
 
 
 class Answer:
     """One row's answer: feed it logits with `take`, read `finished`, then `result`."""
 
     def __init__(
-        self, spec: ModelSpec, decode: Decode, settings: AnswerSettings, max_tokens: int, prompt_ids: Ints
+        self,
+        spec: ModelSpec,
+        decode: Decode,
+        settings: AnswerSettings,
+        max_tokens: int,
+        prompt_ids: Ints,
+        constraint: Constraint | None = None,
     ) -> None:
         """Start an answer of at most `max_tokens` to a prompt with `prompt_ids`; its clock starts now.
+
+        `constraint` keeps it to the form that `settings` name.
 
         Raises `ArrieroError` for settings that name tokens the model does not know.
         """
         settings.check_vocabulary(spec.vocab_size)
         self._limits, self._output = settings.limits, settings.output
         # an image placeholder in an answer would have no image behind it
-        self._sampler = Sampler(settings.sampling, prompt_ids, never=spec.image_token_id)
+        self._sampler = Sampler(settings.sampling, prompt_ids, never=spec.image_token_id, constraint=constraint)
         self._closing = {*spec.eos_token_ids, *settings.limits.stop_token_ids}
         self._detokenizer = Detokenizer(decode, settings.output.skip_special_tokens)
         self._text = StopText(settings.limits.stop, settings.output.skip_special_tokens)
         self.max_tokens, self._prompt_tokens = max_tokens, len(prompt_ids)
         self._pieces: list[str] = []
         self.token_ids: list[int] = []
-        self._logprobs: list[TokenLogprobs] = []
+        self.logprobs: list[TokenLogprobs] = []
         self.finished: FinishReason | None = None
         self._started = time.perf_counter()
         self._first: float | None = None
@@ -78,7 +86,7 @@ class Answer:
         if self._output.logprobs is not None:
             ids, logprobs, log_sum = top_log_probabilities(logits, self._output.logprobs)
             top = tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))
-            self._logprobs.append(TokenLogprobs(token, float(logits[token]) - log_sum, top))
+            self.logprobs.append(TokenLogprobs(token, float(logits[token]) - log_sum, top))
         self._last = time.perf_counter()
         self._first = self._first or self._last
         closing = token in self._closing
@@ -115,7 +123,8 @@ class Answer:
             prompt_tokens=self._prompt_tokens,
             ttft_s=first - self._started,
             decode_s=self._last - first,
-            logprobs=None if self._output.logprobs is None else tuple(self._logprobs),
+            logprobs=None if self._output.logprobs is None else tuple(self.logprobs),
+            stop_text=self._text.stopped_by,
         )
 
     def _close(self, reason: FinishReason) -> str:
@@ -130,21 +139,3 @@ class Answer:
         self.finished, piece = reason, self._text.rest()
         self._pieces.append(piece)
         return piece
-
-
-class Stream(Iterator[str]):
-    """The pieces of an answer as they come; `result` holds the whole `Generation` once they have all been read."""
-
-    def __init__(self, pieces: Iterator[str], answer: Answer) -> None:
-        """Give the `pieces` of `answer`."""
-        self._pieces, self._answer = pieces, answer
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    @property
-    def result(self) -> Generation:
-        """The whole answer; `ArrieroError` while pieces are still to come."""
-        if self._answer.finished is None:
-            raise ArrieroError("the answer is not finished", remedy="Read the stream to its end first")
-        return self._answer.result()

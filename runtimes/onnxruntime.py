@@ -40,6 +40,7 @@ class OrtBackend:
     """The three graphs of a bundle directory on ONNX Runtime's CPU provider."""
 
     literal = False  # see `session_options`
+    few_rows = 0
 
     def __init__(self, bundle: Path, spec: ModelSpec, threads: int | None = None) -> None:
         """Open the graphs in `bundle` for the model `spec`; `threads` None means every core we may use."""

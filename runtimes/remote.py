@@ -90,7 +90,7 @@ class Server:
             case "truncate":
                 cache.truncate(call["row"], call["length"])
             case "snapshot":
-                snapshot = cache.snapshot(call["row"])
+                snapshot = cache.snapshot(call["row"], call["start"])
                 return {"length": snapshot.length}, snapshot_arrays(snapshot)
             case "restore":
                 cache.restore(call["row"], read_snapshot(self.backend.spec, call["length"], arrays))

@@ -9,15 +9,21 @@ import numpy as np
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Floats, Ints
 from arriero.runtimes.draw import draw_token
+from arriero.runtimes.grammar import Constraint
 from arriero.runtimes.sampling import Sampling
 
 
 class Sampler:
     """How one answer to one prompt is continued, token by token; V vocabulary."""
 
-    def __init__(self, sampling: Sampling, prompt_ids: Ints, never: int | None) -> None:
-        """Follow `sampling` after the ids i64 [S] of the prompt; the token `never` is not chosen, whatever it says."""
-        self._sampling, self._never = sampling, never
+    def __init__(
+        self, sampling: Sampling, prompt_ids: Ints, never: int | None, constraint: Constraint | None = None
+    ) -> None:
+        """Follow `sampling` after the ids i64 [S] of the prompt; the token `never` is not chosen, whatever it says.
+
+        Nor is one that `constraint` forbids.
+        """
+        self._sampling, self._never, self._constraint = sampling, never, constraint
         self._random = sampling.generator()
         self._prompt_ids = prompt_ids
         self._tokens: list[int] = []
@@ -31,13 +37,15 @@ class Sampler:
     def choose(self, logits: Floats) -> int:
         """Choose the token to follow from the model's `logits` [V]. Raises `ArrieroError` where all are banned."""
         sampling = self._sampling
-        if sampling.adjusts or self._never is not None:
+        if sampling.adjusts or self._never is not None or self._constraint is not None:
             logits = self._adjusted(logits.copy())
         token = draw_token(
             logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, self._random.random
         )
         if sampling.adjusts:
             self._note(token)
+        if self._constraint is not None:
+            self._constraint.take(token)
         return token
 
     def _adjusted(self, logits: Floats) -> Floats:
@@ -53,6 +61,8 @@ class Sampler:
             logits = self._processed(logits)
         if self._never is not None:
             logits[self._never] = -math.inf
+        if self._constraint is not None:
+            logits[self._constraint.forbidden()] = -math.inf
         largest = float(logits.max())
         if largest == -math.inf:
             raise ArrieroError("no token may follow: every one is banned", remedy="Ban fewer by logit_bias")

@@ -1,13 +1,15 @@
-"""A model ready to answer: prefill in pieces, decode token by token, generate one answer or a batch of them.
+"""A model ready to answer: one prompt, a batch of them, or a stream; or step by step, by `prefill` and `decode`.
 
 Shapes: S prompt tokens, V vocabulary, B batch rows, H hidden, C attention chunk.
-A session holds no state of its own: every call works on its own cache, so threads may share one session. The steps of
-all of them run on the one thread that owns the backend, see `Engine`.
+Threads and `asyncio` tasks may share one session: what all of them ask is answered together, on the one thread that
+owns the backend, see `Engine`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
@@ -18,14 +20,18 @@ import numpy as np
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Backend, Cache, Floats, Ints, StepOutput
+from arriero.runtimes.chat_session import Chat, load_chat
 from arriero.runtimes.check_prompt import check_prompt
 from arriero.runtimes.engine import Engine
-from arriero.runtimes.generation import Answer, Generation, Stream
+from arriero.runtimes.generation import Answer, Generation
 from arriero.runtimes.processor.chat import ChatOptions, Message
 from arriero.runtimes.processor.pictures import Images, as_list
 from arriero.runtimes.processor.processor import Processor, Prompt
+from arriero.runtimes.request import Request
+from arriero.runtimes.scheduler import EngineLimits, Stats
 from arriero.runtimes.settings import AnswerSettings, Settings, chat_options, read_settings
-from arriero.runtimes.steps import append_tokens, check_finite, read_piece
+from arriero.runtimes.steps import append_tokens, check_finite, piece_end, read_piece
+from arriero.runtimes.stream import Stream
 from arriero.traits import PREFILL_PIECE
 
 PromptLike = Prompt | str | Sequence[Message]
@@ -50,17 +56,21 @@ class Session:
         batch: int | None = None,
         adapters: Sequence[str] = (),
         adapter: str | None = None,
+        limits: EngineLimits | None = None,
+        identity: str = "",
     ) -> None:
         """Serve sequences of at most `context` tokens (the model's own limit when None), `batch` of them at once.
 
         `adapters` are the names of the backend's adapters; what does not say which it wants is read with `adapter`, or
-        by the model itself.
+        by the model itself. `limits` are the engine's; None is those of `context` and `batch` alone. A saved
+        conversation belongs to the bundle of that `identity`.
         """
-        self.engine = Engine(backend)
+        self.identity = identity
         self.processor = processor
         self.spec = backend.spec
         self.context = min(context or self.spec.max_position_embeddings, self.spec.max_position_embeddings)
         self.batch = batch
+        self.engine = Engine(backend, limits or EngineLimits(batch or EngineLimits.rows, self.context))
         self.adapters = tuple(adapters)
         self.adapter = adapter
         self._number(adapter)
@@ -102,27 +112,26 @@ class Session:
         How tokens are chosen is `sampling=Sampling(...)`, or its fields as keyword arguments: `temperature` 0, the
         default, is greedy; `seed` makes draws repeatable. The answer ends at the model's closing token or one of
         `stop_token_ids`, before a `stop` text, at `max_tokens` (None fills the context), or soon after `cancel` is
-        set. `logprobs` n also gives each token's log-probability and the n likeliest; `skip_special_tokens=False`
+        set. `json_schema`, `regex`, `choice` or `grammar` say what the answer must be.
+        `logprobs` n also gives each token's log-probability and the n likeliest; `skip_special_tokens=False`
         leaves control tokens in the text. `adapter` names the adapter of the bundle to answer with, None for the model
         itself. With `stream`, gives the text in pieces as it comes. A prompt or a setting
         that cannot work is an `ArrieroError` before anything runs.
         """
+        answer = self.stream(prompt, images, **settings)
+        return answer if stream else answer.wait()
+
+    def stream(self, prompt: PromptLike, images: Images = None, **settings: Unpack[Settings]) -> Stream:
+        """Answer `prompt` as `generate` does, in pieces as they come, for `for` and for `async for`."""
         read = read_settings(settings)
         encoded = self.encode(prompt, images, **chat_options(settings))
-        answer = self._answer(encoded, read)
-        adapter = settings.get("adapter", self.adapter)
-        cache = self._new_cache(1, len(encoded.input_ids) + answer.max_tokens, adapter)
-        pieces = Stream(self._pieces(encoded, answer, cache), answer)
-        if stream:
-            return pieces
-        for _ in pieces:
-            pass
-        return pieces.result
+        return self.submit(self.request(encoded, read, settings.get("adapter", self.adapter)))
 
     def generate_batch(self, prompts: Sequence[PromptLike], **settings: Unpack[Settings]) -> list[Generation]:
         """Answer several prompts together, at most `batch` at a time, each as `generate` would alone.
 
-        Images come inside messages or encoded prompts. The settings are those of `generate`.
+        Images come inside messages or encoded prompts. The settings are those of `generate`. What goes wrong with one
+        of them is raised, and ends the others.
         """
         if isinstance(prompts, str | Prompt):
             raise ArrieroError("prompts is one prompt", expected="a list of them", remedy="Use `generate`")
@@ -130,18 +139,47 @@ class Session:
         adapter = settings.get("adapter", self.adapter)
         self._number(adapter)
         encoded = [self.encode(prompt, **chat) for prompt in prompts]
-        for prompt in encoded:
-            self._room(prompt, read.limits.max_tokens)
-        results: list[Generation] = []
-        at_once = self.batch or max(len(encoded), 1)
-        for start in range(0, len(encoded), at_once):
-            group = encoded[start : start + at_once]
-            answers = [self._answer(prompt, read) for prompt in group]
-            self._run_together(group, answers, adapter)
-            results += [answer.result() for answer in answers]
-        return results
+        answers = [self.submit(request) for request in [self.request(prompt, read, adapter) for prompt in encoded]]
+        try:
+            return [answer.wait() for answer in answers]
+        except Exception:
+            for answer in answers:
+                answer.close()
+            for answer in answers:  # each ends within a step; nothing of a failed batch runs on
+                with suppress(Exception):
+                    answer.wait()
+            raise
 
-    # --- below: one step at a time
+    def stats(self) -> Stats:
+        """What the session has read and generated since it was opened, and what runs and waits now."""
+        return self.engine.stats
+
+    # --- conversations
+
+    def chat(self, messages: Sequence[Message] = (), **settings: Unpack[Settings]) -> Chat:
+        """Begin a conversation that keeps its place: a turn reads its own tokens alone. `messages` open it, such as the
+        system's; `settings` are those of every turn.
+        """
+        return Chat(self, messages, settings)
+
+    def load_chat(self, path: str | os.PathLike[str], **settings: Unpack[Settings]) -> Chat:
+        """Go on with a conversation that `Chat.save` wrote, where it stood; `settings` over those that it had."""
+        return load_chat(self, path, settings)
+
+    # --- below: what those are made of
+
+    def request(self, prompt: Prompt, settings: AnswerSettings, adapter: str | None) -> Request:
+        """What the engine needs to know to answer an encoded prompt."""
+        room = self._room(prompt, settings.limits.max_tokens)
+        form = settings.form
+        constraint = None if form.is_free else self.processor.grammars.constrain(form)
+        answer = Answer(self.spec, self.processor.decode, settings, room, prompt.input_ids, constraint)
+        return Request(prompt, answer, self._number(adapter), self.spec)
+
+    def submit(self, request: Request, answered: Callable[[Generation], None] | None = None) -> Stream:
+        """Have `request` answered; `answered` is called with the whole of it by who reads the stream to its end."""
+        self.engine.submit(request)
+        return Stream(self.engine, request, answered)
 
     def encode(
         self, prompt: PromptLike, images: Images = None, *, special_tokens: bool = False, **chat: Unpack[ChatOptions]
@@ -158,14 +196,16 @@ class Session:
             raise ArrieroError(what, remedy="Encode them with the prompt")
         return check_prompt(prompt, self.spec)
 
+    def encode_turn(self, messages: Sequence[Message], images: Images = None, **chat: Unpack[ChatOptions]) -> Prompt:
+        """Give the ids and tiles of what follows the words of the last answer in `messages`; see `encode`."""
+        return self.processor.encode_turn(messages, images, context=self.context, **chat)
+
     def prefill(self, prompt: PromptLike, images: Images = None, adapter: str | None = None) -> State:
         """Read `prompt` into a new state whose `logits` choose the first token; `adapter` None is the session's own."""
         encoded = self.encode(prompt, images)
         self._room(encoded, None)
         cache = self._new_cache(1, self.context, adapter or self.adapter)
-        logits = self._read(encoded, cache)
-        assert logits is not None
-        return State(cache, logits)
+        return State(cache, self._read(encoded, cache))
 
     def decode(self, state: State, token: int) -> Floats:
         """Append `token` to `state` and give the logits f32 [V] for the one after it."""
@@ -215,10 +255,6 @@ class Session:
 
     # --- inside
 
-    def _answer(self, prompt: Prompt, settings: AnswerSettings) -> Answer:
-        room = self._room(prompt, settings.limits.max_tokens)
-        return Answer(self.spec, self.processor.decode, settings, room, prompt.input_ids)
-
     def _room(self, prompt: Prompt, max_tokens: int | None) -> int:
         """How many tokens the answer may have; refuses what does not fit the context."""
         length = len(prompt.input_ids)
@@ -249,52 +285,9 @@ class Session:
             remedy="Shorten the prompt, lower max_tokens, or build the bundle with a larger `context`",
         )
 
-    def _pieces(self, prompt: Prompt, answer: Answer, cache: Cache) -> Iterator[str]:
-        logits = self._read(prompt, cache, answer)
-        while logits is not None:
-            if piece := answer.take(logits):
-                yield piece
-            if answer.finished:
-                return
-            logits = None if answer.cancelled else self._step(cache, answer.token_ids[-1:])[0]
-        if piece := answer.cancel():
-            yield piece
-
-    def _run_together(self, prompts: Sequence[Prompt], answers: Sequence[Answer], adapter: str | None) -> None:
-        capacity = max(len(p.input_ids) + a.max_tokens for p, a in zip(prompts, answers, strict=True))
-        cache = self._new_cache(len(prompts), capacity, adapter)
-        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            logits = self._read(prompt, cache.rows(row, row + 1), answer)
-            if logits is None:
-                answer.cancel()
-            else:
-                answer.take(logits)
-        running = list(answers)
-        while True:
-            for row in reversed(range(len(running))):
-                if running[row].finished:
-                    # the last row moves into the gap, so that finished rows cost no more steps
-                    last = running.pop()
-                    if row < len(running):
-                        self._copy_row(cache, len(running), row)
-                        running[row] = last
-            if not running:
-                return
-            logits = self._step(cache.rows(0, len(running)), [answer.token_ids[-1] for answer in running])
-            for row, answer in enumerate(running):
-                answer.take(logits[row])
-                if answer.cancelled and not answer.finished:
-                    answer.cancel()
-
-    def _copy_row(self, cache: Cache, source: int, target: int) -> None:
-        self.engine.run(lambda _: cache.copy_row(source, target))
-
-    def _read(self, prompt: Prompt, cache: Cache, answer: Answer | None = None) -> Floats | None:
-        """Prefill one row; gives the last position's logits [V], or None when `answer` was cancelled meanwhile."""
-        logits: Floats | None = None
+    def _read(self, prompt: Prompt, cache: Cache) -> Floats:
+        """Prefill one row; gives the last position's logits [V]."""
         for ids, features in self._pieces_of(prompt):
-            if answer is not None and answer.cancelled:
-                return None
             last = np.array([len(ids) - 1])
             piece = partial(read_piece, ids=ids, features=features, cache=cache, logits_index=last)
             logits = check_finite(self.engine.run(piece).logits[0, 0])
@@ -302,13 +295,13 @@ class Session:
 
     def _pieces_of(self, prompt: Prompt) -> Iterator[tuple[Ints, Floats]]:
         """Give a prompt piece by piece: ids [S] with their image features [M, H]; none crosses a chunk boundary."""
-        ids, chunk = prompt.input_ids, self.spec.attention_chunk_size
+        ids = prompt.input_ids
         features = np.zeros((0, self.spec.hidden_size), np.float32)
         if prompt.pixel_values is not None:
             features = self.vision(prompt.pixel_values)
         start = used = 0
         while start < len(ids):
-            stop = min(start + PREFILL_PIECE, (start // chunk + 1) * chunk, len(ids))
+            stop = piece_end(self.spec, start, len(ids), PREFILL_PIECE, self.backend.few_rows)
             piece = ids[start:stop]
             placeholders = int(np.sum(piece == self.spec.image_token_id))
             yield piece, features[used : used + placeholders]

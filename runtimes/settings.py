@@ -5,13 +5,14 @@ is given.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from numbers import Integral
 from typing import Any, cast
 
 from arriero.errors import ArrieroError
+from arriero.runtimes.grammar import Form
 from arriero.runtimes.processor.chat import ChatOptions
 from arriero.runtimes.sampling import Sampling, SamplingSettings
 
@@ -20,8 +21,9 @@ class Settings(SamplingSettings, ChatOptions, total=False):
     """What `Session.generate` and `generate_batch` take by name: `sampling`, or its fields one by one, and the rest.
 
     `max_tokens` None fills the context. An answer ends at a token of `stop_token_ids`, before a `stop` text, and soon
-    after `cancel` is set. `logprobs` and `skip_special_tokens` are those of `Output`. `adapter` names one of the
-    bundle's adapters, None the model itself.
+    after `cancel` is set. `logprobs` and `skip_special_tokens` are those of `Output`. `json_schema`,
+    `regex`, `choice` and `grammar` are those of `Form`. `adapter` names one of the bundle's adapters, None the model
+    itself.
     """
 
     sampling: Sampling
@@ -31,6 +33,10 @@ class Settings(SamplingSettings, ChatOptions, total=False):
     cancel: threading.Event | None
     logprobs: int | None
     skip_special_tokens: bool
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
+    choice: Sequence[str] | None
+    grammar: str | None
     adapter: str | None
 
 
@@ -89,6 +95,7 @@ class AnswerSettings:
     sampling: Sampling = field(default_factory=Sampling)
     limits: Limits = field(default_factory=Limits)
     output: Output = field(default_factory=Output)
+    form: Form = field(default_factory=Form)
 
     def check_vocabulary(self, vocabulary: int) -> None:
         """Refuse token ids and counts that a model with `vocabulary` tokens does not know."""
@@ -127,7 +134,9 @@ def read_settings(settings: Settings) -> AnswerSettings:
         if name in values:
             value = values[name]
             values[name] = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
-    return AnswerSettings(sampling, Limits(**_of(Limits, values)), Output(**_of(Output, values)))
+    return AnswerSettings(
+        sampling, Limits(**_of(Limits, values)), Output(**_of(Output, values)), Form(**_of(Form, values))
+    )
 
 
 def chat_options(settings: Settings) -> ChatOptions:

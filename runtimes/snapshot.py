@@ -24,8 +24,8 @@ Buffer = NDArray[Any]
 class Snapshot:
     """One row's tokens, apart from any cache: per layer keys and values [K, P, D] in the cache's own dtype.
 
-    P is the row's length in a global layer, and the tokens since the chunk's start in a chunked one. `adapter` is the
-    number of the adapter that the tokens were read with.
+    P is the row's length in a global layer, and the tokens since the chunk's start in a chunked one; those before
+    `start` are left out of both. `adapter` is the number of the adapter that the tokens were read with.
     """
 
     spec: ModelSpec
@@ -33,16 +33,26 @@ class Snapshot:
     keys: tuple[Buffer, ...]
     values: tuple[Buffer, ...]
     adapter: int = 0
+    start: int = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
         return sum(buffer.nbytes for buffer in (*self.keys, *self.values))
 
-    def check_model(self, spec: ModelSpec) -> None:
-        """Refuse a cache of another model."""
+    def check_whole(self, spec: ModelSpec) -> None:
+        """Refuse a cache of another model, and a copy that leaves tokens out."""
+        if self.start:
+            raise ArrieroError(f"the snapshot leaves out {self.start} tokens", remedy="Restore one of the whole row")
         if spec != self.spec:
             raise self._foreign("is of another model than the cache")
+
+    def check_shapes(self) -> None:
+        """Refuse arrays that are not those of a whole row: what a file says of them is a stranger's word."""
+        held = slots_held(self.spec, self.length)
+        shapes = [(self.spec.num_key_value_heads, slots, self.spec.head_dim) for slots in held]
+        if any([buffer.shape for buffer in buffers] != shapes for buffers in (self.keys, self.values)):
+            raise ValueError(f"its keys and values are not those of {self.length} tokens")
 
     def check_dtype(self, dtype: np.dtype[Any]) -> None:
         """Refuse a cache that keeps another dtype than this was copied from."""
@@ -54,6 +64,14 @@ class Snapshot:
             f"the snapshot {difference}",
             remedy="Restore it into a cache of the bundle that it was taken from, or read the prompt again",
         )
+
+
+def slots_since(spec: ModelSpec, start: int, length: int) -> list[slice]:
+    """Which slots of each layer hold the tokens from `start` on that the next token of the row may see."""
+    edge = length - length % spec.attention_chunk_size
+    first = max(start - edge, 0)
+    chunked, whole = slice(first, max(length - edge, first)), slice(start, length)
+    return [chunked if layer.attention == "chunked" else whole for layer in spec.layers]
 
 
 def slots_held(spec: ModelSpec, length: int) -> list[int]:

@@ -10,11 +10,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.backend import Backend, Cache, Floats, Ints, StepOutput
+from arriero.runtimes.backend import Backend, Cache, Floats, Ints, ModelSpec, StepOutput
 
 
 class NotFinite(ArrieroError):
     """The model computed NaN or infinity, from which no token can be chosen."""
+
+
+def piece_end(spec: ModelSpec, start: int, count: int, most: int, few: int = 0) -> int:
+    """Where a piece from `start` of a prompt of `count` tokens ends: after `most` of them, or at the chunk's edge.
+
+    A rest of at most `few` tokens goes with the piece before it: see `Backend.few_rows`.
+    """
+    edge = min((start // spec.attention_chunk_size + 1) * spec.attention_chunk_size, count)
+    return edge if edge - start <= most + few else start + most
 
 
 def read_piece(

@@ -15,18 +15,24 @@ class StopText:
         self._stops, self._skip = stops, skip_special_tokens
         self._held = ""
         self._hidden: list[tuple[int, int]] = []  # where special tokens lie in it, if they are not shown
-        self.stopped = False
+        self.stopped_by: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text is complete."""
+        return self.stopped_by is not None
 
     def push(self, piece: Piece) -> None:
-        """Add a piece; sets `stopped` where a stop text is complete, after which nothing more is added."""
+        """Add a piece; sets `stopped_by` where a stop text is complete, after which nothing more is added."""
         if self.stopped:
             return
         if piece.special and self._skip:
             self._hidden.append((len(self._held), len(self._held) + len(piece.text)))
         self._held += piece.text
-        places = [place for text in self._stops if (place := self._held.find(text)) >= 0]
+        places = [(place, text) for text in self._stops if (place := self._held.find(text)) >= 0]
         if places:
-            self.stopped, self._held = True, self._held[: min(places)]
+            place, self.stopped_by = min(places)
+            self._held = self._held[:place]
 
     def take(self) -> str:
         """Give what cannot be part of a stop text any more."""

@@ -39,6 +39,8 @@ KINDS = ("key", "value")
 class TensorRtBackend:
     """The engines of a bundle directory on the first GPU that this process may use."""
 
+    few_rows = 0
+
     def __init__(self, bundle: Path, spec: ModelSpec, product: Product = PRODUCT) -> None:
         """Load the engines in `bundle` for the model `spec`.
 

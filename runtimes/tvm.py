@@ -48,6 +48,8 @@ WEIGHT_DTYPES = {"FLOAT": np.float32, "BFLOAT16": np.uint16, "FLOAT16": np.float
 class TvmBackend:
     """The compiled graphs of a bundle directory."""
 
+    few_rows = 4  # as `row_product` of the kernels has it
+
     def __init__(
         self, bundle: Path, spec: ModelSpec, threads: int | None = None, sha256: Mapping[str, str] | None = None
     ) -> None:

@@ -12,8 +12,10 @@ from typer.core import TyperGroup
 
 from arriero.errors import ArrieroError
 from arriero.export.cli import build_commands, bundle_commands, machine_commands
+from arriero.export.cli.chat_command import chat
 from arriero.export.cli.options import STDOUT, PipeClosed, err
 from arriero.export.cli.profile_commands import profiles_app
+from arriero.export.cli.serve_command import serve
 from arriero.version import __version__
 
 PIPE_CLOSED = 141  # as a shell says of what SIGPIPE ended
@@ -52,6 +54,8 @@ app.command()(build_commands.build)
 app.command()(build_commands.calibrate)
 app.command()(bundle_commands.parity)
 app.command()(bundle_commands.run)
+app.command()(chat)
+app.command()(serve)
 app.command()(bundle_commands.inspect)
 app.command()(machine_commands.doctor)
 app.command()(bundle_commands.compare)

@@ -14,6 +14,7 @@ import subprocess
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,10 @@ class EmulatedCache(RowStore):
         self.owner.ask({"do": "truncate", "cache": self.number, "row": row, "length": length})
         super().truncate(row, length)
 
-    def snapshot(self, row: int) -> Snapshot:
-        """Bring a copy of what `row` holds to this side."""
-        reply, arrays = self.owner.ask({"do": "snapshot", "cache": self.number, "row": row})
-        return read_snapshot(self.spec, reply["length"], arrays)
+    def snapshot(self, row: int, start: int = 0) -> Snapshot:
+        """Bring a copy of what `row` holds of the tokens from `start` on to this side."""
+        reply, arrays = self.owner.ask({"do": "snapshot", "cache": self.number, "row": row, "start": start})
+        return replace(read_snapshot(self.spec, reply["length"], arrays), start=start)
 
     def restore(self, row: int, snapshot: Snapshot) -> None:
         """Make `row` hold what `snapshot` was taken of; the other side checks dtype and capacity."""
@@ -95,6 +96,8 @@ class EmulatedCache(RowStore):
 
 class EmulatedBackend:
     """The backend of a foreign bundle, in an emulated process. Calls of several threads are answered in turn."""
+
+    few_rows = 0
 
     def __init__(self, bundle: Path, spec: ModelSpec, arch: str) -> None:
         """Start the process; it opens the bundle with all the checks of a device. Raises what it refuses."""

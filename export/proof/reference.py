@@ -74,10 +74,10 @@ class TorchCache:
         self._rows[row].past = [(key[:, :, :length], value[:, :, :length]) for key, value in self._rows[row].past]
         self.lengths[row] = length
 
-    def snapshot(self, row: int) -> Snapshot:
+    def snapshot(self, row: int, start: int = 0) -> Snapshot:
         """Copy what the next tokens of `row` may see: see `Cache.snapshot`."""
         length = int(self.lengths[row])
-        held = slots_held(self._spec, length)
+        held = [min(slots, length - start) for slots in slots_held(self._spec, length)]
         keys, values = (
             tuple(
                 layer[which][0, :, length - slots :].numpy().copy()
@@ -85,11 +85,11 @@ class TorchCache:
             )
             for which in (0, 1)
         )
-        return Snapshot(self._spec, length, keys, values)
+        return Snapshot(self._spec, length, keys, values, start=start)
 
     def restore(self, row: int, snapshot: Snapshot) -> None:
         """Make `row` hold what `snapshot` was taken of: see `Cache.restore`."""
-        snapshot.check_model(self._spec)
+        snapshot.check_whole(self._spec)
         snapshot.check_dtype(np.dtype(np.float32))
         check_room(snapshot.length, self.capacity)
         self._rows[row].past = [
@@ -125,6 +125,8 @@ class TorchCache:
 
 class TorchBackend:
     """The reference in `graphs/model.py` behind the backend's methods. Weights keep the checkpoint's dtype."""
+
+    few_rows = 0
 
     def __init__(self, checkpoint: Checkpoint | str | Path, text_only: bool = False) -> None:
         """Take a checkpoint, or open its folder; weights are mapped or decoded layer by layer. Raises ArrieroError.

@@ -17,7 +17,7 @@ from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.cache import FIRST_SLOTS, check_room, grown_slots
 from arriero.runtimes.cache_rows import RowStore
 from arriero.runtimes.nvidia.cuda import Memory, Pinned, Stream
-from arriero.runtimes.snapshot import Buffer, Snapshot, slots_held
+from arriero.runtimes.snapshot import Buffer, Snapshot, slots_held, slots_since
 
 
 @dataclass(frozen=True)
@@ -109,16 +109,16 @@ class DeviceCache(RowStore):
                         self._stream.within(memory.address + target * nbytes, memory.address + source * nbytes, nbytes)
         self.lengths[target] = self.lengths[source]
 
-    def snapshot(self, row: int) -> Snapshot:
-        """Copy what `row` holds to the host's memory."""
+    def snapshot(self, row: int, start: int = 0) -> Snapshot:
+        """Copy what `row` holds of the tokens from `start` on to the host's memory."""
         length = int(self.lengths[row])
-        held = slots_held(self.spec, length)
-        with self._staging(held) as staging:
+        held = slots_since(self.spec, start, length)
+        with self._staging([slots.stop - slots.start for slots in held]) as staging:
             keys, values = (
                 tuple(self._read(memory, row, number, held[number], staging) for number, memory in enumerate(memories))
                 for memories in (self._keys, self._values)
             )
-        return Snapshot(self.spec, length, keys, values)
+        return Snapshot(self.spec, length, keys, values, start=start)
 
     def restore(self, row: int, snapshot: Snapshot) -> None:
         """Make `row` hold what `snapshot` was taken of."""
@@ -139,12 +139,13 @@ class DeviceCache(RowStore):
         finally:
             staging.free()
 
-    def _read(self, memory: Memory, row: int, number: int, held: int, staging: Pinned) -> Buffer:
-        """A copy [K, held, D] of the first `held` slots of `row` in layer `number`'s keys or values."""
-        pitch = self._slots[number] * self._slot
+    def _read(self, memory: Memory, row: int, number: int, held: slice, staging: Pinned) -> Buffer:
+        """A copy [K, P, D] of the slots `held` of `row` in layer `number`'s keys or values."""
+        pitch, count = self._slots[number] * self._slot, held.stop - held.start
+        address = memory.address + row * self._row * pitch + held.start * self._slot
         with self._finished():
-            self._stream.gather(staging, memory.address + row * self._row * pitch, pitch, held * self._slot, self._row)
-        return staging.array((self._row, held, self.spec.head_dim), self.dtype).copy()
+            self._stream.gather(staging, address, pitch, count * self._slot, self._row)
+        return staging.array((self._row, count, self.spec.head_dim), self.dtype).copy()
 
     def _write(self, memory: Memory, row: int, number: int, copy: Buffer, staging: Pinned) -> None:
         """Put `copy` [K, held, D] into the first slots of `row` in layer `number`'s keys or values."""

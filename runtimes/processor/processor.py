@@ -10,6 +10,7 @@ import numpy as np
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Floats, Ints, ModelSpec, no_vision
+from arriero.runtimes.grammar import Grammars
 from arriero.runtimes.processor.chat import Message, Records, as_messages, as_records, expand
 from arriero.runtimes.processor.chat_template import DEFAULT, TOOL_USE
 from arriero.runtimes.processor.conversation import Conversation, Rendered
@@ -42,6 +43,7 @@ class Processor:
         """Read `folder` (tokenizer.json, its configs and templates) for the model `spec`."""
         self.spec = spec
         self._where = str(folder / "tokenizer.json")
+        self.grammars = Grammars(folder / "tokenizer.json", spec.vocab_size, spec.eos_token_ids)
         files = SideFiles.read(folder)
         self._vocabulary = Vocabulary(
             folder / "tokenizer.json", "".join(template.text for template in files.templates.values())
@@ -133,6 +135,48 @@ class Processor:
                 "this model has no chat template, so it takes plain text only",
                 remedy="Pass one string, or add chat_template.jinja to the checkpoint and rebuild",
             )
+        return self._encode_rendered(rendered, shown, most)
+
+    def encode_turn(
+        self,
+        messages: Sequence[Message],
+        images: Images = None,
+        *,
+        tools: Records = None,
+        documents: Records = None,
+        continue_final_message: bool = False,
+        context: int | None = None,
+    ) -> Prompt:
+        """Give what `encode` adds behind the words of the last answer in `messages`: its end, and what follows it.
+
+        Image entries up to that answer need no pictures; `images` are those of the entries behind it.
+        """
+        template = self._templates.get(DEFAULT)
+        template = template if tools is None else self._templates.get(TOOL_USE, template)
+        last = max((n for n, message in enumerate(messages) if message.get("role") == "assistant"), default=-1)
+        if template is None or last < 0:
+            raise ArrieroError(
+                "there is no chat template" if template is None else "the messages have no answer",
+                expected="a conversation in which the assistant has answered",
+                remedy="Encode the whole of it with `encode`",
+            )
+        most = min(context or self._most, self._most)
+        frames = MOST_FRAMES if self.spec.vision is None else max(most // self.spec.vision.tokens_per_tile, 1)
+        before, _ = expand(messages[: last + 1], [], None, template.knows_role, frames)
+        added, shown = expand(messages[last + 1 :], as_list(images), None, template.knows_role, frames)
+        shows = as_records(tools, "tools"), as_records(documents, "documents")
+        whole = Conversation([*before, *added], *shows, continue_final_message).render(
+            template, False, self._vocabulary
+        )
+        said = Conversation(before, *shows, continued=True).render(template, False, self._vocabulary)
+        if not whole.text.startswith(said.text.replace(said.boundary, whole.boundary)):
+            raise ArrieroError(
+                "the chat template shows what was said before in another way once something follows",
+                where=template.source.where,
+                remedy="Give the whole conversation to `generate` at every turn",
+            )
+        start = len(said.text)
+        rendered = Rendered(whole.text[start:], whole.control[start:], whole.boundary)
         return self._encode_rendered(rendered, shown, most)
 
     @property

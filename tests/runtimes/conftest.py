@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from arriero.runtimes.backend import Floats, Ints, ModelSpec, StepOutput
 from arriero.runtimes.manifest import FORMAT, REPORTS, FileRecord, file_sha256, link, manifest_digest, parity_digest
 from arriero.runtimes.processor.processor import IMAGE_TOKENS, PATCH, Processor
+from arriero.runtimes.snapshot import Snapshot
 
 HIDDEN, HEADS, KV_HEADS, DIM, EXPERTS, CHUNK, CONTEXT = 16, 4, 2, 8, 4, 8, 64
 IMAGE_SIZE, PATCH_SIZE, TILE_TOKENS = 28, 7, 4
@@ -95,16 +96,40 @@ class Weights:
 class ToyCache:
     """Every key, value and position ever seen, row by row: nothing is restarted, so masks must be explicit."""
 
-    def __init__(self, store: list[list[tuple[Floats, Floats]]], lengths: Ints, capacity: int) -> None:
-        self.store, self.lengths, self.capacity = store, lengths, capacity
-        self.adapters = np.zeros(len(store), np.int64)
+    def __init__(self, store: list[list[tuple[Floats, Floats]]], lengths: Ints, adapters: Ints, capacity: int) -> None:
+        self.store, self.lengths, self.adapters, self.capacity = store, lengths, adapters, capacity
 
     def rows(self, start: int, stop: int) -> ToyCache:
-        return ToyCache(self.store[start:stop], self.lengths[start:stop], self.capacity)
+        return ToyCache(self.store[start:stop], self.lengths[start:stop], self.adapters[start:stop], self.capacity)
 
     def copy_row(self, source: int, target: int) -> None:
         self.store[target][:] = self.store[source]
         self.lengths[target] = self.lengths[source]
+        self.adapters[target] = self.adapters[source]
+
+    def truncate(self, row: int, length: int) -> None:
+        self.store[row][:] = [(keys[:length], values[:length]) for keys, values in self.store[row]]
+        self.lengths[row] = length
+
+    def snapshot(self, row: int, start: int = 0) -> Snapshot:
+        length = int(self.lengths[row])
+        firsts = [length - length % CHUNK, 0]
+        keys, values = (
+            tuple(
+                layer[which][max(first, start) :].transpose(1, 0, 2).copy()
+                for layer, first in zip(self.store[row], firsts, strict=True)
+            )
+            for which in (0, 1)
+        )
+        return Snapshot(ModelSpec.parse(model_entry()), length, keys, values, int(self.adapters[row]), start)
+
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        pairs = []
+        for kept in zip(snapshot.keys, snapshot.values, strict=True):
+            missing = np.zeros((snapshot.length - kept[0].shape[1], KV_HEADS, DIM), np.float32)  # hidden by the mask
+            pairs.append(tuple(np.concatenate([missing, one.transpose(1, 0, 2)]) for one in kept))
+        self.store[row][:] = pairs
+        self.lengths[row], self.adapters[row] = snapshot.length, snapshot.adapter
 
 
 class ToyBackend:
@@ -112,6 +137,8 @@ class ToyBackend:
 
     `rounds`: whether new keys and values are rounded as an int8 cache rounds them.
     """
+
+    few_rows = 0
 
     def __init__(self, rounds: bool = False) -> None:
         self.rounds = rounds
@@ -131,7 +158,8 @@ class ToyBackend:
 
     def new_cache(self, batch: int, capacity: int) -> ToyCache:
         empty = np.zeros((0, KV_HEADS, DIM), np.float32)
-        return ToyCache([[(empty, empty)] * 2 for _ in range(batch)], np.zeros(batch, np.int64), capacity)
+        rows, lengths, adapters = [[(empty, empty)] * 2 for _ in range(batch)], *np.zeros((2, batch), np.int64)
+        return ToyCache(rows, lengths, adapters, capacity)
 
     def forward(
         self, inputs_embeds: Floats, positions: Ints, cache: Any, logits_index: Ints, captures: bool = False

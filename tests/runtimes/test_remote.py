@@ -54,7 +54,7 @@ def test_rows_are_cut_saved_and_restored_over_the_wire(bundle, toy):
     store.lengths[1] = 11
     over_the_wire(server, {"do": "truncate", "cache": number, "row": 1, "length": 10})
     assert store.lengths.tolist() == [0, 10]
-    reply, arrays = over_the_wire(server, {"do": "snapshot", "cache": number, "row": 1})
+    reply, arrays = over_the_wire(server, {"do": "snapshot", "cache": number, "row": 1, "start": 0})
     assert reply == {"length": 10}
     assert {name: array.shape[1] for name, array in arrays.items()} == {
         f"{kind}.{layer}": slots for layer, slots in ((0, 10 % CHUNK), (1, 10)) for kind in ("key", "value")

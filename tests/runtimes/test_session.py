@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from inspect import signature
@@ -12,11 +13,13 @@ import pytest
 
 from arriero.errors import ArrieroError
 from arriero.runtimes import session as session_module
+from arriero.runtimes.grammar import Form
 from arriero.runtimes.processor.chat import ChatOptions
 from arriero.runtimes.processor.processor import Processor, Prompt
 from arriero.runtimes.sampling import Sampling, SamplingSettings
 from arriero.runtimes.session import Session
 from arriero.runtimes.settings import Limits, Output, Settings
+from tests.runtimes.gate import Gate
 
 IMAGE_TOKEN = 261
 
@@ -102,7 +105,7 @@ def test_a_sampling_is_its_settings_by_name(session):
 def test_the_settings_by_name_are_the_fields_of_the_records():
     """Type checkers and editors read the one, `Sampling`, `Limits` and `Output` hold the other."""
     assert get_type_hints(SamplingSettings) == get_type_hints(Sampling)
-    others = {field.name for record in (Limits, Output) for field in fields(record)} | get_type_hints(
+    others = {field.name for record in (Limits, Output, Form) for field in fields(record)} | get_type_hints(
         ChatOptions
     ).keys()
     assert get_type_hints(Settings).keys() == get_type_hints(Sampling).keys() | others | {"sampling", "adapter"}
@@ -176,16 +179,20 @@ def test_image_placeholders_are_never_answered(session, toy):
 
 
 @pytest.mark.parametrize("after", [0, 3])
-def test_cancelling_stops_soon(session, after):
-    cancel = threading.Event()
+def test_cancelling_stops_soon(session, toy, after):
+    cancel, gate = threading.Event(), Gate(toy)
     stream = session.generate("hello", stream=True, max_tokens=40, cancel=cancel)
+    steps = -(-len(session.encode("hello").input_ids) // 8) + after + 3  # the engine does not wait for its reader
+    gate.open(steps)
     for _ in range(after):
         next(stream)
+    while gate.left():
+        time.sleep(0.001)
     cancel.set()
-    rest = list(stream)
-    assert len(rest) <= 1
+    gate.open(1000)
+    list(stream)
     assert stream.result.finish_reason == "cancelled"
-    assert len(stream.result.token_ids) <= after + 8
+    assert len(stream.result.token_ids) <= after + 5  # those let through, and the step that was on its way
 
 
 def test_a_batch_answers_as_alone_while_rows_finish_apart(session, toy):
@@ -277,13 +284,21 @@ def test_the_context_can_be_filled_to_its_last_token(session):
         session.decode(session.prefill(Prompt(np.arange(3))), session.spec.image_token_id)
 
 
-def test_a_closed_session_says_so_and_may_be_closed_again(session):
-    stream, state = session.generate("hello", stream=True, max_tokens=9), session.prefill("hello")
+def test_a_closed_session_says_so_and_may_be_closed_again(session, toy):
+    forward, steps = toy.forward, threading.Semaphore(10)
+
+    def held_up(*arguments, **named):
+        steps.acquire(timeout=0.2)  # the answer is not over before the session is
+        return forward(*arguments, **named)
+
+    toy.forward = held_up
+    state, stream = session.prefill("hello"), session.generate("hello", stream=True, max_tokens=40)
     next(stream)
     session.close()
+    with pytest.raises(ArrieroError, match="the session is closed"):
+        list(stream)
     session.close()
     for use in (
-        lambda: next(stream),
         lambda: session.generate("hello"),
         lambda: session.generate_batch(["hello"]),
         lambda: session.decode(state, 5),

@@ -142,7 +142,7 @@ inline int32_t attention(const float* q, const int64_t* positions, const float* 
         __builtin_memset(space.sums, 0, rows * D * sizeof(float));
         for (int64_t key = 0; key < held; key += AttentionWorkspace::KEYS) {
             const int64_t count = smaller(AttentionWorkspace::KEYS, held - key);
-            if (rows <= 8) {
+            if (S == 1 && rows <= 8) {  // not by the rows of a block: a prompt's pieces would change its bits
                 score_few(asked, rows, keys + key * D, count, D, space.scores);
             } else {
                 score_many(asked, rows, keys + key * D, count, D, space.scores, space.piece);

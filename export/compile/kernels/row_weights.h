@@ -98,12 +98,15 @@ inline void row_product(Rows<const float> x, int64_t count, const void* weights,
         const float* a[M];
         for (int m = 0; m < M; ++m) a[m] = x[m];
         for (int64_t column = columns.begin; column < columns.end;) {
-            column += with_rows_or_one<(M == 1 ? 8 : 4)>(columns.end - column, [&](auto wide) {
+            const auto multiply = [&](auto wide) {
                 constexpr int N = decltype(wide)::value;
                 float tile[M][N];
                 dot_tile<FORMAT, M, N>(a, weight + column * features, features, tile);
                 for (int m = 0; m < M; ++m) __builtin_memcpy(out[m] + column, tile[m], sizeof tile[m]);
-            });
+            };
+            const int64_t left = columns.end - column;
+            // four columns are summed in one order and one in another, so which are one does not depend on M
+            column += M == 1 && left >= 8 ? with_rows_or_one<8>(left, multiply) : with_rows_or_one<4>(left, multiply);
         }
     });
 }

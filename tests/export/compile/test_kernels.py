@@ -326,6 +326,39 @@ def test_attention_of_rows_of_different_lengths_in_chunks(kernels, draw):
     assert_close(found, judge.attention(*split, start, *before).reshape(found.shape), 1.0, 1e-5)
 
 
+@pytest.mark.parametrize("outputs", [1, 4, 7, 12, 200])
+@pytest.mark.parametrize("form", [*EXACT, "e4m3", "int8", "int4"])
+def test_a_row_has_the_same_bits_among_few_rows_and_the_same_among_many(kernels, draw, form, outputs):
+    """As `TvmBackend.few_rows` says: whether there are more than four rows decides on a sum's order, nothing else."""
+    plain = normal(draw, outputs, 512)
+    if form in EXACT:
+        weight = Weight(form, plain.astype(EXACT[form]))
+    else:
+        weight, _ = stored_e4m3(plain) if form == "e4m3" else stored_int(form, plain, 256)
+    x = normal(draw, 40, 512)
+    for counts in ((1, 2, 3, 4), (5, 6, 11, 16, 23, 40)):
+        first, *others = (kernels.linear(x[:count], weight, outputs) for count in counts)
+        for other in others:
+            assert_array_equal(other[: len(first)], first)
+        shifted = kernels.linear(x[2 : 2 + counts[1]], weight, outputs)
+        assert_array_equal(shifted[: counts[1] - 2], kernels.linear(x[: counts[1]], weight, outputs)[2:])
+
+
+def test_a_querys_bits_do_not_depend_on_the_piece_that_it_is_read_in(kernels, draw):
+    heads, groups, size, length = 10, 2, 64, 150
+    q, k, v = (normal(draw, 1, length, n * size) for n in (heads, groups, groups))
+    outcomes = []
+    for piece in (150, 64, 39, 20):  # blocks hold nineteen queries; the last piece ends in one of a single query
+        caches, rows = [np.zeros((1, groups, 200, size), np.float32) for _ in range(2)], []
+        for start in range(0, length, piece):
+            part = slice(start, min(start + piece, length))
+            positions = np.arange(part.start, part.stop)[None]
+            rows.append(kernels.attention(q[:, part], k[:, part], v[:, part], positions, *caches, 0))
+        outcomes.append(np.concatenate(rows, axis=1))
+    for other in outcomes[1:]:
+        assert_array_equal(other, outcomes[0])
+
+
 def test_attention_with_large_scores_does_not_overflow(kernels, draw):
     q, k, v = (normal(draw, 1, 70, 64) * scale for scale in (100, 100, 1))
     caches = [np.zeros((1, 1, 70, 64), np.float32) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Sizes in text, what the machine has free (against fake /proc and /sys trees), and refusals by how much."""
+"""Sizes in text, what is free on disk, and refusals by how much."""
 
 import re
 
@@ -6,12 +6,10 @@ import pytest
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.machine.budget import (
-    available_memory,
     check_budget,
     free_disk,
     human_bytes,
     parse_bytes,
-    total_memory,
 )
 
 GIB = 1 << 30
@@ -61,55 +59,6 @@ def test_sizes_too_small_to_be_meant(text):
 )
 def test_sizes_for_people(count, text):
     assert human_bytes(count) == text
-
-
-def machine(root, cgroup="", **files):
-    tree = {"proc/meminfo": "MemTotal: 16777216 kB\nMemAvailable: 8388608 kB\n", "proc/self/cgroup": cgroup}
-    for path, text in {**tree, **files}.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(text)
-    return root
-
-
-def test_memory_without_limits(tmp_path):
-    machine(tmp_path)
-    assert (available_memory(tmp_path), total_memory(tmp_path)) == (8 * GIB, 16 * GIB)
-
-
-def test_cgroup_v2_counts_droppable_file_pages_as_free(tmp_path):
-    files = {
-        "sys/fs/cgroup/a/b/memory.max": "max\n",
-        "sys/fs/cgroup/a/memory.max": f"{4 * GIB}\n",
-        "sys/fs/cgroup/a/memory.current": f"{3 * GIB}\n",
-        "sys/fs/cgroup/a/memory.stat": f"anon {GIB}\nfile 5\ninactive_file {2 * GIB}\n",
-    }
-    machine(tmp_path, "0::/a/b\n", **files)
-    assert (available_memory(tmp_path), total_memory(tmp_path)) == (3 * GIB, 4 * GIB)
-
-
-def test_cgroup_v1_of_a_container_whose_path_is_not_visible(tmp_path):
-    files = {
-        "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{2 * GIB}\n",
-        "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{GIB}\n",
-        "sys/fs/cgroup/memory/memory.stat": "inactive_file 7\ntotal_inactive_file 0\n",
-    }
-    machine(tmp_path, "5:cpu,cpuacct:/docker/x\n3:memory:/docker/x\n", **files)
-    assert available_memory(tmp_path) == GIB + 7
-    assert total_memory(tmp_path) == 2 * GIB
-
-
-def test_cgroup_v1_without_a_limit(tmp_path):
-    machine(tmp_path, "3:memory:/\n", **{"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"})
-    assert available_memory(tmp_path) == 8 * GIB
-
-
-def test_a_system_without_proc(tmp_path):
-    assert (available_memory(tmp_path), total_memory(tmp_path)) == (None, None)
-
-
-def test_this_machine():
-    free, total = available_memory(), total_memory()
-    assert free is None or (total is not None and 0 < free <= total)
 
 
 def test_free_disk_of_a_folder_that_is_yet_to_be_made(tmp_path):

@@ -1,0 +1,129 @@
+"""Which tokens may follow so that an answer keeps to a form: a JSON schema, a regular expression, choices, a grammar.
+
+Needs the package llguidance. V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arriero.errors import ArrieroError, MachineLacks
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+
+# Between JSON's tokens: a line and its indentation. Any number would let a model write spaces to the end of its tokens.
+SPACES = r"\n? {0,20}"
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an answer must be, one of these or nothing.
+
+    - `json_schema`: JSON that a schema (a mapping, or its text) describes.
+    - `regex`: text that a regular expression describes whole.
+    - `choice`: one of some texts.
+    - `grammar`: text that a grammar in Lark's notation describes.
+    """
+
+    json_schema: Mapping[str, Any] | str | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        named = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        if len(named) > 1:
+            raise ArrieroError(f"{' and '.join(named)} each say what the answer must be", expected="one of them")
+        for name in ("regex", "grammar"):
+            if not isinstance(getattr(self, name) or "", str):
+                raise ArrieroError(f"{name} is {getattr(self, name)!r:.60}", expected="a text")
+        if self.json_schema is not None and not isinstance(self.json_schema, Mapping | str):
+            raise ArrieroError(f"json_schema is {self.json_schema!r:.60}", expected="a mapping, or its JSON text")
+        choice: Any = self.choice
+        texts = choice if isinstance(choice, list | tuple) else ()
+        if choice is not None and not (texts and all(isinstance(text, str) and text for text in texts)):
+            raise ArrieroError(f"choice is {choice!r:.60}", expected="a list of texts")
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the answer may be anything."""
+        return all(getattr(self, field.name) is None for field in fields(self))
+
+    def source(self, matcher: type[LLMatcher]) -> str:
+        """The form as llguidance takes it."""
+        if self.json_schema is not None:
+            schema = self.json_schema if isinstance(self.json_schema, str) else dict(self.json_schema)
+            try:
+                return matcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": SPACES})
+            except (ValueError, TypeError) as error:
+                raise ArrieroError(f"json_schema is no JSON object ({error})", remedy="Write it as one") from None
+        if self.choice is not None:
+            return matcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in self.choice))
+        if self.regex is not None:
+            return matcher.grammar_from_regex(self.regex)
+        assert self.grammar is not None
+        return matcher.grammar_from_lark(self.grammar)
+
+
+class Grammars:
+    """Turns forms into constraints over one vocabulary; made once, since it reads the whole vocabulary."""
+
+    def __init__(self, tokenizer: Path, vocabulary: int, closing: Sequence[int]) -> None:
+        """Read the file `tokenizer` at the first form; `closing` tokens end an answer whose form is complete."""
+        self._file, self._vocabulary, self._closing = tokenizer, vocabulary, list(closing)
+        self._tokenizer: LLTokenizer | None = None
+        self._lock = threading.Lock()
+
+    def constrain(self, form: Form) -> Constraint:
+        """What keeps one answer to `form`. Raises ArrieroError with the reason where it cannot be enforced."""
+        try:
+            from llguidance import LLMatcher, LLTokenizer
+        except ImportError:
+            remedy = "Install it with `pip install 'arriero[structured]'`"
+            raise MachineLacks("the package llguidance is not installed", remedy=remedy) from None
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = LLTokenizer(str(self._file), n_vocab=self._vocabulary, eos_token=self._closing)
+        source = form.source(LLMatcher)
+        wrong, problems = LLMatcher.validate_grammar_with_warnings(source, self._tokenizer)
+        if wrong:
+            name = next(field.name for field in fields(form) if getattr(form, field.name) is not None)
+            reason = " ".join(problems[0].split())
+            raise ArrieroError(f"{name} cannot be enforced: {reason}", remedy="Change it, or ask without it")
+        return Constraint(LLMatcher(self._tokenizer, source, log_level=0), self._vocabulary)
+
+
+class Constraint:
+    """Where one answer stands in its form."""
+
+    def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
+        """Begin where `matcher` does."""
+        self._matcher, self._vocabulary = matcher, vocabulary
+
+    def forbidden(self) -> NDArray[np.bool_]:
+        """Which tokens [V] may not follow. Raises ArrieroError where the form asks for too much work."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        return np.unpackbits(bits, count=self._vocabulary, bitorder="little") == 0
+
+    def take(self, token: int) -> None:
+        """Go on with `token`, which follows."""
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            reason = " ".join(self._matcher.get_error().split())
+            raise ArrieroError(
+                f"the answer's form cannot be followed further: {reason}", remedy="Ask for a simpler one"
+            )

@@ -1,0 +1,38 @@
+"""How many tokens of a prompt are read between two decode steps, so that whoever decodes meanwhile hardly waits."""
+
+from __future__ import annotations
+
+from arriero.traits import PREFILL_PIECE
+
+# A piece may take so many times as long as a decode step: the gap between tokens is then 2.5 steps, and a prompt whose
+# pieces are as quick as large ones takes 1.7 times as long as alone.
+STEPS_PER_PIECE = 1.5
+LEAST = 16  # tokens of a piece: below it the weights are read for too few of them
+NEWEST = 0.5  # the newest measurement's share of what is expected
+
+
+class Pace:
+    """Measures pieces and decode steps, and says how large the next piece may be."""
+
+    def __init__(self) -> None:
+        self._token_s: float | None = None
+        self._step_s: float | None = None
+
+    def read(self, tokens: int, seconds: float) -> None:
+        """A piece of `tokens` took `seconds`."""
+        self._token_s = _expected(self._token_s, seconds / tokens)
+
+    def decoded(self, seconds: float) -> None:
+        """A decode step took `seconds`."""
+        self._step_s = _expected(self._step_s, seconds)
+
+    def piece(self) -> int:
+        """Tokens of the next piece while others decode: a power of two, so that few shapes are run."""
+        if self._token_s is None or self._step_s is None:
+            return LEAST
+        tokens = int(STEPS_PER_PIECE * self._step_s / max(self._token_s, 1e-9))
+        return min(max(1 << max(tokens.bit_length() - 1, 0), LEAST), PREFILL_PIECE)
+
+
+def _expected(before: float | None, measured: float) -> float:
+    return measured if before is None else (1 - NEWEST) * before + NEWEST * measured

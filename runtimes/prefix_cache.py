@@ -1,0 +1,211 @@
+"""Keys and values of prompts that were read before, by their tokens and pictures, so that none is read twice.
+
+Shapes: K key/value heads, P slots, D head dimension, C attention chunk, H hidden.
+A prefix is a chain of blocks. A block's name is a hash of the block before it, of its tokens, and of the tiles that its
+image placeholders stand for; the first follows from the adapter. Blocks end at the chunk's edge at the latest; a
+prefix's last block may be shorter than the others. All blocks have the global layers' keys and values; the chunked
+layers' are kept from the chunk that was the current one when the block was saved, since no later chunk sees them. So a
+prompt goes on from any token of a chunk whose blocks have them, else from that chunk's edge.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+
+from arriero.runtimes.backend import Cache, Floats, Ints, ModelSpec
+from arriero.runtimes.snapshot import Buffer, Snapshot
+
+BLOCK = 64  # tokens; shorter ones share more, longer ones cost less to put together
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """What a sequence is made of: ids i64 [S], the hash of the tile behind each image placeholder, the adapter."""
+
+    ids: Ints
+    placeholders: Ints  # positions of image placeholders, in order
+    tiles: tuple[bytes, ...]  # a hash per tile
+    per_tile: int  # placeholders of one tile
+    adapter: int
+
+    @property
+    def root(self) -> bytes:
+        """The name that the first block's follows from."""
+        return b"%d" % self.adapter
+
+    def name(self, before: bytes, start: int, stop: int) -> bytes:
+        """The name of the block of tokens `start` to `stop` behind the one named `before`."""
+        hashed = blake2b(before, digest_size=32)
+        hashed.update(np.ascontiguousarray(self.ids[start:stop]).tobytes())
+        first, end = np.searchsorted(self.placeholders, (start, stop))
+        if first < end:
+            for tile in self.tiles[first // self.per_tile : (end - 1) // self.per_tile + 1]:
+                hashed.update(tile)
+        return hashed.digest()
+
+
+@dataclass(eq=False)
+class _Block:
+    """Tokens `start` to `stop` of every sequence that begins so."""
+
+    before: bytes
+    start: int
+    stop: int
+    has_chunked: bool
+    keys: tuple[Buffer, ...]  # per layer [K, P, D]; P is 0 in a chunked layer whose chunk was over
+    values: tuple[Buffer, ...]
+
+    def is_short(self, end: int) -> bool:
+        """Whether it ends before `end`, where a whole one would."""
+        return self.stop < end
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(buffer.nbytes for buffer in (*self.keys, *self.values))
+
+
+class PrefixCache:
+    """Blocks of prefixes and features of tiles, the least recently used of which go when the bytes are too many."""
+
+    def __init__(self, spec: ModelSpec, most_bytes: int) -> None:
+        """Keep at most `most_bytes`."""
+        self.spec, self.most_bytes, self.nbytes = spec, most_bytes, 0
+        self._entries: OrderedDict[bytes, _Block | Floats] = OrderedDict()
+        self._short: dict[bytes, set[int]] = {}  # lengths of the short blocks behind a block
+
+    # --- prefixes
+
+    def find(self, tokens: Tokens) -> Snapshot | None:
+        """The longest prefix of `tokens` to go on from, short of its last token, whose logits are still asked for."""
+        chain = self._chain(tokens)
+        self._touch(chain)
+        length = min(chain[-1][1].stop if chain else 0, len(tokens.ids) - 1)
+        if not all(block.has_chunked for _, block in chain if self._edge(length) <= block.start < length):
+            length = self._edge(length)
+        if length == 0:
+            return None
+        blocks = [block for _, block in chain if block.start < length]
+        current = [block for block in blocks if block.start >= self._edge(length)]
+        keys: list[Buffer] = []
+        values: list[Buffer] = []
+        for number, layer in enumerate(self.spec.layers):
+            chunked = layer.attention == "chunked"
+            parts, count = (current or blocks[:1], length - self._edge(length)) if chunked else (blocks, length)
+            keys.append(_joined([block.keys[number] for block in parts], count))
+            values.append(_joined([block.values[number] for block in parts], count))
+        return Snapshot(self.spec, length, tuple(keys), tuple(values), tokens.adapter)
+
+    def save(self, tokens: Tokens, row: Cache) -> None:
+        """Keep what the one row of `row`, which holds `tokens`, has beyond the blocks that are there."""
+        length = len(tokens.ids)
+        edge, chain = self._edge(length), self._chain(tokens)
+        for count, (_, block) in enumerate(chain):
+            over = block.start >= edge and not block.has_chunked  # saved when its chunk was over; it is the current one
+            if over or block.stop < min(self._end(block.start), length):  # or a short one that is longer now
+                del chain[count:]
+                break
+        self._touch(chain)
+        name, at = (chain[-1][0], chain[-1][1].stop) if chain else (tokens.root, 0)
+        if at == length:
+            return
+        snapshot = row.snapshot(0, at)
+        while at < length:
+            block = self._block(snapshot, name, at, min(self._end(at), length))
+            name, at = tokens.name(name, at, block.stop), block.stop
+            chain.append((name, block))
+            if not self._put(name, block, {of_chain for of_chain, _ in chain}):
+                break
+            if block.is_short(self._end(block.start)):
+                self._short.setdefault(block.before, set()).add(block.stop - block.start)
+        self._touch(chain)
+
+    def _edge(self, position: int) -> int:
+        """Where the chunk of the token at `position` starts."""
+        return position - position % self.spec.attention_chunk_size
+
+    def _end(self, start: int) -> int:
+        """Where a whole block from `start` ends."""
+        return min(start + BLOCK, self._edge(start) + self.spec.attention_chunk_size)
+
+    def _chain(self, tokens: Tokens) -> list[tuple[bytes, _Block]]:
+        """The blocks that `tokens` begin with, by name, as far as they are there."""
+        chain: list[tuple[bytes, _Block]] = []
+        before, at, whole = tokens.root, 0, True
+        while whole:
+            stop, whole = self._end(at), False
+            for end in (stop, *sorted((at + count for count in self._short.get(before, ())), reverse=True)):
+                if end > len(tokens.ids):
+                    continue
+                name = tokens.name(before, at, end)
+                if isinstance(block := self._entries.get(name), _Block):
+                    chain.append((name, block))
+                    before, at, whole = name, end, end == stop
+                    break
+        return chain
+
+    def _touch(self, chain: list[tuple[bytes, _Block]]) -> None:
+        """Make the blocks of `chain` the newest, the first the very newest: no block goes before those behind it."""
+        for name, _ in reversed(chain):
+            if name in self._entries:
+                self._entries.move_to_end(name)
+
+    def _block(self, snapshot: Snapshot, before: bytes, start: int, stop: int) -> _Block:
+        """Tokens `start` to `stop` of `snapshot`."""
+        edge = self._edge(snapshot.length)
+        spans = []
+        for layer in self.spec.layers:
+            first = max(snapshot.start, edge if layer.attention == "chunked" else 0)
+            spans.append(slice(start - first, stop - first) if start >= first else slice(0, 0))
+        keys, values = (
+            tuple(buffer[:, span].copy() for buffer, span in zip(buffers, spans, strict=True))
+            for buffers in (snapshot.keys, snapshot.values)
+        )
+        return _Block(before, start, stop, start >= edge, keys, values)
+
+    # --- tiles
+
+    def features(self, tile: bytes) -> Floats | None:
+        """The features [M, H] of the tile of that hash."""
+        entry = self._entries.get(tile)
+        if not isinstance(entry, np.ndarray):
+            return None
+        self._entries.move_to_end(tile)
+        return entry
+
+    def save_features(self, tile: bytes, features: Floats) -> None:
+        """Keep the features [M, H] of the tile of that hash."""
+        self._put(tile, features.copy(), set())
+
+    # --- both
+
+    def _put(self, name: bytes, entry: _Block | Floats, kept: set[bytes]) -> bool:
+        """Add `entry` in the place of the oldest ones; gives whether it fits beside those that are `kept`."""
+        if (old := self._entries.pop(name, None)) is not None:
+            self.nbytes -= old.nbytes
+        while self.nbytes + entry.nbytes > self.most_bytes:
+            oldest = next(iter(self._entries), None)
+            if oldest is None or oldest in kept:
+                return False
+            self._drop(oldest)
+        self._entries[name] = entry
+        self.nbytes += entry.nbytes
+        return True
+
+    def _drop(self, name: bytes) -> None:
+        entry = self._entries.pop(name)
+        self.nbytes -= entry.nbytes
+        if isinstance(entry, _Block) and entry.is_short(self._end(entry.start)):
+            lengths = self._short[entry.before]
+            lengths.discard(entry.stop - entry.start)
+            if not lengths:
+                del self._short[entry.before]
+
+
+def _joined(parts: list[Buffer], count: int) -> Buffer:
+    """The first `count` slots of [K, P, D] parts, one behind the other."""
+    return np.concatenate(parts, axis=1)[:, :count]

@@ -1,0 +1,279 @@
+"""Which step comes next: requests are admitted, read in pieces between decode steps, decoded together, and ended.
+
+Everything runs on the engine's thread, one `turn` after another, so nothing is locked. A row's error ends that row's
+request alone. Shapes: B rows that decode, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from arriero.runtimes.backend import Backend, Cache, Floats, ModelSpec
+from arriero.runtimes.pace import Pace
+from arriero.runtimes.prefix_cache import PrefixCache
+from arriero.runtimes.request import Request
+from arriero.runtimes.running_rows import RunningRows
+from arriero.runtimes.steps import append_tokens, check_finite, read_piece
+from arriero.traits import PREFILL_PIECE
+
+AHEAD = 256  # tokens of an answer that there is room for when its request is admitted
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """How much may be held at once: `rows` requests, each of `context` tokens, all of `tokens` (None: any number).
+
+    A request is admitted with some room for its answer. Where answers outgrow the tokens, the newest request
+    waits again and is read anew once there is room; its answer goes on where it was.
+
+    `prefix_bytes` are for prefixes that were read before and features of pictures; 0 keeps none.
+    """
+
+    rows: int = 32
+    context: int = 1 << 20
+    tokens: int | None = None
+    prefix_bytes: int = 0
+
+
+@dataclass
+class Stats:
+    """What an engine has done since it was opened, and what it has to do."""
+
+    prefilled_tokens: int = 0
+    reused_tokens: int = 0  # of prompts, which the prefix cache had
+    generated_tokens: int = 0
+    steps: int = 0  # decode steps, each of all rows that decode
+    finished: int = 0
+    paused: int = 0  # times that a request gave its memory to elder ones, to be read again
+    running: int = 0
+    waiting: int = 0
+
+
+class Scheduler:
+    """The requests of one backend."""
+
+    def __init__(self, spec: ModelSpec, limits: EngineLimits) -> None:
+        """Keep to `limits`; a request beyond the tokens runs alone."""
+        self.limits, self.stats = limits, Stats()
+        self._prefixes = PrefixCache(spec, limits.prefix_bytes) if limits.prefix_bytes else None
+        self._rows = RunningRows(limits.rows, limits.context)
+        self._waiting: deque[Request] = deque()
+        self._reading: Request | None = None
+        self._pace = Pace()
+        self._added = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self._waiting or self._reading or self._rows.decoding)
+
+    def add(self, request: Request) -> None:
+        """Take `request` in; it is served after those that came before."""
+        self._added += 1
+        request.number = self._added
+        self._waiting.append(request)
+
+    def turn(self, backend: Backend) -> None:
+        """Take the next steps: at most one piece of a prompt, and one token for every row that decodes."""
+        self._end_cancelled()
+        self._admit(backend)
+        self._make_room()
+        if self._reading is not None:
+            self._read(backend, self._reading)
+        if self._rows.decoding:
+            self._decode(backend)
+        self._tidy()
+
+    def fail(self, error: BaseException) -> None:
+        """End every request with `error`."""
+        everyone = [*self._rows.decoding, *([self._reading] if self._reading else []), *self._waiting]
+        self._reading = None
+        self._waiting.clear()
+        self._rows.drop()
+        for request in everyone:
+            request.fail(error)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        self.stats.running = len(self._rows.decoding) + (self._reading is not None)
+        self.stats.waiting = len(self._waiting)
+        if self.idle:
+            self._rows.drop()
+
+    def _end_cancelled(self) -> None:
+        for request in [request for request in self._waiting if request.cancelled]:
+            self._waiting.remove(request)
+            request.cancel()
+        if self._reading is not None and self._reading.cancelled:
+            self._reading.cancel()
+            self._stop_reading()
+        for row in reversed(range(len(self._rows.decoding))):
+            if (request := self._rows.decoding[row]).cancelled:
+                try:
+                    if request.keeps_place:
+                        request.kept = self._rows.cache.snapshot(row)
+                    request.cancel()
+                except BaseException as error:
+                    request.fail(error)
+                self._rows.remove(row)
+
+    def _admit(self, backend: Backend) -> None:
+        """Begin to read the first that waits, where a row and its tokens are free: nobody overtakes it."""
+        if self._reading is not None or not self._waiting:
+            return
+        running = self._rows.decoding
+        soon = sum(request.tokens_soon(AHEAD) for request in (*running, self._waiting[0]))
+        if len(running) >= self.limits.rows or (running and soon > (self.limits.tokens or soon)):
+            return
+        request = self._reading = self._waiting.popleft()
+        try:
+            self._rows.open(backend, request.tokens.adapter)
+            self._reuse(request)
+        except BaseException as error:
+            request.fail(error)
+            self._stop_reading()
+
+    def _make_room(self) -> None:
+        """Pause the newest requests where the next tokens of all would not fit; the eldest always goes on."""
+        if self.limits.tokens is None:
+            return
+        while self._rows.decoding:
+            running = [*self._rows.decoding, *([self._reading] if self._reading else [])]
+            if len(running) == 1 or sum(request.tokens_soon(1) for request in running) <= self.limits.tokens:
+                return
+            newest = self._reading or max(running, key=lambda request: request.number)
+            if newest is self._reading:
+                self._stop_reading()
+            else:
+                row = self._rows.decoding.index(newest)
+                self._keep(newest, self._rows.cache.rows(row, row + 1))
+                self._rows.remove(row)
+            newest.pause()
+            self._waiting.appendleft(newest)
+            self.stats.paused += 1
+
+    def _stop_reading(self) -> None:
+        self._reading = None
+        self._rows.abandon_reading()
+
+    def _read(self, backend: Backend, request: Request) -> None:
+        """Read one piece of the prompt, or let the vision tower see some of its tiles."""
+        others = bool(self._rows.decoding)
+        try:
+            if request.tiles_left:
+                request.see_tile(partial(self._see, backend))
+                return
+            ids, features = request.next_piece(backend, self._pace.piece() if others else PREFILL_PIECE)
+            started = time.perf_counter()
+            last = np.array([len(ids) - 1])
+            logits = check_finite(read_piece(backend, ids, features, self._rows.reading, last).logits[0, 0])
+            self._pace.read(len(ids), time.perf_counter() - started)
+            request.position += len(ids)
+            self.stats.prefilled_tokens += len(ids)
+            if request.position < len(request.ids):
+                return
+            self._keep(request, self._rows.reading)
+            self._take(request, logits, self._rows.reading)
+        except BaseException as error:
+            request.fail(error)
+            self._stop_reading()
+            return
+        self._reading = None
+        if request.answer.finished is None:
+            self._rows.join(request)
+        else:
+            self._rows.abandon_reading()
+
+    def _reuse(self, request: Request) -> None:
+        """Begin where the conversation's own place, or the prefix cache, has the prompt read to."""
+        place, row = request.place, self._rows.reading
+        kept = place.shared(request.ids) if place and place.snapshot.adapter == request.tokens.adapter else 0
+        snapshot = self._prefixes.find(request.tokens) if self._prefixes is not None else None
+        length = snapshot.length if snapshot is not None else 0
+        if place is not None and kept >= max(length, 1):
+            row.restore(0, place.snapshot)
+            row.truncate(0, kept)
+        elif snapshot is not None:
+            row.restore(0, snapshot)
+        request.skip(max(kept, length))
+        self.stats.reused_tokens += request.position
+
+    def _keep(self, request: Request, row: Cache) -> None:
+        """Keep what `row` holds of `request` for others that begin like it; a conversation has its own place."""
+        if self._prefixes is not None and request.place is None:
+            self._prefixes.save(request.tokens_held, row)
+
+    def _end(self, request: Request, row: Cache) -> None:
+        """Keep what others, or the conversation itself, may go on from."""
+        if request.keeps_place:
+            request.kept = row.snapshot(0)
+        else:
+            self._keep(request, row)
+
+    def _see(self, backend: Backend, name: bytes, tile: Floats) -> Floats:
+        """The features [M, H] of a tile f32 [1, 3, h, w], which is computed where nobody has shown it lately."""
+        features = self._prefixes.features(name) if self._prefixes is not None else None
+        if features is None:
+            features = backend.vision(tile)
+            if self._prefixes is not None:
+                self._prefixes.save_features(name, features)
+        return features
+
+    def _take(self, request: Request, logits: Floats, row: Cache) -> None:
+        """Choose and hand over the token that follows what `row` holds."""
+        delta = request.choose(logits)
+        if request.answer.finished is not None:
+            self._end(request, row)
+        self.stats.generated_tokens += 1
+        self.stats.finished += request.answer.finished is not None
+        request.deliver(delta)
+
+    def _decode(self, backend: Backend) -> None:
+        """Append one token to every row that decodes and choose the next."""
+        started = time.perf_counter()
+        count = len(self._rows.decoding)
+        together = backend.few_rows or count
+        outcomes: list[Floats | BaseException] = []
+        for first in range(0, count, together):
+            outcomes += self._append(backend, first, min(first + together, count))
+        self._pace.decoded(time.perf_counter() - started)
+        self.stats.steps += 1
+        ended = []
+        for row, (request, outcome) in enumerate(zip(self._rows.decoding, outcomes, strict=True)):
+            try:
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                self._take(request, check_finite(outcome), self._rows.cache.rows(row, row + 1))
+            except BaseException as error:
+                request.fail(error)
+                ended.append(row)
+            else:
+                if request.answer.finished is not None:
+                    ended.append(row)
+        outcomes.clear()  # an error's traceback holds this frame
+        for row in reversed(ended):
+            self._rows.remove(row)
+
+    def _append(self, backend: Backend, first: int, stop: int) -> list[Floats | BaseException]:
+        """For rows `first` to `stop` the logits [V] after each one's last token, or why there are none."""
+        requests, cache = self._rows.decoding[first:stop], self._rows.cache.rows(first, stop)
+        tokens = [request.answer.token_ids[-1] for request in requests]
+        try:
+            return list(append_tokens(backend, tokens, cache))
+        except BaseException as error:
+            if len(tokens) == 1:
+                return [error]
+        # one of them may be to blame: each by itself, from where it stood
+        cache.lengths[:] = [request.length for request in requests]
+        outcomes: list[Floats | BaseException] = []
+        for row, token in enumerate(tokens):
+            try:
+                outcomes.append(append_tokens(backend, [token], cache.rows(row, row + 1))[0])
+            except BaseException as error:
+                outcomes.append(error)
+        return outcomes

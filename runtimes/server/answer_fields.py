@@ -1,0 +1,98 @@
+"""What a request says of its answers: how many, how their tokens are chosen, when they end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from arriero.runtimes.server.fields import Fields
+from arriero.runtimes.server.models import Model, Models
+from arriero.runtimes.server.options import ServerOptions
+from arriero.runtimes.settings import Settings
+
+# What clients send that says nothing of an answer's text.
+IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity")
+MOST_TOP_LOGPROBS, MOST_STOPS = 20, 16
+
+
+@dataclass(frozen=True)
+class AnswerFields:
+    """The fields that all ways to ask have in common."""
+
+    model: Model
+    settings: Settings
+    count: int
+    stream: bool
+    include_usage: bool
+
+    def settings_of(self, number: int) -> Settings:
+        """The settings of answer `number`: each draws by a seed of its own, so that they differ and repeat."""
+        seed = self.settings.get("seed")
+        if seed is None or number == 0:
+            return self.settings
+        return {**self.settings, "seed": seed + number}
+
+
+def read_answer_fields(
+    fields: Fields, models: Models, options: ServerOptions, default_tokens: int | None
+) -> AnswerFields:
+    """Read them; `default_tokens` is how long an answer may be where the request does not say."""
+    model = models.get(fields.text("model"))
+    settings: Settings = {
+        "temperature": fields.number("temperature", 1.0) or 0.0,
+        "top_p": fields.number("top_p"),
+        "top_k": fields.integer("top_k", least=1),
+        "min_p": fields.number("min_p"),
+        "repetition_penalty": fields.number("repetition_penalty", 1.0) or 0.0,
+        "presence_penalty": fields.number("presence_penalty", 0.0) or 0.0,
+        "frequency_penalty": fields.number("frequency_penalty", 0.0) or 0.0,
+        "seed": fields.integer("seed"),
+        "logit_bias": _bias(fields),
+        "stop": read_stops(fields, "stop"),
+        "adapter": model.adapter,
+    }
+    if settings["seed"] is not None and settings["seed"] < 0:
+        settings["seed"] += 1 << 63  # others draw by any whole number
+    asked = [fields.integer(name, least=1) for name in ("max_tokens", "max_completion_tokens")]
+    limits = [limit for limit in (*asked, options.most_tokens) if limit is not None]
+    if all(limit is None for limit in asked) and default_tokens is not None:
+        limits.append(default_tokens)
+    settings["max_tokens"] = min(limits, default=None)
+    stream = fields.flag("stream")
+    said = fields.fields("stream_options")
+    if said is not None and not stream:
+        raise fields.refusal("stream_options", "goes with stream only")
+    include_usage = said is not None and said.flag("include_usage")
+    if said is not None:
+        said.ignore(("include_obfuscation",))
+        said.refuse_others()
+    count = fields.integer("n", 1, least=1, most=options.most_answers)
+    fields.ignore(IGNORED)
+    return AnswerFields(model, settings, count or 1, stream, include_usage)
+
+
+def _bias(fields: Fields) -> dict[int, float] | None:
+    said: Any = fields.take("logit_bias")
+    if said is None:
+        return None
+    if not isinstance(said, dict):
+        raise fields.refusal("logit_bias", "is no object; expected numbers by token id")
+    bias: dict[int, float] = {}
+    for token, value in said.items():
+        if not token.isdecimal() or len(token) > 9 or isinstance(value, bool) or not isinstance(value, int | float):
+            raise fields.refusal(
+                "logit_bias", f"has the entry {token!r:.20}: {value!r:.20}; expected numbers by token id"
+            )
+        bias[int(token)] = float(value)
+    return bias
+
+
+def read_stops(fields: Fields, name: str) -> tuple[str, ...]:
+    """The texts of the field `name` that end an answer."""
+    said: Any = fields.take(name, ())
+    stops = (said,) if isinstance(said, str) else said
+    if not isinstance(stops, list | tuple) or not all(isinstance(text, str) and text for text in stops):
+        raise fields.refusal(name, "is no text; expected a string or a list of strings")
+    if len(stops) > MOST_STOPS:
+        raise fields.refusal(name, f"holds {len(stops)} texts; expected at most {MOST_STOPS}")
+    return tuple(stops)

@@ -1,0 +1,185 @@
+"""The server's paths as one ASGI app over sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from arriero.runtimes.server.answers import Answers, Load, until_gone
+from arriero.runtimes.server.anthropic_messages import AnthropicMessage, anthropic_response
+from arriero.runtimes.server.chat_completions import ChatCompletion
+from arriero.runtimes.server.completions import Completion
+from arriero.runtimes.server.errors import RefusalError, refusal_of
+from arriero.runtimes.server.fields import Fields
+from arriero.runtimes.server.guard import Guard
+from arriero.runtimes.server.messages import MessageReader
+from arriero.runtimes.server.metrics import Metrics
+from arriero.runtimes.server.models import Models
+from arriero.runtimes.server.options import ServerOptions
+from arriero.runtimes.server.sse import HEADERS
+from arriero.runtimes.session import Session
+from arriero.strict_json import parse_json
+
+log = logging.getLogger("arriero.server")
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SLOW_SECONDS = 10.0  # for a client to read what is left of a stream whose time is over
+Handler = Callable[[Request], Awaitable[Response]]
+Kind = type[ChatCompletion] | type[Completion] | type[AnthropicMessage]
+
+
+class Server:
+    """What the paths share: the models, the limits, the counters."""
+
+    def __init__(self, sessions: Mapping[str, Session], options: ServerOptions) -> None:
+        """Serve `sessions` by name."""
+        self.models, self.options = Models(sessions), options
+        self.metrics, self.load = Metrics(sessions), Load(options.most_requests)
+        self._encoding = asyncio.Semaphore(2)  # pictures take memory until the engine has them
+
+    async def health(self, _: Request) -> Response:
+        """Whether requests are answered."""
+        stopping = self.load.stopping
+        return JSONResponse({"status": "stopping" if stopping else "ok"}, 503 if stopping else 200)
+
+    async def list_models(self, _: Request) -> Response:
+        """The models by name."""
+        return JSONResponse(self.models.entries())
+
+    async def show_model(self, request: Request) -> Response:
+        """One model."""
+        return JSONResponse(self.models.entry(request.path_params["name"]))
+
+    async def show_metrics(self, _: Request) -> Response:
+        """The counters."""
+        return Response(self.metrics.text(), media_type=METRICS_TYPE)
+
+    async def tokenize(self, request: Request) -> Response:
+        """The tokens of a text, or of messages with what the chat template adds."""
+        fields = Fields(await self._body(request))
+        model, prompt, messages = self.models.get(fields.text("model")), fields.text("prompt"), fields.items("messages")
+        fields.refuse_others()
+        session = model.session
+        if (prompt is None) == (messages is None):
+            raise fields.refusal("prompt", "or messages is expected, one of the two")
+        if prompt is not None:
+            ids = await asyncio.to_thread(session.processor.tokenize, prompt)
+        else:
+            read = MessageReader(self.options).read(messages)
+            async with self._encoding:
+                ids = (await asyncio.to_thread(session.encode, read)).input_ids
+        return JSONResponse({"tokens": ids.tolist(), "count": len(ids), "max_model_len": session.context})
+
+    def answering(self, kind: Kind) -> Handler:
+        """The handler of a path whose requests are of this `kind`."""
+
+        async def handle(request: Request) -> Response:
+            asked = kind(await self._body(request), self.models, self.options)
+            self.load.take(asked.count)
+            release = _Once(lambda: self.load.give(asked.count))
+            try:
+                async with self._encoding:
+                    prompts = await asyncio.to_thread(asked.encode)
+                answers = Answers.begin(asked.asked, prompts, asked.shown, self.metrics, self.options.request_seconds)
+                release.also(answers.close)
+                if asked.asked.stream:
+                    return _Stream(asked.lines(answers), release, self.options.request_seconds + SLOW_SECONDS)
+                results = await until_gone(request, answers.wait)
+                response = JSONResponse(asked.whole(answers, results))
+            except BaseException:
+                release()
+                raise
+            release()
+            return response
+
+        return handle
+
+    async def _body(self, request: Request) -> Any:
+        try:
+            async with asyncio.timeout(self.options.body_seconds):
+                content = await request.body()
+        except TimeoutError:
+            raise RefusalError(408, "The body did not come in time.") from None
+        return parse_json(content, "the body", "Send one JSON object")
+
+
+class _Once:
+    """What is to be done when a request is over, however it ends."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._works = [work]
+
+    def also(self, work: Callable[[], object]) -> None:
+        """Do `work` too."""
+        self._works.append(work)
+
+    def __call__(self) -> None:
+        while self._works:
+            self._works.pop()()
+
+
+class _Stream(StreamingResponse):
+    """Lines as they come; whatever ends them, also before the first, `release` runs.
+
+    A client that has not read them within `seconds` is left.
+    """
+
+    def __init__(self, lines: AsyncIterator[str], release: _Once, seconds: float) -> None:
+        super().__init__(lines, media_type="text/event-stream", headers=HEADERS)
+        self._release, self._seconds = release, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._seconds):
+                    await super().__call__(scope, receive, send)
+        finally:
+            self._release()
+
+
+def create_app(sessions: Mapping[str, Session], options: ServerOptions) -> tuple[ASGIApp, Server]:
+    """The app that answers with `sessions`, and what its paths share."""
+    server = Server(sessions, options)
+    routes = [
+        Route("/health", _refusing(server.health)),
+        Route("/metrics", _refusing(server.show_metrics)),
+        Route("/tokenize", _refusing(server.tokenize), methods=["POST"]),
+        Route("/v1/models", _refusing(server.list_models)),
+        Route("/v1/models/{name:path}", _refusing(server.show_model)),
+        Route("/v1/chat/completions", _refusing(server.answering(ChatCompletion)), methods=["POST"]),
+        Route("/v1/messages", _refusing(server.answering(AnthropicMessage), anthropic_response), methods=["POST"]),
+        Route("/v1/completions", _refusing(server.answering(Completion)), methods=["POST"]),
+    ]
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _no_such})
+    paths = frozenset(route.path for route in routes if "{" not in route.path)
+    return Guard(app, options, server.metrics, paths), server
+
+
+def _refusing(handler: Handler, respond: Callable[[RefusalError], Response] = RefusalError.response) -> Handler:
+    """`handler` whose errors are answers as `respond` has them; faults of ours are told to the log alone."""
+
+    async def handle(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except Exception as error:
+            refusal = refusal_of(error)
+            if refusal.status == 500:
+                log.exception("%s failed", request.state.request_id)
+            return respond(refusal)
+
+    return handle
+
+
+async def _no_such(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    known = {404: "There is no such path.", 405: "The path does not take this method."}
+    return RefusalError(error.status_code, known.get(error.status_code, str(error.detail))).response()

@@ -1,0 +1,25 @@
+"""A gate before a backend's steps, for tests that look at what happens between two of them."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+
+class Gate:
+    """Lets a backend take so many steps, of pieces or of decoding, then waits until more are let through."""
+
+    def __init__(self, backend: Any) -> None:
+        self._forward, self._steps = backend.forward, threading.Semaphore(0)
+        backend.forward = self.forward
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        assert self._steps.acquire(timeout=60)
+        return self._forward(*arguments, **named)
+
+    def left(self) -> int:
+        """Steps that are let through and not taken yet."""
+        return self._steps._value
+
+    def open(self, steps: int) -> None:
+        self._steps.release(steps)

@@ -1,0 +1,78 @@
+"""Servers on a port of this machine, over the toy and over real bundles, and the official client for them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from arriero.runtimes.processor.processor import Processor
+from arriero.runtimes.scheduler import EngineLimits
+from arriero.runtimes.server.app import create_app
+from arriero.runtimes.server.options import ServerOptions
+from arriero.runtimes.server.serve import HttpServer
+from arriero.runtimes.session import Session
+
+
+class Served:
+    """A server that listens, in a thread of its own."""
+
+    def __init__(self, sessions: Mapping[str, Session], options: ServerOptions) -> None:
+        app, self.shared = create_app(sessions, options)
+        self.http = HttpServer(app, options, self.shared.load)
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.http.serve()))
+        self.thread.start()
+        while not self.http.started:
+            assert self.thread.is_alive()
+            time.sleep(0.005)
+        host, port = self.http.servers[0].sockets[0].getsockname()[:2]
+        self.url = f"http://{host}:{port}"
+
+    def openai(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
+
+    def web(self, **headers: str) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers=headers, timeout=120)
+
+    def stop(self) -> None:
+        self.http.should_exit = True
+        self.thread.join(60)
+        assert not self.thread.is_alive()
+
+
+Serve = Callable[..., Served]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Start servers over sessions by name, with options by name; all are stopped and closed afterwards."""
+    running: list[tuple[Served, Mapping[str, Session]]] = []
+
+    def start(sessions: Mapping[str, Session], **options: Any) -> Served:
+        served = Served(sessions, replace(ServerOptions(port=0), **options))
+        running.append((served, sessions))
+        return served
+
+    yield start
+    for served, sessions in running:
+        served.stop()
+        for session in sessions.values():
+            session.close()
+
+
+@pytest.fixture
+def toy_session(toy: Any, processor: Processor) -> Session:
+    limits = EngineLimits(4, 400, None, 1 << 24)
+    return Session(toy, processor, 400, 4, ("pirate",), limits=limits, identity="0123456789abcdef")
+
+
+@pytest.fixture
+def served(serve: Serve, toy_session: Session) -> Served:
+    return serve({"toy": toy_session})
