@@ -19,7 +19,7 @@ from arriero.runtimes.inside import climbs_out
 from arriero.runtimes.typed_json import decode
 from arriero.strict_json import read_json_object
 
-FORMAT = 3
+FORMAT = 4
 FILE = "manifest.json"
 LICENSES = "licenses"  # the folder of the checkpoint's licence, use policy and notices
 REPORTS = ("parity.json", "parity.html")
@@ -41,12 +41,15 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """One initialiser of a lowered graph: dtype as safetensors names it, shape, label of its scheme, file."""
+    """A tensor of a lowered graph: dtype as safetensors names it, shape, label of its scheme, the files that hold it.
+
+    The experts' matrices of a layer are one, whether they are stored as such or in the experts' records.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     scheme: str
-    file: str
+    files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,7 @@ class Target:
     batch: int
     arch: str
     kv_cache: str
+    shard: int
     cpu: str | None = None
     features: tuple[str, ...] = ()
     gpu: str | None = None

@@ -132,6 +132,8 @@ class _Graph:
             signature = json.loads((bundle / f"{part}.json").read_text())
             self._library = PrivateLibrary(self._path, sha256.get(self._path.name))
             self.inputs, self.outputs = signature["inputs"], signature["outputs"]
+            self._tables = [_table(bundle, entry, files) for entry in signature["experts"]]
+            self._files = files  # the tables hold addresses, which keep no map alive
             self._entries = [(_map(bundle, entry["file"], files), entry) for entry in signature["weights"]]
         self._machine: Any = None
 
@@ -146,7 +148,8 @@ class _Graph:
             machine = self._library.open(lambda path: load(path, "so"))["vm_load_executable"]()
             machine["vm_initialization"](*CPU, POOLED)
         self._parts = ffi.from_dlpack(np.zeros(self._threads, np.uint8))
-        self._weights = [ffi.from_dlpack(_weight(file, entry)) for file, entry in self._entries]
+        weights = (_weight(file, entry) for file, entry in self._entries)
+        self._weights = [ffi.from_dlpack(array) for array in (*self._tables, *weights)]
         self._machine = machine
 
     def run(self, feeds: Mapping[str, np.ndarray], function: str = "main") -> list[np.ndarray]:
@@ -234,6 +237,12 @@ def _map(bundle: Path, name: str, files: dict[str, np.ndarray]) -> np.ndarray:
             flags, writable = mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
             files[name] = np.frombuffer(mmap.mmap(opened.fileno(), 0, flags=flags, prot=writable), np.uint8)
     return files[name]
+
+
+def _table(bundle: Path, entry: Mapping[str, Any], files: dict[str, np.ndarray]) -> np.ndarray:
+    """The table i64 [1 + E] of a layer's experts, all of them mapped: no cache, and where each record lies."""
+    addresses = [_map(bundle, name, files).ctypes.data + offset for name, offset in entry["records"]]
+    return _aligned(np.array([0, *addresses], np.int64))
 
 
 def _weight(file: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:

@@ -29,7 +29,7 @@ from arriero.profiles.kv_cache import CacheType
 from arriero.profiles.recipe import Thresholds, shipped
 from arriero.profiles.validate import refusal
 from arriero.thresholds import PER_FAMILY, SETTABLE, AnswerMode
-from arriero.traits import BACKENDS
+from arriero.traits import BACKENDS, SHARD
 
 Modality = Literal["text", "image"]
 EMBEDDED = "embedded"
@@ -93,6 +93,7 @@ class Target(_Section):
         default="float32",
         description="How keys and values are kept, beside any profile: `int8` takes a quarter of the memory.",
     )
+    shard: Size = Field(default=SHARD, description="Most bytes of one file of weights.")
 
     @field_validator("name")
     @classmethod

@@ -222,10 +222,10 @@ class TargetBuild:
         licenses = copy_licenses(self.build.checkpoint.license_files, folder / LICENSES)
         compiled = self.compile(self.target, self.build.parts, self.kernels, folder)
         if compiled.gpu is not None:  # an engine has swallowed the file of its part's weights
-            weights = {name: {**one, "file": f"{Path(one['file']).stem}.engine"} for name, one in weights.items()}
+            weights = {name: {**one, "files": [_engine(file) for file in one["files"]]} for name, one in weights.items()}
         stored = {name: StoredWeight(**one) for name, one in weights.items()}
         code = {f"{part}{suffix}" for part in self.build.parts for suffix in TRAITS[self.target.backend].files}
-        files = {weight.file for weight in stored.values()}
+        files = {file for weight in stored.values() for file in weight.files}
         return (
             code
             | files
@@ -264,7 +264,7 @@ class TargetBuild:
 
             lowering = Lowering(
                 *(build.model, build.checkpoint, schemes, folder, progress, roundings, self.cache_scales, capability),
-                *(dump, build.runtime_adapters),
+                *(dump, build.runtime_adapters, target.shard),
             )
             weights |= module.lower(part, ir.load(build.graph / f"{part}.onnx"), lowering)
         return weights
@@ -384,3 +384,8 @@ class TargetBuild:
 
         fallback = fallbacks(self.profile, self.roundings.notes())
         return RoundedPart(fallback=fallback, choice=read_choice(self.roundings.folder))
+
+
+def _engine(weights: str) -> str:
+    """The engine that holds what was in a file of weights: that of the part which the file was numbered for."""
+    return f"{Path(weights).stem.rpartition('-')[0]}.engine"
