@@ -60,6 +60,7 @@ class BackendTraits:
     most_elements: int | None = None  # of one tensor, where there is a limit
     builds_anywhere: bool = True  # else only on the GPU that will run the engines
     switches_adapters: bool = False  # a bundle may answer with one LoRA adapter or another
+    no_cap: str | None = None  # why it cannot keep to a cap on memory; None where it can
     keeps_stored_dtype: bool = False  # it reads exact matrices in the checkpoint's own dtype
 
     @property
@@ -83,6 +84,7 @@ TRAITS: dict[str, BackendTraits] = {
             packages=(Package("onnxruntime", "1.32", extra="onnxruntime", imports=("onnxruntime",)),),
             files=(".onnx",),
             switches_adapters=True,
+            no_cap="it copies every weight into memory of its own",
         ),
         BackendTraits(
             name="tvm",
@@ -115,6 +117,7 @@ TRAITS: dict[str, BackendTraits] = {
             gpus=(75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121),
             most_elements=TENSORRT_ELEMENTS,
             builds_anywhere=False,
+            no_cap="its engines hold their weights in the GPU's memory",
         ),
         BackendTraits(
             name="tensorrt-rtx",
@@ -137,6 +140,7 @@ TRAITS: dict[str, BackendTraits] = {
             # as its `ComputeCapability` lists them
             gpus=(75, 80, 86, 89, 120, 121),
             most_elements=TENSORRT_ELEMENTS,
+            no_cap="its engines hold their weights in the GPU's memory",
         ),
     )
 }

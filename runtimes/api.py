@@ -7,12 +7,14 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
-from arriero.runtimes.backend import Backend, BackendOptions, ModelSpec
+from arriero.errors import ArrieroError
+from arriero.runtimes.backend import Backend, BackendOptions, MemoryCap, ModelSpec
 from arriero.runtimes.integrity import check_proven, open_manifest
 from arriero.runtimes.machine_fit import check_machine
 from arriero.runtimes.manifest import Manifest
 from arriero.runtimes.processor.processor import Processor
 from arriero.runtimes.session import Session
+from arriero.sizes import parse_bytes
 from arriero.traits import TRAITS
 
 DEFAULT_OPTIONS = BackendOptions()
@@ -24,16 +26,21 @@ def load(
     verify: bool = False,
     allow_unproven: bool = False,
     adapter: str | None = None,
+    memory: int | str | None = None,
 ) -> Session:
     """Open a bundle directory and give a `Session` that answers from it.
 
     The manifest and the files are checked first; with `verify` every file is hashed, however large the bundle.
     A bundle that its build could not prove is refused unless `allow_unproven`: nobody has measured what it computes.
     `threads` None uses every core this process may run on. `adapter` names the bundle's adapter that answers where a
-    call names none; None is the model itself. Raises `ArrieroError` with what is wrong and what to do.
+    call names none; None is the model itself. `memory`, a size such as "16GiB", is the most that the process may take:
+    experts are then read as they are needed, and those used last are kept. Raises `ArrieroError` with what is wrong and
+    what to do.
     """
-    options = BackendOptions(threads)
+    limit = None if memory is None else parse_bytes(memory)
     manifest = open_manifest(Path(bundle), verify or None)
+    cap = None if limit is None else MemoryCap(limit, manifest.target.context, manifest.target.batch)
+    options = BackendOptions(threads, memory=cap)
     if not allow_unproven:
         check_proven(manifest)
     return open_session(manifest, options, adapter)
@@ -56,6 +63,11 @@ def open_bundle_backend(manifest: Manifest, options: BackendOptions = DEFAULT_OP
 
 def open_backend(name: str, folder: Path, spec: ModelSpec, options: BackendOptions = DEFAULT_OPTIONS) -> Backend:
     """Give the backend `name` (a key of `TRAITS`) over the graphs and weights in `folder`."""
+    traits = TRAITS[name]
+    if options.memory is not None and traits.no_cap is not None:
+        capped = ", ".join(other for other, one in TRAITS.items() if one.no_cap is None)
+        remedy = f"Leave `memory` out, or build a target with the backend {capped}"
+        raise ArrieroError(f"{name} keeps to no cap on memory: {traits.no_cap}", where=str(folder), remedy=remedy)
     # By name, so that an app needs the libraries of its own backend only.
-    backend: Backend = import_module(f"arriero.runtimes.{TRAITS[name].module}").open_backend(folder, spec, options)
+    backend: Backend = import_module(f"arriero.runtimes.{traits.module}").open_backend(folder, spec, options)
     return backend

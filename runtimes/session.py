@@ -17,7 +17,7 @@ from typing import Literal, Self, Unpack, overload
 import numpy as np
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.backend import Backend, Cache, Floats, Ints, StepOutput
+from arriero.runtimes.backend import Backend, Cache, CacheStatistics, CapsMemory, Floats, Ints, StepOutput
 from arriero.runtimes.check_prompt import check_prompt
 from arriero.runtimes.engine import Engine
 from arriero.runtimes.generation import Answer, Generation, Stream
@@ -61,6 +61,7 @@ class Session:
         self.spec = backend.spec
         self.context = min(context or self.spec.max_position_embeddings, self.spec.max_position_embeddings)
         self.batch = batch
+        self.piece = backend.piece if isinstance(backend, CapsMemory) else PREFILL_PIECE
         self.adapters = tuple(adapters)
         self.adapter = adapter
         self._number(adapter)
@@ -79,6 +80,14 @@ class Session:
     def close(self) -> None:
         """Free the backend once the step in flight is done; answers still on their way end with an `ArrieroError`."""
         self.engine.close()
+
+    def stats(self) -> CacheStatistics:
+        """How each layer's cache of experts did since the bundle was loaded; no layers without a cap on memory."""
+
+        def read(backend: Backend) -> CacheStatistics:
+            return backend.statistics() if isinstance(backend, CapsMemory) else CacheStatistics()
+
+        return self.engine.run(read)
 
     # --- answers
 
@@ -308,7 +317,7 @@ class Session:
             features = self.vision(prompt.pixel_values)
         start = used = 0
         while start < len(ids):
-            stop = min(start + PREFILL_PIECE, (start // chunk + 1) * chunk, len(ids))
+            stop = min(start + self.piece, (start // chunk + 1) * chunk, len(ids))
             piece = ids[start:stop]
             placeholders = int(np.sum(piece == self.spec.image_token_id))
             yield piece, features[used : used + placeholders]

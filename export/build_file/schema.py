@@ -22,12 +22,12 @@ from arriero.export.build_file.locate import MODELS, resolve_model
 from arriero.export.compile.cpus import NAMED, NATIVE, parse_cpu
 from arriero.export.compile.nvidia.gpus import NAMED as NAMED_GPUS
 from arriero.export.compile.nvidia.gpus import parse_gpu
-from arriero.export.machine.budget import human_bytes, parse_bytes
 from arriero.graphs.sources.released_configs import RELEASED
 from arriero.graphs.sources.synthetic import SyntheticModel
 from arriero.profiles.kv_cache import CacheType
 from arriero.profiles.recipe import Thresholds, shipped
 from arriero.profiles.validate import refusal
+from arriero.sizes import human_bytes, parse_bytes
 from arriero.thresholds import PER_FAMILY, SETTABLE, AnswerMode
 from arriero.traits import BACKENDS, SHARD
 

@@ -23,8 +23,9 @@ from arriero.runtimes.manifest import Compiled
 def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Watch = no_watch) -> Compiled:
     """Compile `<part>.onnx` of each of `parts` in `folder` for the device's processor, with its kernels linked in.
 
-    Leaves `<part>.so` and `<part>.json` (the order of inputs, outputs, tables of experts and weights) in the place of each graph. Raises
-    ArrieroError for a processor that LLVM does not know, MachineLacks without a linker for its architecture.
+    Leaves `<part>.so` and `<part>.json` (the order of inputs, outputs, tables of experts and weights) in the place of
+    each graph. Raises ArrieroError for a processor that LLVM does not know, MachineLacks without a linker for its
+    architecture.
     """
     assert device.kernels is not None
     chosen = parse_cpu(device.cpu or NATIVE)

@@ -12,13 +12,14 @@ from typing import Any
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.compile.build_kernels import LEVELS, find_compiler
-from arriero.export.machine.budget import available_memory, free_disk, human_bytes, total_memory
+from arriero.export.machine.budget import available_memory, free_disk, total_memory
 from arriero.export.machine.checks import Check, status
 from arriero.export.machine.gpu_checks import gpu_checks
 from arriero.export.machine.versions import version_of
 from arriero.runtimes.cpu import MACHINE_CLASSES, architecture, cpu_features, processor_name, usable_cores
 from arriero.runtimes.load_onnxruntime import load_onnxruntime
 from arriero.runtimes.tvm import load_runtime
+from arriero.sizes import human_bytes
 from arriero.traits import BACKENDS, BUILD, RUN, SHARED_PACKAGES, TRAITS, Package
 
 LEAST_MEMORY, LEAST_DISK = 2 << 30, 1 << 30

@@ -221,8 +221,9 @@ class TargetBuild:
         tokenizer = copy_tokenizer(self.build.checkpoint.side_folder, folder / "tokenizer")
         licenses = copy_licenses(self.build.checkpoint.license_files, folder / LICENSES)
         compiled = self.compile(self.target, self.build.parts, self.kernels, folder)
-        if compiled.gpu is not None:  # an engine has swallowed the file of its part's weights
-            weights = {name: {**one, "files": [_engine(file) for file in one["files"]]} for name, one in weights.items()}
+        if compiled.gpu is not None:  # an engine has swallowed the files of its part's weights
+            for one in weights.values():
+                one["files"] = sorted({_engine(file) for file in one["files"]})
         stored = {name: StoredWeight(**one) for name, one in weights.items()}
         code = {f"{part}{suffix}" for part in self.build.parts for suffix in TRAITS[self.target.backend].files}
         files = {file for weight in stored.values() for file in weight.files}

@@ -62,7 +62,7 @@ def _lay_out(matrices: tuple[ExpertMatrix, ExpertMatrix]) -> RecordLayout:
         for spec in matrix.specs:
             starts.append(_aligned(end))
             end = starts[-1] + spec.nbytes
-        at += (starts + [0])[:2]
+        at += [*starts, 0][:2]
     name = ",".join(_describe(matrix) for matrix in matrices)
     formats, blocks = [matrix.format for matrix in matrices], [matrix.block for matrix in matrices]
     return RecordLayout(name, formats, blocks, at, -(-end // ALIGNMENT) * ALIGNMENT)

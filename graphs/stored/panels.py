@@ -47,9 +47,9 @@ def store_matrix(store: WeightStore, name: str, new_name: str | None = None) -> 
 
 @dataclass(frozen=True)
 class ExpertMatrix:
-    """One matrix of each expert of a layer: its arrays, all experts' of one shape, and `read(expert)`, which gives them.
+    """One matrix of each expert of a layer: its arrays, all of one shape, and `read(expert)`, which gives them.
 
-    `label` is the scheme's in the weight table; `format` is F32, BF16, F16, E4M3, INT8 or INT4, `block` that of integers.
+    `label` is the scheme's in the weight table, `format` F32, BF16, F16, E4M3, INT8 or INT4, `block` that of integers.
     """
 
     specs: tuple[Spec, ...]

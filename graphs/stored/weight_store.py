@@ -98,7 +98,12 @@ class WeightStore:
         return self.promise([Spec(new_name, "F32", shape)], "exact", lambda: ((piece,) for piece in rows()))[0]
 
     def write(
-        self, folder: Path, stem: str, shard: int, progress: Progress | None = None, links: Mapping[Path, str] | None = None
+        self,
+        folder: Path,
+        stem: str,
+        shard: int,
+        progress: Progress | None = None,
+        links: Mapping[Path, str] | None = None,
     ) -> dict[str, dict[str, Any]]:
         """Write everything promised, bind the initialisers to it, and give the weight table.
 

@@ -144,7 +144,9 @@ def test_an_exact_profile_reads_the_matrices_in_the_checkpoints_own_file(built: 
         if len(entry["shape"]) > 1:
             file = "weights/text-experts-00001.safetensors" if ".experts." in name else "weights/rest.safetensors"
             assert (entry["files"], entry["dtype"]) == ([file], "BF16")
-    own = sum(file.stat().st_size for file in (out / "weights").iterdir() if file != link and "experts" not in file.name)
+    own = sum(
+        file.stat().st_size for file in (out / "weights").iterdir() if file != link and "experts" not in file.name
+    )
     assert own < 100_000  # norms and biases, widened
 
 
@@ -152,7 +154,11 @@ def test_each_expert_is_one_record_on_pages_of_its_own(built: Built, tmp_path: P
     out, checkpoint = tmp_path / "out", built.checkpoint
     built.lower("fp32", out)
     layout = record_layout(out)
-    assert (layout["formats"], layout["blocks"], layout["layout"]) == (("BF16",) * 2, (0, 0), "columns:BF16,columns:BF16")
+    assert (layout["formats"], layout["blocks"], layout["layout"]) == (
+        ("BF16",) * 2,
+        (0, 0),
+        "columns:BF16,columns:BF16",
+    )
     down, gate_up = (checkpoint.read_rows(name, 0, built.config.text.experts) for name in (DOWN, GATE_UP))
     for expert, record in enumerate(records(out)):
         assert record.offset % 4096 == record.nbytes % 4096 == 0
@@ -240,8 +246,12 @@ def test_panels_stand_for_the_integers_of_the_profile(scout: Built, tmp_path: Pa
     def expert(name: str, record: ir.ExternalTensor, number: int) -> np.ndarray:
         scheme, entries = schemes[name], [table[f"{name}.{kind}"] for kind in ("packed", "scales")]
         assert isinstance(scheme, IntBlock)
-        likes = [np.empty(entry["shape"][1:], dtype) for entry, dtype in zip(entries, (np.uint8, np.float32), strict=True)]
-        return unpacked(*(part(out, record, layout["at"][number + i], like) for i, like in enumerate(likes)), bits, scheme.block)
+        likes = [
+            np.empty(entry["shape"][1:], dtype) for entry, dtype in zip(entries, (np.uint8, np.float32), strict=True)
+        ]
+        return unpacked(
+            *(part(out, record, layout["at"][number + i], like) for i, like in enumerate(likes)), bits, scheme.block
+        )
 
     whole = checkpoint.read_float32(SHARED, 0, checkpoint.tensors[SHARED].shape[0])
     assert np.allclose(stored(SHARED)[: len(whole)], rounded(whole, SHARED), rtol=1e-6)

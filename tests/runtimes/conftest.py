@@ -305,6 +305,7 @@ def write_manifest(folder: Path, **changes: Any) -> dict[str, Any]:
             "context": CONTEXT,
             "batch": 2,
             "arch": "any",
+            "shard": 4 << 30,
             "kv_cache": "float32",
         },
         "build": {"graph": "0"},

@@ -118,7 +118,9 @@ def exact_format(dtype: str, name: str) -> Format:
 def expert_format(name: str, block: int, layer: str) -> Format:
     """The format `name` of a layer's experts. Raises ArrieroError for one that no kernel reads."""
     if name not in EXPERT_FORMATS:
-        raise ArrieroError(f"no kernel reads {name} weights", where=layer, expected=f"one of {', '.join(EXPERT_FORMATS)}")
+        raise ArrieroError(
+            f"no kernel reads {name} weights", where=layer, expected=f"one of {', '.join(EXPERT_FORMATS)}"
+        )
     return Format(EXPERT_FORMATS[name], block)
 
 

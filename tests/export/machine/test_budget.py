@@ -14,11 +14,10 @@ from arriero.export.machine.budget import (
     available_memory,
     check_budget,
     free_disk,
-    human_bytes,
-    parse_bytes,
     release_memory,
     total_memory,
 )
+from arriero.sizes import human_bytes, parse_bytes
 
 GIB = 1 << 30
 
