@@ -39,7 +39,10 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "runtimes": {
         "remote": ("remote.py",),
         "proof": ("proof",),
-        "session": ("api.py", "session.py", "check_prompt.py", "generation.py", "stop_text.py", "settings.py"),
+        "session": (
+            *("api.py", "session.py", "check_prompt.py", "generation.py", "stop_text.py", "settings.py"),
+            "routing_trace.py",
+        ),
         "processor": ("processor",),
         "backends": ("onnxruntime.py", "tvm.py", "tensorrt.py", "tensorrt_rtx.py"),
         "nvidia": ("nvidia",),

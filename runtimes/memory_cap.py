@@ -12,6 +12,7 @@ from arriero.traits import PREFILL_PIECE
 
 # What Python, the libraries and their threads come to hold after a bundle is opened; measured 10 to 25 MB.
 MARGIN = 48 << 20
+STEP_FIXED = 16 << 20  # bytes of a step, whatever its size: workspaces of every thread
 STEP_SHARE = 8  # a larger piece of a prompt may take one part in so many of the experts' memory
 
 
@@ -76,6 +77,13 @@ def _slots(room: int, layers: Sequence[RecordSize]) -> tuple[int, ...]:
             slots[number] += 1
             room -= layer.nbytes
     return tuple(slots)
+
+
+def step_bytes(spec: ModelSpec, width: int, tokens: int) -> int:
+    """What a step of so many tokens computes in, at most, the widest of its layers being of `width` features."""
+    heads = (spec.num_attention_heads + 2 * spec.num_key_value_heads) * spec.head_dim
+    rows = 12 * spec.hidden_size + 8 * width + 3 * heads
+    return 4 * (tokens * rows + 4 * spec.vocab_size) + STEP_FIXED
 
 
 def cache_bytes(spec: ModelSpec, tokens: int) -> int:

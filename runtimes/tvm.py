@@ -41,13 +41,12 @@ from arriero.runtimes.cache_rows import CacheRows
 from arriero.runtimes.cgroup import read_text
 from arriero.runtimes.cpu import usable_cores
 from arriero.runtimes.expert_cache import ExpertCache
-from arriero.runtimes.memory_cap import MemoryShare, RecordSize, share_memory
+from arriero.runtimes.memory_cap import MemoryShare, RecordSize, share_memory, step_bytes
 from arriero.runtimes.private_library import PrivateLibrary
 from arriero.runtimes.weight_files import MappedWeights, ReadWeights, WeightFiles, aligned, entry_bytes
 from arriero.traits import PREFILL_PIECE
 
 PANEL = 16  # output features in each row of a packed matrix
-STEP_FIXED = 16 << 20  # bytes of a step, whatever its size: workspaces of every thread
 CPU = 1, 0  # DLPack's device type and number
 NAIVE, POOLED = 1, 2  # allocators: what keeps the memory of every size that was asked for is not for a cap
 
@@ -93,13 +92,10 @@ class TvmBackend:
         return sum({(entry["file"], entry["offset"]): entry_bytes(entry) for entry in entries}.values())
 
     def _step_bytes(self, tokens: int) -> int:
-        """What a step of so many tokens computes in, at most: rows as wide as the model and its layers, and logits."""
-        spec = self.spec
+        """What a step of so many tokens computes in, at most."""
         layers = [entry for entry in self._graphs["text"].weights if ".layers." in entry["name"]]
-        width = max((entry["shape"][0] * (PANEL if entry["dtype"] == "UINT8" else 1) for entry in layers), default=0)
-        heads = (spec.num_attention_heads + 2 * spec.num_key_value_heads) * spec.head_dim
-        rows = 12 * spec.hidden_size + 8 * width + 3 * heads
-        return 4 * (tokens * rows + 4 * spec.vocab_size) + STEP_FIXED
+        widths = [entry["shape"][0] * (PANEL if entry["dtype"] == "UINT8" else 1) for entry in layers]
+        return step_bytes(self.spec, max(widths, default=0), tokens)
 
     def vision(self, pixel_values: Floats) -> Floats:
         """Turn tiles f32 [n, 3, h, w] into features f32 [n * tokens_per_tile, H]."""

@@ -14,6 +14,7 @@ from arriero.errors import ArrieroError
 from arriero.export.cli import build_commands, bundle_commands, machine_commands
 from arriero.export.cli.options import STDOUT, PipeClosed, err
 from arriero.export.cli.profile_commands import profiles_app
+from arriero.export.cli.trace_command import trace
 from arriero.version import __version__
 
 PIPE_CLOSED = 141  # as a shell says of what SIGPIPE ended
@@ -53,6 +54,7 @@ app.command()(build_commands.calibrate)
 app.command()(bundle_commands.parity)
 app.command()(bundle_commands.run)
 app.command()(bundle_commands.inspect)
+app.command()(trace)
 app.command()(machine_commands.doctor)
 app.command()(bundle_commands.compare)
 app.command()(build_commands.schema)

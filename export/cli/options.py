@@ -46,8 +46,8 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads to use; every cor
 Memory = Annotated[
     str | None,
     typer.Option(
-        help="Most memory that the process may take, such as 16GiB: the experts that it has no room for are read as they "
-        "are needed. All of them are mapped when left out."
+        help="Most memory that the process may take, such as 16GiB: experts beyond it are read as they are needed. All "
+        "are mapped when left out."
     ),
 ]
 
