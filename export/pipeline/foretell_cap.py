@@ -6,7 +6,7 @@ Legend: E experts, k experts per token.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from arriero.export.machine.read_speed import ReadSpeed, measure_read_speed
 from arriero.export.pipeline.estimate_needs import is_used
 from arriero.export.pipeline.fitted_profiles import fitted_profiles
 from arriero.graphs.checkpoint import Checkpoint
-from arriero.graphs.config import TextConfig
+from arriero.graphs.config import ModelConfig, TextConfig
 from arriero.graphs.names import EMBEDDING, expert_tensors
+from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.recipe import Profile
 from arriero.profiles.schemes import Exact
 from arriero.runtimes.backend import MemoryCap
@@ -62,24 +63,20 @@ def foretell_capped(build: BuildConfig, memory: int, trace: Path | None) -> tupl
         what = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
         raise ArrieroError(f"no target keeps to a cap on memory: {what}", where="targets", remedy="Leave --memory out")
     checkpoint = Checkpoint.open(build.model, build.adapters)
-    text, profiles = checkpoint.model_config().text, fitted_profiles(build, checkpoint)
-    rates = _rates(text, trace)
+    config, profiles = checkpoint.model_config(), fitted_profiles(build, checkpoint)
+    used = [info for info in checkpoint.tensors.values() if is_used(info, build, checkpoint)]
+    rates = uniform_rates(config.text) if trace is None else trace_rates(config.text, trace)
     speed = measure_read_speed(build.output)
-    return [
-        _foretell(
-            target.name,
-            MemoryCap(memory, target.context, target.batch),
-            _Weights.of(build, checkpoint, profiles[target.profile]),
-            checkpoint,
-            rates,
-            speed,
-        )
-        for target in capped
-    ], speed
+    foretold = []
+    for target in capped:
+        cap = MemoryCap(memory, target.context, target.batch)
+        weights = StoredWeights.of(config.text, used, profiles[target.profile])
+        foretold.append(foretell(target.name, cap, weights, config, rates, speed))
+    return foretold, speed
 
 
 @dataclass(frozen=True)
-class _Weights:
+class StoredWeights:
     """Bytes of a bundle's weights: the embedding's table, of which a token reads a row, the rest of the core, one
     record of each layer with experts, and the shared expert of each.
     """
@@ -90,14 +87,16 @@ class _Weights:
     shared: tuple[int, ...]
 
     @classmethod
-    def of(cls, build: BuildConfig, checkpoint: Checkpoint, profile: Profile) -> _Weights:
-        """Those of the bundle under `profile`."""
-        schemes, text = profile.assign(checkpoint.tensors), checkpoint.model_config().text
-        sizes: dict[str, int] = {}
-        for info in checkpoint.tensors.values():
-            if is_used(info, build, checkpoint):
-                stays = isinstance(schemes[info.name], Exact) and len(info.shape) > 1
-                sizes[info.name] = info.nbytes if stays else schemes[info.name].stored_bytes(info.shape)
+    def of(cls, text: TextConfig, used: Iterable[WeightSource], profile: Profile) -> StoredWeights:
+        """Those of the tensors `used` under `profile`."""
+        infos = {info.name: info for info in used}
+        schemes = profile.assign(infos)
+        sizes = {
+            name: info.nbytes
+            if isinstance(schemes[name], Exact) and len(info.shape) > 1
+            else schemes[name].stored_bytes(info.shape)
+            for name, info in infos.items()
+        }
         stacks = [expert_tensors(layer) for layer in text.moe_layers]
         pools = [sum(sizes.pop(name) for name in names) for names in stacks]
         shared = [_sum_under(sizes, names[0].replace(".experts.gate_up_proj", ".shared_expert.")) for names in stacks]
@@ -110,19 +109,17 @@ def _sum_under(sizes: Mapping[str, int], prefix: str) -> int:
     return sum(size for name, size in sizes.items() if name.startswith(prefix))
 
 
-def _rates(text: TextConfig, trace: Path | None) -> list[Sequence[float]]:
-    """Of each layer with experts, the share of choices that 1, 2, .. E slots hold."""
-    uniform = [(slots + 1) / text.experts for slots in range(text.experts)]
-    if trace is None:
-        return [uniform for _ in text.moe_layers]
+def uniform_rates(text: TextConfig) -> list[Sequence[float]]:
+    """Of each layer with experts, the share of choices that 1, 2, .. E slots hold where all are as likely."""
+    return [[(slots + 1) / text.experts for slots in range(text.experts)] for _ in text.moe_layers]
+
+
+def trace_rates(text: TextConfig, trace: Path) -> list[Sequence[float]]:
+    """The same as a trace has it. Raises `ArrieroError` for one of another model."""
     rates = hit_rates(read_trace(trace), text.experts)
     if sorted(rates) != sorted(text.moe_layers):
-        layers = _list(rates)
-        raise ArrieroError(
-            f"the trace is of a model whose layers {layers} have experts",
-            where=str(trace),
-            expected=_list(text.moe_layers),
-        )
+        what = f"the trace is of a model whose layers {_list(rates)} have experts"
+        raise ArrieroError(what, where=str(trace), expected=_list(text.moe_layers))
     return [rates[layer] for layer in text.moe_layers]
 
 
@@ -130,40 +127,38 @@ def _list(layers: Iterable[int]) -> str:
     return ", ".join(map(str, layers))
 
 
-def _foretell(
+def foretell(
     name: str,
     cap: MemoryCap,
-    weights: _Weights,
-    checkpoint: Checkpoint,
+    weights: StoredWeights,
+    config: ModelConfig,
     rates: Sequence[Sequence[float]],
     speed: ReadSpeed,
 ) -> CappedTarget:
-    config = checkpoint.model_config()
+    """What a bundle of `weights` does within `cap` on a machine of such `speed`."""
     text, spec = config.text, model_spec(config)
     layers = [RecordSize(text.experts, record) for record in weights.records]
-    pool = text.experts * sum(weights.records)
-    core = weights.table + weights.core
-    described = CappedTarget(name, cap.nbytes, core, pool, max(weights.records, default=0), of=text.experts)
-    width = max(text.expert_ffn, text.dense_ffn)
+    core, largest = weights.table + weights.core, max(weights.records, default=0)
+    target = CappedTarget(name, cap.nbytes, core, text.experts * sum(weights.records), largest, of=text.experts)
+    step = partial(step_bytes, spec, max(text.expert_ffn, text.dense_ffn))
     try:
-        share = share_memory(cap, PROCESS, core, layers, spec, partial(step_bytes, spec, width))
+        slots = share_memory(cap, PROCESS, core, layers, spec, step).slots
     except ArrieroError as error:
-        return CappedTarget(**{**vars(described), "refused": str(error)})
-    reading, read, hits = 0.0, 0.0, []
-    for record, shared, slots, rate in zip(weights.records, weights.shared, share.slots, rates, strict=True):
-        hits.append(rate[slots - 1])
-        missed = text.experts_per_token * (1 - hits[-1]) * record
-        read += missed
-        # the shared expert is computed meanwhile
-        hidden = (1 - hits[-1]) * shared / (KERNEL_SHARE * speed.memory)
-        reading += max(0.0, missed / speed.drive - hidden)
-    computing = (weights.core + text.experts_per_token * sum(weights.records)) / (KERNEL_SHARE * speed.memory)
-    return CappedTarget(
-        **{
-            **vars(described),
-            "slots": min(share.slots, default=0),
-            "hit_rate": sum(hits) / max(1, len(hits)),
-            "read_per_token": read,
-            "tokens_per_second": 1 / (computing + reading),
-        }
+        return replace(target, refused=str(error))
+    held = [rate[count - 1] for rate, count in zip(rates, slots, strict=True)]
+    missed = [text.experts_per_token * (1 - rate) for rate in held]
+    read = [misses * record for misses, record in zip(missed, weights.records, strict=True)]
+    memory = KERNEL_SHARE * speed.memory
+    # while an expert is read, the shared one is computed
+    waits = [
+        max(0.0, nbytes / speed.drive - min(1.0, misses) * shared / memory)
+        for nbytes, misses, shared in zip(read, missed, weights.shared, strict=True)
+    ]
+    computing = (weights.core + text.experts_per_token * sum(weights.records)) / memory
+    return replace(
+        target,
+        slots=min(slots, default=0),
+        hit_rate=sum(held) / max(1, len(held)),
+        read_per_token=sum(read),
+        tokens_per_second=1 / (computing + sum(waits)),
     )

@@ -295,7 +295,7 @@ extern "C" int __tvm_ffi_arriero_open_experts(void*, const TaggedValue* argument
     return 0;
 }
 
-// (cache, address of i64 [layers, 6]) -> how many of a layer's records could not be read, as the number of an error.
+// (cache, address of i64 [layers, 6], which gets the statistics) -> the number of the error of a read that failed, or 0.
 extern "C" int __tvm_ffi_arriero_count_experts(void*, const TaggedValue* arguments, int32_t, TaggedValue* result) {
     auto* cache = reinterpret_cast<ExpertCache*>(arguments[0].integer);
     auto* out = reinterpret_cast<Statistics*>(arguments[1].integer);
