@@ -158,13 +158,13 @@ def main() -> None:
         )
         one = json.loads(done.stdout)
         own = ReadSpeed(speed.memory, one["drive_rate"], None)
-        told = foretell("", MemoryCap(one["cap"], CONTEXT, 1), weights, config, uniform_rates(config.text), own)
-        results[share] = one | {"foretold_tokens_per_second": told.tokens_per_second}
+        capped = foretell("", MemoryCap(one["cap"], CONTEXT, 1), weights, config, uniform_rates(config.text), own)
+        results[share] = one | {"foretold_tokens_per_second": capped.tokens_per_second}
         print(
             f"{share:3} % of experts ({one['slots']} a layer), cap {one['cap'] / 2**20:.0f} MiB, RssAnon "
             f"{one['anonymous'] / 2**20:.0f} MiB: prompt {one['prompt_tokens_per_second']:.1f} tokens/s in pieces of "
             f"{one['piece']} ({one['prompt_bytes'] / 1e9:.2f} GB read), decode {one['tokens_per_second']:.2f} tokens/s "
-            f"(foretold {told.tokens_per_second:.2f}), hit rate {one['hit_rate']:.0%}, "
+            f"(foretold {capped.tokens_per_second:.2f}), hit rate {one['hit_rate']:.0%}, "
             f"{one['bytes_per_token'] / 1e6:.1f} MB a token, read at {one['read_rate'] / 1e9:.2f} GB/s of "
             f"{one['drive_rate'] / 1e9:.2f}, {one['waited_share']:.0%} of the time waited",
             flush=True,

@@ -20,7 +20,7 @@ from arriero.runtimes.backend import CacheStatistics, LayerReads
 from arriero.runtimes.weight_files import inside
 
 READERS = 8  # threads, and so reads that a drive has to do at once
-COUNTERS = 6  # of a layer, in the order of `LayerReads`
+COUNTERS = 7  # of a layer, in the order of `LayerReads`, and the number of an error
 PAGE = 4096
 
 
@@ -63,29 +63,29 @@ class ExpertCache:
 
     def statistics(self) -> CacheStatistics:
         """What was found in memory and what was read, since the cache was opened."""
-        counts, _ = self._counts()
         numbers = [int(re.findall(r"layers\.(\d+)", entry["name"])[0]) for entry in self._entries]
         reads = tuple(
             LayerReads(number, len(entry["records"]), slots, hits, misses, nbytes, read / 1e9, waits, waited / 1e9)
-            for number, entry, slots, (hits, misses, nbytes, read, waits, waited) in zip(
-                numbers, self._entries, self._slots, counts.tolist(), strict=True
+            for number, entry, slots, (hits, misses, nbytes, read, waits, waited, _) in zip(
+                numbers, self._entries, self._slots, self._counts().tolist(), strict=True
             )
         )
         return CacheStatistics(reads, self.buffered)
 
     def check_reads(self) -> None:
         """Refuse to go on after a record that could not be read. Raises `ArrieroError`."""
-        _, error = self._counts()
-        if error:
-            raise ArrieroError(
-                f"an expert cannot be read ({os.strerror(error)})",
-                where=self._entries[0]["records"][0][0],
-                remedy="Check the drive and the bundle: `arriero inspect` hashes every file",
-            )
+        for entry, (*_, error) in zip(self._entries, self._counts().tolist(), strict=True):
+            if error:
+                raise ArrieroError(
+                    f"an expert of {entry['name']} cannot be read ({os.strerror(error)})",
+                    where=", ".join(sorted({name for name, _ in entry["records"]})),
+                    remedy="Check the drive and the bundle: `arriero inspect` hashes every file",
+                )
 
-    def _counts(self) -> tuple[np.ndarray, int]:
+    def _counts(self) -> np.ndarray:
         counts = np.zeros((len(self._entries), COUNTERS), np.int64)
-        return counts, self._count(self._cache, counts.ctypes.data)
+        self._count(self._cache, counts.ctypes.data)
+        return counts
 
 
 def open_direct(path: Path) -> tuple[int, str | None]:

@@ -29,7 +29,7 @@ from arriero.traits import TRAITS
 
 PROCESS = 60 << 20  # Python with the libraries that a bundle is opened with
 PAGE = 4096
-# Of what all cores read from memory, our kernels decode at so much: see docs/performance.md.
+# Of what all cores read from memory, a decoded token reads so much; kernels alone 0.8 to 0.9 (docs/performance.md).
 KERNEL_SHARE = 0.7
 
 

@@ -78,11 +78,11 @@ def test_the_command_writes_a_trace_of_texts_and_files(workshop, tmp_path):
     file, bundle = tmp_path / "trace.jsonl", workshop / "bundles" / "fp32"
     done = command("trace", bundle, "What is 17 + 25?", questions, "--output", file, "--max-tokens", 5, "--json")
     assert done.code == 0, done.err
-    told, lines = json.loads(done.out), [json.loads(line) for line in file.read_text().splitlines()]
-    assert told["lines"] == len(lines)
+    summary, lines = done.json, [json.loads(line) for line in file.read_text().splitlines()]
+    assert summary["lines"] == len(lines)
     assert {line["prompt"] for line in lines} == {0, 1}
     assert {line["layer"] for line in lines} == {n for n, _ in enumerate(read_trace(file)[0].experts)}
-    assert len(told["hit_rates"]) == told["experts"]
-    assert told["hit_rates"] == sorted(told["hit_rates"])
+    assert len(summary["hit_rates"]) == summary["experts"]
+    assert summary["hit_rates"] == sorted(summary["hit_rates"])
     shown = command("trace", bundle, "What is 17 + 25?", "--output", file, "--max-tokens", 5)
     assert "experts in memory" in shown.out

@@ -44,6 +44,7 @@ struct Expert {
 
 struct Statistics {
     int64_t hits, misses, bytes_read, reading_ns, waits, waiting_ns;
+    int64_t error;  // the number of the one that ended the last request, or 0
 };
 
 }  // namespace
@@ -66,7 +67,6 @@ struct ExpertLayer {
     Expert** in_slot;      // [slots]
     const void** records;  // [count]: the wave
     int64_t requests, reads_in_flight, reading_since;
-    int error;
     Statistics statistics;
 };
 
@@ -89,7 +89,7 @@ int64_t take_slot(ExpertLayer& layer) {
 void start_reads(ExpertLayer& layer) {
     ExpertCache& cache = *layer.cache;
     for (Expert* expert = layer.experts; expert < layer.experts + layer.count; ++expert) {
-        if (!expert->needed || expert->place != Place::absent || layer.error) continue;
+        if (!expert->needed || expert->place != Place::absent || layer.statistics.error) continue;
         const int64_t slot = take_slot(layer);
         if (slot < 0) return;
         layer.in_slot[slot] = expert;
@@ -138,7 +138,7 @@ void* run_reader(void* argument) {
         pthread_mutex_lock(&cache.mutex);
         if (--layer.reads_in_flight == 0) layer.statistics.reading_ns += nanoseconds() - layer.reading_since;
         if (error) {
-            layer.error = error;
+            layer.statistics.error = error;
             expert.failed = true;
         }
         if (++expert.done < expert.pieces) continue;
@@ -233,7 +233,7 @@ ExpertCache* open_cache(const int64_t* description) {
 
 void request_experts(ExpertLayer* layer, const int64_t* ids, int64_t count) {
     Lock held(layer->cache->mutex);
-    layer->error = 0;
+    layer->statistics.error = 0;
     ++layer->requests;
     for (int64_t e = 0; e < layer->count; ++e) layer->experts[e].needed = false, layer->records[e] = nullptr;
     for (int64_t i = 0; i < count; ++i) {
@@ -264,12 +264,12 @@ ExpertWave next_experts(ExpertLayer* layer) {
             ++ready;
             layer->records[e] = layer->memory + expert.slot * layer->bytes;
         }
-        if (ready || !needed || layer->error) {
+        if (ready || !needed || layer->statistics.error) {
             if (waited) {
                 ++layer->statistics.waits;
                 layer->statistics.waiting_ns += nanoseconds() - start;
             }
-            if (layer->error) return {nullptr, true};
+            if (layer->statistics.error) return {nullptr, true};
             return {layer->records, ready == needed};
         }
         pthread_cond_wait(&cache.landed, &cache.mutex);
@@ -295,17 +295,13 @@ extern "C" int __tvm_ffi_arriero_open_experts(void*, const TaggedValue* argument
     return 0;
 }
 
-// (cache, address of i64 [layers, 6], which gets the statistics) -> the number of the error of a read that failed, or 0.
+// (cache, address of i64 [layers, 7], which gets the statistics)
 extern "C" int __tvm_ffi_arriero_count_experts(void*, const TaggedValue* arguments, int32_t, TaggedValue* result) {
     auto* cache = reinterpret_cast<ExpertCache*>(arguments[0].integer);
     auto* out = reinterpret_cast<Statistics*>(arguments[1].integer);
-    int error = 0;
     Lock held(cache->mutex);
-    for (int64_t i = 0; i < cache->layer_count; ++i) {
-        out[i] = cache->layers[i].statistics;
-        if (cache->layers[i].error) error = cache->layers[i].error;
-    }
-    *result = {INTEGER, 0, error};
+    for (int64_t i = 0; i < cache->layer_count; ++i) out[i] = cache->layers[i].statistics;
+    *result = {INTEGER, 0, 0};
     return 0;
 }
 

@@ -76,10 +76,10 @@ def _tables_to_inputs(graph: ir.Graph) -> tuple[ExpertTable, ...]:
     for node in [node for node in graph if node.op_type == TABLE]:
         value = node.outputs[0]
         records = [graph.initializers.pop(str(record.name)).const_value for record in node.inputs if record is not None]
-        given = ir.Value(name=value.name, shape=value.shape, type=value.type)
-        value.replace_all_uses_with(given)
+        table = ir.Value(name=value.name, shape=value.shape, type=value.type)
+        value.replace_all_uses_with(table)
         graph.remove(node, safe=True)
-        graph.inputs.append(given)
+        graph.inputs.append(table)
         layout = node.attributes["layout"].as_string()
         external = tuple(record for record in records if isinstance(record, ir.ExternalTensor))
         assert len(external) == len(records)

@@ -198,6 +198,25 @@ def test_layers_of_one_class_share_their_code(tmp_path):
     assert counts[8] == counts[12] < 40
 
 
+def test_compiled_code_asks_for_experts_first_and_computes_the_shared_one_meanwhile(tmp_path):
+    from tvm.ir import GlobalVar
+
+    lower(make_scout_toy(tmp_path / "toy", 1, vision=False), tmp_path / "out")
+    module = fuse(import_graph(tmp_path / "out" / "text.onnx").module)
+    for function in ("main", "step"):
+        called = []
+        for block in module[function].body.blocks:
+            for binding in block.bindings:
+                arguments = getattr(binding.value, "args", None)
+                if arguments and isinstance(arguments[0], GlobalVar):
+                    called.append(str(arguments[0].name_hint).rstrip("0123456789"))
+        requests = [place for place, name in enumerate(called) if name == "expert_request"]
+        dispatches = [place for place, name in enumerate(called) if name == "expert_dispatch"]
+        assert len(requests) == len(dispatches) > 0
+        for start, stop in zip(requests, dispatches, strict=True):
+            assert called[start:stop].count("linear") == 3
+
+
 def test_another_architecture_is_compiled_for_with_what_it_needs(tmp_path):
     from arriero.export.compile.build_kernels import build_kernels
 

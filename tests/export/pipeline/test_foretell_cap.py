@@ -58,9 +58,9 @@ def test_tokens_per_second_are_bytes_over_speeds(maverick):
 
 def test_a_cap_below_the_core_is_refused_in_the_plan_too(maverick):
     config, weights = maverick
-    told = foretell("small", MemoryCap(4 * GIB, 4096, 1), weights, config, uniform_rates(config.text), SPEED)
-    assert "too small for the bundle; expected at least" in str(told.refused)
-    assert told.tokens_per_second == 0.0
+    small = foretell("small", MemoryCap(4 * GIB, 4096, 1), weights, config, uniform_rates(config.text), SPEED)
+    assert "too small for the bundle; expected at least" in str(small.refused)
+    assert small.tokens_per_second == 0.0
 
 
 def test_a_trace_of_another_model_is_refused(maverick, tmp_path):
@@ -85,13 +85,13 @@ def test_the_command_foretells_targets_that_keep_to_a_cap(workshop, tmp_path):
     bundle = workshop / "bundles" / "fp32"
     assert arriero("trace", bundle, "What is 17 + 25?", "--output", trace, "--max-tokens", 8).code == 0
     file = write_build(tmp_path / "build.yaml", workshop / "scout", profiles=("fp32",), samples=8, backend="tvm")
-    told = arriero("plan", file, "--memory", "2GiB", "--trace", trace, "--json")
-    assert told.code == 0, told.err
-    (target,) = told.json["capped"]
+    planned = arriero("plan", file, "--memory", "2GiB", "--trace", trace, "--json")
+    assert planned.code == 0, planned.err
+    (target,) = planned.json["capped"]
     assert target["name"] == "fp32"
     assert (target["slots"], target["refused"]) == (target["of"], None)
     assert target["tokens_per_second"] > 0
-    assert told.json["read_speed"]["drive"] > 0
+    assert planned.json["read_speed"]["drive"] > 0
     shown = arriero("plan", file, "--memory", "2MiB")
     assert "fp32: a memory of 2 MiB is too small" in " ".join(shown.out.split())
     refused = arriero("plan", file, "--trace", trace)
