@@ -22,7 +22,7 @@ check: $(READY)
 	# mypy finds a package by its folder's name, and this folder may have any
 	types=$$(mktemp -d) && ln -s $(CURDIR) $$types/arriero && cd $$types && \
 		$(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache \
-		$(foreach part,export graphs models profiles runtimes,-p arriero.$(part)) -m arriero.traits -m arriero.thresholds -m arriero.errors
+		$(foreach part,export graphs models profiles runtimes,-p arriero.$(part)) -m arriero.traits -m arriero.thresholds -m arriero.errors -m arriero.sizes
 
 # The pages of docs/ as a site in build/docs; a link between them that leads nowhere fails.
 docs: $(READY)

@@ -14,6 +14,7 @@ BUILD, RUN = "build", "run"
 # Tokens of a prompt that are read at once. Activations grow with the piece and weights are read once per piece; at 512
 # the matrix products already saturate. Engines and tiles of experts are dimensioned for it.
 PREFILL_PIECE = 512
+SHARD = 4 << 30  # most bytes of one file of a bundle's weights, where its target names no other number
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class BackendTraits:
     most_elements: int | None = None  # of one tensor, where there is a limit
     builds_anywhere: bool = True  # else only on the GPU that will run the engines
     switches_adapters: bool = False  # a bundle may answer with one LoRA adapter or another
+    no_cap: str | None = None  # why it cannot keep to a cap on memory; None where it can
     keeps_stored_dtype: bool = False  # it reads exact matrices in the checkpoint's own dtype
 
     @property
@@ -84,6 +86,7 @@ TRAITS: dict[str, BackendTraits] = {
             files=(".onnx",),
             footprint=Footprint(compiler=70 << 20, stays=80 << 20),
             switches_adapters=True,
+            no_cap="it copies every weight into memory of its own",
         ),
         BackendTraits(
             name="tvm",
@@ -118,6 +121,7 @@ TRAITS: dict[str, BackendTraits] = {
             gpus=(75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121),
             most_elements=TENSORRT_ELEMENTS,
             builds_anywhere=False,
+            no_cap="its engines hold their weights in the GPU's memory",
         ),
         BackendTraits(
             name="tensorrt-rtx",
@@ -140,6 +144,7 @@ TRAITS: dict[str, BackendTraits] = {
             # as its `ComputeCapability` lists them
             gpus=(75, 80, 86, 89, 120, 121),
             most_elements=TENSORRT_ELEMENTS,
+            no_cap="its engines hold their weights in the GPU's memory",
         ),
     )
 }

@@ -29,7 +29,7 @@ if str(ROOT) not in sys.path:  # a script's own folder is there, and the tests' 
     sys.path.insert(0, str(ROOT))
 
 from arriero.export.compile.build_kernels import build_kernels, link_shared  # noqa: E402
-from tests.call_kernels import Kernels, Weight  # noqa: E402
+from tests.call_kernels import Kernels, Weight, pack_experts  # noqa: E402
 
 COLD_BYTES = 600_000_000  # beyond the largest cache we have met, 260 MB
 FORMATS_MEASURED = {"int8": (32, 128), "int4": (32, 64, 128), "e4m3": (0,), "bf16": (0,), "f32": (0,)}
@@ -130,16 +130,17 @@ class Bench:
         count = max(16, COLD_BYTES // int(BYTES[form] * 3 * hidden * ffn))
         gate_up = random_weight(self.draw, form, block, count, 2 * ffn, hidden)
         down = random_weight(self.draw, form, block, count, hidden, ffn)
+        packed = pack_experts(gate_up, down)
         x = self.draw.standard_normal((512, hidden), dtype=np.float32)
         score, spread = np.full((512, 1), 0.5, np.float32), (np.arange(512) % 16)[:, None]
         chosen = [np.full((1, 1), expert) for expert in range(count)]
 
         def decode() -> None:
             for expert in chosen:
-                kernels.dispatch(x[:1], expert, score[:1], gate_up, down, ffn)
+                kernels.dispatch(x[:1], expert, score[:1], packed, ffn)
 
         def prefill() -> None:
-            kernels.dispatch(x, spread, score, gate_up, down, ffn)
+            kernels.dispatch(x, spread, score, packed, ffn)
 
         function = self.probe.int8_dots if form.startswith("int") else self.probe.float_multiply_adds
         read = count * (nbytes(gate_up) + nbytes(down))

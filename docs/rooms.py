@@ -40,7 +40,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "remote": ("remote.py",),
         "proof": ("proof",),
         "server": ("server",),
-        "session": ("api.py", "session.py", "chat_session.py", "check_prompt.py"),
+        "session": ("api.py", "session.py", "chat_session.py", "check_prompt.py", "routing_trace.py"),
         "engine": (
             *("engine.py", "scheduler.py", "pace.py", "running_rows.py", "request.py", "stream.py"),
             *("prefix_cache.py", "place.py"),

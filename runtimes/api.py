@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.backend import Backend, BackendOptions, ModelSpec
+from arriero.runtimes.backend import Backend, BackendOptions, MemoryCap, ModelSpec
 from arriero.runtimes.integrity import check_proven, open_manifest
 from arriero.runtimes.machine_fit import check_machine
 from arriero.runtimes.manifest import Manifest
@@ -16,6 +16,7 @@ from arriero.runtimes.memory import available_memory
 from arriero.runtimes.processor.processor import Processor
 from arriero.runtimes.scheduler import EngineLimits
 from arriero.runtimes.session import Session
+from arriero.sizes import parse_bytes
 from arriero.traits import TRAITS
 
 DEFAULT_OPTIONS = BackendOptions()
@@ -30,6 +31,7 @@ def load(
     adapter: str | None = None,
     batch: int | None = None,
     prefix_cache: int | None = None,
+    memory: int | str | None = None,
 ) -> Session:
     """Open a bundle directory and give a `Session` that answers from it.
 
@@ -39,14 +41,19 @@ def load(
     call names none; None is the model itself. `batch` sequences are decoded at once, as many as the bundle was built
     for when None; engines for a GPU take no more than that. `prefix_cache` is how many bytes may hold what was read
     before, so that prompts which begin alike are not read twice: an eighth of the free memory when None, at most 1 GiB;
-    0 for none. Raises `ArrieroError` with what is wrong and what to do.
+    0 for none, as under a cap. `memory`, a size such as "16GiB", is the most that the process may take: experts are
+    then read as they are needed, and those used last are kept. Raises `ArrieroError` with what is wrong and what to do.
     """
-    options = BackendOptions(threads)
+    limit = None if memory is None else parse_bytes(memory)
     manifest = open_manifest(Path(bundle), verify or None)
+    if prefix_cache is None:
+        most = 0 if limit is not None else MOST_PREFIXES
+        prefix_cache = min((available_memory() or most) // 8, most)
+    rows = batch or manifest.target.batch
+    cap = None if limit is None else MemoryCap(limit - prefix_cache, manifest.target.context, rows)
+    options = BackendOptions(threads, memory=cap)
     if not allow_unproven:
         check_proven(manifest)
-    if prefix_cache is None:
-        prefix_cache = min((available_memory() or MOST_PREFIXES) // 8, MOST_PREFIXES)
     return open_session(manifest, options, adapter, batch, prefix_cache)
 
 
@@ -68,6 +75,8 @@ def open_session(
     rows = batch or target.batch
     # what was planned for must always fit; more is admitted as far as the memory goes that is free now
     tokens = None if free is None or not per_token else max(free // per_token, target.batch * target.context)
+    if options.memory is not None:  # which has set them aside
+        tokens = rows * target.context
     limits = EngineLimits(rows, target.context, tokens, prefix_cache)
     return Session(
         backend, processor, target.context, rows, tuple(manifest.adapters), adapter, limits, manifest.chain.artifact
@@ -96,6 +105,11 @@ def open_bundle_backend(manifest: Manifest, options: BackendOptions = DEFAULT_OP
 
 def open_backend(name: str, folder: Path, spec: ModelSpec, options: BackendOptions = DEFAULT_OPTIONS) -> Backend:
     """Give the backend `name` (a key of `TRAITS`) over the graphs and weights in `folder`."""
+    traits = TRAITS[name]
+    if options.memory is not None and traits.no_cap is not None:
+        capped = ", ".join(other for other, one in TRAITS.items() if one.no_cap is None)
+        remedy = f"Leave `memory` out, or build a target with the backend {capped}"
+        raise ArrieroError(f"{name} keeps to no cap on memory: {traits.no_cap}", where=str(folder), remedy=remedy)
     # By name, so that an app needs the libraries of its own backend only.
-    backend: Backend = import_module(f"arriero.runtimes.{TRAITS[name].module}").open_backend(folder, spec, options)
+    backend: Backend = import_module(f"arriero.runtimes.{traits.module}").open_backend(folder, spec, options)
     return backend

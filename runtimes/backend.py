@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol, Self, cast
+from typing import Any, Literal, Protocol, Self, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,15 +140,58 @@ def no_vision() -> ArrieroError:
 
 
 @dataclass(frozen=True)
+class MemoryCap:
+    """The bytes that a session may take of the memory, with `batch` sequences of `context` tokens in its caches."""
+
+    nbytes: int
+    context: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class LayerReads:
+    """How a layer's cache of experts did: what a step needed and found, what it read, how often and long it waited.
+
+    `seconds` are those in which at least one read was under way, `waited` those that a step had nothing else to do.
+    """
+
+    layer: int
+    experts: int
+    slots: int
+    hits: int
+    misses: int
+    bytes: int
+    seconds: float
+    waits: int
+    waited: float
+
+    @property
+    def hit_rate(self) -> float | None:
+        """The share of needed experts that were in memory; None where none was needed yet."""
+        needed = self.hits + self.misses
+        return self.hits / needed if needed else None
+
+
+@dataclass(frozen=True)
+class CacheStatistics:
+    """The layers' caches of experts; `buffered` says why reads go through the system's cache, if they do."""
+
+    layers: tuple[LayerReads, ...] = ()
+    buffered: str | None = None
+
+
+@dataclass(frozen=True)
 class BackendOptions:
     """How a backend is to use this machine, and what it may run there.
 
     `threads` None means every core that this process may use. `sha256` are the hashes, by name, that files of code must
-    have when they are opened; empty where no manifest says them.
+    have when they are opened; empty where no manifest says them. `memory` None leaves what of the weights is in memory
+    to the system.
     """
 
     threads: int | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
+    memory: MemoryCap | None = None
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
@@ -195,10 +238,20 @@ class Cache(Protocol):
         ...
 
 
+@runtime_checkable
+class CapsMemory(Protocol):
+    """What a backend has besides that can keep to a cap on its memory."""
+
+    def statistics(self) -> CacheStatistics:
+        """How the caches of experts did since the backend was opened; no layers where it has no cap."""
+        ...
+
+
 class Backend(Protocol):
     """The model behind one set of weights. One thread at a time calls its methods; a session's `Engine` sees to it."""
 
     spec: ModelSpec
+    piece: int  # tokens of a prompt that are read at once, where nobody waits for another step
     few_rows: int  # a row's bits are the same in every step of so many rows, and in every one of more; 0: in all
 
     def vision(self, pixel_values: Floats) -> Floats:

@@ -14,7 +14,6 @@ from arriero.runtimes.manifest import (
     FILE,
     RECORD_FILE,
     Manifest,
-    file_sha256,
     link,
     parity_digest,
     proof_path,
@@ -73,9 +72,9 @@ def check_proven(manifest: Manifest) -> None:
 def check_files(manifest: Manifest, full: bool | None = None) -> None:
     """Compare the files with their records; all differences are raised together.
 
-    Sizes are always compared. Hashes are compared for all files when `full`, or when `full` is None and the bundle has
-    at most `FULL_HASH_BYTES`; otherwise for libraries, and for files up to `QUICK_HASH_BYTES`. A link that leads out of
-    the bundle is refused before anything is read.
+    Sizes are always compared. Hashes, for a large file those of its chunks, are compared for all files when `full`, or
+    when `full` is None and the bundle has at most `FULL_HASH_BYTES`; otherwise for libraries, and for files up to
+    `QUICK_HASH_BYTES`. A link that leads out of the bundle is refused before anything is read.
     """
     if full is None:
         full = sum(record.bytes for record in manifest.files.values()) <= FULL_HASH_BYTES
@@ -98,11 +97,9 @@ def check_files(manifest: Manifest, full: bool | None = None) -> None:
             what = f"the file has {size} bytes: it is incomplete or belongs to another build"
             expected = f"the {record.bytes} bytes that {FILE} records"
             problems.append(ArrieroError(what, where=name, expected=expected, remedy=COPY_AGAIN))
-        elif (full or size <= QUICK_HASH_BYTES or path.suffix == ".so") and (
-            digest := file_sha256(path)
-        ) != record.sha256:
-            what = f"the file's content was changed or damaged: sha256 {digest[:12]}..."
-            expected = f"{record.sha256[:12]}... that {FILE} records"
+        elif (full or size <= QUICK_HASH_BYTES or path.suffix == ".so") and (damage := record.damage(path)):
+            what = f"the file's content was changed or damaged: {damage}"
+            expected = f"sha256 {record.sha256[:12]}.. that {FILE} records"
             problems.append(ArrieroError(what, where=name, expected=expected, remedy=COPY_AGAIN))
     if problems:
         raise Problems(f"{manifest.bundle}: the bundle's files do not match its manifest", problems)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import ModelSpec
+from arriero.runtimes.cpu import usable_cores
 from arriero.runtimes.inside import climbs_out
 from arriero.runtimes.typed_json import decode
 from arriero.strict_json import read_json_object
 
-FORMAT = 3
+FORMAT = 4
 FILE = "manifest.json"
 LICENSES = "licenses"  # the folder of the checkpoint's licence, use policy and notices
 REPORTS = ("parity.json", "parity.html")
@@ -31,22 +33,60 @@ PROOFS = (f"{RECORD_FOLDER}/", f"{ADAPTERS}/")  # where files lie that a bundle 
 COPY_AGAIN = "Copy the bundle again, or rebuild it with `arriero build`"
 
 
+CHUNK_BYTES = 64 << 20
+
+
 @dataclass(frozen=True)
 class FileRecord:
-    """What the manifest says of one file."""
+    """What the manifest says of one file; `chunks` are the hashes of each `CHUNK_BYTES` of a larger one."""
 
     bytes: int
     sha256: str
+    chunks: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Read the file once and give its record."""
+        whole, chunks = hashlib.sha256(), []
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                whole.update(chunk)
+                chunks.append(hashlib.sha256(chunk).hexdigest())
+        return cls(path.stat().st_size, whole.hexdigest(), tuple(chunks) if len(chunks) > 1 else ())
+
+    def entry(self) -> dict[str, Any]:
+        """What stands of it in JSON."""
+        return {key: value for key, value in asdict(self).items() if value != ()}
+
+    def damage(self, path: Path) -> str | None:
+        """How the content of `path`, a file of the right size, differs from the record; None where it does not."""
+        if not self.chunks:
+            digest = file_sha256(path)
+            return None if digest == self.sha256 else f"sha256 {digest[:12]}.."
+
+        def differs(number: int) -> bool:
+            with path.open("rb") as file:
+                file.seek(number * CHUNK_BYTES)
+                return hashlib.sha256(file.read(CHUNK_BYTES)).hexdigest() != self.chunks[number]
+
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            numbers = [number for number, bad in enumerate(pool.map(differs, range(len(self.chunks)))) if bad]
+        if not numbers:
+            return None
+        return f"{len(numbers)} of {len(self.chunks)} chunks, the first from byte {numbers[0] * CHUNK_BYTES} on"
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """One initialiser of a lowered graph: dtype as safetensors names it, shape, label of its scheme, file."""
+    """A tensor of a lowered graph: dtype as safetensors names it, shape, label of its scheme, the files that hold it.
+
+    The experts' matrices of a layer are one, whether they are stored as such or in the experts' records.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     scheme: str
-    file: str
+    files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -204,6 +244,7 @@ class Target:
     batch: int
     arch: str
     kv_cache: str
+    shard: int
     cpu: str | None = None
     features: tuple[str, ...] = ()
     gpu: str | None = None

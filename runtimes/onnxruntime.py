@@ -29,6 +29,7 @@ from arriero.runtimes.cache_rows import CacheRows
 from arriero.runtimes.cpu import usable_cores
 from arriero.runtimes.load_onnxruntime import load_onnxruntime
 from arriero.runtimes.unchanged import Unchanged
+from arriero.traits import PREFILL_PIECE
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -40,7 +41,7 @@ class OrtBackend:
     """The three graphs of a bundle directory on ONNX Runtime's CPU provider."""
 
     literal = False  # see `session_options`
-    few_rows = 0
+    piece, few_rows = PREFILL_PIECE, 0
 
     def __init__(self, bundle: Path, spec: ModelSpec, threads: int | None = None) -> None:
         """Open the graphs in `bundle` for the model `spec`; `threads` None means every core we may use."""

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
-from arriero.runtimes.backend import Backend, Cache, Floats, ModelSpec
+from arriero.runtimes.backend import Backend, Cache, CacheStatistics, Floats, ModelSpec
 from arriero.runtimes.pace import Pace
 from arriero.runtimes.prefix_cache import PrefixCache
 from arriero.runtimes.request import Request
 from arriero.runtimes.running_rows import RunningRows
 from arriero.runtimes.steps import append_tokens, check_finite, read_piece
-from arriero.traits import PREFILL_PIECE
 
 AHEAD = 256  # tokens of an answer that there is room for when its request is admitted
 
@@ -52,6 +51,7 @@ class Stats:
     paused: int = 0  # times that a request gave its memory to elder ones, to be read again
     running: int = 0
     waiting: int = 0
+    experts: CacheStatistics = field(default_factory=CacheStatistics)
 
 
 class Scheduler:
@@ -168,7 +168,8 @@ class Scheduler:
             if request.tiles_left:
                 request.see_tile(partial(self._see, backend))
                 return
-            ids, features = request.next_piece(backend, self._pace.piece() if others else PREFILL_PIECE)
+            most = min(self._pace.piece(), backend.piece) if others else backend.piece
+            ids, features = request.next_piece(backend, most)
             started = time.perf_counter()
             last = np.array([len(ids) - 1])
             logits = check_finite(read_piece(backend, ids, features, self._rows.reading, last).logits[0, 0])

@@ -19,7 +19,7 @@ from typing import Literal, Self, Unpack, overload
 import numpy as np
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.backend import Backend, Cache, Floats, Ints, StepOutput
+from arriero.runtimes.backend import Backend, Cache, CapsMemory, Floats, Ints, StepOutput
 from arriero.runtimes.chat_session import Chat, load_chat
 from arriero.runtimes.check_prompt import check_prompt
 from arriero.runtimes.engine import Engine
@@ -32,7 +32,6 @@ from arriero.runtimes.scheduler import EngineLimits, Stats
 from arriero.runtimes.settings import AnswerSettings, Settings, chat_options, read_settings
 from arriero.runtimes.steps import append_tokens, check_finite, piece_end, read_piece
 from arriero.runtimes.stream import Stream
-from arriero.traits import PREFILL_PIECE
 
 PromptLike = Prompt | str | Sequence[Message]
 
@@ -151,7 +150,12 @@ class Session:
             raise
 
     def stats(self) -> Stats:
-        """What the session has read and generated since it was opened, and what runs and waits now."""
+        """What the session has read and generated since it was opened, and what runs and waits now.
+
+        Its `experts` say how each layer's cache of experts did; no layers without a cap on memory.
+        """
+        if isinstance(self.backend, CapsMemory):
+            return replace(self.engine.stats, experts=self.backend.statistics())
         return self.engine.stats
 
     # --- conversations
@@ -224,26 +228,26 @@ class Session:
         a prompt is.
         """
         prompt = check_prompt(Prompt(input_ids, pixel_values), self.spec)
-        if prompt.input_ids.size > self.context:
-            raise self._too_long(prompt.input_ids.size, 0)
-        cache = self._new_cache(1, prompt.input_ids.size, self.adapter)
         steps: list[StepOutput] = []
         start, size = 0, prompt.input_ids.size
-        for ids, features in self._pieces_of(prompt):
-            index = np.arange(len(ids))
-            piece = partial(read_piece, ids=ids, features=features, cache=cache, logits_index=index, captures=captures)
-            step = self.engine.run(piece)
+        for step in self._steps_of(prompt, captures, every=True):
             if not steps:  # put together here, not afterwards: of a large vocabulary they would be there twice
                 logits = np.empty((1, size, step.logits.shape[-1]), np.float32)
-            logits[:, start : start + len(ids)] = step.logits
+            stop = start + step.logits.shape[1]
+            logits[:, start:stop] = step.logits
             steps.append(replace(step, logits=logits[:, :0]))
-            start += len(ids)
+            start = stop
         first = steps[0]
         return StepOutput(
             logits=logits,
             expert_ids={n: np.concatenate([step.expert_ids[n] for step in steps], axis=1) for n in first.expert_ids},
             hiddens={n: np.concatenate([step.hiddens[n] for step in steps], axis=1) for n in first.hiddens},
         )
+
+    def routes(self, prompt: Prompt) -> dict[int, Ints]:
+        """The experts i64 [S, k] that each MoE layer routes the S tokens of `prompt` to, by the layer's number."""
+        steps = [step.expert_ids for step in self._steps_of(check_prompt(prompt, self.spec), True, every=False)]
+        return {n: np.concatenate([step[n][0] for step in steps]) for n in steps[0]}
 
     def embed(self, input_ids: Ints, image_features: Floats) -> Floats:
         """Embed ids i64 [B, S], image placeholders taking `image_features` f32 [M, H] in order: f32 [B, S, H]."""
@@ -293,6 +297,17 @@ class Session:
             logits = check_finite(self.engine.run(piece).logits[0, 0])
         return logits
 
+    def _steps_of(self, prompt: Prompt, captures: bool, every: bool) -> Iterator[StepOutput]:
+        """What each piece of a prompt gives, read from the start: logits of `every` position, or of its last."""
+        if prompt.input_ids.size > self.context:
+            raise self._too_long(prompt.input_ids.size, 0)
+        cache = self._new_cache(1, prompt.input_ids.size, self.adapter)
+        for ids, features in self._pieces_of(prompt):
+            index = np.arange(0 if every else len(ids) - 1, len(ids))
+            yield self.engine.run(
+                partial(read_piece, ids=ids, features=features, cache=cache, logits_index=index, captures=captures)
+            )
+
     def _pieces_of(self, prompt: Prompt) -> Iterator[tuple[Ints, Floats]]:
         """Give a prompt piece by piece: ids [S] with their image features [M, H]; none crosses a chunk boundary."""
         ids = prompt.input_ids
@@ -301,7 +316,7 @@ class Session:
             features = self.vision(prompt.pixel_values)
         start = used = 0
         while start < len(ids):
-            stop = piece_end(self.spec, start, len(ids), PREFILL_PIECE, self.backend.few_rows)
+            stop = piece_end(self.spec, start, len(ids), self.backend.piece, self.backend.few_rows)
             piece = ids[start:stop]
             placeholders = int(np.sum(piece == self.spec.image_token_id))
             yield piece, features[used : used + placeholders]

@@ -31,6 +31,7 @@ from arriero.runtimes.nvidia.engine import Engine
 from arriero.runtimes.nvidia.engine_signature import REBUILD
 from arriero.runtimes.nvidia.products import Product, check_product
 from arriero.runtimes.unchanged import Unchanged
+from arriero.traits import PREFILL_PIECE
 
 PRODUCT = Product()
 KINDS = ("key", "value")
@@ -39,7 +40,7 @@ KINDS = ("key", "value")
 class TensorRtBackend:
     """The engines of a bundle directory on the first GPU that this process may use."""
 
-    few_rows = 0
+    piece, few_rows = PREFILL_PIECE, 0
 
     def __init__(self, bundle: Path, spec: ModelSpec, product: Product = PRODUCT) -> None:
         """Load the engines in `bundle` for the model `spec`.

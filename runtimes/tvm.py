@@ -1,7 +1,8 @@
 """The TVM backend: text, vision and embedding libraries of a bundle, with key/value buffers updated in place.
 
 Needs the packages `apache-tvm-ffi` and, of `apache-tvm`, the runtime library alone: no compiler is loaded. Weights are
-handed to the libraries where they lie, in memory-mapped files; what no step touches is never read from disk.
+handed to the libraries where they lie, in memory-mapped files; what no step touches is never read from disk. Under a
+cap on memory those that every token reads are read once, and experts come and go in a cache of the library's own.
 Shapes: B batch rows, S new tokens per row, H hidden, K key/value heads, D head dimension, L slots that get logits,
 k experts per token, M image placeholder tokens.
 """
@@ -9,8 +10,8 @@ k experts per token, M image placeholder tokens.
 from __future__ import annotations
 
 import json
-import mmap
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -27,22 +28,27 @@ from arriero.runtimes.backend import (
     TILES_AT_ONCE,
     BackendOptions,
     Cache,
+    CacheStatistics,
     Floats,
     Ints,
+    MemoryCap,
     ModelSpec,
     StepOutput,
     no_vision,
 )
 from arriero.runtimes.cache import KVCache, check_step
 from arriero.runtimes.cache_rows import CacheRows
+from arriero.runtimes.cgroup import read_text
 from arriero.runtimes.cpu import usable_cores
-from arriero.runtimes.inside import climbs_out
+from arriero.runtimes.expert_cache import ExpertCache
+from arriero.runtimes.memory_cap import MemoryShare, RecordSize, share_memory, step_bytes
 from arriero.runtimes.private_library import PrivateLibrary
+from arriero.runtimes.weight_files import MappedWeights, ReadWeights, WeightFiles, aligned, entry_bytes
+from arriero.traits import PREFILL_PIECE
 
-ALIGNMENT = 64
-NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's number on x86-64 and ARM; Python has the name since 3.13
-CPU, POOLED = (1, 0), 2  # DLPack's device type and number; the kind of allocator
-WEIGHT_DTYPES = {"FLOAT": np.float32, "BFLOAT16": np.uint16, "FLOAT16": np.float16, "UINT8": np.uint8}
+PANEL = 16  # output features in each row of a packed matrix
+CPU = 1, 0  # DLPack's device type and number
+NAIVE, POOLED = 1, 2  # allocators: what keeps the memory of every size that was asked for is not for a cap
 
 
 class TvmBackend:
@@ -51,32 +57,61 @@ class TvmBackend:
     few_rows = 4  # as `row_product` of the kernels has it
 
     def __init__(
-        self, bundle: Path, spec: ModelSpec, threads: int | None = None, sha256: Mapping[str, str] | None = None
+        self,
+        bundle: Path,
+        spec: ModelSpec,
+        threads: int | None = None,
+        sha256: Mapping[str, str] | None = None,
+        memory: MemoryCap | None = None,
     ) -> None:
-        """Open the libraries in `bundle` for the model `spec`; `threads` and `sha256` are those of `BackendOptions`."""
+        """Open the libraries in `bundle` for the model `spec`; the rest is that of `BackendOptions`."""
         self.spec = spec
         self.threads = threads or usable_cores()
-        files: dict[str, np.ndarray] = {}
         parts = ("text", "embed") if spec.vision is None else ("text", "embed", "vision")
-        self._graphs = {part: _Graph(bundle, part, files, self.threads, sha256 or {}) for part in parts}
+        self._graphs = {part: _Graph(bundle, part, self.threads, sha256 or {}) for part in parts}
+        text = self._graphs["text"]
+        weights: WeightFiles = MappedWeights(bundle) if memory is None else ReadWeights(bundle)
+        share = MemoryShare((), PREFILL_PIECE)
+        if memory is not None:
+            share = share_memory(memory, anonymous_bytes(), self._core_bytes(), text.sizes(), spec, self._step_bytes)
+        self.piece = share.piece
+        for graph in self._graphs.values():
+            graph.bind(weights)
         # the tower is opened on the first image: a text-only app never pays for its memory
         for part in ("text", "embed"):
-            self._graphs[part].open()
+            self._graphs[part].open(POOLED if memory is None else NAIVE)
+        self._experts = (
+            ExpertCache(bundle, text.library, text.experts, text.tables, share.slots) if share.slots else None
+        )
+
+    def statistics(self) -> CacheStatistics:
+        """How the caches of experts did; no layers where all weights are mapped."""
+        return CacheStatistics() if self._experts is None else self._experts.statistics()
+
+    def _core_bytes(self) -> int:
+        """Bytes of the weights that are read whole, each once, whatever graphs share it."""
+        entries = [entry for graph in self._graphs.values() for entry in graph.weights]
+        return sum({(entry["file"], entry["offset"]): entry_bytes(entry) for entry in entries}.values())
+
+    def _step_bytes(self, tokens: int) -> int:
+        """What a step of so many tokens computes in, at most."""
+        layers = [entry for entry in self._graphs["text"].weights if ".layers." in entry["name"]]
+        widths = [entry["shape"][0] * (PANEL if entry["dtype"] == "UINT8" else 1) for entry in layers]
+        return step_bytes(self.spec, max(widths, default=0), tokens)
 
     def vision(self, pixel_values: Floats) -> Floats:
         """Turn tiles f32 [n, 3, h, w] into features f32 [n * tokens_per_tile, H]."""
         if self.spec.vision is None:
             raise no_vision()
         vision = self._graphs["vision"]
-        vision.open()
+        vision.open(POOLED)
         groups = (pixel_values[i : i + TILES_AT_ONCE] for i in range(0, len(pixel_values), TILES_AT_ONCE))
-        return np.concatenate([vision.run({"pixel_values": _aligned(group)})[0] for group in groups])
+        return np.concatenate([vision.run({"pixel_values": aligned(group)})[0] for group in groups])
 
     def embed(self, input_ids: Ints, image_features: Floats) -> Floats:
         """Embed ids i64 [B, S], image placeholders taking `image_features` f32 [M, H] in order: f32 [B, S, H]."""
-        return self._graphs["embed"].run(
-            {"input_ids": _aligned(input_ids), "image_features": _aligned(image_features)}
-        )[0]
+        feeds = {"input_ids": aligned(input_ids), "image_features": aligned(image_features)}
+        return self._graphs["embed"].run(feeds)[0]
 
     def new_cache(self, batch: int, capacity: int) -> CacheRows[KVCache]:
         """Give an empty cache for `batch` rows of at most `capacity` tokens."""
@@ -96,15 +131,15 @@ class TvmBackend:
         text = self._graphs["text"]
         if ADAPTER in text.inputs:
             arguments[ADAPTER] = cache.adapters
-        feeds: dict[str, np.ndarray] = {name: _aligned(np.asarray(array)) for name, array in arguments.items()}
+        feeds: dict[str, np.ndarray] = {name: aligned(np.asarray(array)) for name, array in arguments.items()}
         for number in range(len(self.spec.layers)):
             for kind, buffer in zip(("key", "value"), store.layer(number, cache.start, cache.stop), strict=True):
                 feeds[f"past_{kind}.{number}"] = buffer
         if not captures:
-            (logits,) = text.run(feeds, "step")
+            (logits,) = self._step(feeds, "step")
             cache.lengths += steps
             return StepOutput(logits)
-        named = dict(zip(text.outputs, text.run(feeds), strict=True))
+        named = dict(zip(text.outputs, self._step(feeds, "main"), strict=True))
         cache.lengths += steps
         layers = range(len(self.spec.layers))
         return StepOutput(
@@ -115,31 +150,51 @@ class TvmBackend:
 
     def close(self) -> None:
         """Drop the libraries and their memory."""
+        if self._experts is not None:
+            self._experts.close()
         self._graphs.clear()
         # what steps no longer use TVM keeps for the next ones, of whatever session
         load_runtime().get_global_func("vm.builtin.memory_manager.clear")()
 
+    def _step(self, feeds: Mapping[str, np.ndarray], function: str) -> list[np.ndarray]:
+        try:
+            return self._graphs["text"].run(feeds, function)
+        except Exception:
+            if self._experts is not None:
+                self._experts.check_reads()
+            raise
+
 
 def open_backend(bundle: Path, spec: ModelSpec, options: BackendOptions) -> TvmBackend:
     """Open the libraries in `bundle` for the model `spec`."""
-    return TvmBackend(bundle, spec, options.threads, options.sha256)
+    return TvmBackend(bundle, spec, options.threads, options.sha256, options.memory)
 
 
 class _Graph:
-    """One library with its weights, as they lie in the bundle when this is made; `open` loads them."""
+    """One library and its signature; `bind` gives it weights as they lie in the bundle then, `open` loads it."""
 
-    def __init__(
-        self, bundle: Path, part: str, files: dict[str, np.ndarray], threads: int, sha256: Mapping[str, str]
-    ) -> None:
+    def __init__(self, bundle: Path, part: str, threads: int, sha256: Mapping[str, str]) -> None:
         self._ffi, self._path, self._threads = load_runtime(), bundle / f"{part}.so", threads
         with self._refusal():
             signature = json.loads((bundle / f"{part}.json").read_text())
-            self._library = PrivateLibrary(self._path, sha256.get(self._path.name))
+            self._code = PrivateLibrary(self._path, sha256.get(self._path.name))
             self.inputs, self.outputs = signature["inputs"], signature["outputs"]
-            self._entries = [(_map(bundle, entry["file"], files), entry) for entry in signature["weights"]]
+            self.weights, self.experts = signature["weights"], signature["experts"]
+        self.library: Any = None
         self._machine: Any = None
 
-    def open(self) -> None:
+    def sizes(self) -> list[RecordSize]:
+        """The layers' experts."""
+        return [RecordSize(len(entry["records"]), entry["bytes"]) for entry in self.experts]
+
+    def bind(self, weights: WeightFiles) -> None:
+        """Take the weights, and the tables of experts."""
+        with self._refusal():
+            self._weights = weights  # the tables hold addresses of its memory
+            self.tables = [weights.table(entry) for entry in self.experts]
+            self._arrays = [weights.weight(entry) for entry in self.weights]
+
+    def open(self, allocator: int) -> None:
         """Load the library and hand it its weights, unless that is done."""
         if self._machine is not None:
             return
@@ -147,10 +202,11 @@ class _Graph:
         with self._refusal():
             # TVM's own `load_module` would keep it for as long as the process runs
             load = ffi.get_global_func("ffi.Module.load_from_file.so")
-            machine = self._library.open(lambda path: load(path, "so"))["vm_load_executable"]()
-            machine["vm_initialization"](*CPU, POOLED)
+            self.library = self._code.open(lambda path: load(path, "so"))
+            machine = self.library["vm_load_executable"]()
+            machine["vm_initialization"](*CPU, allocator)
         self._parts = ffi.from_dlpack(np.zeros(self._threads, np.uint8))
-        self._weights = [ffi.from_dlpack(_weight(file, entry)) for file, entry in self._entries]
+        self._operands = [ffi.from_dlpack(array) for array in (*self.tables, *self._arrays)]
         self._machine = machine
 
     def run(self, feeds: Mapping[str, np.ndarray], function: str = "main") -> list[np.ndarray]:
@@ -158,7 +214,7 @@ class _Graph:
         ffi = self._ffi
         use_threads(self._threads)
         arguments = [self._parts if name == "threads" else ffi.from_dlpack(feeds[name]) for name in self.inputs]
-        results = self._machine[function](*arguments, *self._weights)
+        results = self._machine[function](*arguments, *self._operands)
         return [np.from_dlpack(item) for item in (results if isinstance(results, ffi.Array) else [results])]
 
     @contextmanager
@@ -226,37 +282,7 @@ def _unseen(package: str) -> Iterator[None]:
             del sys.modules[package]
 
 
-def _map(bundle: Path, name: str, files: dict[str, np.ndarray]) -> np.ndarray:
-    """A file of weights; each is mapped once, copy-on-write because DLPack wants it writable.
-
-    Nothing ever writes there, so no memory is set aside for copies: a file may be larger than the memory.
-    """
-    if climbs_out(name):
-        raise ValueError(f"its weights are in {name!r}, outside the bundle")
-    if name not in files:
-        with (bundle / name).open("rb") as opened:
-            flags, writable = mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-            files[name] = np.frombuffer(mmap.mmap(opened.fileno(), 0, flags=flags, prot=writable), np.uint8)
-    return files[name]
-
-
-def _weight(file: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
-    """A weight where it lies in its file."""
-    dtype = np.dtype(WEIGHT_DTYPES[entry["dtype"]])
-    count = int(np.prod(entry["shape"], dtype=np.int64)) * dtype.itemsize
-    data: np.ndarray = file[entry["offset"] : entry["offset"] + count]
-    weight = data.view(dtype).reshape(entry["shape"])
-    return _aligned(weight) if entry["aligned"] else weight
-
-
-def _aligned(array: np.ndarray) -> np.ndarray:
-    """`array`, or a copy of it, contiguous and at an address that generated code may rely on."""
-    array = np.ascontiguousarray(array)
-    # numpy gives an empty array strides of zero, which TVM does not take for contiguous
-    if array.size and array.ctypes.data % ALIGNMENT == 0:
-        return array
-    room = np.empty(array.nbytes + ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % ALIGNMENT
-    copy: np.ndarray = np.ndarray(array.shape, array.dtype, room, start)
-    copy[...] = array
-    return copy
+def anonymous_bytes() -> int:
+    """Memory of this process that no file stands behind, which is what a cap counts."""
+    status = re.search(r"^RssAnon:\s+(\d+)", read_text(Path("/proc/self/status")), re.MULTILINE)
+    return 1024 * int(status[1]) if status else 0

@@ -6,7 +6,7 @@ Legend: as in `kernels/arriero_kernels.h`.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,43 @@ class Weight:
     data: NDArray[Any]
     scales: Floats | None = None
     block: int = 0
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A layer's experts as the kernels read them: a record of each [E, bytes], and where its parts lie in it."""
+
+    gate_up: Weight
+    down: Weight
+    records: NDArray[np.uint8]
+    at: tuple[int, int, int, int]
+
+    @property
+    def form(self) -> tuple[int, int, int, int]:
+        """Formats and blocks, as the kernels take them."""
+        return FORMATS[self.gate_up.format], self.gate_up.block, FORMATS[self.down.format], self.down.block
+
+    @property
+    def table(self) -> Ints:
+        """Where each record lies."""
+        return self.records.ctypes.data + self.records.shape[1] * np.arange(len(self.records), dtype=np.int64)
+
+
+def pack_experts(gate_up: Weight, down: Weight) -> Experts:
+    """Put stacks [E, ..] together, an expert's parts side by side."""
+    parts = (gate_up.data, gate_up.scales, down.data, down.scales)
+    at, end = [], 0
+    for part in parts:
+        at.append(end)
+        end += 0 if part is None else -(-part[0].nbytes // ALIGNMENT) * ALIGNMENT
+    room = np.zeros(len(gate_up.data) * end + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    records = room[start : start + len(gate_up.data) * end].reshape(len(gate_up.data), end)
+    for part, offset in zip(parts, at, strict=True):
+        if part is not None:
+            rows = np.ascontiguousarray(part).reshape(len(part), -1).view(np.uint8)
+            records[:, offset : offset + rows.shape[1]] = rows
+    return Experts(gate_up, down, records, (at[0], at[1], at[2], at[3]))
 
 
 class Kernels:
@@ -64,16 +101,30 @@ class Kernels:
         self._run("linear", *form, x, weight.data, weight.scales, y, tokens, outputs, features, space)
         return y
 
-    def dispatch(self, x: Floats, expert_id: Ints, score: Floats, gate_up: Weight, down: Weight, width: int) -> Floats:
-        """x [T, H], expert_id and score [T, R], experts of `width` F -> y [T, H]."""
+    def dispatch(
+        self,
+        x: Floats,
+        expert_id: Ints,
+        score: Floats,
+        experts: Experts,
+        width: int,
+        waves: Sequence[Sequence[int]] | None = None,
+    ) -> Floats:
+        """x [T, H], expert_id and score [T, R], experts of `width` F -> y [T, H].
+
+        With `waves` those experts are computed together that one of them names; else all of them.
+        """
         tokens, hidden = x.shape
-        form = (FORMATS[gate_up.format], gate_up.block, FORMATS[down.format], down.block)
-        sizes = (tokens, expert_id.shape[1], len(gate_up.data), hidden, width)
+        form, sizes = experts.form, (tokens, expert_id.shape[1], len(experts.records), hidden, width)
         space = self._workspace("dispatch", *form, *sizes)
         y = np.empty((tokens, hidden), np.float32)
         self._run("dispatch_prepare", *form, x, expert_id, score, *sizes, space)
-        self._run("dispatch_gate_up", *form, gate_up.data, gate_up.scales, *sizes, space)
-        self._run("dispatch_down", *form, down.data, down.scales, y, *sizes, space)
+        for wave in [range(len(experts.records))] if waves is None else waves:
+            table = np.zeros(len(experts.records), np.int64)
+            table[list(wave)] = experts.table[list(wave)]
+            self._run("dispatch_gate_up", *form, table, *experts.at[:2], *sizes, space)
+            self._run("dispatch_down", *form, table, *experts.at[2:], y, *sizes, space)
+        self._run("dispatch_sum", *form, y, *sizes, space)
         return y
 
     def attention(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from arriero.export.compile.build_kernels import SOURCES, find_compiler
-from tests.call_kernels import FORMATS, Weight
+from tests.call_kernels import FORMATS, Experts, Weight
 
 RUNNER = Path(__file__).with_name("kernel_runner.cc")
 
@@ -34,13 +34,11 @@ class EmulatedKernels:
         return y
 
     def dispatch(
-        self, x: np.ndarray, expert_id: np.ndarray, score: np.ndarray, gate_up: Weight, down: Weight, width: int
+        self, x: np.ndarray, expert_id: np.ndarray, score: np.ndarray, experts: Experts, width: int
     ) -> np.ndarray:
         y = np.empty(x.shape, np.float32)
-        form = (FORMATS[gate_up.format], gate_up.block, FORMATS[down.format], down.block)
-        sizes = (len(x), expert_id.shape[1], len(gate_up.data), x.shape[1], width)
-        weights = (gate_up.data, gate_up.scales, down.data, down.scales)
-        self._run(1, *form, *sizes, x, expert_id, score, *weights, y, written=[y])
+        sizes = (len(x), expert_id.shape[1], len(experts.records), x.shape[1], width)
+        self._run(1, *experts.form, *sizes, *experts.at, x, expert_id, score, experts.records, y, written=[y])
         return y
 
     def attention(

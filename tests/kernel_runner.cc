@@ -50,22 +50,27 @@ int main(int, char** arguments) {
             arriero_linear(s[0], s[1], f(0), f(1), f(2), f(3), s[2], s[3], s[4], space, p, parts);
         }
         written = {3};
-    } else if (scalars[0] ==
-               1) {  // 4 of formats and blocks, T, R, E, H, F; x, id, score, gate_up, scales, down, scales, y
+    } else if (scalars[0] == 1) {  // 4 of formats and blocks, T, R, E, H, F, 4 offsets; x, id, score, records, y
         void* space =
             workspace(arriero_dispatch_workspace(s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], parts));
+        std::vector<const void*> records;
+        for (int64_t e = 0; e < s[6]; ++e) records.push_back(buffer<char>(3) + e * (buffers[3].size() / s[6]));
         for (int64_t p = 0; p < parts; ++p) {
             arriero_dispatch_prepare(s[0], s[1], s[2], s[3], f(0), buffer<int64_t>(1), f(2), s[4], s[5], s[6], s[7],
                                      s[8], space, p, parts);
         }
         for (int64_t p = 0; p < parts; ++p) {
-            arriero_dispatch_gate_up(s[0], s[1], s[2], s[3], f(3), f(4), s[4], s[5], s[6], s[7], s[8], space, p, parts);
+            arriero_dispatch_gate_up(s[0], s[1], s[2], s[3], records.data(), s[9], s[10], s[4], s[5], s[6], s[7], s[8],
+                                     space, p, parts);
         }
         for (int64_t p = 0; p < parts; ++p) {
-            arriero_dispatch_down(s[0], s[1], s[2], s[3], f(5), f(6), f(7), s[4], s[5], s[6], s[7], s[8], space, p,
-                                  parts);
+            arriero_dispatch_down(s[0], s[1], s[2], s[3], records.data(), s[11], s[12], f(4), s[4], s[5], s[6], s[7],
+                                  s[8], space, p, parts);
         }
-        written = {7};
+        for (int64_t p = 0; p < parts; ++p) {
+            arriero_dispatch_sum(s[0], s[1], s[2], s[3], f(4), s[4], s[5], s[6], s[7], s[8], space, p, parts);
+        }
+        written = {4};
     } else {  // B, S, Q, G, C, D, chunk; q, k, v, positions, key cache, value cache, out
         void* space = workspace(arriero_attention_workspace(s[0], s[1], s[2], s[3], s[5], parts));
         for (int64_t p = 0; p < parts; ++p) {

@@ -24,7 +24,7 @@ def target_of_int8(folder: Path) -> None:
 
 
 MANIFEST, PARITY = "manifest.json", "parity.json"
-WEIGHTS = "weights/text.safetensors"
+WEIGHTS = "weights/text-00001.safetensors"
 COPY = "Copy the bundle again"
 BUNDLES = [
     case(content("manifest_missing", MANIFEST, None), "no manifest.json", "fp32", "arriero build"),

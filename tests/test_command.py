@@ -96,7 +96,7 @@ def test_the_plan_of_a_finished_build_says_so(workshop):
     assert "fp32" in arriero("plan", workshop / "build.yaml").out
 
 
-@pytest.mark.parametrize("file", ["weights/text.safetensors", "text.onnx", "manifest.json", "parity.json"])
+@pytest.mark.parametrize("file", ["weights/text-00001.safetensors", "text.onnx", "manifest.json", "parity.json"])
 def test_a_damaged_bundle_is_built_again(copy, file):
     """Damage in place reaches the stage that shares the file by a hard link, so that one is built again as well."""
     bundle = copy / "bundles" / "fp32"

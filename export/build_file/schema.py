@@ -22,14 +22,14 @@ from arriero.export.build_file.locate import MODELS, resolve_model
 from arriero.export.compile.cpus import NAMED, NATIVE, parse_cpu
 from arriero.export.compile.nvidia.gpus import NAMED as NAMED_GPUS
 from arriero.export.compile.nvidia.gpus import parse_gpu
-from arriero.export.machine.budget import human_bytes, parse_bytes
 from arriero.graphs.sources.released_configs import RELEASED
 from arriero.graphs.sources.synthetic import SyntheticModel
 from arriero.profiles.kv_cache import CacheType
 from arriero.profiles.recipe import Thresholds, shipped
 from arriero.profiles.validate import refusal
+from arriero.sizes import human_bytes, parse_bytes
 from arriero.thresholds import PER_FAMILY, SETTABLE, AnswerMode
-from arriero.traits import BACKENDS
+from arriero.traits import BACKENDS, SHARD
 
 Modality = Literal["text", "image"]
 EMBEDDED = "embedded"
@@ -93,6 +93,7 @@ class Target(_Section):
         default="float32",
         description="How keys and values are kept, beside any profile: `int8` takes a quarter of the memory.",
     )
+    shard: Size = Field(default=SHARD, description="Most bytes of one file of weights.")
 
     @field_validator("name")
     @classmethod

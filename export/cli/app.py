@@ -16,6 +16,7 @@ from arriero.export.cli.chat_command import chat
 from arriero.export.cli.options import STDOUT, PipeClosed, err
 from arriero.export.cli.profile_commands import profiles_app
 from arriero.export.cli.serve_command import serve
+from arriero.export.cli.trace_command import trace
 from arriero.version import __version__
 
 PIPE_CLOSED = 141  # as a shell says of what SIGPIPE ended
@@ -57,6 +58,7 @@ app.command()(bundle_commands.run)
 app.command()(chat)
 app.command()(serve)
 app.command()(bundle_commands.inspect)
+app.command()(trace)
 app.command()(machine_commands.doctor)
 app.command()(bundle_commands.compare)
 app.command()(build_commands.schema)

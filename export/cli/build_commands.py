@@ -20,6 +20,17 @@ def plan(
             "synthetic://maverick needs no files."
         ),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Also foretell what bundles would do under a cap on memory, such as 16GiB: experts that fit, how "
+            "often they are found there, tokens per second. Measures this machine's memory and the drive of `output`."
+        ),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="With --memory: where experts are needed, as `arriero trace` wrote it; evenly if left out."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a build would do and cost, without touching anything.
@@ -29,17 +40,25 @@ def plan(
     """
     from arriero.export.build_file.locate import resolve_model
     from arriero.export.build_file.read import load_build
+    from arriero.export.cli.show_capped import capped_json, show_capped
     from arriero.export.cli.show_plan import show_plan
+    from arriero.export.pipeline.foretell_cap import foretell_capped
     from arriero.export.pipeline.plan import make_plan
+    from arriero.sizes import parse_bytes
 
     config = load_build(build_file)
     if model is not None:
         config = config.model_copy(update={"model": resolve_model(model, Path.cwd())})
+    if trace is not None and memory is None:
+        raise ArrieroError("--trace says nothing without a cap", remedy="Add --memory, such as --memory 16GiB")
     planned = make_plan(config)
+    capped = None if memory is None else foretell_capped(config, parse_bytes(memory), trace)
     if as_json:
-        print_json(planned.to_json())
+        print_json(planned.to_json() | ({} if capped is None else capped_json(*capped)))
     else:
         show_plan(planned, out)
+        if capped is not None:
+            show_capped(*capped, out)
     planned.check(str(build_file))
 
 

@@ -16,6 +16,7 @@ from arriero.export.cli.options import (
     Adapters,
     BundleFolder,
     Json,
+    Memory,
     SampleCount,
     Set,
     Threads,
@@ -203,6 +204,7 @@ def run(
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="The bundle's adapter to answer with, by its name.")] = None,
     threads: Threads = None,
+    memory: Memory = None,
     as_json: Json = False,
 ) -> None:
     """Ask a bundle and stream its answer. Pictures come before the text.
@@ -217,6 +219,7 @@ def run(
     """
     from rich.markup import escape
 
+    from arriero.export.cli.show_reads import describe_reads
     from arriero.runtimes.api import load
     from arriero.runtimes.manifest import Manifest
     from arriero.runtimes.processor.documents import read_document
@@ -228,7 +231,7 @@ def run(
     pictures: list[ImageLike] = list(image or ())
     pictures += (frame for path in video or () for frame in read_video(path, frames))
     pictures += (page for path in document or () for page in read_document(path))
-    with load(bundle, threads, adapter=adapter) as session:
+    with load(bundle, threads, adapter=adapter, memory=memory) as session:
         stream = session.generate(
             session.encode(text, pictures, special_tokens=special_tokens),
             stream=True,
@@ -249,9 +252,9 @@ def run(
         for piece in stream:
             if not as_json:
                 print(piece, end="", flush=True)
-        result = stream.result
+        result, reads = stream.result, session.stats().experts
     if as_json:
-        print_json(asdict(result))
+        print_json(asdict(result) | ({"reads": asdict(reads)} if reads.layers else {}))
         return
     print()
     rate = f", {(len(result.token_ids) - 1) / result.decode_s:.1f} tokens/s" if result.decode_s > 0 else ""
@@ -259,6 +262,8 @@ def run(
         f"{result.prompt_tokens} prompt tokens, TTFT {1000 * result.ttft_s:.0f} ms, {len(result.token_ids)} tokens"
     )
     err.print(f"[dim]{summary}{rate}, ended by {result.finish_reason}[/]", highlight=False)
+    if reads.layers:
+        err.print(f"[dim]{escape(describe_reads(reads))}[/]", highlight=False)
     manifest = Manifest.read(bundle)
     if manifest.synthetic:
         err.print(f"[yellow]{escape(str(manifest.source))}[/]", highlight=False)

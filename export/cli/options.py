@@ -43,6 +43,14 @@ Adapters = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads to use; every core when left out.", min=1)]
 
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Most memory that the process may take, such as 16GiB: experts beyond it are read as they are needed. All "
+        "are mapped when left out."
+    ),
+]
+
 
 def print_json(data: Any) -> None:
     """Print JSON for machines."""

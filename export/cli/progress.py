@@ -17,7 +17,7 @@ from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskID
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from arriero.export.machine.budget import human_bytes
+from arriero.sizes import human_bytes
 
 EVERY = 20.0  # seconds without a line are the most that a log stays silent for
 SHORT = 1.0  # a step that takes less is told by its end alone

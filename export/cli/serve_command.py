@@ -12,8 +12,8 @@ import typer
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.cli.options import Threads, err
-from arriero.export.machine.budget import parse_bytes
 from arriero.runtimes.server.options import ServerOptions
+from arriero.sizes import parse_bytes
 
 
 def serve(

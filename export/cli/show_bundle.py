@@ -12,10 +12,10 @@ from rich.text import Text
 
 from arriero.export.cli.describe_layers import describe_layers
 from arriero.export.cli.tables import print_wrapped
-from arriero.export.machine.budget import human_bytes
 from arriero.runtimes.integrity import open_manifest
 from arriero.runtimes.manifest import LICENSES, RECORD_FILE, Fallback, SampleSet, Source, proof_path
 from arriero.runtimes.proof.report import read_json
+from arriero.sizes import human_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console

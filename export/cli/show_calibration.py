@@ -11,8 +11,8 @@ from rich.text import Text
 
 from arriero.export.calibration.coverage import RANGES
 from arriero.export.cli.tables import print_wrapped
-from arriero.export.machine.budget import human_bytes
 from arriero.runtimes.manifest import Fallback, SampleSet
+from arriero.sizes import human_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,7 +8,8 @@ from rich.text import Text
 
 from arriero.export.cli.describe_layers import describe_layers
 from arriero.export.cli.tables import print_rows, print_wrapped
-from arriero.export.machine.budget import human_bytes, human_seconds
+from arriero.export.machine.budget import human_seconds
+from arriero.sizes import human_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -31,7 +31,7 @@ LEVELS: dict[str, dict[str, list[str]]] = {
     },
 }
 # What no level is compiled for.
-COMMON = ("select", "run")
+COMMON = ("select", "run", "expert_cache")
 # No standard library and no C++ runtime: what links the object needs libc and the compiler's own support only. Levels
 # and machines must round alike, so products and sums are not fused behind our back. Two warnings are off because GCC 12
 # gives them for its own AVX-512 header.

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import onnx_ir as ir
 import tvm
 import tvm_ffi
 from tvm import relax
@@ -17,15 +16,16 @@ from arriero.errors import ArrieroError
 from arriero.export.compile import Device, Watch, no_watch
 from arriero.export.compile.build_kernels import find_compiler
 from arriero.export.compile.cpus import LINUX_NAMES, NATIVE, Cpu, parse_cpu
-from arriero.export.compile.relax.import_graph import ANY_ALIGNMENT, import_graph
+from arriero.export.compile.relax.import_graph import ANY_ALIGNMENT, Imported, import_graph
 from arriero.runtimes.manifest import Compiled
 
 
 def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Watch = no_watch) -> Compiled:
     """Compile `<part>.onnx` of each of `parts` in `folder` for the device's processor, with its kernels linked in.
 
-    Leaves `<part>.so` and `<part>.json` (the order of inputs, outputs and weights) in the place of each graph. Raises
-    ArrieroError for a processor that LLVM does not know, MachineLacks without a linker for its architecture.
+    Leaves `<part>.so` and `<part>.json` (the order of inputs, outputs, tables of experts and weights) in the place of
+    each graph. Raises ArrieroError for a processor that LLVM does not know, MachineLacks without a linker for its
+    architecture.
     """
     assert device.kernels is not None
     chosen = parse_cpu(device.cpu or NATIVE)
@@ -36,9 +36,9 @@ def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Wa
         path = folder / f"{part}.onnx"
         library = folder / f"{part}.so"
         try:
-            module, graph, weights = import_graph(path)
+            imported = import_graph(path)
             with target, tvm.transform.PassContext(opt_level=3):
-                built = relax.build(fuse(module), target)
+                built = relax.build(fuse(imported.module), target)
             built.export_library(str(library), fcompile=link, addons=[str(device.kernels)])
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:  # TVM's own are of these
             raise ArrieroError(
@@ -46,7 +46,7 @@ def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Wa
                 where=str(path),
                 remedy="Build again; if it stays so, report it together with this sentence",
             ) from error
-        (folder / f"{part}.json").write_text(json.dumps(_signature(graph, weights), indent=1) + "\n")
+        (folder / f"{part}.json").write_text(json.dumps(_signature(imported), indent=1) + "\n")
         path.unlink()
     watch("compile", len(parts), len(parts), "graphs")
     known = (LINUX_NAMES.get(str(name)) for name in codegen.llvm_get_cpu_features(target))
@@ -91,11 +91,20 @@ def _with_step(module: tvm.IRModule) -> tvm.IRModule:
     return relax.transform.DeadCodeElimination(["main", "step"])(module)
 
 
-def _signature(graph: ir.Graph, weights: list[ir.ExternalTensor]) -> dict[str, object]:
-    count = len(graph.inputs) - len(weights)
+def _signature(imported: Imported) -> dict[str, object]:
+    values = {str(value.name): value for value in imported.graph.inputs}
     return {
-        "inputs": [value.name for value in graph.inputs[:count]],
-        "outputs": [value.name for value in graph.outputs],
+        "inputs": imported.inputs,
+        "outputs": [value.name for value in imported.graph.outputs],
+        "experts": [
+            {
+                "name": table.name,
+                "layout": table.layout,
+                "bytes": table.records[0].nbytes,
+                "records": [[str(record.location), record.offset] for record in table.records],
+            }
+            for table in imported.tables
+        ],
         "weights": [
             {
                 "name": tensor.name,
@@ -103,8 +112,8 @@ def _signature(graph: ir.Graph, weights: list[ir.ExternalTensor]) -> dict[str, o
                 "offset": tensor.offset,
                 "dtype": tensor.dtype.name,
                 "shape": list(tensor.shape.numpy()),
-                "aligned": any(node.op_type not in ANY_ALIGNMENT for node in value.consumers()),
+                "aligned": any(node.op_type not in ANY_ALIGNMENT for node in values[str(tensor.name)].consumers()),
             }
-            for value, tensor in zip(graph.inputs[count:], weights, strict=True)
+            for tensor in imported.weights
         ],
     }

@@ -12,7 +12,7 @@ from typing import Any
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.compile.build_kernels import LEVELS, find_compiler
-from arriero.export.machine.budget import free_disk, human_bytes
+from arriero.export.machine.budget import free_disk
 from arriero.export.machine.checks import Check, status
 from arriero.export.machine.gpu_checks import gpu_checks
 from arriero.export.machine.versions import version_of
@@ -20,6 +20,7 @@ from arriero.runtimes.cpu import MACHINE_CLASSES, architecture, cpu_features, pr
 from arriero.runtimes.load_onnxruntime import load_onnxruntime
 from arriero.runtimes.memory import available_memory, total_memory
 from arriero.runtimes.tvm import load_runtime
+from arriero.sizes import human_bytes
 from arriero.traits import BACKENDS, BUILD, RUN, SHARED_PACKAGES, TRAITS, Package
 
 LEAST_MEMORY, LEAST_DISK = 2 << 30, 1 << 30

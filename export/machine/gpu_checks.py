@@ -10,10 +10,10 @@ from importlib import import_module
 
 from arriero.errors import MachineLacks
 from arriero.export.compile.nvidia.driver import Card, list_cards, open_driver
-from arriero.export.machine.budget import human_bytes
 from arriero.export.machine.checks import Check, status
 from arriero.runtimes.nvidia.cuda import DRIVER
 from arriero.runtimes.nvidia.products import Product
+from arriero.sizes import human_bytes
 from arriero.traits import BUILD, RUN, TRAITS
 
 # A driver names the newest CUDA that it runs; an older one of the same major runs it too.

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 
 from arriero.errors import ArrieroError
-from arriero.export.machine.budget import human_bytes
 from arriero.runtimes.cgroup import read_text
+from arriero.sizes import human_bytes
 
 SPARE = 1.25  # a budget is proposed with this much above what was reached
 

@@ -29,11 +29,11 @@ from arriero.runtimes.manifest import (
     ProofTerms,
     RoundedPart,
     Source,
-    file_sha256,
     link,
     manifest_digest,
     parity_digest,
 )
+from arriero.runtimes.typed_json import decode
 from arriero.version import __version__
 
 
@@ -70,7 +70,8 @@ def assemble(stage: Path, folder: Path) -> dict[str, FileRecord]:
 
     Gives what the stage recorded of each, by its path in `folder`.
     """
-    files = {name: FileRecord(**record) for name, record in read_record(stage)["files"].items() if name != PART}
+    recorded = {name: record for name, record in read_record(stage)["files"].items() if name != PART}
+    files = decode(dict[str, FileRecord], recorded, str(stage), "Build it again")
     for name in files:
         link_file(stage / name, folder / name)
     return files
@@ -108,7 +109,7 @@ def write_manifest(
     hashes that the chain takes up, `build` the keys of the stages that made the bundle.
     """
     names = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file())
-    files = {name: recorded_files.get(name) or _record(partial / name) for name in names if name != FILE}
+    files = {name: recorded_files.get(name) or FileRecord.of(partial / name) for name in names if name != FILE}
     compiled = {key: value for key, value in asdict(parts.lowered.compiled).items() if key != "tools"}
     entries = {
         "format": FORMAT,
@@ -121,7 +122,7 @@ def write_manifest(
         "record": parts.record,
         "proof": asdict(parts.proof),
         "adapters": {name: asdict(one) for name, one in parts.adapters.items()},
-        "files": {name: asdict(record) for name, record in files.items()},
+        "files": {name: record.entry() for name, record in files.items()},
         "tools": {**parts.tools, **parts.lowered.compiled.tools},
         "weights": {name: asdict(weight) for name, weight in parts.lowered.weights.items()},
         "calibrated": asdict(parts.calibrated),
@@ -138,10 +139,6 @@ def write_manifest(
     path = partial / f"{FILE}.partial"
     path.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     os.replace(path, partial / FILE)
-
-
-def _record(file: Path) -> FileRecord:
-    return FileRecord(file.stat().st_size, file_sha256(file))
 
 
 def is_current(bundle: Path, build: Mapping[str, str]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from arriero.errors import ArrieroError
 from arriero.export.build_file.schema import BuildConfig
-from arriero.export.machine.budget import free_disk, human_bytes
+from arriero.export.machine.budget import free_disk
 from arriero.export.machine.speed import measure_speed
 from arriero.export.pipeline.check_build import Asked, Findings, check_asked, check_ready
 from arriero.export.pipeline.estimate_needs import CONTEXTS, estimate_needs, is_used, plan_target, price_context
@@ -32,6 +32,7 @@ from arriero.graphs.config import ModelConfig
 from arriero.graphs.sources.runtime_adapters import RuntimeAdapters
 from arriero.profiles.recipe import Profile
 from arriero.runtimes.memory import available_memory
+from arriero.sizes import human_bytes
 
 
 def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:

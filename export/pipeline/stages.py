@@ -23,7 +23,7 @@ from arriero.errors import ArrieroError, MachineLacks, is_full
 from arriero.export.machine.memory_watch import MemoryWatch, release_memory
 from arriero.export.pipeline.ownership import MARK, PARTIAL, is_owned, own, remove_owned
 from arriero.export.pipeline.publish import Publisher, sync
-from arriero.runtimes.manifest import file_sha256
+from arriero.runtimes.manifest import FileRecord, file_sha256
 
 RECORD = "stage.json"
 Run = Callable[[Path], Iterable[str] | None]  # fills a folder and says which files it wrote; None for all
@@ -247,7 +247,4 @@ def _records(folder: Path, names: Iterable[str] | None) -> dict[str, dict[str, A
     missing = [str(file) for file in files if file not in there]
     if missing:
         raise FileNotFoundError(f"the stage says it wrote {', '.join(missing)}")
-    return {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-        for file in files
-    }
+    return {file.relative_to(folder).as_posix(): FileRecord.of(file).entry() for file in files}

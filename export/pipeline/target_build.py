@@ -234,11 +234,12 @@ class TargetBuild:
         tokenizer = copy_tokenizer(self.build.checkpoint.side_folder, folder / "tokenizer")
         licenses = copy_licenses(self.build.checkpoint.license_files, folder / LICENSES)
         compiled = self.compile(self.target, self.build.parts, self.kernels, folder)
-        if compiled.gpu is not None:  # an engine has swallowed the file of its part's weights
-            weights = {name: {**one, "file": f"{Path(one['file']).stem}.engine"} for name, one in weights.items()}
+        if compiled.gpu is not None:  # an engine has swallowed the files of its part's weights
+            for one in weights.values():
+                one["files"] = sorted({_engine(file) for file in one["files"]})
         stored = {name: StoredWeight(**one) for name, one in weights.items()}
         code = {f"{part}{suffix}" for part in self.build.parts for suffix in TRAITS[self.target.backend].files}
-        files = {weight.file for weight in stored.values()}
+        files = {file for weight in stored.values() for file in weight.files}
         return (
             code
             | files
@@ -277,7 +278,7 @@ class TargetBuild:
 
             lowering = Lowering(
                 *(build.model, build.checkpoint, schemes, folder, progress, roundings, self.cache_scales, capability),
-                *(dump, build.runtime_adapters),
+                *(dump, build.runtime_adapters, target.shard),
             )
             weights |= module.lower(part, ir.load(build.graph / f"{part}.onnx"), lowering)
         return weights
@@ -401,3 +402,8 @@ class TargetBuild:
             return RoundedPart(fallback=(), choice=None)
         fallback = fallbacks(self.profile, self.roundings.notes())
         return RoundedPart(fallback=fallback, choice=read_choice(self.roundings.folder))
+
+
+def _engine(weights: str) -> str:
+    """The engine that holds what was in a file of weights: that of the part which the file was numbered for."""
+    return f"{Path(weights).stem.rpartition('-')[0]}.engine"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError
-from arriero.export.machine.budget import human_bytes
 from arriero.export.proof.against import check_origin, label_set, modalities_of, open_live
 from arriero.export.proof.measure_bundle import circumstances, measure_bundle
 from arriero.graphs.checkpoint import Checkpoint
@@ -22,6 +21,7 @@ from arriero.runtimes.manifest import PROOFS, Manifest, ProofTerms, StoredWeight
 from arriero.runtimes.proof import pages, plots
 from arriero.runtimes.proof.metrics import accuracy_interval
 from arriero.runtimes.proof.report import ParityReport, read_json
+from arriero.sizes import human_bytes
 
 if TYPE_CHECKING:
     from arriero.export.build_file.schema import Cases

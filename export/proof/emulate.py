@@ -26,6 +26,7 @@ from arriero.runtimes.cache_rows import CacheRows, RowStore
 from arriero.runtimes.cpu import architecture
 from arriero.runtimes.remote import Arrays, read_message, read_snapshot, snapshot_arrays, write_message
 from arriero.runtimes.snapshot import Snapshot
+from arriero.traits import PREFILL_PIECE
 
 PACKAGE = Path(__file__).resolve().parents[2]
 VARIABLE = "ARRIERO_ARM64"
@@ -97,7 +98,7 @@ class EmulatedCache(RowStore):
 class EmulatedBackend:
     """The backend of a foreign bundle, in an emulated process. Calls of several threads are answered in turn."""
 
-    few_rows = 0
+    piece, few_rows = PREFILL_PIECE, 0
 
     def __init__(self, bundle: Path, spec: ModelSpec, arch: str) -> None:
         """Start the process; it opens the bundle with all the checks of a device. Raises what it refuses."""

@@ -31,6 +31,7 @@ from arriero.runtimes.cache import check_room
 from arriero.runtimes.processor.processor import Processor
 from arriero.runtimes.session import Session
 from arriero.runtimes.snapshot import Buffer, Snapshot, check_truncation, slots_held
+from arriero.traits import PREFILL_PIECE
 
 Margins = dict[int, list[Floats]]
 _recording: ContextVar[Margins | None] = ContextVar("router_margins", default=None)
@@ -126,7 +127,7 @@ class TorchCache:
 class TorchBackend:
     """The reference in `graphs/model.py` behind the backend's methods. Weights keep the checkpoint's dtype."""
 
-    few_rows = 0
+    piece, few_rows = PREFILL_PIECE, 0
 
     def __init__(self, checkpoint: Checkpoint | str | Path, text_only: bool = False) -> None:
         """Take a checkpoint, or open its folder; weights are mapped or decoded layer by layer. Raises ArrieroError.

@@ -23,6 +23,7 @@ from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.kv_cache import CacheScales
 from arriero.profiles.quantized_weights import QuantizedWeights
 from arriero.profiles.schemes import Scheme
+from arriero.traits import SHARD
 
 WeightTable = dict[str, dict[str, Any]]
 # What is shown the graph of a part after each phase.
@@ -36,7 +37,8 @@ class Lowering:
     `assignment` is `Profile.assign` over the checkpoint's tensors, `roundings` what calibration found for those that
     round by gptq. With `cache`, one entry per layer, keys and values are kept in int8. `capability` is that of the
     target's GPU (89 for 8.9; 0: none, or any). `dump` is shown the graph after each phase. `adapters` are those that
-    the bundle switches between; without any its graphs have no input for them.
+    the bundle switches between; without any its graphs have no input for them. No file of weights takes more than
+    `shard` bytes.
     """
 
     config: ModelConfig
@@ -49,6 +51,7 @@ class Lowering:
     capability: int = 0
     dump: Dump | None = None
     adapters: RuntimeAdapters = field(default_factory=RuntimeAdapters)
+    shard: int = SHARD
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def lower_part(
     model.opset_imports[opset[0]] = opset[1]
     passes = (tidy.RemoveUnusedNodesPass(), tidy.TopologicalSortPass(), tidy.RemoveUnusedOpsetsPass())
     Sequential(*passes)(model)
-    table = store.write(lowering.out_dir, f"weights/{part}.safetensors", lowering.progress, links)
+    table = store.write(lowering.out_dir, f"weights/{part}", lowering.shard, lowering.progress, links)
     ir.save(model, lowering.out_dir / f"{part}.onnx")
     dump(part, "lowered", model)
     return table

@@ -1,20 +1,19 @@
 """Lowers canonical graphs for the TVM backend: one node per kernel of ours, and weights in the layouts these read.
 
 `lower` writes `<part>.onnx` and its weights into `out_dir` and gives the weight table of the manifest: initialiser name
--> file, dtype, shape, scheme. A checkpoint file whose tensors all stay exact is linked, not written again. The
-canonical model is left as it was.
+-> files, dtype, shape, scheme. A checkpoint file whose tensors all stay as they are is linked, not written again;
+experts never do: each becomes one record. The canonical model is left as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 
-from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.functions import ADD_LORA, CACHED_ATTENTION, DOMAIN, EXPERT_DISPATCH, VERSION
 from arriero.graphs.lower.part import Lowering, Phase, WeightTable, lower_part
+from arriero.graphs.names import expert_tensors
 from arriero.graphs.passes.add_adapters import add_adapters
 from arriero.graphs.passes.bind_experts import bind_experts
 from arriero.graphs.passes.cache_in_place import cache_in_place
@@ -72,22 +71,25 @@ def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:
     if part == "text":
         phases.append(Phase("keep_token_axes", lambda model, _: keep_token_axes(model), TOKEN_RESHAPE))
     phases.append(Phase("fold_reshape_shapes", lambda model, _: fold_reshape_shapes(model)))
-    links = _link_checkpoint(lowering.checkpoint, lowering.assignment, lowering.out_dir)
+    links = _link_checkpoint(lowering)
     return lower_part(part, canonical, lowering, phases, expected, OPSET, links)
 
 
-def _link_checkpoint(checkpoint: Checkpoint, assignment: Mapping[str, Scheme], out_dir: Path) -> dict[Path, str]:
-    """Link the checkpoint files of which every tensor stays exact into `weights`; file -> its place in the bundle.
+def _link_checkpoint(lowering: Lowering) -> dict[Path, str]:
+    """Link the checkpoint files of which every tensor stays as it is into `weights`; file -> its place in the bundle.
 
-    A file with any tensor that is quantised or not built would carry bytes into the bundle that nothing reads.
+    A file with any tensor that is quantised, an expert's or not built would carry bytes into the bundle that nothing
+    reads.
     """
+    experts = {name for layer in lowering.config.text.moe_layers for name in expert_tensors(layer)}
     files: dict[Path, bool] = {}
-    for source in checkpoint.tensors.values():
+    for name, source in lowering.checkpoint.tensors.items():
         if source.place is not None:
             file = source.place.file
-            files[file] = files.get(file, True) and isinstance(assignment.get(source.name), Exact)
+            stays = isinstance(lowering.assignment.get(name), Exact) and name not in experts
+            files[file] = files.get(file, file.stat().st_size <= lowering.shard) and stays
     places = {file: f"weights/{file.name}" for file, whole in files.items() if whole}
     for file, place in places.items():
-        if not (out_dir / place).exists():  # another part's lowering may have linked it
-            link_file(file.resolve(), out_dir / place)
+        if not (lowering.out_dir / place).exists():  # another part's lowering may have linked it
+            link_file(file.resolve(), lowering.out_dir / place)
     return places

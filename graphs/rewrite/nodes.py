@@ -23,9 +23,11 @@ def replace_node(
         node.attributes.add(attribute)
 
 
-def insert_node(before: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> ir.Value:
-    """Put a standard one-output node ahead of `before` and give its output."""
-    node = ir.node(op_type, inputs, attributes)
+def insert_node(
+    before: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: Any
+) -> ir.Value:
+    """Put a one-output node, a standard one where no domain is named, ahead of `before` and give its output."""
+    node = ir.node(op_type, inputs, attributes, domain=domain)
     assert before.graph is not None
     before.graph.insert_before(before, node)
     return node.outputs[0]

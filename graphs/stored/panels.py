@@ -1,11 +1,12 @@
 """Stores matrices as our compiled kernels read them: exact ones byte for byte, rounded ones in panels with scales.
 
-Legend: N output features, K input features, E experts, P = ceil(N / 16) panels, F expert width.
+Legend: N output features, K input features, P = ceil(N / 16) panels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -44,33 +45,50 @@ def store_matrix(store: WeightStore, name: str, new_name: str | None = None) -> 
     return store.promise(specs, scheme.label, pieces), _form(scheme)
 
 
-def store_experts(store: WeightStore, name: str, gated: bool) -> tuple[list[ir.Value], Form]:
-    """The same for all experts' matrices, in the checkpoint `name` [E, K, N]; `gated` is for the halves gate | up."""
-    scheme = store.schemes[name]
+@dataclass(frozen=True)
+class ExpertMatrix:
+    """One matrix of each expert of a layer: its arrays, all of one shape, and `read(expert)`, which gives them.
+
+    `label` is the scheme's in the weight table, `format` F32, BF16, F16, E4M3, INT8 or INT4, `block` that of integers.
+    """
+
+    specs: tuple[Spec, ...]
+    label: str
+    format: str
+    block: int
+    read: Callable[[int], tuple[np.ndarray, ...]]
+
+
+def expert_matrix(store: WeightStore, name: str, gated: bool) -> ExpertMatrix:
+    """That of the checkpoint's stack `name` [E, K, N]; `gated` is for the halves gate | up."""
+    scheme, info = store.schemes[name], store.checkpoint.tensors[name]
+    _, features, outputs = info.shape
     if not isinstance(scheme, IntBlock | Fp8):
-        return [store.stored(name)], [0, 0]
-    experts, features, outputs = store.checkpoint.tensors[name].shape
+        store.refuse_quantized(name)
+        spec = Spec(name, info.dtype, (features, outputs))
+        rows = store.checkpoint.read_rows
+        return ExpertMatrix((spec,), "exact", info.dtype, 0, lambda expert: (rows(name, expert, expert + 1),))
     panels = 2 * -(-outputs // 2 // PANEL) if gated else -(-outputs // PANEL)
 
-    def pieces() -> Iterator[Arrays]:
-        for expert in range(experts):
-            packed, scales = _panels(store, name, scheme, expert, expert + 1, gated)
-            yield packed[None], scales[None]
+    def read(expert: int) -> Arrays:
+        return _panels(store, name, scheme, expert, expert + 1, gated)
 
-    return store.promise(_specs(name, scheme, panels, features, experts), scheme.label, pieces), _form(scheme)
+    bits, block = _form(scheme)
+    specs = tuple(_specs(name, scheme, panels, features))
+    return ExpertMatrix(specs, scheme.label, f"INT{bits}" if block else "E4M3", block, read)
 
 
 def _form(scheme: IntBlock | Fp8) -> Form:
     return [scheme.bits, scheme.block] if isinstance(scheme, IntBlock) else [8, 0]
 
 
-def _specs(name: str, scheme: IntBlock | Fp8, panels: int, features: int, *experts: int) -> list[Spec]:
+def _specs(name: str, scheme: IntBlock | Fp8, panels: int, features: int) -> list[Spec]:
     if isinstance(scheme, Fp8):
         codes, factors = (panels, features, PANEL), (panels, PANEL)
-        return [Spec(f"{name}.packed", "U8", (*experts, *codes)), Spec(f"{name}.scales", "F32", (*experts, *factors))]
+        return [Spec(f"{name}.packed", "U8", codes), Spec(f"{name}.scales", "F32", factors)]
     return [
-        Spec(f"{name}.packed", "U8", (*experts, panels, features * scheme.bits // 32, 4 * PANEL)),
-        Spec(f"{name}.scales", "F32", (*experts, panels, features // scheme.block, PANEL)),
+        Spec(f"{name}.packed", "U8", (panels, features * scheme.bits // 32, 4 * PANEL)),
+        Spec(f"{name}.scales", "F32", (panels, features // scheme.block, PANEL)),
     ]
 
 

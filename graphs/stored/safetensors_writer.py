@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from arriero.errors import ArrieroError
 
 ALIGNMENT = 4096  # the data section starts on a page, so that a memory map of it is aligned
 CACHE_LINE = 64
@@ -45,6 +47,11 @@ class Group:
     specs: tuple[Spec, ...]
     pieces: Callable[[], Iterable[tuple[np.ndarray, ...]]]
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its tensors."""
+        return sum(spec.nbytes for spec in self.specs)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -77,6 +84,46 @@ def plan_layout(groups: Sequence[Group]) -> Layout:
     return Layout(head, {name: start + offset for name, offset in offsets.items()}, start + cursor)
 
 
+def split(groups: Iterable[Group], most: int) -> list[list[Group]]:
+    """The groups file by file, in their order, so that none has more than `most` bytes.
+
+    Raises ArrieroError for a group that is larger by itself.
+    """
+    files: list[list[Group]] = []
+    size = most
+    for group in groups:
+        # what the header says of a tensor, its offsets as long as they can be
+        own = group.nbytes + sum(len(json.dumps({spec.name: spec.entry})) + 64 for spec in group.specs)
+        if own + ALIGNMENT > most:
+            raise ArrieroError(
+                f"it takes {own + ALIGNMENT} bytes, and a file of weights may have {most}",
+                where=group.specs[0].name,
+                remedy="Raise the target's `shard` in the build file",
+            )
+        if size + own > most:
+            files.append([])
+            size = ALIGNMENT
+        files[-1].append(group)
+        size += own
+    return files
+
+
+def write_all(
+    folder: Path, files: Mapping[str, Sequence[Group]], progress: Progress | None = None
+) -> dict[str, Layout]:
+    """Write each of `files` by its path in `folder`, as `write` does; `progress` counts the bytes of all of them."""
+    total, done, layouts = sum(group.nbytes for groups in files.values() for group in groups), 0, {}
+    for name, groups in files.items():
+
+        def count(written: int, _: int, before: int = done) -> None:
+            if progress:
+                progress(before + written, total)
+
+        layouts[name] = write(folder / name, groups, count)
+        done += sum(group.nbytes for group in groups)
+    return layouts
+
+
 def write(path: Path, groups: Sequence[Group], progress: Progress | None = None) -> Layout:
     """Write all tensors of `groups` to `path` and say where they lie; the file appears whole or not at all.
 
@@ -96,7 +143,7 @@ def write(path: Path, groups: Sequence[Group], progress: Progress | None = None)
         if finished is None:
             log.truncate(0)
             file.write(layout.head)
-        done = sum(spec.nbytes for group in groups[: finished or 0] for spec in group.specs)
+        done = sum(group.nbytes for group in groups[: finished or 0])
         for group in groups[finished or 0 :]:
             cursors = [layout.offsets[spec.name] for spec in group.specs]
             for arrays in group.pieces():

@@ -51,16 +51,18 @@ class WeightStore:
         self.graph, self.checkpoint, self.schemes, self.roundings = graph, checkpoint, schemes, roundings
         self.table: dict[str, dict[str, Any]] = {}
         self._groups: list[Group] = []
+        self._records: list[Group] = []
+        self._held: dict[str, list[str]] = {}  # of the weight table's entries, the initialisers that hold them
         self._origins: dict[str, WeightSource] = {}
 
     def exact(self, name: str, new_name: str | None = None) -> ir.Value:
         """Tensor `name` as f32, in the checkpoint's layout. Raises ArrieroError if the profile wants it quantised."""
-        self._refuse_quantized(name)
+        self.refuse_quantized(name)
         return self.exact_rows(new_name or name, self.checkpoint.tensors[name].shape, lambda: self.rows(name))
 
     def stored(self, name: str, new_name: str | None = None) -> ir.Value:
         """Tensor `name` byte for byte, in the checkpoint's dtype and layout. Raises as `exact` does."""
-        self._refuse_quantized(name)
+        self.refuse_quantized(name)
         info = self.checkpoint.tensors[name]
         self._origins[new_name or name] = info
 
@@ -96,22 +98,33 @@ class WeightStore:
         return self.promise([Spec(new_name, "F32", shape)], "exact", lambda: ((piece,) for piece in rows()))[0]
 
     def write(
-        self, folder: Path, location: str, progress: Progress | None = None, links: Mapping[Path, str] | None = None
+        self,
+        folder: Path,
+        stem: str,
+        shard: int,
+        progress: Progress | None = None,
+        links: Mapping[Path, str] | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """Write everything promised to `folder/location`, bind the initialisers to it, and give the weight table.
+        """Write everything promised, bind the initialisers to it, and give the weight table.
 
-        A tensor kept byte for byte whose checkpoint file is in `links` is bound to the location given there instead.
+        It goes to `folder/<stem>-<number>.safetensors`, records to `<stem>-experts-<number>.safetensors`, none of more
+        than `shard` bytes. A tensor kept byte for byte whose checkpoint file is in `links` is bound to the location
+        given there instead. Raises ArrieroError for a weight that is larger than a file may be.
         """
         places = {
             name: (links[place.file], place.offset)
             for name, source in self._origins.items()
             if links is not None and (place := source.place) is not None and place.file in links
         }
-        written = [group for group in self._groups if group.specs[0].name not in places]
-        if written:
-            layout = weights.write(folder / location, written, progress)
-            places |= {spec.name: (location, layout.offsets[spec.name]) for group in written for spec in group.specs}
-        for group in self._groups:
+        own = [group for group in self._groups if group.specs[0].name not in places]
+        files = {
+            f"{prefix}-{number:05}.safetensors": groups
+            for prefix, promised in ((stem, own), (f"{stem}-experts", self._records))
+            for number, groups in enumerate(weights.split(promised, shard), 1)
+        }
+        for location, layout in weights.write_all(folder, files, progress).items():
+            places |= {name: (location, offset) for name, offset in layout.offsets.items()}
+        for group in (*self._groups, *self._records):
             for spec in group.specs:
                 file, offset = places[spec.name]
                 self.graph.initializers[spec.name].const_value = ir.ExternalTensor(
@@ -123,10 +136,12 @@ class WeightStore:
                     name=spec.name,
                     base_dir=folder,
                 )
-                self.table[spec.name]["file"] = file
+        for name, entry in self.table.items():
+            entry["files"] = sorted({places[held][0] for held in self._held[name]})
         return self.table
 
-    def _refuse_quantized(self, name: str) -> None:
+    def refuse_quantized(self, name: str) -> None:
+        """Raise ArrieroError if the profile wants tensor `name` quantised."""
         scheme = self.schemes[name]
         if not isinstance(scheme, Exact):
             raise ArrieroError(
@@ -149,10 +164,38 @@ class WeightStore:
             if old is not None:
                 old.replace_all_uses_with(value)
             self.graph.initializers[spec.name] = value
-            self.table[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "scheme": scheme}
+            self._enter(spec.name, spec.dtype, spec.shape, scheme, [spec.name])
             values.append(value)
         self._groups.append(Group(tuple(specs), pieces))
         return values
+
+    def promise_records(
+        self,
+        stem: str,
+        experts: int,
+        nbytes: int,
+        held: Iterable[tuple[Spec, str]],
+        pieces: Callable[[int], Iterable[np.ndarray]],
+    ) -> list[ir.Value]:
+        """Initialisers u8 [nbytes] `<stem>.<expert>`, which `pieces(expert)` will fill from front to back.
+
+        `held` are what one of them holds, each with its label: the weight table has them as stacks over all experts.
+        """
+        values = [
+            ir.Value(name=f"{stem}.{expert}", shape=ir.Shape([nbytes]), type=ir.TensorType(ir.DataType.UINT8))
+            for expert in range(experts)
+        ]
+        for expert, value in enumerate(values):
+            spec = Spec(str(value.name), "U8", (nbytes,))
+            self.graph.initializers[spec.name] = value
+            self._records.append(Group((spec,), lambda expert=expert: ((piece,) for piece in pieces(expert))))  # type: ignore[misc]
+        for spec, scheme in held:
+            self._enter(spec.name, spec.dtype, (experts, *spec.shape), scheme, [str(value.name) for value in values])
+        return values
+
+    def _enter(self, name: str, dtype: str, shape: tuple[int, ...], scheme: str, held: list[str]) -> None:
+        self.table[name] = {"dtype": dtype, "shape": list(shape), "scheme": scheme}
+        self._held[name] = held
 
     def calibrated(self, name: str) -> QuantizedWeights:
         """The roundings, which hold tensor `name`. Raises ArrieroError if they do not."""

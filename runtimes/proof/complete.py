@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from arriero.runtimes.manifest import FILE, REPORTS, FileRecord, Manifest, file_sha256, link, parity_digest, proof_path
+from arriero.runtimes.manifest import FILE, REPORTS, FileRecord, Manifest, link, parity_digest, proof_path
 from arriero.runtimes.proof.pages import write_html
 from arriero.runtimes.proof.report import ParityReport, write_json, write_text
 
@@ -25,8 +25,8 @@ def complete_proof(manifest: Manifest, proofs: Mapping[str | None, ParityReport]
         write_html(report, place / "parity.html")
     entries = json.loads((manifest.bundle / FILE).read_text(encoding="utf-8"))
     names = [proof_path(adapter, name) for adapter in proofs for name in REPORTS]
-    reports = {name: FileRecord((folder / name).stat().st_size, file_sha256(folder / name)) for name in names}
-    entries["files"] |= {name: {"bytes": record.bytes, "sha256": record.sha256} for name, record in reports.items()}
+    reports = {name: FileRecord.of(folder / name) for name in names}
+    entries["files"] |= {name: record.entry() for name, record in reports.items()}
     entries["files"] = dict(sorted(entries["files"].items()))
     entries["chain"]["parity"] = link(manifest.chain.record, parity_digest({**manifest.files, **reports}))
     write_text(folder / FILE, json.dumps(entries, indent=1) + "\n")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
+from safetensors.torch import load_file, save_file
 
 from arriero.errors import ArrieroError
 from arriero.graphs.checkpoint import Checkpoint
@@ -25,6 +29,7 @@ from arriero.profiles.recipe import load_profile
 from arriero.profiles.schemes import IntBlock
 from tests.toys import make_maverick_toy, make_scout_toy
 
+EXPERTS = "language_model.model.layers.1.feed_forward.experts"
 DOWN = "language_model.model.layers.1.feed_forward.experts.down_proj"
 GATE_UP = "language_model.model.layers.1.feed_forward.experts.gate_up_proj"
 SHARED = "language_model.model.layers.1.feed_forward.shared_expert.down_proj.weight"
@@ -70,6 +75,30 @@ def weight(out: Path, part: str, name: str) -> np.ndarray:
     return np.fromfile(out / tensor.location, dtype, int(np.prod(shape)), offset=tensor.offset).reshape(shape)
 
 
+def records(out: Path) -> list[ir.ExternalTensor]:
+    """The records of layer 1's experts."""
+    initializers = ir.load(out / "text.onnx").graph.initializers
+    stems = [name for name in initializers if name.rpartition(".")[0] == EXPERTS]
+    values = [initializers[f"{EXPERTS}.{expert}"].const_value for expert in range(len(stems))]
+    assert values
+    return [value for value in values if isinstance(value, ir.ExternalTensor)]
+
+
+def record_layout(out: Path) -> dict[str, Any]:
+    """What the nodes of layer 1's experts say of their records."""
+    graph = ir.load(out / "text.onnx").graph
+    (table,) = (node for node in graph if node.op_type == "ExpertTable" and node.outputs[0].name == EXPERTS)
+    (dispatch,) = (node for node, _ in table.outputs[0].uses() if node.op_type == "ExpertDispatch")
+    return {name: attribute.value for node in (table, dispatch) for name, attribute in node.attributes.items()}
+
+
+def part(out: Path, record: ir.ExternalTensor, at: int, like: np.ndarray) -> np.ndarray:
+    """An array of dtype and shape of `like`, from a place in a record."""
+    assert record.offset is not None
+    array = np.fromfile(out / record.location, like.dtype, like.size, offset=record.offset + at)
+    return array.reshape(like.shape)
+
+
 def test_text_has_one_node_per_kernel_and_caches_as_inputs_only(built: Built, tmp_path: Path) -> None:
     built.lower("fp32", tmp_path / "out")
     model = ir.load(tmp_path / "out" / "text.onnx")
@@ -77,7 +106,8 @@ def test_text_has_one_node_per_kernel_and_caches_as_inputs_only(built: Built, tm
     kinds = Counter(node.op_type for node in model.graph)
     dense = len(text.layers) - len(text.moe_layers)
     assert kinds["CachedAttention"] == len(text.layers)
-    assert kinds["ExpertDispatch"] == kinds["TopK"] == len(text.moe_layers)
+    for kind in ("ExpertTable", "ExpertRequest", "ExpertDispatch", "TopK"):
+        assert kinds[kind] == len(text.moe_layers)
     assert kinds["Linear"] == 4 * len(text.layers) + 4 * len(text.moe_layers) + 3 * dense + 1
     assert not {"MatMul", "Gemm", "Transpose", "Scan", "Concat"} & set(kinds)
     inputs = [value.name for value in model.graph.inputs]
@@ -88,29 +118,93 @@ def test_text_has_one_node_per_kernel_and_caches_as_inputs_only(built: Built, tm
     assert {name.partition(".")[0] for name in outputs[1:]} == {"hidden", "expert_id"}
 
 
+def split_toy(built: Built, folder: Path) -> Checkpoint:
+    """The toy with its experts in a file of their own, as large checkpoints have them in many."""
+    folder.mkdir()
+    shutil.copyfile(built.toy / "config.json", folder / "config.json")
+    tensors = load_file(built.toy / "model.safetensors")
+    files = {"experts": {}, "rest": {}}
+    for name, tensor in tensors.items():
+        files["experts" if ".experts." in name else "rest"][name] = tensor
+    for name, own in files.items():
+        save_file(own, folder / f"{name}.safetensors")
+    where = {name: f"{file}.safetensors" for file, own in files.items() for name in own}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return Checkpoint.open(folder)
+
+
 def test_an_exact_profile_reads_the_matrices_in_the_checkpoints_own_file(built: Built, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    table = built.lower("fp32", out)
-    link = out / "weights" / "model.safetensors"
-    assert link.samefile(built.toy / "model.safetensors")
+    checkpoint = split_toy(built, tmp_path / "split")
+    schemes = load_profile("fp32").assign(checkpoint.tensors)
+    table = lower("text", built.graphs["text"], Lowering(built.config, checkpoint, schemes, out))
+    link = out / "weights" / "rest.safetensors"
+    assert link.samefile(tmp_path / "split" / "rest.safetensors")
     for name, entry in table.items():
-        if len(entry["shape"]) > 1 and "positional" not in name:
-            assert (entry["file"], entry["dtype"]) == ("weights/model.safetensors", "BF16")
-    wanted = built.checkpoint.read_rows(GATE_UP, 0, built.config.text.experts)
-    assert np.array_equal(weight(out, "text", GATE_UP), wanted)
-    own = sum(file.stat().st_size for file in (out / "weights").iterdir() if file != link)
+        if len(entry["shape"]) > 1:
+            file = "weights/text-experts-00001.safetensors" if ".experts." in name else "weights/rest.safetensors"
+            assert (entry["files"], entry["dtype"]) == ([file], "BF16")
+    own = sum(
+        file.stat().st_size for file in (out / "weights").iterdir() if file != link and "experts" not in file.name
+    )
     assert own < 100_000  # norms and biases, widened
+
+
+def test_each_expert_is_one_record_on_pages_of_its_own(built: Built, tmp_path: Path) -> None:
+    out, checkpoint = tmp_path / "out", built.checkpoint
+    built.lower("fp32", out)
+    layout = record_layout(out)
+    assert (layout["formats"], layout["blocks"], layout["layout"]) == (
+        ("BF16",) * 2,
+        (0, 0),
+        "columns:BF16,columns:BF16",
+    )
+    down, gate_up = (checkpoint.read_rows(name, 0, built.config.text.experts) for name in (DOWN, GATE_UP))
+    for expert, record in enumerate(records(out)):
+        assert record.offset % 4096 == record.nbytes % 4096 == 0
+        assert np.array_equal(part(out, record, layout["at"][0], gate_up[expert]), gate_up[expert])
+        assert np.array_equal(part(out, record, layout["at"][2], down[expert]), down[expert])
+
+
+def test_no_file_of_weights_is_larger_than_the_target_says(built: Built, tmp_path: Path) -> None:
+    schemes = load_profile("int8").assign(built.checkpoint.tensors)
+    whole, split = tmp_path / "whole", tmp_path / "split"
+    lowered = Lowering(built.config, built.checkpoint, schemes, whole)
+    lower("text", built.graphs["text"], lowered)
+    most = max(file.stat().st_size for file in (whole / "weights").iterdir()) // 3
+    table = lower("text", built.graphs["text"], replace(lowered, out_dir=split, shard=most))
+    files = sorted(file for file in (split / "weights").iterdir())
+    assert all(file.stat().st_size <= most for file in files)
+    assert {file.name.rpartition("-")[2] for file in files} >= {"00001.safetensors", "00003.safetensors"}
+    assert {f"weights/{file.name}" for file in files} == {file for entry in table.values() for file in entry["files"]}
+    for one, other in zip(records(whole), records(split), strict=True):
+        assert np.array_equal(part(whole, one, 0, np.empty(one.nbytes, np.uint8)), part(split, other, 0, one.numpy()))
+    with pytest.raises(ArrieroError, match=r"may have 4096. Raise the target's `shard`"):
+        lower("text", built.graphs["text"], replace(lowered, out_dir=tmp_path / "none", shard=4096))
+
+
+def test_the_shared_expert_runs_while_records_are_read(built: Built, tmp_path: Path) -> None:
+    built.lower("int8", tmp_path / "out")
+    nodes = list(ir.load(tmp_path / "out" / "text.onnx").graph)
+    for request in (node for node in nodes if node.op_type == "ExpertRequest"):
+        (dispatch,) = (node for node, _ in request.outputs[0].uses())
+        between = nodes[nodes.index(request) : nodes.index(dispatch)]
+        assert [node.op_type for node in between].count("Linear") == 3
+        assert nodes[nodes.index(request) - 1].op_type in ("TopK", "ExpertTable")
 
 
 def test_a_rounded_profile_writes_what_it_needs_and_links_nothing(scout: Built, tmp_path: Path) -> None:
     table = scout.lower("int8", tmp_path / "out")
-    files = {entry["file"] for entry in table.values()}
-    assert files == {f"weights/{part}.safetensors" for part in ("text", "embed", "vision")}
+    files = {file for entry in table.values() for file in entry["files"]}
+    names = ("text", "text-experts", "embed", "vision")
+    assert files == {f"weights/{name}-00001.safetensors" for name in names}
     assert sorted(file.name for file in (tmp_path / "out" / "weights").iterdir()) == sorted(
         file.rpartition("/")[2] for file in files
     )
     assert {entry["scheme"] for entry in table.values()} == {"exact", "int8 block 32"}
     assert table["language_model.model.layers.0.self_attn.q_proj.weight"]["dtype"] == "BF16"
+    layers = scout.config.text.experts, 2 * scout.config.text.expert_ffn // 16
+    assert table[f"{GATE_UP}.packed"]["shape"][:2] == [*layers]
 
 
 def unpacked(packed: np.ndarray, scales: np.ndarray, bits: int, block: int) -> np.ndarray:
@@ -133,7 +227,9 @@ def test_panels_stand_for_the_integers_of_the_profile(scout: Built, tmp_path: Pa
         name: scheme.model_copy(update={"block": 32}) if isinstance(scheme, IntBlock) else scheme  # the toy is narrow
         for name, scheme in rtn.assign(checkpoint.tensors).items()
     }
-    lower("text", scout.graphs["text"], Lowering(scout.config, checkpoint, schemes, out))
+    table = lower("text", scout.graphs["text"], Lowering(scout.config, checkpoint, schemes, out))
+    layout = record_layout(out)
+    assert layout["layout"].split(",") == [f"panels16:INT{bits}:F32/32"] * 2
 
     def rounded(rows: np.ndarray, name: str) -> np.ndarray:
         scheme = schemes[name]
@@ -147,14 +243,24 @@ def test_panels_stand_for_the_integers_of_the_profile(scout: Built, tmp_path: Pa
             weight(out, "text", f"{name}.packed"), weight(out, "text", f"{name}.scales"), bits, scheme.block
         )
 
+    def expert(name: str, record: ir.ExternalTensor, number: int) -> np.ndarray:
+        scheme, entries = schemes[name], [table[f"{name}.{kind}"] for kind in ("packed", "scales")]
+        assert isinstance(scheme, IntBlock)
+        likes = [
+            np.empty(entry["shape"][1:], dtype) for entry, dtype in zip(entries, (np.uint8, np.float32), strict=True)
+        ]
+        return unpacked(
+            *(part(out, record, layout["at"][number + i], like) for i, like in enumerate(likes)), bits, scheme.block
+        )
+
     whole = checkpoint.read_float32(SHARED, 0, checkpoint.tensors[SHARED].shape[0])
     assert np.allclose(stored(SHARED)[: len(whole)], rounded(whole, SHARED), rtol=1e-6)
     experts = scout.config.text.experts
     down, gate_up = checkpoint.read_float32(DOWN, 0, experts), checkpoint.read_float32(GATE_UP, 0, experts)
-    for expert in range(experts):
-        assert np.allclose(stored(DOWN)[expert], rounded(down[expert].T, DOWN), rtol=1e-6)
-        gate, up = np.split(rounded(gate_up[expert].T, GATE_UP), 2)
-        turns = stored(GATE_UP)[expert].reshape(-1, 2, 16, gate.shape[1])  # gate and up panels in turns
+    for number, record in enumerate(records(out)):
+        assert np.allclose(expert(DOWN, record, 2), rounded(down[number].T, DOWN), rtol=1e-6)
+        gate, up = np.split(rounded(gate_up[number].T, GATE_UP), 2)
+        turns = expert(GATE_UP, record, 0).reshape(-1, 2, 16, gate.shape[1])  # gate and up panels in turns
         assert np.allclose(turns[:, 0].reshape(gate.shape), gate, rtol=1e-6)
         assert np.allclose(turns[:, 1].reshape(up.shape), up, rtol=1e-6)
 
@@ -173,7 +279,9 @@ def test_fp8_panels_stand_for_the_floats_of_the_profile(scout: Built, tmp_path: 
     stored = values.swapaxes(1, 2).reshape(-1, whole.shape[1])[: len(whole)]
     assert np.allclose(stored, dequantize_float8(quantize_float8(whole, name=SHARED)), rtol=1e-6)
     experts = checkpoint.read_float32(GATE_UP, 0, 2)
-    codes, scales = (weight(out, "text", f"{GATE_UP}.{kind}")[1] for kind in ("packed", "scales"))
+    at, width = record_layout(out)["at"], experts.shape[2]
+    codes = part(out, records(out)[1], at[0], np.empty((width // 16, experts.shape[1], 16), np.uint8))
+    scales = part(out, records(out)[1], at[1], np.empty((width // 16, 16), np.float32))
     values = (codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * scales[:, None]).swapaxes(1, 2)  # [P, 16, K]
     wanted = dequantize_float8(quantize_float8(np.ascontiguousarray(experts[1].T), name=GATE_UP))
     assert np.allclose(values[0::2].reshape(-1, wanted.shape[1]), np.split(wanted, 2)[0], rtol=1e-6)

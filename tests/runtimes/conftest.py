@@ -16,6 +16,7 @@ from arriero.runtimes.backend import Floats, Ints, ModelSpec, StepOutput
 from arriero.runtimes.manifest import FORMAT, REPORTS, FileRecord, file_sha256, link, manifest_digest, parity_digest
 from arriero.runtimes.processor.processor import IMAGE_TOKENS, PATCH, Processor
 from arriero.runtimes.snapshot import Snapshot
+from arriero.traits import PREFILL_PIECE
 
 HIDDEN, HEADS, KV_HEADS, DIM, EXPERTS, CHUNK, CONTEXT = 16, 4, 2, 8, 4, 8, 64
 IMAGE_SIZE, PATCH_SIZE, TILE_TOKENS = 28, 7, 4
@@ -138,7 +139,7 @@ class ToyBackend:
     `rounds`: whether new keys and values are rounded as an int8 cache rounds them.
     """
 
-    few_rows = 0
+    piece, few_rows = PREFILL_PIECE, 0
 
     def __init__(self, rounds: bool = False) -> None:
         self.rounds = rounds
@@ -333,6 +334,7 @@ def write_manifest(folder: Path, **changes: Any) -> dict[str, Any]:
             "context": CONTEXT,
             "batch": 2,
             "arch": "any",
+            "shard": 4 << 30,
             "kv_cache": "float32",
         },
         "build": {"graph": "0"},

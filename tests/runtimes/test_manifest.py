@@ -1,6 +1,7 @@
 """Broken bundles: each is refused with the sentence that names what is broken and what to do."""
 
 import contextlib
+import hashlib
 import json
 import platform
 import shutil
@@ -11,10 +12,10 @@ import pytest
 
 import arriero
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.runtimes import integrity
+from arriero.runtimes import integrity, manifest
 from arriero.runtimes.integrity import check_files, open_manifest
 from arriero.runtimes.machine_fit import check_machine
-from arriero.runtimes.manifest import Manifest
+from arriero.runtimes.manifest import FileRecord, Manifest
 from tests.runtimes.conftest import seal, write_manifest
 
 
@@ -56,7 +57,7 @@ def put(value, *keys):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (put(1, "format"), r"format 1; expected format 3\. Use the arriero that built it"),
+        (put(1, "format"), r"format 1; expected format 4\. Use the arriero that built it"),
         (put("3", "format"), "has format '3'"),
         (drop("files"), "keys are missing: files"),
         (drop("format"), "keys are missing: format"),
@@ -156,6 +157,30 @@ def test_large_files_of_large_bundles_are_hashed_on_request(copy, monkeypatch):
         check_files(Manifest.read(copy), full=True)
     with pytest.raises(ArrieroError, match=r"vision\.onnx"):
         arriero.load(copy, verify=True)
+
+
+def test_a_large_file_is_recorded_and_checked_chunk_by_chunk(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "CHUNK_BYTES", 4096)
+    file = tmp_path / "weights.safetensors"
+    content = bytes(range(256)) * 48  # three chunks
+    file.write_bytes(content + b"end")
+    record = FileRecord.of(file)
+    assert record.chunks == tuple(
+        hashlib.sha256(part).hexdigest() for part in (content[:4096], content[4096:8192], content[8192:], b"end")
+    )
+    assert (record.bytes, record.sha256) == (len(content) + 3, hashlib.sha256(content + b"end").hexdigest())
+    assert FileRecord(**record.entry()).damage(file) is None
+    for places in ([5000], [8191, 12288]):
+        damaged = bytearray(content + b"end")
+        for place in places:
+            damaged[place] ^= 1
+        file.write_bytes(damaged)
+        assert record.damage(file) == f"{len(places)} of 4 chunks, the first from byte 4096 on"
+    small = tmp_path / "small"
+    small.write_bytes(content[:4096])
+    assert "chunks" not in FileRecord.of(small).entry()
+    small.write_bytes(content[1:4097])
+    assert "sha256" in str(FileRecord.of(small).damage(file))
 
 
 def test_another_processor_is_refused_and_its_synonym_is_not(copy, monkeypatch):

@@ -23,6 +23,7 @@ from arriero.runtimes.cpu import usable_cores
 from arriero.runtimes.integrity import open_manifest
 from arriero.runtimes.manifest import Manifest
 from arriero.runtimes.tvm import TvmBackend
+from arriero.runtimes.weight_files import MappedWeights
 from tests.runtimes.conftest import seal
 from tests.small import CHUNK
 
@@ -164,14 +165,27 @@ print(any("tvm_compiler" in line for line in open("/proc/self/maps")))
     assert done.stdout.splitlines() == ["3", "[]", "False"]
 
 
-def test_weights_are_mapped_where_they_lie(bundles, backend):
-    """Every matrix of an exact bundle is the checkpoint's file itself; what is copied are vectors and biases."""
-    entries = json.loads((bundles / "fp32" / "text.json").read_text())["weights"]
-    matrices = [entry for entry in entries if len(entry["shape"]) > 1]
-    assert {entry["file"] for entry in matrices} == {"weights/model.safetensors"}
+def test_weights_are_mapped_where_they_lie(bundles):
+    """No matrix of an exact bundle is copied, and no record; what is copied are vectors and biases."""
+    signature = json.loads((bundles / "fp32" / "text.json").read_text())
+    files = MappedWeights(bundles / "fp32")
+    matrices = [entry for entry in signature["weights"] if len(entry["shape"]) > 1]
     assert not any(entry["aligned"] for entry in matrices)
-    file = runtime._map(bundles / "fp32", "weights/model.safetensors", {})
-    assert all(np.shares_memory(runtime._weight(file, entry), file) for entry in matrices)
+    for entry in matrices:
+        address = files.weight(entry).ctypes.data
+        assert any(start <= address < stop for start, stop in mappings(bundles / "fp32" / entry["file"]))
+    for entry in signature["experts"]:
+        table = files.table(entry)
+        assert table[0] == 0
+        for address, (name, _) in zip(table[1:], entry["records"], strict=True):
+            assert address % 4096 == 0
+            assert any(start <= address < stop for start, stop in mappings(bundles / "fp32" / name))
+
+
+def mappings(file):
+    """Where this process has `file` mapped."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))]
+    return [tuple(int(address, 16) for address in line[0].split("-")) for line in lines]
 
 
 def edited(bundle: Path, folder: Path, **target: object) -> Path:
@@ -211,7 +225,7 @@ def test_weights_outside_the_bundle_are_refused(bundles, tmp_path):
     folder = tmp_path / "out"
     shutil.copytree(bundles / "fp32", folder)
     described = json.loads((folder / "text.json").read_text())
-    described["weights"][0]["file"] = "../fp32/weights/model.safetensors"
+    described["weights"][0]["file"] = "../fp32/weights/text-00001.safetensors"
     (folder / "text.json").write_text(json.dumps(described))
     with pytest.raises(ArrieroError, match=r"text\.so: .*'\.\./fp32/.*', outside the bundle"):
         TvmBackend(folder, Manifest.read(folder).model, 1)

@@ -14,8 +14,8 @@
  *
  * --- Weight formats ---------------------------------------------------------------------------------------------
  * ARRIERO_F32, ARRIERO_BF16, ARRIERO_F16: the checkpoint's own bytes, of any alignment. A linear layer's matrix is
- *   [N,K]; a stack of experts is [E,K,N] (input-major), where gate_up has N = 2F, halves gate | up. `scales` is not
- *   read (may be null), `block` is 0. Values are widened exactly; sums are float32.
+ *   [N,K]; an expert's is [K,N] (input-major), where gate_up has N = 2F, halves gate | up. Scales are not read (a pointer
+ *   may be null), `block` is 0. Values are widened exactly; sums are float32.
  * ARRIERO_INT8, ARRIERO_INT4: symmetric integers, one float32 scale per output feature and `block` input features
  *   (a multiple of 16 that divides K; K itself is one scale per output). Activations are rounded to int8 per token and
  *   block: scale = absmax / 127, q = rint(x * (127 / absmax)); a block whose absmax is below 1e-30 counts as zeros.
@@ -29,8 +29,11 @@
  *                               b + 4 (high nibble) of its 8
  *   E4M3   u8 [P, K, 16]
  *   scales f32 [P, K/block, 16] (E4M3: [P, 16]), zero in padding.
- * Experts add a leading E. Their gate_up panels alternate, gate 0, up 0, gate 1, up 1, ..: [E, 2*ceil(F/16), ..].
+ * An expert's gate_up panels alternate, gate 0, up 0, gate 1, up 1, ..: [2*ceil(F/16), ..].
  * arriero.graphs.stored.packed_panels packs them.
+ *
+ * An expert is one record, at a multiple of 64 bytes: its gate_up, the scales of that, its down, the scales of that, each
+ * at an offset that is the same for all experts of a layer (arriero.graphs.stored.expert_record lays them out).
  */
 #ifndef ARRIERO_KERNELS_H
 #define ARRIERO_KERNELS_H
@@ -64,9 +67,12 @@ int32_t arriero_linear(int64_t format, int64_t block, const float* x, const void
                        int64_t T, int64_t N, int64_t K, void* workspace, int64_t part, int64_t parts);
 
 /* --- Expert dispatch: y[t] = sum_r down_e(silu(gate_e(s x[t])) * up_e(s x[t])), e = expert_id[t,r], s = score[t,r] ---
- * Three steps: prepare, gate_up, down. x [T,H], expert_id [T,R], score [T,R], y [T,H] (every element is written).
- * Weights of experts that no token is routed to are not touched. An id outside 0 .. E-1 adds nothing. Where down is in
- * integers, gate_up is cut into parts at multiples of its block, so a block of F leaves it to one thread. */
+ * Four steps: prepare, gate_up, down, sum. x [T,H], expert_id [T,R], score [T,R], y [T,H] (every element is written).
+ * `records` [E] says where each expert's record lies, `at` where in it the matrix is, `scales_at` its scales. An expert
+ * whose record is null is left out: gate_up and down may be run several times, each expert's rows in one pair of them, in
+ * any order, before sum. Weights of experts that no token is routed to are not touched. An id outside 0 .. E-1 adds
+ * nothing. Where down is in integers, gate_up is cut into parts at multiples of its block, so a block of F leaves it to
+ * one thread. */
 
 /* Bytes of workspace of one dispatch. */
 int64_t arriero_dispatch_workspace(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format,
@@ -78,15 +84,20 @@ int32_t arriero_dispatch_prepare(int64_t gate_up_format, int64_t gate_up_block, 
                                  const float* x, const int64_t* expert_id, const float* score, int64_t T, int64_t R,
                                  int64_t E, int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts);
 
-/* silu(gate) * up of every routed row, into the workspace. */
+/* silu(gate) * up of every row routed to one of `records`, into the workspace. */
 int32_t arriero_dispatch_gate_up(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
-                                 const void* gate_up, const float* gate_up_scales, int64_t T, int64_t R, int64_t E,
-                                 int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts);
+                                 const void* const* records, int64_t at, int64_t scales_at, int64_t T, int64_t R,
+                                 int64_t E, int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts);
 
-/* The down projections, summed over each token's experts, into y. */
+/* The down projections of the same rows, into the workspace, or into y where a token has one expert. */
 int32_t arriero_dispatch_down(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
-                              const void* down, const float* down_scales, float* y, int64_t T, int64_t R, int64_t E,
-                              int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts);
+                              const void* const* records, int64_t at, int64_t scales_at, float* y, int64_t T, int64_t R,
+                              int64_t E, int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts);
+
+/* Their sums over each token's experts, into y. Part p needs part p of down alone, not all of them. */
+int32_t arriero_dispatch_sum(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
+                             float* y, int64_t T, int64_t R, int64_t E, int64_t H, int64_t F, void* workspace,
+                             int64_t part, int64_t parts);
 
 /* --- Attention with an in-place key/value cache --------------------------------------------------------------------
  * q [B,S,Q*D], k and v [B,S,G*D] (rotated, normalised, tempered), positions int64 [B,S], key_cache and value_cache
@@ -116,10 +127,18 @@ int32_t arriero_attention(const float* q, const int64_t* positions, const float*
 int32_t arriero_run_linear(int64_t format, int64_t block, const float* x, const void* weight, const float* scales,
                            float* y, int64_t T, int64_t N, int64_t K, int64_t parts);
 
+/* `experts` i64 [1 + E] is the table of a layer's experts: first the address of its cache, of the library's own making
+ * (see expert_cache.h), or 0, then those of the records. With a cache the records' places are not read: it says which are
+ * in memory, and the dispatch computes them in the order in which they come. `at` [4]: gate_up, its scales, down, its
+ * scales. Also -1 where a record cannot be read. */
 int32_t arriero_run_dispatch(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
-                             const float* x, const int64_t* expert_id, const float* score, const void* gate_up,
-                             const float* gate_up_scales, const void* down, const float* down_scales, float* y,
-                             int64_t T, int64_t R, int64_t E, int64_t H, int64_t F, int64_t parts);
+                             int64_t gate_up_at, int64_t gate_up_scales_at, int64_t down_at, int64_t down_scales_at,
+                             const float* x, const int64_t* expert_id, const float* score, const int64_t* experts,
+                             float* y, int64_t T, int64_t R, int64_t E, int64_t H, int64_t F, int64_t parts);
+
+/* Starts to read those of a layer's experts that its cache lacks, for the dispatch of the same ids that follows; with no
+ * cache, nothing is to be done. `requested` [T,R] becomes a copy of the ids: so that graphs say what comes first. */
+int32_t arriero_run_request(const int64_t* expert_id, const int64_t* experts, int64_t* requested, int64_t T, int64_t R);
 
 int32_t arriero_run_attention(const float* q, const float* k, const float* v, const int64_t* positions,
                               float* key_cache, float* value_cache, float* out, int64_t B, int64_t S, int64_t Q,

@@ -1,4 +1,4 @@
-// The three steps of expert dispatch, as arriero_kernels.h tells them. A row is one (token, choice) pair.
+// The four steps of expert dispatch, as arriero_kernels.h tells them. A row is one (token, choice) pair.
 #pragma once
 
 #include "exponential.h"
@@ -44,6 +44,18 @@ inline int32_t dispatch_prepare(int64_t gate_up_format, int64_t gate_up_block, i
     return 0;
 }
 
+// A matrix of the expert whose record this is.
+inline Matrix in_record(int64_t format, const void* record, int64_t at, int64_t scales_at, int64_t features,
+                        int64_t outputs) {
+    const auto* bytes = static_cast<const uint8_t*>(record);
+    return {format, Layout::columns, bytes + at, reinterpret_cast<const float*>(bytes + scales_at), features, outputs};
+}
+
+// Where down's results go: with one choice per token, its row is the token's.
+inline Rows<float> down_rows(const DispatchWorkspace& space, float* y, int64_t R, int64_t H) {
+    return R == 1 ? Rows<float>{y, H} : Rows<float>{space.products, space.wide};
+}
+
 // silu(gate) * up of features [columns.begin, columns.end) of one row.
 inline void combine_row(bool panels, const float* products, int64_t F, Range columns, float* inner) {
     if (!panels) {
@@ -57,24 +69,23 @@ inline void combine_row(bool panels, const float* products, int64_t F, Range col
 }
 
 inline int32_t dispatch_gate_up(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
-                                const void* gate_up, const float* gate_up_scales, int64_t T, int64_t R, int64_t E,
-                                int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts) {
+                                const void* const* records, int64_t at, int64_t scales_at, int64_t T, int64_t R,
+                                int64_t E, int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts) {
     const DispatchWorkspace space(workspace, gate_up_format, gate_up_block, down_format, down_block, T, R, E, H, F,
                                   parts);
     auto* piece = reinterpret_cast<float*>(space.pieces + part * PIECE_BYTES);
     const bool panels = gate_up_format >= ARRIERO_E4M3, rounds = is_integer(down_format);
-    const Matrix stack{
-        gate_up_format, Layout::columns, gate_up, gate_up_scales, H, panels ? 2 * round_up(F, 16) : 2 * F};
+    const int64_t outputs = panels ? 2 * round_up(F, 16) : 2 * F;
     const Input x{{space.scaled, H}, space.rounded};
     const Rows<float> out{space.products, space.wide};
     for (int64_t e = 0; e < E; ++e) {
         const int64_t *order = space.order + space.start[e], count = space.start[e + 1] - space.start[e];
-        if (count == 0) continue;
+        if (count == 0 || !records[e]) continue;
         // whole blocks of the next product's rounding
         int64_t unit = column_unit(gate_up_format, count);
         if (rounds && unit < down_block) unit = down_block;
         const Range columns = share(F, unit, part, parts);
-        const Matrix expert = stack.at(e, gate_up_block);
+        const Matrix expert = in_record(gate_up_format, records[e], at, scales_at, H, outputs);
         if (panels) {
             product(expert, x, order, count, {2 * columns.begin, 2 * round_up(columns.end, 16)}, out, piece);
         } else {
@@ -91,21 +102,30 @@ inline int32_t dispatch_gate_up(int64_t gate_up_format, int64_t gate_up_block, i
 }
 
 inline int32_t dispatch_down(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
-                             const void* down, const float* down_scales, float* y, int64_t T, int64_t R, int64_t E,
-                             int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts) {
+                             const void* const* records, int64_t at, int64_t scales_at, float* y, int64_t T, int64_t R,
+                             int64_t E, int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts) {
     const DispatchWorkspace space(workspace, gate_up_format, gate_up_block, down_format, down_block, T, R, E, H, F,
                                   parts);
     auto* piece = reinterpret_cast<float*>(space.pieces + part * PIECE_BYTES);
-    const Matrix stack{down_format, Layout::columns, down, down_scales, F, H};
     const Input x{{space.inner, F}, space.inner_rounded};
-    // one choice per token: its row is the token's
-    const Rows<float> out = R == 1 ? Rows<float>{y, H} : Rows<float>{space.products, space.wide};
+    const Rows<float> out = down_rows(space, y, R, H);
     const Range columns = share(H, 64, part, parts);
-    const int64_t width = columns.end - columns.begin;
     for (int64_t e = 0; e < E; ++e) {
         const int64_t *order = space.order + space.start[e], count = space.start[e + 1] - space.start[e];
-        if (count) product(stack.at(e, down_block), x, order, count, columns, out, piece);
+        if (count == 0 || !records[e]) continue;
+        product(in_record(down_format, records[e], at, scales_at, F, H), x, order, count, columns, out, piece);
     }
+    return 0;
+}
+
+inline int32_t dispatch_sum(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
+                            float* y, int64_t T, int64_t R, int64_t E, int64_t H, int64_t F, void* workspace,
+                            int64_t part, int64_t parts) {
+    const DispatchWorkspace space(workspace, gate_up_format, gate_up_block, down_format, down_block, T, R, E, H, F,
+                                  parts);
+    const Rows<float> out = down_rows(space, y, R, H);
+    const Range columns = share(H, 64, part, parts);
+    const int64_t width = columns.end - columns.begin;
     for (int64_t i = space.start[E]; i < T * R; ++i) {
         __builtin_memset(out[space.order[i]] + columns.begin, 0, width * sizeof(float));
     }

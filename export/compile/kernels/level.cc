@@ -19,7 +19,7 @@
 namespace ARRIERO_LEVEL {
 
 extern const Kernels kernels;
-const Kernels kernels{NAME(ARRIERO_LEVEL), linear_prepare, linear,      dispatch_prepare,
-                      dispatch_gate_up,    dispatch_down,  cache_write, attention};
+const Kernels kernels{NAME(ARRIERO_LEVEL), linear_prepare, linear,      dispatch_prepare, dispatch_gate_up,
+                      dispatch_down,       dispatch_sum,   cache_write, attention};
 
 }  // namespace ARRIERO_LEVEL

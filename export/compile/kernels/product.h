@@ -17,16 +17,6 @@ struct Matrix {
     const float* scales;
     int64_t features;  // K
     int64_t outputs;   // N
-
-    // Matrix number `i` of a stack of matrices like this one.
-    Matrix at(int64_t i, int64_t block) const {
-        static constexpr int64_t bits[] = {32, 16, 16, 8, 8, 4};
-        const bool exact = format < ARRIERO_E4M3;
-        const int64_t stored = exact ? outputs : round_up(outputs, 16);
-        const int64_t stride = stored * features * bits[format] / 8;
-        const float* own = exact ? nullptr : scales + i * stored * (is_integer(format) ? features / block : 1);
-        return {format, layout, static_cast<const uint8_t*>(weight) + i * stride, own, features, outputs};
-    }
 };
 
 // Activations: float32, or rounded for integer formats.

@@ -1,5 +1,6 @@
 // Whole operators, as a compiled graph calls them: memory and threads of TVM's runtime around the kernels' steps.
 #include "arriero_kernels.h"
+#include "expert_cache.h"
 
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -56,33 +57,49 @@ class SpinBarrier {
     int32_t arrived_ = 0, round_ = 0;
 };
 
-// Runs all parts of each of `steps`, functions of (workspace, part), one step after the other.
+// Runs all parts of each of `steps`, functions of a part, one step after the other. Gives 0, or -1 without threads.
 template <class... Steps>
-int32_t run(int64_t bytes, int64_t parts, const Steps&... steps) {
-    void* space = TVMBackendAllocWorkspace(CPU, 0, bytes, 1, 8);
-    if (!space) return -1;
+int32_t launch(int64_t parts, const Steps&... steps) {
     SpinBarrier meeting;
     auto work = [&](int32_t task, int32_t tasks) {
         bool first = true;
         const auto do_step = [&](const auto& step) {
             if (!first && tasks > 1) meeting.wait(tasks);
             first = false;
-            for (int64_t part = task; part < parts; part += tasks) step(space, part);
+            for (int64_t part = task; part < parts; part += tasks) step(part);
         };
         (do_step(steps), ...);
     };
-    int32_t failed = 0;
     if (parts == 1) {
         work(0, 1);
-    } else {
-        const auto job = [](int task, ParallelEnvironment* environment, void* data) {
-            (*static_cast<decltype(work)*>(data))(task, environment->tasks);
-            return 0;
-        };
-        failed = TVMBackendParallelLaunch(job, &work, 0);
+        return 0;
     }
-    return TVMBackendFreeWorkspace(CPU, 0, space) || failed ? -1 : 0;
+    const auto job = [](int task, ParallelEnvironment* environment, void* data) {
+        (*static_cast<decltype(work)*>(data))(task, environment->tasks);
+        return 0;
+    };
+    return TVMBackendParallelLaunch(job, &work, 0) ? -1 : 0;
 }
+
+// Gives what `work`, a function of a workspace of so many bytes, gives; -1 where there is none.
+template <class Work>
+int32_t with_workspace(int64_t bytes, const Work& work) {
+    void* space = TVMBackendAllocWorkspace(CPU, 0, bytes, 1, 8);
+    if (!space) return -1;
+    const int32_t done = work(space);
+    return TVMBackendFreeWorkspace(CPU, 0, space) ? -1 : done;
+}
+
+// Runs `steps`, functions of (workspace, part).
+template <class... Steps>
+int32_t run(int64_t bytes, int64_t parts, const Steps&... steps) {
+    return with_workspace(bytes, [&](void* space) {
+        return launch(parts, [&](int64_t part) { steps(space, part); }...);
+    });
+}
+
+// The cache of a table of experts; null where all of them are mapped.
+ExpertLayer* cache_of(const int64_t* experts) { return reinterpret_cast<ExpertLayer*>(experts[0]); }
 
 }  // namespace
 
@@ -99,26 +116,46 @@ extern "C" int32_t arriero_run_linear(int64_t format, int64_t block, const float
     return rounds ? run(bytes, parts, prepare, multiply) : run(bytes, parts, multiply);
 }
 
+extern "C" int32_t arriero_run_request(const int64_t* expert_id, const int64_t* experts, int64_t* requested, int64_t T,
+                                       int64_t R) {
+    if (ExpertLayer* cache = cache_of(experts)) request_experts(cache, expert_id, T * R);
+    __builtin_memcpy(requested, expert_id, T * R * sizeof *requested);
+    return 0;
+}
+
 extern "C" int32_t arriero_run_dispatch(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format,
-                                        int64_t down_block, const float* x, const int64_t* expert_id,
-                                        const float* score, const void* gate_up, const float* gate_up_scales,
-                                        const void* down, const float* down_scales, float* y, int64_t T, int64_t R,
-                                        int64_t E, int64_t H, int64_t F, int64_t parts) {
-    const auto prepare = [&](void* space, int64_t part) {
-        arriero_dispatch_prepare(gate_up_format, gate_up_block, down_format, down_block, x, expert_id, score, T, R, E,
-                                 H, F, space, part, parts);
-    };
-    const auto inner = [&](void* space, int64_t part) {
-        arriero_dispatch_gate_up(gate_up_format, gate_up_block, down_format, down_block, gate_up, gate_up_scales, T, R,
-                                 E, H, F, space, part, parts);
-    };
-    const auto outer = [&](void* space, int64_t part) {
-        arriero_dispatch_down(gate_up_format, gate_up_block, down_format, down_block, down, down_scales, y, T, R, E, H,
-                              F, space, part, parts);
+                                        int64_t down_block, int64_t gate_up_at, int64_t gate_up_scales_at,
+                                        int64_t down_at, int64_t down_scales_at, const float* x,
+                                        const int64_t* expert_id, const float* score, const int64_t* experts, float* y,
+                                        int64_t T, int64_t R, int64_t E, int64_t H, int64_t F, int64_t parts) {
+    const auto compute = [&](void* space) {
+        ExpertLayer* cache = cache_of(experts);
+        ExpertWave wave{reinterpret_cast<const void* const*>(experts + 1), true};
+        const auto prepare = [&](int64_t part) {
+            arriero_dispatch_prepare(gate_up_format, gate_up_block, down_format, down_block, x, expert_id, score, T, R,
+                                     E, H, F, space, part, parts);
+        };
+        const auto inner = [&](int64_t part) {
+            arriero_dispatch_gate_up(gate_up_format, gate_up_block, down_format, down_block, wave.records, gate_up_at,
+                                     gate_up_scales_at, T, R, E, H, F, space, part, parts);
+        };
+        const auto outer = [&](int64_t part) {
+            arriero_dispatch_down(gate_up_format, gate_up_block, down_format, down_block, wave.records, down_at,
+                                  down_scales_at, y, T, R, E, H, F, space, part, parts);
+            if (!wave.last) return;
+            arriero_dispatch_sum(gate_up_format, gate_up_block, down_format, down_block, y, T, R, E, H, F, space, part,
+                                 parts);
+        };
+        for (bool first = true;; first = false) {
+            if (cache) wave = next_experts(cache);
+            if (!wave.records) return -1;
+            const int32_t failed = first ? launch(parts, prepare, inner, outer) : launch(parts, inner, outer);
+            if (failed || wave.last) return failed;
+        }
     };
     const int64_t bytes = arriero_dispatch_workspace(gate_up_format, gate_up_block, down_format, down_block, T, R, E,
                                                      H, F, parts);
-    return run(bytes, parts, prepare, inner, outer);
+    return with_workspace(bytes, compute);
 }
 
 extern "C" int32_t arriero_run_attention(const float* q, const float* k, const float* v, const int64_t* positions,

@@ -10,6 +10,7 @@ struct Kernels {
     decltype(&arriero_dispatch_prepare) dispatch_prepare;
     decltype(&arriero_dispatch_gate_up) dispatch_gate_up;
     decltype(&arriero_dispatch_down) dispatch_down;
+    decltype(&arriero_dispatch_sum) dispatch_sum;
     decltype(&arriero_cache_write) cache_write;
     decltype(&arriero_attention) attention;
 };

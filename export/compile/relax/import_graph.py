@@ -9,6 +9,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +22,72 @@ from tvm.relax.frontend.onnx import from_onnx, onnx_frontend
 from arriero.export.compile.relax import kernels as kernels
 from arriero.export.compile.relax import ops as ops
 from arriero.graphs.functions import ADD_LORA, CACHED_ATTENTION, EXPERT_DISPATCH
+from arriero.graphs.passes.bind_experts import REQUEST, TABLE
 from arriero.graphs.passes.replace_linear_with_kernel import LINEAR
 from arriero.graphs.passes.replace_lookup import LOOKUP
 
 THREADS = "threads"
 # Operators that read their weights at any alignment; all other code is generated for 64 bytes.
-ANY_ALIGNMENT = (LINEAR, LOOKUP, EXPERT_DISPATCH, ADD_LORA)
+ANY_ALIGNMENT = (LINEAR, LOOKUP, ADD_LORA)
 Convert = Callable[..., relax.Expr]
 
 
-def import_graph(path: Path) -> tuple[tvm.IRModule, ir.Graph, list[ir.ExternalTensor]]:
-    """The Relax module of the graph at `path`, the graph, and its weights in the order of their parameters.
+@dataclass(frozen=True)
+class ExpertTable:
+    """The input i64 [1 + E] `name` of a layer's experts: the layout of their records, and where each lies."""
 
-    Its `main` takes the graph's inputs, then `threads` u8 [parts], then the weights; bf16 ones as their bits.
+    name: str
+    layout: str
+    records: tuple[ir.ExternalTensor, ...]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """The Relax module of a graph, the graph, its tables of experts and its weights in the order of their parameters.
+
+    `main` takes the graph's inputs, then `threads` u8 [parts], the tables, and the weights; bf16 ones as their bits.
     """
+
+    module: tvm.IRModule
+    graph: ir.Graph
+    inputs: tuple[str, ...]  # `threads` is the last
+    tables: tuple[ExpertTable, ...]
+    weights: tuple[ir.ExternalTensor, ...]
+
+
+def import_graph(path: Path) -> Imported:
+    """Import the graph at `path`."""
     model = ir.load(path)
     # the importer knows Constant nodes in their tensor form only
     tidy.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    weights = _weights_to_inputs(model)
+    threads = ir.Value(name=THREADS, shape=ir.Shape([THREADS]), type=ir.TensorType(ir.DataType.UINT8))
+    model.graph.inputs.append(threads)
+    inputs = tuple(str(value.name) for value in model.graph.inputs)
+    tables = _tables_to_inputs(model.graph)
+    weights = _weights_to_inputs(model.graph)
     with _our_converters(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # the checker does not know our operators; none of it is a finding
         module = from_onnx(ir.to_proto(model), dtype_dict=None, sanitize_input_names=False)
-    return module, model.graph, weights
+    return Imported(module, model.graph, inputs, tables, weights)
 
 
-def _weights_to_inputs(model: ir.Model) -> list[ir.ExternalTensor]:
-    graph = model.graph
-    threads = ir.Value(name=THREADS, shape=ir.Shape([THREADS]), type=ir.TensorType(ir.DataType.UINT8))
-    graph.inputs.append(threads)
+def _tables_to_inputs(graph: ir.Graph) -> tuple[ExpertTable, ...]:
+    tables = []
+    for node in [node for node in graph if node.op_type == TABLE]:
+        value = node.outputs[0]
+        records = [graph.initializers.pop(str(record.name)).const_value for record in node.inputs if record is not None]
+        table = ir.Value(name=value.name, shape=value.shape, type=value.type)
+        value.replace_all_uses_with(table)
+        graph.remove(node, safe=True)
+        graph.inputs.append(table)
+        layout = node.attributes["layout"].as_string()
+        external = tuple(record for record in records if isinstance(record, ir.ExternalTensor))
+        assert len(external) == len(records)
+        tables.append(ExpertTable(str(value.name), layout, external))
+    return tuple(tables)
+
+
+def _weights_to_inputs(graph: ir.Graph) -> tuple[ir.ExternalTensor, ...]:
     weights = []
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
@@ -60,7 +99,7 @@ def _weights_to_inputs(model: ir.Model) -> list[ir.ExternalTensor]:
             value.type = ir.TensorType(ir.DataType.UINT16)
         graph.inputs.append(value)
         weights.append(tensor)
-    return weights
+    return tuple(weights)
 
 
 def convert_linear(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:
@@ -71,12 +110,18 @@ def convert_linear(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[
 
 
 def convert_dispatch(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:
-    """ExpertDispatch(x, expert_id, score, gate_up, scales?, down, scales?)."""
-    bits, block, down_bits, down_block = attr["forms"]
-    gate_up = _format(bits, block, inputs[3])
-    down = _format(down_bits, down_block, inputs[5 if bits else 4])
-    compute = kernels.dispatch(gate_up, down, attr["width"])
+    """ExpertDispatch(x, expert_id, score, table)."""
+    gate_up, down = (
+        kernels.expert_format(name.decode(), block, str(inputs[3]))
+        for name, block in zip(attr["formats"], attr["blocks"], strict=True)
+    )
+    compute = kernels.dispatch(gate_up, down, attr["at"], attr["width"])
     return bb.emit_te(compute, nodes[THREADS], *inputs, primfunc_name_hint="expert_dispatch")
+
+
+def convert_request(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:
+    """ExpertRequest(expert_id, table)."""
+    return bb.emit_te(kernels.request, *inputs, primfunc_name_hint="expert_request")
 
 
 def convert_add_lora(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:
@@ -124,6 +169,7 @@ def convert_gather(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[
 CONVERTERS: dict[str, Convert] = {
     LINEAR: convert_linear,
     LOOKUP: convert_lookup,
+    REQUEST: convert_request,
     EXPERT_DISPATCH: convert_dispatch,
     ADD_LORA: convert_add_lora,
     CACHED_ATTENTION: convert_attention,

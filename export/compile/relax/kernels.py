@@ -25,6 +25,7 @@ from arriero.errors import ArrieroError
 EXACT_FORMATS = {"float32": 0, "uint16": 1, "float16": 2}
 E4M3 = 3
 INTEGER_FORMATS = {8: 4, 4: 5}
+EXPERT_FORMATS = {"F32": 0, "BF16": 1, "F16": 2, "E4M3": 3, "INT8": 4, "INT4": 5}  # of a record's matrices
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,6 @@ class Format:
 
     number: int
     block: int = 0
-
-    @property
-    def scaled(self) -> bool:
-        """Whether scales come with the weights."""
-        return self.number in (E4M3, *INTEGER_FORMATS.values())
 
 
 def linear(form: Format, features: int) -> Callable[..., te.Tensor]:
@@ -56,27 +52,32 @@ def linear(form: Format, features: int) -> Callable[..., te.Tensor]:
     return compute
 
 
-def dispatch(gate_up: Format, down: Format, width: int) -> Callable[..., te.Tensor]:
-    """Give f(threads, x [.., H], expert_id [.., R], score [.., R], gate_up.., down..) -> y [.., H], F = `width`.
+def dispatch(gate_up: Format, down: Format, at: Sequence[int], width: int) -> Callable[..., te.Tensor]:
+    """Give f(threads, x [.., H], expert_id [.., R], score [.., R], experts [1 + E]) -> y [.., H], F = `width`.
 
-    Exact weights are one tensor each, integers two: panels and scales.
+    `at` are the four offsets in a record.
     """
-    forms = (gate_up.number, gate_up.block, down.number, down.block)
+    forms = (gate_up.number, gate_up.block, down.number, down.block, *at)
 
     def compute(threads: te.Tensor, x: te.Tensor, *rest: te.Tensor) -> te.Tensor:
-        expert_id, weights = rest[0], rest[2:]
-        half = 2 if gate_up.scaled else 1
+        expert_id, _, experts = rest
 
         def body(ins: Sequence[Any], outs: Sequence[Any]) -> None:
-            first, second = ins[4 : 4 + half], ins[4 + half :]
-            matrices = [[*_pointers(stack[:1]), _pointer_or_null(stack[1:])] for stack in (first, second)]
-            sizes = (_rows(x), expert_id.shape[-1], weights[0].shape[0], x.shape[-1], width, threads.shape[0])
-            arguments = (*_pointers(ins[1:4]), *matrices[0], *matrices[1], *_pointers(outs))
-            _run("arriero_run_dispatch", *forms, *arguments, *sizes)
+            sizes = (_rows(x), expert_id.shape[-1], experts.shape[0] - 1, x.shape[-1], width, threads.shape[0])
+            _run("arriero_run_dispatch", *forms, *_pointers(ins[1:]), *_pointers(outs), *sizes)
 
         return _extern(x.shape, [threads, x, *rest], body, "expert_dispatch")
 
     return compute
+
+
+def request(expert_id: te.Tensor, experts: te.Tensor) -> te.Tensor:
+    """Give a copy of expert_id [.., R], once those of the layer's `experts` [1 + E] are asked for."""
+
+    def body(ins: Sequence[Any], outs: Sequence[Any]) -> None:
+        _run("arriero_run_request", *_pointers(ins), *_pointers(outs), _rows(expert_id), expert_id.shape[-1])
+
+    return _extern(expert_id.shape, [expert_id, experts], body, "expert_request", "int64")
 
 
 def attention(heads: int, kv_heads: int, chunk: int) -> Callable[..., te.Tensor]:
@@ -114,8 +115,21 @@ def exact_format(dtype: str, name: str) -> Format:
     return Format(EXACT_FORMATS[dtype])
 
 
+def expert_format(name: str, block: int, layer: str) -> Format:
+    """The format `name` of a layer's experts. Raises ArrieroError for one that no kernel reads."""
+    if name not in EXPERT_FORMATS:
+        raise ArrieroError(
+            f"no kernel reads {name} weights", where=layer, expected=f"one of {', '.join(EXPERT_FORMATS)}"
+        )
+    return Format(EXPERT_FORMATS[name], block)
+
+
 def _extern(
-    shape: Sequence[Any], inputs: Sequence[te.Tensor], body: Callable[[Sequence[Any], Sequence[Any]], None], name: str
+    shape: Sequence[Any],
+    inputs: Sequence[te.Tensor],
+    body: Callable[[Sequence[Any], Sequence[Any]], None],
+    name: str,
+    result: str = "float32",
 ) -> te.Tensor:
     def build(ins: Sequence[Any], outs: Sequence[Any]) -> Any:
         with IRBuilder() as builder:
@@ -126,9 +140,9 @@ def _extern(
     # declared, because the buffers that `extern` makes by itself have free offsets, and no two such functions are equal
     out, *buffers = (
         tvm.tirx.decl_buffer(shape, dtype, name)
-        for shape, dtype in ((shape, "float32"), *((tensor.shape, tensor.dtype) for tensor in inputs))
+        for shape, dtype in ((shape, result), *((tensor.shape, tensor.dtype) for tensor in inputs))
     )
-    return te.extern([shape], list(inputs), build, name, dtype="float32", in_buffers=buffers, out_buffers=[out])
+    return te.extern([shape], list(inputs), build, name, dtype=result, in_buffers=buffers, out_buffers=[out])
 
 
 def _rows(x: te.Tensor) -> Any:
@@ -137,7 +151,7 @@ def _rows(x: te.Tensor) -> Any:
 
 def _run(function: str, *arguments: Any) -> None:
     done = tvm.tirx.call_extern("int32", function, *map(_int64, arguments))
-    with T.Assert(done == 0, f"TVM's runtime has no memory or no threads for {function}"):
+    with T.Assert(done == 0, f"TVM's runtime has no memory or no threads for {function}, or a weight cannot be read"):
         pass
 
 

@@ -23,7 +23,7 @@ from arriero.graphs.stored.packed_panels import (
 )
 from arriero.profiles.quantize import Quantized, dequantize, pack, quantize
 from tests import kernel_judge as judge
-from tests.call_kernels import ALIGNMENT, Kernels, Weight
+from tests.call_kernels import ALIGNMENT, Kernels, Weight, pack_experts
 from tests.kernel_emulated import RUNNER, EmulatedKernels, link_runner
 from tests.shared import locked
 
@@ -209,7 +209,7 @@ def test_a_nan_stays_in_its_token(kernels, draw, form, tokens):
 
 
 def experts(draw, gate_up_form, down_form, count, hidden, width, block):
-    """Stored gate_up and down, and the float64 weights [E, H, 2F] and [E, F, H] they stand for."""
+    """Stored experts, and the float64 weights [E, H, 2F] and [E, F, H] they stand for."""
     gate_up = normal(draw, count, hidden, 2 * width) * np.float32(hidden**-0.5)
     down = normal(draw, count, width, hidden) * np.float32(width**-0.5)
     stored, wide = [], []
@@ -226,7 +226,7 @@ def experts(draw, gate_up_form, down_form, count, hidden, width, block):
             values = dequantize(plain).astype(np.float64)
         stored.append(one)
         wide.append(values.swapaxes(1, 2))
-    return stored, wide
+    return pack_experts(*stored), wide
 
 
 ROUTES = {
@@ -250,7 +250,7 @@ def test_dispatch(kernels, draw, gate_up, down, route):
     expert_id = ROUTES[route](draw, count)
     x = normal(draw, len(expert_id), hidden)
     score = draw.uniform(0.1, 1, expert_id.shape).astype(np.float32)
-    found = kernels.dispatch(x, expert_id, score, *stored, width)
+    found = kernels.dispatch(x, expert_id, score, stored, width)
     wanted = judge.dispatch(x, expert_id, score, *wide)
     rounds = "int" in gate_up + down
     assert np.linalg.norm(found - wanted) <= (0.02 if rounds else SUM_ERROR) * np.linalg.norm(wanted)
@@ -264,7 +264,7 @@ def test_dispatch_of_sizes_that_fill_no_vector(kernels, draw, form, hidden, widt
     expert_id = draw.integers(0, 3, (tokens, 1))
     x, score = normal(draw, tokens, hidden), draw.uniform(0.1, 1, (tokens, 1)).astype(np.float32)
     wanted = judge.dispatch(x, expert_id, score, *wide)
-    found = kernels.dispatch(x, expert_id, score, *stored, width)
+    found = kernels.dispatch(x, expert_id, score, stored, width)
     assert np.linalg.norm(found - wanted) <= SUM_ERROR * np.linalg.norm(wanted)
 
 
@@ -278,7 +278,7 @@ def test_int_dispatch_is_two_rounded_products(kernels, draw, form, tokens):
     down, plain_down = stored_int(form, rows[1], block)
     expert_id = draw.integers(0, 2, (tokens, 1))
     x, score = normal(draw, tokens, hidden), draw.uniform(0.1, 1, (tokens, 1)).astype(np.float32)
-    found = kernels.dispatch(x, expert_id, score, gate_up, down, width)
+    found = kernels.dispatch(x, expert_id, score, pack_experts(gate_up, down), width)
     flips = 0
     for t, (e,) in enumerate(expert_id):
         one, two = (Quantized(p.packed[e], p.scales[e], p.bits, block) for p in (plain_gate_up, plain_down))
@@ -375,9 +375,24 @@ def test_results_do_not_depend_on_the_number_of_parts(library, draw, form):
     stored, _ = experts(draw, form, form, 4, hidden, width, 32)
     x, expert_id = normal(draw, 21, hidden), draw.integers(0, 4, (21, 1))
     score = draw.uniform(0.1, 1, (21, 1)).astype(np.float32)
-    one, *others = (Guarded(library, parts).dispatch(x, expert_id, score, *stored, width) for parts in (1, 2, 7))
+    one, *others = (Guarded(library, parts).dispatch(x, expert_id, score, stored, width) for parts in (1, 2, 7))
     for other in others:
         assert_array_equal(other, one)
+
+
+@pytest.mark.parametrize("form", ["bf16", "e4m3", "int8", "int4"])
+@pytest.mark.parametrize("route", ["spread", "two each", "some to none"])
+def test_experts_may_be_computed_in_any_order_some_at_a_time(library, draw, form, route):
+    hidden, width = 96, 160
+    stored, _ = experts(draw, form, form, 4, hidden, width, 32)
+    expert_id = ROUTES[route](draw, 4)
+    x, score = normal(draw, len(expert_id), hidden), draw.uniform(0.1, 1, expert_id.shape).astype(np.float32)
+    together, one_by_one, others = (
+        Guarded(library, 2).dispatch(x, expert_id, score, stored, width, waves)
+        for waves in (None, [[3], [0], [2], [1]], [[], [1, 2], [0, 3]])
+    )
+    assert_array_equal(one_by_one, together)
+    assert_array_equal(others, together)
 
 
 def test_a_level_that_there_is_not_changes_nothing(library):

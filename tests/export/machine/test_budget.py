@@ -8,9 +8,8 @@ from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.machine.budget import (
     check_budget,
     free_disk,
-    human_bytes,
-    parse_bytes,
 )
+from arriero.sizes import human_bytes, parse_bytes
 
 GIB = 1 << 30
 

@@ -17,7 +17,6 @@ from arriero.export.compile import MemoryBudget, tensorrt_rtx
 from arriero.export.compile.nvidia import gpus, tensorrt_api
 from arriero.export.compile.nvidia.gpus import Gpu
 from arriero.export.machine import versions
-from arriero.export.machine.budget import human_bytes
 from arriero.export.pipeline import build as building
 from arriero.export.pipeline import check_build, target_build
 from arriero.export.pipeline.check_fit import check_elements
@@ -26,6 +25,7 @@ from arriero.export.pipeline.stage_keys import stage_inputs
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.profiles.recipe import load_profile, shipped
 from arriero.runtimes.integrity import open_manifest
+from arriero.sizes import human_bytes
 from tests.command import arriero
 from tests.small import small_scout
 from tests.toys import make_scout_toy

@@ -24,7 +24,7 @@ def line(name: str, size: int, kl: float) -> Compared:
 
 
 def stored(dtype: str, *shape: int, scheme: str = "exact") -> StoredWeight:
-    return StoredWeight(dtype, shape, scheme, "text.safetensors")
+    return StoredWeight(dtype, shape, scheme, ("text.safetensors",))
 
 
 def test_bits_count_scales_but_not_routers_and_tables() -> None:
