@@ -30,6 +30,7 @@ from arriero.runtimes.backend import MemoryCap
 from arriero.runtimes.memory_cap import RecordSize, share_memory
 from arriero.runtimes.tvm import TvmBackend, anonymous_bytes
 from arriero.traits import PREFILL_PIECE
+from tests.command import arriero as arriero_command
 from tests.toys import make_maverick_toy, make_scout_toy
 
 CONTEXT, BATCH = 64, 3
@@ -243,6 +244,16 @@ print(json.dumps([texts, int(least) + 4, int(re.search(r"RssAnon:\\s+(\\d+)", st
         assert session.stats().experts.layers == ()
     assert used <= cap << 10
     assert layers
+
+
+def test_the_command_says_what_it_read(tvm_workshop):
+    asked = ("run", tvm_workshop / "bundles" / "int8", "What is 17 + 25?", "--max-tokens", 4, "--memory", "64GiB")
+    shown = arriero_command(*asked)
+    assert re.search(
+        r"experts: 100% fit in memory, \d+% of those needed were there, [\d.]+ \w+ read", " ".join(shown.err.split())
+    )
+    layers = arriero_command(*asked, "--json").json["reads"]["layers"]
+    assert all(layer["slots"] == layer["experts"] and layer["misses"] for layer in layers)
 
 
 def test_a_backend_that_keeps_to_no_cap_says_why(workshop):
