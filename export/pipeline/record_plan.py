@@ -24,7 +24,7 @@ from arriero.traits import SHARED_PACKAGES
 LAYOUTS = "graphs/sources"  # which are imported by name, so that only their folder shows what reads a checkpoint
 RECORDS = ("export/proof/write_record.py", "export/samples/cases.py", LAYOUTS)  # the sources that the stage begins in
 ENTRY_BYTES = 4 << 10  # of `record.json` for one case
-LOGIT_COPIES = 2.5  # of a case's logits while they are looked through for what is kept
+LOGIT_COPIES = 4  # of a case's logits while they are looked through for what is kept
 
 
 def answer_mode(build: BuildConfig) -> AnswerMode:
