@@ -84,7 +84,7 @@ TRAITS: dict[str, BackendTraits] = {
             head_multiple=8,
             packages=(Package("onnxruntime", "1.32", extra="onnxruntime", imports=("onnxruntime",)),),
             files=(".onnx",),
-            footprint=Footprint(compiler=70 << 20, stays=80 << 20),
+            footprint=Footprint(compiler=30 << 20, stays=70 << 20),
             switches_adapters=True,
             no_cap="it copies every weight into memory of its own",
         ),

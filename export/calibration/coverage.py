@@ -33,6 +33,7 @@ def describe_calibration(
     the run that finished it.
     """
     ranges = json.loads((folder / "ranges.json").read_text())
+    assert part.calibration is not None
     names = {name.removesuffix(".weight").partition(".layers.")[2]: seen for name, seen in ranges.items()}
     layers = sorted({int(name.partition(".")[0]) for name in names})
     return {

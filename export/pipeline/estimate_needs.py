@@ -58,9 +58,10 @@ def estimate_needs(
     chooses = any(profile.choose is not None for profile in calibrates)
     walked = record_bytes(seen, case_sizes) + walk_bytes(seen.text, case_sizes)
     calibrated = estimate.walk_disk(config, sizes) + estimate.roundings_disk(calibrates, used)
+    walk = estimate.calibration_memory(config, used, sizes, second, chooses)
     needs = {
         "graph": (TRACE_MEMORY + TRACE_LAYER * len(seen.text.layers), 0),
-        "calibrate": (estimate.calibration_memory(config, used, sizes, second, chooses), calibrated),
+        "calibrate": (walk, calibrated),
         **{
             name: (record_memory(seen, used, case_sizes, answers), walked)
             for name in names
@@ -71,8 +72,12 @@ def estimate_needs(
     compilers = min(COMPILERS, usable_cores()) * COMPILER_MEMORY
     table = sum(info.nbytes for info in used if info.name == EMBEDDING)
     longest = max((size[0] for size in case_sizes), default=0)
+    reading = {profile.name for profile in calibrates}
     for target in targets:
         takes = TRAITS[target.backend].footprint
+        if reading and (target.profile in reading or target.kv_cache == "int8"):  # the first that waits for it
+            needs["calibrate"] = (held - REFERENCE_MEMORY + walk, calibrated)
+            reading.clear()
         lowering = (held + _lower_memory(used, target), target.weights_bytes + GRAPH_DISK)
         if target.on_gpu:  # an engine beside the weights that it is made of
             engine = ENGINE_MEMORY + ENGINE_COPIES * target.weights_bytes
@@ -181,11 +186,13 @@ def _lower_memory(used: Iterable[WeightSource], target: PlannedTarget) -> int:
     matrices = [4 * math.prod(info.shape[-2:]) for info in used]
     experts = [4 * math.prod(info.shape[-2:]) for info in used if len(info.shape) > 2]
     pieces = max(min(max(matrices, default=0), LARGEST_PIECE), PIECE_COPIES * max(experts, default=0))
+    exact = set(target.weights) <= set(FLOATS)
     if takes.maps_weights:
-        return takes.compiler + pieces
+        linked = exact and TRAITS[target.backend].keeps_stored_dtype
+        return takes.compiler + (0 if linked else pieces)
     every = sum(4 * math.prod(info.shape) for info in used if len(info.shape) == 2 and info.name != EMBEDDING)
     head = sum(4 * math.prod(info.shape) for info in used if info.name == HEAD)
-    packed = every if set(target.weights) <= set(FLOATS) else head + PACKED_SHARE * (every - head)
+    packed = every if exact else head + PACKED_SHARE * (every - head)
     return takes.compiler + int(max(pieces, packed))
 
 

@@ -24,7 +24,6 @@ from arriero.traits import SHARED_PACKAGES
 LAYOUTS = "graphs/sources"  # which are imported by name, so that only their folder shows what reads a checkpoint
 RECORDS = ("export/proof/write_record.py", "export/samples/cases.py", LAYOUTS)  # the sources that the stage begins in
 ENTRY_BYTES = 4 << 10  # of `record.json` for one case
-LOGIT_COPIES = 2.5  # of a case's logits while they are looked through for what is kept
 
 
 def answer_mode(build: BuildConfig) -> AnswerMode:
@@ -68,9 +67,10 @@ def record_memory(
     config: ModelConfig, used: Sequence[WeightSource], sizes: Sequence[estimate.Size], answers: AnswerMode
 ) -> int:
     """Bytes that making the record holds: a layer and a case's step, or logits with what is sorted of a case's."""
-    lengths, token = [size[0] for size in sizes], 4 * config.text.vocab_size
-    largest = token * max(lengths, default=0)
-    head = 2 * 4 * VOCABULARY * config.text.hidden_size
-    logits = max(largest, min(LOGITS, token * sum(lengths))) + max(head, LOGIT_COPIES * largest)
+    text, lengths = config.text, [size[0] for size in sizes]
+    largest = 4 * text.vocab_size * max(lengths, default=0)
+    together = min(max(1, LOGITS // max(1, largest)), len(sizes)) * largest
+    head = 2 * 4 * VOCABULARY * text.hidden_size + together * VOCABULARY // text.vocab_size
+    logits = together + max(head, largest)
     walked = estimate.calibration_memory(config, used, sizes, second=False, whole=answers == "generated")
-    return max(walked, estimate.REFERENCE_MEMORY + int(logits))
+    return max(walked, estimate.REFERENCE_MEMORY + logits)

@@ -161,7 +161,7 @@ class _Writer:
                 file[rows] = logits if whole else getattr(kept, name)
             tops[rows] = top_tokens(logits, self.session.spec.image_token_id)
             forced.append(forced_ids(self.walk.ids(number), self.walk.answers[number], logits[-1], self.session.spec))
-            del logits
+            del logits, kept  # what one holds of the other too, before the next are made
             self.watch(f"{STEP}: logits", number + 1, len(self.cases), "cases")
         for file in files.values():
             file.flush()
