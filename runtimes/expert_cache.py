@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,16 +59,19 @@ class ExpertCache:
             raise MachineLacks("there is no memory, or no thread, for the cache of experts")
         # Its threads run code of the library, so they end before it goes, whoever drops the session; as a process ends
         # they may be left alone.
-        self.close = weakref.finalize(self, _close, close, self._cache, descriptors)
+        self._using = threading.Lock()
+        self.close = weakref.finalize(self, _close, close, self._cache, descriptors, self._using)
         self.close.atexit = False
 
     def statistics(self) -> CacheStatistics:
-        """What was found in memory and what was read, since the cache was opened."""
+        """What was found in memory and what was read, since the cache was opened; nothing once it is closed."""
         numbers = [int(re.findall(r"layers\.(\d+)", entry["name"])[0]) for entry in self._entries]
+        with self._using:
+            counts = self._counts().tolist() if self.close.alive else []
         reads = tuple(
             LayerReads(number, len(entry["records"]), slots, hits, misses, nbytes, read / 1e9, waits, waited / 1e9)
             for number, entry, slots, (hits, misses, nbytes, read, waits, waited, _) in zip(
-                numbers, self._entries, self._slots, self._counts().tolist(), strict=True
+                numbers, self._entries, self._slots, counts, strict=bool(counts)
             )
         )
         return CacheStatistics(reads, self.buffered)
@@ -102,8 +106,9 @@ def open_direct(path: Path) -> tuple[int, str | None]:
     return descriptor, None
 
 
-def _close(close: Any, cache: int, descriptors: Sequence[int]) -> None:
-    close(cache)
+def _close(close: Any, cache: int, descriptors: Sequence[int], using: threading.Lock) -> None:
+    with using:  # another thread may be counting
+        close(cache)
     _close_files(descriptors)
 
 

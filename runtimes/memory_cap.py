@@ -10,7 +10,7 @@ from arriero.runtimes.backend import MemoryCap, ModelSpec
 from arriero.sizes import human_bytes
 from arriero.traits import PREFILL_PIECE
 
-# What Python, the libraries and their threads come to hold after a bundle is opened; measured 10 to 25 MB.
+# What Python, the libraries and their threads may come to hold after a bundle is opened.
 MARGIN = 48 << 20
 STEP_FIXED = 16 << 20  # bytes of a step, whatever its size: workspaces of every thread
 STEP_SHARE = 8  # a larger piece of a prompt may take one part in so many of the experts' memory

@@ -32,10 +32,10 @@ class ChatCompletion:
         self.asked: AnswerFields = read_answer_fields(fields, models, options, None)
         self.messages = MessageReader(options).read(fields.items("messages"))
         top = fields.integer("top_logprobs", least=0, most=MOST_TOP_LOGPROBS)
-        wanted = fields.flag("logprobs")
-        if top is not None and not wanted:
+        shows_logprobs = fields.flag("logprobs")
+        if top is not None and not shows_logprobs:
             raise fields.refusal("top_logprobs", "goes with logprobs only")
-        self.shown: Settings = {"logprobs": (top or 0) if wanted else None}
+        self.shown: Settings = {"logprobs": (top or 0) if shows_logprobs else None}
         self.shown |= read_form(fields)  # type: ignore[typeddict-item]
         self.tools = self._tools(fields)
         fields.ignore(("parallel_tool_calls", "modalities", "reasoning_effort"))

@@ -51,7 +51,7 @@ def refusal_of(error: BaseException) -> RefusalError:
     if isinstance(error, TimeoutError):
         return RefusalError(504, "The answer took longer than the server allows.", code="timeout")
     if isinstance(error, MachineLacks):
-        return RefusalError(503, "The server has not got the memory for this now.", code="overloaded")
+        return RefusalError(503, f"The server lacks what this takes: {error.what}.", code="overloaded")
     if isinstance(error, ArrieroError):
         if "the session is closed" in error.what:
             return RefusalError(503, "The server is stopping.", code="stopping")

@@ -50,7 +50,7 @@ class Wrapped:
     """A backend with one of its methods replaced."""
 
     def __init__(self, inner: TorchBackend, **methods) -> None:
-        self.spec, self._inner = inner.spec, inner
+        self.spec, self.piece, self.few_rows, self._inner = inner.spec, inner.piece, inner.few_rows, inner
         for name in ("vision", "embed", "new_cache", "forward", "close"):
             setattr(self, name, methods.get(name, getattr(inner, name)))
 
