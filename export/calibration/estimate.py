@@ -18,7 +18,7 @@ from arriero.profiles.recipe import Profile
 
 # From runs on small models, as `benchmarks/plan_accuracy.py` makes them.
 REFERENCE_MEMORY = 345 << 20  # Python with torch and its mapped weights, after a graph was traced
-ROUNDING_MEMORY = 80 << 20  # what linear algebra keeps, and scales on their way
+LINEAR_MEMORY = 50 << 20  # what the libraries of linear algebra keep
 FACTORING = 3.3  # of second moments in float64, beside themselves: in GPTQ's order, inverted, halves on their way
 ROUND_BYTES = 14  # of a number in a matrix: read, in float32, rounded, packed
 PIECE_BYTES = 32  # of a number in the rows that are rounded at a time
@@ -57,7 +57,7 @@ def calibration_memory(
         own = 8 * (text.hidden_size**2 + text.expert_ffn**2) if text.moe_layers else 0
         alone = max((_rounding_memory(*_features(info)) for info in layers if len(info.shape) == 2), default=0)
         stacked = max((_rounding_memory(*_features(info)) for info in layers if len(info.shape) > 2), default=0)
-        walk = max(moments + walk, moments + alone, own + rows, own + stacked) + ROUNDING_MEMORY
+        walk = max(moments + walk, moments + alone, own + rows, own + stacked) + LINEAR_MEMORY
     return (
         REFERENCE_MEMORY + decoded_memory(used, whole) + max(walk, _tower(config.vision, tiles) if config.vision else 0)
     )

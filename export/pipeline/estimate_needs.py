@@ -78,7 +78,9 @@ def estimate_needs(
         if reading and (target.profile in reading or target.kv_cache == "int8"):  # the first that waits for it
             needs["calibrate"] = (held - REFERENCE_MEMORY + walk, calibrated)
             reading.clear()
-        lowering = (held + _lower_memory(used, target), target.weights_bytes + GRAPH_DISK)
+        first = target.backend not in used_before
+        compiling = takes.compiler if first else takes.compiler // 2
+        lowering = (held + compiling + _lower_memory(used, target), target.weights_bytes + GRAPH_DISK)
         if target.on_gpu:  # an engine beside the weights that it is made of
             engine = ENGINE_MEMORY + ENGINE_COPIES * target.weights_bytes
             lowering = (max(lowering[0], engine), 2 * target.weights_bytes + ENGINE_DISK)
@@ -86,7 +88,7 @@ def estimate_needs(
         if TRAITS[target.backend].compiles_for == "cpu":
             kernels = {name for name in names if name.startswith("kernels-")} - needs.keys()
             needs |= dict.fromkeys(kernels, (held + compilers, KERNELS_DISK))
-        if target.backend not in used_before and not target.done:
+        if first and not target.done:
             held += takes.stays
             used_before.add(target.backend)
         parity = held + _parity_memory(target, seen.text, table, longest)
@@ -189,11 +191,11 @@ def _lower_memory(used: Iterable[WeightSource], target: PlannedTarget) -> int:
     exact = set(target.weights) <= set(FLOATS)
     if takes.maps_weights:
         linked = exact and TRAITS[target.backend].keeps_stored_dtype
-        return takes.compiler + (0 if linked else pieces)
+        return 0 if linked else pieces
     every = sum(4 * math.prod(info.shape) for info in used if len(info.shape) == 2 and info.name != EMBEDDING)
     head = sum(4 * math.prod(info.shape) for info in used if info.name == HEAD)
     packed = every if exact else head + PACKED_SHARE * (every - head)
-    return takes.compiler + int(max(pieces, packed))
+    return int(max(pieces, packed))
 
 
 def _parity_memory(target: PlannedTarget, text: TextConfig, table: int, longest: int) -> int:

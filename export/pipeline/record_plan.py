@@ -73,4 +73,4 @@ def record_memory(
     head = 2 * 4 * VOCABULARY * text.hidden_size + together * VOCABULARY // text.vocab_size
     logits = together + max(head, largest)
     walked = estimate.calibration_memory(config, used, sizes, second=False, whole=answers == "generated")
-    return max(walked, estimate.REFERENCE_MEMORY + logits)
+    return max(walked, estimate.REFERENCE_MEMORY + estimate.LINEAR_MEMORY + logits)
