@@ -42,16 +42,17 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def whole(request: pytest.FixtureRequest, kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
     """A session of each backend over the same small model, with pieces small enough that prompts have several."""
-    monkeypatch.setattr(scheduler, "PREFILL_PIECE", 24)
     monkeypatch.setattr(pace_module, "LEAST", 8)
     workshop = request.getfixturevalue("tvm_workshop" if kind == "tvm" else "workshop")
     bundle = workshop / "bundles" / "fp32"
     with arriero.load(bundle, threads=2) as session:
         if kind != "reference":
+            monkeypatch.setattr(session.backend, "piece", 24)
             session.engine._scheduler = Scheduler(session.spec, EngineLimits(6, session.context))
             yield session
             return
         backend = TorchBackend.of(load_reference(workshop / "scout"))
+        monkeypatch.setattr(backend, "piece", 24)
         processor = Processor(bundle / "tokenizer", backend.spec)
         with Session(backend, processor, session.context, 6) as reference:
             yield reference
@@ -245,6 +246,7 @@ def test_answers_that_outgrow_the_memory_are_paused_and_go_on(
     with Session(toy, processor, context=200, batch=8) as session:
         alone = [session.generate(**case) for case in cases]
         for prefixes in (0, 1 << 24):
+            monkeypatch.setattr(session.backend, "piece", 24)
             session.engine._scheduler = Scheduler(session.spec, EngineLimits(8, 200, 160, prefixes))
             together = [stream.wait() for stream in [session.stream(**case) for case in cases]]
             for one, other in zip(alone, together, strict=True):

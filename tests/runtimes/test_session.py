@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from arriero.errors import ArrieroError
-from arriero.runtimes import session as session_module
 from arriero.runtimes.grammar import Form
 from arriero.runtimes.processor.chat import ChatOptions
 from arriero.runtimes.processor.processor import Processor, Prompt
@@ -30,7 +29,7 @@ def session(toy, processor):
 
 
 def test_prefill_pieces_keep_to_size_and_chunks_and_change_nothing(session, toy, monkeypatch):
-    monkeypatch.setattr(session_module, "PREFILL_PIECE", 5)
+    monkeypatch.setattr(toy, "piece", 5)
     ids = np.random.default_rng(0).integers(0, 256, 21)
     out = session.logits(ids, captures=True)
     assert toy.steps == [(1, 5), (1, 3), (1, 5), (1, 3), (1, 5)]
@@ -68,7 +67,7 @@ def test_images_go_through_the_tower_once_however_many_pieces(session, toy, monk
     images = [np.full((28, 28, 3), shade, np.uint8) for shade in (10, 200)]
     prompt = session.encode("compare", images)
     whole = session.logits(prompt.input_ids, prompt.pixel_values).logits
-    monkeypatch.setattr(session_module, "PREFILL_PIECE", 3)  # cuts inside an image's placeholders
+    monkeypatch.setattr(toy, "piece", 3)  # cuts inside an image's placeholders
     toy.images_seen = 0
     np.testing.assert_allclose(session.logits(prompt.input_ids, prompt.pixel_values).logits, whole, atol=2e-4)
     assert toy.images_seen == 1

@@ -84,6 +84,7 @@ def manifest(folder: Path, reference: TorchBackend, product: str, **changes: Any
         "kv_cache": "float32",
         "gpu": "sm_89",
         "plugins": {},
+        "shard": 4 << 30,
     }
     write_manifest(folder, model=reference.spec.entry(), target=target | changes, tools=tools)
 
