@@ -60,7 +60,7 @@ def test_beyond_the_limit_the_work_is_stopped_and_told_a_budget_that_would_do() 
     held: list[np.ndarray] = []
     with pytest.raises(ArrieroError) as caught, MemoryWatch(limit, "stage lower-x", interval=0.001) as watch:
         hoard(held)
-    assert 64 <= len(held) < 256
+    assert 32 < len(held) < 256  # what else the process holds grows and shrinks a little
     assert watch.peak < limit + (96 << 20)
     assert str(caught.value).startswith("budgets.host_memory: stage lower-x held ")
     assert "expected at most " in str(caught.value)
