@@ -40,8 +40,9 @@ from arriero.graphs.trace import trace_embed, trace_text
 from arriero.profiles.recipe import Profile, load_profile
 from arriero.runtimes.backend import MemoryCap
 from arriero.runtimes.cpu import architecture, describe_processor
+from arriero.runtimes.memory import anonymous_memory
 from arriero.runtimes.memory_cap import RecordSize
-from arriero.runtimes.tvm import TvmBackend, anonymous_bytes
+from arriero.runtimes.tvm import TvmBackend
 
 PARTS = {"text": trace_text, "embed": trace_embed}
 CONTEXT = 4096
@@ -120,7 +121,7 @@ def measure(folder: Path, config: ModelConfig, options: argparse.Namespace) -> d
         "drive_rate": drive,
         "buffered": buffered,
         "waited_share": totals["waited"] / seconds,
-        "anonymous": anonymous_bytes(),
+        "anonymous": anonymous_memory(),
     }
     backend.close()
     return result

@@ -71,12 +71,13 @@ def open_session(
     backend = open_bundle_backend(manifest, options)
     target = manifest.target
     per_token = sum(manifest.kv_bytes_per_token.get(layer.attention, 0) for layer in manifest.model.layers)
-    free = available_memory()
     rows = batch or target.batch
-    # what was planned for must always fit; more is admitted as far as the memory goes that is free now
-    tokens = None if free is None or not per_token else max(free // per_token, target.batch * target.context)
     if options.memory is not None:  # which has set them aside
-        tokens = rows * target.context
+        tokens: int | None = rows * target.context
+    else:
+        # what was planned for must always fit; more is admitted as far as the memory goes that is free now
+        free = available_memory()
+        tokens = None if free is None or not per_token else max(free // per_token, target.batch * target.context)
     limits = EngineLimits(rows, target.context, tokens, prefix_cache)
     return Session(
         backend, processor, target.context, rows, tuple(manifest.adapters), adapter, limits, manifest.chain.artifact

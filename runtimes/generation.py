@@ -44,6 +44,11 @@ class Generation:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     stop_text: str | None = None
 
+    @property
+    def token_s(self) -> float | None:
+        """Mean seconds from one token to the next; None for less than two."""
+        return self.decode_s / (len(self.token_ids) - 1) if len(self.token_ids) > 1 else None
+
 
 class Answer:
     """One row's answer: feed it logits with `take`, read `finished`, then `result`."""

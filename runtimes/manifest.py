@@ -47,12 +47,15 @@ class FileRecord:
     @classmethod
     def of(cls, path: Path) -> Self:
         """Read the file once and give its record."""
+        size = path.stat().st_size
+        if size <= CHUNK_BYTES:
+            return cls(size, file_sha256(path))
         whole, chunks = hashlib.sha256(), []
         with path.open("rb") as file:
             while chunk := file.read(CHUNK_BYTES):
                 whole.update(chunk)
                 chunks.append(hashlib.sha256(chunk).hexdigest())
-        return cls(path.stat().st_size, whole.hexdigest(), tuple(chunks) if len(chunks) > 1 else ())
+        return cls(size, whole.hexdigest(), tuple(chunks))
 
     def entry(self) -> dict[str, Any]:
         """What stands of it in JSON."""

@@ -1,4 +1,4 @@
-"""How much memory this process may still take, of the machine or of the control groups that bound it."""
+"""How much memory a process holds, and how much this one may still take of the machine or of its control groups."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import re
 from pathlib import Path
 
 from arriero.runtimes.cgroup import cgroup_folders, read_text
+
+
+def anonymous_memory(process: Path = Path("/proc/self")) -> int:
+    """Bytes of a process that no file stands behind, by its folder in /proc; 0 where it has ended."""
+    return status_bytes(process, "RssAnon")
+
+
+def status_bytes(process: Path, field: str) -> int:
+    """A size that /proc says of a process, in bytes; 0 where it says none."""
+    match = re.search(rf"^{field}:\s+(\d+) kB$", read_text(process / "status"), re.M)
+    return int(match.group(1)) * 1024 if match else 0
 
 
 def available_memory(root: Path = Path("/")) -> int | None:

@@ -291,10 +291,8 @@ class Session:
 
     def _read(self, prompt: Prompt, cache: Cache) -> Floats:
         """Prefill one row; gives the last position's logits [V]."""
-        for ids, features in self._pieces_of(prompt):
-            last = np.array([len(ids) - 1])
-            piece = partial(read_piece, ids=ids, features=features, cache=cache, logits_index=last)
-            logits = check_finite(self.engine.run(piece).logits[0, 0])
+        for step in self._read_into(cache, prompt, captures=False, every=False):
+            logits = check_finite(step.logits[0, 0])
         return logits
 
     def _steps_of(self, prompt: Prompt, captures: bool, every: bool) -> Iterator[StepOutput]:
@@ -302,6 +300,10 @@ class Session:
         if prompt.input_ids.size > self.context:
             raise self._too_long(prompt.input_ids.size, 0)
         cache = self._new_cache(1, prompt.input_ids.size, self.adapter)
+        return self._read_into(cache, prompt, captures, every)
+
+    def _read_into(self, cache: Cache, prompt: Prompt, captures: bool, every: bool) -> Iterator[StepOutput]:
+        """The same, into the one row of `cache`."""
         for ids, features in self._pieces_of(prompt):
             index = np.arange(0 if every else len(ids) - 1, len(ids))
             yield self.engine.run(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -38,9 +37,9 @@ from arriero.runtimes.backend import (
 )
 from arriero.runtimes.cache import KVCache, check_step
 from arriero.runtimes.cache_rows import CacheRows
-from arriero.runtimes.cgroup import read_text
 from arriero.runtimes.cpu import usable_cores
 from arriero.runtimes.expert_cache import ExpertCache
+from arriero.runtimes.memory import anonymous_memory
 from arriero.runtimes.memory_cap import MemoryShare, RecordSize, share_memory, step_bytes
 from arriero.runtimes.private_library import PrivateLibrary
 from arriero.runtimes.weight_files import MappedWeights, ReadWeights, WeightFiles, aligned, entry_bytes
@@ -73,7 +72,7 @@ class TvmBackend:
         weights: WeightFiles = MappedWeights(bundle) if memory is None else ReadWeights(bundle)
         share = MemoryShare((), PREFILL_PIECE)
         if memory is not None:
-            share = share_memory(memory, anonymous_bytes(), self._core_bytes(), text.sizes(), spec, self._step_bytes)
+            share = share_memory(memory, anonymous_memory(), self._core_bytes(), text.sizes(), spec, self._step_bytes)
         self.piece = share.piece
         for graph in self._graphs.values():
             graph.bind(weights)
@@ -280,9 +279,3 @@ def _unseen(package: str) -> Iterator[None]:
     finally:
         if hide:
             del sys.modules[package]
-
-
-def anonymous_bytes() -> int:
-    """Memory of this process that no file stands behind, which is what a cap counts."""
-    status = re.search(r"^RssAnon:\s+(\d+)", read_text(Path("/proc/self/status")), re.MULTILINE)
-    return 1024 * int(status[1]) if status else 0

@@ -16,9 +16,9 @@ import numpy as np
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.inside import climbs_out
+from arriero.runtimes.lazy_memory import NO_RESERVE
 
 ALIGNMENT = 64
-NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's number on x86-64 and ARM; Python has the name since 3.13
 DTYPES = {"FLOAT": np.float32, "BFLOAT16": np.uint16, "FLOAT16": np.float16, "UINT8": np.uint8}
 Entry = Mapping[str, Any]
 

@@ -257,7 +257,7 @@ def run(
         print_json(asdict(result) | ({"reads": asdict(reads)} if reads.layers else {}))
         return
     print()
-    rate = f", {(len(result.token_ids) - 1) / result.decode_s:.1f} tokens/s" if result.decode_s > 0 else ""
+    rate = f", {1 / result.token_s:.1f} tokens/s" if result.token_s else ""
     summary = (
         f"{result.prompt_tokens} prompt tokens, TTFT {1000 * result.ttft_s:.0f} ms, {len(result.token_ids)} tokens"
     )

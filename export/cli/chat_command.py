@@ -147,7 +147,7 @@ class _Talk:
         print()
         result, now = stream.result, self._session.stats()
         read, reused = now.prefilled_tokens - before.prefilled_tokens, now.reused_tokens - before.reused_tokens
-        rate = f", {(len(result.token_ids) - 1) / result.decode_s:.1f} tokens/s" if result.decode_s > 0 else ""
+        rate = f", {1 / result.token_s:.1f} tokens/s" if result.token_s else ""
         counts = f"{read} tokens read, {reused} read before, TTFT {1000 * result.ttft_s:.0f} ms"
         err.print(f"[dim]{counts}, {len(result.token_ids)} tokens{rate}[/]", highlight=False)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from types import TracebackType
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.cgroup import read_text
+from arriero.runtimes.memory import anonymous_memory, status_bytes
 from arriero.sizes import human_bytes
 
 SPARE = 1.25  # a budget is proposed with this much above what was reached
@@ -67,13 +67,12 @@ class MemoryWatch:
                 return
 
     def _sample(self) -> None:
-        own = _status(Path("/proc/self"))
+        own = Path("/proc/self")
         # a child that has not become another program yet shares this one's memory
-        name = read_text(Path("/proc/self/cmdline"))
-        programs = (folder for folder in _descendants(Path("/proc/self")) if read_text(folder / "cmdline") != name)
-        children = sum(_status(folder).get("RssAnon", 0) for folder in programs)
-        self.peak = max(self.peak, own.get("RssAnon", 0) + children)
-        self.resident = max(self.resident, own.get("VmHWM", 0))
+        name = read_text(own / "cmdline")
+        programs = (folder for folder in _descendants(own) if read_text(folder / "cmdline") != name)
+        self.peak = max(self.peak, anonymous_memory(own) + sum(map(anonymous_memory, programs)))
+        self.resident = max(self.resident, status_bytes(own, "VmHWM"))
 
     def _refusal(self) -> ArrieroError:
         assert self._limit is not None
@@ -98,12 +97,6 @@ def _raise_in(thread: int, error: type[BaseException] | None) -> None:
     """Let `error` be raised in a thread at its next step in Python; None takes back what was not raised yet."""
     value = None if error is None else ctypes.py_object(error)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), value)
-
-
-def _status(folder: Path) -> dict[str, int]:
-    """RssAnon and VmHWM of a process in bytes; nothing where it has ended."""
-    found = re.findall(r"^(RssAnon|VmHWM):\s+(\d+) kB$", read_text(folder / "status"), re.M)
-    return {key: int(kib) * 1024 for key, kib in found}
 
 
 def _descendants(folder: Path) -> Iterator[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from arriero.export.build_file.device import device_of
@@ -49,11 +49,15 @@ def estimate_needs(
     used: Sequence[WeightSource],
     targets: Sequence[PlannedTarget],
     calibrates: Sequence[Profile],
+    waiting: Collection[str],
     sizes: Sequence[estimate.Size],
     case_sizes: Sequence[estimate.Size],
     answers: AnswerMode,
 ) -> dict[str, Need]:
-    """Peak memory and disk of each of the stages `names`; `seen` is the model as far as the modalities need it."""
+    """Peak memory and disk of each of the stages `names`; `seen` is the model as far as the modalities need it.
+
+    `waiting` are the names of the targets that wait for calibration.
+    """
     second = any(profile.rounds_by_gptq for profile in calibrates)
     chooses = any(profile.choose is not None for profile in calibrates)
     walked = record_bytes(seen, case_sizes) + walk_bytes(seen.text, case_sizes)
@@ -72,12 +76,11 @@ def estimate_needs(
     compilers = min(COMPILERS, usable_cores()) * COMPILER_MEMORY
     table = sum(info.nbytes for info in used if info.name == EMBEDDING)
     longest = max((size[0] for size in case_sizes), default=0)
-    reading = {profile.name for profile in calibrates}
+    first_waiting = next((target.name for target in targets if target.name in waiting), None)
     for target in targets:
         takes = TRAITS[target.backend].footprint
-        if reading and (target.profile in reading or target.kv_cache == "int8"):  # the first that waits for it
+        if target.name == first_waiting:
             needs["calibrate"] = (held - REFERENCE_MEMORY + walk, calibrated)
-            reading.clear()
         first = target.backend not in used_before
         compiling = takes.compiler if first else takes.compiler // 2
         lowering = (held + compiling + _lower_memory(used, target), target.weights_bytes + GRAPH_DISK)
@@ -129,16 +132,9 @@ def plan_target(
     sizes: dict[str, int] = {"f32": adapters}
     for info in used:
         scheme = schemes[info.name]
-        label, size = scheme.dtype, 0 if isinstance(scheme, Chosen) else scheme.stored_bytes(info.shape)
-        if isinstance(scheme, Chosen):
-            assert profile.choose is not None
-            size = int(profile.choose.budget * 2 * math.prod(info.shape))
-        elif info.name == EMBEDDING and isinstance(scheme, Exact):
-            # The table is looked up, not multiplied, so it keeps its own dtype; a tied head is a second copy in f32.
-            sizes["f32"] = sizes.get("f32", 0) + (size if config.text.tied_embeddings else 0)
-            label, size = info.dtype.lower(), info.nbytes
-        elif TRAITS[target.backend].keeps_stored_dtype and isinstance(scheme, Exact) and len(info.shape) > 1:
-            label, size = info.dtype.lower(), info.nbytes
+        if info.name == EMBEDDING and isinstance(scheme, Exact) and config.text.tied_embeddings:
+            sizes["f32"] += scheme.stored_bytes(info.shape)  # the head is a second copy
+        label, size = stored_size(info, scheme, profile, TRAITS[target.backend].keeps_stored_dtype)
         sizes[label] = sizes.get(label, 0) + size
     return PlannedTarget(
         name=target.name,
@@ -155,6 +151,18 @@ def plan_target(
         done=state[f"lower-{target.name}"]
         and all(done for name, done in state.items() if split_stage(name)[0] == f"parity-{target.name}"),
     )
+
+
+def stored_size(info: WeightSource, scheme: Scheme, profile: Profile, keeps_stored_dtype: bool) -> tuple[str, int]:
+    """What a tensor's numbers are in a bundle, in one word, and its bytes; `keeps_stored_dtype` is the backend's."""
+    if isinstance(scheme, Chosen):
+        assert profile.choose is not None
+        return scheme.dtype, int(profile.choose.budget * 2 * math.prod(info.shape))
+    # the embedding's table is looked up, not multiplied, so it keeps its own dtype everywhere
+    kept = info.name == EMBEDDING or (keeps_stored_dtype and len(info.shape) > 1)
+    if isinstance(scheme, Exact) and kept:
+        return info.dtype.lower(), info.nbytes
+    return scheme.dtype, scheme.stored_bytes(info.shape)
 
 
 def _what_becomes_of(quantised: Iterable[str], schemes: Mapping[str, Scheme]) -> dict[str, int]:

@@ -14,21 +14,20 @@ from arriero.errors import ArrieroError
 from arriero.export.build_file.model_spec import model_spec
 from arriero.export.build_file.schema import BuildConfig
 from arriero.export.machine.read_speed import ReadSpeed, measure_read_speed
-from arriero.export.pipeline.estimate_needs import is_used
+from arriero.export.pipeline.estimate_needs import is_used, stored_size
 from arriero.export.pipeline.fitted_profiles import fitted_profiles
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig, TextConfig
 from arriero.graphs.names import EMBEDDING, expert_tensors
 from arriero.graphs.sources.weight_source import WeightSource
+from arriero.graphs.stored.safetensors_writer import ALIGNMENT
 from arriero.profiles.recipe import Profile
-from arriero.profiles.schemes import Exact
 from arriero.runtimes.backend import MemoryCap
 from arriero.runtimes.memory_cap import RecordSize, share_memory, step_bytes
 from arriero.runtimes.routing_trace import hit_rates, read_trace
 from arriero.traits import TRAITS
 
 PROCESS = 60 << 20  # Python with the libraries that a bundle is opened with
-PAGE = 4096
 # Of what all cores read from memory, a decoded token reads so much; kernels alone 0.8 to 0.9 (docs/performance.md).
 KERNEL_SHARE = 0.7
 
@@ -91,16 +90,12 @@ class StoredWeights:
         """Those of the tensors `used` under `profile`."""
         infos = {info.name: info for info in used}
         schemes = profile.assign(infos)
-        sizes = {
-            name: info.nbytes
-            if isinstance(schemes[name], Exact) and len(info.shape) > 1
-            else schemes[name].stored_bytes(info.shape)
-            for name, info in infos.items()
-        }
+        # backends that keep to a cap read exact matrices as they are stored
+        sizes = {name: stored_size(info, schemes[name], profile, True)[1] for name, info in infos.items()}
         stacks = [expert_tensors(layer) for layer in text.moe_layers]
         pools = [sum(sizes.pop(name) for name in names) for names in stacks]
         shared = [_sum_under(sizes, names[0].replace(".experts.gate_up_proj", ".shared_expert.")) for names in stacks]
-        records = tuple(-(-pool // text.experts // PAGE) * PAGE for pool in pools)
+        records = tuple(-(-pool // text.experts // ALIGNMENT) * ALIGNMENT for pool in pools)
         table = sizes.pop(EMBEDDING)
         return cls(table, sum(sizes.values()), records, tuple(shared))
 

@@ -53,7 +53,8 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
             hashes[name] = checkpoint.merged([folder]).known_content_hash(work.hash_memo) or ""
     refused.of(lambda: inputs.update(stage_inputs(build, content or "", profiles, hashes)))
     hashed = bool(content) and all(hashes.values())
-    needless = only is None and not any(reads_calibration(target, profiles) for target in build.targets)
+    waiting = {target.name for target in build.targets if reads_calibration(target, profiles)}
+    needless = only is None and not waiting
     keys = {name: key_of(name, values) for name, values in inputs.items() if not (name == "calibrate" and needless)}
     state = {name: hashed and work.is_done(name, key) for name, key in keys.items()}
     undone = {name for name in keys if not state[name] and (only is None or name in only)}
@@ -76,7 +77,7 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
         for target in build.targets
     )
     needs = estimate_needs(
-        keys, config, seen, used, targets, calibrating(profiles), sizes, case_sizes, answer_mode(build)
+        keys, config, seen, used, targets, calibrating(profiles), waiting, sizes, case_sizes, answer_mode(build)
     )
     work_to_do = Work(seen, used, sizes, case_sizes, answer_mode(build), calibrating(profiles))
     times = estimate_seconds(undone, work_to_do, targets, measure_speed()) if undone else {}

@@ -47,11 +47,11 @@ class BlockReader:
             kind = fields.text("type")
             fields.ignore(("cache_control", "citations"))
             if kind == "text":
-                entries.append({"type": "text", "text": _required(fields, "text")})
+                entries.append({"type": "text", "text": fields.required_text("text")})
             elif kind == "image" and role == "user":
                 entries.append({"type": "image", "image": self._image(fields)})
             elif kind == "tool_use" and role == "assistant":
-                function = {"name": _required(fields, "name"), "arguments": fields.take("input", {})}
+                function = {"name": fields.required_text("name"), "arguments": fields.take("input", {})}
                 calls.append({"id": fields.text("id"), "type": "function", "function": function})
             elif kind == "tool_result" and role == "user":
                 result = self._texts(fields.take("content", ""), fields.path("content"))
@@ -70,7 +70,7 @@ class BlockReader:
         if source is None or source.text("type") != "base64":
             raise fields.refusal("source", "is no base64; this server fetches nothing")
         source.ignore(("media_type",))
-        data = _required(source, "data")
+        data = source.required_text("data")
         source.refuse_others()
         return self._pictures.decode(source, "data", data)
 
@@ -85,14 +85,7 @@ class BlockReader:
             fields = Fields(block, f"{where}[{number}]")
             if fields.text("type") != "text":
                 raise fields.refusal("type", "is not text")
-            texts.append(_required(fields, "text"))
+            texts.append(fields.required_text("text"))
             fields.ignore(("cache_control", "citations"))
             fields.refuse_others()
         return "\n".join(texts)
-
-
-def _required(fields: Fields, name: str) -> str:
-    value = fields.text(name)
-    if value is None:
-        raise fields.refusal(name, "is missing; expected a string")
-    return value

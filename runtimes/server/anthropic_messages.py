@@ -72,11 +72,14 @@ class AnthropicMessage:
         read = [Fields(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
         functions = []
         for tool in read:
-            name = tool.text("name")
-            if name is None:
-                raise tool.refusal("name", "is missing; expected a string")
             parameters = tool.take("input_schema") or {"type": "object", "properties": {}}
-            functions.append({"name": name, "description": tool.text("description", ""), "parameters": parameters})
+            functions.append(
+                {
+                    "name": tool.required_text("name"),
+                    "description": tool.text("description", ""),
+                    "parameters": parameters,
+                }
+            )
             tool.ignore(("type", "cache_control"))
             tool.refuse_others()
         kind = "auto" if choice is None else choice.text("type")
@@ -146,7 +149,7 @@ class AnthropicMessage:
         return {**head, "content": content}
 
     def _reason(self, result: Generation, calls: bool) -> dict[str, Any]:
-        reason = {"length": "max_tokens", "cancelled": "end_turn"}.get(result.finish_reason, "end_turn")
+        reason = "max_tokens" if result.finish_reason == "length" else "end_turn"
         if result.stop_text is not None:
             reason = "stop_sequence"
         return {"stop_reason": "tool_use" if calls else reason, "stop_sequence": result.stop_text}

@@ -37,6 +37,13 @@ class Fields:
         """A string."""
         return self._typed(name, default, str, "a string")
 
+    def required_text(self, name: str) -> str:
+        """A string that must be there."""
+        value = self.text(name)
+        if value is None:
+            raise self.refusal(name, "is missing; expected a string")
+        return value
+
     def flag(self, name: str, default: bool = False) -> bool:
         """True or false."""
         return bool(self._typed(name, default, bool, "true or false"))

@@ -59,9 +59,7 @@ class MessageReader:
     def _entry(self, fields: Fields) -> dict[str, Any]:
         kind = fields.text("type")
         if kind == "text":
-            text = fields.text("text")
-            if text is None:
-                raise fields.refusal("text", "is missing; expected a string")
+            text = fields.required_text("text")
             fields.refuse_others()
             return {"type": "text", "text": text}
         if kind == "image_url":

@@ -42,8 +42,8 @@ class Metrics:
         """An answer is complete."""
         if generation.token_ids:
             self._first.observe(generation.ttft_s)
-        if len(generation.token_ids) > 1:
-            self._token.observe(generation.decode_s / (len(generation.token_ids) - 1))
+        if (seconds := generation.token_s) is not None:
+            self._token.observe(seconds)
 
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""

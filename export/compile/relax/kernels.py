@@ -25,7 +25,12 @@ from arriero.errors import ArrieroError
 EXACT_FORMATS = {"float32": 0, "uint16": 1, "float16": 2}
 E4M3 = 3
 INTEGER_FORMATS = {8: 4, 4: 5}
-EXPERT_FORMATS = {"F32": 0, "BF16": 1, "F16": 2, "E4M3": 3, "INT8": 4, "INT4": 5}  # of a record's matrices
+# of a record's matrices
+EXPERT_FORMATS = {
+    **dict(zip(("F32", "BF16", "F16"), EXACT_FORMATS.values(), strict=True)),
+    "E4M3": E4M3,
+    **{f"INT{bits}": number for bits, number in INTEGER_FORMATS.items()},
+}
 
 
 @dataclass(frozen=True)

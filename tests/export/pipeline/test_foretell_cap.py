@@ -63,6 +63,16 @@ def test_a_cap_below_the_core_is_refused_in_the_plan_too(maverick):
     assert small.tokens_per_second == 0.0
 
 
+def test_what_calibration_has_yet_to_choose_takes_its_budget(maverick):
+    profile, text = load_profile("mixed"), maverick[0].text
+    tensors = Checkpoint.open(SyntheticModel.parse("synthetic://maverick")).tensors
+    used = [info for name, info in tensors.items() if name.startswith("language_model.")]
+    weights = StoredWeights.of(text, used, profile)
+    numbers = 3 * text.hidden_size * text.expert_ffn
+    (record,) = set(weights.records)
+    assert record == pytest.approx(2 * profile.choose.budget * numbers, abs=4096)
+
+
 def test_a_trace_of_another_model_is_refused(maverick, tmp_path):
     file = tmp_path / "trace.jsonl"
     file.write_text(json.dumps({"prompt": 0, "token": 0, "answer": True, "layer": 3, "experts": [5]}) + "\n")

@@ -67,6 +67,20 @@ def serve() -> Iterator[Serve]:
             session.close()
 
 
+def let_say(toy: Any, session: Session, prompt: int, text: str) -> None:
+    """Let the toy answer prompts of so many tokens with `text`."""
+    tokens, forward = [*session.processor.tokenize(text).tolist(), 257], type(toy).forward
+
+    def saying(embeds: Any, positions: Any, cache: Any, index: Any, captures: bool = False) -> Any:
+        out = forward(toy, embeds, positions, cache, index, captures)
+        out.logits[...] = 0
+        for row, length in enumerate(cache.lengths.tolist()):
+            out.logits[row, :, tokens[min(max(length - prompt, 0), len(tokens) - 1)]] = 50
+        return out
+
+    toy.forward = saying
+
+
 @pytest.fixture
 def toy_session(toy: Any, processor: Processor) -> Session:
     limits = EngineLimits(4, 400, None, 1 << 24)

@@ -13,7 +13,7 @@ from PIL import Image
 
 import arriero
 from arriero.runtimes.session import Session
-from tests.runtimes.server.conftest import Serve, Served
+from tests.runtimes.server.conftest import Serve, Served, let_say
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello there"}]
 COLD = {"temperature": 0}  # which the client has no argument for
@@ -71,16 +71,7 @@ def test_calls_of_tools_and_their_results_go_both_ways(served: Served, toy_sessi
     tool: Any = {"name": "add", "description": "adds", "input_schema": {"type": "object", "properties": {}}}
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     prompt = len(toy_session.encode(HELLO, tools=[{"type": "function", "function": {"name": "add"}}]).input_ids)
-    tokens, forward = [*toy_session.processor.tokenize("[add(a=1)]").tolist(), 257], type(toy).forward
-
-    def saying(embeds: Any, positions: Any, cache: Any, index: Any, captures: bool = False) -> Any:
-        out = forward(toy, embeds, positions, cache, index, captures)
-        out.logits[...] = 0
-        for row, length in enumerate(cache.lengths.tolist()):
-            out.logits[row, :, tokens[min(max(length - prompt, 0), len(tokens) - 1)]] = 50
-        return out
-
-    toy.forward = saying
+    let_say(toy, toy_session, prompt, "[add(a=1)]")
     client = connect(served)
     fields: dict[str, Any] = {"model": "toy", "max_tokens": 40, "tools": [tool], "extra_body": COLD}
     answer = client.messages.create(messages=HELLO, **fields)
