@@ -3,11 +3,11 @@
     python benchmarks/true_width.py FOLDER --models scout:1 scout:2 maverick:2 --profiles int8 int4 --memory 6GiB
     python benchmarks/true_width.py FOLDER --report
 
-Sources are `synthetic://NAME?layers=N`: true widths, drawn weights. Each is planned and built for TVM in a process of its
-own under `budgets.host_memory`, measured, and deleted; a line per stage goes into FOLDER/stages.jsonl, and what stands
-there is not built again. `--report` prints the table and, where one model was built with several layers, the slope per
-layer and what it comes to for the whole model, which is extrapolated and not measured. Memory is the peak that the
-process holds beside mapped files (RssAnon), disk what the stage leaves.
+Sources are `synthetic://NAME?layers=N`: true widths, drawn weights. Each is planned and built for TVM in a process of
+its own under `budgets.host_memory`, measured, and deleted; a line per stage goes into FOLDER/stages.jsonl, and what
+stands there is not built again. `--report` prints the table and, where one model was built with several layers, the
+slope per layer and what it comes to for the whole model, which is extrapolated and not measured. Memory is the peak
+that the process holds beside mapped files (RssAnon), disk what the stage leaves.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SOURCE = ("model", "layers", "profile", "budget", "calibration", "parity")
 
 
 def write_samples(path: Path, tokens: int, each: int, seed: int) -> None:
-    """A set of at least `tokens` tokens in prompts of at least `each`, of words drawn from the tokenizer's vocabulary."""
+    """A set of at least `tokens` tokens in prompts of at least `each`, words of the tokenizer's vocabulary."""
     tokenizer = Tokenizer.from_file(str(EMBEDDED_MODEL / "tokenizer.json"))
     words = sorted(word for word in tokenizer.get_vocab() if word.isascii() and word.isalpha() and len(word) > 1)
     draw, lines = np.random.default_rng(seed), list[str]()
@@ -109,8 +109,8 @@ def report(rows: list[dict[str, Any]]) -> None:
         ratio = f"{memory[0] / memory[1]:6.2f}" if memory[1] else f"{'':6}"
         disk = row.get("disk", 0) / 1e9
         print(
-            f"{row['model']:9} {row['layers']:6} {row['profile']:8} {row['stage']:22} {memory[0]:8.2f} {memory[1]:8.2f} "
-            f"{ratio} {row['processor_seconds']:8.0f} {row['seconds']:8.0f} {disk:8.2f} "
+            f"{row['model']:9} {row['layers']:6} {row['profile']:8} {row['stage']:22} {memory[0]:8.2f} "
+            f"{memory[1]:8.2f} {ratio} {row['processor_seconds']:8.0f} {row['seconds']:8.0f} {disk:8.2f} "
             f"{1000 * disk / max(row['seconds'], 0.001):7.0f}"
         )
     kinds = dict.fromkeys((row["model"], row["profile"], row["stage"]) for row in rows)

@@ -19,13 +19,24 @@ def own(folder: Path) -> None:
     """Make `folder` and mark it, or take the one that is marked or empty. Raises ArrieroError for any other."""
     if is_owned(folder):
         return
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()) or _holds_foreign(folder):
+    if not may_own(folder):
         remedy = "Move it away, or choose another `output`"
         raise ArrieroError("is in the way of the build, and no build made it", where=str(folder), remedy=remedy)
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / f"{MARK}.{os.getpid()}"
     scratch.write_text(_mark(folder), encoding="utf-8")
     scratch.replace(folder / MARK)
+
+
+def may_own(folder: Path) -> bool:
+    """Whether `own` takes `folder`: it is ours, not there, or a folder without anything but what marking left that was
+    cut short.
+    """
+    if is_owned(folder):
+        return True
+    if folder.is_symlink() or not folder.is_dir():
+        return not (folder.is_symlink() or folder.exists())
+    return all(entry.name.startswith(f"{MARK}.") for entry in folder.iterdir())
 
 
 def is_owned(folder: Path) -> bool:
@@ -42,10 +53,10 @@ def remove_owned(folder: Path, first: str | None = None) -> None:
     An empty folder, which marking or deleting leaves when it is cut short, goes as well. Raises ArrieroError for any
     other without our mark; one that is not there is no error.
     """
-    if not folder.exists() and not folder.is_symlink():
-        return
-    if not is_owned(folder) and (folder.is_symlink() or not folder.is_dir() or _holds_foreign(folder)):
+    if not may_own(folder):
         raise ArrieroError("no build made it, so none deletes it", where=str(folder), remedy="Move it away")
+    if not folder.exists():
+        return
     if first is not None:
         (folder / first).unlink(missing_ok=True)
     for entry in folder.iterdir():
@@ -63,8 +74,3 @@ def _mark(folder: Path) -> str:
     """The mark names the folder, so that a copy under another name is not ours."""
     name = folder.name.removesuffix(PARTIAL)
     return f"6f0c27d1 {name}: made by `arriero build`, which deletes it with all that is in it\n"
-
-
-def _holds_foreign(folder: Path) -> bool:
-    """Whether an unmarked folder holds anything but a mark whose writing was cut short."""
-    return folder.is_dir() and any(not entry.name.startswith(f"{MARK}.") for entry in folder.iterdir())

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from arriero.errors import ArrieroError, Problems
-from arriero.export.pipeline.ownership import MARK, PARTIAL, is_owned, own, remove_owned
+from arriero.export.pipeline.ownership import MARK, PARTIAL, is_owned, may_own, own, remove_owned
 from arriero.runtimes.manifest import FILE
 from arriero.runtimes.proof.record import FILE as RECORD
 
@@ -66,7 +66,7 @@ class Publisher:
             remedy = "Remove the link, or make the folder that it points into"
             return [ArrieroError("is a symbolic link to nowhere", where=str(final), remedy=remedy)]
         staging, problems = _staging(place), []
-        if staging.exists() and not is_owned(staging) and (not staging.is_dir() or any(staging.iterdir())):
+        if not may_own(staging):
             what = "is where the bundle is put together, and no build made it"
             problems.append(ArrieroError(what, where=str(staging), remedy="Move it away, or rename the target"))
         remedy = "Choose another `output` or target name, or move it away"

@@ -13,7 +13,7 @@ import pytest
 
 from arriero.errors import ArrieroError
 from arriero.export.pipeline.failure_page import FailurePage
-from arriero.export.pipeline.ownership import is_owned, own, remove_owned
+from arriero.export.pipeline.ownership import MARK, is_owned, own, remove_owned
 from arriero.export.pipeline.stages import WorkDir
 
 
@@ -46,6 +46,7 @@ def test_publish_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
 CUT = """
 import json, os, shutil, signal, sys
 from pathlib import Path
+from arriero.export.pipeline.ownership import MARK
 from arriero.export.pipeline.stages import WorkDir
 
 left = int(sys.argv[2])
@@ -119,6 +120,17 @@ def test_what_is_in_the_way_is_refused_and_kept(tmp_path: Path) -> None:
     with work.locked(), pytest.raises(ArrieroError, match="in the way of the build"):
         work.bundles.prepare(tmp_path / "int8")
     assert (mine / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_kill_while_the_mark_is_written_is_in_nobodys_way(tmp_path: Path) -> None:
+    work = WorkDir(tmp_path)
+    staging = tmp_path / "int8.partial"
+    staging.mkdir()
+    (staging / f"{MARK}.4711").write_text("cut sho")
+    assert work.bundles.problems(tmp_path / "int8") == []
+    publish(work, "first")
+    assert text_of(tmp_path / "int8") == "first"
+    assert not staging.exists()
 
 
 def test_files_that_a_user_put_into_a_bundle_are_never_deleted(tmp_path: Path) -> None:
