@@ -4,7 +4,7 @@
 
 12 layers (every fourth NoPE and global), hidden 1,024, 16 experts of 2,048 top-1 and a shared one, 16 query and 4
 key/value heads of 64, vocabulary 32,000, bf16. The same seed gives the same bytes; the tokenizer is that of the
-embedded model.
+embedded model, whose vocabulary has a word for every further id, so that each token of an answer is some text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from arriero.graphs.config import ModelConfig
 from arriero.graphs.names import TEXT_PREFIX, expected_tensors
 
 CHASQUI = Path(__file__).parents[1] / "models" / "chasqui"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TOKENIZER = "tokenizer.json"
+BESIDE = ("tokenizer_config.json", "chat_template.jinja")
 CONFIG = {
     "architectures": ["Llama4ForCausalLM"],
     "model_type": "llama4_text",
@@ -61,12 +62,16 @@ def write_model(folder: Path, seed: int, changes: Mapping[str, Any] | None = Non
     `changes` are to `CONFIG`.
     """
     folder.mkdir(parents=True)
-    for name in TOKENIZER:
-        if (CHASQUI / name).exists():
-            shutil.copy(CHASQUI / name, folder)
+    for name in BESIDE:
+        shutil.copy(CHASQUI / name, folder)
     ids = json.loads((CHASQUI / "config.json").read_text())["text_config"]
     config = CONFIG | dict(changes or {}) | {key: ids[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
+    tokenizer = json.loads((CHASQUI / TOKENIZER).read_text())
+    known = 1 + max(token["id"] for token in tokenizer["added_tokens"])
+    # no merge leads to these words, so that no prompt has one
+    tokenizer["model"]["vocab"] |= {f"w{token}": token for token in range(known, config["vocab_size"])}
+    (folder / TOKENIZER).write_text(json.dumps(tokenizer))
     draw, files, where = torch.Generator().manual_seed(seed), {}, {}
     for name, shape in expected_tensors(ModelConfig.from_dict(config, "config.json")).items():
         parts = name.split(".")

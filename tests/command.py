@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 from arriero.export.cli.app import main
+from arriero.runtimes.manifest import file_sha256
 
 BUILD = """\
 version: 1
@@ -59,7 +59,7 @@ def arriero(*arguments: str | Path, stdin: str = "") -> Result:
 
 def write_build(
     file: Path,
-    model: Path,
+    model: Path | str,
     modalities: str = "text, image",
     profiles: tuple[str, ...] = ("fp32",),
     samples: int = 4,
@@ -84,7 +84,5 @@ def write_build(
 def contents(folder: Path) -> dict[str, str]:
     """The sha256 of every file in a folder, by its path."""
     return {
-        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
+        file.relative_to(folder).as_posix(): file_sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()
     }

@@ -58,9 +58,9 @@ def calibration_memory(
         alone = max((_rounding_memory(*_features(info)) for info in layers if len(info.shape) == 2), default=0)
         stacked = max((_rounding_memory(*_features(info)) for info in layers if len(info.shape) > 2), default=0)
         walk = max(moments + walk, moments + alone, own + rows, own + stacked) + LINEAR_MEMORY
-    return (
-        REFERENCE_MEMORY + decoded_memory(used, whole) + max(walk, _tower(config.vision, tiles) if config.vision else 0)
-    )
+    tower = _tower(config.vision, tiles) if config.vision else 0
+    embedding, afterwards = decoded_memory(used, whole)
+    return REFERENCE_MEMORY + max(embedding + tower, afterwards + walk)
 
 
 def _rounding_memory(outputs: int, inputs: int) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from arriero.graphs.names import EMBEDDING, HEAD, TEXT_PREFIX
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.groups import LAYER
 
-ROOM = 2 << 30  # bytes of decoded weights
+ROOM = 2 << 30  # bytes of decoded weights that may stay
 LOGITS = 256 << 20  # bytes of the logits of cases that go through the head together
 VOCABULARY = 4096  # rows of the head at a time
 LAYERS = f"{TEXT_PREFIX}model.layers"  # the module that holds the decoder's layers
@@ -34,16 +34,25 @@ def group_of(name: str) -> str:
     return f"{layer}.feed_forward" if ".experts." in name else layer
 
 
-def decoded_memory(used: Iterable[WeightSource], whole: bool) -> int:
-    """The most bytes of decoded weights that the reference holds at a time.
+def fits(used: Iterable[WeightSource]) -> bool:
+    """Whether all that is decoded stays once it is there; else nothing stays that is not needed right then."""
+    return sum(source.nbytes for source in used if is_decoded(source)) <= ROOM
 
-    `whole`: whether it runs whole layers, in place of going through them expert by expert.
+
+def decoded_memory(used: Collection[WeightSource], whole: bool) -> tuple[int, int]:
+    """The most bytes of decoded weights that the reference holds while it embeds, and afterwards.
+
+    `whole`: whether it runs whole layers and the head, in place of going through experts and rows one by one.
     """
     groups: dict[str, int] = {}
     for source in used:
         group = group_of(source.name)
-        if is_decoded(source) and (whole or not group.endswith(".feed_forward")):
+        if is_decoded(source) and (whole or not (group.endswith(".feed_forward") or source.name == HEAD)):
             needed = group.removesuffix(".feed_forward")  # a layer that runs needs its experts beside its matrices
             groups[needed] = groups.get(needed, 0) + source.nbytes
     outside = groups.pop("", 0)
-    return outside + min(sum(groups.values()), max(ROOM, max(groups.values(), default=0)))
+    embedding = groups.get(group_of(EMBEDDING), 0)
+    if fits(used):
+        return outside + embedding, outside + sum(groups.values())
+    groups.pop(group_of(EMBEDDING), None)
+    return outside + embedding, outside + max(groups.values(), default=0)

@@ -1,36 +1,37 @@
 """The weights of the reference: mapped from their files, and those that are decoded, a few layers of them at a time.
 
-A decoded weight is made in float32 when it is needed: a layer's matrices together, its experts, the embedding and the
-head each apart. They stay until others need the room, so that a small model is decoded once, and of a large one no more
-than `ROOM` or what is needed at a time is held. Whoever goes through a layer expert by expert asks for one after the
-other, and they are not held at all.
+A decoded weight is made when it is needed: a layer's matrices together, its experts, the embedding and the head each
+apart. Of a model that fits `ROOM` they stay, so that it is decoded once; of a larger one they go as others are needed,
+since all of it comes round before any is needed again. Whoever goes through a layer expert by expert asks for one after
+the other, and they are not held at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from arriero.export.proof.decoded_memory import LAYERS, ROOM, group_of, is_decoded
+from arriero.export.proof.decoded_memory import LAYERS, fits, group_of, is_decoded
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.model import Llama4
 from arriero.graphs.names import EMBEDDING, HEAD, expert_tensors
 
 
 class ResidentWeights:
-    """Fills a model on the meta device from a checkpoint, and keeps what is decoded within `ROOM`."""
+    """Fills a model on the meta device from a checkpoint, and holds of what is decoded all or what is needed."""
 
-    def __init__(self, model: Llama4, checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    def __init__(self, model: Llama4, checkpoint: Checkpoint, names: Collection[str]) -> None:
         """Give `model` the tensors `names`; decoded ones come with the first call of the module that reads them."""
         self._checkpoint = checkpoint
         self._groups: dict[str, list[str]] = {}  # path of the module whose call needs them -> tensors
-        self._held: dict[str, int] = {}  # group -> bytes, the longest unused first
+        self._held: set[str] = set()
         self._pinned: list[str] = []
         self._model = model
+        self._all_stay = fits(checkpoint.tensors[name] for name in names)
         tied = model.config.text.tied_embeddings  # then the head reads the embedding, which nobody calls for it
         for name in names:
             group = group_of(name)
@@ -71,22 +72,17 @@ class ResidentWeights:
             self._pinned.remove(group)
 
     def _load(self, group: str) -> None:
-        if group not in self._groups:
+        if group not in self._groups or group in self._held:
             return
-        if group in self._held:
-            self._held[group] = self._held.pop(group)
-            return
-        size = sum(self._checkpoint.tensors[name].nbytes for name in self._groups[group])
         # a layer that runs needs its own matrices beside its experts
-        for other in [one for one in self._held if one not in self._pinned and not group.startswith(f"{one}.")]:
-            if sum(self._held.values()) + size <= ROOM:
-                break
+        over = {one for one in self._held if one not in self._pinned and not group.startswith(f"{one}.")}
+        for other in set() if self._all_stay else over:
             for name in self._groups[other]:
                 self._set(name, torch.empty(self._checkpoint.tensors[name].shape, device="meta"))
-            del self._held[other]
+            self._held.remove(other)
         for name in self._groups[group]:
             self._set(name, self._checkpoint.torch_tensor(name))
-        self._held[group] = size
+        self._held.add(group)
 
     def _set(self, name: str, values: torch.Tensor) -> None:
         owner, _, leaf = name.rpartition(".")

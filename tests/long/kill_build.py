@@ -1,9 +1,11 @@
 """Kills a build at many seeded moments over all of its stages, goes on, and compares the final bytes but for times.
 
 A moment is the n-th time that the build opens, renames or deletes something under its output, so that short stages and
-publishing are struck as often as long ones. Several kills strike one output before it is built to the end.
+publishing are struck as often as long ones; of a named model it is a time, so that long work is struck where it is.
+Several kills strike one output before it is built to the end.
 
     python -m tests.long.kill_build FOLDER --kills 100
+    python -m tests.long.kill_build FOLDER --kills 20 --model 'synthetic://scout?layers=1'
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -65,10 +68,20 @@ def prepare(folder: Path) -> Path:
     return file
 
 
-def build(file: Path, last: int) -> subprocess.CompletedProcess[str]:
-    """Run the build until event number `last`; 0 for to its end."""
-    output = file.parent / "bundles"
-    return subprocess.run([sys.executable, "-c", CHILD, output, str(last), file], capture_output=True, text=True)
+def prepare_named(folder: Path, model: str) -> Path:
+    """A build of `model` for TVM in int8, whose stages take their time at a real size."""
+    file = write_build(folder / "build.yaml", model, "text", ("int8",), samples=4, backend="tvm")
+    file.write_text(file.read_text().replace("parity: {", "parity: {answers: forced, "))
+    return file
+
+
+def build(file: Path, last: int = 0, seconds: float | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the build until event number `last`, 0 for to its end, or for so many seconds."""
+    command = [sys.executable, "-c", CHILD, file.parent / "bundles", str(last), file]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired as late:  # `run` has killed it
+        return subprocess.CompletedProcess(late.cmd, -signal.SIGKILL, "", "")
 
 
 def ended(done: subprocess.CompletedProcess[str]) -> int:
@@ -104,29 +117,43 @@ def under_way(output: Path) -> str:
     return "publishing" if any(output.glob("*.partial")) else "between stages"
 
 
-def run(folder: Path, kills: int, seed: int, per_output: int, tell: Callable[[str], None] = print) -> Counter[str]:
+def run(
+    folder: Path,
+    kills: int,
+    seed: int,
+    per_output: int,
+    model: str | None = None,
+    tell: Callable[[str], None] = print,
+) -> Counter[str]:
     """Kill `kills` times and give how often each stage was struck. Raises KillingFailed where anything differs."""
-    file, drawn, struck = prepare(folder), random.Random(seed), Counter[str]()
+    file = prepare(folder) if model is None else prepare_named(folder, model)
+    drawn, struck = random.Random(seed), Counter[str]()
     output = file.parent / "bundles"
-    events = ended(build(file, 0))
+    started = time.monotonic()
+    events = ended(build(file))
+    seconds = time.monotonic() - started
     expected = result(output)
-    tell(f"an undisturbed build has {events} events and {len(expected)} files")
+    tell(f"an undisturbed build has {events} events, {len(expected)} files and takes {seconds:.0f} s")
     while sum(struck.values()) < kills:
         shutil.rmtree(output)
-        moments = []
+        moments = list[float]()
         for _ in range(min(per_output, kills - sum(struck.values()))):
-            moments.append(drawn.randint(1, events))
-            done = build(file, moments[-1])
+            if model is None:
+                moments.append(drawn.randint(1, events))
+                done = build(file, last=moments[-1])
+            else:
+                moments.append(round(drawn.uniform(0, seconds), 1))
+                done = build(file, seconds=moments[-1])
             if done.returncode != -signal.SIGKILL:
                 ended(done)  # what was left had fewer events
                 break
             struck[under_way(output)] += 1
-        ended(build(file, 0))
+        ended(build(file))
         made = result(output)
         different = sorted(name for name in {*made, *expected} if made.get(name) != expected.get(name))
         if different:
             raise KillingFailed(f"killed at {moments}: {', '.join(different)}")
-        tell(f"{sum(struck.values())} kills, the last at events {moments}: equal bytes")
+        tell(f"{sum(struck.values())} kills, the last at {moments}: equal bytes")
     return struck
 
 
@@ -137,9 +164,10 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--per-output", type=int, default=4, help="kills before a build is left to end")
+    parser.add_argument("--model", help="what to build in place of a small model that is written")
     options = parser.parse_args()
     options.folder.mkdir(parents=True)
-    struck = run(options.folder.absolute(), options.kills, options.seed, options.per_output)
+    struck = run(options.folder.absolute(), options.kills, options.seed, options.per_output, options.model)
     for stage, count in sorted(struck.items()):
         print(f"{count:4} in {stage}")
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from arriero.errors import ArrieroError
 from arriero.export.calibration.calibrate import Calibration, fallbacks
-from arriero.export.proof import resident
+from arriero.export.proof import decoded_memory
 from arriero.export.proof.reference import TorchBackend
 from arriero.export.proof.walk_layers import Walk
 from arriero.graphs.checkpoint import Checkpoint
@@ -369,7 +369,7 @@ def test_a_layer_that_runs_is_not_given_up_for_its_own_experts(
     """With room for nothing, each layer has what it needs all the same."""
     checkpoint = Checkpoint.open(TOYS[name](tmp_path / "toy"))
     checkpoint.layout.tensors.update({name: _decoded(source, []) for name, source in checkpoint.tensors.items()})
-    monkeypatch.setattr(resident, "ROOM", 1)
+    monkeypatch.setattr(decoded_memory, "ROOM", 1)
     ids, every = np.arange(3, 3 + LENGTH)[None], np.arange(LENGTH)
     logits = []
     for backend in (TorchBackend(checkpoint), TorchBackend.of(load_reference(tmp_path / "toy"))):
