@@ -68,9 +68,10 @@ def write_model(folder: Path, seed: int, changes: Mapping[str, Any] | None = Non
     config = CONFIG | dict(changes or {}) | {key: ids[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     tokenizer = json.loads((CHASQUI / TOKENIZER).read_text())
-    known = 1 + max(token["id"] for token in tokenizer["added_tokens"])
+    words = tokenizer["model"]["vocab"]
+    words |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}  # else they get new ids
     # no merge leads to these words, so that no prompt has one
-    tokenizer["model"]["vocab"] |= {f"w{token}": token for token in range(known, config["vocab_size"])}
+    words |= {f"w{token}": token for token in range(1 + max(words.values()), config["vocab_size"])}
     (folder / TOKENIZER).write_text(json.dumps(tokenizer))
     draw, files, where = torch.Generator().manual_seed(seed), {}, {}
     for name, shape in expected_tensors(ModelConfig.from_dict(config, "config.json")).items():

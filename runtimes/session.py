@@ -33,6 +33,9 @@ from arriero.runtimes.settings import AnswerSettings, Settings, chat_options, re
 from arriero.runtimes.steps import append_tokens, check_finite, piece_end, read_piece
 from arriero.runtimes.stream import Stream
 
+LOGITS = 128 << 20  # bytes of the logits of a piece where every position's are wanted
+LEAST = 16  # tokens of such a piece all the same
+
 PromptLike = Prompt | str | Sequence[Message]
 
 
@@ -224,13 +227,10 @@ class Session:
     def logits(self, input_ids: Ints, pixel_values: Floats | None = None, captures: bool = False) -> StepOutput:
         """Run ids i64 [S] from the start and give the logits of every position [1, S, V], finite or not.
 
-        `captures` adds what each layer gave and where each token was routed. The ids are read in the same pieces as
-        a prompt is.
+        `captures` adds what each layer gave and where each token was routed.
         """
-        prompt = check_prompt(Prompt(input_ids, pixel_values), self.spec)
-        steps: list[StepOutput] = []
-        start, size = 0, prompt.input_ids.size
-        for step in self._steps_of(prompt, captures, every=True):
+        steps, start, size = list[StepOutput](), 0, len(input_ids)
+        for step in self.steps(input_ids, pixel_values, captures):
             if not steps:  # put together here, not afterwards: of a large vocabulary they would be there twice
                 logits = np.empty((1, size, step.logits.shape[-1]), np.float32)
             stop = start + step.logits.shape[1]
@@ -243,6 +243,12 @@ class Session:
             expert_ids={n: np.concatenate([step.expert_ids[n] for step in steps], axis=1) for n in first.expert_ids},
             hiddens={n: np.concatenate([step.hiddens[n] for step in steps], axis=1) for n in first.hiddens},
         )
+
+    def steps(
+        self, input_ids: Ints, pixel_values: Floats | None = None, captures: bool = False
+    ) -> Iterator[StepOutput]:
+        """The same piece by piece, of at most `LOGITS` bytes of logits, so that none but the last has to be held."""
+        return self._steps_of(check_prompt(Prompt(input_ids, pixel_values), self.spec), captures, every=True)
 
     def routes(self, prompt: Prompt) -> dict[int, Ints]:
         """The experts i64 [S, k] that each MoE layer routes the S tokens of `prompt` to, by the layer's number."""
@@ -304,21 +310,26 @@ class Session:
 
     def _read_into(self, cache: Cache, prompt: Prompt, captures: bool, every: bool) -> Iterator[StepOutput]:
         """The same, into the one row of `cache`."""
-        for ids, features in self._pieces_of(prompt):
+        most = self.backend.piece
+        if every:
+            most = min(most, max(LEAST, LOGITS // (4 * self.spec.vocab_size)))
+        for ids, features in self._pieces_of(prompt, most):
             index = np.arange(0 if every else len(ids) - 1, len(ids))
             yield self.engine.run(
                 partial(read_piece, ids=ids, features=features, cache=cache, logits_index=index, captures=captures)
             )
 
-    def _pieces_of(self, prompt: Prompt) -> Iterator[tuple[Ints, Floats]]:
-        """Give a prompt piece by piece: ids [S] with their image features [M, H]; none crosses a chunk boundary."""
+    def _pieces_of(self, prompt: Prompt, most: int) -> Iterator[tuple[Ints, Floats]]:
+        """Give a prompt in pieces of about `most` tokens: ids [S] with their image features [M, H]; none crosses a
+        chunk's edge.
+        """
         ids = prompt.input_ids
         features = np.zeros((0, self.spec.hidden_size), np.float32)
         if prompt.pixel_values is not None:
             features = self.vision(prompt.pixel_values)
         start = used = 0
         while start < len(ids):
-            stop = piece_end(self.spec, start, len(ids), self.backend.piece, self.backend.few_rows)
+            stop = piece_end(self.spec, start, len(ids), most, self.backend.few_rows)
             piece = ids[start:stop]
             placeholders = int(np.sum(piece == self.spec.image_token_id))
             yield piece, features[used : used + placeholders]

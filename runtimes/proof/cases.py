@@ -13,7 +13,7 @@ from typing import Protocol
 from numpy.typing import NDArray
 
 from arriero.runtimes.backend import Ints, ModelSpec
-from arriero.runtimes.proof.logits import LogitFigures
+from arriero.runtimes.proof.logits import LogitFigures, LogitMeter
 from arriero.runtimes.proof.metrics import ErrorSums
 from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.thresholds import AnswerMode
@@ -21,8 +21,24 @@ from arriero.thresholds import AnswerMode
 MAX_ANSWER_TOKENS = 64  # of a generated answer
 
 
+class ErrorMeter(Protocol):
+    """Measures a candidate's array that comes in pieces, in order."""
+
+    def add(self, piece: NDArray) -> None:
+        """Go on with `piece`."""
+        ...
+
+    def errors(self) -> ErrorSums:
+        """How far the array is off. Raises ShapesDiffer where the pieces are more or less than the reference has."""
+        ...
+
+
 class ReferenceArray(Protocol):
     """An array of the reference, whole or as a sketch."""
+
+    def meter(self) -> ErrorMeter:
+        """Measures a candidate's."""
+        ...
 
     def errors(self, candidate: NDArray) -> ErrorSums:
         """How far the candidate's array is off. Raises ShapesDiffer."""
@@ -31,6 +47,10 @@ class ReferenceArray(Protocol):
 
 class ReferenceLogits(Protocol):
     """The reference's logits [S, V] of a case, whole or sampled."""
+
+    def meter(self, near_tie: float) -> LogitMeter:
+        """Measures a candidate's."""
+        ...
 
     def figures(self, candidate: NDArray, near_tie: float) -> LogitFigures:
         """Every figure of the candidate's logits [S, V] against these. Raises ShapesDiffer."""

@@ -19,7 +19,9 @@ Legend: T tokens, V vocabulary, K = HEAD, N = DRAWN.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,23 +77,64 @@ class LogitFigures:
     top: Agreement
 
 
+class LogitMeter(Protocol):
+    """Measures a candidate's logits [T, V] that come in pieces, in order."""
+
+    def add(self, rows: NDArray) -> None:
+        """Go on with the logits `rows` of the next tokens. Raises ShapesDiffer."""
+        ...
+
+    def figures(self) -> LogitFigures:
+        """Every figure over the pieces. Raises ShapesDiffer where they are less than the reference has."""
+        ...
+
+
+class _Measured(Protocol):
+    def meter(self, near_tie: float) -> LogitMeter: ...
+
+    def figures(self, candidate: NDArray, near_tie: float) -> LogitFigures:
+        """Every figure of logits [T, V] that are there at once. Raises ShapesDiffer."""
+        meter = self.meter(near_tie)
+        meter.add(candidate)
+        return meter.figures()
+
+
 @dataclass(frozen=True)
-class WholeLogits:
-    """The reference's logits f32 [T, V], all of them."""
+class WholeLogits(_Measured):
+    """The reference's logits f32 [T, V], all of them; every figure is exact."""
 
     values: NDArray[np.float32]
 
-    def figures(self, candidate: NDArray, near_tie: float) -> LogitFigures:
-        """Every figure, exact. Raises ShapesDiffer."""
-        sums = ErrorSums.of(self.values, candidate)
-        assert sums.max_abs is not None
-        kl = float(metrics.kl_per_token(self.values, candidate).sum())
-        top = metrics.same_top_token(self.values, candidate, near_tie)
-        return LogitFigures(sums, sums.max_abs, KlSums(kl, 0.0, kl, len(candidate)), top)
+    def meter(self, near_tie: float) -> WholeLogitMeter:
+        """Measures a candidate's."""
+        return WholeLogitMeter(self.values, near_tie)
+
+
+class WholeLogitMeter:
+    """Figures of logits against the reference's, all of them."""
+
+    def __init__(self, reference: NDArray[np.float32], near_tie: float) -> None:
+        self._reference, self._near_tie, self._tokens = reference, near_tie, 0
+        self._sums, self._kl, self._top = ErrorSums(), KlSums(), Agreement()
+
+    def add(self, rows: NDArray) -> None:
+        """Go on with `rows` [t, V]."""
+        known = self._reference[self._tokens : self._tokens + len(rows)]
+        self._sums += ErrorSums.of(known, rows)
+        kl = float(metrics.kl_per_token(known, rows).sum())
+        self._kl += KlSums(kl, 0.0, kl, len(rows))
+        self._top += metrics.same_top_token(known, rows, self._near_tie)
+        self._tokens += len(rows)
+
+    def figures(self) -> LogitFigures:
+        """All of them, exact."""
+        _check_tokens(self._reference.shape, self._tokens)
+        assert self._sums.max_abs is not None
+        return LogitFigures(self._sums, self._sums.max_abs, self._kl, self._top)
 
 
 @dataclass(frozen=True)
-class SampledLogits:
+class SampledLogits(_Measured):
     """What is kept of the logits [T, V] of a large vocabulary. Raises ValueError for one that the head would fill."""
 
     vocabulary: int
@@ -136,46 +179,68 @@ class SampledLogits:
             SketchedArray.of(logits, seed, f"{label} logits"),
         )
 
-    def figures(self, candidate: NDArray, near_tie: float) -> LogitFigures:
-        """Every figure: top token and lower bound exact, KL and relative L2 estimated. Raises ShapesDiffer."""
-        shape = (len(self.head_ids), self.vocabulary)
-        if candidate.shape != shape:
-            raise ShapesDiffer(f"shapes differ: reference {list(shape)}, candidate {list(candidate.shape)}")
-        kl = KlSums()
-        for rows in metrics.row_blocks(candidate):
-            kl += self._kl(rows, candidate)
-        with np.errstate(invalid="ignore"):
-            errors = [
-                np.abs(np.take_along_axis(candidate, ids, 1).astype(np.float64) - kept)
-                for ids, kept in ((self.head_ids, self.head_logits), (self.drawn_ids, self.drawn_logits))
-            ]
-        largest = float(np.maximum(*(error.max(initial=0.0) for error in errors)))
-        return LogitFigures(self.sketched.errors(candidate), largest, kl, self._same_top(candidate, near_tie))
+    def meter(self, near_tie: float) -> SampledLogitMeter:
+        """Measures a candidate's: top token and lower bound exact, KL and relative L2 estimated."""
+        return SampledLogitMeter(self, near_tie)
 
-    def _kl(self, rows: slice, candidate: NDArray) -> KlSums:
-        wide = candidate[rows].astype(np.float64)
+
+class SampledLogitMeter:
+    """Figures of logits against what is kept of the reference's."""
+
+    def __init__(self, reference: SampledLogits, near_tie: float) -> None:
+        self._reference, self._near_tie, self._tokens = reference, near_tie, 0
+        self._sketch = reference.sketched.meter()
+        self._kl, self._top, self._largest = KlSums(), Agreement(), 0.0
+
+    def add(self, rows: NDArray) -> None:
+        """Go on with `rows` [t, V]."""
+        first = self._tokens
+        self._tokens += len(rows)
+        shape = (len(self._reference.head_ids), self._reference.vocabulary)
+        if rows.shape[1:] != shape[1:] or self._tokens > shape[0]:
+            raise ShapesDiffer(f"shapes differ: reference {list(shape)}, candidate {[self._tokens, *rows.shape[1:]]}")
+        self._sketch.add(rows)
+        for block in metrics.row_blocks(rows):
+            kept = slice(first + block.start, first + min(block.stop, len(rows)))
+            self._add(kept, rows[block].astype(np.float64))
+
+    def figures(self) -> LogitFigures:
+        """All of them."""
+        _check_tokens((len(self._reference.head_ids), self._reference.vocabulary), self._tokens)
+        return LogitFigures(self._sketch.errors(), self._largest, self._kl, self._top)
+
+    def _add(self, kept: slice, wide: NDArray[np.float64]) -> None:
+        """The block `wide` [t, V] of a candidate's logits, of the tokens `kept`; it is written over."""
+        reference = self._reference
+        head_ids, drawn_ids = reference.head_ids[kept], reference.drawn_ids[kept]
+        head_logits, drawn_logits = reference.head_logits[kept], reference.drawn_logits[kept]
+        head, drawn = (np.take_along_axis(wide, ids, 1) for ids in (head_ids, drawn_ids))
+        finite = np.isfinite(wide).all(-1)
+        tie = finite & (head_logits[:, 0].astype(np.float64) - head_logits[:, 1] < self._near_tie)
+        same = (head_ids[:, 0] == wide.argmax(-1)) & finite
+        self._top += metrics.agreement(same, tie, int((~finite).sum()))
+        with np.errstate(invalid="ignore"):
+            errors = np.abs(head - head_logits).max(initial=0.0), np.abs(drawn - drawn_logits).max(initial=0.0)
+        self._largest = float(np.maximum(self._largest, np.maximum(*errors)))  # keeps a NaN
+        self._kl += self._divergence(kept, wide, head, drawn)
+
+    def _divergence(self, kept: slice, wide: NDArray, head: NDArray, drawn: NDArray) -> KlSums:
+        reference = self._reference
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             log_q_sum = _log_sum(wide)[:, None]
-            log_p = self.head_logits[rows] - self.log_sum[rows, None]  # [T, K]
-            log_q = np.take_along_axis(wide, self.head_ids[rows], 1) - log_q_sum
-            drawn = np.take_along_axis(wide, self.drawn_ids[rows], 1)
-            np.put_along_axis(wide, self.head_ids[rows], -np.inf, 1)
-            rest_q_sum = _log_sum(wide)
-            rest_p, rest_q = self.rest_log_sum[rows] - self.log_sum[rows], rest_q_sum - log_q_sum[:, 0]  # log P, log Q
+            log_p = reference.head_logits[kept] - reference.log_sum[kept, None]  # [T, K]
+            log_q = head - log_q_sum
+            np.put_along_axis(wide, reference.head_ids[kept], -np.inf, 1)
+            rest_q_sum, rest_p_sum = _log_sum(wide), reference.rest_log_sum[kept]
+            rest_p, rest_q = rest_p_sum - reference.log_sum[kept], rest_q_sum - log_q_sum[:, 0]  # log P, log Q
             mass = np.exp(rest_p)
             bound = np.sum(np.exp(log_p) * (log_p - log_q), 1) + mass * (rest_p - rest_q)
-            log_r = (drawn - rest_q_sum[:, None]) - (self.drawn_logits[rows] - self.rest_log_sum[rows, None])  # [T, N]
+            log_r = (drawn - rest_q_sum[:, None]) - (reference.drawn_logits[kept] - rest_p_sum[:, None])  # [T, N]
             terms = np.expm1(log_r) - log_r
             variance = mass**2 * terms.var(1, ddof=1) / DRAWN
             bound = np.maximum(bound, 0.0)  # rounding below zero; NaN stays NaN
             total = bound + mass * terms.mean(1)
         return KlSums(float(total.sum()), float(variance.sum()), float(bound.sum()), len(total))
-
-    def _same_top(self, candidate: NDArray, near_tie: float) -> Agreement:
-        finite = np.isfinite(candidate).all(-1)
-        tie = finite & (self.head_logits[:, 0].astype(np.float64) - self.head_logits[:, 1] < near_tie)
-        same = (self.head_ids[:, 0] == candidate.argmax(-1)) & finite
-        return metrics.agreement(same, tie, int((~finite).sum()))
 
 
 def _log_sum(values: NDArray) -> NDArray[np.float64]:
@@ -189,3 +254,8 @@ def _log_sum(values: NDArray) -> NDArray[np.float64]:
 def keep_logits(logits: NDArray[np.float32], seed: int, label: str) -> WholeLogits | SampledLogits:
     """What a record keeps of logits f32 [T, V]."""
     return WholeLogits(logits) if logits.shape[1] <= WHOLE_VOCABULARY else SampledLogits.draw(logits, seed, label)
+
+
+def _check_tokens(shape: Sequence[int], tokens: int) -> None:
+    if tokens != shape[0]:
+        raise ShapesDiffer(f"shapes differ: reference {list(shape)}, candidate {[tokens, *shape[1:]]}")

@@ -17,7 +17,7 @@ import numpy as np
 from arriero.errors import ArrieroError
 from arriero.runtimes.proof import metrics
 from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS, Reference, ReferenceCase
-from arriero.runtimes.proof.logits import KlSums
+from arriero.runtimes.proof.logits import KlSums, LogitFigures
 from arriero.runtimes.proof.report import CaseResult, ParityReport
 from arriero.runtimes.proof.rtn_baseline import with_rtn_baseline
 from arriero.runtimes.proof.sketch import seeded_features
@@ -72,8 +72,10 @@ def measure_kl(candidate: Session, reference: Reference, progress: Callable[[int
     total = KlSums()
     for done, case in enumerate(reference, 1):
         prompt = candidate.encode(case.case.prompt, list(case.case.images))
-        logits = check_finite(candidate.logits(case.fed_ids, prompt.pixel_values).logits[0])
-        total += case.logits.figures(logits, metrics.NEAR_TIE).kl
+        meter = case.logits.meter(metrics.NEAR_TIE)
+        for step in candidate.steps(case.fed_ids, prompt.pixel_values):
+            meter.add(check_finite(step.logits[0]))
+        total += meter.figures().kl
         progress(done, len(reference))
     return total
 
@@ -83,28 +85,9 @@ def _run_case(tally: Tally, candidate: Session, case: ReferenceCase) -> None:
     if not _same_prompt(prompt, case):
         tally.different_prompts.append(case.case.name)
     _measure_parts(tally, candidate, case, prompt.pixel_values)
-    output = candidate.logits(case.fed_ids, prompt.pixel_values, captures=True)
-    logits = output.logits[0]
-    tally.watch("logits", logits)
-    figures = case.logits.figures(logits, tally.near_tie)
-    tally.add_logits(figures)
-    for layer, hidden in case.hiddens.items():
-        if layer not in output.hiddens:
-            tally.uncaptured.add(f"hidden.{layer}")
-            continue
-        tally.watch(f"layer {layer}", output.hiddens[layer])
-        tally.add_hidden(layer, hidden.errors(output.hiddens[layer]))
-    router_flips: int | None = None
-    for layer, ids in case.expert_ids.items():
-        if layer not in output.expert_ids:
-            tally.uncaptured.add(f"expert_id.{layer}")
-            continue
-        margins = case.margins.get(layer)
-        agreed = metrics.router_agreement(ids, output.expert_ids[layer][0], margins, tally.near_tie)
-        tally.add_router(layer, agreed)
-        router_flips = (router_flips or 0) + agreed.real_flips
+    figures, tops, router_flips = _force(tally, candidate, case, prompt.pixel_values)
     answers = _forced_answers if tally.answers == "forced" else _generated_answers
-    texts, rights, prefix = answers(tally, candidate, case, prompt, logits)
+    texts, rights, prefix = answers(tally, candidate, case, prompt, tops)
     tally.results.append(
         CaseResult(
             name=case.case.name,
@@ -126,14 +109,45 @@ def _run_case(tally: Tally, candidate: Session, case: ReferenceCase) -> None:
     )
 
 
+def _force(
+    tally: Tally, candidate: Session, case: ReferenceCase, pixels: Floats | None
+) -> tuple[LogitFigures, Ints, int | None]:
+    """Teacher forcing, piece by piece: figures of the logits, top tokens [S], choices of routers that changed."""
+    logits, hiddens = case.logits.meter(tally.near_tie), {layer: one.meter() for layer, one in case.hiddens.items()}
+    tops, routed = list[np.ndarray](), {layer: list[np.ndarray]() for layer in case.expert_ids}
+    for step in candidate.steps(case.fed_ids, pixels, captures=True):
+        tally.watch("logits", step.logits)
+        logits.add(step.logits[0])
+        tops.append(top_tokens(step.logits[0], candidate.spec.image_token_id))
+        for layer, hidden in step.hiddens.items():
+            tally.watch(f"layer {layer}", hidden)
+            hiddens[layer].add(hidden)
+        for layer, ids in step.expert_ids.items():
+            routed[layer].append(ids[0])
+    figures = logits.figures()
+    tally.add_logits(figures)
+    for layer, meter in hiddens.items():
+        if layer in step.hiddens:
+            tally.add_hidden(layer, meter.errors())
+        else:
+            tally.uncaptured.add(f"hidden.{layer}")
+    flips: int | None = None
+    for layer, ids in case.expert_ids.items():
+        if layer not in step.expert_ids:
+            tally.uncaptured.add(f"expert_id.{layer}")
+            continue
+        agreed = metrics.router_agreement(ids, np.concatenate(routed[layer]), case.margins.get(layer), tally.near_tie)
+        tally.add_router(layer, agreed)
+        flips = (flips or 0) + agreed.real_flips
+    return figures, np.concatenate(tops), flips
+
+
 Answers = tuple[
     tuple[str, str], tuple[bool | None, bool | None], float
 ]  # texts, rights, common prefix; reference first
 
 
-def _generated_answers(
-    tally: Tally, candidate: Session, case: ReferenceCase, prompt: Prompt, logits: Floats
-) -> Answers:
+def _generated_answers(tally: Tally, candidate: Session, case: ReferenceCase, prompt: Prompt, tops: Ints) -> Answers:
     """What both sides say, each on its own. A context too short for the reference's answer cuts both to its room."""
     room = max(1, min(MAX_ANSWER_TOKENS, candidate.context - len(prompt.input_ids)))
     text, ids = "", list[int]()
@@ -147,11 +161,11 @@ def _generated_answers(
     return texts, (case.case.is_right(texts[0]), case.case.is_right(texts[1])), prefix
 
 
-def _forced_answers(tally: Tally, candidate: Session, case: ReferenceCase, prompt: Prompt, logits: Floats) -> Answers:
+def _forced_answers(tally: Tally, candidate: Session, case: ReferenceCase, prompt: Prompt, tops: Ints) -> Answers:
     """How far the top tokens of both sides lead along the expected answer; right is who gets to its closing token."""
     spec, expected = candidate.spec, case.expected_ids
     start = case.prompt_tokens - 1
-    paths = case.top_tokens[start:], top_tokens(logits[start:], spec.image_token_id)
+    paths = case.top_tokens[start:], tops[start:]
     reached = [_reached(path, expected, spec.eos_token_ids) for path in paths]
     texts = [
         candidate.processor.decode(path[: steps + 1]) for path, steps in zip(paths, reached, strict=True)
@@ -166,10 +180,12 @@ def _forced_answers(tally: Tally, candidate: Session, case: ReferenceCase, promp
 
 def top_tokens(logits: Floats, image_token: int | None) -> Ints:
     """The token that a greedy answer takes after each position of `logits` [S, V]: never an image placeholder."""
-    if image_token is not None:
-        logits = logits.copy()
-        logits[:, image_token] = -np.inf
-    return logits.argmax(-1)
+    tops = logits.argmax(-1)
+    for row in np.flatnonzero(tops == image_token):  # for None of none
+        other = logits[row].copy()
+        other[image_token] = -np.inf
+        tops[row] = other.argmax()
+    return tops
 
 
 def _reached(path: Ints, expected: Ints, closing: Sequence[int]) -> int:

@@ -28,14 +28,31 @@ def stream(seed: int, label: str) -> np.random.PCG64:
     return np.random.PCG64([seed, zlib.crc32(label.encode())])
 
 
+class Sketcher:
+    """A sketch [BUCKETS] in the making: the coordinates of an array come in order, in as many pieces as one likes."""
+
+    def __init__(self, seed: int, label: str) -> None:
+        self.sums, self._bits, self._drawn = np.zeros(BUCKETS), stream(seed, label), np.zeros(0, "<u2")
+
+    def add(self, array: NDArray) -> None:
+        """Go on with the coordinates of `array`."""
+        for piece in _pieces(array):
+            draw = self._draw(len(piece))
+            self.sums += np.bincount(draw & 255, np.where(draw & 256, -piece, piece), BUCKETS)
+
+    def _draw(self, count: int) -> NDArray[np.uint16]:
+        """The next `count` draws; what a 64-bit one has beyond them is kept for the next piece."""
+        raw = self._bits.random_raw(-(-max(0, count - len(self._drawn)) // PER_DRAW))
+        drawn = np.concatenate([self._drawn, np.asarray(raw, "<u8").view("<u2")])
+        self._drawn = drawn[count:]
+        return drawn[:count]
+
+
 def sketch(array: NDArray, seed: int, label: str) -> NDArray[np.float64]:
     """The sketch [BUCKETS] of an array of any shape; equal arrays give equal bits on every machine."""
-    bits, sums = stream(seed, label), np.zeros(BUCKETS)
-    for piece in _pieces(array):
-        raw = bits.random_raw(-(-len(piece) // PER_DRAW))
-        draw = np.asarray(raw, "<u8").view("<u2")[: len(piece)]
-        sums += np.bincount(draw & 255, np.where(draw & 256, -piece, piece), BUCKETS)
-    return sums
+    whole = Sketcher(seed, label)
+    whole.add(array)
+    return whole.sums
 
 
 def _pieces(array: NDArray) -> Iterator[NDArray[np.float64]]:
@@ -67,14 +84,34 @@ class SketchedArray:
         squared_norm = sum((float(piece @ piece) for piece in _pieces(array)), 0.0)
         return cls(array.shape, sketch(array, seed, label), squared_norm, seed, label)
 
+    def meter(self) -> SketchMeter:
+        """Measures a candidate's array that comes in pieces."""
+        return SketchMeter(self)
+
     def errors(self, candidate: NDArray) -> ErrorSums:
         """The estimated error of the candidate's array, with its variance. Raises ShapesDiffer."""
-        if tuple(candidate.shape) != tuple(self.shape):
-            raise ShapesDiffer(f"shapes differ: reference {list(self.shape)}, candidate {list(candidate.shape)}")
-        difference = sketch(candidate, self.seed, self.label) - self.sums
+        return _errors(self.shape, candidate, self.meter())
+
+
+class SketchMeter:
+    """The estimated error of an array that comes in pieces, in order."""
+
+    def __init__(self, reference: SketchedArray) -> None:
+        self._reference, self._count = reference, 0
+        self._sketcher = Sketcher(reference.seed, reference.label)
+
+    def add(self, piece: NDArray) -> None:
+        """Go on with `piece`."""
+        self._sketcher.add(piece)
+        self._count += piece.size
+
+    def errors(self) -> ErrorSums:
+        """The error of all pieces together, with its variance. Raises ShapesDiffer where they are more or less."""
+        _check_size(self._reference.shape, self._count)
+        difference = self._sketcher.sums - self._reference.sums
         with np.errstate(invalid="ignore", over="ignore"):
             noise = float(difference @ difference)
-        return ErrorSums(self.squared_norm, noise, None, math.prod(self.shape), 2.0 / BUCKETS * noise**2)
+        return ErrorSums(self._reference.squared_norm, noise, None, self._count, 2.0 / BUCKETS * noise**2)
 
 
 @dataclass(frozen=True)
@@ -83,6 +120,39 @@ class WholeArray:
 
     values: NDArray
 
+    def meter(self) -> WholeMeter:
+        """Measures a candidate's array that comes in pieces."""
+        return WholeMeter(self.values)
+
     def errors(self, candidate: NDArray) -> ErrorSums:
         """The error of the candidate's array. Raises ShapesDiffer."""
-        return ErrorSums.of(self.values, candidate)
+        return _errors(self.values.shape, candidate, self.meter())
+
+
+class WholeMeter:
+    """The error of an array that comes in pieces, in order."""
+
+    def __init__(self, reference: NDArray) -> None:
+        self._reference, self._sums = reference, ErrorSums()
+
+    def add(self, piece: NDArray) -> None:
+        """Go on with `piece`. Raises ShapesDiffer for more than there is."""
+        flat, start = piece.reshape(-1), self._sums.count
+        self._sums += ErrorSums.of(self._reference.reshape(-1)[start : start + flat.size], flat)
+
+    def errors(self) -> ErrorSums:
+        """The error of all pieces together. Raises ShapesDiffer where they are less."""
+        _check_size(self._reference.shape, self._sums.count)
+        return self._sums
+
+
+def _errors(shape: Sequence[int], candidate: NDArray, meter: SketchMeter | WholeMeter) -> ErrorSums:
+    if tuple(candidate.shape) != tuple(shape):
+        raise ShapesDiffer(f"shapes differ: reference {list(shape)}, candidate {list(candidate.shape)}")
+    meter.add(candidate)
+    return meter.errors()
+
+
+def _check_size(shape: Sequence[int], count: int) -> None:
+    if count != math.prod(shape):
+        raise ShapesDiffer(f"shapes differ: reference {list(shape)}, candidate of {count} numbers")

@@ -54,7 +54,7 @@ def records(reference: np.ndarray) -> list[SampledLogits]:
 def test_the_estimate_is_unbiased_and_two_errors_cover_the_exact_kl(reference, records, noise):
     candidate = off(reference, noise)
     exact = float(metrics.kl_per_token(reference, candidate).mean())
-    estimates = [record._kl(slice(None), candidate) for record in records]
+    estimates = [record.figures(candidate, 1e-3).kl for record in records]
     means, errors = np.array([one.mean for one in estimates]), np.array([one.error for one in estimates])
     spread = means.std(ddof=1)
     # The mean of 60 independent estimates lies within three of its own standard errors of the exact figure.
@@ -83,7 +83,7 @@ def test_the_plain_mean_of_log_ratios_would_drown_a_small_kl(reference, records)
             np.take_along_axis(wide, record.drawn_ids, 1) - log_q_sum
         )
         plain.append(float((head.sum(1) + np.exp(record.rest_log_sum - record.log_sum) * drawn.mean(1)).sum()))
-    ours = [record._kl(slice(None), candidate).total for record in records]
+    ours = [record.figures(candidate, 1e-3).kl.total for record in records]
     assert abs(np.mean(plain) - exact) < 3 * np.std(plain) / np.sqrt(SEEDS), "unbiased as well"
     assert np.std(plain) > 20 * np.std(ours)
 
@@ -141,7 +141,7 @@ def test_a_candidate_that_forgets_a_rare_token_is_seen_in_the_mean():
     np.put_along_axis(rest, kept.head_ids, -np.inf, 1)
     np.put_along_axis(candidate, rest.argmax(1)[:, None], -40.0, 1)
     exact = metrics.kl_per_token(reference, candidate).mean()
-    found = kept._kl(slice(None), candidate)
+    found = kept.figures(candidate, 1e-3).kl
     assert abs(found.mean - exact) < 3 * found.error
     assert found.bound_mean < exact / 3
 
