@@ -30,11 +30,8 @@ from arriero.runtimes.processor.processor import Processor, Prompt
 from arriero.runtimes.request import Request
 from arriero.runtimes.scheduler import EngineLimits, Stats
 from arriero.runtimes.settings import AnswerSettings, Settings, chat_options, read_settings
-from arriero.runtimes.steps import append_tokens, check_finite, piece_end, read_piece
+from arriero.runtimes.steps import append_tokens, check_finite, logits_piece, piece_end, read_piece
 from arriero.runtimes.stream import Stream
-
-LOGITS = 128 << 20  # bytes of the logits of a piece where every position's are wanted
-LEAST = 16  # tokens of such a piece all the same
 
 PromptLike = Prompt | str | Sequence[Message]
 
@@ -247,7 +244,7 @@ class Session:
     def steps(
         self, input_ids: Ints, pixel_values: Floats | None = None, captures: bool = False
     ) -> Iterator[StepOutput]:
-        """The same piece by piece, of at most `LOGITS` bytes of logits, so that none but the last has to be held."""
+        """The same piece by piece, of few enough tokens that the logits of one are no burden."""
         return self._steps_of(check_prompt(Prompt(input_ids, pixel_values), self.spec), captures, every=True)
 
     def routes(self, prompt: Prompt) -> dict[int, Ints]:
@@ -310,9 +307,8 @@ class Session:
 
     def _read_into(self, cache: Cache, prompt: Prompt, captures: bool, every: bool) -> Iterator[StepOutput]:
         """The same, into the one row of `cache`."""
-        most = self.backend.piece
-        if every:
-            most = min(most, max(LEAST, LOGITS // (4 * self.spec.vocab_size)))
+        piece = self.backend.piece
+        most = min(piece, logits_piece(self.spec.vocab_size)) if every else piece
         for ids, features in self._pieces_of(prompt, most):
             index = np.arange(0 if every else len(ids) - 1, len(ids))
             yield self.engine.run(

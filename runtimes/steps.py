@@ -13,6 +13,10 @@ from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Backend, Cache, Floats, Ints, ModelSpec, StepOutput
 
 
+LOGITS = 128 << 20  # bytes of logits at a time
+LEAST = 16  # tokens whose logits are there at a time, however large the vocabulary
+
+
 class NotFinite(ArrieroError):
     """The model computed NaN or infinity, from which no token can be chosen."""
 
@@ -24,6 +28,11 @@ def piece_end(spec: ModelSpec, start: int, count: int, most: int, few: int = 0) 
     """
     edge = min((start // spec.attention_chunk_size + 1) * spec.attention_chunk_size, count)
     return edge if edge - start <= most + few else start + most
+
+
+def logits_piece(vocabulary: int) -> int:
+    """Tokens of a piece at most where the logits of every position are wanted."""
+    return max(LEAST, LOGITS // (4 * vocabulary))
 
 
 def read_piece(

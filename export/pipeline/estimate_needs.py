@@ -21,8 +21,9 @@ from arriero.profiles.kv_cache import ITEM_BYTES
 from arriero.profiles.recipe import Profile, check_shapes
 from arriero.profiles.schemes import Chosen, Exact, Fp8, Half, IntBlock, Scheme
 from arriero.runtimes.cpu import usable_cores
+from arriero.runtimes.steps import logits_piece
 from arriero.thresholds import AnswerMode
-from arriero.traits import TRAITS
+from arriero.traits import PREFILL_PIECE, TRAITS
 
 CONTEXTS = {"8k": 1 << 13, "128k": 1 << 17, "1M": 1 << 20, "10M": 10 << 20}
 CACHE_BYTES = {**ITEM_BYTES, "float16": 2, "bfloat16": 2}  # of a number in a cache of keys and values
@@ -207,13 +208,14 @@ def _lower_memory(used: Iterable[WeightSource], target: PlannedTarget) -> int:
 
 
 def _parity_memory(target: PlannedTarget, text: TextConfig, table: int, longest: int) -> int:
-    """Estimate parity: one case of `longest` tokens with its cache and logits, and what the backend keeps of weights.
+    """Estimate parity: one case of `longest` tokens with its cache, logits of a piece of it, and what the backend keeps of weights.
 
     A backend that does not map weights keeps a copy of what it multiplies by, not of the embedding's `table`, and of
     quantised matrices the packed form beside what it was packed from.
     """
     takes = TRAITS[target.backend].footprint
-    held = takes.runtime + takes.logit_copies * 4 * longest * text.vocab_size
+    piece = min(longest, PREFILL_PIECE, logits_piece(text.vocab_size))
+    held = takes.runtime + takes.logit_copies * 4 * piece * text.vocab_size
     held += kv_bytes(text, longest, CACHE_BYTES[target.kv_cache])
     if not takes.maps_weights:
         held += sum(size * (1 if label in FLOATS else 2) for label, size in target.weights.items()) - table
