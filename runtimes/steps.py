@@ -12,7 +12,6 @@ import numpy as np
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Backend, Cache, Floats, Ints, ModelSpec, StepOutput
 
-
 LOGITS = 128 << 20  # bytes of logits at a time
 LEAST = 16  # tokens whose logits are there at a time, however large the vocabulary
 
