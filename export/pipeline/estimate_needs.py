@@ -208,7 +208,7 @@ def _lower_memory(used: Iterable[WeightSource], target: PlannedTarget) -> int:
 
 
 def _parity_memory(target: PlannedTarget, text: TextConfig, table: int, longest: int) -> int:
-    """Estimate parity: a case of `longest` tokens with its cache, a piece's logits, and what the backend keeps of weights.
+    """Estimate parity: a case of `longest` tokens with its cache, a piece's logits, and the backend's copy of weights.
 
     A backend that does not map weights keeps a copy of what it multiplies by, not of the embedding's `table`, and of
     quantised matrices the packed form beside what it was packed from.
