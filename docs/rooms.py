@@ -18,6 +18,7 @@ Room = tuple[str, str]  # top folder, room
 ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "export": {
         "cli": ("cli", "__main__.py"),
+        "store": ("store",),
         "pipeline": ("pipeline",),
         "calibration": ("calibration",),
         "proof": ("proof",),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ COPY_AGAIN = "Copy the bundle again, or rebuild it with `arriero build`"
 
 
 CHUNK_BYTES = 64 << 20
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,21 @@ class FileRecord:
     def entry(self) -> dict[str, Any]:
         """What stands of it in JSON."""
         return {key: value for key, value in asdict(self).items() if value != ()}
+
+    def pieces(self) -> Iterator[tuple[int, int, str]]:
+        """Offset, bytes and hash of each chunk; a file of at most `CHUNK_BYTES` is one, an empty one has none."""
+        for number, digest in enumerate(self.chunks or (self.sha256,) if self.bytes else ()):
+            offset = number * CHUNK_BYTES
+            yield offset, min(CHUNK_BYTES, self.bytes - offset), digest
+
+    def flaw(self) -> str | None:
+        """What no record that `of` gives could say, in one that others wrote; None where there is nothing."""
+        if self.bytes < 0:
+            return f"it has {self.bytes} bytes"
+        if not all(SHA256.fullmatch(digest) for digest in (self.sha256, *self.chunks)):
+            return "a hash is no sha256 in hexadecimal"
+        count = -(-self.bytes // CHUNK_BYTES) if self.bytes > CHUNK_BYTES else 0
+        return None if len(self.chunks) == count else f"{len(self.chunks)} chunks are hashed where it has {count}"
 
     def damage(self, path: Path) -> str | None:
         """How the content of `path`, a file of the right size, differs from the record; None where it does not."""
@@ -294,8 +311,11 @@ class Manifest:
     def read(cls, bundle: Path) -> Self:
         """Read `bundle`/manifest.json; what is wrong with it is an `ArrieroError`."""
         path = bundle / FILE
-        where = str(path)
-        raw = _read_json(bundle, path)
+        return cls.parse(_read_json(bundle, path), bundle, str(path))
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any], bundle: Path, where: str) -> Self:
+        """What the JSON `raw` of the bundle's manifest says; errors name `where` it lies."""
         # the format comes first: another format may well lack keys, and that is not what is wrong with it
         if "format" in raw and raw["format"] != FORMAT:
             raise ArrieroError(

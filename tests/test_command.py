@@ -165,7 +165,7 @@ def test_what_users_keep_beside_and_in_bundles_survives_every_build(copy):
     assert arriero("build", copy / "build.yaml").code == 0  # nothing to do
     shutil.rmtree(output / ".work")
     refused = arriero("build", copy / "build.yaml")
-    assert (refused.code, "holds files that no build put there: notes.txt" in refused.err) == (2, True)
+    assert (refused.code, "holds files that are not the bundle's: notes.txt" in refused.err) == (2, True)
     (output / "fp32" / "notes.txt").rename(copy / "notes.txt")
     assert arriero("build", copy / "build.yaml").code == 0
     assert {str(file): file.read_text() for file in output.rglob("*.txt")} | {

@@ -29,6 +29,8 @@ COMMANDS = {
     "chat": (["bundle"], API),
     "serve": (["bundle"], "arriero.runtimes.server.serve.open_bundles"),
     "trace": (["bundle", "Hello"], API),
+    "push": (["bundle", "store"], "arriero.export.store.push.push_bundle"),
+    "pull": (["store", "bundle"], "arriero.export.store.pull.pull_bundle"),
     "inspect": (["bundle"], "arriero.export.cli.show_bundle.describe_bundle"),
     "doctor": ([], "arriero.export.machine.doctor.diagnose"),
     "compare": (["bundle", "--against", "."], "arriero.export.proof.compare.compare_bundles"),

@@ -44,6 +44,7 @@ def bundle(workshop: Path, tmp_path: Path) -> Path:
         (("starlette",), ("serve", "BUNDLE"), "arriero[server]"),
         (("uvicorn",), ("serve", "BUNDLE"), "arriero[server]"),
         (("prometheus_client",), ("serve", "BUNDLE"), "arriero[server]"),
+        (("fsspec",), ("push", "BUNDLE", "memory://store"), "arriero[store]"),
         (("rich",), ("inspect", "BUNDLE"), "'arriero'"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else None,
@@ -57,8 +58,16 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(bundle, absent
     assert "torch" not in run.stderr.lower()
 
 
-def test_commands_of_a_device_need_nothing_of_a_build(bundle):
-    for arguments in (("run", bundle, "hello", "--max-tokens", "2"), ("inspect", bundle), ("parity", bundle)):
-        run = without((), *arguments)
+def test_commands_of_a_device_need_nothing_of_a_build(bundle, tmp_path):
+    store = tmp_path / "store"
+    for arguments in (
+        ("run", bundle, "hello", "--max-tokens", "2"),
+        ("inspect", bundle),
+        ("parity", bundle),
+        ("push", bundle, store),
+        ("pull", store),
+        ("pull", store, tmp_path / "pulled", "--name", "fp32"),
+    ):
+        run = without(("fsspec",), *arguments)
         assert run.returncode in (0, 1), run.stderr
         assert "Traceback" not in run.stderr

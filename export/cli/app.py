@@ -11,7 +11,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from arriero.errors import ArrieroError
-from arriero.export.cli import build_commands, bundle_commands, machine_commands
+from arriero.export.cli import build_commands, bundle_commands, machine_commands, store_commands
 from arriero.export.cli.chat_command import chat
 from arriero.export.cli.options import STDOUT, PipeClosed, err
 from arriero.export.cli.profile_commands import profiles_app
@@ -59,6 +59,8 @@ app.command()(chat)
 app.command()(serve)
 app.command()(bundle_commands.inspect)
 app.command()(trace)
+app.command()(store_commands.push)
+app.command()(store_commands.pull)
 app.command()(machine_commands.doctor)
 app.command()(bundle_commands.compare)
 app.command()(build_commands.schema)

@@ -23,31 +23,37 @@ SHOWN = 3  # of the foreign files that an error names
 
 
 class Publisher:
-    """What appears in one output folder. `ledger` remembers which files were published, for damaged manifests."""
+    """What appears in one output folder. `ledger`, if any, remembers which files were published, for damaged manifests.
 
-    def __init__(self, output: Path, ledger: Path) -> None:
-        self.output, self.ledger = output, ledger
+    `suffix` is that of the folders in which it is put together.
+    """
 
-    def prepare(self, final: Path) -> Path:
-        """An empty folder of ours in which what is to be `final` is put together."""
-        staging = _staging(_place(final))
+    def __init__(self, output: Path, ledger: Path | None = None, suffix: str = PARTIAL) -> None:
+        self.output, self.ledger, self.suffix = output, ledger, suffix
+
+    def prepare(self, final: Path, resumes: bool = False) -> Path:
+        """A folder of ours in which what is to be `final` is put together: empty, or as it was left if it `resumes`."""
+        staging = self.staging(final)
         own(staging)
         new = staging / NEW
-        if new.exists():
+        if new.exists() and not resumes:
             shutil.rmtree(new)
-        new.mkdir()
+        new.mkdir(exist_ok=True)
         return new
+
+    def staging(self, final: Path) -> Path:
+        """The folder beside the place of `final` that holds all of this."""
+        return self._staging(_place(final))
 
     def publish(self, final: Path) -> None:
         """Put what was prepared in the place of `final`; the old one goes afterwards.
 
         A kill in between leaves either the old or the new bundle, whole; the next `recover` finishes the change.
-        Raises ArrieroError/Problems where the place holds what no build put there.
+        Raises ArrieroError/Problems where the place holds what is not the bundle's.
         """
         if problems := self.problems(final):
             raise Problems("a bundle cannot be published", problems)
-        place = _place(final)
-        staging = _staging(place)
+        place, staging = _place(final), self.staging(final)
         self._note(final, _files(staging / NEW))
         if place.exists():
             place.rename(staging / OLD)
@@ -65,11 +71,11 @@ class Publisher:
         if not reachable:
             remedy = "Remove the link, or make the folder that it points into"
             return [ArrieroError("is a symbolic link to nowhere", where=str(final), remedy=remedy)]
-        staging, problems = _staging(place), []
+        staging, problems = self._staging(place), []
         if not may_own(staging):
             what = "is where the bundle is put together, and no build made it"
             problems.append(ArrieroError(what, where=str(staging), remedy="Move it away, or rename the target"))
-        remedy = "Choose another `output` or target name, or move it away"
+        remedy = "Choose another folder or name, or move it away"
         if place.exists() and not place.is_dir():
             problems.append(ArrieroError("is in the bundle's place and is no bundle", where=str(final), remedy=remedy))
         elif place.is_dir() and (there := _files(place)):
@@ -80,7 +86,7 @@ class Publisher:
                 problems.append(ArrieroError(what, where=str(final), remedy=remedy))
             elif foreign:
                 more = f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else ""
-                what = f"holds files that no build put there: {', '.join(foreign[:SHOWN])}{more}"
+                what = f"holds files that are not the bundle's: {', '.join(foreign[:SHOWN])}{more}"
                 remedy = "Move them away: the bundle is replaced as a whole"
                 problems.append(ArrieroError(what, where=str(final), remedy=remedy))
         return problems
@@ -89,53 +95,60 @@ class Publisher:
         """Finish what a killed `publish` began, wherever our mark says that it did."""
         for entry in sorted(self.output.iterdir()):
             try:
-                staging = entry if entry.name.endswith(PARTIAL) else _staging(_place(entry))
+                staging = entry if entry.name.endswith(self.suffix) else self.staging(entry)
             except (OSError, RuntimeError):
                 continue
-            if is_owned(staging):
-                _finish(staging)
+            self._finish(staging)
+
+    def recover_one(self, final: Path) -> None:
+        """Finish what a killed `publish` of `final` began."""
+        self._finish(self.staging(final))
 
     def prune(self, keep: Iterable[str]) -> None:
         """Delete what was prepared for names that are not in `keep`."""
-        kept = {f"{name}{PARTIAL}" for name in keep}
+        kept = {f"{name}{self.suffix}" for name in keep}
         for entry in self.output.iterdir():
-            if entry.name.endswith(PARTIAL) and entry.name not in kept and is_owned(entry):
+            if entry.name.endswith(self.suffix) and entry.name not in kept and is_owned(entry):
                 remove_owned(entry)
 
     def _published(self, final: Path) -> set[str]:
         return set(self._read().get(final.name, ()))
 
     def _note(self, final: Path, files: set[str]) -> None:
+        if self.ledger is None:
+            return
         known = self._read() | {final.name: sorted(files)}
         scratch = self.ledger.with_name(f"{self.ledger.name}{PARTIAL}")
         scratch.write_text(json.dumps(known, indent=1))
         scratch.replace(self.ledger)
 
     def _read(self) -> dict[str, list[str]]:
+        if self.ledger is None:
+            return {}
         try:
             known = json.loads(self.ledger.read_text())
         except (OSError, ValueError):  # then what is published says itself what it holds
             return {}
         return known if isinstance(known, dict) else {}
 
+    def _finish(self, staging: Path) -> None:
+        if not is_owned(staging):
+            return
+        place = staging.with_name(staging.name.removesuffix(self.suffix))
+        if (staging / OLD).is_dir():
+            # `publish` moved the old bundle away, so the new one was complete; only its rename may be missing.
+            if not place.exists():
+                (staging / (NEW if (staging / NEW).is_dir() else OLD)).rename(place)
+        elif (staging / NEW).is_dir():
+            return  # it was still being put together
+        remove_owned(staging)
 
-def _finish(staging: Path) -> None:
-    place = staging.with_name(staging.name.removesuffix(PARTIAL))
-    if (staging / OLD).is_dir():
-        # `publish` moved the old bundle away, so the new one was complete; only its rename may be missing.
-        if not place.exists():
-            (staging / (NEW if (staging / NEW).is_dir() else OLD)).rename(place)
-    elif (staging / NEW).is_dir():
-        return  # it was still being put together
-    remove_owned(staging)
+    def _staging(self, place: Path) -> Path:
+        return place.with_name(f"{place.name}{self.suffix}")
 
 
 def _place(final: Path) -> Path:
     return final.resolve() if final.is_symlink() else final
-
-
-def _staging(place: Path) -> Path:
-    return place.with_name(f"{place.name}{PARTIAL}")
 
 
 def _files(folder: Path) -> set[str]:

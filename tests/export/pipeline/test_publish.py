@@ -137,7 +137,7 @@ def test_files_that_a_user_put_into_a_bundle_are_never_deleted(tmp_path: Path) -
     work = WorkDir(tmp_path)
     publish(work, "first")
     (tmp_path / "int8" / "notes.txt").write_text("mine")
-    with pytest.raises(ArrieroError, match=r"int8: holds files that no build put there: notes\.txt\. Move them away"):
+    with pytest.raises(ArrieroError, match=r"int8: holds files that are not the bundle's: notes\.txt\. Move them away"):
         publish(work, "second")
     assert (text_of(tmp_path / "int8"), (tmp_path / "int8" / "notes.txt").read_text()) == ("first", "mine")
     (tmp_path / "int8" / "notes.txt").unlink()

@@ -1,0 +1,1 @@
+"""Bundles in a store that many machines share: pushed, listed, pulled."""
