@@ -34,6 +34,12 @@ METRICS: dict[str, Metric] = {
     "logits_kl_lower_bound": Metric(
         "Logits, mean KL, lower bound", "max", "nat", "The log-sum inequality's bound; the KL itself where all is kept."
     ),
+    "logits_kl_median": Metric("Logits, median KL", "max", "nat", "Half of the tokens have at most this KL."),
+    "logits_kl_p99": Metric("Logits, KL, 99th percentile", "max", "nat", "One token of a hundred has more."),
+    "logits_kl_p999": Metric("Logits, KL, 99.9th percentile", "max", "nat", "One token of a thousand has more."),
+    "logits_kl_past_chunk": Metric(
+        "Logits, mean KL past the first attention chunk", "max", "nat", "Over tokens that chunked layers see less of."
+    ),
     "rtn_kl_mean": Metric(
         "Logits, mean KL of the RTN baseline", "max", "nat", "The same for the profile's own form without calibration."
     ),

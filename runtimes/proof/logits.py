@@ -75,6 +75,7 @@ class LogitFigures:
     largest_error: float
     kl: KlSums
     top: Agreement
+    token_kl: NDArray[np.float64]  # [T] in nats
 
 
 class LogitMeter(Protocol):
@@ -115,14 +116,13 @@ class WholeLogitMeter:
 
     def __init__(self, reference: NDArray[np.float32], near_tie: float) -> None:
         self._reference, self._near_tie, self._tokens = reference, near_tie, 0
-        self._sums, self._kl, self._top = ErrorSums(), KlSums(), Agreement()
+        self._sums, self._top, self._token_kl = ErrorSums(), Agreement(), [np.zeros(0)]
 
     def add(self, rows: NDArray) -> None:
         """Go on with `rows` [t, V]."""
         known = self._reference[self._tokens : self._tokens + len(rows)]
         self._sums += ErrorSums.of(known, rows)
-        kl = float(metrics.kl_per_token(known, rows).sum())
-        self._kl += KlSums(kl, 0.0, kl, len(rows))
+        self._token_kl.append(metrics.kl_per_token(known, rows))
         self._top += metrics.same_top_token(known, rows, self._near_tie)
         self._tokens += len(rows)
 
@@ -130,7 +130,9 @@ class WholeLogitMeter:
         """All of them, exact."""
         _check_tokens(self._reference.shape, self._tokens)
         assert self._sums.max_abs is not None
-        return LogitFigures(self._sums, self._sums.max_abs, self._kl, self._top)
+        kl = np.concatenate(self._token_kl)
+        total = float(kl.sum())
+        return LogitFigures(self._sums, self._sums.max_abs, KlSums(total, 0.0, total, len(kl)), self._top, kl)
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ class SampledLogitMeter:
     def __init__(self, reference: SampledLogits, near_tie: float) -> None:
         self._reference, self._near_tie, self._tokens = reference, near_tie, 0
         self._sketch = reference.sketched.meter()
-        self._kl, self._top, self._largest = KlSums(), Agreement(), 0.0
+        self._kl, self._top, self._largest, self._token_kl = KlSums(), Agreement(), 0.0, [np.zeros(0)]
 
     def add(self, rows: NDArray) -> None:
         """Go on with `rows` [t, V]."""
@@ -207,7 +209,8 @@ class SampledLogitMeter:
     def figures(self) -> LogitFigures:
         """All of them."""
         _check_tokens((len(self._reference.head_ids), self._reference.vocabulary), self._tokens)
-        return LogitFigures(self._sketch.errors(), self._largest, self._kl, self._top)
+        kl = np.concatenate(self._token_kl)
+        return LogitFigures(self._sketch.errors(), self._largest, self._kl, self._top, kl)
 
     def _add(self, kept: slice, wide: NDArray[np.float64]) -> None:
         """The block `wide` [t, V] of a candidate's logits, of the tokens `kept`; it is written over."""
@@ -222,9 +225,9 @@ class SampledLogitMeter:
         with np.errstate(invalid="ignore"):
             errors = np.abs(head - head_logits).max(initial=0.0), np.abs(drawn - drawn_logits).max(initial=0.0)
         self._largest = float(np.maximum(self._largest, np.maximum(*errors)))  # keeps a NaN
-        self._kl += self._divergence(kept, wide, head, drawn)
+        self._add_kl(kept, wide, head, drawn)
 
-    def _divergence(self, kept: slice, wide: NDArray, head: NDArray, drawn: NDArray) -> KlSums:
+    def _add_kl(self, kept: slice, wide: NDArray, head: NDArray, drawn: NDArray) -> None:
         reference = self._reference
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             log_q_sum = _log_sum(wide)[:, None]
@@ -240,7 +243,8 @@ class SampledLogitMeter:
             variance = mass**2 * terms.var(1, ddof=1) / DRAWN
             bound = np.maximum(bound, 0.0)  # rounding below zero; NaN stays NaN
             total = bound + mass * terms.mean(1)
-        return KlSums(float(total.sum()), float(variance.sum()), float(bound.sum()), len(total))
+        self._kl += KlSums(float(total.sum()), float(variance.sum()), float(bound.sum()), len(total))
+        self._token_kl.append(total)
 
 
 def _log_sum(values: NDArray) -> NDArray[np.float64]:

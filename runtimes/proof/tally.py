@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.proof import metrics
@@ -53,6 +54,7 @@ class Tally:
     vision: ErrorSums = field(default_factory=ErrorSums)
     largest_error: float = 0.0
     kl: KlSums = field(default_factory=KlSums)
+    token_kl: list[NDArray[np.float64]] = field(default_factory=list)  # of each case
     top: Agreement = field(default_factory=Agreement)
     hidden: dict[int, ErrorSums] = field(default_factory=dict)
     routers: dict[int, Agreement] = field(default_factory=dict)
@@ -66,6 +68,7 @@ class Tally:
     def add_logits(self, figures: LogitFigures) -> None:
         """Add the logits of one case."""
         self.logits, self.top, self.kl = self.logits + figures.sums, self.top + figures.top, self.kl + figures.kl
+        self.token_kl.append(figures.token_kl)
         self.largest_error = float(np.maximum(self.largest_error, figures.largest_error))  # keeps a NaN
 
     def add_hidden(self, layer: int, errors: ErrorSums) -> None:
@@ -130,8 +133,25 @@ class Tally:
             ),
             "logits_kl_mean": Value(self.kl.mean, where_kl, self.kl.error),
             "logits_kl_lower_bound": Value(self.kl.bound_mean, f"{self.kl.tokens} tokens"),
+            **self._spread(),
             "same_top_token": Value(self.top.fraction, str(self.top)),
         }
+
+    def _spread(self) -> dict[str, Value]:
+        """How the tokens' KL is spread, and its mean where chunked layers no longer see the beginning."""
+        every, chunk = np.concatenate(self.token_kl), self.spec.attention_chunk_size
+        late = np.concatenate([one[chunk:] for one in self.token_kl])
+        shares = {"logits_kl_median": 0.5, "logits_kl_p99": 0.99, "logits_kl_p999": 0.999}
+        chunked = any(layer.attention == "chunked" for layer in self.spec.layers)
+        past = Value(None, f"no case has more than {chunk} tokens", applies=chunked)
+        if chunked and len(late):
+            past = Value(float(late.mean()), f"{len(late)} tokens at positions from {chunk} on")
+        with np.errstate(invalid="ignore"):  # between infinite ones lies no number
+            quantiles = np.quantile(every, [*shares.values()])
+        spread = {
+            name: Value(float(value), f"{len(every)} tokens") for name, value in zip(shares, quantiles, strict=True)
+        }
+        return spread | {"logits_kl_past_chunk": past}
 
     def _parts(self) -> dict[str, Value]:
         unseen = Value(None, "no image cases")

@@ -19,6 +19,7 @@ from arriero.graphs.ops import expert_dispatch
 from arriero.runtimes.backend import StepOutput
 from arriero.runtimes.processor.processor import Prompt
 from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS
+from arriero.runtimes.proof.metrics import kl_per_token
 from arriero.runtimes.proof.parity import measure
 from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.runtimes.proof.report import ParityReport
@@ -123,6 +124,39 @@ def test_an_honest_candidate_passes_every_row(reference, cases):
         "image": 1,
     }
     assert [case.image_tiles for case in report.cases] == [0, 0, 2]
+
+
+def test_how_the_tokens_kl_is_spread_and_what_it_is_past_the_chunk(reference, cases):
+    backend = twin(reference)
+    with torch.no_grad():
+        backend.model.language_model.lm_head.weight += 0.02 * torch.randn(
+            backend.model.language_model.lm_head.weight.shape, generator=torch.Generator().manual_seed(5)
+        )
+    candidate = session(backend)
+    report = run(reference, candidate, cases, {})
+    token_kl = []
+    for case in LiveReference(reference, cases):
+        pixels = reference.encode(case.case.prompt, list(case.case.images)).pixel_values
+        both = [one.logits(case.fed_ids, pixels).logits[0] for one in (reference, candidate)]
+        token_kl.append(kl_per_token(*both))
+    every = np.concatenate(token_kl)
+    chunk = reference.spec.attention_chunk_size
+    expected = {
+        "logits_kl_mean": every.mean(),
+        "logits_kl_median": np.quantile(every, 0.5),
+        "logits_kl_p99": np.quantile(every, 0.99),
+        "logits_kl_p999": np.quantile(every, 0.999),
+        "logits_kl_past_chunk": np.concatenate([one[chunk:] for one in token_kl]).mean(),
+    }
+    assert {name: row(report, name).value for name in expected} == pytest.approx(expected, rel=1e-6)
+    assert row(report, "logits_kl_past_chunk").detail.startswith(f"{sum(len(one) - chunk for one in token_kl)} tokens")
+
+
+def test_a_limit_past_the_chunk_fails_where_no_case_is_so_long(reference, cases):
+    short = [replace(cases[0], prompt="the key?", answer="")]
+    found = row(run(reference, session(twin(reference)), short, {"logits_kl_past_chunk": 1.0}), "logits_kl_past_chunk")
+    assert (found.status, found.value) == ("fail", None)
+    assert "no case has more than 16 tokens" in found.detail
 
 
 def score_on_the_output(moe, x):
