@@ -5,7 +5,6 @@ A name proves nothing: users call folders what they like, dates look like hashes
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -23,20 +22,22 @@ def own(folder: Path) -> None:
         remedy = "Move it away, or choose another `output`"
         raise ArrieroError("is in the way of the build, and no build made it", where=str(folder), remedy=remedy)
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f"{MARK}.{os.getpid()}"
-    scratch.write_text(_mark(folder), encoding="utf-8")
-    scratch.replace(folder / MARK)
+    (folder / MARK).write_text(_mark(folder), encoding="utf-8")
 
 
 def may_own(folder: Path) -> bool:
-    """Whether `own` takes `folder`: it is ours, not there, or a folder without anything but what marking left that was
-    cut short.
+    """Whether `own` takes `folder`: it is ours, not there, empty, or holds the beginning of our mark and nothing else,
+    as a kill leaves it.
     """
     if is_owned(folder):
         return True
     if folder.is_symlink() or not folder.is_dir():
         return not (folder.is_symlink() or folder.exists())
-    return all(entry.name.startswith(f"{MARK}.") for entry in folder.iterdir())
+    return all(entry.name == MARK and _begins_mark(entry) for entry in folder.iterdir())
+
+
+def _begins_mark(file: Path) -> bool:
+    return file.is_file() and _mark(file.parent).encode().startswith(file.read_bytes())
 
 
 def is_owned(folder: Path) -> bool:

@@ -122,15 +122,30 @@ def test_what_is_in_the_way_is_refused_and_kept(tmp_path: Path) -> None:
     assert (mine / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_kill_while_the_mark_is_written_is_in_nobodys_way(tmp_path: Path) -> None:
+@pytest.mark.parametrize("written", [0, 1, 40])
+def test_a_kill_while_the_mark_is_written_is_in_nobodys_way(tmp_path: Path, written: int) -> None:
     work = WorkDir(tmp_path)
     staging = tmp_path / "int8.partial"
-    staging.mkdir()
-    (staging / f"{MARK}.4711").write_text("cut sho")
+    own(staging)
+    mark = staging / MARK
+    mark.write_bytes(mark.read_bytes()[:written])
     assert work.bundles.problems(tmp_path / "int8") == []
     publish(work, "first")
     assert text_of(tmp_path / "int8") == "first"
     assert not staging.exists()
+    (staging / "left").mkdir(parents=True)
+    with pytest.raises(ArrieroError, match="no build made it"):
+        own(staging)
+
+
+def test_a_file_that_is_called_like_the_mark_is_the_users(tmp_path: Path) -> None:
+    mine = tmp_path / "int8.partial" / MARK
+    mine.parent.mkdir()
+    mine.write_text("my own notes")
+    assert WorkDir(tmp_path).bundles.problems(tmp_path / "int8")
+    with pytest.raises(ArrieroError, match="no build made it"):
+        own(mine.parent)
+    assert mine.read_text() == "my own notes"
 
 
 def test_files_that_a_user_put_into_a_bundle_are_never_deleted(tmp_path: Path) -> None:
@@ -189,13 +204,6 @@ def test_a_copy_of_a_marked_folder_is_the_users(tmp_path: Path) -> None:
     remove_owned(tmp_path / "int8.partial")
     remove_owned(tmp_path / "int8.partial")  # it is gone
     assert [p.name for p in tmp_path.iterdir()] == ["backup"]
-
-
-def test_a_mark_whose_writing_was_cut_short_is_written_again(tmp_path: Path) -> None:
-    (tmp_path / "a.partial").mkdir()
-    (tmp_path / "a.partial" / ".arriero.1234").write_text("6f0c")
-    own(tmp_path / "a.partial")
-    assert is_owned(tmp_path / "a.partial")
 
 
 def test_a_page_of_the_users_is_neither_deleted_nor_written_over(tmp_path: Path) -> None:

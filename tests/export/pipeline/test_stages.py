@@ -244,8 +244,8 @@ def test_records_are_json_for_machines(tmp_path):
 
 
 @pytest.mark.parametrize("resumes", [False, True])
-@pytest.mark.parametrize("left", [(), (f"{MARK}.4711",)], ids=["empty", "half-marked"])
-def test_a_stage_killed_while_its_folder_was_marked_or_deleted_is_run(tmp_path, left, resumes):
+@pytest.mark.parametrize("written", [None, 0, 30], ids=["empty", "mark begun", "half-marked"])
+def test_a_stage_killed_while_its_folder_was_marked_or_deleted_is_run(tmp_path, written, resumes):
     def run(folder):
         (folder / "file").write_text("1")
         return {"file"}
@@ -254,9 +254,12 @@ def test_a_stage_killed_while_its_folder_was_marked_or_deleted_is_run(tmp_path, 
     stage = Stage("one", {}, run, resumes)
     with work.locked():
         for folder in (work.folder("one", stage.key), work.root / f"one-{stage.key}.partial"):
-            folder.mkdir()
-            for name in left:
-                (folder / name).write_text("half of a mark")
+            own(folder)
+            mark = folder / MARK
+            if written is None:
+                mark.unlink()
+            else:
+                mark.write_bytes(mark.read_bytes()[:written])
         assert list(read_record(work.run_stage(stage))["files"]) == ["file"]
 
 
