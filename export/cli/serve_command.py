@@ -45,8 +45,8 @@ def serve(
 
     arriero serve bundles/portable-int8
 
-    Paths: /v1/chat/completions, /v1/completions, /v1/messages, /v1/models, /tokenize, /health, /metrics. Ctrl-C ends
-    it once the answers on their way are done.
+    Paths: /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/models, /tokenize, /health, /metrics.
+    Ctrl-C ends it once the answers on their way are done.
     """
     try:
         from arriero.runtimes.server.serve import open_bundles

@@ -26,6 +26,7 @@ from arriero.runtimes.server.messages import MessageReader
 from arriero.runtimes.server.metrics import Metrics
 from arriero.runtimes.server.models import Models
 from arriero.runtimes.server.options import ServerOptions
+from arriero.runtimes.server.responses import ResponseRequest
 from arriero.runtimes.server.sse import HEADERS
 from arriero.runtimes.session import Session
 from arriero.strict_json import parse_json
@@ -34,7 +35,7 @@ log = logging.getLogger("arriero.server")
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SLOW_SECONDS = 10.0  # for a client to read what is left of a stream whose time is over
 Handler = Callable[[Request], Awaitable[Response]]
-Kind = type[ChatCompletion] | type[Completion] | type[AnthropicMessage]
+Kind = type[ChatCompletion] | type[Completion] | type[AnthropicMessage] | type[ResponseRequest]
 
 
 class Server:
@@ -157,6 +158,7 @@ def create_app(sessions: Mapping[str, Session], options: ServerOptions) -> tuple
         Route("/v1/models/{name:path}", _refusing(server.show_model)),
         Route("/v1/chat/completions", _refusing(server.answering(ChatCompletion)), methods=["POST"]),
         Route("/v1/messages", _refusing(server.answering(AnthropicMessage), anthropic_response), methods=["POST"]),
+        Route("/v1/responses", _refusing(server.answering(ResponseRequest)), methods=["POST"]),
         Route("/v1/completions", _refusing(server.answering(Completion)), methods=["POST"]),
     ]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _no_such})

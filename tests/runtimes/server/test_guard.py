@@ -25,6 +25,7 @@ from tests.runtimes.server.conftest import Serve, Served
 ASK: dict[str, Any] = {"model": "toy", "messages": [{"role": "user", "content": "a secret"}], "max_tokens": 5}
 KEYS = ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic right"}, {"X-Api-Key": "w"})
 PATHS = ("/metrics", "/v1/models", "/v1/models/toy", "/v1/chat/completions", "/v1/completions", "/tokenize", "/", "/x")
+PATHS += ("/v1/messages", "/v1/responses")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "board.local"])
