@@ -32,6 +32,13 @@ def serve(
         str | None,
         typer.Option(help="Memory for prompts read before, such as 2GiB, or 0; else an eighth of what is free."),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Most memory that the process may take, such as 16GiB: bundles are opened when they are needed, and "
+            "the one unused for longest is closed. All are opened at the start when left out."
+        ),
+    ] = None,
     max_requests: Annotated[
         int, typer.Option(help="Answers on their way at once; more are sent away.", min=1)
     ] = ServerOptions.most_requests,
@@ -50,7 +57,7 @@ def serve(
     """
     try:
         from arriero.runtimes.server.serve import open_bundles
-        from arriero.runtimes.server.serve import serve as serve_sessions
+        from arriero.runtimes.server.serve import serve as serve_bundles
     except ImportError as error:
         raise MachineLacks(
             f"the package {(error.name or 'starlette').partition('.')[0]} is not installed",
@@ -62,9 +69,10 @@ def serve(
     )
     room = None if prefix_cache is None else 0 if prefix_cache == "0" else parse_bytes(prefix_cache)
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    sessions = open_bundles(bundles, threads, batch, room)
-    err.print(f"Serving {', '.join(sessions)} at http://{host}:{port}/v1", highlight=False)
-    serve_sessions(sessions, options)
+    most = None if memory is None else parse_bytes(memory)
+    ready = open_bundles(bundles, threads, batch, room, most)
+    err.print(f"Serving {', '.join(ready.by_name)} at http://{host}:{port}/v1", highlight=False)
+    serve_bundles(ready, options)
 
 
 def _read_key(file: Path) -> str:

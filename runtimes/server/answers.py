@@ -52,16 +52,15 @@ class Answers:
 
     @classmethod
     def begin(
-        cls, asked: AnswerFields, prompts: list[Prompt], shown: Settings, metrics: Metrics, seconds: float
+        cls, asked: AnswerFields, prompts: list[Prompt], shown: Settings, metrics: Metrics, deadline: float
     ) -> Answers:
-        """Have `prompts` answered within `seconds`, each as often as `asked`; `shown` are settings beside those."""
+        """Have `prompts` answered by the `deadline`, each as often as `asked`; `shown` are settings beside those."""
         session = asked.model.session
         requests = [
             session.request(prompt, read_settings({**asked.settings_of(number), **shown}), asked.model.adapter)
             for prompt in prompts
             for number in range(asked.count)
         ]
-        deadline = asyncio.get_running_loop().time() + seconds
         return cls([session.submit(request) for request in requests], asked.count, metrics, deadline)
 
     async def wait(self) -> list[Generation]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from starlette.applications import Starlette
@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from arriero.runtimes.server.answers import Answers, Load, until_gone
 from arriero.runtimes.server.anthropic_messages import AnthropicMessage, anthropic_response
+from arriero.runtimes.server.bundles import Bundles
 from arriero.runtimes.server.chat_completions import ChatCompletion
 from arriero.runtimes.server.completions import Completion
 from arriero.runtimes.server.errors import RefusalError, refusal_of
@@ -28,7 +29,6 @@ from arriero.runtimes.server.models import Models
 from arriero.runtimes.server.options import ServerOptions
 from arriero.runtimes.server.responses import ResponseRequest
 from arriero.runtimes.server.sse import HEADERS
-from arriero.runtimes.session import Session
 from arriero.strict_json import parse_json
 
 log = logging.getLogger("arriero.server")
@@ -39,12 +39,12 @@ Kind = type[ChatCompletion] | type[Completion] | type[AnthropicMessage] | type[R
 
 
 class Server:
-    """What the paths share: the models, the limits, the counters."""
+    """What the paths share: the bundles and models, the limits, the counters."""
 
-    def __init__(self, sessions: Mapping[str, Session], options: ServerOptions) -> None:
-        """Serve `sessions` by name."""
-        self.models, self.options = Models(sessions), options
-        self.metrics, self.load = Metrics(sessions), Load(options.most_requests)
+    def __init__(self, bundles: Bundles, options: ServerOptions) -> None:
+        """Serve `bundles`."""
+        self.bundles, self.models, self.options = bundles, Models(bundles), options
+        self.metrics, self.load = Metrics(bundles), Load(options.most_requests)
         self._encoding = asyncio.Semaphore(2)  # pictures take memory until the engine has them
 
     async def health(self, _: Request) -> Response:
@@ -69,16 +69,17 @@ class Server:
         fields = Fields(await self._body(request))
         model, prompt, messages = self.models.get(fields.text("model")), fields.text("prompt"), fields.items("messages")
         fields.refuse_others()
-        session = model.session
         if (prompt is None) == (messages is None):
             raise fields.refusal("prompt", "or messages is expected, one of the two")
-        if prompt is not None:
-            ids = await asyncio.to_thread(session.processor.tokenize, prompt)
-        else:
-            read = MessageReader(self.options).read(messages)
-            async with self._encoding:
-                ids = (await asyncio.to_thread(session.encode, read)).input_ids
-        return JSONResponse({"tokens": ids.tolist(), "count": len(ids), "max_model_len": session.context})
+        read = [] if messages is None else MessageReader(self.options).read(messages)
+        with self.bundles.using(model.bundle):
+            async with asyncio.timeout(self.options.request_seconds), self._encoding:
+                await self.bundles.open(model.bundle)
+                if prompt is not None:
+                    ids = await asyncio.to_thread(model.session.processor.tokenize, prompt)
+                else:
+                    ids = (await asyncio.to_thread(model.session.encode, read)).input_ids
+        return JSONResponse({"tokens": ids.tolist(), "count": len(ids), "max_model_len": model.bundle.context})
 
     def answering(self, kind: Kind) -> Handler:
         """The handler of a path whose requests are of this `kind`."""
@@ -86,21 +87,20 @@ class Server:
         async def handle(request: Request) -> Response:
             asked = kind(await self._body(request), self.models, self.options)
             self.load.take(asked.count)
-            release = _Once(lambda: self.load.give(asked.count))
-            try:
-                async with self._encoding:
-                    prompts = await asyncio.to_thread(asked.encode)
-                answers = Answers.begin(asked.asked, prompts, asked.shown, self.metrics, self.options.request_seconds)
-                release.also(answers.close)
+            deadline = asyncio.get_running_loop().time() + self.options.request_seconds
+            with ExitStack() as over:  # when the request is, however it ends
+                over.callback(self.load.give, asked.count)
+                over.enter_context(self.bundles.using(asked.asked.model.bundle))
+                async with asyncio.timeout_at(deadline):
+                    await self.bundles.open(asked.asked.model.bundle)
+                    async with self._encoding:
+                        prompts = await asyncio.to_thread(asked.encode)
+                answers = Answers.begin(asked.asked, prompts, asked.shown, self.metrics, deadline)
+                over.callback(answers.close)
                 if asked.asked.stream:
-                    return _Stream(asked.lines(answers), release, self.options.request_seconds + SLOW_SECONDS)
+                    return _Stream(asked.lines(answers), over.pop_all(), deadline + SLOW_SECONDS)
                 results = await until_gone(request, answers.wait)
-                response = JSONResponse(asked.whole(answers, results))
-            except BaseException:
-                release()
-                raise
-            release()
-            return response
+                return JSONResponse(asked.whole(answers, results))
 
         return handle
 
@@ -113,43 +113,25 @@ class Server:
         return parse_json(content, "the body", "Send one JSON object")
 
 
-class _Once:
-    """What is to be done when a request is over, however it ends."""
-
-    def __init__(self, work: Callable[[], object]) -> None:
-        self._works = [work]
-
-    def also(self, work: Callable[[], object]) -> None:
-        """Do `work` too."""
-        self._works.append(work)
-
-    def __call__(self) -> None:
-        while self._works:
-            self._works.pop()()
-
-
 class _Stream(StreamingResponse):
-    """Lines as they come; whatever ends them, also before the first, `release` runs.
+    """Lines as they come; whatever ends them, also before the first, `over` is closed.
 
-    A client that has not read them within `seconds` is left.
+    A client that has not read them by the `deadline` is left.
     """
 
-    def __init__(self, lines: AsyncIterator[str], release: _Once, seconds: float) -> None:
+    def __init__(self, lines: AsyncIterator[str], over: ExitStack, deadline: float) -> None:
         super().__init__(lines, media_type="text/event-stream", headers=HEADERS)
-        self._release, self._seconds = release, seconds
+        self._over, self._deadline = over, deadline
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._seconds):
-                    await super().__call__(scope, receive, send)
-        finally:
-            self._release()
+        with self._over, suppress(TimeoutError):
+            async with asyncio.timeout_at(self._deadline):
+                await super().__call__(scope, receive, send)
 
 
-def create_app(sessions: Mapping[str, Session], options: ServerOptions) -> tuple[ASGIApp, Server]:
-    """The app that answers with `sessions`, and what its paths share."""
-    server = Server(sessions, options)
+def create_app(bundles: Bundles, options: ServerOptions) -> tuple[ASGIApp, Server]:
+    """The app that answers from `bundles`, and what its paths share."""
+    server = Server(bundles, options)
     routes = [
         Route("/health", _refusing(server.health)),
         Route("/metrics", _refusing(server.show_metrics)),
