@@ -69,7 +69,7 @@ def test_what_is_not_safe_or_not_there_is_refused(
         (("--api-key-file", tmp_path / "none"), "the key cannot be read"),
         (("--prefix-cache", "lots"), "is not a size"),
         (("--memory", "lots"), "is not a size"),
-        (("--memory", "1KiB"), "there is no room for fp32"),
+        (("--memory", "1MiB"), "there is no room for fp32"),
     ):
         done = arriero("serve", bundle, *arguments)
         assert (done.code, sentence in " ".join(done.err.split())) == (2, True), done.err

@@ -43,6 +43,10 @@ def serve(
         int, typer.Option(help="Answers on their way at once; more are sent away.", min=1)
     ] = ServerOptions.most_requests,
     max_tokens: Annotated[int | None, typer.Option(help="The longest answer; else the context is.", min=1)] = None,
+    allow_images_from: Annotated[
+        list[str] | None,
+        typer.Option(help="A domain that pictures may be fetched from by https, such as example.org; several in turn."),
+    ] = None,
     timeout: Annotated[
         float, typer.Option(help="Seconds that a request may take.", min=1)
     ] = ServerOptions.request_seconds,
@@ -65,7 +69,13 @@ def serve(
         ) from None
     key = os.environ.get("ARRIERO_API_KEY") if api_key_file is None else _read_key(api_key_file)
     options = ServerOptions(
-        host, port, key, most_requests=max_requests, most_tokens=max_tokens, request_seconds=timeout
+        host,
+        port,
+        key,
+        most_requests=max_requests,
+        most_tokens=max_tokens,
+        image_domains=tuple(allow_images_from or ()),
+        request_seconds=timeout,
     )
     room = None if prefix_cache is None else 0 if prefix_cache == "0" else parse_bytes(prefix_cache)
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)

@@ -57,7 +57,9 @@ class AnthropicMessage:
             "stop": read_stops(fields, "stop_sequences"),
             "adapter": model.adapter,
         }
-        self.messages = BlockReader(options).read(fields.take("system"), fields.items("messages"))
+        reader = BlockReader(options)
+        self.messages = reader.read(fields.take("system"), fields.items("messages"))
+        self.pictures = reader.pictures
         self.asked = AnswerFields(model, settings, 1, fields.flag("stream"), include_usage=True)
         self.tools = _read_tools(fields)
         self.shown: Settings = {**self.tools.form}  # type: ignore[typeddict-item]

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -15,6 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from arriero.runtimes.processor.processor import Prompt
 from arriero.runtimes.server.answers import Answers, Load, until_gone
 from arriero.runtimes.server.anthropic_messages import AnthropicMessage, anthropic_response
 from arriero.runtimes.server.bundles import Bundles
@@ -27,6 +29,7 @@ from arriero.runtimes.server.messages import MessageReader
 from arriero.runtimes.server.metrics import Metrics
 from arriero.runtimes.server.models import Models
 from arriero.runtimes.server.options import ServerOptions
+from arriero.runtimes.server.picture_fetcher import PictureFetcher
 from arriero.runtimes.server.responses import ResponseRequest
 from arriero.runtimes.server.sse import HEADERS
 from arriero.strict_json import parse_json
@@ -35,7 +38,7 @@ log = logging.getLogger("arriero.server")
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SLOW_SECONDS = 10.0  # for a client to read what is left of a stream whose time is over
 Handler = Callable[[Request], Awaitable[Response]]
-Kind = type[ChatCompletion] | type[Completion] | type[AnthropicMessage] | type[ResponseRequest]
+Asked = ChatCompletion | Completion | AnthropicMessage | ResponseRequest
 
 
 class Server:
@@ -45,6 +48,7 @@ class Server:
         """Serve `bundles`."""
         self.bundles, self.models, self.options = bundles, Models(bundles), options
         self.metrics, self.load = Metrics(bundles), Load(options.most_requests)
+        self._fetcher = PictureFetcher(options)
         self._encoding = asyncio.Semaphore(2)  # pictures take memory until the engine has them
 
     async def health(self, _: Request) -> Response:
@@ -71,17 +75,20 @@ class Server:
         fields.refuse_others()
         if (prompt is None) == (messages is None):
             raise fields.refusal("prompt", "or messages is expected, one of the two")
-        read = [] if messages is None else MessageReader(self.options).read(messages)
+        reader = MessageReader(self.options)
+        read = [] if messages is None else reader.read(messages)
         with self.bundles.using(model.bundle):
-            async with asyncio.timeout(self.options.request_seconds), self._encoding:
+            async with asyncio.timeout(self.options.request_seconds):
                 await self.bundles.open(model.bundle)
-                if prompt is not None:
-                    ids = await asyncio.to_thread(model.session.processor.tokenize, prompt)
-                else:
-                    ids = (await asyncio.to_thread(model.session.encode, read)).input_ids
+                await reader.pictures.fetch(self._fetcher)
+                async with self._encoding:
+                    if prompt is not None:
+                        ids = await asyncio.to_thread(model.session.processor.tokenize, prompt)
+                    else:
+                        ids = (await asyncio.to_thread(model.session.encode, read)).input_ids
         return JSONResponse({"tokens": ids.tolist(), "count": len(ids), "max_model_len": model.bundle.context})
 
-    def answering(self, kind: Kind) -> Handler:
+    def answering(self, kind: type[Asked]) -> Handler:
         """The handler of a path whose requests are of this `kind`."""
 
         async def handle(request: Request) -> Response:
@@ -92,9 +99,7 @@ class Server:
                 over.callback(self.load.give, asked.count)
                 over.enter_context(self.bundles.using(asked.asked.model.bundle))
                 async with asyncio.timeout_at(deadline):
-                    await self.bundles.open(asked.asked.model.bundle)
-                    async with self._encoding:
-                        prompts = await asyncio.to_thread(asked.encode)
+                    prompts = await until_gone(request, partial(self._prepare, asked))
                 answers = Answers.begin(asked.asked, prompts, asked.shown, self.metrics, deadline)
                 over.callback(answers.close)
                 if asked.asked.stream:
@@ -103,6 +108,14 @@ class Server:
                 return JSONResponse(asked.whole(answers, results))
 
         return handle
+
+    async def _prepare(self, asked: Asked) -> list[Prompt]:
+        """Have the bundle open and the prompts encoded, with the pictures that they show."""
+        await self.bundles.open(asked.asked.model.bundle)
+        if asked.pictures is not None:
+            await asked.pictures.fetch(self._fetcher)
+        async with self._encoding:
+            return await asyncio.to_thread(asked.encode)
 
     async def _body(self, request: Request) -> Any:
         try:

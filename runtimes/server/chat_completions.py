@@ -31,7 +31,8 @@ class ChatCompletion:
         """Read the body. Raises RefusalError for what cannot be answered."""
         fields = Fields(body)
         self.asked: AnswerFields = read_answer_fields(fields, models, options, None)
-        self.messages = MessageReader(options).read(fields.items("messages"))
+        reader = MessageReader(options)
+        self.messages, self.pictures = reader.read(fields.items("messages")), reader.pictures
         top = fields.integer("top_logprobs", least=0, most=MOST_TOP_LOGPROBS)
         shows_logprobs = fields.flag("logprobs")
         if top is not None and not shows_logprobs:

@@ -1,6 +1,6 @@
-"""Messages as OpenAI's API has them, made those that the session takes; pictures come in the request or not at all.
+"""Messages as OpenAI's API has them, made those that the session takes.
 
-Nothing of a message reaches a file or the network: entries are built anew from text and from the bytes of data URLs.
+Nothing of a message reaches a file, and the network as `PictureReader` has it alone: entries are built anew.
 """
 
 from __future__ import annotations

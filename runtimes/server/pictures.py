@@ -12,6 +12,7 @@ from PIL import Image
 
 from arriero.runtimes.server.fields import Fields
 from arriero.runtimes.server.options import ServerOptions
+from arriero.runtimes.server.picture_fetcher import FetchError, PictureFetcher
 
 
 class PictureReader:
@@ -20,14 +21,31 @@ class PictureReader:
     def __init__(self, options: ServerOptions) -> None:
         """Keep to the limits of `options` over all pictures together."""
         self._options, self._count = options, 0
+        self._elsewhere: list[tuple[dict[str, Any], Fields, str, str]] = []
 
     def entry(self, fields: Fields, name: str, url: str) -> dict[str, Any]:
-        """The entry of the picture in a data URL, which stands in the field `name`."""
+        """The entry of the picture behind a URL, which stands in the field `name`; `fetch` brings what is elsewhere."""
         head, comma, data = url.partition(",")
-        if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
+        if comma and head.startswith("data:image/") and head.endswith(";base64"):
+            return self.decoded(fields, name, data)
+        if not self._options.image_domains:
             expected = "expected data:image/...;base64,... since this server fetches nothing"
             raise fields.refusal(name, f"is {url[:30]!r}...; {expected}")
-        return self.decoded(fields, name, data)
+        self._count_one(fields, name)
+        entry: dict[str, Any] = {"type": "image"}
+        self._elsewhere.append((entry, fields, name, url))
+        return entry
+
+    async def fetch(self, fetcher: PictureFetcher) -> None:
+        """Fetch what is elsewhere, one after the other: all together are no larger than a body that brings them."""
+        left = self._options.most_body_bytes
+        for entry, fields, name, url in self._elsewhere:
+            try:
+                picture = await fetcher.fetch(url, min(left, self._options.most_image_bytes))
+            except FetchError as error:
+                raise fields.refusal(name, str(error)) from None
+            self._check(fields, name, picture)
+            entry["image"], left = picture, left - len(picture)
 
     def decoded(self, fields: Fields, name: str, data: str) -> dict[str, Any]:
         """The entry of the picture in base64 `data`."""

@@ -61,7 +61,7 @@ class ItemReader:
         if kind == "input_image":
             url = fields.text("image_url")
             if url is None:
-                raise fields.refusal("image_url", "is missing; expected a data URL, since this server keeps no files")
+                raise fields.refusal("image_url", "is missing; expected a URL, since this server keeps no files")
             fields.ignore(("detail",))
             fields.refuse_others()
             return self.pictures.entry(fields, "image_url", url)

@@ -36,7 +36,7 @@ def open_bundles(
         raise ArrieroError(f"two bundles are called {max(names, key=names.count)}", remedy="Rename one of the folders")
     sources = [BundleSource(bundle, threads, batch, prefix_cache, memory) for bundle in bundles]
     if memory is not None:
-        room = memory - anonymous_memory()
+        room = max(memory - anonymous_memory(), 0)
         ready = [source.on_demand(room) for source in sources]
         check_fits(ready, room)
         return Bundles(ready, room)
