@@ -56,8 +56,8 @@ def serve(
 
     arriero serve bundles/portable-int8
 
-    Paths: /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/models, /tokenize, /health, /metrics.
-    Ctrl-C ends it once the answers on their way are done.
+    A page to chat with is at /. Paths: /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/models,
+    /tokenize, /health, /metrics. Ctrl-C ends it once the answers on their way are done.
     """
     try:
         from arriero.runtimes.server.serve import open_bundles
@@ -81,7 +81,8 @@ def serve(
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     most = None if memory is None else parse_bytes(memory)
     ready = open_bundles(bundles, threads, batch, room, most)
-    err.print(f"Serving {', '.join(ready.by_name)} at http://{host}:{port}/v1", highlight=False)
+    url = f"http://{host}:{port}"
+    err.print(f"Serving {', '.join(ready.by_name)} at {url}/v1; chat in a browser at {url}/", highlight=False)
     serve_bundles(ready, options)
 
 

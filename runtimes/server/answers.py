@@ -13,7 +13,7 @@ from arriero.runtimes.generation import Generation
 from arriero.runtimes.processor.processor import Prompt
 from arriero.runtimes.request import Delta
 from arriero.runtimes.server.answer_fields import AnswerFields
-from arriero.runtimes.server.errors import RefusalError
+from arriero.runtimes.server.errors import RefusalError, failure_of
 from arriero.runtimes.server.metrics import Metrics
 from arriero.runtimes.settings import Settings, read_settings
 from arriero.runtimes.stream import Stream
@@ -49,6 +49,7 @@ class Answers:
     count: int  # answers to each prompt
     metrics: Metrics
     deadline: float  # of the event loop's clock
+    failure: str | None = None  # what ended them before their end
 
     @classmethod
     def begin(
@@ -86,10 +87,18 @@ class Answers:
                     else:
                         self.metrics.answered(self.streams[number].result)
                     yield number, delta
+        except BaseException as error:
+            self.failure = failure_of(error)
+            raise
         finally:
             for task in waiting:
                 task.cancel()
             self.close()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all are there."""
+        return all(stream.finished for stream in self.streams)
 
     def close(self) -> None:
         """End what is still on its way, within a step."""

@@ -39,6 +39,7 @@ ERRORS = {
 class AnthropicMessage:
     """One request: read from its body, then answered."""
 
+    operation = "chat"  # as OpenTelemetry's conventions have it
     count = 1
 
     def __init__(self, body: Any, models: Models, options: ServerOptions) -> None:

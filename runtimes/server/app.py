@@ -29,8 +29,11 @@ from arriero.runtimes.server.messages import MessageReader
 from arriero.runtimes.server.metrics import Metrics
 from arriero.runtimes.server.models import Models
 from arriero.runtimes.server.options import ServerOptions
+from arriero.runtimes.server.page import PATH as PAGE
+from arriero.runtimes.server.page import page_response
 from arriero.runtimes.server.picture_fetcher import PictureFetcher
 from arriero.runtimes.server.responses import ResponseRequest
+from arriero.runtimes.server.spans import AnswerSpan
 from arriero.runtimes.server.sse import HEADERS
 from arriero.strict_json import parse_json
 
@@ -55,6 +58,10 @@ class Server:
         """Whether requests are answered."""
         stopping = self.load.stopping
         return JSONResponse({"status": "stopping" if stopping else "ok"}, 503 if stopping else 200)
+
+    async def show_page(self, _: Request) -> Response:
+        """The built-in page."""
+        return page_response()
 
     async def list_models(self, _: Request) -> Response:
         """The models by name."""
@@ -97,10 +104,12 @@ class Server:
             deadline = asyncio.get_running_loop().time() + self.options.request_seconds
             with ExitStack() as over:  # when the request is, however it ends
                 over.callback(self.load.give, asked.count)
+                span = over.enter_context(AnswerSpan(request, asked.operation, asked.asked))
                 over.enter_context(self.bundles.using(asked.asked.model.bundle))
                 async with asyncio.timeout_at(deadline):
                     prompts = await until_gone(request, partial(self._prepare, asked))
                 answers = Answers.begin(asked.asked, prompts, asked.shown, self.metrics, deadline)
+                span.answers = answers
                 over.callback(answers.close)
                 if asked.asked.stream:
                     return _Stream(asked.lines(answers), over.pop_all(), deadline + SLOW_SECONDS)
@@ -146,6 +155,7 @@ def create_app(bundles: Bundles, options: ServerOptions) -> tuple[ASGIApp, Serve
     """The app that answers from `bundles`, and what its paths share."""
     server = Server(bundles, options)
     routes = [
+        Route(PAGE, _refusing(server.show_page)),
         Route("/health", _refusing(server.health)),
         Route("/metrics", _refusing(server.show_metrics)),
         Route("/tokenize", _refusing(server.tokenize), methods=["POST"]),

@@ -27,6 +27,8 @@ from arriero.runtimes.settings import Settings
 class ChatCompletion:
     """One request: read from its body, then answered."""
 
+    operation = "chat"  # as OpenTelemetry's conventions have it
+
     def __init__(self, body: Any, models: Models, options: ServerOptions) -> None:
         """Read the body. Raises RefusalError for what cannot be answered."""
         fields = Fields(body)

@@ -52,6 +52,7 @@ STATELESS = {
 class ResponseRequest:
     """One request: read from its body, then answered."""
 
+    operation = "chat"  # as OpenTelemetry's conventions have it
     count = 1
 
     def __init__(self, body: Any, models: Models, options: ServerOptions) -> None:
