@@ -1,7 +1,7 @@
 """A span of OpenTelemetry for each request that is answered, where its API is installed; no word of a prompt in it.
 
-Attributes are those of the semantic conventions for generative AI. Who wants spans installs and sets up an SDK, by
-`opentelemetry-instrument arriero serve ..` or in a program of their own; without one they cost nothing.
+Attributes are those of the semantic conventions for generative AI. Spans go where an SDK that was set up before takes
+them; without one they cost nothing.
 """
 
 from __future__ import annotations
