@@ -57,7 +57,7 @@ def serve(
     arriero serve bundles/portable-int8
 
     A page to chat with is at /. Paths: /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/models,
-    /tokenize, /health, /metrics. Ctrl-C ends it once the answers on their way are done.
+    /tokenize, /openapi.json, /health, /metrics. Ctrl-C ends it once the answers on their way are done.
     """
     try:
         from arriero.runtimes.server.serve import open_bundles

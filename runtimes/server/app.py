@@ -28,6 +28,7 @@ from arriero.runtimes.server.guard import Guard
 from arriero.runtimes.server.messages import MessageReader
 from arriero.runtimes.server.metrics import Metrics
 from arriero.runtimes.server.models import Models
+from arriero.runtimes.server.openapi import openapi_document
 from arriero.runtimes.server.options import ServerOptions
 from arriero.runtimes.server.page import PATH as PAGE
 from arriero.runtimes.server.page import page_response
@@ -70,6 +71,10 @@ class Server:
     async def show_model(self, request: Request) -> Response:
         """One model."""
         return JSONResponse(self.models.entry(request.path_params["name"]))
+
+    async def show_openapi(self, _: Request) -> Response:
+        """The paths, as an OpenAPI document."""
+        return JSONResponse(openapi_document(self.models, self.options))
 
     async def show_metrics(self, _: Request) -> Response:
         """The counters."""
@@ -127,6 +132,10 @@ class Server:
             return await asyncio.to_thread(asked.encode)
 
     async def _body(self, request: Request) -> Any:
+        """The JSON that a request brings and says it is: pages of other origins may not send such a body unasked."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise RefusalError(415, "The body's content type is not application/json.")
         try:
             async with asyncio.timeout(self.options.body_seconds):
                 content = await request.body()
@@ -157,6 +166,7 @@ def create_app(bundles: Bundles, options: ServerOptions) -> tuple[ASGIApp, Serve
     routes = [
         Route(PAGE, _refusing(server.show_page)),
         Route("/health", _refusing(server.health)),
+        Route("/openapi.json", _refusing(server.show_openapi)),
         Route("/metrics", _refusing(server.show_metrics)),
         Route("/tokenize", _refusing(server.tokenize), methods=["POST"]),
         Route("/v1/models", _refusing(server.list_models)),
@@ -189,4 +199,6 @@ def _refusing(handler: Handler, respond: Callable[[RefusalError], Response] = Re
 async def _no_such(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     known = {404: "There is no such path.", 405: "The path does not take this method."}
-    return RefusalError(error.status_code, known.get(error.status_code, str(error.detail))).response()
+    response = RefusalError(error.status_code, known.get(error.status_code, str(error.detail))).response()
+    response.headers.update(error.headers or {})  # the methods that a path takes
+    return response

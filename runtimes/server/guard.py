@@ -1,7 +1,6 @@
 """What every request goes through before anything reads it: its name in the log, the key, the host, the size.
 
-No answer says to a browser that pages of other origins may read it, and bodies must be JSON by their type, which such
-pages may not send unasked.
+No answer says to a browser that pages of other origins may read it.
 """
 
 from __future__ import annotations
@@ -82,13 +81,9 @@ class Guard:
         else:
             if not hmac.compare_digest(_sent_key(headers), options.api_key.encode()):
                 raise RefusalError(401, "The API key is missing or wrong.", code="invalid_api_key")
-        if scope["method"] == "POST":
-            kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-            if kind != b"application/json":
-                raise RefusalError(415, "The body's content type is not application/json.")
-            length = headers.get(b"content-length", b"0")
-            if not length.isdigit() or int(length) > options.most_body_bytes:
-                raise self._too_large()
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > options.most_body_bytes:
+            raise self._too_large()
 
     def _too_large(self) -> RefusalError:
         return RefusalError(413, f"The body is larger than {self._options.most_body_bytes:,} bytes.")

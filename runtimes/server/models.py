@@ -43,15 +43,25 @@ class Models:
             for adapter in bundle.adapters:
                 self._models[f"{name}:{adapter}"] = Model(f"{name}:{adapter}", bundle, adapter)
 
+    @property
+    def has_default(self) -> bool:
+        """Whether a request need not name a model."""
+        return len(self._bundles.by_name) == 1
+
     def get(self, name: str | None) -> Model:
         """The model of that name; the only bundle's own where none is named."""
-        if name is None and len(self._bundles.by_name) == 1:
+        if name is None and self.has_default:
             return next(iter(self._models.values()))
         if name not in self._models:
             said = "No model is named" if name is None else f"There is no model {name!r:.100}"
             message = f"{said}; expected one of {', '.join(self._models)}."
             raise RefusalError(404 if name else 400, message, param="model", code="model_not_found")
         return self._models[name]
+
+    @property
+    def names(self) -> list[str]:
+        """The models' names."""
+        return list(self._models)
 
     def entry(self, name: str) -> dict[str, Any]:
         """A model as the API lists it."""
