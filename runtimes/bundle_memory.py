@@ -19,7 +19,7 @@ def planned_tokens(manifest: Manifest) -> int:
 
 
 def session_bytes(manifest: Manifest, prefix_cache: int) -> int:
-    """An open session's weights, the keys and values of its planned tokens, prefixes, and what its backend computes in.
+    """An open session's weights, the keys and values of its planned tokens, prefixes, and what its backend takes besides.
 
     A backend that does not map its weights copies them, and quantised ones a second time, packed.
     """
@@ -28,4 +28,5 @@ def session_bytes(manifest: Manifest, prefix_cache: int) -> int:
     weights = sum(manifest.files[file].bytes for file in files)
     if not takes.maps_weights and any(weight.scheme != EXACT for weight in manifest.weights.values()):
         weights *= 2
-    return weights + planned_tokens(manifest) * token_bytes(manifest) + takes.runtime + prefix_cache
+    beside = takes.runtime + takes.stays + prefix_cache
+    return weights + planned_tokens(manifest) * token_bytes(manifest) + beside
