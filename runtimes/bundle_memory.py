@@ -19,7 +19,7 @@ def planned_tokens(manifest: Manifest) -> int:
 
 
 def session_bytes(manifest: Manifest, prefix_cache: int) -> int:
-    """An open session's weights, the keys and values of its planned tokens, prefixes, and what its backend takes besides.
+    """An open session's weights, keys and values of its planned tokens, prefixes, and what its backend takes besides.
 
     A backend that does not map its weights copies them, and quantised ones a second time, packed.
     """
