@@ -9,6 +9,7 @@ from pathlib import Path
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Backend, BackendOptions, MemoryCap, ModelSpec
+from arriero.runtimes.bundle_memory import planned_tokens, token_bytes
 from arriero.runtimes.integrity import check_proven, open_manifest
 from arriero.runtimes.machine_fit import check_machine
 from arriero.runtimes.manifest import Manifest
@@ -63,21 +64,25 @@ def open_session(
     adapter: str | None = None,
     batch: int | None = None,
     prefix_cache: int = 0,
+    tokens: int | None = None,
 ) -> Session:
-    """Give a session over a bundle that is what its manifest says, proven or not yet. Raises as `check_machine`."""
+    """Give a session over a bundle that is what its manifest says, proven or not yet. Raises as `check_machine`.
+
+    `tokens` are held at once at most; None is those whose keys and values the free memory has room for.
+    """
     check_batch(manifest, batch)
     check_machine(manifest)
     processor = Processor(manifest.bundle / "tokenizer", manifest.model)
     backend = open_bundle_backend(manifest, options)
     target = manifest.target
-    per_token = sum(manifest.kv_bytes_per_token.get(layer.attention, 0) for layer in manifest.model.layers)
+    per_token = token_bytes(manifest)
     rows = batch or target.batch
     if options.memory is not None:  # which has set them aside
-        tokens: int | None = rows * target.context
-    else:
+        tokens = rows * target.context
+    elif tokens is None:
         # what was planned for must always fit; more is admitted as far as the memory goes that is free now
         free = available_memory()
-        tokens = None if free is None or not per_token else max(free // per_token, target.batch * target.context)
+        tokens = None if free is None or not per_token else max(free // per_token, planned_tokens(manifest))
     limits = EngineLimits(rows, target.context, tokens, prefix_cache)
     return Session(
         backend, processor, target.context, rows, tuple(manifest.adapters), adapter, limits, manifest.chain.artifact

@@ -115,8 +115,13 @@ class Stream(Iterator[str], AsyncIterator[str]):
         self.close()
 
     @property
+    def finished(self) -> bool:
+        """Whether the whole answer is there."""
+        return self._ended and self._request.answer.finished is not None
+
+    @property
     def result(self) -> Generation:
         """The whole answer; `ArrieroError` while pieces are still to come."""
-        if not self._ended or self._request.answer.finished is None:
+        if not self.finished:
             raise ArrieroError("the answer is not finished", remedy="Read the stream to its end first")
         return self._request.answer.result()

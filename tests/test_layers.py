@@ -13,7 +13,8 @@ from docs.rooms import MAY_IMPORT, PICTURE, ROOMS, ROOT, draw, edges, sources
 LAYERS = (*ROOMS, "models")
 # What an edge device has: everything else would have to be installed there.
 AT_RUN_TIME = {"numpy", "onnxruntime", "tvm_ffi", "cuda", "tokenizers", "jinja2", "PIL", "av", "pypdfium2", "rich"}
-AT_RUN_TIME |= {"starlette", "uvicorn", "prometheus_client", "llguidance"}  # each by an extra of its own
+# each by an extra of its own
+AT_RUN_TIME |= {"starlette", "uvicorn", "h11", "prometheus_client", "llguidance", "opentelemetry"}
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "transformers", "pydantic", "yaml", "safetensors", "typer", "rich"}
 MAX_LINES = 500
 

@@ -68,6 +68,8 @@ def test_what_is_not_safe_or_not_there_is_refused(
         (("--host", "0.0.0.0"), "could use the model without a key"),
         (("--api-key-file", tmp_path / "none"), "the key cannot be read"),
         (("--prefix-cache", "lots"), "is not a size"),
+        (("--memory", "lots"), "is not a size"),
+        (("--memory", "1MiB"), "there is no room for fp32"),
     ):
         done = arriero("serve", bundle, *arguments)
         assert (done.code, sentence in " ".join(done.err.split())) == (2, True), done.err

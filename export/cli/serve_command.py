@@ -32,10 +32,21 @@ def serve(
         str | None,
         typer.Option(help="Memory for prompts read before, such as 2GiB, or 0; else an eighth of what is free."),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Most memory that the process may take, such as 16GiB: bundles are opened when they are needed, and "
+            "the one unused for longest is closed. All are opened at the start when left out."
+        ),
+    ] = None,
     max_requests: Annotated[
         int, typer.Option(help="Answers on their way at once; more are sent away.", min=1)
     ] = ServerOptions.most_requests,
     max_tokens: Annotated[int | None, typer.Option(help="The longest answer; else the context is.", min=1)] = None,
+    allow_images_from: Annotated[
+        list[str] | None,
+        typer.Option(help="A domain that pictures may be fetched from by https, such as example.org; several in turn."),
+    ] = None,
     timeout: Annotated[
         float, typer.Option(help="Seconds that a request may take.", min=1)
     ] = ServerOptions.request_seconds,
@@ -45,12 +56,12 @@ def serve(
 
     arriero serve bundles/portable-int8
 
-    Paths: /v1/chat/completions, /v1/completions, /v1/messages, /v1/models, /tokenize, /health, /metrics. Ctrl-C ends
-    it once the answers on their way are done.
+    A page to chat with is at /. Paths: /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/models,
+    /tokenize, /openapi.json, /health, /metrics. Ctrl-C ends it once the answers on their way are done.
     """
     try:
         from arriero.runtimes.server.serve import open_bundles
-        from arriero.runtimes.server.serve import serve as serve_sessions
+        from arriero.runtimes.server.serve import serve as serve_bundles
     except ImportError as error:
         raise MachineLacks(
             f"the package {(error.name or 'starlette').partition('.')[0]} is not installed",
@@ -58,13 +69,21 @@ def serve(
         ) from None
     key = os.environ.get("ARRIERO_API_KEY") if api_key_file is None else _read_key(api_key_file)
     options = ServerOptions(
-        host, port, key, most_requests=max_requests, most_tokens=max_tokens, request_seconds=timeout
+        host,
+        port,
+        key,
+        most_requests=max_requests,
+        most_tokens=max_tokens,
+        image_domains=tuple(allow_images_from or ()),
+        request_seconds=timeout,
     )
     room = None if prefix_cache is None else 0 if prefix_cache == "0" else parse_bytes(prefix_cache)
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    sessions = open_bundles(bundles, threads, batch, room)
-    err.print(f"Serving {', '.join(sessions)} at http://{host}:{port}/v1", highlight=False)
-    serve_sessions(sessions, options)
+    most = None if memory is None else parse_bytes(memory)
+    ready = open_bundles(bundles, threads, batch, room, most)
+    url = f"http://{host}:{port}"
+    err.print(f"Serving {', '.join(ready.by_name)} at {url}/v1; chat in a browser at {url}/", highlight=False)
+    serve_bundles(ready, options)
 
 
 def _read_key(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,17 @@ def read_answer_fields(
 ) -> AnswerFields:
     """Read them; `default_tokens` is how long an answer may be where the request does not say."""
     model = models.get(fields.text("model"))
+    settings = read_sampling(fields, model)
+    settings["max_tokens"] = read_most_tokens(fields, ("max_tokens", "max_completion_tokens"), options, default_tokens)
+    stream = fields.flag("stream")
+    include_usage = read_stream_options(fields, stream)
+    count = fields.integer("n", 1, least=1, most=options.most_answers)
+    fields.ignore(IGNORED)
+    return AnswerFields(model, settings, count or 1, stream, include_usage)
+
+
+def read_sampling(fields: Fields, model: Model) -> Settings:
+    """How an answer's tokens are chosen, and the texts that end it."""
     settings: Settings = {
         "temperature": fields.number("temperature", 1.0) or 0.0,
         "top_p": fields.number("top_p"),
@@ -53,22 +65,30 @@ def read_answer_fields(
     }
     if settings["seed"] is not None and settings["seed"] < 0:
         settings["seed"] += 1 << 63  # others draw by any whole number
-    asked = [fields.integer(name, least=1) for name in ("max_tokens", "max_completion_tokens")]
-    limits = [limit for limit in (*asked, options.most_tokens) if limit is not None]
-    if all(limit is None for limit in asked) and default_tokens is not None:
-        limits.append(default_tokens)
-    settings["max_tokens"] = min(limits, default=None)
-    stream = fields.flag("stream")
+    return settings
+
+
+def read_most_tokens(
+    fields: Fields, names: Sequence[str], options: ServerOptions, default: int | None = None
+) -> int | None:
+    """How long an answer may be: the least that the fields `names` and `options` say; None is what fits the context."""
+    asked = [limit for name in names if (limit := fields.integer(name, least=1)) is not None]
+    if not asked and default is not None:
+        asked = [default]
+    return min([*asked, *([] if options.most_tokens is None else [options.most_tokens])], default=None)
+
+
+def read_stream_options(fields: Fields, stream: bool) -> bool:
+    """Whether the stream tells the usage."""
     said = fields.fields("stream_options")
-    if said is not None and not stream:
+    if said is None:
+        return False
+    if not stream:
         raise fields.refusal("stream_options", "goes with stream only")
-    include_usage = said is not None and said.flag("include_usage")
-    if said is not None:
-        said.ignore(("include_obfuscation",))
-        said.refuse_others()
-    count = fields.integer("n", 1, least=1, most=options.most_answers)
-    fields.ignore(IGNORED)
-    return AnswerFields(model, settings, count or 1, stream, include_usage)
+    include_usage = said.flag("include_usage")
+    said.ignore(("include_obfuscation",))
+    said.refuse_others()
+    return include_usage
 
 
 def _bias(fields: Fields) -> dict[int, float] | None:

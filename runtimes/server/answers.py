@@ -13,7 +13,7 @@ from arriero.runtimes.generation import Generation
 from arriero.runtimes.processor.processor import Prompt
 from arriero.runtimes.request import Delta
 from arriero.runtimes.server.answer_fields import AnswerFields
-from arriero.runtimes.server.errors import RefusalError
+from arriero.runtimes.server.errors import RefusalError, failure_of
 from arriero.runtimes.server.metrics import Metrics
 from arriero.runtimes.settings import Settings, read_settings
 from arriero.runtimes.stream import Stream
@@ -49,19 +49,19 @@ class Answers:
     count: int  # answers to each prompt
     metrics: Metrics
     deadline: float  # of the event loop's clock
+    failure: str | None = None  # what ended them before their end
 
     @classmethod
     def begin(
-        cls, asked: AnswerFields, prompts: list[Prompt], shown: Settings, metrics: Metrics, seconds: float
+        cls, asked: AnswerFields, prompts: list[Prompt], shown: Settings, metrics: Metrics, deadline: float
     ) -> Answers:
-        """Have `prompts` answered within `seconds`, each as often as `asked`; `shown` are settings beside those."""
+        """Have `prompts` answered by the `deadline`, each as often as `asked`; `shown` are settings beside those."""
         session = asked.model.session
         requests = [
             session.request(prompt, read_settings({**asked.settings_of(number), **shown}), asked.model.adapter)
             for prompt in prompts
             for number in range(asked.count)
         ]
-        deadline = asyncio.get_running_loop().time() + seconds
         return cls([session.submit(request) for request in requests], asked.count, metrics, deadline)
 
     async def wait(self) -> list[Generation]:
@@ -87,10 +87,18 @@ class Answers:
                     else:
                         self.metrics.answered(self.streams[number].result)
                     yield number, delta
+        except BaseException as error:
+            self.failure = failure_of(error)
+            raise
         finally:
             for task in waiting:
                 task.cancel()
             self.close()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all are there."""
+        return all(stream.finished for stream in self.streams)
 
     def close(self) -> None:
         """End what is still on its way, within a step."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from arriero.runtimes.server.errors import RefusalError
 from arriero.runtimes.server.fields import Fields
-from arriero.runtimes.server.messages import PictureReader
 from arriero.runtimes.server.options import ServerOptions
+from arriero.runtimes.server.pictures import PictureReader
 
 
 class BlockReader:
@@ -15,7 +15,7 @@ class BlockReader:
 
     def __init__(self, options: ServerOptions) -> None:
         """Keep to the limits of `options` over all messages together."""
-        self._pictures = PictureReader(options)
+        self.pictures = PictureReader(options)
 
     def read(self, system: Any, messages: list[Any] | None) -> list[dict[str, Any]]:
         """Give `system` and `messages` as the session takes them."""
@@ -49,7 +49,7 @@ class BlockReader:
             if kind == "text":
                 entries.append({"type": "text", "text": fields.required_text("text")})
             elif kind == "image" and role == "user":
-                entries.append({"type": "image", "image": self._image(fields)})
+                entries.append(self._image(fields))
             elif kind == "tool_use" and role == "assistant":
                 function = {"name": fields.required_text("name"), "arguments": fields.take("input", {})}
                 calls.append({"id": fields.text("id"), "type": "function", "function": function})
@@ -65,14 +65,18 @@ class BlockReader:
             return [{"role": role, "content": said or None, "tool_calls": calls}]
         return [*results, *([{"role": role, "content": entries}] if entries else [])]
 
-    def _image(self, fields: Fields) -> bytes:
+    def _image(self, fields: Fields) -> dict[str, Any]:
         source = fields.fields("source")
-        if source is None or source.text("type") != "base64":
-            raise fields.refusal("source", "is no base64; this server fetches nothing")
-        source.ignore(("media_type",))
-        data = source.required_text("data")
+        kind = None if source is None else source.text("type")
+        if source is None or kind not in ("base64", "url"):
+            raise fields.refusal("source", "is missing; expected an object of type base64 or url")
+        if kind == "url":
+            entry = self.pictures.entry(source, "url", source.required_text("url"))
+        else:
+            source.ignore(("media_type",))
+            entry = self.pictures.decoded(source, "data", source.required_text("data"))
         source.refuse_others()
-        return self._pictures.decode(source, "data", data)
+        return entry
 
     def _texts(self, content: Any, where: str) -> str:
         """A text, or the texts of blocks, one behind the other."""

@@ -10,9 +10,8 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from arriero.runtimes.generation import Generation
-from arriero.runtimes.processor.chat import ChatOptions
 from arriero.runtimes.processor.processor import Prompt
-from arriero.runtimes.processor.tool_calls import ToolCall, parse_tool_calls
+from arriero.runtimes.processor.tool_calls import ToolCall
 from arriero.runtimes.server.answer_fields import AnswerFields, read_stops
 from arriero.runtimes.server.answers import Answers
 from arriero.runtimes.server.anthropic_blocks import BlockReader
@@ -20,7 +19,9 @@ from arriero.runtimes.server.errors import RefusalError, refusal_of
 from arriero.runtimes.server.fields import Fields
 from arriero.runtimes.server.models import Models
 from arriero.runtimes.server.options import ServerOptions
-from arriero.runtimes.server.tool_text import ToolText, call_schema
+from arriero.runtimes.server.sse import typed_event
+from arriero.runtimes.server.tool_text import ToolText
+from arriero.runtimes.server.tools import Tools
 from arriero.runtimes.settings import Settings
 
 ERRORS = {
@@ -38,6 +39,7 @@ ERRORS = {
 class AnthropicMessage:
     """One request: read from its body, then answered."""
 
+    operation = "chat"  # as OpenTelemetry's conventions have it
     count = 1
 
     def __init__(self, body: Any, models: Models, options: ServerOptions) -> None:
@@ -56,10 +58,12 @@ class AnthropicMessage:
             "stop": read_stops(fields, "stop_sequences"),
             "adapter": model.adapter,
         }
-        self.messages = BlockReader(options).read(fields.take("system"), fields.items("messages"))
+        reader = BlockReader(options)
+        self.messages = reader.read(fields.take("system"), fields.items("messages"))
+        self.pictures = reader.pictures
         self.asked = AnswerFields(model, settings, 1, fields.flag("stream"), include_usage=True)
-        self.shown: Settings = {}
-        self.tools = self._tools(fields)
+        self.tools = _read_tools(fields)
+        self.shown: Settings = {**self.tools.form}  # type: ignore[typeddict-item]
         thinking = fields.fields("thinking")
         if thinking is not None and thinking.text("type") != "disabled":
             raise fields.refusal("thinking", "is not possible here")
@@ -67,44 +71,14 @@ class AnthropicMessage:
         fields.refuse_others()
         self.id = f"msg_{uuid.uuid4().hex}"
 
-    def _tools(self, fields: Fields) -> list[dict[str, Any]] | None:
-        tools, choice = fields.items("tools") or [], fields.fields("tool_choice")
-        read = [Fields(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
-        functions = []
-        for tool in read:
-            parameters = tool.take("input_schema") or {"type": "object", "properties": {}}
-            functions.append(
-                {
-                    "name": tool.required_text("name"),
-                    "description": tool.text("description", ""),
-                    "parameters": parameters,
-                }
-            )
-            tool.ignore(("type", "cache_control"))
-            tool.refuse_others()
-        kind = "auto" if choice is None else choice.text("type")
-        name = None if choice is None else choice.text("name")
-        if choice is not None:
-            choice.ignore(("disable_parallel_tool_use",))
-            choice.refuse_others()
-        if kind not in ("auto", "none", "any", "tool"):
-            raise fields.refusal("tool_choice", f"is {kind!r:.40}; expected auto, any, tool or none")
-        forced = [each for each in functions if kind == "any" or (kind == "tool" and each["name"] == name)]
-        if kind in ("any", "tool") and not forced:
-            raise fields.refusal("tool_choice", "names none of the tools")
-        if forced:
-            self.shown["json_schema"] = {"anyOf": [call_schema(each["name"], each["parameters"]) for each in forced]}
-        return [{"type": "function", "function": each} for each in functions] if functions and kind != "none" else None
-
     def encode(self) -> list[Prompt]:
         """The prompt's ids and tiles."""
-        options: ChatOptions = {} if self.tools is None else {"tools": self.tools}
-        return [self.asked.model.session.encode(self.messages, **options)]
+        return [self.asked.model.session.encode(self.messages, **self.tools.options)]
 
     def whole(self, answers: Answers, results: list[Generation]) -> dict[str, Any]:
         """The answer in one piece."""
         (result,) = results
-        calls = parse_tool_calls(result.text) if self.tools is not None else []
+        calls = self.tools.calls(result.text)
         content = [_tool_use(call) for call in calls] or [{"type": "text", "text": result.text}]
         return {**self._head(content), **self._reason(result, bool(calls)), "usage": _usage(answers, result)}
 
@@ -112,12 +86,12 @@ class AnthropicMessage:
         """The answer as events."""
         try:
             async for event in self._events(answers):
-                yield f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n"
+                yield typed_event(event)
         except Exception as error:
-            yield f"event: error\ndata: {json.dumps(anthropic_error(refusal_of(error)))}\n\n"
+            yield typed_event(anthropic_error(refusal_of(error)))
 
     async def _events(self, answers: Answers) -> AsyncIterator[dict[str, Any]]:
-        text, begun, block = ToolText(self.tools is not None), False, False
+        text, begun, block = ToolText(self.tools), False, False
         async for _, delta in answers.deltas():
             if not begun:  # with the first token it is known what of the prompt had been read before
                 begun = True
@@ -153,6 +127,33 @@ class AnthropicMessage:
         if result.stop_text is not None:
             reason = "stop_sequence"
         return {"stop_reason": "tool_use" if calls else reason, "stop_sequence": result.stop_text}
+
+
+def _read_tools(fields: Fields) -> Tools:
+    tools, choice = fields.items("tools") or [], fields.fields("tool_choice")
+    functions = []
+    for number, one in enumerate(tools):
+        tool = Fields(one, f"tools[{number}]")
+        function = {
+            "name": tool.required_text("name"),
+            "description": tool.text("description", ""),
+            "parameters": tool.take("input_schema") or {"type": "object", "properties": {}},
+        }
+        functions.append(function)
+        tool.ignore(("type", "cache_control"))
+        tool.refuse_others()
+    kind, name, parallel = "auto", None, True
+    if choice is not None:
+        kind, name = choice.text("type") or "", choice.text("name")
+        parallel = not choice.flag("disable_parallel_tool_use")
+        choice.refuse_others()
+    if kind not in ("auto", "none", "any", "tool"):
+        raise fields.refusal("tool_choice", f"is {kind!r:.40}; expected auto, any, tool or none")
+    forced = [each for each in functions if kind == "any" or (kind == "tool" and each["name"] == name)]
+    if kind in ("any", "tool") and not forced:
+        raise fields.refusal("tool_choice", "names none of the tools")
+    records = [{"type": "function", "function": each} for each in functions] if kind != "none" else []
+    return Tools(records, forced, parallel and kind != "tool")
 
 
 _UNFINISHED = {"stop_reason": None, "stop_sequence": None}

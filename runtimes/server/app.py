@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -15,8 +16,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from arriero.runtimes.processor.processor import Prompt
 from arriero.runtimes.server.answers import Answers, Load, until_gone
 from arriero.runtimes.server.anthropic_messages import AnthropicMessage, anthropic_response
+from arriero.runtimes.server.bundles import Bundles
 from arriero.runtimes.server.chat_completions import ChatCompletion
 from arriero.runtimes.server.completions import Completion
 from arriero.runtimes.server.errors import RefusalError, refusal_of
@@ -25,31 +28,41 @@ from arriero.runtimes.server.guard import Guard
 from arriero.runtimes.server.messages import MessageReader
 from arriero.runtimes.server.metrics import Metrics
 from arriero.runtimes.server.models import Models
+from arriero.runtimes.server.openapi import openapi_document
 from arriero.runtimes.server.options import ServerOptions
+from arriero.runtimes.server.page import PATH as PAGE
+from arriero.runtimes.server.page import page_response
+from arriero.runtimes.server.picture_fetcher import PictureFetcher
+from arriero.runtimes.server.responses import ResponseRequest
+from arriero.runtimes.server.spans import AnswerSpan
 from arriero.runtimes.server.sse import HEADERS
-from arriero.runtimes.session import Session
 from arriero.strict_json import parse_json
 
 log = logging.getLogger("arriero.server")
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SLOW_SECONDS = 10.0  # for a client to read what is left of a stream whose time is over
 Handler = Callable[[Request], Awaitable[Response]]
-Kind = type[ChatCompletion] | type[Completion] | type[AnthropicMessage]
+Asked = ChatCompletion | Completion | AnthropicMessage | ResponseRequest
 
 
 class Server:
-    """What the paths share: the models, the limits, the counters."""
+    """What the paths share: the bundles and models, the limits, the counters."""
 
-    def __init__(self, sessions: Mapping[str, Session], options: ServerOptions) -> None:
-        """Serve `sessions` by name."""
-        self.models, self.options = Models(sessions), options
-        self.metrics, self.load = Metrics(sessions), Load(options.most_requests)
+    def __init__(self, bundles: Bundles, options: ServerOptions) -> None:
+        """Serve `bundles`."""
+        self.bundles, self.models, self.options = bundles, Models(bundles), options
+        self.metrics, self.load = Metrics(bundles), Load(options.most_requests)
+        self._fetcher = PictureFetcher(options)
         self._encoding = asyncio.Semaphore(2)  # pictures take memory until the engine has them
 
     async def health(self, _: Request) -> Response:
         """Whether requests are answered."""
         stopping = self.load.stopping
         return JSONResponse({"status": "stopping" if stopping else "ok"}, 503 if stopping else 200)
+
+    async def show_page(self, _: Request) -> Response:
+        """The built-in page."""
+        return page_response()
 
     async def list_models(self, _: Request) -> Response:
         """The models by name."""
@@ -58,6 +71,10 @@ class Server:
     async def show_model(self, request: Request) -> Response:
         """One model."""
         return JSONResponse(self.models.entry(request.path_params["name"]))
+
+    async def show_openapi(self, _: Request) -> Response:
+        """The paths, as an OpenAPI document."""
+        return JSONResponse(openapi_document(self.models, self.options))
 
     async def show_metrics(self, _: Request) -> Response:
         """The counters."""
@@ -68,42 +85,57 @@ class Server:
         fields = Fields(await self._body(request))
         model, prompt, messages = self.models.get(fields.text("model")), fields.text("prompt"), fields.items("messages")
         fields.refuse_others()
-        session = model.session
         if (prompt is None) == (messages is None):
             raise fields.refusal("prompt", "or messages is expected, one of the two")
-        if prompt is not None:
-            ids = await asyncio.to_thread(session.processor.tokenize, prompt)
-        else:
-            read = MessageReader(self.options).read(messages)
-            async with self._encoding:
-                ids = (await asyncio.to_thread(session.encode, read)).input_ids
-        return JSONResponse({"tokens": ids.tolist(), "count": len(ids), "max_model_len": session.context})
+        reader = MessageReader(self.options)
+        read = [] if messages is None else reader.read(messages)
+        with self.bundles.using(model.bundle):
+            async with asyncio.timeout(self.options.request_seconds):
+                await self.bundles.open(model.bundle)
+                await reader.pictures.fetch(self._fetcher)
+                async with self._encoding:
+                    if prompt is not None:
+                        ids = await asyncio.to_thread(model.session.processor.tokenize, prompt)
+                    else:
+                        ids = (await asyncio.to_thread(model.session.encode, read)).input_ids
+        return JSONResponse({"tokens": ids.tolist(), "count": len(ids), "max_model_len": model.bundle.context})
 
-    def answering(self, kind: Kind) -> Handler:
+    def answering(self, kind: type[Asked]) -> Handler:
         """The handler of a path whose requests are of this `kind`."""
 
         async def handle(request: Request) -> Response:
             asked = kind(await self._body(request), self.models, self.options)
             self.load.take(asked.count)
-            release = _Once(lambda: self.load.give(asked.count))
-            try:
-                async with self._encoding:
-                    prompts = await asyncio.to_thread(asked.encode)
-                answers = Answers.begin(asked.asked, prompts, asked.shown, self.metrics, self.options.request_seconds)
-                release.also(answers.close)
+            deadline = asyncio.get_running_loop().time() + self.options.request_seconds
+            with ExitStack() as over:  # when the request is, however it ends
+                over.callback(self.load.give, asked.count)
+                span = over.enter_context(AnswerSpan(request, asked.operation, asked.asked))
+                over.enter_context(self.bundles.using(asked.asked.model.bundle))
+                async with asyncio.timeout_at(deadline):
+                    prompts = await until_gone(request, partial(self._prepare, asked))
+                answers = Answers.begin(asked.asked, prompts, asked.shown, self.metrics, deadline)
+                span.answers = answers
+                over.callback(answers.close)
                 if asked.asked.stream:
-                    return _Stream(asked.lines(answers), release, self.options.request_seconds + SLOW_SECONDS)
+                    return _Stream(asked.lines(answers), over.pop_all(), deadline + SLOW_SECONDS)
                 results = await until_gone(request, answers.wait)
-                response = JSONResponse(asked.whole(answers, results))
-            except BaseException:
-                release()
-                raise
-            release()
-            return response
+                return JSONResponse(asked.whole(answers, results))
 
         return handle
 
+    async def _prepare(self, asked: Asked) -> list[Prompt]:
+        """Have the bundle open and the prompts encoded, with the pictures that they show."""
+        await self.bundles.open(asked.asked.model.bundle)
+        if asked.pictures is not None:
+            await asked.pictures.fetch(self._fetcher)
+        async with self._encoding:
+            return await asyncio.to_thread(asked.encode)
+
     async def _body(self, request: Request) -> Any:
+        """The JSON that a request brings and says it is: pages of other origins may not send such a body unasked."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise RefusalError(415, "The body's content type is not application/json.")
         try:
             async with asyncio.timeout(self.options.body_seconds):
                 content = await request.body()
@@ -112,51 +144,36 @@ class Server:
         return parse_json(content, "the body", "Send one JSON object")
 
 
-class _Once:
-    """What is to be done when a request is over, however it ends."""
-
-    def __init__(self, work: Callable[[], object]) -> None:
-        self._works = [work]
-
-    def also(self, work: Callable[[], object]) -> None:
-        """Do `work` too."""
-        self._works.append(work)
-
-    def __call__(self) -> None:
-        while self._works:
-            self._works.pop()()
-
-
 class _Stream(StreamingResponse):
-    """Lines as they come; whatever ends them, also before the first, `release` runs.
+    """Lines as they come; whatever ends them, also before the first, `over` is closed.
 
-    A client that has not read them within `seconds` is left.
+    A client that has not read them by the `deadline` is left.
     """
 
-    def __init__(self, lines: AsyncIterator[str], release: _Once, seconds: float) -> None:
+    def __init__(self, lines: AsyncIterator[str], over: ExitStack, deadline: float) -> None:
         super().__init__(lines, media_type="text/event-stream", headers=HEADERS)
-        self._release, self._seconds = release, seconds
+        self._over, self._deadline = over, deadline
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._seconds):
-                    await super().__call__(scope, receive, send)
-        finally:
-            self._release()
+        with self._over, suppress(TimeoutError):
+            async with asyncio.timeout_at(self._deadline):
+                await super().__call__(scope, receive, send)
 
 
-def create_app(sessions: Mapping[str, Session], options: ServerOptions) -> tuple[ASGIApp, Server]:
-    """The app that answers with `sessions`, and what its paths share."""
-    server = Server(sessions, options)
+def create_app(bundles: Bundles, options: ServerOptions) -> tuple[ASGIApp, Server]:
+    """The app that answers from `bundles`, and what its paths share."""
+    server = Server(bundles, options)
     routes = [
+        Route(PAGE, _refusing(server.show_page)),
         Route("/health", _refusing(server.health)),
+        Route("/openapi.json", _refusing(server.show_openapi)),
         Route("/metrics", _refusing(server.show_metrics)),
         Route("/tokenize", _refusing(server.tokenize), methods=["POST"]),
         Route("/v1/models", _refusing(server.list_models)),
         Route("/v1/models/{name:path}", _refusing(server.show_model)),
         Route("/v1/chat/completions", _refusing(server.answering(ChatCompletion)), methods=["POST"]),
         Route("/v1/messages", _refusing(server.answering(AnthropicMessage), anthropic_response), methods=["POST"]),
+        Route("/v1/responses", _refusing(server.answering(ResponseRequest)), methods=["POST"]),
         Route("/v1/completions", _refusing(server.answering(Completion)), methods=["POST"]),
     ]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _no_such})
@@ -182,4 +199,6 @@ def _refusing(handler: Handler, respond: Callable[[RefusalError], Response] = Re
 async def _no_such(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     known = {404: "There is no such path.", 405: "The path does not take this method."}
-    return RefusalError(error.status_code, known.get(error.status_code, str(error.detail))).response()
+    response = RefusalError(error.status_code, known.get(error.status_code, str(error.detail))).response()
+    response.headers.update(error.headers or {})  # the methods that a path takes
+    return response

@@ -8,65 +8,44 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from arriero.runtimes.generation import Generation, TokenLogprobs
-from arriero.runtimes.processor.chat import ChatOptions
 from arriero.runtimes.processor.processor import Prompt
-from arriero.runtimes.processor.tool_calls import ToolCall, parse_tool_calls
+from arriero.runtimes.processor.tool_calls import ToolCall
 from arriero.runtimes.server.answer_fields import MOST_TOP_LOGPROBS, AnswerFields, read_answer_fields
 from arriero.runtimes.server.answers import Answers
 from arriero.runtimes.server.fields import Fields
 from arriero.runtimes.server.form_fields import read_form
+from arriero.runtimes.server.logprob_entries import logprob_entries
 from arriero.runtimes.server.messages import MessageReader
 from arriero.runtimes.server.models import Model, Models
 from arriero.runtimes.server.options import ServerOptions
 from arriero.runtimes.server.sse import events
-from arriero.runtimes.server.tool_text import ToolText, call_schema
+from arriero.runtimes.server.tool_text import ToolText
+from arriero.runtimes.server.tools import Tools
 from arriero.runtimes.settings import Settings
 
 
 class ChatCompletion:
     """One request: read from its body, then answered."""
 
+    operation = "chat"  # as OpenTelemetry's conventions have it
+
     def __init__(self, body: Any, models: Models, options: ServerOptions) -> None:
         """Read the body. Raises RefusalError for what cannot be answered."""
         fields = Fields(body)
         self.asked: AnswerFields = read_answer_fields(fields, models, options, None)
-        self.messages = MessageReader(options).read(fields.items("messages"))
+        reader = MessageReader(options)
+        self.messages, self.pictures = reader.read(fields.items("messages")), reader.pictures
         top = fields.integer("top_logprobs", least=0, most=MOST_TOP_LOGPROBS)
         shows_logprobs = fields.flag("logprobs")
         if top is not None and not shows_logprobs:
             raise fields.refusal("top_logprobs", "goes with logprobs only")
         self.shown: Settings = {"logprobs": (top or 0) if shows_logprobs else None}
         self.shown |= read_form(fields)  # type: ignore[typeddict-item]
-        self.tools = self._tools(fields)
-        fields.ignore(("parallel_tool_calls", "modalities", "reasoning_effort"))
+        self.tools = _read_tools(fields)
+        self.shown |= self.tools.form  # type: ignore[typeddict-item]
+        fields.ignore(("modalities", "reasoning_effort"))
         fields.refuse_others()
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-
-    def _tools(self, fields: Fields) -> list[dict[str, Any]] | None:
-        tools, choice = fields.items("tools"), fields.take("tool_choice", "auto")
-        for number, tool in enumerate(tools or ()):
-            if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
-                raise fields.refusal(
-                    f"tools[{number}]", 'is no function; expected {"type": "function", "function": ..}'
-                )
-        names = [tool["function"].get("name") for tool in tools or ()]
-        if isinstance(choice, dict):
-            function = choice.get("function")
-            named = function.get("name") if isinstance(function, dict) else None
-            if named not in names:
-                raise fields.refusal("tool_choice", f"names {named!r:.60}; expected one of the tools")
-            self._force([tool for tool in tools or () if tool["function"].get("name") == named])
-        elif choice == "required" and tools:
-            self._force(tools)
-        elif choice not in ("auto", "none"):
-            raise fields.refusal("tool_choice", f"is {choice!r:.60}; expected none, auto, required or a tool")
-        return tools if tools and choice != "none" else None
-
-    def _force(self, tools: list[dict[str, Any]]) -> None:
-        """Let the answer be a call of one of `tools`, in Llama 4's JSON."""
-        self.shown["json_schema"] = {
-            "anyOf": [call_schema(tool["function"].get("name"), tool["function"].get("parameters")) for tool in tools]
-        }
 
     @property
     def model(self) -> Model:
@@ -80,8 +59,7 @@ class ChatCompletion:
 
     def encode(self) -> list[Prompt]:
         """The prompt's ids and tiles."""
-        options: ChatOptions = {} if self.tools is None else {"tools": self.tools}
-        return [self.model.session.encode(self.messages, **options)]
+        return [self.model.session.encode(self.messages, **self.tools.options)]
 
     def whole(self, answers: Answers, results: list[Generation]) -> dict[str, Any]:
         """The answer in one piece."""
@@ -89,7 +67,7 @@ class ChatCompletion:
         for number, result in enumerate(results):
             message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
             reason = result.finish_reason
-            if self.tools is not None and (calls := parse_tool_calls(result.text)):
+            if calls := self.tools.calls(result.text):
                 message |= {"content": None, "tool_calls": [self._call(call) for call in calls]}
                 reason = "tool_calls"  # type: ignore[assignment]
             logprobs = self._logprobs(result.logprobs or ())
@@ -104,7 +82,7 @@ class ChatCompletion:
         """The answer as it comes."""
         for number in range(len(answers.streams)):
             yield self._chunk(number, {"role": "assistant", "content": ""})
-        texts = [ToolText(self.tools is not None) for _ in answers.streams]
+        texts = [ToolText(self.tools) for _ in answers.streams]
         async for number, delta in answers.deltas():
             if delta is not None:
                 text = texts[number].push(delta.text)
@@ -139,12 +117,25 @@ class ChatCompletion:
     def _logprobs(self, entries: tuple[TokenLogprobs, ...]) -> dict[str, Any] | None:
         if self.shown["logprobs"] is None or not entries:
             return None
-        return {"content": [self._logprob(entry) for entry in entries], "refusal": None}
+        return {"content": logprob_entries(self.model.session.processor, entries), "refusal": None}
 
-    def _logprob(self, entry: TokenLogprobs) -> dict[str, Any]:
-        top = [self._token(token, logprob) for token, logprob in entry.top]
-        return {**self._token(entry.token_id, entry.logprob), "top_logprobs": top}
 
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.model.session.processor.decode([token], skip_special_tokens=False)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def _read_tools(fields: Fields) -> Tools:
+    tools, choice = fields.items("tools") or [], fields.take("tool_choice", "auto")
+    parallel = fields.flag("parallel_tool_calls", True)
+    for number, tool in enumerate(tools):
+        if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
+            raise fields.refusal(f"tools[{number}]", 'is no function; expected {"type": "function", "function": ..}')
+    functions = [tool["function"] for tool in tools]
+    if isinstance(choice, dict):
+        function = choice.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        forced = [one for one in functions if one.get("name") == name]
+        if not forced:
+            raise fields.refusal("tool_choice", f"names {name!r:.60}; expected one of the tools")
+        return Tools(tools, forced, parallel=False)
+    if choice == "required" and tools:
+        return Tools(tools, functions, parallel)
+    if choice not in ("auto", "none"):
+        raise fields.refusal("tool_choice", f"is {choice!r:.60}; expected none, auto, required or a tool")
+    return Tools(tools if choice == "auto" else (), (), parallel)

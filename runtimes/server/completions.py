@@ -26,6 +26,9 @@ DEFAULT_TOKENS, MOST_LOGPROBS = 16, 5  # as OpenAI's API has them
 class Completion:
     """One request: read from its body, then answered."""
 
+    operation = "text_completion"  # as OpenTelemetry's conventions have it
+    pictures = None  # there is nowhere to show any
+
     def __init__(self, body: Any, models: Models, options: ServerOptions) -> None:
         """Read the body. Raises RefusalError for what cannot be answered."""
         fields = Fields(body)

@@ -57,3 +57,8 @@ def refusal_of(error: BaseException) -> RefusalError:
             return RefusalError(503, "The server is stopping.", code="stopping")
         return RefusalError(400, str(error))
     return RefusalError(500, "The server failed to answer; its log says why.", code="internal_error")
+
+
+def failure_of(error: BaseException) -> str:
+    """What an error is called: the status that it is answered with, or that the client left."""
+    return str(refusal_of(error).status) if isinstance(error, Exception) else "cancelled"

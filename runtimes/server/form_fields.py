@@ -1,4 +1,4 @@
-"""What a request says of an answer's form: OpenAI's `response_format`, and `structured_outputs` as vLLM has it."""
+"""What a request says of an answer's form: OpenAI's `response_format` or `text.format`, vLLM's `structured_outputs`."""
 
 from __future__ import annotations
 
@@ -18,17 +18,36 @@ def read_form(fields: Fields) -> dict[str, Any]:
         structured.refuse_others()
     if said is None:
         return form
-    kind = said.text("type")
+    described = said.fields("json_schema") if (kind := said.text("type")) == "json_schema" else None
+    if kind == "json_schema" and described is None:
+        raise said.refusal("json_schema", "has no schema; expected an object with name and schema")
+    form |= _read_kind(said, kind, described)
+    if described is not None:
+        described.refuse_others()
+    return form
+
+
+def read_text_form(fields: Fields, said: Any) -> dict[str, Any]:
+    """The settings that `said`, the field `text` of OpenAI's newer API, comes to."""
+    if said is None:
+        return {}
+    text = Fields(said, fields.path("text"))
+    text.ignore(("verbosity",))
+    form = text.fields("format")
+    text.refuse_others()
+    return {} if form is None else _read_kind(form, form.text("type"), form)
+
+
+def _read_kind(said: Fields, kind: str | None, described: Fields | None) -> dict[str, Any]:
+    """The settings of a form of that kind, whose schema stands in `described`."""
+    form: dict[str, Any] = {}
     if kind == "json_object":
         form["json_schema"] = {"type": "object"}
-    elif kind == "json_schema":
-        described = said.fields("json_schema")
-        schema = None if described is None else described.take("schema")
-        if described is None or not isinstance(schema, dict):
-            raise said.refusal("json_schema", "has no schema; expected an object with name and schema")
+    elif kind == "json_schema" and described is not None:
+        form["json_schema"] = described.take("schema")
+        if not isinstance(form["json_schema"], dict):
+            raise described.refusal("schema", "is no schema; expected a JSON object")
         described.ignore(("name", "strict", "description"))
-        described.refuse_others()
-        form["json_schema"] = schema
     elif kind != "text":
         raise said.refusal("type", f"is {kind!r:.40}; expected text, json_object or json_schema")
     said.refuse_others()

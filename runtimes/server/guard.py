@@ -1,11 +1,12 @@
 """What every request goes through before anything reads it: its name in the log, the key, the host, the size.
 
-No answer says to a browser that pages of other origins may read it, and bodies must be JSON by their type, which such
-pages may not send unasked.
+No answer says to a browser that pages of other origins may read it.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hmac
 import logging
 import re
@@ -17,10 +18,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from arriero.runtimes.server.errors import RefusalError
 from arriero.runtimes.server.metrics import Metrics
 from arriero.runtimes.server.options import ServerOptions
+from arriero.runtimes.server.page import PATH as PAGE
 
 log = logging.getLogger("arriero.server")
 OPEN = "/health"
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+PAGE_ASKS = 'Basic realm="arriero: any name, the key as password", charset="UTF-8"'
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -53,7 +56,10 @@ class Guard:
             try:
                 self._check(scope, headers)
             except RefusalError as refusal:
-                await refusal.response()(scope, receive, send_named)
+                response = refusal.response()
+                if refusal.status == 401:  # a browser asks its user for the page's key, and sends it from then on
+                    response.headers["WWW-Authenticate"] = PAGE_ASKS if scope["path"] == PAGE else "Bearer"
+                await response(scope, receive, send_named)
             else:
                 await self._app(scope, self._limited(receive), send_named)
         finally:
@@ -73,17 +79,11 @@ class Guard:
                 # a page of a stranger's whose name leads here would be of this origin to a browser
                 raise RefusalError(403, f"The host {host!r:.60} is not this server's.", code="wrong_host")
         else:
-            kind, _, key = headers.get(b"authorization", b"").partition(b" ")
-            key = key if kind.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-            if not hmac.compare_digest(key.strip(), options.api_key.encode()):
+            if not hmac.compare_digest(_sent_key(headers), options.api_key.encode()):
                 raise RefusalError(401, "The API key is missing or wrong.", code="invalid_api_key")
-        if scope["method"] == "POST":
-            kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-            if kind != b"application/json":
-                raise RefusalError(415, "The body's content type is not application/json.")
-            length = headers.get(b"content-length", b"0")
-            if not length.isdigit() or int(length) > options.most_body_bytes:
-                raise self._too_large()
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > options.most_body_bytes:
+            raise self._too_large()
 
     def _too_large(self) -> RefusalError:
         return RefusalError(413, f"The body is larger than {self._options.most_body_bytes:,} bytes.")
@@ -101,3 +101,16 @@ class Guard:
             return message
 
         return limited
+
+
+def _sent_key(headers: dict[bytes, bytes]) -> bytes:
+    """The key that a request brings: as programs send it, or as a browser sends a password."""
+    kind, _, key = headers.get(b"authorization", b"").partition(b" ")
+    if kind.lower() == b"bearer":
+        return key.strip()
+    if kind.lower() == b"basic":
+        try:
+            return base64.b64decode(key.strip(), validate=True).partition(b":")[2]
+        except binascii.Error:
+            return b""
+    return headers.get(b"x-api-key", b"").strip()

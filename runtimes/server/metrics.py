@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from arriero.runtimes.generation import Generation
-from arriero.runtimes.session import Session
+from arriero.runtimes.server.bundles import Bundles
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 PER_TOKEN = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -18,10 +18,10 @@ PER_TOKEN = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 class Metrics:
     """The counters of one server."""
 
-    def __init__(self, sessions: Mapping[str, Session]) -> None:
-        """Count requests here, and read the engines of `sessions` when they are asked for."""
+    def __init__(self, bundles: Bundles) -> None:
+        """Count requests here, and read the engines of `bundles` when they are asked for."""
         self._registry = CollectorRegistry()
-        self._registry.register(_Engines(sessions))
+        self._registry.register(_Engines(bundles))
         self._requests = Counter("arriero_requests", "HTTP requests.", ("path", "status"), registry=self._registry)
         self._seconds = Histogram(
             "arriero_request_seconds", "Time to answer a request.", ("path",), buckets=SECONDS, registry=self._registry
@@ -51,13 +51,14 @@ class Metrics:
 
 
 class _Engines(Collector):
-    """What the engines count, by bundle."""
+    """What the engines count, by bundle, and which bundles are open."""
 
-    def __init__(self, sessions: Mapping[str, Session]) -> None:
-        self._sessions = sessions
+    def __init__(self, bundles: Bundles) -> None:
+        self._bundles = bundles
 
     def collect(self) -> Iterator[Metric]:
-        stats = {name: session.stats() for name, session in self._sessions.items()}
+        bundles = self._bundles.by_name
+        stats = {name: bundle.stats() for name, bundle in bundles.items()}
         for field, words in (
             ("prefilled_tokens", "Tokens of prompts that were read."),
             ("reused_tokens", "Tokens of prompts that had been read before."),
@@ -73,3 +74,15 @@ class _Engines(Collector):
             for name, of_engine in stats.items():
                 gauge.add_metric((name,), getattr(of_engine, field))
             yield gauge
+        opened = CounterMetricFamily("arriero_bundle_opened", "Times that a bundle was opened.", labels=("bundle",))
+        is_open = GaugeMetricFamily("arriero_bundle_open", "Whether a bundle is open.", labels=("bundle",))
+        size = GaugeMetricFamily("arriero_bundle_bytes", "Memory that an open bundle takes.", labels=("bundle",))
+        for name, bundle in bundles.items():
+            opened.add_metric((name,), bundle.opened)
+            is_open.add_metric((name,), bundle.session is not None)
+            size.add_metric((name,), bundle.nbytes)
+        yield from (opened, is_open, size)
+        if self._bundles.budget is not None:
+            yield GaugeMetricFamily(
+                "arriero_memory_bytes", "Memory that open bundles may take together.", self._bundles.budget
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -12,48 +12,51 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.api import load
-from arriero.runtimes.manifest import Manifest
+from arriero.runtimes.memory import anonymous_memory
 from arriero.runtimes.server.answers import Load
 from arriero.runtimes.server.app import create_app
+from arriero.runtimes.server.bundle_source import BundleSource
+from arriero.runtimes.server.bundles import Bundles, check_fits
 from arriero.runtimes.server.options import ServerOptions
-from arriero.runtimes.session import Session
-from arriero.traits import TRAITS
 
-ROWS = 8  # answers that are decoded at once, where the bundle may have any number
 KEEP_ALIVE_S = 15
 
 log = logging.getLogger("arriero.server")
 
 
 def open_bundles(
-    bundles: Sequence[Path], threads: int | None, batch: int | None, prefix_cache: int | None
-) -> dict[str, Session]:
-    """Open `bundles` by the names of their folders; see `load` for the rest."""
+    bundles: Sequence[Path], threads: int | None, batch: int | None, prefix_cache: int | None, memory: int | None = None
+) -> Bundles:
+    """Make ready `bundles` by the names of their folders; see `load` for the rest.
+
+    All are opened at once; with `memory`, the most that the process may take, each when it is needed.
+    """
     names = [bundle.resolve().name for bundle in bundles]
     if len(set(names)) < len(names):
         raise ArrieroError(f"two bundles are called {max(names, key=names.count)}", remedy="Rename one of the folders")
-    sessions: dict[str, Session] = {}
+    sources = [BundleSource(bundle, threads, batch, prefix_cache, memory) for bundle in bundles]
+    if memory is not None:
+        room = max(memory - anonymous_memory(), 0)
+        ready = [source.on_demand(room) for source in sources]
+        check_fits(ready, room)
+        return Bundles(ready, room)
+    opened = Bundles([source.at_once() for source in sources])
     try:
-        for name, bundle in zip(names, bundles, strict=True):
-            target = Manifest.read(bundle).target
-            any_rows = TRAITS[target.backend].compiles_for != "gpu"
-            rows = max(ROWS, target.batch) if batch is None and any_rows else batch
-            sessions[name] = load(bundle, threads, batch=rows, prefix_cache=prefix_cache)
+        for bundle in opened.by_name.values():
+            bundle.open()
     except BaseException:
-        for session in sessions.values():
-            session.close()
+        opened.close()
         raise
-    return sessions
+    return opened
 
 
-def serve(sessions: Mapping[str, Session], options: ServerOptions) -> None:
+def serve(bundles: Bundles, options: ServerOptions) -> None:
     """Answer requests until SIGINT or SIGTERM; answers on their way are given their time, then ended."""
-    app, server = create_app(sessions, options)
+    app, server = create_app(bundles, options)
     try:
         HttpServer(app, options, server.load).run()
     finally:
-        server.models.close()
+        bundles.close()
 
 
 class HttpServer(uvicorn.Server):

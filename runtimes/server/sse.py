@@ -1,9 +1,9 @@
-"""Events as they come, in the format of server-sent events, ended as OpenAI's API ends them."""
+"""Events as they come, in the format of server-sent events."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from arriero.runtimes.server.errors import refusal_of
@@ -16,8 +16,13 @@ def event(value: Any) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
+def typed_event(value: Mapping[str, Any]) -> str:
+    """One event whose name is the `type` of `value`, as Anthropic's API and OpenAI's newer one have it."""
+    return f"event: {value['type']}\n{event(value)}"
+
+
 async def events(values: AsyncIterator[Any]) -> AsyncIterator[str]:
-    """Every value as an event, then the end; an error on the way becomes an event of its own."""
+    """Every value as an event, then the end as OpenAI's older APIs have it; an error becomes an event of its own."""
     try:
         async for value in values:
             yield event(value)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from arriero.runtimes.processor.tool_calls import ToolCall, parse_tool_calls
+from arriero.runtimes.processor.tool_calls import ToolCall
+from arriero.runtimes.server.tools import Tools
 
 CALL_STARTS = ("[", "{", "<")  # what an answer that calls tools begins with
 
 
 class ToolText:
-    """The text of one answer, which calls tools where it `may` and is nothing but calls."""
+    """The text of one answer, which may be nothing but calls of `tools`."""
 
-    def __init__(self, may: bool) -> None:
-        """Hold text back where `may`."""
-        self._held: str | None = "" if may else None
+    def __init__(self, tools: Tools) -> None:
+        """Hold text back where there are tools."""
+        self._tools = tools
+        self._held: str | None = "" if tools.records else None
 
     def push(self, text: str) -> str:
         """Give what of the text so far is certain to be words."""
@@ -30,19 +30,5 @@ class ToolText:
     def end(self) -> tuple[str, list[ToolCall]]:
         """The words that are left, or the calls that the answer is made of."""
         held, self._held = self._held or "", None
-        calls = parse_tool_calls(held) if held else []
+        calls = self._tools.calls(held)
         return ("" if calls else held), calls
-
-
-def call_schema(name: Any, parameters: Any) -> dict[str, Any]:
-    """The schema of a call of the function `name`, in Llama 4's JSON."""
-    return {
-        "type": "object",
-        "properties": {
-            "type": {"const": "function"},
-            "name": {"const": name},
-            "parameters": parameters or {"type": "object", "properties": {}, "additionalProperties": False},
-        },
-        "required": ["type", "name", "parameters"],
-        "additionalProperties": False,
-    }

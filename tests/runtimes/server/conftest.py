@@ -16,6 +16,7 @@ import pytest
 from arriero.runtimes.processor.processor import Processor
 from arriero.runtimes.scheduler import EngineLimits
 from arriero.runtimes.server.app import create_app
+from arriero.runtimes.server.bundles import Bundle, Bundles
 from arriero.runtimes.server.options import ServerOptions
 from arriero.runtimes.server.serve import HttpServer
 from arriero.runtimes.session import Session
@@ -24,8 +25,8 @@ from arriero.runtimes.session import Session
 class Served:
     """A server that listens, in a thread of its own."""
 
-    def __init__(self, sessions: Mapping[str, Session], options: ServerOptions) -> None:
-        app, self.shared = create_app(sessions, options)
+    def __init__(self, bundles: Bundles, options: ServerOptions) -> None:
+        app, self.shared = create_app(bundles, options)
         self.http = HttpServer(app, options, self.shared.load)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.http.serve()))
         self.thread.start()
@@ -47,24 +48,32 @@ class Served:
         assert not self.thread.is_alive()
 
 
+def open_bundle(name: str, session: Session) -> Bundle:
+    """A bundle that is open already."""
+    bundle = Bundle(name, session.context, session.adapters, session.identity, 0, lambda: session)
+    bundle.open()
+    return bundle
+
+
 Serve = Callable[..., Served]
 
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """Start servers over sessions by name, with options by name; all are stopped and closed afterwards."""
-    running: list[tuple[Served, Mapping[str, Session]]] = []
+    """Start servers over bundles, or sessions by name, with options by name; all are stopped and closed afterwards."""
+    running: list[tuple[Served, Bundles]] = []
 
-    def start(sessions: Mapping[str, Session], **options: Any) -> Served:
+    def start(sessions: Bundles | Mapping[str, Session], **options: Any) -> Served:
+        if not isinstance(sessions, Bundles):
+            sessions = Bundles([open_bundle(name, session) for name, session in sessions.items()])
         served = Served(sessions, replace(ServerOptions(port=0), **options))
         running.append((served, sessions))
         return served
 
     yield start
-    for served, sessions in running:
+    for served, bundles in running:
         served.stop()
-        for session in sessions.values():
-            session.close()
+        bundles.close()
 
 
 def let_say(toy: Any, session: Session, prompt: int, text: str) -> None:

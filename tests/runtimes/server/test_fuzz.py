@@ -31,6 +31,9 @@ VALUES: tuple[Any, ...] = (
     *([{"role": "tool", "content": {"a": 1}}], [{"role": "assistant", "content": None, "tool_calls": [{}]}]),
     *([{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],),
     *([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}]}],),
+    *([{"type": "function_call", "name": "f", "arguments": "{"}], [{"type": "function_call_output", "output": [3]}]),
+    *([{"role": "user", "content": [{"type": "input_image", "image_url": "data:image/png;base64,AA=="}]}],),
+    *({"format": {"type": "json_schema", "schema": {}}}, {"type": "allowed_tools", "mode": "required", "tools": [{}]}),
     *([{"type": "function", "function": {"name": "f"}}], [{"name": "f", "input_schema": 3}], [{"name": "f"}]),
 )
 FIELDS = {
@@ -44,6 +47,10 @@ FIELDS = {
         *("messages", "system", "max_tokens", "temperature", "top_k", "top_p", "stop_sequences", "stream", "tools"),
         *("tool_choice", "thinking", "metadata", "model"),
     ),
+    "/v1/responses": (
+        *("input", "instructions", "max_output_tokens", "text", "tools", "tool_choice", "parallel_tool_calls", "store"),
+        *("include", "top_logprobs", "metadata", "stream", "stream_options", "truncation", "reasoning", "model"),
+    ),
     "/tokenize": ("prompt", "messages", "model"),
 }
 GOOD: dict[str, Any] = {"model": "toy", "max_tokens": 3}
@@ -55,6 +62,8 @@ def test_no_body_makes_the_server_fail(served: Served, path: str) -> None:
     said: dict[str, Any] = {} if path == "/tokenize" else dict(GOOD)
     if path == "/v1/completions":
         said["prompt"] = "x"
+    elif path == "/v1/responses":
+        said = {"model": "toy", "max_output_tokens": 3, "input": "x"}
     elif path != "/tokenize":
         said["messages"] = [{"role": "user", "content": "x"}]
     statuses = []

@@ -25,6 +25,7 @@ from tests.runtimes.server.conftest import Serve, Served
 ASK: dict[str, Any] = {"model": "toy", "messages": [{"role": "user", "content": "a secret"}], "max_tokens": 5}
 KEYS = ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic right"}, {"X-Api-Key": "w"})
 PATHS = ("/metrics", "/v1/models", "/v1/models/toy", "/v1/chat/completions", "/v1/completions", "/tokenize", "/", "/x")
+PATHS += ("/v1/messages", "/v1/responses", "/openapi.json")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "board.local"])
@@ -84,6 +85,7 @@ def test_what_is_no_request_is_refused_in_the_same_form(served: Served) -> None:
             answer = web.request(method, path, content=body, headers={"Content-Type": "application/json"})
             assert answer.status_code == status, (path, body)
             assert answer.json()["error"]["message"].endswith((".", "?"))
+            assert ("allow" in answer.headers) == (status == 405)
 
 
 def test_bodies_and_pictures_are_bounded(serve: Serve, toy_session: Session) -> None:

@@ -6,24 +6,36 @@ import json
 import re
 from typing import Any
 
+import anthropic
 import openai
 import pytest
 
 import arriero
 from arriero.runtimes.session import Session
-from tests.runtimes.server.conftest import Serve
+from tests.runtimes.server.conftest import Serve, Served
+from tests.runtimes.server.test_anthropic import connect
 from tests.runtimes.test_grammar import ADD, SCHEMA, check
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello there"}]
 
 
 @pytest.fixture(params=["onnxruntime", "tvm"])
-def client(request: pytest.FixtureRequest, serve: Serve) -> openai.OpenAI:
+def served(request: pytest.FixtureRequest, serve: Serve) -> Served:
     workshop = request.getfixturevalue("tvm_workshop" if request.param == "tvm" else "workshop")
     session: Session = arriero.load(workshop / "bundles" / "fp32", threads=2, batch=4)
     template = session.processor._templates["default"]  # the small model's own takes no tools
     object.__setattr__(template.source, "text", template.source.text + "{# tools #}")
-    return serve({"small": session}).openai()
+    return serve({"small": session})
+
+
+@pytest.fixture
+def client(served: Served) -> openai.OpenAI:
+    return served.openai()
+
+
+@pytest.fixture
+def served_anthropic(served: Served) -> anthropic.Anthropic:
+    return connect(served)
 
 
 def test_answers_are_json_as_the_schema_has_it(client: openai.OpenAI) -> None:
@@ -49,7 +61,7 @@ def test_a_call_that_is_asked_for_is_always_a_valid_one(client: openai.OpenAI) -
     for seed in range(4):
         for choice in ("required", named):
             fields: dict[str, Any] = {"messages": HELLO, "tools": [ADD, other], "tool_choice": choice, "seed": seed}
-            fields |= {"temperature": 2, "max_tokens": 200}
+            fields |= {"temperature": 2, "max_tokens": 200, "parallel_tool_calls": False}
             answer = client.chat.completions.create(model="small", **fields).choices[0]
             assert (answer.finish_reason, answer.message.content) == ("tool_calls", None)
             (call,) = answer.message.tool_calls or ()
@@ -65,3 +77,29 @@ def test_a_call_that_is_asked_for_is_always_a_valid_one(client: openai.OpenAI) -
             (streamed,) = [chunk.choices[0].delta.tool_calls for chunk in chunks if chunk.choices[0].delta.tool_calls]
             assert streamed[0].function.arguments == call.function.arguments
     assert "add" in called
+
+
+def test_several_calls_may_be_asked_for_at_once(client: openai.OpenAI, served_anthropic: anthropic.Anthropic) -> None:
+    """Each of them is valid, whole and streamed, in both APIs; the small model draws one call, several, or a list."""
+    counts = set()
+    for seed in range(8):
+        fields: dict[str, Any] = {"messages": HELLO, "tools": [ADD], "tool_choice": "required", "seed": seed}
+        fields |= {"temperature": 1.5, "max_tokens": 800}
+        message = client.chat.completions.create(model="small", **fields).choices[0].message
+        calls = [json.loads(call.function.arguments) for call in message.tool_calls]
+        assert all(set(call) == {"a", "b"} and 0 <= call["a"] <= 99 and call["b"] in (1, 2) for call in calls)
+        counts.add(len(calls))
+        chunks = list(client.chat.completions.create(model="small", stream=True, **fields))
+        (streamed,) = [chunk.choices[0].delta.tool_calls for chunk in chunks if chunk.choices[0].delta.tool_calls]
+        assert [json.loads(call.function.arguments) for call in streamed] == calls
+        assert [call.index for call in streamed] == list(range(len(calls)))
+    assert max(counts) > 1
+    tool: Any = {"name": "add", "input_schema": ADD["function"]["parameters"]}
+    for parallel in (True, False):
+        choice: Any = {"type": "any", "disable_parallel_tool_use": not parallel}
+        uses = served_anthropic.messages.create(
+            model="small", messages=HELLO, max_tokens=800, tools=[tool], tool_choice=choice
+        ).content
+        assert {use.type for use in uses} == {"tool_use"}
+        assert all(set(use.input) == {"a", "b"} for use in uses)
+        assert parallel or len(uses) == 1

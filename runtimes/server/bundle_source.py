@@ -1,0 +1,76 @@
+"""How a server opens a bundle's folder, and what it knows of the bundle before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from arriero.errors import ArrieroError
+from arriero.runtimes.api import MOST_PREFIXES, check_batch, load, open_session
+from arriero.runtimes.backend import BackendOptions, MemoryCap
+from arriero.runtimes.bundle_memory import planned_tokens, session_bytes
+from arriero.runtimes.integrity import check_proven, open_manifest
+from arriero.runtimes.machine_fit import check_machine
+from arriero.runtimes.manifest import Manifest
+from arriero.runtimes.server.bundles import Bundle
+from arriero.runtimes.session import Session
+from arriero.traits import TRAITS
+
+ROWS = 8  # answers that are decoded at once, where the bundle may have any number
+
+
+@dataclass(frozen=True)
+class BundleSource:
+    """A bundle's folder and how it is to be opened; see `load`."""
+
+    folder: Path
+    threads: int | None
+    batch: int | None
+    prefix_cache: int | None
+    memory: int | None
+
+    def at_once(self) -> Bundle:
+        """The bundle, to be opened as `load` does."""
+        manifest = Manifest.read(self.folder)
+        prefixes = MOST_PREFIXES if self.prefix_cache is None else self.prefix_cache
+        rows = self._rows(manifest)
+        opener = partial(load, self.folder, self.threads, batch=rows, prefix_cache=self.prefix_cache)
+        return self._bundle(manifest, session_bytes(manifest, prefixes), opener)
+
+    def on_demand(self, room: int) -> Bundle:
+        """The bundle, checked now and opened later, within `room`.
+
+        One that is larger keeps below the process' cap, experts read as they are needed, where its backend can.
+        """
+        manifest = open_manifest(self.folder)
+        check_proven(manifest)
+        check_batch(manifest, self.batch)
+        check_machine(manifest)
+        prefixes = min(room // 8, MOST_PREFIXES) if self.prefix_cache is None else self.prefix_cache
+        nbytes, capped = session_bytes(manifest, prefixes), False
+        if nbytes > room and TRAITS[manifest.target.backend].no_cap is None:
+            nbytes, capped, prefixes = room, True, self.prefix_cache or 0
+        return self._bundle(manifest, nbytes, partial(self._open, manifest.chain.artifact, prefixes, capped))
+
+    def _open(self, identity: str, prefixes: int, capped: bool) -> Session:
+        manifest = open_manifest(self.folder)
+        if manifest.chain.artifact != identity:
+            what = "the bundle was replaced since the server was started"
+            raise ArrieroError(what, where=str(self.folder), remedy="Start the server again")
+        rows = self._rows(manifest)
+        cap = None
+        if capped:
+            assert self.memory is not None
+            cap = MemoryCap(self.memory - prefixes, manifest.target.context, rows or manifest.target.batch)
+        options = BackendOptions(self.threads, memory=cap)
+        return open_session(manifest, options, None, rows, prefixes, planned_tokens(manifest))
+
+    def _rows(self, manifest: Manifest) -> int | None:
+        target = manifest.target
+        any_rows = TRAITS[target.backend].compiles_for != "gpu"
+        return max(ROWS, target.batch) if self.batch is None and any_rows else self.batch
+
+    def _bundle(self, manifest: Manifest, nbytes: int, opener: partial[Session]) -> Bundle:
+        name, target = self.folder.resolve().name, manifest.target
+        return Bundle(name, target.context, tuple(manifest.adapters), manifest.chain.artifact, nbytes, opener)

@@ -1,0 +1,60 @@
+"""The body of /v1/messages as a JSON schema."""
+
+from __future__ import annotations
+
+from arriero.runtimes.server.openapi_schemas import (
+    COUNT,
+    FLAG,
+    OBJECT,
+    SAMPLING,
+    SCHEMA,
+    STOPS,
+    TEXT,
+    URL,
+    Schema,
+    listed,
+    one_of,
+    part,
+    record,
+)
+
+
+def messages_body(model: dict[str, Schema], needed: tuple[str, ...]) -> Schema:
+    """Its schema, over the field `model`, which is `needed` or not."""
+    cached: dict[str, Schema] = {"cache_control": {}, "citations": {}}
+    text = record(("type", "text"), type=one_of("text"), text=TEXT, **cached)
+    source = [
+        record(("type", "data"), type=one_of("base64"), media_type=TEXT, data=TEXT),
+        record(("type", "url"), type=one_of("url"), url=URL),
+    ]
+    blocks = [
+        text,
+        record(("type", "source"), type=one_of("image"), source={"oneOf": source}, **cached),
+        record(("type", "name"), type=one_of("tool_use"), id=TEXT, name=TEXT, input=OBJECT, **cached),
+        record(
+            ("type", "tool_use_id"),
+            type=one_of("tool_result"),
+            tool_use_id=TEXT,
+            content={"anyOf": [TEXT, listed(text)]},
+            is_error=FLAG,
+            **cached,
+        ),
+    ]
+    content: Schema = {"anyOf": [TEXT, listed({"oneOf": blocks}, 1)]}
+    choice = record(("type",), type=one_of("auto", "none", "any", "tool"), name=TEXT, disable_parallel_tool_use=FLAG)
+    tool = record(("name",), name=TEXT, description=TEXT, input_schema=SCHEMA, type={}, cache_control={})
+    return record(
+        ("max_tokens", "messages", *needed),
+        **model,
+        max_tokens=COUNT,
+        messages=listed(record(("role", "content"), role=one_of("user", "assistant"), content=content), 1),
+        system={"anyOf": [TEXT, listed(text)]},
+        **{name: SAMPLING[name] for name in ("temperature", "top_p", "top_k")},
+        stop_sequences=STOPS,
+        stream=FLAG,
+        tools=listed(tool),
+        tool_choice=choice,
+        thinking=part("disabled"),
+        metadata={},
+        service_tier={},
+    )
