@@ -200,7 +200,7 @@ def measure(kernels: Kernels, probe: ctypes.CDLL, options: argparse.Namespace) -
             bench.experts(form, block)
     for form in ("float32", "float16", "int8"):
         for shape in ((16, 4, 64), (40, 8, 128)):
-            for depth in (2048, 8192):
+            for depth in (2048, 8192, 131072):
                 bench.attention_decode(form, *shape, depth)
             for length in (512, 4096):
                 bench.attention_prefill(form, *shape, length)

@@ -7,6 +7,8 @@
 
 namespace ARRIERO_LEVEL {
 
+constexpr int SCORE_ROWS = 5;  // that meet a few keys together: with the keys their sums fill the registers
+
 // Asks for a row that will be read when KEYS others are done.
 template <class T>
 inline void fetch_row(const T* row, int64_t D) {
@@ -14,18 +16,28 @@ inline void fetch_row(const T* row, int64_t D) {
     for (int64_t i = 0; i < D * static_cast<int64_t>(sizeof(T)); i += 64) fetch(bytes + i);
 }
 
-// Scores of `count` keys, a few at a time: product(Constant<N>, j) gives those of N keys from j on. `values` are what
-// is read next.
-template <int M, class T, class Product>
-inline void score_keys(const T* keys, const T* values, int64_t count, int64_t D, const Product& product) {
-    constexpr int N = 5 * M < REGISTERS ? 4 : 3 * M < REGISTERS ? 2 : 1;
-    for (int64_t j = 0; j < count;) {
-        j += with_rows_or_one<N>(count - j, [&](auto wide) {
-            for (int64_t next = j + AttentionWorkspace::KEYS, n = 0; n < decltype(wide)::value; ++n, ++next) {
-                fetch_row(next < count ? keys + next * D : values + (next - count) * D, D);
-            }
-            product(wide, j);
-        });
+// Scores of `count` keys for `rows` rows: KEYS at a time, which stay in the nearest cache for all rows; what is read
+// next, `values` in the end, is asked for. tile(Constant<M>, Constant<N>, i, j) gives those of rows i .. i + M and keys
+// j .. j + N.
+template <class T, class Tile>
+inline void score_keys(int64_t rows, const T* keys, const T* values, int64_t count, int64_t D, const Tile& tile) {
+    constexpr int64_t KEYS = AttentionWorkspace::KEYS;
+    for (int64_t first = 0; first < count; first += KEYS) {
+        const int64_t end = smaller(first + KEYS, count);
+        for (int64_t i = 0; i < rows;) {
+            i += with_rows<SCORE_ROWS>(rows - i, [&](auto tall) {
+                constexpr int M = decltype(tall)::value, N = 5 * M < REGISTERS ? 4 : 2;
+                for (int64_t j = first; j < end;) {
+                    j += with_rows_or_one<N>(end - j, [&](auto wide) {
+                        for (int64_t n = j; i == 0 && n < j + decltype(wide)::value; ++n) {
+                            const int64_t next = n + KEYS;
+                            fetch_row(next < count ? keys + next * D : values + (next - count) * D, D);
+                        }
+                        tile(tall, wide, i, j);
+                    });
+                }
+            });
+        }
     }
 }
 
@@ -78,64 +90,68 @@ inline float softmax(float* scores, int64_t count, float& total) {
     return most;
 }
 
-// What M rows of `space.asked` make of one span: space.sums, and of each row its largest score and its total.
-template <int FORMAT, int M, class T>
-inline void attend_span(const T* keys, const T* values, int64_t count, int64_t D, const DecodeWorkspace& space,
-                        float* most, float* total) {
+// What the first `rows` of `space.asked` make of one span: space.sums, and of each its largest score and its total.
+template <int FORMAT, class T>
+inline void attend_span(int64_t rows, const T* keys, const T* values, int64_t count, int64_t D,
+                        const DecodeWorkspace& space, float* most, float* total) {
     constexpr int64_t SPAN = AttentionWorkspace::SPAN;
-    __builtin_memset(space.sums, 0, M * D * sizeof(float));
-    if constexpr (FORMAT == ARRIERO_CODES) {
-        const int64_t padded = round_up(D, 2 * LANES);
-        const int16_t* asked[M];
-        float steps[M], factors[M][SPAN / AttentionWorkspace::KEYS];
-        auto* scores = reinterpret_cast<int32_t*>(space.scores);
-        for (int m = 0; m < M; ++m) {
-            steps[m] = round_to_words(space.asked + m * D, D, padded, space.words + m * padded);
-            asked[m] = space.words + m * padded;
-        }
-        score_keys<M>(keys, values, count, D, [&](auto wide, int64_t j) {
-            constexpr int N = decltype(wide)::value;
-            int32_t tile[M][N];
-            code_dot_tile<M, N>(asked, keys + j * D, D, tile);
-            for (int m = 0; m < M; ++m) __builtin_memcpy(scores + m * SPAN + j, tile[m], sizeof tile[m]);
-        });
-        for (int m = 0; m < M; ++m) {
-            most[m] = softmax_codes(scores + m * SPAN, steps[m], count, space.scaled, space.weights + m * SPAN,
-                                    factors[m], total[m]);
-        }
-        sum_values(M, count, D, [&](auto tall, auto wide, int64_t i, int64_t j, int64_t some, int64_t d) {
-            constexpr int TALL = decltype(tall)::value;
-            const int16_t* weights[TALL];
-            float worth[TALL];
-            float* to[TALL];
-            for (int m = 0; m < TALL; ++m) {
-                weights[m] = space.weights + (i + m) * SPAN + j;
-                worth[m] = factors[i + m][j / AttentionWorkspace::KEYS];
-                to[m] = space.sums + (i + m) * D + d;
-            }
-            code_value_tile<TALL, decltype(wide)::value>(weights, worth, values + j * D + d, some, D, to);
-        });
-    } else {
+    score_keys(rows, keys, values, count, D, [&](auto tall, auto wide, int64_t i, int64_t j) {
+        constexpr int M = decltype(tall)::value, N = decltype(wide)::value;
         const float* asked[M];
-        for (int m = 0; m < M; ++m) asked[m] = space.asked + m * D;
-        score_keys<M>(keys, values, count, D, [&](auto wide, int64_t j) {
-            constexpr int N = decltype(wide)::value;
-            float tile[M][N];
-            dot_tile<FORMAT, M, N>(asked, keys + j * D, D, tile);
-            for (int m = 0; m < M; ++m) __builtin_memcpy(space.scores + m * SPAN + j, tile[m], sizeof tile[m]);
-        });
-        for (int m = 0; m < M; ++m) most[m] = softmax(space.scores + m * SPAN, count, total[m]);
-        sum_values(M, count, D, [&](auto tall, auto wide, int64_t i, int64_t j, int64_t some, int64_t d) {
-            constexpr int TALL = decltype(tall)::value;
-            const float* weights[TALL];
-            float* to[TALL];
-            for (int m = 0; m < TALL; ++m) {
-                weights[m] = space.scores + (i + m) * SPAN + j;
-                to[m] = space.sums + (i + m) * D + d;
-            }
-            value_tile<FORMAT, TALL, decltype(wide)::value>(weights, values + j * D + d, some, D, to);
-        });
+        float scores[M][N];
+        for (int m = 0; m < M; ++m) asked[m] = space.asked + (i + m) * D;
+        dot_tile<FORMAT, M, N>(asked, keys + j * D, D, scores);
+        for (int m = 0; m < M; ++m) __builtin_memcpy(space.scores + (i + m) * SPAN + j, scores[m], sizeof scores[m]);
+    });
+    for (int64_t i = 0; i < rows; ++i) most[i] = softmax(space.scores + i * SPAN, count, total[i]);
+    __builtin_memset(space.sums, 0, rows * D * sizeof(float));
+    sum_values(rows, count, D, [&](auto tall, auto wide, int64_t i, int64_t j, int64_t some, int64_t d) {
+        constexpr int M = decltype(tall)::value;
+        const float* weights[M];
+        float* to[M];
+        for (int m = 0; m < M; ++m) {
+            weights[m] = space.scores + (i + m) * SPAN + j;
+            to[m] = space.sums + (i + m) * D + d;
+        }
+        value_tile<FORMAT, M, decltype(wide)::value>(weights, values + j * D + d, some, D, to);
+    });
+}
+
+// The same of a cache of codes.
+inline void attend_codes(int64_t rows, const int8_t* keys, const int8_t* values, int64_t count, int64_t D,
+                         const DecodeWorkspace& space, float* most, float* total) {
+    constexpr int64_t SPAN = AttentionWorkspace::SPAN, KEYS = AttentionWorkspace::KEYS;
+    const int64_t padded = round_up(D, 2 * LANES);
+    float steps[AttentionWorkspace::TOGETHER], factors[AttentionWorkspace::TOGETHER][SPAN / KEYS];
+    auto* scores = reinterpret_cast<int32_t*>(space.scores);
+    for (int64_t i = 0; i < rows; ++i) {
+        steps[i] = round_to_words(space.asked + i * D, D, padded, space.words + i * padded);
     }
+    score_keys(rows, keys, values, count, D, [&](auto tall, auto wide, int64_t i, int64_t j) {
+        constexpr int M = decltype(tall)::value, N = decltype(wide)::value;
+        const int16_t* asked[M];
+        int32_t dots[M][N];
+        for (int m = 0; m < M; ++m) asked[m] = space.words + (i + m) * padded;
+        code_dot_tile<M, N>(asked, keys + j * D, D, dots);
+        for (int m = 0; m < M; ++m) __builtin_memcpy(scores + (i + m) * SPAN + j, dots[m], sizeof dots[m]);
+    });
+    for (int64_t i = 0; i < rows; ++i) {
+        most[i] = softmax_codes(scores + i * SPAN, steps[i], count, space.scaled, space.weights + i * SPAN, factors[i],
+                                total[i]);
+    }
+    __builtin_memset(space.sums, 0, rows * D * sizeof(float));
+    sum_values(rows, count, D, [&](auto tall, auto wide, int64_t i, int64_t j, int64_t some, int64_t d) {
+        constexpr int M = decltype(tall)::value;
+        const int16_t* weights[M];
+        float worth[M];
+        float* to[M];
+        for (int m = 0; m < M; ++m) {
+            weights[m] = space.weights + (i + m) * SPAN + j;
+            worth[m] = factors[i + m][j / KEYS];
+            to[m] = space.sums + (i + m) * D + d;
+        }
+        code_value_tile<M, decltype(wide)::value>(weights, worth, values + j * D + d, some, D, to);
+    });
 }
 
 inline int64_t spans_of(int64_t position, int64_t chunk) {
@@ -164,9 +180,11 @@ inline void attend_spans(const float* q, const int64_t* positions, const Cache& 
                 for (int64_t i = 0; i < rows; ++i) {
                     scale_row_to(q + (head + i) * D, scale, cache.steps_of_keys(g, D), D, space.asked + i * D);
                 }
-                with_rows<TOGETHER>(rows, [&](auto tall) {
-                    attend_span<FORMAT, decltype(tall)::value>(keys, values, count, D, space, most, total);
-                });
+                if constexpr (FORMAT == ARRIERO_CODES) {
+                    attend_codes(rows, keys, values, count, D, space, most, total);
+                } else {
+                    attend_span<FORMAT>(rows, keys, values, count, D, space, most, total);
+                }
                 for (int64_t i = 0; i < rows; ++i) {
                     const float* sums = space.sums + i * D;
                     if (spans == 1) {
