@@ -93,7 +93,7 @@ TRAITS: dict[str, BackendTraits] = {
             compiles_for="cpu",
             # fp8 is how weights are stored; activations stay float32, whatever the profile asks
             schemes=("exact", "int_block", "fp8"),
-            cache_types=("float32",),
+            cache_types=("float32", "float16", "int8"),
             head_multiple=16,
             packages=(
                 Package("apache-tvm", "0.27", extra="tvm", imports=("tvm",)),

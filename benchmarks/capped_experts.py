@@ -159,7 +159,7 @@ def main() -> None:
         )
         one = json.loads(done.stdout)
         own = ReadSpeed(speed.memory, one["drive_rate"], None)
-        capped = foretell("", MemoryCap(one["cap"], CONTEXT, 1), weights, config, uniform_rates(config.text), own)
+        capped = foretell("", MemoryCap(one["cap"], CONTEXT, 1), weights, config, uniform_rates(config.text), own, 4)
         results[share] = one | {"foretold_tokens_per_second": capped.tokens_per_second}
         print(
             f"{share:3} % of experts ({one['slots']} a layer), cap {one['cap'] / 2**20:.0f} MiB, RssAnon "

@@ -148,35 +148,44 @@ class Bench:
         work = 512 * 6.0 * hidden * ffn
         self.meter.compare(f"experts, prefill, {label}", "GOP/s", work, prefill, lambda: self.peak(function))
 
-    def attention_decode(self, heads: int, groups: int, size: int, depth: int) -> None:
+    def attention_decode(self, form: str, heads: int, groups: int, size: int, depth: int) -> None:
         """One token at `depth`, over layers that together exceed the cache."""
-        label = f"attention decode {heads}/{groups}x{size} at {depth}"
+        label = f"attention decode {form} {heads}/{groups}x{size} at {depth}"
         if self.options.only not in label:
             return
-        layers = max(2, COLD_BYTES // (2 * groups * depth * size * 4))
-        caches = [np.full((2, 1, groups, depth, size), 0.5, np.float32) for _ in range(layers)]
+        shape, dtype = (2, 1, groups, depth, size), np.dtype(form)
+        layers = max(2, COLD_BYTES // (int(np.prod(shape)) * dtype.itemsize))
+        caches = [np.ones(shape, dtype) for _ in range(layers)]
         q, k = (self.draw.standard_normal((1, 1, n * size), dtype=np.float32) for n in (heads, groups))
-        position = np.array([[depth - 1]])
+        position, steps = np.array([[depth - 1]]), cache_steps(dtype, groups, size)
 
         def decode() -> None:
             for cache in caches:
-                self.kernels.attention(q, k, k, position, cache[0], cache[1], 0)
+                self.kernels.attention(q, k, k, position, cache[0], cache[1], 0, steps)
 
         self.meter.compare(label, "GB/s", sum(cache.nbytes for cache in caches), decode, self.read)
 
-    def attention_prefill(self, heads: int, groups: int, size: int) -> None:
-        """512 tokens from an empty cache; the work counts the keys that a query may see."""
-        label = f"attention prefill {heads}/{groups}x{size} of 512"
+    def attention_prefill(self, form: str, heads: int, groups: int, size: int, length: int) -> None:
+        """A prompt in pieces of 512 tokens from an empty cache; the work counts the keys that a query may see."""
+        label = f"attention prefill {form} {heads}/{groups}x{size} of {length}"
         if self.options.only not in label:
             return
         q, k = (self.draw.standard_normal((1, 512, n * size), dtype=np.float32) for n in (heads, groups))
-        cache, positions = np.zeros((2, 1, groups, 512, size), np.float32), np.arange(512)[None]
+        cache, steps = np.zeros((2, 1, groups, length, size), form), cache_steps(np.dtype(form), groups, size)
 
         def prefill() -> None:
-            self.kernels.attention(q, k, k, positions, cache[0], cache[1], 0)
+            for start in range(0, length, 512):
+                positions = np.arange(start, start + 512)[None]
+                self.kernels.attention(q, k, k, positions, cache[0], cache[1], 0, steps)
 
-        work = 4.0 * heads * size * 512 * 513 / 2
+        work = 4.0 * heads * size * length * (length + 1) / 2
         self.meter.compare(label, "GOP/s", work, prefill, lambda: self.peak(self.probe.float_multiply_adds))
+
+
+def cache_steps(dtype: np.dtype[Any], groups: int, size: int) -> tuple[Any, Any]:
+    """Steps of an int8 cache's keys and values; None for other caches."""
+    steps = np.full((groups, size), 0.03, np.float32) if dtype == np.int8 else None
+    return steps, steps
 
 
 def measure(kernels: Kernels, probe: ctypes.CDLL, options: argparse.Namespace) -> None:
@@ -189,10 +198,12 @@ def measure(kernels: Kernels, probe: ctypes.CDLL, options: argparse.Namespace) -
     for form, blocks in FORMATS_MEASURED.items():
         for block in blocks:
             bench.experts(form, block)
-    for shape in ((16, 4, 64), (40, 8, 128)):
-        for depth in (2048, 8192):
-            bench.attention_decode(*shape, depth)
-        bench.attention_prefill(*shape)
+    for form in ("float32", "float16", "int8"):
+        for shape in ((16, 4, 64), (40, 8, 128)):
+            for depth in (2048, 8192, 131072):
+                bench.attention_decode(form, *shape, depth)
+            for length in (512, 4096):
+                bench.attention_prefill(form, *shape, length)
 
 
 if __name__ == "__main__":

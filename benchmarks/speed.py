@@ -7,8 +7,8 @@ Every contender lives in a process of its own and answers one round at a time, s
 the order turns from round to round. Every file is dropped from the system's memory and read anew first: pages that came
 there piecemeal, while a build was short of memory, have been seen to cost a quarter of the speed. What counts are
 ratios within a round: their median is printed, not the best. The roofline of decode is the bandwidth with which the
-same threads read a large buffer, measured in every round too, over the bytes of weights that one token touches (all of
-the decoder's matrices, and k of E experts).
+same threads read a large buffer, measured in every round too, over the bytes that one token touches: of weights all of
+the decoder's matrices, and k of E experts, and the keys and values of the `--depth` tokens before it.
 """
 
 from __future__ import annotations
@@ -47,12 +47,16 @@ class Bundle:
         command = [sys.executable, __file__, "--worker", str(path), "--threads", str(threads)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.ready = self._answer()
-        self.bytes_per_token = touched_bytes(Manifest.read(path))
+        self.manifest = Manifest.read(path)
 
-    def measure(self, prefill: int, decode: int) -> dict[str, float]:
+    def bytes_per_token(self, depth: int) -> int:
+        """Bytes that a token touches after `depth` others."""
+        return touched_bytes(self.manifest) + cache_bytes(self.manifest, depth)
+
+    def measure(self, prefill: int, decode: int, depth: int) -> dict[str, float]:
         """Tokens per second of one round."""
         assert self.process.stdin is not None
-        print(json.dumps([prefill, decode]), file=self.process.stdin, flush=True)
+        print(json.dumps([prefill, decode, depth]), file=self.process.stdin, flush=True)
         return self._answer()
 
     def _answer(self) -> dict[str, float]:
@@ -69,16 +73,22 @@ class LlamaCpp:
 
     def __init__(self, program: str, gguf: Path, threads: int, options: Sequence[str]) -> None:
         self.command = [program, "-m", str(gguf), "-t", str(threads), "-r", "1", "-o", "jsonl", *options]
-        self.bytes_per_token = None
         self.ready = {"load_s": math.nan, "rss_mib": math.nan}
 
-    def measure(self, prefill: int, decode: int) -> dict[str, float]:
+    def bytes_per_token(self, depth: int) -> None:
+        """None: which bytes it reads is its own affair."""
+
+    def measure(self, prefill: int, decode: int, depth: int) -> dict[str, float]:
         """Tokens per second of one round."""
+        return {"prefill": self._rate(prefill, 0, 0), "decode": self._rate(0, decode, depth)}
+
+    def _rate(self, prefill: int, decode: int, depth: int) -> float:
+        options = ["-p", str(prefill), "-n", str(decode), "-d", str(depth)]
         lines = subprocess.run(
-            [*self.command, "-p", str(prefill), "-n", str(decode)], check=True, capture_output=True, text=True
+            [*self.command, *options], check=True, capture_output=True, text=True
         ).stdout.splitlines()
-        runs = [json.loads(line) for line in lines if line.startswith("{")]
-        return {"prefill" if run["n_prompt"] else "decode": float(run["avg_ts"]) for run in runs}
+        (run,) = (json.loads(line) for line in lines if line.startswith("{"))
+        return float(run["avg_ts"])
 
 
 def touched_bytes(manifest: Manifest) -> int:
@@ -88,8 +98,15 @@ def touched_bytes(manifest: Manifest) -> int:
     return decoder_bytes(manifest.weights, share)
 
 
+def cache_bytes(manifest: Manifest, depth: int) -> int:
+    """Bytes of keys and values that the token after `depth` others reads."""
+    model = manifest.model
+    held = {"chunked": depth % model.attention_chunk_size, "global": depth}
+    return sum(manifest.kv_bytes_per_token[layer.attention] * held[layer.attention] for layer in model.layers)
+
+
 def serve(bundle: Path, threads: int) -> None:
-    """The worker: opens the bundle, then answers a line `[prefill, decode]` with tokens per second."""
+    """The worker: opens the bundle, then answers a line `[prefill, decode, depth]` with tokens per second."""
     from arriero import load
     from arriero.runtimes.processor.processor import Prompt
 
@@ -100,17 +117,17 @@ def serve(bundle: Path, threads: int) -> None:
     special = {session.spec.image_token_id, *session.spec.eos_token_ids}
     ordinary = np.array([token for token in range(session.spec.vocab_size) if token not in special])
 
-    def round_of(prefill: int, decode: int) -> dict[str, float]:
+    def round_of(prefill: int, decode: int, depth: int) -> dict[str, float]:
         start = time.perf_counter()
         session.prefill(Prompt(rng.choice(ordinary, prefill), None))
         prefilled = time.perf_counter() - start
-        state = session.prefill(Prompt(rng.choice(ordinary, 1), None))
+        state = session.prefill(Prompt(rng.choice(ordinary, max(1, depth)), None))
         start = time.perf_counter()
         for token in rng.choice(ordinary, decode):
             session.decode(state, int(token))
         return {"prefill": prefill / prefilled, "decode": decode / (time.perf_counter() - start)}
 
-    round_of(16, 4)
+    round_of(16, 4, 0)
     print(json.dumps({"load_s": loaded, "rss_mib": resident_mib()}), flush=True)
     for line in sys.stdin:
         print(json.dumps(round_of(*json.loads(line))), flush=True)
@@ -145,7 +162,9 @@ def read_bandwidth(probe: ctypes.CDLL, buffer: np.ndarray, threads: int) -> floa
     return buffer.nbytes / (time.perf_counter() - start)
 
 
-def table(rounds: list[dict[str, dict[str, float]]], contenders: dict[str, Any], bandwidth: list[float]) -> Table:
+def table(
+    rounds: list[dict[str, dict[str, float]]], contenders: dict[str, Any], bandwidth: list[float], depth: int
+) -> Table:
     """Medians over the rounds; ratios are taken round by round against the first contender."""
     base = next(iter(contenders))
     shown = Table(title=f"{len(rounds)} rounds; read bandwidth {statistics.median(bandwidth) / 1e9:.1f} GB/s")
@@ -161,7 +180,7 @@ def table(rounds: list[dict[str, dict[str, float]]], contenders: dict[str, Any],
         for kind in ("prefill", "decode"):
             cells.append(f"{median(lambda n, kind=kind, name=name: rounds[n][name][kind]):.1f}")
             cells.append(f"{median(lambda n, kind=kind, name=name: rounds[n][name][kind] / rounds[n][base][kind]):.2f}")
-        touched = contender.bytes_per_token
+        touched = contender.bytes_per_token(depth)
         share = None if touched is None else median(lambda n: rounds[n][name]["decode"] * touched / bandwidth[n])  # noqa: B023
         cells.append("" if share is None else f"{100 * share:.0f} %")
         cells += [f"{contender.ready['load_s']:.2f}", f"{contender.ready['rss_mib']:.0f}"]
@@ -179,6 +198,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of every contender")
     parser.add_argument("--prefill", type=int, default=512, help="prompt tokens")
     parser.add_argument("--decode", type=int, default=64, help="tokens decoded")
+    parser.add_argument("--depth", type=int, default=0, help="tokens that are read before the first is decoded")
     parser.add_argument("--rounds", type=int, default=5, help="rounds")
     parser.add_argument("--json", type=Path, help="also write every round there")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -207,8 +227,10 @@ def main() -> None:
         bandwidth.append(read_bandwidth(probe, buffer, arguments.threads))
         names = list(contenders)
         turned = names[number % len(names) :] + names[: number % len(names)]
-        rounds.append({name: contenders[name].measure(arguments.prefill, arguments.decode) for name in turned})
-    Console().print(table(rounds, contenders, bandwidth))
+        rounds.append(
+            {name: contenders[name].measure(arguments.prefill, arguments.decode, arguments.depth) for name in turned}
+        )
+    Console().print(table(rounds, contenders, bandwidth, arguments.depth))
     if arguments.json:
         arguments.json.write_text(json.dumps({"bandwidth": bandwidth, "rounds": rounds}, indent=1))
 

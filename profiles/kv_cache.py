@@ -1,9 +1,11 @@
-"""Keys and values in int8: one static scale per layer, head and channel, from the ranges that calibration saw.
+"""How a bundle keeps keys and values: in float32, float16, or int8 with one static scale per layer, head and channel.
 
-A value x is stored as clip(rint(x / scale), -128, 127). Why static scales per channel: ONNX Runtime's attention reads
-such a cache as it is. Scales per head and token came closest where all were measured (the reference with rounded keys
-and values on the embedded model: per token, per channel, per head, per layer, in this order), but no kernel reads them:
-every step would have to widen the whole cache to float32 before it may attend.
+Float16 is rounded to the nearest; what is beyond 65,504 becomes infinite. In int8 a value x is stored as
+clip(rint(x / scale), -128, 127), with scales from the ranges that calibration saw. Why static scales per channel: ONNX
+Runtime's attention reads such a cache as it is, and our own multiplies its codes as they are. Scales per head and token
+came closest where all were measured (the reference with rounded keys and values on the embedded model: per token, per
+channel, per head, per layer, in this order), but ONNX Runtime has no kernel that reads them: every step would have to
+widen the whole cache to float32 before it may attend.
 Legend: n tokens, K key/value heads, D head size.
 """
 
@@ -19,8 +21,8 @@ from numpy.typing import NDArray
 from arriero.errors import ArrieroError, Problems
 from arriero.thresholds import METRICS
 
-CacheType = Literal["float32", "int8"]
-ITEM_BYTES: dict[str, int] = {"float32": 4, "int8": 1}
+CacheType = Literal["float32", "float16", "int8"]
+ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "int8": 1}
 
 # With fewer, ranges are too narrow and what comes later is clipped. In the measurement above a third of this number
 # gave 3.5 times the mean KL of five times as many; this number gave 1.3 times.
@@ -28,18 +30,34 @@ MINIMUM_TOKENS = 1024
 
 # What the rounding may cost on top of a profile's own thresholds. None: beyond any promise, because a single token that
 # goes to another expert decides the figure.
-ALLOWED_LOSS: dict[str, float | None] = {
-    "task_accuracy_drop": 0.005,
-    "task_accuracy_candidate": 0.005,
-    "same_top_token": 0.03,
-    "router_agreement": 0.03,
-    "router_agreement_lowest": 0.05,
-    "greedy_prefix_length": 0.03,
-    "logits_kl_mean": 0.01,
-    "logits_max_abs_error": None,
-    "logits_relative_l2": None,
-    "layer_relative_l2_highest": None,
-    "layer_snr_db_lowest": None,
+ALLOWED_LOSS: dict[CacheType, dict[str, float | None]] = {
+    "float32": {},
+    "float16": {
+        "task_accuracy_drop": 0.005,
+        "task_accuracy_candidate": 0.005,
+        "same_top_token": 0.005,
+        "router_agreement": 0.005,
+        "router_agreement_lowest": 0.01,
+        "greedy_prefix_length": 0.005,
+        "logits_kl_mean": 0.001,
+        "logits_max_abs_error": None,
+        "logits_relative_l2": None,
+        "layer_relative_l2_highest": None,
+        "layer_snr_db_lowest": None,
+    },
+    "int8": {
+        "task_accuracy_drop": 0.005,
+        "task_accuracy_candidate": 0.005,
+        "same_top_token": 0.03,
+        "router_agreement": 0.03,
+        "router_agreement_lowest": 0.05,
+        "greedy_prefix_length": 0.03,
+        "logits_kl_mean": 0.01,
+        "logits_max_abs_error": None,
+        "logits_relative_l2": None,
+        "layer_relative_l2_highest": None,
+        "layer_snr_db_lowest": None,
+    },
 }
 
 
@@ -79,6 +97,14 @@ class CacheScales:
     value: NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class StoredCache:
+    """The dtype of keys and values in a bundle's cache, and for int8 each layer's scales."""
+
+    dtype: CacheType = "float32"
+    scales: Sequence[CacheScales] = ()
+
+
 def cache_scales(ranges: Sequence[Mapping[str, Any]]) -> list[CacheScales]:
     """Give each layer's steps from what `CacheRange.to_json` recorded of it: the largest magnitude becomes 127.
 
@@ -107,16 +133,18 @@ def check_tokens(tokens: int) -> None:
         )
 
 
-def widen_thresholds(thresholds: Mapping[str, float]) -> dict[str, float]:
-    """Give a profile's thresholds as they stand when its bundle rounds keys and values to int8.
+def widen_thresholds(thresholds: Mapping[str, float], cache: CacheType) -> dict[str, float]:
+    """Give a profile's thresholds as they stand when its bundle keeps keys and values in `cache`.
 
-    What the profile limits is loosened by `ALLOWED_LOSS`; the drop of task accuracy is limited even where the profile
-    says nothing of it. A metric of one family, such as `task_accuracy_drop.recall`, goes as the metric does.
+    Where that rounds, what the profile limits is loosened by `ALLOWED_LOSS`, and the drop of task accuracy is limited
+    even where the profile says nothing of it. A metric of one family, such as `task_accuracy_drop.recall`, goes as the
+    metric does.
     """
+    losses = ALLOWED_LOSS[cache]
     widened = {}
-    for name, limit in {"task_accuracy_drop": 0.0, **thresholds}.items():
+    for name, limit in {**({"task_accuracy_drop": 0.0} if losses else {}), **thresholds}.items():
         metric = name.partition(".")[0]
-        loss = ALLOWED_LOSS.get(metric, 0.0)
+        loss = losses.get(metric, 0.0)
         if loss is not None:
             widened[name] = round(limit + loss if METRICS[metric].direction == "max" else limit - loss, 9)
     return widened

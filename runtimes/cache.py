@@ -1,8 +1,8 @@
 """Key and value buffers in numpy: chunked layers keep the current chunk only, global layers grow by doubling.
 
 Shapes: B batch rows, K key/value heads, P slots of a buffer, D head dimension, C attention chunk.
-Buffers are f32, or i8 where the graph rounds keys and values: what a code stands for only the graph knows. All rows
-have as many slots as the longest, but only those that hold tokens take memory.
+Buffers are f32, or f16 or i8 where the graph rounds keys and values: what a code stands for only the graph knows. All
+rows have as many slots as the longest, but only those that hold tokens take memory.
 A token at position p lies in slot p % C of a chunked layer and in slot p of a global one, so the lengths alone say
 which slots are valid: starting a new chunk moves nothing and clears nothing.
 """

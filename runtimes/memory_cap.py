@@ -39,14 +39,15 @@ def share_memory(
     layers: Sequence[RecordSize],
     spec: ModelSpec,
     step: Callable[[int], int],
+    item_bytes: int,
 ) -> MemoryShare:
     """Divide what `cap` leaves beside the bytes `held` by the process and those of the `core`, read by every token.
 
-    `step(tokens)` are the bytes that a step of so many computes in. A prompt is read in larger pieces than elsewhere
-    where that takes little of the experts' memory, since each piece reads the experts that it needs. Raises
-    `ArrieroError` with the smallest cap that would do.
+    `step(tokens)` are the bytes that a step of so many computes in, `item_bytes` those of a number in the caches. A
+    prompt is read in larger pieces than elsewhere where that takes little of the experts' memory, since each piece
+    reads the experts that it needs. Raises `ArrieroError` with the smallest cap that would do.
     """
-    fixed = held + MARGIN + core + cap.batch * cache_bytes(spec, cap.context)
+    fixed = held + MARGIN + core + cap.batch * cache_bytes(spec, cap.context, item_bytes)
     least = sum(layer.nbytes for layer in layers)
     room = cap.nbytes - fixed - step(PREFILL_PIECE)
     if room < least:
@@ -86,9 +87,9 @@ def step_bytes(spec: ModelSpec, width: int, tokens: int) -> int:
     return 4 * (tokens * rows + 4 * spec.vocab_size) + STEP_FIXED
 
 
-def cache_bytes(spec: ModelSpec, tokens: int) -> int:
-    """Bytes of the float32 keys and values of one sequence of `tokens`; a chunked layer holds at most its chunk."""
+def cache_bytes(spec: ModelSpec, tokens: int, item_bytes: int) -> int:
+    """Bytes of the keys and values of one sequence of `tokens`; a chunked layer holds at most its chunk."""
     slots = sum(
         min(tokens, spec.attention_chunk_size) if layer.attention == "chunked" else tokens for layer in spec.layers
     )
-    return 2 * 4 * spec.num_key_value_heads * spec.head_dim * slots
+    return 2 * item_bytes * spec.num_key_value_heads * spec.head_dim * slots

@@ -72,7 +72,10 @@ class TvmBackend:
         weights: WeightFiles = MappedWeights(bundle) if memory is None else ReadWeights(bundle)
         share = MemoryShare((), PREFILL_PIECE)
         if memory is not None:
-            share = share_memory(memory, anonymous_memory(), self._core_bytes(), text.sizes(), spec, self._step_bytes)
+            sizes, item_bytes = text.sizes(), text.cache.itemsize
+            share = share_memory(
+                memory, anonymous_memory(), self._core_bytes(), sizes, spec, self._step_bytes, item_bytes
+            )
         self.piece = share.piece
         for graph in self._graphs.values():
             graph.bind(weights)
@@ -114,7 +117,7 @@ class TvmBackend:
 
     def new_cache(self, batch: int, capacity: int) -> CacheRows[KVCache]:
         """Give an empty cache for `batch` rows of at most `capacity` tokens."""
-        return CacheRows.whole(KVCache(self.spec, batch, capacity))
+        return CacheRows.whole(KVCache(self.spec, batch, capacity, self._graphs["text"].cache))
 
     def forward(
         self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, captures: bool = False
@@ -179,6 +182,8 @@ class _Graph:
             self._code = PrivateLibrary(self._path, sha256.get(self._path.name))
             self.inputs, self.outputs = signature["inputs"], signature["outputs"]
             self.weights, self.experts = signature["weights"], signature["experts"]
+            # of keys and values; bundles from before they could be narrower do not say it
+            self.cache = np.dtype(signature.get("cache") or "float32")
         self.library: Any = None
         self._machine: Any = None
 

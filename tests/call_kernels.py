@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FORMATS = {"f32": 0, "bf16": 1, "f16": 2, "e4m3": 3, "int8": 4, "int4": 5}
+CACHE_FORMATS = {"float32": 0, "float16": 2, "int8": 6}  # by dtype
 ALIGNMENT = 64
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -133,19 +134,24 @@ class Kernels:
         k: Floats,
         v: Floats,
         positions: Ints,
-        key_cache: Floats,
-        value_cache: Floats,
+        key_cache: NDArray[Any],
+        value_cache: NDArray[Any],
         chunk: int,
+        steps: tuple[Floats, Floats] | tuple[None, None] = (None, None),
     ) -> Floats:
-        """q [B, S, Q*D], k and v [B, S, G*D], positions [B, S] -> out [B, S, Q*D]; writes the caches [B, G, C, D]."""
-        batch, steps, _ = q.shape
+        """q [B, S, Q*D], k and v [B, S, G*D], positions [B, S] -> out [B, S, Q*D]; writes the caches [B, G, C, D].
+
+        Caches are f32, f16, or i8 with the `steps` [G, D] of keys and of values.
+        """
+        batch, count, _ = q.shape
         _, groups, slots, size = key_cache.shape
-        heads = q.shape[2] // size
-        space = self._workspace("attention", batch, steps, heads, groups, size)
+        heads, form = q.shape[2] // size, CACHE_FORMATS[key_cache.dtype.name]
+        space = self._workspace("attention", batch, count, heads, groups, slots, size)
         out = np.empty_like(q)
-        sizes = (groups, slots, size, chunk)
-        self._run("cache_write", k, v, positions, key_cache, value_cache, batch, steps, *sizes)
-        self._run("attention", q, positions, key_cache, value_cache, out, batch, steps, heads, *sizes, space)
+        caches, sizes = (key_cache, value_cache), (groups, slots, size, chunk)
+        self._run("cache_write", form, k, v, positions, *steps, *caches, batch, count, *sizes)
+        self._run("attention", form, q, positions, *caches, *steps, out, batch, count, heads, *sizes, space)
+        self._run("attention_merge", positions, steps[1], out, batch, count, heads, *sizes, space)
         return out
 
     def _workspace(self, name: str, *sizes: int) -> NDArray[np.uint8]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from arriero.export.compile.build_kernels import SOURCES, find_compiler
-from tests.call_kernels import FORMATS, Experts, Weight
+from tests.call_kernels import CACHE_FORMATS, FORMATS, Experts, Weight
 
 RUNNER = Path(__file__).with_name("kernel_runner.cc")
 
@@ -50,12 +50,13 @@ class EmulatedKernels:
         key_cache: np.ndarray,
         value_cache: np.ndarray,
         chunk: int,
+        steps: tuple[np.ndarray, np.ndarray] | tuple[None, None] = (None, None),
     ) -> np.ndarray:
         batch, groups, slots, size = key_cache.shape
         out = np.empty_like(q)
         sizes = (batch, q.shape[1], q.shape[2] // size, groups, slots, size, chunk)
-        caches = (key_cache, value_cache)
-        self._run(2, *sizes, q, k, v, positions, *caches, out, written=[*caches, out])
+        caches, form = (key_cache, value_cache), CACHE_FORMATS[key_cache.dtype.name]
+        self._run(2, form, *sizes, q, k, v, positions, *caches, *steps, out, written=[*caches, out])
         return out
 
     def _run(self, *arguments: Any, written: list[np.ndarray]) -> None:

@@ -71,17 +71,21 @@ int main(int, char** arguments) {
             arriero_dispatch_sum(s[0], s[1], s[2], s[3], f(4), s[4], s[5], s[6], s[7], s[8], space, p, parts);
         }
         written = {4};
-    } else {  // B, S, Q, G, C, D, chunk; q, k, v, positions, key cache, value cache, out
-        void* space = workspace(arriero_attention_workspace(s[0], s[1], s[2], s[3], s[5], parts));
+    } else {  // format, B, S, Q, G, C, D, chunk; q, k, v, positions, key cache, value cache, their steps, out
+        void* space = workspace(arriero_attention_workspace(s[1], s[2], s[3], s[4], s[5], s[6], parts));
+        const int64_t* positions = buffer<int64_t>(3);
         for (int64_t p = 0; p < parts; ++p) {
-            arriero_cache_write(f(1), f(2), buffer<int64_t>(3), f(4), f(5), s[0], s[1], s[3], s[4], s[5], s[6], p,
-                                parts);
+            arriero_cache_write(s[0], f(1), f(2), positions, f(6), f(7), f(4), f(5), s[1], s[2], s[4], s[5], s[6], s[7],
+                                p, parts);
         }
         for (int64_t p = 0; p < parts; ++p) {
-            arriero_attention(f(0), buffer<int64_t>(3), f(4), f(5), f(6), s[0], s[1], s[2], s[3], s[4], s[5], s[6],
-                              space, p, parts);
+            arriero_attention(s[0], f(0), positions, f(4), f(5), f(6), f(7), f(8), s[1], s[2], s[3], s[4], s[5], s[6],
+                              s[7], space, p, parts);
         }
-        written = {4, 5, 6};
+        for (int64_t p = 0; p < parts; ++p) {
+            arriero_attention_merge(positions, f(7), f(8), s[1], s[2], s[3], s[4], s[5], s[6], s[7], space, p, parts);
+        }
+        written = {4, 5, 8};
     }
     FILE* out = fopen(arguments[4], "wb");
     for (size_t i : written) fwrite(buffers[i].data(), 1, buffers[i].size(), out);

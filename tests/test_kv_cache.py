@@ -1,4 +1,4 @@
-"""The int8 key/value cache by the real command line: built beside profiles, told of truly, refused without its data."""
+"""Narrow key/value caches by the real command line: built beside profiles, described, refused without their data."""
 
 from __future__ import annotations
 
@@ -30,6 +30,58 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = arriero("build", file)
     assert done.code == 0, done.err
     return folder
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text-only build for TVM of `fp32` with keys and values in float16 and in int8."""
+    pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'")
+    folder = tmp_path_factory.mktemp("narrow")
+    small_scout(folder / "scout", vision=False)
+    file = write_build(folder / "build.yaml", Path("scout"), "text", ("fp32",), 24, THRESHOLDS, backend="tvm")
+    (target,) = (line for line in file.read_text().splitlines() if "backend: tvm" in line)
+    lines = [
+        target.replace("name: fp32", f"name: {cache}").replace("context:", f"kv_cache: {cache}, context:")
+        for cache in ("float16", "int8")
+    ]
+    file.write_text(file.read_text().replace(target, "\n".join(lines)))
+    done = arriero("build", file)
+    assert done.code == 0, done.err
+    return folder / "bundles"
+
+
+@pytest.mark.parametrize("cache", ["float16", "int8"])
+def test_tvm_keeps_keys_and_values_as_the_bundle_says(compiled: Path, cache: str) -> None:
+    bundle, item = compiled / cache, np.dtype(cache).itemsize
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    text = manifest["model"]["text"]
+    token = 2 * text["num_key_value_heads"] * text["head_dim"] * item
+    assert manifest["target"]["kv_cache"] == cache
+    assert manifest["kv_bytes_per_token"] == {"chunked": token, "global": token}
+    report = json.loads((bundle / "parity.json").read_text())
+    rows = {row["metric"]: row for row in report["rows"]}
+    assert report["labels"]["KV cache"] == cache
+    assert rows["logits_max_abs_error"]["threshold"] is None  # fp32 limits it
+    assert 1e-12 < rows["logits_kl_mean"]["value"] < (1e-3 if cache == "int8" else 1e-5)
+    with package.load(bundle, threads=2) as session:
+        store = session.backend.new_cache(2, 1024).store  # type: ignore[attr-defined]
+        assert {buffer.dtype for buffer in (*store.keys, *store.values)} == {np.dtype(cache)}
+        prompts = [f"Sort {number} 3 9 1 from low to high." for number in range(3)]
+        alone = [session.generate(prompt, max_tokens=3 * CHUNK).token_ids for prompt in prompts]
+        together = session.generate_batch(prompts, max_tokens=3 * CHUNK)
+        assert max(map(len, alone)) > CHUNK
+        assert [answer.token_ids for answer in together] == alone
+
+
+def test_a_saved_chat_goes_on_with_its_narrow_cache(compiled: Path, tmp_path: Path) -> None:
+    with package.load(compiled / "int8", threads=1) as session:
+        chat = session.chat()
+        chat.send("What is 17 + 25?", max_tokens=5)
+        chat.save(tmp_path / "chat")
+        with np.load(tmp_path / "chat") as saved:
+            assert saved["key.0"].dtype == np.int8
+        expected = chat.send("And 3 more?", max_tokens=9).token_ids
+        assert session.load_chat(tmp_path / "chat").send("And 3 more?", max_tokens=9).token_ids == expected
 
 
 @pytest.mark.parametrize("name", ["fp32", "int8"])

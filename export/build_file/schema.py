@@ -91,7 +91,8 @@ class Target(_Section):
     batch: Count = Field(default=1, description="Sequences decoded together.")
     kv_cache: CacheType = Field(
         default="float32",
-        description="How keys and values are kept, beside any profile: `int8` takes a quarter of the memory.",
+        description="How keys and values are kept, beside any profile: `float16` (`tvm`) takes half of the memory, "
+        "`int8` (`onnxruntime`, `tvm`) a quarter.",
     )
     shard: Size = Field(default=SHARD, description="Most bytes of one file of weights.")
 

@@ -23,9 +23,9 @@ from arriero.runtimes.manifest import Compiled
 def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Watch = no_watch) -> Compiled:
     """Compile `<part>.onnx` of each of `parts` in `folder` for the device's processor, with its kernels linked in.
 
-    Leaves `<part>.so` and `<part>.json` (the order of inputs, outputs, tables of experts and weights) in the place of
-    each graph. Raises ArrieroError for a processor that LLVM does not know, MachineLacks without a linker for its
-    architecture.
+    Leaves `<part>.so` and `<part>.json` (the order of inputs, outputs, tables of experts and weights, and the dtype of
+    the caches) in the place of each graph. Raises ArrieroError for a processor that LLVM does not know, MachineLacks
+    without a linker for its architecture.
     """
     assert device.kernels is not None
     chosen = parse_cpu(device.cpu or NATIVE)
@@ -93,8 +93,10 @@ def _with_step(module: tvm.IRModule) -> tvm.IRModule:
 
 def _signature(imported: Imported) -> dict[str, object]:
     values = {str(value.name): value for value in imported.graph.inputs}
+    caches = {value.dtype for name, value in values.items() if name.startswith("past_") and value.dtype is not None}
     return {
         "inputs": imported.inputs,
+        "cache": next((dtype.numpy().name for dtype in caches), None),
         "outputs": [value.name for value in imported.graph.outputs],
         "experts": [
             {

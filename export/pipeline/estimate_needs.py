@@ -26,7 +26,7 @@ from arriero.thresholds import AnswerMode
 from arriero.traits import PREFILL_PIECE, TRAITS
 
 CONTEXTS = {"8k": 1 << 13, "128k": 1 << 17, "1M": 1 << 20, "10M": 10 << 20}
-CACHE_BYTES = {**ITEM_BYTES, "float16": 2, "bfloat16": 2}  # of a number in a cache of keys and values
+CACHE_BYTES = {**ITEM_BYTES, "bfloat16": 2}  # of a number in a cache of keys and values
 
 # The estimates' constants, from runs on small models as `benchmarks/plan_accuracy.py` makes them.
 TRACE_MEMORY, TRACE_LAYER = 320 << 20, 4 << 20  # Python with torch and onnx, and the graph of a layer

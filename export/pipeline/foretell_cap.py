@@ -21,6 +21,7 @@ from arriero.graphs.config import ModelConfig, TextConfig
 from arriero.graphs.names import EMBEDDING, expert_tensors
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.graphs.stored.safetensors_writer import ALIGNMENT
+from arriero.profiles.kv_cache import ITEM_BYTES
 from arriero.profiles.recipe import Profile
 from arriero.runtimes.backend import MemoryCap
 from arriero.runtimes.memory_cap import RecordSize, share_memory, step_bytes
@@ -70,7 +71,7 @@ def foretell_capped(build: BuildConfig, memory: int, trace: Path | None) -> tupl
     for target in capped:
         cap = MemoryCap(memory, target.context, target.batch)
         weights = StoredWeights.of(config.text, used, profiles[target.profile])
-        foretold.append(foretell(target.name, cap, weights, config, rates, speed))
+        foretold.append(foretell(target.name, cap, weights, config, rates, speed, ITEM_BYTES[target.kv_cache]))
     return foretold, speed
 
 
@@ -129,15 +130,16 @@ def foretell(
     config: ModelConfig,
     rates: Sequence[Sequence[float]],
     speed: ReadSpeed,
+    item_bytes: int,
 ) -> CappedTarget:
-    """What a bundle of `weights` does within `cap` on a machine of such `speed`."""
+    """What a bundle of `weights` does within `cap` on a machine of such `speed`; `item_bytes` as in `share_memory`."""
     text, spec = config.text, model_spec(config)
     layers = [RecordSize(text.experts, record) for record in weights.records]
     core, largest = weights.table + weights.core, max(weights.records, default=0)
     target = CappedTarget(name, cap.nbytes, core, text.experts * sum(weights.records), largest, of=text.experts)
     step = partial(step_bytes, spec, max(text.expert_ffn, text.dense_ffn))
     try:
-        slots = share_memory(cap, PROCESS, core, layers, spec, step).slots
+        slots = share_memory(cap, PROCESS, core, layers, spec, step, item_bytes).slots
     except ArrieroError as error:
         return replace(target, refused=str(error))
     held = [rate[count - 1] for rate, count in zip(rates, slots, strict=True)]

@@ -35,7 +35,7 @@ from arriero.export.pipeline.stages import Run, key_of, machine_limits, read_rec
 from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.proof.emulate import can_emulate
 from arriero.graphs.sources.synthetic import SyntheticModel
-from arriero.profiles.kv_cache import CacheScales, cache_scales
+from arriero.profiles.kv_cache import StoredCache, cache_scales
 from arriero.profiles.quantized_weights import QuantizedWeights
 from arriero.profiles.recipe import Profile
 from arriero.runtimes.cpu import architecture
@@ -222,11 +222,11 @@ class TargetBuild:
         return self.profile if self.roundings is None else decided(self.profile, self.roundings.folder)
 
     @property
-    def cache_scales(self) -> list[CacheScales] | None:
-        """Each layer's scales where the target keeps keys and values in int8."""
+    def cache(self) -> StoredCache:
+        """How the target keeps keys and values."""
         if self.target.kv_cache != "int8":
-            return None
-        return cache_scales(json.loads((self.build.calibrated / "cache.json").read_text()))
+            return StoredCache(self.target.kv_cache)
+        return StoredCache("int8", cache_scales(json.loads((self.build.calibrated / "cache.json").read_text())))
 
     def lower(self, folder: Path) -> set[str]:
         """Stage `lower-*`: the backend's graphs and weights, tokenizer, licences, and proof that it loads them."""
@@ -277,7 +277,7 @@ class TargetBuild:
                 build.watch(step, done, total, "bytes")
 
             lowering = Lowering(
-                *(build.model, build.checkpoint, schemes, folder, progress, roundings, self.cache_scales, capability),
+                *(build.model, build.checkpoint, schemes, folder, progress, roundings, self.cache, capability),
                 *(dump, build.runtime_adapters, target.shard),
             )
             weights |= module.lower(part, ir.load(build.graph / f"{part}.onnx"), lowering)

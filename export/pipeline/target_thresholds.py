@@ -11,12 +11,12 @@ from arriero.thresholds import FORCED
 
 
 def thresholds(build: BuildConfig, target: Target, profile: Profile) -> dict[str, float]:
-    """The parity thresholds of `target`: its profile's, with what an int8 cache may cost, and the build file's own.
+    """The parity thresholds of `target`: its profile's, with what a narrower cache may cost, and the build file's own.
 
     A profile's threshold on generated answers holds for forced ones where the build has these; the build file's own are
     refused when they are of the other kind.
     """
-    own = widen_thresholds(profile.thresholds) if target.kv_cache == "int8" else profile.thresholds
+    own = widen_thresholds(profile.thresholds, target.kv_cache)
     forced = answer_mode(build) == "forced"
     other = set(FORCED) if forced else set(FORCED.values())
     for name in build.parity.thresholds:

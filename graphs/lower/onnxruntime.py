@@ -54,7 +54,8 @@ def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:
             CACHED_ATTENTION: len(text.layers),
             EXPERT_DISPATCH: len(text.moe_layers),
         }
-        if (scales := lowering.cache) is not None:
+        if lowering.cache.dtype == "int8":
+            scales = lowering.cache.scales
             phases.append(Phase("quantize_cache", lambda model, _: quantize_cache(model, scales), INT8_CACHE))
             expected[INT8_CACHE] = len(text.layers)
         phases += [

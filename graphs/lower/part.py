@@ -20,7 +20,7 @@ from arriero.graphs.rewrite.misses import describe_misses
 from arriero.graphs.sources.runtime_adapters import RuntimeAdapters
 from arriero.graphs.stored.safetensors_writer import Progress
 from arriero.graphs.stored.weight_store import WeightStore
-from arriero.profiles.kv_cache import CacheScales
+from arriero.profiles.kv_cache import StoredCache
 from arriero.profiles.quantized_weights import QuantizedWeights
 from arriero.profiles.schemes import Scheme
 from arriero.traits import SHARD
@@ -35,10 +35,9 @@ class Lowering:
     """What the graphs of one target are lowered with, and to where.
 
     `assignment` is `Profile.assign` over the checkpoint's tensors, `roundings` what calibration found for those that
-    round by gptq. With `cache`, one entry per layer, keys and values are kept in int8. `capability` is that of the
-    target's GPU (89 for 8.9; 0: none, or any). `dump` is shown the graph after each phase. `adapters` are those that
-    the bundle switches between; without any its graphs have no input for them. No file of weights takes more than
-    `shard` bytes.
+    round by gptq, `cache` how keys and values are kept. `capability` is that of the target's GPU (89 for 8.9; 0: none,
+    or any). `dump` is shown the graph after each phase. `adapters` are those that the bundle switches between; without
+    any its graphs have no input for them. No file of weights takes more than `shard` bytes.
     """
 
     config: ModelConfig
@@ -47,7 +46,7 @@ class Lowering:
     out_dir: Path
     progress: Progress | None = None
     roundings: QuantizedWeights | None = None
-    cache: Sequence[CacheScales] | None = None
+    cache: StoredCache = field(default_factory=StoredCache)
     capability: int = 0
     dump: Dump | None = None
     adapters: RuntimeAdapters = field(default_factory=RuntimeAdapters)

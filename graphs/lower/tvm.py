@@ -20,6 +20,7 @@ from arriero.graphs.passes.cache_in_place import cache_in_place
 from arriero.graphs.passes.fold_reshape_shapes import fold_reshape_shapes
 from arriero.graphs.passes.fuse_rotary import ROTARY, fuse_rotary
 from arriero.graphs.passes.keep_token_axes import TOKEN_RESHAPE, keep_token_axes
+from arriero.graphs.passes.narrow_cache import narrow_cache
 from arriero.graphs.passes.replace_linear_with_kernel import replace_linear_with_kernel
 from arriero.graphs.passes.replace_lookup import LOOKUP, replace_lookup
 from arriero.graphs.stored.link_file import link_file
@@ -37,14 +38,13 @@ def lacks(scheme: Scheme) -> str | None:
 
 
 def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:
-    """Lower one of the parts `text`, `vision` and `embed`. There is no int8 cache here.
+    """Lower one of the parts `text`, `vision` and `embed`.
 
-    Text has the inputs `inputs_embeds`, `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` [B, K, C, D],
-    into which the step writes its keys and values, with runtime adapters also `adapter` i64 [B], and the outputs
-    `logits`, `hidden.{i}`, `expert_id.{i}` [B, S, k]. One step holds either one row within one chunk, or one token per
-    row. The other parts' signatures stay.
+    Text has the inputs `inputs_embeds`, `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` [B, K, C, D] of
+    the cache's dtype, into which the step writes its keys and values, with runtime adapters also `adapter` i64 [B], and
+    the outputs `logits`, `hidden.{i}`, `expert_id.{i}` [B, S, k]. One step holds either one row within one chunk, or
+    one token per row. The other parts' signatures stay.
     """
-    assert lowering.cache is None
     text = lowering.config.text
     phases: list[Phase] = []
     expected: dict[str, int] = {}
@@ -52,6 +52,7 @@ def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:
         phases += [
             Phase("fuse_rotary", lambda model, _: fuse_rotary(model), ROTARY),
             Phase("cache_in_place", lambda model, _: cache_in_place(model), CACHED_ATTENTION),
+            Phase("narrow_cache", lambda model, _: narrow_cache(model, lowering.cache)),
             Phase("bind_experts", bind_experts, EXPERT_DISPATCH),
         ]
         expected = {

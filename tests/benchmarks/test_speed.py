@@ -30,6 +30,16 @@ def test_a_token_touches_the_decoder_and_its_experts_of_a_bundle(speed, workshop
     assert whole - speed.touched_bytes(exact) == pytest.approx(left_out)
 
 
+def test_a_token_reads_what_the_cache_holds_of_those_before_it(speed, workshop):
+    manifest = Manifest.read(workshop / "bundles" / "fp32")
+    model, chunk = manifest.model, manifest.model.attention_chunk_size
+    chunked = [layer.attention for layer in model.layers].count("chunked")
+    token = 2 * model.num_key_value_heads * model.head_dim * 4
+    assert speed.cache_bytes(manifest, 0) == 0
+    depth = 3 * chunk + 5
+    assert speed.cache_bytes(manifest, depth) == token * (5 * chunked + depth * (len(model.layers) - chunked))
+
+
 def test_the_bandwidth_is_read_with_every_thread_once(speed, monkeypatch):
     seen = []
     monkeypatch.setattr(speed, "read_sum", lambda probe, part: seen.append(part))

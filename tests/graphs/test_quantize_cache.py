@@ -17,7 +17,7 @@ from arriero.graphs import model as reference_model
 from arriero.graphs.lower.onnxruntime import lower
 from arriero.graphs.lower.part import Lowering
 from arriero.graphs.model import StepTensors
-from arriero.profiles.kv_cache import CacheRange, CacheScales, cache_scales
+from arriero.profiles.kv_cache import CacheRange, CacheScales, StoredCache, cache_scales
 from arriero.profiles.recipe import load_profile
 from tests.graphs.test_lower_onnxruntime import CUTS, Built, Stepper, relative, stepped, whole
 
@@ -42,7 +42,11 @@ class Rounded:
         self.folder.mkdir()
         schemes = load_profile("fp32").assign(self.built.checkpoint.tensors)
         config, checkpoint = self.built.config, self.built.checkpoint
-        lower("text", self.built.canonical, Lowering(config, checkpoint, schemes, self.folder, cache=self.scales))
+        lower(
+            "text",
+            self.built.canonical,
+            Lowering(config, checkpoint, schemes, self.folder, cache=StoredCache("int8", self.scales)),
+        )
 
     def embeds(self, seed: int) -> torch.Tensor:
         draw = torch.Generator().manual_seed(seed)

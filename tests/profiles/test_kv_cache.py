@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from arriero.errors import ArrieroError, Problems
-from arriero.profiles.kv_cache import ITEM_BYTES, MINIMUM_TOKENS, CacheRange, cache_scales, widen_thresholds
+from arriero.profiles.kv_cache import ITEM_BYTES, MINIMUM_TOKENS, CacheRange, CacheType, cache_scales, widen_thresholds
 
 HEADS, SIZE = 3, 8
 
@@ -89,15 +89,25 @@ def test_scales_are_not_taken_from_too_little(ranges: list[dict[str, Any]]) -> N
         cache_scales(ranges)
 
 
-def test_an_int8_item_is_a_quarter() -> None:
-    assert ITEM_BYTES["int8"] * 4 == ITEM_BYTES["float32"] == np.dtype(np.float32).itemsize
+def test_items_take_what_their_dtype_takes() -> None:
+    assert {name: np.dtype(name).itemsize for name in get_args(CacheType)} == ITEM_BYTES
 
 
 def test_thresholds_are_loosened_by_what_the_cache_may_cost() -> None:
     exact = {"router_agreement": 1.0, "same_top_token": 1.0, "logits_max_abs_error": 1e-4}
-    assert widen_thresholds(exact) == {"router_agreement": 0.97, "same_top_token": 0.97, "task_accuracy_drop": 0.005}
+    assert widen_thresholds(exact, "float32") == exact
+    assert widen_thresholds(exact, "float16") == {
+        "router_agreement": 0.995,
+        "same_top_token": 0.995,
+        "task_accuracy_drop": 0.005,
+    }
+    assert widen_thresholds(exact, "int8") == {
+        "router_agreement": 0.97,
+        "same_top_token": 0.97,
+        "task_accuracy_drop": 0.005,
+    }
     coarse = {"kl_over_rtn": 0.5, "task_accuracy_drop": 0.02, "task_accuracy_drop.recall": 0.0, "logits_kl_mean": 0.1}
-    assert widen_thresholds(coarse) == {
+    assert widen_thresholds(coarse, "int8") == {
         "kl_over_rtn": 0.5,
         "task_accuracy_drop": 0.025,
         "task_accuracy_drop.recall": 0.005,

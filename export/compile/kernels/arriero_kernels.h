@@ -45,6 +45,7 @@ extern "C" {
 #endif
 
 enum { ARRIERO_F32 = 0, ARRIERO_BF16 = 1, ARRIERO_F16 = 2, ARRIERO_E4M3 = 3, ARRIERO_INT8 = 4, ARRIERO_INT4 = 5 };
+enum { ARRIERO_CODES = 6 }; /* of a key/value cache alone */
 
 /* The instruction set in use: "avx512vnni", "avx2", "i8mm", "dotprod", "neon" or "scalar". */
 const char* arriero_level(void);
@@ -103,22 +104,33 @@ int32_t arriero_dispatch_sum(int64_t gate_up_format, int64_t gate_up_block, int6
  * q [B,S,Q*D], k and v [B,S,G*D] (rotated, normalised, tempered), positions int64 [B,S], key_cache and value_cache
  * [B,G,C,D], out [B,S,Q*D]. Query head h reads key/value head h / (Q/G); the scale is D**-0.5. D is a multiple of 16,
  * at most 256.
+ * The caches' `format`: ARRIERO_F32, ARRIERO_F16 (rounded to nearest), or ARRIERO_CODES: int8, where a number x is kept
+ * as clip(rint(x / step), -128, 127) with the step of its head and channel in key_steps and value_steps, float32 [G,D].
+ * In the other formats these are not read. A token sees its own key and value as they are kept.
  * `chunk` is 0 for global layers, else the attention chunk: the token at position p lies in slot p (global) or
  * p % chunk. positions[b,s] = positions[b,0] + s; a step stays within one chunk of each row, and its last slot is below
  * C. So a query in slot i sees the slots 0 .. i: the runtime's cache holds the row's current chunk (or all of it) from
- * slot 0 on. Two steps: arriero_cache_write, then arriero_attention. */
+ * slot 0 on. Three steps: arriero_cache_write, arriero_attention, arriero_attention_merge; the last does nothing unless
+ * S is 1. */
 
 /* Puts the new keys and values in their slots; touches no other slot. */
-int32_t arriero_cache_write(const float* k, const float* v, const int64_t* positions, float* key_cache,
-                            float* value_cache, int64_t B, int64_t S, int64_t G, int64_t C, int64_t D, int64_t chunk,
-                            int64_t part, int64_t parts);
+int32_t arriero_cache_write(int64_t format, const float* k, const float* v, const int64_t* positions,
+                            const float* key_steps, const float* value_steps, void* key_cache, void* value_cache,
+                            int64_t B, int64_t S, int64_t G, int64_t C, int64_t D, int64_t chunk, int64_t part,
+                            int64_t parts);
 
 /* Bytes of workspace of one attention. */
-int64_t arriero_attention_workspace(int64_t B, int64_t S, int64_t Q, int64_t G, int64_t D, int64_t parts);
+int64_t arriero_attention_workspace(int64_t B, int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D, int64_t parts);
 
-int32_t arriero_attention(const float* q, const int64_t* positions, const float* key_cache, const float* value_cache,
-                          float* out, int64_t B, int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk,
+int32_t arriero_attention(int64_t format, const float* q, const int64_t* positions, const void* key_cache,
+                          const void* value_cache, const float* key_steps, const float* value_steps, float* out,
+                          int64_t B, int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk,
                           void* workspace, int64_t part, int64_t parts);
+
+/* The outcome of rows whose keys were summed in several spans. */
+int32_t arriero_attention_merge(const int64_t* positions, const float* value_steps, float* out, int64_t B, int64_t S,
+                                int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk, void* workspace,
+                                int64_t part, int64_t parts);
 
 /* --- Whole operators, as a graph compiled by TVM calls them ---------------------------------------------------------
  * Each takes its workspace from TVM's runtime and runs all its steps, in `parts`, in one launch of the calling thread's
@@ -140,9 +152,10 @@ int32_t arriero_run_dispatch(int64_t gate_up_format, int64_t gate_up_block, int6
  * cache, nothing is to be done. `requested` [T,R] becomes a copy of the ids: so that graphs say what comes first. */
 int32_t arriero_run_request(const int64_t* expert_id, const int64_t* experts, int64_t* requested, int64_t T, int64_t R);
 
-int32_t arriero_run_attention(const float* q, const float* k, const float* v, const int64_t* positions,
-                              float* key_cache, float* value_cache, float* out, int64_t B, int64_t S, int64_t Q,
-                              int64_t G, int64_t C, int64_t D, int64_t chunk, int64_t parts);
+int32_t arriero_run_attention(int64_t format, const float* q, const float* k, const float* v, const int64_t* positions,
+                              void* key_cache, void* value_cache, const float* key_steps, const float* value_steps,
+                              float* out, int64_t B, int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D,
+                              int64_t chunk, int64_t parts);
 
 /* The change of a linear layer by LoRA adapters: out[b,s] = y[b,s] + B_i A_i x[b,s], i = adapter[b]. x [B,S,K],
  * y and out [B,S,N], a stack A [adapters,R,K] and a stack B [adapters,N,R] in float32. Row b is left as it is where i is

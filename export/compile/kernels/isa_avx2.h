@@ -76,6 +76,12 @@ inline Float load_bf16(const uint16_t* p) {
 inline Float load_f16(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+inline void store_f16(uint16_t* p, Float a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Float load_codes(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 inline Float load_e4m3(const uint8_t* p) {
     const __m128i codes = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     const __m128i spread = _mm_srai_epi16(_mm_slli_epi16(codes, 8), 1);
@@ -107,5 +113,44 @@ inline Int dot4(Int sums, Weights w, Quad x) {
     const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, x);
     return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
+
+inline Int load_int(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline void store_words(int16_t* p, Int a) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), words);
+}
+inline void store_int_sums(int32_t* p, Int a, Int b, Int c, Int d) {
+    const __m256i all_four = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_add_epi32(_mm256_castsi256_si128(all_four), _mm256_extracti128_si256(all_four, 1)));
+}
+
+using Pairs = __m256i;
+inline Pairs load_pairs(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Pairs all_pairs(const int16_t* p) {
+    int32_t bits;
+    __builtin_memcpy(&bits, p, 4);
+    return _mm256_set1_epi32(bits);
+}
+inline Pairs widen_codes(const int8_t* p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Int dot_pairs(Int sums, Pairs a, Pairs b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }
+template <int V>
+inline void pair_rows(const int8_t* first, const int8_t* second, Pairs* pairs) {
+    if constexpr (V == 2) {
+        const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first));
+        const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(second));
+        pairs[0] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
+        pairs[1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
+    } else {
+        static_assert(V == 1);
+        const __m128i a = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(first));
+        const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(second));
+        pairs[0] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
+    }
+}
+template <int V>
+inline void order_columns(Int*) {}
 
 }  // namespace ARRIERO_LEVEL

@@ -66,6 +66,12 @@ inline Float load_bf16(const uint16_t* p) {
 inline Float load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline void store_f16(uint16_t* p, Float a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Float load_codes(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 // The E4M3 value times 2^-8: as float16 bits its exponent is 8 too small.
 inline Float load_e4m3(const uint8_t* p) {
     const __m256i codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -86,5 +92,56 @@ inline void load_int4(const uint8_t* p, Weights& low, Weights& high) {
     high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
 }
 inline Int dot4(Int sums, Weights w, Quad x) { return _mm512_dpbusd_epi32(sums, w, x); }
+
+inline Int load_int(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline void store_words(int16_t* p, Int a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(a));
+}
+inline void store_int_sums(int32_t* p, Int a, Int b, Int c, Int d) {
+    const Int ab = add_int(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    const Int cd = add_int(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    const Int all_four = add_int(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all_four), _mm512_extracti64x4_epi64(all_four, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+}
+
+// Pairs: two 16-bit integers for each of LANES sums. Codes are int8.
+using Pairs = __m512i;
+inline Pairs load_pairs(const int16_t* p) { return _mm512_loadu_si512(p); }
+inline Pairs all_pairs(const int16_t* p) {
+    int32_t bits;
+    __builtin_memcpy(&bits, p, 4);
+    return _mm512_set1_epi32(bits);
+}
+inline Pairs widen_codes(const int8_t* p) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Int dot_pairs(Int sums, Pairs a, Pairs b) { return _mm512_dpwssd_epi32(sums, a, b); }
+// The codes of V * LANES columns in two rows, paired by column; their sums are in the order that `order_columns` ends.
+template <int V>
+inline void pair_rows(const int8_t* first, const int8_t* second, Pairs* pairs) {
+    if constexpr (V == 4) {
+        const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+        const __m512i low = _mm512_unpacklo_epi8(a, b), high = _mm512_unpackhi_epi8(a, b);
+        pairs[0] = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(low));
+        pairs[1] = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(high));
+        pairs[2] = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(low, 1));
+        pairs[3] = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(high, 1));
+    } else {
+        static_assert(V == 1);
+        const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first));
+        const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(second));
+        pairs[0] = _mm512_cvtepi8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b)));
+    }
+}
+template <int V>
+inline void order_columns(Int* sums) {
+    for (int v = 0; v + 1 < V; v += 2) {  // low and high halves of 128 bits are apart
+        const Int low = sums[v], high = sums[v + 1];
+        sums[v] = _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1);
+        sums[v + 1] = _mm512_inserti64x4(high, _mm512_extracti64x4_epi64(low, 1), 0);
+    }
+}
 
 }  // namespace ARRIERO_LEVEL

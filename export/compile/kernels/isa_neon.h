@@ -56,6 +56,12 @@ inline void store_bytes(int8_t* p, Int a) {
 
 inline Float load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 inline Float load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+inline void store_f16(uint16_t* p, Float a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
+inline Float load_codes(const int8_t* p) {
+    uint32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four)))));
+}
 inline Float load_e4m3(const uint8_t* p) {
     uint32_t four;
     __builtin_memcpy(&four, p, 4);
@@ -84,5 +90,45 @@ inline Int dot8(Int sums, Weights w, Quad x) {
 }
 #endif
 inline Int dot4(Int sums, Weights w, Quad x) { return dot8(sums, w, x); }
+
+inline Int load_int(const int32_t* p) { return vld1q_s32(p); }
+inline void store_words(int16_t* p, Int a) { vst1_s16(p, vqmovn_s32(a)); }
+inline void store_int_sums(int32_t* p, Int a, Int b, Int c, Int d) {
+    vst1q_s32(p, vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d)));
+}
+
+// Which of the two numbers go together is free where all sums are added up.
+struct Pairs {
+    int16x4_t first, second;
+};
+inline Pairs load_pairs(const int16_t* p) { return {vld1_s16(p), vld1_s16(p + 4)}; }
+inline Pairs all_pairs(const int16_t* p) { return {vdup_n_s16(p[0]), vdup_n_s16(p[1])}; }
+inline Pairs widen_codes(const int8_t* p) {
+    const int16x8_t words = vmovl_s8(vld1_s8(p));
+    return {vget_low_s16(words), vget_high_s16(words)};
+}
+inline Int dot_pairs(Int sums, Pairs a, Pairs b) {
+    return vmlal_s16(vmlal_s16(sums, a.first, b.first), a.second, b.second);
+}
+template <int V>
+inline void pair_rows(const int8_t* first, const int8_t* second, Pairs* pairs) {
+    if constexpr (V == 4) {
+        const int8x16_t a = vld1q_s8(first), b = vld1q_s8(second);
+        const int16x8_t words[4] = {vmovl_s8(vget_low_s8(a)), vmovl_high_s8(a), vmovl_s8(vget_low_s8(b)),
+                                    vmovl_high_s8(b)};
+        for (int v = 0; v < 2; ++v) {
+            pairs[2 * v] = {vget_low_s16(words[v]), vget_low_s16(words[2 + v])};
+            pairs[2 * v + 1] = {vget_high_s16(words[v]), vget_high_s16(words[2 + v])};
+        }
+    } else {
+        static_assert(V == 1);
+        uint32_t a, b;
+        __builtin_memcpy(&a, first, 4);
+        __builtin_memcpy(&b, second, 4);
+        pairs[0] = {vget_low_s16(vmovl_s8(vcreate_s8(a))), vget_low_s16(vmovl_s8(vcreate_s8(b)))};
+    }
+}
+template <int V>
+inline void order_columns(Int*) {}
 
 }  // namespace ARRIERO_LEVEL

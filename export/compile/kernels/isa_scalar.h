@@ -122,6 +122,26 @@ inline float widen_f16(uint16_t half) {
     }
     return from_bits(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | mantissa << 13);
 }
+// To the nearest, halves to even; what is beyond float16 becomes infinite, NaN stays.
+inline uint16_t narrow_f16(float value) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    if (size > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+    if (size >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
+    if (size < 0x38800000) {  // below 2^-14 steps are 2^-24, which is float32's step from 0.5 on
+        const float shifted = from_bits(size) + 0.5f;
+        __builtin_memcpy(&bits, &shifted, 4);
+        return static_cast<uint16_t>(sign | (bits - 0x3f000000));
+    }
+    return static_cast<uint16_t>(sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
+}
+inline void store_f16(uint16_t* p, Float a) {
+    for (int i = 0; i < LANES; ++i) p[i] = narrow_f16(a.at[i]);
+}
+inline Float load_codes(const int8_t* p) {
+    return each<Float>([&](int i) { return static_cast<float>(p[i]); });
+}
 inline Float load_bf16(const uint16_t* p) {
     return each<Float>([&](int i) { return from_bits(static_cast<uint32_t>(p[i]) << 16); });
 }
@@ -152,5 +172,48 @@ inline Int dot8(Int sums, Weights w, Quad x) {
     });
 }
 inline Int dot4(Int sums, Weights w, Quad x) { return dot8(sums, w, x); }
+
+inline Int load_int(const int32_t* p) {
+    return each<Int>([&](int i) { return p[i]; });
+}
+inline void store_words(int16_t* p, Int a) {
+    for (int i = 0; i < LANES; ++i) {
+        p[i] = static_cast<int16_t>(a.at[i] > 32767 ? 32767 : a.at[i] < -32768 ? -32768 : a.at[i]);
+    }
+}
+inline void store_int_sums(int32_t* p, Int a, Int b, Int c, Int d) {
+    p[0] = sum_int(a), p[1] = sum_int(b), p[2] = sum_int(c), p[3] = sum_int(d);
+}
+
+struct Pairs {
+    int16_t at[LANES][2];
+};
+inline Pairs load_pairs(const int16_t* p) {
+    Pairs pairs;
+    __builtin_memcpy(pairs.at, p, sizeof pairs.at);
+    return pairs;
+}
+inline Pairs all_pairs(const int16_t* p) {
+    Pairs pairs;
+    for (int i = 0; i < LANES; ++i) pairs.at[i][0] = p[0], pairs.at[i][1] = p[1];
+    return pairs;
+}
+inline Pairs widen_codes(const int8_t* p) {
+    Pairs pairs;
+    for (int i = 0; i < 2 * LANES; ++i) pairs.at[i / 2][i % 2] = p[i];
+    return pairs;
+}
+inline Int dot_pairs(Int sums, Pairs a, Pairs b) {
+    return each<Int>([&](int i) { return sums.at[i] + a.at[i][0] * b.at[i][0] + a.at[i][1] * b.at[i][1]; });
+}
+template <int V>
+inline void pair_rows(const int8_t* first, const int8_t* second, Pairs* pairs) {
+    for (int i = 0; i < V * LANES; ++i) {
+        pairs[i / LANES].at[i % LANES][0] = first[i];
+        pairs[i / LANES].at[i % LANES][1] = second[i];
+    }
+}
+template <int V>
+inline void order_columns(Int*) {}
 
 }  // namespace ARRIERO_LEVEL

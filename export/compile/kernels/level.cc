@@ -20,6 +20,6 @@ namespace ARRIERO_LEVEL {
 
 extern const Kernels kernels;
 const Kernels kernels{NAME(ARRIERO_LEVEL), linear_prepare, linear,      dispatch_prepare, dispatch_gate_up,
-                      dispatch_down,       dispatch_sum,   cache_write, attention};
+                      dispatch_down,       dispatch_sum,   cache_write, attention,        attention_merge};
 
 }  // namespace ARRIERO_LEVEL

@@ -158,16 +158,24 @@ extern "C" int32_t arriero_run_dispatch(int64_t gate_up_format, int64_t gate_up_
     return with_workspace(bytes, compute);
 }
 
-extern "C" int32_t arriero_run_attention(const float* q, const float* k, const float* v, const int64_t* positions,
-                                         float* key_cache, float* value_cache, float* out, int64_t B, int64_t S,
-                                         int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk, int64_t parts) {
+extern "C" int32_t arriero_run_attention(int64_t format, const float* q, const float* k, const float* v,
+                                         const int64_t* positions, void* key_cache, void* value_cache,
+                                         const float* key_steps, const float* value_steps, float* out, int64_t B,
+                                         int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk,
+                                         int64_t parts) {
     const auto write = [&](void*, int64_t part) {
-        arriero_cache_write(k, v, positions, key_cache, value_cache, B, S, G, C, D, chunk, part, parts);
+        arriero_cache_write(format, k, v, positions, key_steps, value_steps, key_cache, value_cache, B, S, G, C, D,
+                            chunk, part, parts);
     };
     const auto attend = [&](void* space, int64_t part) {
-        arriero_attention(q, positions, key_cache, value_cache, out, B, S, Q, G, C, D, chunk, space, part, parts);
+        arriero_attention(format, q, positions, key_cache, value_cache, key_steps, value_steps, out, B, S, Q, G, C, D,
+                          chunk, space, part, parts);
     };
-    return run(arriero_attention_workspace(B, S, Q, G, D, parts), parts, write, attend);
+    const auto merge = [&](void* space, int64_t part) {
+        arriero_attention_merge(positions, value_steps, out, B, S, Q, G, C, D, chunk, space, part, parts);
+    };
+    const int64_t bytes = arriero_attention_workspace(B, S, Q, G, C, D, parts);
+    return S == 1 ? run(bytes, parts, write, attend, merge) : run(bytes, parts, write, attend);
 }
 
 extern "C" int32_t arriero_run_add_lora(const float* x, const float* y, const int64_t* adapter, const float* a,

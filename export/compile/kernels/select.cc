@@ -87,8 +87,9 @@ extern "C" int64_t arriero_dispatch_workspace(int64_t gate_up_format, int64_t ga
         .bytes;
 }
 
-extern "C" int64_t arriero_attention_workspace(int64_t, int64_t S, int64_t Q, int64_t G, int64_t D, int64_t parts) {
-    return selection::AttentionWorkspace(nullptr, 0, S, Q, G, D).bytes * parts;
+extern "C" int64_t arriero_attention_workspace(int64_t B, int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D,
+                                               int64_t parts) {
+    return selection::attention_bytes(B, S, Q, G, C, D, parts);
 }
 
 extern "C" int32_t arriero_linear_prepare(int64_t format, int64_t block, const float* x, int64_t T, int64_t K,
@@ -133,16 +134,24 @@ extern "C" int32_t arriero_dispatch_sum(int64_t gate_up_format, int64_t gate_up_
                                   part, parts);
 }
 
-extern "C" int32_t arriero_cache_write(const float* k, const float* v, const int64_t* positions, float* key_cache,
-                                       float* value_cache, int64_t B, int64_t S, int64_t G, int64_t C, int64_t D,
+extern "C" int32_t arriero_cache_write(int64_t format, const float* k, const float* v, const int64_t* positions,
+                                       const float* key_steps, const float* value_steps, void* key_cache,
+                                       void* value_cache, int64_t B, int64_t S, int64_t G, int64_t C, int64_t D,
                                        int64_t chunk, int64_t part, int64_t parts) {
-    return kernels().cache_write(k, v, positions, key_cache, value_cache, B, S, G, C, D, chunk, part, parts);
+    return kernels().cache_write(format, k, v, positions, key_steps, value_steps, key_cache, value_cache, B, S, G, C, D,
+                                 chunk, part, parts);
 }
 
-extern "C" int32_t arriero_attention(const float* q, const int64_t* positions, const float* key_cache,
-                                     const float* value_cache, float* out, int64_t B, int64_t S, int64_t Q, int64_t G,
-                                     int64_t C, int64_t D, int64_t chunk, void* workspace, int64_t part,
-                                     int64_t parts) {
-    return kernels().attention(q, positions, key_cache, value_cache, out, B, S, Q, G, C, D, chunk, workspace, part,
-                               parts);
+extern "C" int32_t arriero_attention(int64_t format, const float* q, const int64_t* positions, const void* key_cache,
+                                     const void* value_cache, const float* key_steps, const float* value_steps,
+                                     float* out, int64_t B, int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D,
+                                     int64_t chunk, void* workspace, int64_t part, int64_t parts) {
+    return kernels().attention(format, q, positions, key_cache, value_cache, key_steps, value_steps, out, B, S, Q, G, C,
+                               D, chunk, workspace, part, parts);
+}
+
+extern "C" int32_t arriero_attention_merge(const int64_t* positions, const float* value_steps, float* out, int64_t B,
+                                           int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk,
+                                           void* workspace, int64_t part, int64_t parts) {
+    return kernels().attention_merge(positions, value_steps, out, B, S, Q, G, C, D, chunk, workspace, part, parts);
 }

@@ -13,4 +13,5 @@ struct Kernels {
     decltype(&arriero_dispatch_sum) dispatch_sum;
     decltype(&arriero_cache_write) cache_write;
     decltype(&arriero_attention) attention;
+    decltype(&arriero_attention_merge) attention_merge;
 };

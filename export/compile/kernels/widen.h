@@ -1,4 +1,4 @@
-// Stored exact weights as float32.
+// Stored exact weights, and the numbers of a cache, as float32.
 #pragma once
 
 #include "common.h"
@@ -21,6 +21,11 @@ template <>
 struct Stored<ARRIERO_F16> {
     using Type = uint16_t;
     static Float widen(const uint16_t* p) { return load_f16(p); }
+};
+template <>
+struct Stored<ARRIERO_CODES> {
+    using Type = int8_t;
+    static Float widen(const int8_t* p) { return load_codes(p); }
 };
 
 // The first `count` of LANES stored values, then zeros.

@@ -85,18 +85,24 @@ struct DispatchWorkspace {
 };
 
 struct AttentionWorkspace {
-    static constexpr int64_t KEYS = 64;           // keys looked at together
-    static constexpr int64_t ROWS_WANTED = 96;    // (query, head) rows that share one look at the keys
-    int64_t queries;                              // queries of one block
-    int64_t rows;                                 // and the rows they make
-    int64_t* offsets;                             // [rows]: where each row's query and output lie
-    float *scores, *sums, *most, *total, *piece;  // one part's own: [rows, KEYS], [rows, D], [rows], [rows], and
-                                                  // [D, KEYS], which is filled 64 features at a time
-    int64_t bytes;                                // of one part
+    static constexpr int64_t KEYS = 64;         // keys looked at together
+    static constexpr int64_t SPAN = 1024;       // keys of a row that one thread sums in decode
+    static constexpr int64_t TOGETHER = 8;      // query heads of one key head that look at a key together in decode
+    static constexpr int64_t ROWS_WANTED = 96;  // (query, head) rows of a prompt that share one look at the keys
+};
 
-    AttentionWorkspace(void* base, int64_t part, int64_t S, int64_t Q, int64_t G, int64_t D) {
-        const int64_t heads = Q / G;
-        queries = smaller(S, heads < ROWS_WANTED ? ROWS_WANTED / heads : 1);
+// Of prompts. A row is one (query, head) pair.
+struct PromptWorkspace {
+    int64_t queries;  // queries of one block
+    int64_t rows;     // and the rows they make
+    // one part's own: [rows, D], [rows, KEYS], [rows, D], [rows], [rows], [D, KEYS], which is filled 64 features at a
+    // time, and [KEYS, D]
+    float *asked, *scores, *sums, *most, *total, *piece, *values;
+    int64_t bytes;  // of one part
+
+    PromptWorkspace(void* base, int64_t part, int64_t S, int64_t Q, int64_t G, int64_t D) {
+        const int64_t heads = Q / G, wanted = AttentionWorkspace::ROWS_WANTED;
+        queries = smaller(S, heads < wanted ? wanted / heads : 1);
         rows = queries * heads;
         divide(nullptr, D);
         if (base) divide(static_cast<uint8_t*>(base) + part * bytes, D);
@@ -105,14 +111,51 @@ struct AttentionWorkspace {
    private:
     void divide(void* base, int64_t D) {
         Carver carver(base);
-        offsets = carver.take<int64_t>(rows);
-        scores = carver.take<float>(rows * KEYS);
+        asked = carver.take<float>(rows * D);
+        scores = carver.take<float>(rows * AttentionWorkspace::KEYS);
         sums = carver.take<float>(rows * D);
         most = carver.take<float>(rows);
         total = carver.take<float>(rows);
-        piece = carver.take<float>(round_up(D, 64) * KEYS);
+        piece = carver.take<float>(round_up(D, 64) * AttentionWorkspace::KEYS);
+        values = carver.take<float>(AttentionWorkspace::KEYS * D);
         bytes = carver.bytes();
     }
 };
+
+// Of one token per row.
+struct DecodeWorkspace {
+    int64_t spans;                     // of a row whose cache is full
+    float *outcomes, *highest, *total;  // of each row's and head's spans: [B, Q, spans, D], [B, Q, spans] twice
+    // one part's own: [TOGETHER, D], [TOGETHER, SPAN], [TOGETHER, D]
+    float *asked, *scores, *sums;
+    float* scaled;     // and of int8 codes: scores of one row [SPAN], rounded queries [TOGETHER, round_up(D, 32)], and
+    int16_t* words;    // rounded weights [TOGETHER, SPAN]
+    int16_t* weights;
+    int64_t bytes;     // of all parts
+
+    DecodeWorkspace(void* base, int64_t part, int64_t B, int64_t Q, int64_t C, int64_t D, int64_t parts) {
+        constexpr int64_t SPAN = AttentionWorkspace::SPAN, TOGETHER = AttentionWorkspace::TOGETHER;
+        Carver carver(base);
+        spans = (C + SPAN - 1) / SPAN;
+        outcomes = carver.take<float>(B * Q * spans * D);
+        highest = carver.take<float>(B * Q * spans);
+        total = carver.take<float>(B * Q * spans);
+        for (int64_t one = 0; one < parts; ++one) {
+            if (one > part && base) break;
+            asked = carver.take<float>(TOGETHER * D);
+            scores = carver.take<float>(TOGETHER * SPAN);
+            sums = carver.take<float>(TOGETHER * D);
+            scaled = carver.take<float>(SPAN);
+            words = carver.take<int16_t>(TOGETHER * round_up(D, 32));
+            weights = carver.take<int16_t>(TOGETHER * SPAN);
+        }
+        bytes = carver.bytes();
+    }
+};
+
+inline int64_t attention_bytes(int64_t B, int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D, int64_t parts) {
+    return S == 1 ? DecodeWorkspace(nullptr, 0, B, Q, C, D, parts).bytes
+                  : PromptWorkspace(nullptr, 0, S, Q, G, D).bytes * parts;
+}
 
 }  // namespace ARRIERO_LEVEL

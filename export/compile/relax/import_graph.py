@@ -130,7 +130,7 @@ def convert_add_lora(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dic
 
 
 def convert_attention(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:
-    """CachedAttention(q, k, v, key_cache, value_cache, positions), in place."""
+    """CachedAttention(q, k, v, key_cache, value_cache, positions, scales..), in place."""
     compute = kernels.attention(attr["num_heads"], attr["kv_heads"], attr["chunk"])
     call = bb.call_te(compute, nodes[THREADS], *inputs, primfunc_name_hint="cached_attention")
     # `threads`, q, k, v come before the two caches; the result is new memory, of the queries' shape

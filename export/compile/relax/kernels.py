@@ -23,6 +23,7 @@ from arriero.errors import ArrieroError
 
 # How the header names the formats, by the dtype that the weight has as a graph input (bf16 comes as its bits).
 EXACT_FORMATS = {"float32": 0, "uint16": 1, "float16": 2}
+CACHE_FORMATS = {"float32": 0, "float16": 2, "int8": 6}  # by the dtype of a cache
 E4M3 = 3
 INTEGER_FORMATS = {8: 4, 4: 5}
 # of a record's matrices
@@ -86,15 +87,23 @@ def request(expert_id: te.Tensor, experts: te.Tensor) -> te.Tensor:
 
 
 def attention(heads: int, kv_heads: int, chunk: int) -> Callable[..., te.Tensor]:
-    """Give f(threads, q, k, v, key_cache, value_cache, positions) -> out like q; it writes k and v into the caches."""
+    """Give f(threads, q, k, v, key_cache, value_cache, positions, scales..) -> out like q; it writes k and v.
+
+    The two scales are those of an int8 cache.
+    """
 
     def compute(threads: te.Tensor, q: te.Tensor, k: te.Tensor, *rest: te.Tensor) -> te.Tensor:
         (batch, steps, _), slots, size = q.shape, rest[1].shape[2], rest[1].shape[3]
+        form = CACHE_FORMATS[str(rest[1].dtype)]
 
         def body(ins: Sequence[Any], outs: Sequence[Any]) -> None:
-            query, key, value, keys, values, positions = _pointers(ins[1:])
-            sizes = (batch, steps, heads, kv_heads, slots, size, chunk, threads.shape[0])
-            _run("arriero_run_attention", query, key, value, positions, keys, values, *_pointers(outs), *sizes)
+            query, key, value, keys, values, positions, *scales = _pointers(ins[1:])
+            caches, sizes = (
+                (keys, values, *(scales or (_null(), _null()))),
+                (batch, steps, heads, kv_heads, slots, size),
+            )
+            new = (query, key, value, positions)
+            _run("arriero_run_attention", form, *new, *caches, *_pointers(outs), *sizes, chunk, threads.shape[0])
 
         return _extern(q.shape, [threads, q, k, *rest], body, "cached_attention")
 

@@ -152,7 +152,7 @@ BAD = {
     "cache type": (
         "profile: int8",
         "profile: int8\n    kv_cache: int4",
-        r":9: targets\[0\].kv_cache: 'int4' is not valid; expected 'float32' or 'int8'.*mean 'int8'",
+        r":9: targets\[0\].kv_cache: 'int4' is not valid; expected 'float32', 'float16' or 'int8'.*mean 'int8'",
     ),
     "cache as a profile": (
         "profile: int8",

@@ -194,8 +194,8 @@ def test_memory_is_shared_out():
     layers = [RecordSize(16, 3 << 20), RecordSize(16, 5 << 20)]
 
     def share(megabytes, step=lambda tokens: 0):
-        cap = MemoryCap((megabytes << 20) + memory_cap.MARGIN + memory_cap.cache_bytes(spec, 4096), 4096, 1)
-        return share_memory(cap, 0, 0, layers, spec, step)
+        cap = MemoryCap((megabytes << 20) + memory_cap.MARGIN + memory_cap.cache_bytes(spec, 4096, 2), 4096, 1)
+        return share_memory(cap, 0, 0, layers, spec, step, 2)
 
     assert share(8).slots == (1, 1)
     assert share(11).slots == (2, 1)

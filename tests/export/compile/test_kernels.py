@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 import shutil
 import subprocess
@@ -14,7 +12,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.export.compile.build_kernels import FLAGS, LEVELS, SOURCES, build_kernels, find_compiler, link_shared
+from arriero.export.compile.build_kernels import build_kernels, find_compiler
 from arriero.graphs.stored.packed_panels import (
     pack_e4m3_panels,
     pack_gate_up_e4m3_panels,
@@ -23,93 +21,16 @@ from arriero.graphs.stored.packed_panels import (
 )
 from arriero.profiles.quantize import Quantized, dequantize, pack, quantize
 from tests import kernel_judge as judge
-from tests.call_kernels import ALIGNMENT, Kernels, Weight, pack_experts
-from tests.kernel_emulated import RUNNER, EmulatedKernels, link_runner
-from tests.shared import locked
+from tests.call_kernels import Kernels, Weight, pack_experts
+from tests.guarded_kernels import SUM_ERROR, Guarded, assert_close, normal
 
 HERE = platform.machine()
 EXACT = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16}
-# float32 sums of a few hundred terms, in any order
-SUM_ERROR = 3e-6
-
-
-class Guarded(Kernels):
-    """Kernels whose workspace starts as NaNs and must not be overrun."""
-
-    FENCE = 4096
-
-    def _workspace(self, name, *sizes):
-        size = len(super()._workspace(name, *sizes))
-        self._space = np.full(size + self.FENCE + ALIGNMENT, 255, np.uint8)
-        space = super()._workspace(name, *sizes)
-        self._fence = self._space[space.ctypes.data + size - self._space.ctypes.data :]
-        return space
-
-    def _run(self, *arguments):
-        super()._run(*arguments)
-        assert (self._fence == 255).all()
-
-
-def cached(request, name, more=b""):
-    """A path that stays from run to run until the kernels' sources or `more` change."""
-    sources = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
-    key = hashlib.sha256(b"".join([*sources, json.dumps([LEVELS, FLAGS]).encode(), more])).hexdigest()[:16]
-    return request.config.cache.mkdir("kernels") / f"{name}-{key}.so"
-
-
-@pytest.fixture(scope="session")
-def library(request):
-    """The kernels of this machine, compiled once per version of the sources."""
-    path = cached(request, HERE)
-    with locked(path):
-        if not path.is_file():
-            build_kernels(HERE, path.with_suffix(".o"))
-            link_shared(path.with_suffix(".o"), path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def runner(request):
-    """The program that runs aarch64 kernels under qemu; skipped where the machine lacks a tool for it."""
-    if shutil.which("qemu-aarch64-static") is None:
-        pytest.skip("needs qemu: apt-get install qemu-user-static")
-    try:
-        find_compiler("aarch64")
-    except MachineLacks as lacks:
-        pytest.skip(f"needs a compiler: {lacks}")
-    path = cached(request, "aarch64-runner", RUNNER.read_bytes())
-    with locked(path):
-        if not path.is_file():
-            build_kernels("aarch64", path.with_suffix(".o"))
-            link_runner("aarch64", path.with_suffix(".o"), path)
-    return path
-
-
-# A CPU that has each level and nothing above it
-EMULATED = {"neon": "cortex-a53", "dotprod": "neoverse-n1", "i8mm": "max"}
-
-
-@pytest.fixture(params=[*LEVELS.get(HERE, {}), *(f"emulated {level}" for level in EMULATED if HERE != "aarch64")])
-def kernels(request, tmp_path):
-    """The kernels at one level, with the work cut in three."""
-    level = request.param.removeprefix("emulated ")
-    if level != request.param:
-        emulator = ["qemu-aarch64-static", "-cpu", EMULATED[level]]
-        return EmulatedKernels(emulator, request.getfixturevalue("runner"), level, 3, tmp_path)
-    kernels = Guarded(request.getfixturevalue("library"), 3)
-    if not kernels.use_level(level):
-        pytest.skip(f"needs a CPU with {level}")
-    assert kernels.level() == level
-    return kernels
 
 
 @pytest.fixture
-def draw():
-    return np.random.default_rng(7)
-
-
-def normal(draw, *shape):
-    return draw.standard_normal(shape, dtype=np.float32)
+def kernels(kernels_at_level):
+    return kernels_at_level
 
 
 def stored_int(form, weight, block, gate_up=False):
@@ -124,11 +45,6 @@ def stored_e4m3(weight, gate_up=False):
     codes = (weight / scales[..., None]).astype(ml_dtypes.float8_e4m3fn)
     packed = (pack_gate_up_e4m3_panels if gate_up else pack_e4m3_panels)(codes.view(np.uint8), scales)
     return Weight("e4m3", *packed), codes.astype(np.float64) * scales[..., None]
-
-
-def assert_close(found, wanted, magnitude, error=SUM_ERROR):
-    assert found.shape == wanted.shape
-    assert np.all(np.abs(found - wanted) <= error * magnitude)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 17])
@@ -291,41 +207,6 @@ def test_int_dispatch_is_two_rounded_products(kernels, draw, form, tokens):
     assert flips <= tokens // 5
 
 
-@pytest.mark.parametrize(
-    ("heads", "groups", "size"), [(4, 2, 16), (5, 1, 128), (12, 2, 64), (2, 2, 80)], ids="{}".format
-)
-@pytest.mark.parametrize(("start", "steps"), [(0, 1), (70, 1), (0, 33), (50, 40), (0, 130)])
-def test_attention(kernels, draw, heads, groups, size, start, steps):
-    chunk, slots = 0, 200
-    q, k, v = (normal(draw, 1, steps, n * size) for n in (heads, groups, groups))
-    caches = [normal(draw, 1, groups, slots, size) for _ in range(2)]
-    for cache in caches:
-        cache[:, :, start:] = np.nan  # nobody may look at slots that hold no token
-    before = [cache.copy() for cache in caches]
-    positions = start + np.arange(steps)[None]
-    found = kernels.attention(q, k, v, positions, *caches, chunk)
-    split = [values.reshape(1, steps, -1, size) for values in (q, k, v)]
-    wanted = judge.attention(*split, [start], *before).reshape(found.shape)
-    assert_close(found, wanted, 1.0, 1e-5)
-    for cache, old, new in zip(caches, before, split[1:], strict=True):
-        assert_array_equal(cache[0, :, start : start + steps], new[0].swapaxes(0, 1))
-        assert_array_equal(cache[:, :, :start], old[:, :, :start])
-        assert_array_equal(cache[:, :, start + steps :], old[:, :, start + steps :])
-
-
-def test_attention_of_rows_of_different_lengths_in_chunks(kernels, draw):
-    """Row b's token is at its own position; a chunked layer's cache holds its chunk from slot 0 on."""
-    heads, groups, size, chunk = 4, 2, 32, 64
-    positions = np.array([[5], [64], [200], [127]])
-    start = positions[:, 0] % chunk
-    q, k, v = (normal(draw, 4, 1, n * size) for n in (heads, groups, groups))
-    caches = [normal(draw, 4, groups, chunk, size) for _ in range(2)]
-    before = [cache.copy() for cache in caches]
-    found = kernels.attention(q, k, v, positions, *caches, chunk)
-    split = [values.reshape(4, 1, -1, size) for values in (q, k, v)]
-    assert_close(found, judge.attention(*split, start, *before).reshape(found.shape), 1.0, 1e-5)
-
-
 @pytest.mark.parametrize("outputs", [1, 4, 7, 12, 200])
 @pytest.mark.parametrize("form", [*EXACT, "e4m3", "int8", "int4"])
 def test_a_row_has_the_same_bits_among_few_rows_and_the_same_among_many(kernels, draw, form, outputs):
@@ -342,31 +223,6 @@ def test_a_row_has_the_same_bits_among_few_rows_and_the_same_among_many(kernels,
             assert_array_equal(other[: len(first)], first)
         shifted = kernels.linear(x[2 : 2 + counts[1]], weight, outputs)
         assert_array_equal(shifted[: counts[1] - 2], kernels.linear(x[: counts[1]], weight, outputs)[2:])
-
-
-def test_a_querys_bits_do_not_depend_on_the_piece_that_it_is_read_in(kernels, draw):
-    heads, groups, size, length = 10, 2, 64, 150
-    q, k, v = (normal(draw, 1, length, n * size) for n in (heads, groups, groups))
-    outcomes = []
-    for piece in (150, 64, 39, 20):  # blocks hold nineteen queries; the last piece ends in one of a single query
-        caches, rows = [np.zeros((1, groups, 200, size), np.float32) for _ in range(2)], []
-        for start in range(0, length, piece):
-            part = slice(start, min(start + piece, length))
-            positions = np.arange(part.start, part.stop)[None]
-            rows.append(kernels.attention(q[:, part], k[:, part], v[:, part], positions, *caches, 0))
-        outcomes.append(np.concatenate(rows, axis=1))
-    for other in outcomes[1:]:
-        assert_array_equal(other, outcomes[0])
-
-
-def test_attention_with_large_scores_does_not_overflow(kernels, draw):
-    q, k, v = (normal(draw, 1, 70, 64) * scale for scale in (100, 100, 1))
-    caches = [np.zeros((1, 1, 70, 64), np.float32) for _ in range(2)]
-    found = kernels.attention(q, k, v, np.arange(70)[None], *caches, 0)
-    split = [values.reshape(1, 70, 1, 64) for values in (q, k, v)]
-    wanted = judge.attention(*split, [0], *caches).reshape(found.shape)
-    # scores near 1e5 have float32 errors near 1e-2, which exp turns into the same relative error of a weight
-    assert_close(found, wanted, 1.0, 0.05)
 
 
 @pytest.mark.parametrize("form", ["f32", "int8"])

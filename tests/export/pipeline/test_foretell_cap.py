@@ -41,24 +41,28 @@ def test_mavericks_records_are_of_the_size_that_its_shapes_say(maverick):
 def test_tokens_per_second_are_bytes_over_speeds(maverick):
     config, weights = maverick
     rates = uniform_rates(config.text)
-    fit = foretell("fits", MemoryCap(400 * GIB, 4096, 1), weights, config, rates, SPEED)
+    fit = foretell("fits", MemoryCap(400 * GIB, 4096, 1), weights, config, rates, SPEED, 4)
     assert (fit.slots, fit.hit_rate, fit.read_per_token) == (128, 1.0, 0.0)
     seconds = (weights.core + sum(weights.records)) / (KERNEL_SHARE * SPEED.memory)
     assert fit.tokens_per_second == pytest.approx(1 / seconds)
-    half = foretell("half", MemoryCap(64 * GIB, 4096, 1), weights, config, rates, SPEED)
+    half = foretell("half", MemoryCap(64 * GIB, 4096, 1), weights, config, rates, SPEED, 4)
     assert 0.1 < half.hit_rate < 0.5
     assert half.hit_rate == pytest.approx(half.slots / 128, abs=1 / 128)
     assert half.read_per_token == pytest.approx((1 - half.hit_rate) * sum(weights.records), rel=0.02)
     shared = (1 - half.hit_rate) * sum(weights.shared) / (KERNEL_SHARE * SPEED.memory)
     waited = half.read_per_token / SPEED.drive - shared
     assert 1 / half.tokens_per_second == pytest.approx(seconds + waited, rel=0.02)
-    slower = foretell("slow", MemoryCap(64 * GIB, 4096, 1), weights, config, rates, replace(SPEED, drive=1e9))
+    deep = MemoryCap(64 * GIB, 1 << 20, 1)
+    wide, narrow = (foretell("deep", deep, weights, config, rates, SPEED, size) for size in (4, 1))
+    assert wide.refused is not None  # 48 GiB of keys and values
+    assert narrow.slots > 1
+    slower = foretell("slow", MemoryCap(64 * GIB, 4096, 1), weights, config, rates, replace(SPEED, drive=1e9), 4)
     assert slower.tokens_per_second < half.tokens_per_second
 
 
 def test_a_cap_below_the_core_is_refused_in_the_plan_too(maverick):
     config, weights = maverick
-    small = foretell("small", MemoryCap(4 * GIB, 4096, 1), weights, config, uniform_rates(config.text), SPEED)
+    small = foretell("small", MemoryCap(4 * GIB, 4096, 1), weights, config, uniform_rates(config.text), SPEED, 4)
     assert "too small for the bundle; expected at least" in str(small.refused)
     assert small.tokens_per_second == 0.0
 

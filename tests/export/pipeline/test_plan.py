@@ -151,8 +151,17 @@ def test_context_prices(folder, scout):
     assert [price["tokens"] for price in plan.context_prices] == [8192, 131072, 1048576, 10485760]
     assert plan.context_prices[2]["int8"] == kv_bytes(ModelConfig.load(scout).text, 1 << 20, 1)
     assert plan.context_prices[2]["float32"] == 4 * plan.context_prices[2]["int8"]
+    assert plan.context_prices[2]["float16"] == 2 * plan.context_prices[2]["int8"]
     assert not plan.context_prices[0]["within_model"]
     assert plan.targets[0].kv_bytes == 2 * kv_bytes(ModelConfig.load(scout).text, 128, 4)
+
+
+def test_a_float16_cache_is_a_half_and_needs_no_calibration(folder):
+    texts = [BUILD.replace("profile: fp32", f"profile: fp32, kv_cache: {cache}") for cache in ("float32", "float16")]
+    exact, half = (make_plan(load(folder, text.replace("backend: onnxruntime", "backend: tvm"))) for text in texts)
+    assert half.targets[1].kv_bytes * 2 == exact.targets[1].kv_bytes
+    assert half.targets[1].kv_cache == "float16"
+    assert {one.name for one in half.stages} == {one.name for one in exact.stages}
 
 
 def test_an_int8_cache_is_a_quarter_and_has_keys_and_thresholds_of_its_own(folder):
