@@ -35,8 +35,8 @@ KERNELS_DISK = 2 << 20
 ENGINE_MEMORY, ENGINE_COPIES = 1 << 30, 3  # a builder, and the weights: mapped, in its network, serialized
 ENGINE_DISK = 64 << 20  # the code in three engines
 GRAPH_DISK = 16 << 20  # traced and lowered graphs without weights, tokenizer, reports
-LARGEST_PIECE = 256 << 20  # a matrix is rounded in pieces of rows; an expert is rounded whole
-PIECE_COPIES = 4  # of an expert: in float32, over its scales, rounded, and packed
+LARGEST_PIECE = 140 << 20  # pieces of a matrix on their way through; an expert is rounded whole
+PIECE_COPIES = 2.8  # of an expert: in float32, over its scales, rounded, and packed
 PACKED_SHARE = 0.18  # of float32's bytes, of quantised matrices but the head
 FLOATS = ("f32", "bf16", "f16")  # labels of weights that are not quantised
 
@@ -196,7 +196,7 @@ def _lower_memory(used: Iterable[WeightSource], target: PlannedTarget) -> int:
     takes = TRAITS[target.backend].footprint
     matrices = [4 * math.prod(info.shape[-2:]) for info in used]
     experts = [4 * math.prod(info.shape[-2:]) for info in used if len(info.shape) > 2]
-    pieces = max(min(max(matrices, default=0), LARGEST_PIECE), PIECE_COPIES * max(experts, default=0))
+    pieces = int(max(min(max(matrices, default=0), LARGEST_PIECE), PIECE_COPIES * max(experts, default=0)))
     exact = set(target.weights) <= set(FLOATS)
     if takes.maps_weights:
         linked = exact and TRAITS[target.backend].keeps_stored_dtype

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 TWO_SIDED = 1.959964  # standard errors on both sides of an estimate beyond which 5 % lie
 NEAR_TIE = 1e-3  # natural-log units: below this margin the two best choices are within 0.1 % of equally likely
-BYTES_AT_ONCE = 32 << 20  # of logits turned into float64 at once: 20 tokens of a vocabulary of 202,048
+BYTES_AT_ONCE = 8 << 20  # of logits turned into float64 at once: 5 tokens of a vocabulary of 202,048
 
 
 class ShapesDiffer(ValueError):
