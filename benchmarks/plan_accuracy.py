@@ -1,8 +1,8 @@
 """Every figure of `arriero plan` beside what the build then measures, on random checkpoints of several shapes.
 
-    python benchmarks/plan_accuracy.py FOLDER [--shapes many-experts wide ..]
+    python benchmarks/plan_accuracy.py FOLDER [--shapes many-experts wide ..] [--targets tvm-fp32 ..]
 
-Each shape is written, planned, built with four targets in a process of its own, and deleted. A line per figure:
+Each shape is written, planned, built with its targets in a process of its own, and deleted. A line per figure:
 planned, measured, and planned over measured. Memory is the peak that the process holds beside mapped files (RssAnon).
 """
 
@@ -13,7 +13,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,13 +100,15 @@ def figures(plan: dict[str, Any], keys: dict[str, str], output: Path) -> Iterato
         yield Figure(f"{target['name']}: cache", target["kv_bytes"], kv)
 
 
-def measure(folder: Path, changes: dict[str, Any]) -> list[Figure]:
-    """Write, plan and build one shape in `folder`."""
+def measure(folder: Path, changes: dict[str, Any], chosen: Collection[str]) -> list[Figure]:
+    """Write, plan and build one shape in `folder` for the `chosen` targets."""
     write_model(folder / "model", 0, changes)
     lines = [{"prompt": f"What is {n} + {n + 7}? " + "word " * 120, "answer": str(2 * n + 7)} for n in range(24)]
     for name, part in (("calibration", lines), ("cases", lines[:6])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
-    targets = "\n".join(f"  - {{name: {name}, {rest}, context: 4096, batch: 2}}" for name, rest in TARGETS.items())
+    targets = "\n".join(
+        f"  - {{name: {name}, {rest}, context: 4096, batch: 2}}" for name, rest in TARGETS.items() if name in chosen
+    )
     (folder / "build.yaml").write_text(BUILD.format(targets=targets))
     before = json.loads(arriero(folder, "plan", "build.yaml", "--json"))
     arriero(folder, "build", "build.yaml")
@@ -120,11 +122,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a folder for checkpoints and bundles, emptied shape by shape")
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
     arguments = parser.parse_args()
     for name in arguments.shapes:
         folder = arguments.folder / name
         folder.mkdir(parents=True)
-        for figure in measure(folder, SHAPES[name]):
+        for figure in measure(folder, SHAPES[name], arguments.targets):
             mib = [value / 2**20 for value in (figure.planned, figure.measured)]
             print(f"{name:18} {figure.name:24} {mib[0]:10,.1f} MiB {mib[1]:10,.1f} MiB {figure.ratio:6.2f}", flush=True)
         shutil.rmtree(folder)

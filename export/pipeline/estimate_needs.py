@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from arriero.export.build_file.device import device_of
+from arriero.export.build_file.model_spec import model_spec
 from arriero.export.build_file.schema import BuildConfig, Target
 from arriero.export.calibration import estimate
 from arriero.export.calibration.estimate import REFERENCE_MEMORY
@@ -21,6 +22,7 @@ from arriero.profiles.kv_cache import ITEM_BYTES
 from arriero.profiles.recipe import Profile, check_shapes
 from arriero.profiles.schemes import Chosen, Exact, Fp8, Half, IntBlock, Scheme
 from arriero.runtimes.cpu import usable_cores
+from arriero.runtimes.memory_cap import step_bytes
 from arriero.runtimes.steps import logits_piece
 from arriero.thresholds import AnswerMode
 from arriero.traits import PREFILL_PIECE, TRAITS
@@ -95,7 +97,7 @@ def estimate_needs(
         if first and not target.done:
             held += takes.stays
             used_before.add(target.backend)
-        parity = held + _parity_memory(target, seen.text, table, longest)
+        parity = held + _parity_memory(target, seen, table, longest)
         needs |= {name: (parity, GRAPH_DISK) for name in names if split_stage(name)[0] == f"parity-{target.name}"}
         # the baseline's weights lie beside the bundle's own while it is measured
         needs[f"rtn-{target.name}"] = (max(lowering[0], parity), target.weights_bytes + GRAPH_DISK)
@@ -207,15 +209,17 @@ def _lower_memory(used: Iterable[WeightSource], target: PlannedTarget) -> int:
     return int(max(pieces, packed))
 
 
-def _parity_memory(target: PlannedTarget, text: TextConfig, table: int, longest: int) -> int:
-    """Estimate parity: a case of `longest` tokens with its cache, a piece's logits, and the backend's copy of weights.
+def _parity_memory(target: PlannedTarget, seen: ModelConfig, table: int, longest: int) -> int:
+    """Estimate parity: a case of `longest` tokens with its cache, a step of it, and the backend's copy of weights.
 
     A backend that does not map weights keeps a copy of what it multiplies by, not of the embedding's `table`, and of
     quantised matrices the packed form beside what it was packed from.
     """
-    takes = TRAITS[target.backend].footprint
+    takes, text = TRAITS[target.backend].footprint, seen.text
     piece = min(longest, PREFILL_PIECE, logits_piece(text.vocab_size))
+    width = 2 * max(text.expert_ffn if layer.moe else text.dense_ffn for layer in text.layers)
     held = takes.runtime + takes.logit_copies * 4 * piece * text.vocab_size
+    held += takes.step_copies * step_bytes(model_spec(seen), width, piece)
     held += kv_bytes(text, longest, CACHE_BYTES[target.kv_cache])
     if not takes.maps_weights:
         held += sum(size * (1 if label in FLOATS else 2) for label, size in target.weights.items()) - table
