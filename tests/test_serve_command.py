@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -28,19 +30,9 @@ def free_port() -> int:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_bundle_is_served_until_the_process_is_told_to_stop(workshop: Path, tmp_path: Path, how: int) -> None:
-    bundle, port = workshop / "bundles" / "fp32", free_port()
+    bundle = workshop / "bundles" / "fp32"
     (tmp_path / "key").write_text("sesame\n")
-    arguments = ["serve", bundle, "--port", str(port), "--api-key-file", tmp_path / "key", "--threads", "1"]
-    process = subprocess.Popen([*MAIN, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            try:
-                assert httpx.get(f"{url}/health").json() == {"status": "ok"}
-                break
-            except httpx.ConnectError:
-                assert process.poll() is None
-                time.sleep(0.1)
+    with serving(bundle, "--api-key-file", tmp_path / "key", "--threads", "1") as (process, url):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="sesame", max_retries=0)
         answer = client.chat.completions.create(
             model="fp32", messages=[{"role": "user", "content": "What is 17 + 25?"}], max_tokens=5, temperature=0
@@ -50,13 +42,45 @@ def test_a_bundle_is_served_until_the_process_is_told_to_stop(workshop: Path, tm
         assert httpx.get(f"{url}/v1/models").status_code == 401
         process.send_signal(how)
         _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
     assert process.returncode in (0, 130, -how), err
-    assert f"Serving fp32 at http://127.0.0.1:{port}/v1" in err
+    assert f"Serving fp32 at {url}/v1; chat in a browser at {url}/" in err
     assert "POST /v1/chat/completions 200" in err
     assert "17 + 25" not in err
     assert "Traceback" not in err
+
+
+def test_bundles_are_opened_when_they_are_needed_within_a_memory(workshop: Path) -> None:
+    bundles = [workshop / "bundles" / name for name in ("fp32", "int8")]
+    with serving(*bundles, "--threads", "1", "--memory", "2GiB") as (process, url):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        assert [model.id for model in client.models.list()] == ["fp32", "int8"]
+        for number, name in enumerate(("fp32", "int8")):
+            opened = [line for line in httpx.get(f"{url}/metrics").text.splitlines() if "bundle_open{" in line]
+            assert sum(line.endswith(" 1.0") for line in opened) == number
+            assert client.completions.create(model=name, prompt="What", max_tokens=3).usage.completion_tokens == 3
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert "opening int8" in err
+    assert "Traceback" not in err
+
+
+@contextmanager
+def serving(*arguments: object, stderr: int = subprocess.PIPE) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`arriero serve` with `arguments` as a process that answers, and its URL."""
+    port = free_port()
+    command = [*MAIN, "serve", *map(str, arguments), "--port", str(port)]
+    process = subprocess.Popen(command, stderr=stderr, text=True)
+    try:
+        for _ in range(600):
+            try:
+                assert httpx.get(f"http://127.0.0.1:{port}/health").json() == {"status": "ok"}
+                break
+            except httpx.ConnectError:
+                assert process.poll() is None
+                time.sleep(0.1)
+        yield process, f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
 
 
 def test_what_is_not_safe_or_not_there_is_refused(

@@ -82,7 +82,8 @@ def serve(
     most = None if memory is None else parse_bytes(memory)
     ready = open_bundles(bundles, threads, batch, room, most)
     url = f"http://{host}:{port}"
-    err.print(f"Serving {', '.join(ready.by_name)} at {url}/v1; chat in a browser at {url}/", highlight=False)
+    serving = f"Serving {', '.join(ready.by_name)} at {url}/v1; chat in a browser at {url}/"
+    err.print(serving, highlight=False, soft_wrap=True)
     serve_bundles(ready, options)
 
 

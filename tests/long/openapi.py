@@ -11,12 +11,9 @@ import argparse
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import httpx
-
-from tests.test_serve_command import MAIN, free_port
+from tests.test_serve_command import serving
 
 CHECKS = (
     *("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance"),
@@ -40,23 +37,8 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    port = free_port()
-    command = [*MAIN, "serve", str(arguments.bundle), "--port", str(port), "--max-tokens", "20"]
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        while True:
-            try:
-                httpx.get(f"{url}/health").raise_for_status()
-                break
-            except httpx.ConnectError:
-                if server.poll() is not None:
-                    raise
-                time.sleep(0.1)
+    with serving(arguments.bundle, "--max-tokens", "20", stderr=subprocess.DEVNULL) as (_, url):
         done = run(url, arguments.examples, arguments.seed)
-    finally:
-        server.terminate()
-        server.wait(60)
     print(done.stdout, done.stderr)
     return done.returncode
 

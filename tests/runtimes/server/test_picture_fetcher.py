@@ -212,6 +212,19 @@ def test_a_redirect_stays_on_its_host(serve: Serve, toy_session: Session, pictur
     assert [path for path, _ in Handler.asked] == ["/other"]
 
 
+def test_a_client_that_leaves_ends_the_fetch(serve: Serve, toy_session: Session, pictures: str) -> None:
+    served = serve({"toy": toy_session}, image_domains=(pictures,), image_seconds=60.0)
+    parts = [{"type": "image_url", "image_url": {"url": f"https://{pictures}/slow"}}]
+    body = {"model": "toy", "messages": [{"role": "user", "content": parts}]}
+    with served.web() as web, pytest.raises(httpx.ReadTimeout):
+        web.post("/v1/chat/completions", json=body, timeout=0.5)
+    left = time.monotonic()
+    while served.shared.load.count:
+        time.sleep(0.01)
+    assert time.monotonic() - left < 20
+    assert Handler.asked == [("/slow", pictures)]
+
+
 def test_nothing_is_fetched_where_nothing_is_allowed(served: Served, pictures: str) -> None:
     for path in ("/v1/chat/completions", "/v1/messages", "/v1/responses", "/tokenize"):
         answer = ask(served, f"https://{pictures}/ok", path)
