@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError
 
-# Between JSON's tokens: a line and its indentation. Any number would let a model write spaces to the end of its tokens.
-SPACES = r"\n? {0,20}"
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+# Between JSON's tokens: a space, or a line and its indentation. A model that is lost writes spaces to the end of its tokens.
+SPACES = r"(?: |\n {0,20})?"
 # A schema of a stranger's sets none of these itself. With `u` among the escapes an answer could write the name "a" as
 # "\u0061" and give it a value of a type that is forbidden.
-OPTIONS = {
+OPTIONS: JsonCompileOptions = {
     "whitespace_pattern": SPACES,
     "item_separator": ",",
     "key_separator": ":",
