@@ -36,7 +36,7 @@ from PIL import Image
 
 # Growth from the first fifth to the end, both quiet.
 LIMITS = {"memory_mib": 16.0, "threads": 4, "files": 0}  # the threads of a pool, which come as they are needed
-SETTLE_S = 20.0
+SETTLE_S = 10.0  # quiet before a reading counts
 TOLERANCE = 2e-5  # of log probabilities behind a prefix that was read before
 BODY = 32 << 20  # bytes of a body that a server takes
 CHAT = "/v1/chat/completions"
