@@ -16,13 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError, MachineLacks
+from arriero.runtimes.json_schema import OPTIONS, enforceable
+from arriero.strict_json import parse_json
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
-
-
-# Between JSON's tokens: a line and its indentation. Any number would let a model write spaces to the end of its tokens.
-SPACES = r"\n? {0,20}"
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,15 @@ class Form:
     def source(self, matcher: type[LLMatcher]) -> str:
         """The form as llguidance takes it."""
         if self.json_schema is not None:
-            schema = self.json_schema if isinstance(self.json_schema, str) else dict(self.json_schema)
+            schema, remedy = self.json_schema, "Write it as one JSON object"
+            if isinstance(schema, str):
+                schema = parse_json(schema, "json_schema", remedy)
+            if not isinstance(schema, Mapping):
+                raise ArrieroError(f"json_schema is {schema!r:.60}", expected="a JSON object", remedy=remedy)
             try:
-                return matcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": SPACES})
+                return matcher.grammar_from_json_schema(enforceable(schema), overrides=OPTIONS)
             except (ValueError, TypeError) as error:
-                raise ArrieroError(f"json_schema is no JSON object ({error})", remedy="Write it as one") from None
+                raise ArrieroError(f"json_schema is no JSON object ({error})", remedy=remedy) from None
         if self.choice is not None:
             return matcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in self.choice))
         if self.regex is not None:

@@ -93,7 +93,8 @@ def test_the_same_seed_says_the_same_and_log_probabilities_are_the_models(sessio
     ("settings", "sentence"),
     [
         ({"json_schema": {"type": "bla"}}, "json_schema cannot be enforced: Invalid type: bla"),
-        ({"json_schema": "{"}, "json_schema is no JSON object"),
+        ({"json_schema": "{"}, "json_schema:1: is not valid JSON"),
+        ({"json_schema": "[]"}, "json_schema is .*; expected a JSON object"),
         ({"json_schema": 3}, "json_schema is 3; expected a mapping"),
         ({"regex": "(a"}, "regex cannot be enforced: .*unclosed group"),
         ({"regex": 3}, "regex is 3; expected a text"),
