@@ -102,6 +102,7 @@ def ask(client: openai.OpenAI, question: Question, seed: int, bias: dict[str, fl
     """What is wrong with the answer to a question; None where it is a valid call."""
     fields: dict[str, Any] = {"messages": question.messages, "tools": question.tools, "tool_choice": "required"}
     fields["logit_bias"] = bias
+    fields["parallel_tool_calls"] = question.name.startswith("parallel")
     try:
         answer = client.chat.completions.create(model="model", max_tokens=MOST_TOKENS, seed=seed, **fields)
     except openai.APIStatusError as error:
