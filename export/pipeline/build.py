@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.export.build_file.schema import BuildConfig
+from arriero.export.machine.jobs import Submit, do_here
 from arriero.export.machine.versions import installed_versions
 from arriero.export.pipeline.explain_failure import thin_experts
 from arriero.export.pipeline.fitted_profiles import fitted_profiles
@@ -51,13 +52,20 @@ class Build:
     """One build file at work."""
 
     def __init__(
-        self, config: BuildConfig, file: str, watch: Watch, dump: Path | None = None, tell: Tell = _keep_silent
+        self,
+        config: BuildConfig,
+        file: str,
+        watch: Watch,
+        dump: Path | None = None,
+        tell: Tell = _keep_silent,
+        submit: Submit = do_here,
     ) -> None:
         """Prepare to build `config`, read from `file`; `watch` sees its progress, `dump` is to keep its graphs.
 
-        `tell` is given what is worth a sentence before the end.
+        `tell` is given what is worth a sentence before the end. `submit` has jobs done that other processes can do.
         """
         self.config, self.file, self.watch, self.dump, self.tell = config, file, watch, dump, tell
+        self.submit = submit
         self.work = WorkDir(config.output, config.budgets.host_memory)
         self.results: list[TargetResult] = []
         self._failed: dict[str, Exception] = {}
@@ -202,7 +210,7 @@ class Build:
         walk = Walk(reference, samples, folder, second=any(profile.rounds_by_gptq for profile in profiles.values()))
         if any(target.kv_cache == "int8" for target in self.config.targets):
             check_tokens(walk.tokens)
-        calibration = Calibration(walk, self.checkpoint, profiles, folder, self.watch)
+        calibration = Calibration(walk, self.checkpoint, profiles, folder, self.watch, self.submit)
         part = CalibratedPart(describe_set(self.config.calibration, samples), calibration.run())
         return calibration.files() | {write_part(part, folder)}
 

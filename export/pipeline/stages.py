@@ -26,6 +26,7 @@ from arriero.export.pipeline.publish import Publisher, sync
 from arriero.runtimes.manifest import FileRecord, file_sha256
 
 RECORD = "stage.json"
+LOCK = "lock"  # in a work folder; it says which process holds it
 Run = Callable[[Path], Iterable[str] | None]  # fills a folder and says which files it wrote; None for all
 WITH = "+"  # between a stage's name and the adapter that it is done with
 FOLDER = re.compile(r"(?P<name>.+)-(?P<key>[0-9a-f]{12})(\.partial)?")
@@ -79,7 +80,7 @@ class WorkDir:
         """
         try:
             own(self.root)
-            lock = (self.root / "lock").open("a+")
+            lock = (self.root / LOCK).open("a+")
         except OSError as error:
             if is_full(error):
                 raise

@@ -1,0 +1,98 @@
+"""What a worker does with a job: it checks that it computes as the build would, then does one at a time.
+
+The same bytes come out only of the same code, the same packages, the same kind of processor, and as many threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from arriero.errors import ArrieroError, MachineLacks
+from arriero.export.machine.memory_watch import MemoryWatch
+from arriero.export.machine.versions import installed_versions
+from arriero.export.pipeline.sources import source_hash
+from arriero.export.pipeline.stages import LOCK
+from arriero.runtimes.cpu import usable_cores
+from arriero.traits import SHARED_PACKAGES
+
+_alone = threading.Lock()  # a worker of several threads does one job at a time all the same
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a worker has to be to do a build's jobs, and what it has to see."""
+
+    identity: Mapping[str, str]
+    threads: int
+    lock: Path  # of the output folder, and what is in it
+    holder: str
+    memory: int | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job, the function that does it, and on which terms."""
+
+    function: Callable[[Any], Iterator[Any]]
+    job: Any
+    terms: Terms
+
+
+def terms_of(output: Path, memory: int | None) -> Terms:
+    """The terms of this process's build into `output`."""
+    threads = int(os.environ.get("OMP_NUM_THREADS") or usable_cores())
+    lock = output / ".work" / LOCK
+    return Terms(identity(), threads, lock, lock.read_text(), memory)
+
+
+@functools.cache
+def identity() -> dict[str, str]:
+    """What decides the last bits of a result: our code, the packages, the processor as linear algebra takes it."""
+    linear = [one for one in threadpool_info() if one["user_api"] == "blas"]
+    own = [one for one in linear if "numpy" in one["filepath"]] or linear  # others may be loaded for other ends
+    libraries = {f"{one['internal_api']} {one['version']} for {one.get('architecture', 'any')}" for one in own}
+    return {
+        "arriero's code": source_hash("export", "graphs", "profiles", "runtimes")[:12],
+        "Python": ".".join(map(str, sys.version_info[:3])),
+        "linear algebra": ", ".join(sorted(libraries)),
+        **installed_versions(SHARED_PACKAGES),
+    }
+
+
+def do_task(task: Task) -> list[Any]:
+    """All that a job yields. Raises ArrieroError/MachineLacks where this worker is not what the build needs."""
+    _check(task.terms)
+    with _alone, threadpool_limits(task.terms.threads), MemoryWatch(task.terms.memory, "a worker's job"):
+        return list(task.function(task.job))
+
+
+def _check(terms: Terms) -> None:
+    where = f"worker {os.uname().nodename}, process {os.getpid()}"
+    mine = identity()
+    other = [
+        f"{name} {mine.get(name, 'missing')} in the place of {value}"
+        for name, value in terms.identity.items()
+        if mine.get(name) != value
+    ]
+    if other:
+        what = f"would not compute the bytes that the build does: it has {'; '.join(other)}"
+        remedy = "Give every worker the environment and the kind of processor that the build has"
+        raise MachineLacks(what, where=where, remedy=remedy)
+    try:
+        seen = terms.lock.read_text() == terms.holder
+    except OSError:
+        seen = False
+    if not seen:
+        what = f"does not see the build's folder {terms.lock.parents[1]}"
+        raise ArrieroError(
+            what, where=where, expected="files shared by the build and its workers", remedy="Mount it at the same path"
+        )
