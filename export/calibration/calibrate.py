@@ -175,19 +175,18 @@ class Calibration:
     def _jobs(self, layer: int, routed: Routed) -> Iterator[ExpertJob]:
         """What is to be done for each expert of a layer; every process is to see the rows that they read."""
         names = expert_tensors(layer)
-        gate_up, down = (self.checkpoint.tensors[name] for name in names)
         forms = {
             key: replace(form, schemes={name: form.schemes[name] for name in names}) for key, form in self.forms.items()
         }
         for expert in range(self.walk.text.experts):
             done = {one for one in self._rounded if one[1] in names and one[2] == expert}
-            yield ExpertJob(layer, expert, gate_up, down, routed.of(expert), forms, done, self.walk.second)
+            yield ExpertJob(layer, expert, self.checkpoint, routed.of(expert), forms, done, self.walk.second)
 
     def _weight(self, tensor: str, expert: int | None) -> NDArray[np.float32]:
         """A matrix [N, K], or that of one expert."""
         if expert is None:
             return self.checkpoint.read_float32(tensor)
-        return read_expert(self.checkpoint.tensors[tensor], expert)
+        return read_expert(self.checkpoint, tensor, expert)
 
     def _widen_thin(self, key: str, layer: int, ranges: Mapping[str, Any]) -> None:
         """Give experts that too few tokens reached the widest range of inputs that an expert of `layer` saw."""

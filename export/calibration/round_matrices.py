@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.export.proof.walk_layers import ExpertRows, expert_activation
-from arriero.graphs.sources.weight_source import WeightSource
+from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.names import expert_tensors
 from arriero.profiles.gptq import gptq, output_error
 from arriero.profiles.input_factor import InputFactor
 from arriero.profiles.moments import Moments, check_finite
@@ -68,8 +69,7 @@ class ExpertJob:
 
     layer: int
     expert: int
-    gate_up: WeightSource
-    down: WeightSource
+    checkpoint: Checkpoint
     rows: ExpertRows
     forms: Mapping[str, Form]
     done: Done
@@ -93,8 +93,8 @@ def round_expert(job: ExpertJob) -> Iterator[Rounded | Observed]:
 
 def expert_matrices(job: ExpertJob) -> Iterator[Matrix]:
     """Both matrices of an expert, with the moments of what really goes into them."""
-    layer, expert, gate_up, down = job.layer, job.expert, job.gate_up.name, job.down.name
-    first = read_expert(job.gate_up, expert)
+    layer, expert, (gate_up, down) = job.layer, job.expert, expert_tensors(job.layer)
+    first = read_expert(job.checkpoint, gate_up, expert)
     inputs = Moments(first.shape[1], job.is_left(gate_up))
     inners = Moments(first.shape[0] // 2, job.is_left(down))
     for rows, samples in job.rows.pieces():
@@ -105,12 +105,12 @@ def expert_matrices(job: ExpertJob) -> Iterator[Matrix]:
         inners.add(inner)
     yield gate_up, expert, partial(_same, first), inputs
     del first, inputs
-    yield down, expert, partial(read_expert, job.down, expert), inners
+    yield down, expert, partial(read_expert, job.checkpoint, down, expert), inners
 
 
-def read_expert(source: WeightSource, expert: int) -> Floats:
-    """The matrix [N, K] of one expert of a stack."""
-    return np.ascontiguousarray(source.float32(expert, expert + 1)[0].T)
+def read_expert(checkpoint: Checkpoint, tensor: str, expert: int) -> Floats:
+    """The matrix [N, K] of one expert of the stack `tensor`."""
+    return np.ascontiguousarray(checkpoint.read_float32(tensor, expert, expert + 1)[0].T)
 
 
 class Rounder:

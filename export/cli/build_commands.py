@@ -20,7 +20,7 @@ Workers = Annotated[
     str | None,
     typer.Option(
         metavar="tcp://HOST:PORT",
-        help="The scheduler of a Dask cluster whose workers round experts: same bytes, less time. See the docs.",
+        help="The scheduler of a Dask cluster whose workers round experts and lower targets: same bytes, less time.",
     ),
 ]
 

@@ -6,7 +6,7 @@ takes no job with it: Dask gives it to another.
 
 from __future__ import annotations
 
-import asyncio
+import pickle
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,11 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from arriero.errors import ArrieroError, MachineLacks, sentence_of
+from arriero.export.machine.memory_watch import MemoryWatch
 
 try:
-    from distributed import Client
+    from distributed import CancelledError, Client
+    from distributed.comm import CommClosedError
     from distributed.scheduler import KilledWorker
 
     from arriero.export.cluster.do_job import Task, Terms, do_task, terms_of
@@ -67,19 +69,20 @@ class DaskCluster:
 
     def submit(self, function: Callable[[J], Iterator[R]], job: J) -> Callable[[], Iterator[R]]:
         """See `arriero.export.machine.jobs.Submit`."""
-        future = self._client.submit(do_task, Task(function, job, self._terms), pure=False)
+        future = self._client.submit(do_task, Task(pickle.dumps((function, job)), self._terms), pure=False)
 
         def results() -> Iterator[R]:
             try:
-                yield from future.result()
+                outcome = future.result()
+                MemoryWatch.note(outcome.peak)
+                yield from outcome.results
             except KilledWorker as error:
-                what = f"several workers died at one job ({sentence_of(error)})"
+                what = f"workers died at one job ({sentence_of(error)})"
                 raise MachineLacks(what, where=self.address, remedy="See the workers' logs: is it memory?") from None
-            except asyncio.CancelledError as error:
-                what = f"the cluster dropped a job ({sentence_of(error)})"
-                raise MachineLacks(
-                    what, where=self.address, remedy="See the scheduler's log, and build again"
-                ) from None
+            except (CommClosedError, CancelledError) as error:
+                what = f"the scheduler is gone ({sentence_of(error).splitlines()[0]})"
+                remedy = "Start it again and give the same command: the build goes on where it stopped"
+                raise MachineLacks(what, where=self.address, remedy=remedy) from None
             finally:
                 future.release()
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 import os
+import pickle
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from typing import Any
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.export.machine.memory_watch import MemoryWatch
+from arriero.export.compile.cpus import native
+from arriero.export.machine.memory_watch import MemoryWatch, release_memory
 from arriero.export.machine.versions import installed_versions
 from arriero.export.pipeline.sources import source_hash
 from arriero.export.pipeline.stages import LOCK
 from arriero.runtimes.cpu import usable_cores
-from arriero.traits import SHARED_PACKAGES
+from arriero.traits import SHARED_PACKAGES, TRAITS
 
+SHARED = "files that the build and its workers share"
 _alone = threading.Lock()  # a worker of several threads does one job at a time all the same
 
 
@@ -40,10 +43,9 @@ class Terms:
 
 @dataclass(frozen=True)
 class Task:
-    """A job, the function that does it, and on which terms."""
+    """A function and its job, pickled, and on which terms it is to be done: these are read first."""
 
-    function: Callable[[Any], Iterator[Any]]
-    job: Any
+    work: bytes
     terms: Terms
 
 
@@ -60,23 +62,41 @@ def identity() -> dict[str, str]:
     linear = [one for one in threadpool_info() if one["user_api"] == "blas"]
     own = [one for one in linear if "numpy" in one["filepath"]] or linear  # others may be loaded for other ends
     libraries = {f"{one['internal_api']} {one['version']} for {one.get('architecture', 'any')}" for one in own}
+    packages = (*SHARED_PACKAGES, *(package for traits in TRAITS.values() for package in traits.packages))
     return {
         "arriero's code": source_hash("export", "graphs", "profiles", "runtimes")[:12],
         "Python": ".".join(map(str, sys.version_info[:3])),
         "linear algebra": ", ".join(sorted(libraries)),
-        **installed_versions(SHARED_PACKAGES),
+        "processor": native(),
+        **installed_versions(packages),
     }
 
 
-def do_task(task: Task) -> list[Any]:
-    """All that a job yields. Raises ArrieroError/MachineLacks where this worker is not what the build needs."""
-    _check(task.terms)
-    with _alone, threadpool_limits(task.terms.threads), MemoryWatch(task.terms.memory, "a worker's job"):
-        return list(task.function(task.job))
+@dataclass(frozen=True)
+class Outcome:
+    """All that a job yielded, and the bytes of memory that it held at most."""
+
+    results: list[Any]
+    peak: int
 
 
-def _check(terms: Terms) -> None:
+def do_task(task: Task) -> Outcome:
+    """Do a job. Raises ArrieroError/MachineLacks where this worker is not what the build needs."""
     where = f"worker {os.uname().nodename}, process {os.getpid()}"
+    _check(task.terms, where)
+    with _alone, threadpool_limits(task.terms.threads):
+        release_memory()
+        with MemoryWatch(task.terms.memory, "a worker's job") as memory:
+            try:
+                function, job = pickle.loads(task.work)
+                results = list(function(job))
+            except FileNotFoundError as error:
+                what, remedy = f"lacks a file ({error})", "Mount what the build reads at the same path"
+                raise ArrieroError(what, where=where, expected=SHARED, remedy=remedy) from None
+        return Outcome(results, memory.peak)
+
+
+def _check(terms: Terms, where: str) -> None:
     mine = identity()
     other = [
         f"{name} {mine.get(name, 'missing')} in the place of {value}"
@@ -93,6 +113,4 @@ def _check(terms: Terms) -> None:
         seen = False
     if not seen:
         what = f"does not see the build's folder {terms.lock.parents[1]}"
-        raise ArrieroError(
-            what, where=where, expected="files shared by the build and its workers", remedy="Mount it at the same path"
-        )
+        raise ArrieroError(what, where=where, expected=SHARED, remedy="Mount it at the same path")

@@ -114,6 +114,13 @@ class WorkDir:
         """Whether the stage is finished and every file it wrote has the content that it was given."""
         return _is_intact(self.folder(name, key))
 
+    def partial(self, name: str, key: str) -> Path:
+        """The folder in which a stage is made, marked as ours."""
+        folder = self.folder(name, key)
+        folder = folder.with_name(f"{folder.name}{PARTIAL}")
+        own(folder)
+        return folder
+
     def run_stage(self, stage: Stage) -> Path:
         """Give the stage's finished folder, running it if it is not there. Call it under `locked`.
 
