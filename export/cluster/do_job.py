@@ -23,7 +23,6 @@ from arriero.export.machine.memory_watch import MemoryWatch, release_memory
 from arriero.export.machine.versions import installed_versions
 from arriero.export.pipeline.sources import source_hash
 from arriero.export.pipeline.stages import LOCK
-from arriero.runtimes.cpu import usable_cores
 from arriero.traits import SHARED_PACKAGES, TRAITS
 
 SHARED = "files that the build and its workers share"
@@ -51,7 +50,7 @@ class Task:
 
 def terms_of(output: Path, memory: int | None) -> Terms:
     """The terms of this process's build into `output`."""
-    threads = int(os.environ.get("OMP_NUM_THREADS") or usable_cores())
+    threads = max((one["num_threads"] for one in _linear_algebra()), default=1)
     lock = output / ".work" / LOCK
     return Terms(identity(), threads, lock, lock.read_text(), memory)
 
@@ -59,9 +58,9 @@ def terms_of(output: Path, memory: int | None) -> Terms:
 @functools.cache
 def identity() -> dict[str, str]:
     """What decides the last bits of a result: our code, the packages, the processor as linear algebra takes it."""
-    linear = [one for one in threadpool_info() if one["user_api"] == "blas"]
-    own = [one for one in linear if "numpy" in one["filepath"]] or linear  # others may be loaded for other ends
-    libraries = {f"{one['internal_api']} {one['version']} for {one.get('architecture', 'any')}" for one in own}
+    libraries = {
+        f"{one['internal_api']} {one['version']} for {one.get('architecture', 'any')}" for one in _linear_algebra()
+    }
     packages = (*SHARED_PACKAGES, *(package for traits in TRAITS.values() for package in traits.packages))
     return {
         "arriero's code": source_hash("export", "graphs", "profiles", "runtimes")[:12],
@@ -70,6 +69,12 @@ def identity() -> dict[str, str]:
         "processor": native(),
         **installed_versions(packages),
     }
+
+
+def _linear_algebra() -> list[dict[str, Any]]:
+    """The libraries that numpy multiplies with, as they are set."""
+    loaded = [one for one in threadpool_info() if one["user_api"] == "blas"]
+    return [one for one in loaded if "numpy" in one["filepath"]] or loaded  # others may be there for other ends
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from tests.long.kill_build import prepare, result
 
 dask = pytest.importorskip("dask", reason="needs Dask: pip install 'arriero[cluster]'")
 distributed = pytest.importorskip("distributed", reason="needs Dask: pip install 'arriero[cluster]'")
+threadpoolctl = pytest.importorskip("threadpoolctl", reason="needs threadpoolctl: pip install 'arriero[cluster]'")
 from tests.export.cluster import striking  # noqa: E402
 
 
@@ -74,12 +75,12 @@ def test_a_build_has_the_same_bytes_though_a_worker_dies(tmp_path: Path, cluster
     assert {"lower-fp32", "lower-small4"} == {path.name.rpartition("-")[0] for path in marks.glob("lower-*")}
 
 
-def test_a_job_has_the_threads_that_it_has_here(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_has_the_threads_that_it_has_here(ours: Any) -> None:
     """Dask gives its workers one; how many there are decides how a sum is split."""
     for threads in (1, 2):
-        monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
         vars(ours).pop("_terms", None)
-        waiting = [ours.submit(striking.count_threads, number) for number in range(3)]
+        with threadpoolctl.threadpool_limits(threads):
+            waiting = [ours.submit(striking.count_threads, number) for number in range(3)]
         assert [list(results()) for results in waiting] == [[threads]] * 3
 
 
