@@ -51,6 +51,9 @@ class Problems(ArrieroError):
             self.exit_code = MachineLacks.exit_code
         super().__init__(headline)
 
+    def __reduce__(self) -> tuple[type[Problems], tuple[str, list[ArrieroError]]]:
+        return type(self), (self.headline, self.problems)
+
     def __str__(self) -> str:
         lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
         return f"{self.headline}: {len(self.problems)} problem{'s' * (len(self.problems) != 1)}\n{lines}"

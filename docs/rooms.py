@@ -19,6 +19,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "export": {
         "cli": ("cli", "__main__.py"),
         "store": ("store",),
+        "cluster": ("cluster",),
         "pipeline": ("pipeline",),
         "calibration": ("calibration",),
         "proof": ("proof",),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -54,11 +54,12 @@ TORCH_DTYPES = {
 class Checkpoint:
     """A sound checkpoint: `config` (config.json as a dict) and `tensors` (canonical name -> `WeightSource`).
 
-    `model` is its folder or file, or the synthetic model that it is.
+    `model` is its folder or file, or the synthetic model that it is, `adapters` what was merged into it. To another
+    process it goes as these, and is opened anew.
     """
 
-    def __init__(self, model: Path | SyntheticModel, layout: Layout) -> None:
-        self.model, self.layout = model, layout
+    def __init__(self, model: Path | SyntheticModel, layout: Layout, adapters: Sequence[Path] = ()) -> None:
+        self.model, self.layout, self.adapters = model, layout, (*adapters,)
         self.config, self.tensors = layout.config, layout.tensors
 
     @classmethod
@@ -75,7 +76,11 @@ class Checkpoint:
         """This checkpoint with LoRA `adapters` merged in order. Raises as `Adapter.read` does."""
         tensors, files = merge_adapters(self.tensors, adapters)
         weight_files = [*self.layout.weight_files, *files]
-        return Checkpoint(self.model, replace(self.layout, tensors=tensors, weight_files=weight_files))
+        layout = replace(self.layout, tensors=tensors, weight_files=weight_files)
+        return Checkpoint(self.model, layout, (*self.adapters, *adapters))
+
+    def __reduce__(self) -> tuple[Any, tuple[Path | SyntheticModel, tuple[Path, ...]]]:
+        return Checkpoint.open, (self.model, self.adapters)
 
     @property
     def text_only(self) -> bool:

@@ -1,33 +1,40 @@
 """Stage `calibrate`: what the reference's layers and experts really see, and the roundings and scales that follow.
 
 Layer by layer: run all samples through it, count and measure the inputs of each matrix and each expert, round its
-matrices for every profile that calibrates, forget the inputs. A killed stage goes on after its last finished layer: the
-samples go through the next one again, and what was rounded of it stays.
-Legend: E experts, n tokens of one expert, H hidden, F expert width, K input features, N output features.
+matrices for every profile that calibrates (`round_matrices.py`), forget the inputs. A killed stage goes on after its
+last finished layer: the samples go through the next one again, and what was rounded of it stays.
+Legend: K input features, N output features.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import ReferenceType, ref
 
 import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError
 from arriero.export.calibration.choice import CHOICE, decide, open_groups
+from arriero.export.calibration.round_matrices import (
+    ExpertJob,
+    Form,
+    Observed,
+    Rounded,
+    Rounder,
+    read_expert,
+    round_expert,
+)
 from arriero.export.calibration.sensitivity import expert_errors, linear_error
-from arriero.export.proof.walk_layers import LayerInputs, Routed, Walk, expert_activation
+from arriero.export.machine.jobs import Submit, do_here
+from arriero.export.proof.walk_layers import LayerInputs, Routed, Walk
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.names import expert_tensors
-from arriero.profiles.gptq import gptq, output_error
-from arriero.profiles.input_factor import InputFactor
-from arriero.profiles.moments import Moments, check_finite
-from arriero.profiles.quantize import Quantized, dequantize, quantize
+from arriero.profiles.quantize import Quantized, dequantize
 from arriero.profiles.quantized_weights import QuantizedWeights, RoundingRecord
 from arriero.profiles.recipe import Profile
 from arriero.profiles.schemes import IntBlock, Static
@@ -35,32 +42,37 @@ from arriero.profiles.static_scales import fit_inputs
 from arriero.profiles.stored_values import stored_values
 from arriero.runtimes.manifest import Fallback
 
-JUDGED = 1024  # rows of a matrix at most that show what rounding to nearest would cost
-
 Watch = Callable[[str, int, int, str], None]
-Matrix = tuple[str, int | None, Callable[[], NDArray[np.float32]], Moments]  # tensor, expert, weight [N, K], its inputs
 
 
 class Calibration:
-    """One calibration at work in `folder`; `profiles` are those that calibrate, by the name of their sub-folder."""
+    """One calibration at work in `folder`; `profiles` are those that calibrate, by the name of their sub-folder.
+
+    `submit` has experts rounded.
+    """
 
     def __init__(
-        self, walk: Walk, checkpoint: Checkpoint, profiles: Mapping[str, Profile], folder: Path, watch: Watch
+        self,
+        walk: Walk,
+        checkpoint: Checkpoint,
+        profiles: Mapping[str, Profile],
+        folder: Path,
+        watch: Watch,
+        submit: Submit = do_here,
     ) -> None:
-        self.walk, self.checkpoint, self.folder, self.watch = walk, checkpoint, folder, watch
+        self.walk, self.checkpoint, self.folder, self.watch, self.submit = walk, checkpoint, folder, watch, submit
         self.choosing = {key: profile for key, profile in profiles.items() if profile.choose is not None}
         self.profiles = {
             f"{key}/{number}" if key in self.choosing else key: form
             for key, profile in profiles.items()
             for number, form in enumerate(profile.forms)
         }
-        self.schemes = {key: profile.assign(checkpoint.tensors) for key, profile in self.profiles.items()}
-        self.roundings = {key: QuantizedWeights(folder / key) for key in self.profiles}
-        self._factored: tuple[ReferenceType[Moments], float, InputFactor] | None = None
-        # by a killed run
-        self._rounded = {
-            key: {(note.tensor, note.expert) for note in one.notes()} for key, one in self.roundings.items()
+        self.forms = {
+            key: Form(profile.calibration, profile.assign(checkpoint.tensors)) for key, profile in self.profiles.items()
         }
+        self.roundings = {key: QuantizedWeights(folder / key) for key in self.profiles}
+        # by a killed run
+        self._rounded = {(key, note.tensor, note.expert) for key, one in self.roundings.items() for note in one.notes()}
 
     def run(self) -> dict[str, tuple[int, ...]]:
         """Write roundings, `ranges.json` (tensor -> tokens, absmax) and `cache.json` (each layer's range of keys and
@@ -124,22 +136,19 @@ class Calibration:
         self._refuse_thin(layer, coverage)
         ranges: dict[str, Any] = {}
         matrices = len(inputs.moments) + (2 * self.walk.text.experts if inputs.routed else 0)
-        for number, (tensor, expert, weight, seen) in enumerate(self._matrices(inputs), 1):
-            entry = {"tokens": seen.count, "largest": float(seen.largest.max(initial=0))}
-            if expert is None:
-                ranges[tensor] = entry
+        number = 0
+        for one in self._results(inputs):
+            if isinstance(one, Rounded):
+                note = one.note
+                self.roundings[one.form].write(note.tensor, note.expert, self.walk.text.experts, one.values, note)
+                continue
+            entry = {"tokens": one.tokens, "largest": one.largest}
+            if one.expert is None:
+                ranges[one.tensor] = entry
             else:
-                ranges.setdefault(tensor, []).append(entry)
-            for key, profile in self.profiles.items():
-                scheme = self.schemes[key][tensor]
-                if isinstance(scheme, IntBlock) and scheme.calibrates:
-                    if (tensor, expert) not in self._rounded[key]:
-                        self._round(self.roundings[key], profile, scheme, tensor, expert, weight(), seen)
-                elif isinstance(scheme, Static) and scheme.calibrates:
-                    self._fit(self.roundings[key], profile, scheme, tensor, expert, weight(), seen)
-            del weight, seen  # of no use while the next ones are made
+                ranges.setdefault(one.tensor, []).append(entry)
+            number += 1
             self.watch(f"{step}, matrices", number, matrices, "matrices")
-        self._factored = None
         for key in self.profiles:
             self._widen_thin(key, layer, ranges)
         errors = {key: self._errors(key, profile, inputs) for key, profile in self.choosing.items()}
@@ -149,106 +158,46 @@ class Calibration:
         partial.replace(self._record(layer))
         self.walk.hidden_file(layer).unlink()
 
-    def _matrices(self, inputs: LayerInputs) -> Iterator[Matrix]:
+    def _results(self, inputs: LayerInputs) -> Iterator[Rounded | Observed]:
+        """What becomes of a layer's matrices: of those that all tokens read in this process, the experts' as jobs."""
+        jobs = [] if inputs.routed is None else [*self._jobs(inputs.layer, inputs.routed)]
+        results = [self.submit(round_expert, job) for job in jobs]
+        rounder = Rounder(self.forms, self._rounded)
         while inputs.moments:  # none is held for longer than the matrices that read its inputs
             tensor = next(iter(inputs.moments))
-            yield tensor, None, partial(self._weight, tensor, None), inputs.moments.pop(tensor)
-        if inputs.routed is not None:
-            yield from self._experts(inputs.layer, inputs.routed)
+            yield from rounder.round(
+                tensor, None, partial(self.checkpoint.read_float32, tensor), inputs.moments.pop(tensor)
+            )
+        rounder.forget()
+        for result in results:
+            yield from result()
 
-    def _experts(self, layer: int, routed: Routed) -> Iterator[Matrix]:
-        """Both matrices of each expert, with the moments of what really goes into them; one expert at a time."""
-        gate_up, down = expert_tensors(layer)
+    def _jobs(self, layer: int, routed: Routed) -> Iterator[ExpertJob]:
+        """What is to be done for each expert of a layer; every process is to see the rows that they read."""
+        names = expert_tensors(layer)
+        forms = {
+            key: replace(form, schemes={name: form.schemes[name] for name in names}) for key, form in self.forms.items()
+        }
         for expert in range(self.walk.text.experts):
-            first = self._weight(gate_up, expert)
-            inputs = Moments(first.shape[1], self._is_left(gate_up, expert))
-            inners = Moments(first.shape[0] // 2, self._is_left(down, expert))
-            for rows, samples in routed.of(expert):
-                check_finite(rows, f"layer {layer}, expert {expert}, input", samples)
-                inputs.add(rows)
-                inner = expert_activation(rows, first)
-                check_finite(inner, f"layer {layer}, expert {expert}, input of down_proj", samples)
-                inners.add(inner)
-            yield gate_up, expert, partial(_same, first), inputs
-            del first, inputs
-            yield down, expert, partial(self._weight, down, expert), inners
-            del inners
-
-    def _is_left(self, tensor: str, expert: int) -> bool:
-        """Whether a profile that rounds by second moments has yet to round the matrix."""
-        return self.walk.second and any((tensor, expert) not in done for done in self._rounded.values())
+            done = {one for one in self._rounded if one[1] in names and one[2] == expert}
+            yield ExpertJob(layer, expert, self.checkpoint, routed.of(expert), forms, done, self.walk.second)
 
     def _weight(self, tensor: str, expert: int | None) -> NDArray[np.float32]:
         """A matrix [N, K], or that of one expert."""
         if expert is None:
             return self.checkpoint.read_float32(tensor)
-        return np.ascontiguousarray(self.checkpoint.read_float32(tensor, expert, expert + 1)[0].T)
-
-    def _round(
-        self,
-        roundings: QuantizedWeights,
-        profile: Profile,
-        scheme: IntBlock,
-        tensor: str,
-        expert: int | None,
-        weight: NDArray[np.float32],
-        seen: Moments,
-    ) -> None:
-        assert profile.calibration is not None
-        experts = self.walk.text.experts
-        shape = {"bits": scheme.bits, "block": scheme.block}
-        rounded, rounding, gain = None, "nearest", None
-        rule = profile.calibration
-        if seen.count >= rule.minimum_tokens:
-            assert rule.damping is not None
-            calibrated, error = gptq(weight, self._factor(seen, rule.damping), **shape, name=tensor)
-            some = weight[:: -(-len(weight) // JUDGED)]  # of a large matrix evenly spread rows, for all of them
-            plain = dequantize(quantize(some, **shape, name=tensor))
-            without = output_error(some, plain, seen.moment) * len(weight) / len(some)
-            gain = error / without if without > 0 else None
-            if error <= without:  # a matrix whose rounding was better left alone is left alone
-                rounded, rounding = calibrated, "gptq"
-        if rounded is None:
-            rounded = quantize(weight, **shape, name=tensor)
-        largest = float(seen.largest.max(initial=0))
-        roundings.write(
-            tensor, expert, experts, rounded, RoundingRecord(tensor, expert, rounding, seen.count, largest, gain)
-        )
-
-    def _factor(self, seen: Moments, damping: float) -> InputFactor:
-        """The factor of the moments `seen`; the last one is kept for other matrices and profiles that ask for it."""
-        if self._factored is None or self._factored[0]() is not seen or self._factored[1] != damping:
-            self._factored = None  # gone before its successor is made
-            self._factored = ref(seen), damping, InputFactor.of(seen.moment, damping)
-        return self._factored[2]
-
-    def _fit(
-        self,
-        roundings: QuantizedWeights,
-        profile: Profile,
-        scheme: Static,
-        tensor: str,
-        expert: int | None,
-        weight: NDArray[np.float32],
-        seen: Moments,
-    ) -> None:
-        if expert is not None and _too_little(profile, seen.count, float(seen.largest.max())):
-            return  # `_widen_thin` will see to it, when all experts of the layer are known
-        columns = np.abs(weight).max(0)
-        fitted = fit_inputs(seen.largest, columns, scheme.smooth, tensor if expert is None else f"{tensor}[{expert}]")
-        note = RoundingRecord(tensor, expert, "observed", seen.count, float(seen.largest.max()), None)
-        roundings.write(tensor, expert, self.walk.text.experts, fitted, note)
+        return read_expert(self.checkpoint, tensor, expert)
 
     def _widen_thin(self, key: str, layer: int, ranges: Mapping[str, Any]) -> None:
         """Give experts that too few tokens reached the widest range of inputs that an expert of `layer` saw."""
         for tensor in expert_tensors(layer):
-            scheme = self.schemes[key].get(tensor)
+            scheme = self.forms[key].schemes.get(tensor)
             if tensor not in ranges or not isinstance(scheme, Static) or not scheme.calibrates:
                 continue
             widest = np.array([max(entry["largest"] for entry in ranges[tensor])], np.float32)
             features = self.checkpoint.tensors[tensor].shape[1]
             for expert, entry in enumerate(ranges[tensor]):
-                if _too_little(self.profiles[key], entry["tokens"], entry["largest"]):
+                if self.forms[key].too_little(entry["tokens"], entry["largest"]):
                     fitted = fit_inputs(np.repeat(widest, features), np.ones(features, np.float32), None, tensor)
                     note = RoundingRecord(tensor, expert, "widest", entry["tokens"], entry["largest"], None)
                     self.roundings[key].write(tensor, expert, len(ranges[tensor]), fitted, note)
@@ -273,7 +222,7 @@ class Calibration:
 
     def _stored(self, form: str, tensor: str, expert: int | None) -> NDArray[np.float32]:
         """The values [N, K] that a matrix is stored as in one of the forms."""
-        scheme = self.schemes[form][tensor]
+        scheme = self.forms[form].schemes[tensor]
         if not isinstance(scheme, IntBlock) or not scheme.calibrates:
             return stored_values(self._weight(tensor, expert), scheme, name=tensor)
         stored, one = (
@@ -309,12 +258,3 @@ def fallbacks(profile: Profile, records: Sequence[RoundingRecord]) -> tuple[Fall
     return tuple(
         Fallback(layer, expert, record.tokens, record.rounding) for (layer, expert), record in sorted(thin.items())
     )
-
-
-def _too_little(profile: Profile, tokens: int, largest: float) -> bool:
-    """Whether what calibration saw of an expert's inputs is too little for a range of its own."""
-    return profile.calibration is None or tokens < profile.calibration.minimum_tokens or largest == 0
-
-
-def _same(weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    return weight

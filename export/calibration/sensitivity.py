@@ -54,7 +54,7 @@ def expert_errors(walk: Walk, layer: int, routed: Routed, exact: Stored, forms: 
         kept = exact(gate_up, expert), exact(down, expert)
         for number, form in enumerate(forms):
             stored = form(gate_up, expert), form(down, expert)
-            for rows, _ in routed.of(expert):
+            for rows, _ in routed.of(expert).pieces():
                 change = expert_output(rows, *stored) - expert_output(rows, *kept)
                 errors[number] += np.sum(change.astype(np.float64) ** 2)
     after = np.load(walk.hidden_file(layer + 1), mmap_mode="r")

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import ClassVar
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.cgroup import read_text
@@ -28,9 +29,13 @@ class MemoryWatch:
     weight files count in `resident` (VmHWM) alone; the kernel takes them back when memory is short. `resident` is the
     peak since the process began, because the kernel keeps one mark only.
 
+    What a job of the work held in another process counts too, by `note`.
+
     With a `limit`, work that holds more anonymous memory is stopped as soon as Python has its turn, and `__exit__`
     raises `ArrieroError` with a budget that would have done so far.
     """
+
+    _at_work: ClassVar[list[MemoryWatch]] = []
 
     def __init__(self, limit: int | None = None, doing: str = "this", interval: float = 0.02) -> None:
         """Watch what is called `doing` every `interval` seconds."""
@@ -44,9 +49,17 @@ class MemoryWatch:
         self._sample()
         self.start = self.peak
         self._thread.start()
+        self._at_work.append(self)
         return self
 
+    @classmethod
+    def note(cls, peak: int) -> None:
+        """Let the work that is watched have held `peak` bytes, in another process."""
+        for watch in cls._at_work:
+            watch.peak = max(watch.peak, peak)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._at_work.remove(self)
         self._end.set()
         self._thread.join()
         self._sample()

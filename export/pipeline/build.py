@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.export.build_file.schema import BuildConfig
+from arriero.export.machine.jobs import Submit, do_here
 from arriero.export.machine.versions import installed_versions
 from arriero.export.pipeline.explain_failure import thin_experts
 from arriero.export.pipeline.fitted_profiles import fitted_profiles
+from arriero.export.pipeline.lower_ahead import Lowerings
 from arriero.export.pipeline.parts import read_part, write_part
 from arriero.export.pipeline.plan import make_plan
 from arriero.export.pipeline.record_plan import answer_mode
@@ -47,21 +49,39 @@ def _keep_silent(sentence: str) -> None:
     """Tell nobody."""
 
 
+def _watch_nothing(step: str, done: int, total: int, unit: str) -> None:
+    """Look away."""
+
+
 class Build:
     """One build file at work."""
 
     def __init__(
-        self, config: BuildConfig, file: str, watch: Watch, dump: Path | None = None, tell: Tell = _keep_silent
+        self,
+        config: BuildConfig,
+        file: str,
+        watch: Watch,
+        dump: Path | None = None,
+        tell: Tell = _keep_silent,
+        submit: Submit = do_here,
     ) -> None:
         """Prepare to build `config`, read from `file`; `watch` sees its progress, `dump` is to keep its graphs.
 
-        `tell` is given what is worth a sentence before the end.
+        `tell` is given what is worth a sentence before the end. `submit` has jobs done that other processes can do.
         """
         self.config, self.file, self.watch, self.dump, self.tell = config, file, watch, dump, tell
+        self.submit, self.lowerings = submit, Lowerings(submit)
+        self.targets: list[TargetBuild] = []
         self.work = WorkDir(config.output, config.budgets.host_memory)
         self.results: list[TargetResult] = []
         self._failed: dict[str, Exception] = {}
         self._records: dict[str | None, ReferenceRecord] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The build for a worker: what was decided and finished, without those who watch."""
+        silent = Build(self.config, self.file, _watch_nothing, None if self.dump is None else self.dump.absolute())
+        known = ("plan", "content", "contents", "inputs", "profiles", "graph", "calibrated")
+        return vars(silent) | {name: vars(self)[name] for name in known if name in vars(self)}
 
     @cached_property
     def profiles(self) -> dict[str, Profile]:
@@ -129,8 +149,9 @@ class Build:
         plan = self.plan = make_plan(self.config)
         plan.check(self.file)
         with self.at_work():
-            for target in self.config.targets:
-                self.results.append(TargetBuild(self, target).run())
+            self.targets = [TargetBuild(self, target) for target in self.config.targets]
+            for target in self.targets:
+                self.results.append(target.run())
             self.work.bundles.prune(target.name for target in self.config.targets)
             self.work.prune((name, key_of(name, values)) for name, values in self.inputs.items())
         return self.results
@@ -202,7 +223,7 @@ class Build:
         walk = Walk(reference, samples, folder, second=any(profile.rounds_by_gptq for profile in profiles.values()))
         if any(target.kv_cache == "int8" for target in self.config.targets):
             check_tokens(walk.tokens)
-        calibration = Calibration(walk, self.checkpoint, profiles, folder, self.watch)
+        calibration = Calibration(walk, self.checkpoint, profiles, folder, self.watch, self.submit)
         part = CalibratedPart(describe_set(self.config.calibration, samples), calibration.run())
         return calibration.files() | {write_part(part, folder)}
 

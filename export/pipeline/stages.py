@@ -26,6 +26,7 @@ from arriero.export.pipeline.publish import Publisher, sync
 from arriero.runtimes.manifest import FileRecord, file_sha256
 
 RECORD = "stage.json"
+LOCK = "lock"  # in a work folder; it says which process holds it
 Run = Callable[[Path], Iterable[str] | None]  # fills a folder and says which files it wrote; None for all
 WITH = "+"  # between a stage's name and the adapter that it is done with
 FOLDER = re.compile(r"(?P<name>.+)-(?P<key>[0-9a-f]{12})(\.partial)?")
@@ -79,7 +80,7 @@ class WorkDir:
         """
         try:
             own(self.root)
-            lock = (self.root / "lock").open("a+")
+            lock = (self.root / LOCK).open("a+")
         except OSError as error:
             if is_full(error):
                 raise
@@ -112,6 +113,13 @@ class WorkDir:
     def is_intact(self, name: str, key: str) -> bool:
         """Whether the stage is finished and every file it wrote has the content that it was given."""
         return _is_intact(self.folder(name, key))
+
+    def partial(self, name: str, key: str) -> Path:
+        """The folder in which a stage is made, marked as ours."""
+        folder = self.folder(name, key)
+        folder = folder.with_name(f"{folder.name}{PARTIAL}")
+        own(folder)
+        return folder
 
     def run_stage(self, stage: Stage) -> Path:
         """Give the stage's finished folder, running it if it is not there. Call it under `locked`.

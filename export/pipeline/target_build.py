@@ -193,8 +193,33 @@ class TargetBuild:
     @cached_property
     def lowered(self) -> Path:
         """The finished stage `lower-*`."""
-        _ = self.build.graph, self.roundings, self.kernels  # finished first: no stage runs within another
-        return self.stage("lower", self.lower, resumes=True)
+        self.prepare_lowering()
+        self.build.lowerings.ask_ahead(self.build.targets)
+        return self.stage("lower", partial(self.build.lowerings.files, self), resumes=True)
+
+    def prepare_lowering(self) -> None:
+        """Finish the stages that the stage `lower-*` reads: no stage runs within another."""
+        _ = self.build.graph, self.roundings, self.kernels
+
+    @property
+    def is_lowered(self) -> bool:
+        """Whether the stage `lower-*` is finished."""
+        name = f"lower-{self.target.name}"
+        return self.build.work.is_done(name, key_of(name, self.build.inputs[name]))
+
+    @property
+    def may_be_lowered(self) -> bool:
+        """Whether the stages that the stage `lower-*` reads are finished, and the bundle is to be made of it."""
+        arch = kernel_arch(self.target)
+        names = ["graph", *["calibrate"] * self.reads_calibration, *[f"kernels-{arch}"] * (arch is not None)]
+        done = all(self.build.work.is_done(name, key_of(name, self.build.inputs[name])) for name in names)
+        return done and not is_current(self.bundle, self.stages)
+
+    @property
+    def lowering_folder(self) -> Path:
+        """Where the stage `lower-*` is made."""
+        name = f"lower-{self.target.name}"
+        return self.build.work.partial(name, key_of(name, self.build.inputs[name]))
 
     @cached_property
     def kernels(self) -> Path | None:

@@ -51,11 +51,28 @@ WATCHED = {
 }
 
 
+@dataclass(frozen=True)
+class ExpertRows:
+    """The rows of a file that one expert reads, by number, and the name of each one's sample."""
+
+    file: Path
+    numbers: NDArray[np.int64]
+    samples: Sequence[str]
+
+    def pieces(self) -> Iterator[tuple[Floats, Sequence[str]]]:
+        """The rows [n, H], at most `ROWS` at a time, and the names of their samples."""
+        rows = np.load(self.file, mmap_mode="r")
+        for start in range(0, len(self.numbers), ROWS):
+            piece = slice(start, start + ROWS)
+            yield np.asarray(rows[self.numbers[piece]]), self.samples[piece]
+
+
 @dataclass
 class Routed:
-    """What the router of one layer sent to its experts: rows f32 [T*k, H], already scaled by the score."""
+    """What the router of one layer sent to its experts: rows f32 [T*k, H] of `file`, already scaled by the score."""
 
-    rows: Floats
+    file: Path
+    rows: Any
     expert: NDArray[np.int64]  # [T*k]
     sample: NDArray[np.int64]  # [T*k]
     names: Sequence[str]  # of the samples
@@ -64,12 +81,10 @@ class Routed:
         """Tokens per expert [E]."""
         return [int(count) for count in np.bincount(self.expert, minlength=experts)]
 
-    def of(self, expert: int) -> Iterator[tuple[Floats, list[str]]]:
-        """The rows [n, H] that `expert` reads, at most `ROWS` at a time, and the name of each one's sample."""
-        rows = np.flatnonzero(self.expert == expert)
-        for start in range(0, len(rows), ROWS):
-            piece = rows[start : start + ROWS]
-            yield np.asarray(self.rows[piece]), [self.names[number] for number in self.sample[piece]]
+    def of(self, expert: int) -> ExpertRows:
+        """What `expert` reads."""
+        numbers = np.flatnonzero(self.expert == expert)
+        return ExpertRows(self.file, numbers, [self.names[number] for number in self.sample[numbers]])
 
 
 @dataclass
@@ -183,14 +198,16 @@ class Walk:
                 out[rows] = after
                 tell(number + 1, total)
         if self.routed is not None:
+            self.routed.rows.flush()  # for other machines that read them
             self._add_experts(layer, self.routed, out, lambda expert: tell(len(self.prompts) + expert + 1, total))
         _finish(out, self.hidden_file(layer + 1))
 
     def _new_routed(self) -> Routed:
         rows = self.tokens * self.text.experts_per_token
         samples = np.repeat(np.arange(len(self.prompts)), np.diff(self.bounds) * self.text.experts_per_token)
-        file = _create(self.folder / "routed.npy", rows, self.text.hidden_size)
-        return Routed(file, np.zeros(rows, np.int64), samples, [sample.name for sample in self.samples])
+        file = self.folder / "routed.partial"
+        made = _create(file, rows, self.text.hidden_size)
+        return Routed(file, made, np.zeros(rows, np.int64), samples, [sample.name for sample in self.samples])
 
     @torch.inference_mode()
     def _reach_router(self, layer: int, hidden: Floats, rows: slice) -> tuple[Floats, KeyValue]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -116,6 +115,4 @@ def _read_memo(memo: Path | None) -> dict[str, str]:
 
 def _write_memo(memo: Path, known: dict[str, str]) -> None:
     memo.parent.mkdir(parents=True, exist_ok=True)
-    partial = memo.with_name(f"{memo.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(known, indent=1))
-    partial.replace(memo)
+    memo.write_text(json.dumps(known, indent=1))  # in place: half of it is as good as none, and nothing lies beside it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 
 from arriero.errors import ArrieroError
 from arriero.export.calibration.calibrate import Calibration, fallbacks
+from arriero.export.calibration.round_matrices import expert_matrices
 from arriero.export.proof import decoded_memory
 from arriero.export.proof.reference import TorchBackend
 from arriero.export.proof.walk_layers import Walk
@@ -137,13 +139,13 @@ def test_statistics_are_those_of_an_explicit_recomputation(tmp_path: Path, name:
     counts = seen.routed.counts(walk.text.experts)
     assert sum(counts) == SAMPLES * LENGTH * walk.text.experts_per_token
     calibration = Calibration(walk, Checkpoint.open(folder), {"p": profile()}, tmp_path, lambda *_: None)
-    found = list(calibration._experts(layer, seen.routed))
+    matrices = [one for job in calibration._jobs(layer, seen.routed) for one in expert_matrices(job)]
     for expert in range(walk.text.experts):
         token, slot = torch.nonzero(chosen == expert, as_tuple=True)
         rows = y[token] * value[token, slot].sigmoid()[:, None]
         gate, up = (rows @ module.feed_forward.experts.gate_up_proj[expert].float()).chunk(2, -1)
         inner = F.silu(gate) * up
-        for (_, _, _, moments), want in zip(found[2 * expert : 2 * expert + 2], (rows, inner), strict=True):
+        for (_, _, _, moments), want in zip(matrices[2 * expert : 2 * expert + 2], (rows, inner), strict=True):
             assert moments.count == counts[expert] == len(want)
             np.testing.assert_allclose(moments.moment, (want.T @ want).numpy(), rtol=1e-3, atol=1e-4)
 
@@ -332,7 +334,7 @@ def test_an_expert_whose_inner_activation_overflows_is_named(tmp_path: Path) -> 
     calibration = Calibration(walk, Checkpoint.open(folder), {}, tmp_path, lambda *_: None)
     told = rf"layer 0, expert {expert}, input of down_proj, calibration sample set.jsonl:2: "
     with np.errstate(all="ignore"), pytest.raises(ArrieroError, match=told):
-        list(calibration._experts(0, routed))
+        list(chain.from_iterable(map(expert_matrices, calibration._jobs(0, routed))))
 
 
 @pytest.mark.parametrize("name", sorted(TOYS.keys() - {"guard"}))

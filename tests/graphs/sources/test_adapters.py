@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,21 @@ def test_several_adapters_are_added_and_each_changes_the_hash(tmp_path: Path) ->
     np.testing.assert_allclose(values[2] - values[1], 2 * (values[1] - values[0]), atol=1e-5)
     hashes = {checkpoint.content_hash() for checkpoint in (plain, one, both, Checkpoint.open(source, folders[::-1]))}
     assert len(hashes) == 4
+
+
+def test_a_checkpoint_goes_to_another_process_as_what_it_was_opened_from(tmp_path: Path) -> None:
+    """Not as the bytes of its files, which are mapped by then."""
+    source = make_scout_toy(tmp_path / "source", 1, vision=False)
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        train(source, folder)
+    merged = Checkpoint.open(source, [one]).merged([two])
+    values = {name: merged.read_float32(name) for name in merged.tensors}
+    sent = pickle.dumps(merged)
+    assert len(sent) < 1000
+    arrived = pickle.loads(sent)
+    assert (arrived.model, arrived.adapters) == (source, (one, two))
+    assert all(np.array_equal(arrived.read_float32(name), one) for name, one in values.items())
 
 
 def test_an_adapter_on_a_quantised_model_adds_to_the_values_that_it_has(tmp_path: Path) -> None:

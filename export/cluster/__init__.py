@@ -1,0 +1,1 @@
+"""Jobs of a build on the workers of a Dask cluster."""

@@ -1,0 +1,70 @@
+"""The stages `lower-*` as jobs: this process lowers one target at a time, a cluster's workers several.
+
+A worker gets the build as it stands, without those who watch it; graph, calibration and kernels are finished by then.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from arriero.export.machine.jobs import do_here
+from arriero.traits import TRAITS
+
+if TYPE_CHECKING:
+    from arriero.export.machine.jobs import Submit
+    from arriero.export.pipeline.target_build import TargetBuild
+
+BUSY = "busy"  # a file that whoever writes into a stage's folder holds
+Files = Callable[[], Iterator[set[str]]]
+
+
+@dataclass(frozen=True)
+class LowerJob:
+    """A target to be lowered into a folder."""
+
+    target: TargetBuild
+    folder: Path
+
+
+def lower_target(job: LowerJob) -> Iterator[set[str]]:
+    """Lower a target; yields the names of its files.
+
+    Whoever does it holds the folder: a worker that is taken for dead may still be writing when its successor begins.
+    """
+    with (job.folder / BUSY).open("a") as busy:
+        fcntl.flock(busy, fcntl.LOCK_EX)
+        yield job.target.lower(job.folder)
+
+
+class Lowerings:
+    """The lowerings of a build's targets, each asked of `submit` once."""
+
+    def __init__(self, submit: Submit) -> None:
+        self.submit = submit
+        self._asked: dict[str, Files] = {}
+
+    def ask_ahead(self, targets: Sequence[TargetBuild]) -> None:
+        """Have those of `targets` lowered by others for which nothing else is to be done before."""
+        if self.submit is do_here:
+            return
+        for target in targets:
+            if not target.is_lowered and target.may_be_lowered:
+                target.prepare_lowering()
+                self._ask(target, target.lowering_folder)
+
+    def files(self, target: TargetBuild, folder: Path) -> set[str]:
+        """The names of the files of a target that is lowered now, or was asked for ahead, in its stage's `folder`."""
+        self._ask(target, folder)
+        (names,) = self._asked.pop(target.target.name)()
+        return names
+
+    def _ask(self, target: TargetBuild, folder: Path) -> None:
+        name = target.target.name
+        if name not in self._asked:
+            # an engine is compiled on the GPU that it is for
+            submit = do_here if TRAITS[target.target.backend].compiles_for == "gpu" else self.submit
+            self._asked[name] = submit(lower_target, LowerJob(target, folder))
