@@ -16,7 +16,7 @@ from arriero.errors import ArrieroError
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-# Between JSON's tokens: a space, or a line and its indentation. A model that is lost would write spaces to the end.
+# Between JSON's tokens: a space, or a line and its indentation. Any number would let a model write spaces to the end.
 SPACES = r"(?: |\n {0,20})?"
 # A schema of a stranger's sets none of these itself. With `u` among the escapes an answer could write the name "a" as
 # "\u0061" and give it a value of a type that is forbidden.

@@ -24,10 +24,11 @@ import jsonschema
 import openai
 
 import arriero
+from arriero.runtimes.server.bundles import Bundles
 from arriero.runtimes.server.options import ServerOptions
 from arriero.runtimes.session import Session
 from tests.long.released_package import unpacked
-from tests.runtimes.server.conftest import Served
+from tests.runtimes.server.conftest import Served, open_bundle
 
 VERSION = "2026.3.23"
 SETS = ("simple_python", "simple_java", "simple_javascript", "multiple", "parallel", "parallel_multiple")
@@ -119,7 +120,7 @@ def run(session: Session, each: int, clients: int, seed: int = 0) -> Iterator[tu
     if "tools" not in template.source.text:
         object.__setattr__(template.source, "text", template.source.text + "{# tools #}")
     bias = {str(session.processor.tokenize(text)[-1]): BIAS for text in CLOSING}
-    served = Served({"model": session}, ServerOptions(port=0))
+    served = Served(Bundles([open_bundle("model", session)]), ServerOptions(port=0))
     try:
         client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=1200)
         for name in SETS:
