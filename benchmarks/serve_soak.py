@@ -60,14 +60,15 @@ def serve(bundle: Path, port: int, threads: int, batch: int, prefix_cache: int) 
     """Serve the bundle; its template takes tools even where it writes none, for forced calls need none."""
     from arriero.runtimes.server.options import ServerOptions
     from arriero.runtimes.server.serve import open_bundles
-    from arriero.runtimes.server.serve import serve as serve_sessions
+    from arriero.runtimes.server.serve import serve as serve_bundles
 
-    sessions = open_bundles([bundle], threads, batch, prefix_cache)
-    for session in sessions.values():
-        source = session.processor._templates["default"].source
+    bundles = open_bundles([bundle], threads, batch, prefix_cache)
+    for opened in bundles.by_name.values():
+        assert opened.session is not None
+        source = opened.session.processor._templates["default"].source
         if "tools" not in source.text:
             object.__setattr__(source, "text", source.text + "{# tools #}")
-    serve_sessions(sessions, ServerOptions(port=port, most_body_bytes=BODY))
+    serve_bundles(bundles, ServerOptions(port=port, most_body_bytes=BODY))
 
 
 def make_bodies(count: int) -> list[dict[str, Any]]:
