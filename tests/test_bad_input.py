@@ -54,7 +54,7 @@ BUILD_FILES = [
         line("unknown_cache", "profile: fp32", "profile: fp32, kv_cache: fp8"),
         "'fp8' is not valid",
         "build.yaml:6",
-        "'float32' or 'int8'",
+        "'float32', 'float16' or 'int8'",
     ),
     case(line("two_of_one_name", "name: int8", "name: FP32"), "also the name", "build.yaml:7", "Rename one"),
     case(

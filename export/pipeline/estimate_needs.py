@@ -77,7 +77,6 @@ def estimate_needs(
     }
     held, used_before = REFERENCE_MEMORY, set[str]()  # what stays in the process, and which backends left it there
     compilers = min(COMPILERS, usable_cores()) * COMPILER_MEMORY
-    table = sum(info.nbytes for info in used if info.name == EMBEDDING)
     longest = max((size[0] for size in case_sizes), default=0)
     first_waiting = next((target.name for target in targets if target.name in waiting), None)
     for target in targets:
@@ -97,7 +96,7 @@ def estimate_needs(
         if first and not target.done:
             held += takes.stays
             used_before.add(target.backend)
-        parity = held + _parity_memory(target, seen, table, longest)
+        parity = held + _parity_memory(used, target, seen, longest)
         needs |= {name: (parity, GRAPH_DISK) for name in names if split_stage(name)[0] == f"parity-{target.name}"}
         # the baseline's weights lie beside the bundle's own while it is measured
         needs[f"rtn-{target.name}"] = (max(lowering[0], parity), target.weights_bytes + GRAPH_DISK)
@@ -209,11 +208,11 @@ def _lower_memory(used: Iterable[WeightSource], target: PlannedTarget) -> int:
     return int(max(pieces, packed))
 
 
-def _parity_memory(target: PlannedTarget, seen: ModelConfig, table: int, longest: int) -> int:
+def _parity_memory(used: Iterable[WeightSource], target: PlannedTarget, seen: ModelConfig, longest: int) -> int:
     """Estimate parity: a case of `longest` tokens with its cache, a step of it, and the backend's copy of weights.
 
-    A backend that does not map weights keeps a copy of what it multiplies by, not of the embedding's `table`, and of
-    quantised matrices the packed form beside what it was packed from.
+    A backend that does not map weights keeps a copy of what it packs to multiply by, neither of the embedding's table
+    nor of experts that are exact, and of quantised matrices the packed form beside what it was packed from.
     """
     takes, text = TRAITS[target.backend].footprint, seen.text
     piece = min(longest, PREFILL_PIECE, logits_piece(text.vocab_size))
@@ -222,7 +221,13 @@ def _parity_memory(target: PlannedTarget, seen: ModelConfig, table: int, longest
     held += takes.step_copies * step_bytes(model_spec(seen), width, piece)
     held += kv_bytes(text, longest, CACHE_BYTES[target.kv_cache])
     if not takes.maps_weights:
-        held += sum(size * (1 if label in FLOATS else 2) for label, size in target.weights.items()) - table
+        exact = set(target.weights) <= set(FLOATS)
+        held += sum(size * (1 if label in FLOATS else 2) for label, size in target.weights.items())
+        for info in used:
+            if info.name == EMBEDDING:
+                held -= info.nbytes
+            elif exact and len(info.shape) > 2:
+                held -= 4 * math.prod(info.shape)
     return held
 
 
