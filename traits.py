@@ -41,8 +41,7 @@ class Footprint:
     compiler: int = 0  # the first time; half of it later
     runtime: int = 0
     stays: int = 0  # in the process once it was used, of its packages and of what it keeps for its next use
-    logit_copies: int = 2  # of the logits of a piece of a case while it is measured
-    step_copies: int = 0  # of what a step computes in
+    steps: int = 0  # how many times what a step of a prompt computes in
     maps_weights: bool = False  # read where the file is mapped; else each is copied, a quantised one packed besides
 
 
@@ -101,9 +100,7 @@ TRAITS: dict[str, BackendTraits] = {
                 Package("apache-tvm-ffi", "0.1.14", extra="tvm", imports=("tvm_ffi",)),
             ),
             files=(".so", ".json"),
-            footprint=Footprint(
-                compiler=70 << 20, runtime=180 << 20, stays=80 << 20, logit_copies=1, step_copies=2, maps_weights=True
-            ),
+            footprint=Footprint(compiler=70 << 20, runtime=135 << 20, stays=80 << 20, steps=1, maps_weights=True),
             switches_adapters=True,
             keeps_stored_dtype=True,
         ),

@@ -18,7 +18,7 @@ from arriero.profiles.recipe import Profile
 
 # From runs on small models, as `benchmarks/plan_accuracy.py` makes them.
 REFERENCE_MEMORY = 345 << 20  # Python with torch and its mapped weights, after a graph was traced
-LINEAR_MEMORY = 50 << 20  # what the libraries of linear algebra keep
+LINEAR_MEMORY = 35 << 20  # what the libraries of linear algebra keep
 FACTORING = 3.3  # of second moments in float64, beside themselves: in GPTQ's order, inverted, halves on their way
 ROUND_BYTES = 14  # of a number in a matrix: read, in float32, rounded, packed
 PIECE_BYTES = 32  # of a number in the rows that are rounded at a time

@@ -40,6 +40,8 @@ GRAPH_DISK = 16 << 20  # traced and lowered graphs without weights, tokenizer, r
 LARGEST_PIECE = 140 << 20  # pieces of a matrix on their way through; an expert is rounded whole
 PIECE_COPIES = 2.8  # of an expert: in float32, over its scales, rounded, and packed
 PACKED_SHARE = 0.18  # of float32's bytes, of quantised matrices but the head
+LOGIT_COPIES = 2  # of a piece's logits while they are measured
+RTN_LEFT = 30 << 20  # that lowering the RTN baseline leaves behind while it is measured
 FLOATS = ("f32", "bf16", "f16")  # labels of weights that are not quantised
 
 Need = tuple[int, int]  # of a stage: peak memory and disk, in bytes
@@ -99,7 +101,7 @@ def estimate_needs(
         parity = held + _parity_memory(used, target, seen, longest)
         needs |= {name: (parity, GRAPH_DISK) for name in names if split_stage(name)[0] == f"parity-{target.name}"}
         # the baseline's weights lie beside the bundle's own while it is measured
-        needs[f"rtn-{target.name}"] = (max(lowering[0], parity), target.weights_bytes + GRAPH_DISK)
+        needs[f"rtn-{target.name}"] = (max(lowering[0], parity + RTN_LEFT), target.weights_bytes + GRAPH_DISK)
     return needs
 
 
@@ -217,8 +219,8 @@ def _parity_memory(used: Iterable[WeightSource], target: PlannedTarget, seen: Mo
     takes, text = TRAITS[target.backend].footprint, seen.text
     piece = min(longest, PREFILL_PIECE, logits_piece(text.vocab_size))
     width = 2 * max(text.expert_ffn if layer.moe else text.dense_ffn for layer in text.layers)
-    held = takes.runtime + takes.logit_copies * 4 * piece * text.vocab_size
-    held += takes.step_copies * step_bytes(model_spec(seen), width, piece)
+    held = takes.runtime + LOGIT_COPIES * 4 * piece * text.vocab_size
+    held += takes.steps * step_bytes(model_spec(seen), width, piece)
     held += kv_bytes(text, longest, CACHE_BYTES[target.kv_cache])
     if not takes.maps_weights:
         exact = set(target.weights) <= set(FLOATS)

@@ -23,6 +23,7 @@ from arriero.traits import SHARED_PACKAGES
 
 LAYOUTS = "graphs/sources"  # which are imported by name, so that only their folder shows what reads a checkpoint
 RECORDS = ("export/proof/write_record.py", "export/samples/cases.py", LAYOUTS)  # the sources that the stage begins in
+LOGITS_BESIDE = 85 << 20  # what else is held while logits are made and sorted: libraries, blocks in float64
 ENTRY_BYTES = 4 << 10  # of `record.json` for one case
 
 
@@ -73,4 +74,4 @@ def record_memory(
     head = 2 * 4 * VOCABULARY * text.hidden_size + together * VOCABULARY // text.vocab_size
     logits = together + max(head, largest)
     walked = estimate.calibration_memory(config, used, sizes, second=False, whole=answers == "generated")
-    return max(walked, estimate.REFERENCE_MEMORY + estimate.LINEAR_MEMORY + logits)
+    return max(walked, estimate.REFERENCE_MEMORY + LOGITS_BESIDE + logits)
