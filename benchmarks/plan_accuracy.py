@@ -63,10 +63,26 @@ class Figure:
         return self.planned / self.measured
 
 
-def arriero(folder: Path, *arguments: str) -> str:
-    """Run the command in `folder`; gives its standard output, and lets errors through."""
+def arriero(folder: Path, *arguments: str, allowed: Collection[int] = (0,)) -> str:
+    """Run the command in `folder`; gives its standard output. Raises RuntimeError for other exit codes."""
     command = [sys.executable, "-m", "arriero.export", *arguments]
-    return subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+    if done.returncode not in allowed:
+        raise RuntimeError(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}")
+    return done.stdout
+
+
+def stage_keys(folder: Path) -> dict[str, str]:
+    """The keys of the stages of the build that `folder` holds, by name."""
+    return {
+        stage["name"]: stage["key"] for stage in json.loads(arriero(folder, "plan", "build.yaml", "--json"))["stages"]
+    }
+
+
+def stage_record(output: Path, name: str, key: str) -> dict[str, Any]:
+    """What a finished stage recorded, with the bytes of its files as `disk`."""
+    record: dict[str, Any] = json.loads((output / ".work" / f"{name}-{key}" / "stage.json").read_text())
+    return record | {"disk": sum(file["bytes"] for file in record["files"].values())}
 
 
 def figures(plan: dict[str, Any], keys: dict[str, str], output: Path) -> Iterator[Figure]:
@@ -75,13 +91,10 @@ def figures(plan: dict[str, Any], keys: dict[str, str], output: Path) -> Iterato
     What a stage deletes again (the RTN baseline's weights) is not measured.
     """
     for stage in plan["stages"]:
-        folder = output / ".work" / f"{stage['name']}-{keys[stage['name']]}"
-        record = json.loads((folder / "stage.json").read_text())
+        record = stage_record(output, stage["name"], keys[stage["name"]])
         yield Figure(f"{stage['name']}: memory", stage["memory"], record["peak_memory_bytes"])
         if not stage["name"].startswith("rtn-"):
-            yield Figure(
-                f"{stage['name']}: disk", stage["disk"], sum(file["bytes"] for file in record["files"].values())
-            )
+            yield Figure(f"{stage['name']}: disk", stage["disk"], record["disk"])
     for target in plan["targets"]:
         manifest = json.loads((output / target["name"] / "manifest.json").read_text())
         weights = sum(
@@ -112,9 +125,7 @@ def measure(folder: Path, changes: dict[str, Any], chosen: Collection[str]) -> l
     (folder / "build.yaml").write_text(BUILD.format(targets=targets))
     before = json.loads(arriero(folder, "plan", "build.yaml", "--json"))
     arriero(folder, "build", "build.yaml")
-    after = json.loads(arriero(folder, "plan", "build.yaml", "--json"))
-    keys = {stage["name"]: stage["key"] for stage in after["stages"]}
-    return list(figures(before, keys, folder / "bundles"))
+    return list(figures(before, stage_keys(folder), folder / "bundles"))
 
 
 def main() -> None:

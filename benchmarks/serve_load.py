@@ -24,7 +24,6 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -38,10 +37,10 @@ from typing import Any
 
 import httpx
 import numpy as np
+from free_port import free_port
 from roofline import build_probe
-from speed import LINE, READ, read_anew, read_bandwidth
+from speed import make_buffer, read_anew, read_bandwidth, touched_bytes
 
-from arriero.export.proof.compare import decoder_bytes
 from arriero.runtimes.manifest import Manifest
 
 SHORT = 32  # tokens of a prompt whose answer counts
@@ -166,21 +165,6 @@ def gaps(answer: Answer) -> Iterator[tuple[float, float]]:
         yield later, later - earlier
 
 
-def ceiling(bundle: Path, rows: int, bandwidth: float) -> float:
-    """Tokens/s of all rows where a step takes the time to read its weights, each row drawing its experts evenly."""
-    manifest = Manifest.read(bundle)
-    model = manifest.model
-    share = model.num_experts_per_tok / model.num_local_experts if model.num_local_experts else 1.0
-    return rows * bandwidth / decoder_bytes(manifest.weights, 1 - (1 - share) ** rows)
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def start(options: argparse.Namespace) -> tuple[dict[str, Server], dict[str, Path], Prompts]:
     """The servers by name, the bundles among them, and the prompts for the model of the first."""
     bundles = {name: Path(path) for name, _, path in (text.partition("=") for text in options.bundles)}
@@ -213,7 +197,7 @@ def show(rounds: list[dict[str, dict[str, float]]], bandwidth: list[float], bund
     for name in rounds[0]:
         mid = {key: statistics.median(one[name][key] for one in rounds) for key in rounds[0][name]}
         times = statistics.median(one[name]["all"] / one[name]["one"] for one in rounds)
-        top = f"{ceiling(bundles[name], n, speed):8.0f}" if name in bundles else f"{'':8}"
+        top = f"{n * speed / touched_bytes(Manifest.read(bundles[name]), n):8.0f}" if name in bundles else f"{'':8}"
         print(
             f"{name:14} {mid['one']:9.1f} {mid['all']:10.1f} {times:6.2f} {top} {mid['ttft']:7.2f} "
             f"{mid['ttft_shared']:7.2f} {1000 * mid['gap_before']:7.1f} {mid['gap_p99']:6.2f} {mid['second_turn']:9.1%}"
@@ -236,8 +220,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         probe = build_probe(Path(folder))
-    room = np.ones(READ // 8 + LINE, np.uint64)
-    buffer = room[-room.ctypes.data % 64 // 8 :][: READ // 8]
+    buffer = make_buffer()
     servers, bundles, prompts = start(options)
     rounds: list[dict[str, dict[str, float]]] = []
     bandwidth: list[float] = []

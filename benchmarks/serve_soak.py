@@ -32,6 +32,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+from free_port import free_port
 from PIL import Image
 
 # Growth from the first fifth to the end, both quiet.
@@ -304,9 +305,7 @@ def main() -> int:
     if options.worker:
         serve(options.bundle, options.worker, options.threads, options.clients, options.prefix_cache)
         return 0
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     command = [sys.executable, __file__, str(options.bundle), "--worker", str(port)]
     command += ["--threads", str(options.threads), "--clients", str(options.clients)]
     command += ["--prefix-cache", str(options.prefix_cache)]

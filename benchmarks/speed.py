@@ -91,11 +91,11 @@ class LlamaCpp:
         return float(run["avg_ts"])
 
 
-def touched_bytes(manifest: Manifest) -> int:
-    """Bytes of weights that one token of decode reads."""
+def touched_bytes(manifest: Manifest, rows: int = 1) -> int:
+    """Bytes of weights that a decode step of so many rows reads, each row drawing its experts evenly."""
     model = manifest.model
-    share = model.num_experts_per_tok / model.num_local_experts if model.num_local_experts else 1
-    return decoder_bytes(manifest.weights, share)
+    share = model.num_experts_per_tok / model.num_local_experts if model.num_local_experts else 1.0
+    return decoder_bytes(manifest.weights, 1 - (1 - share) ** rows)
 
 
 def cache_bytes(manifest: Manifest, depth: int) -> int:
@@ -147,6 +147,12 @@ def resident_mib() -> float:
     """Resident memory of this process, in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def make_buffer() -> np.ndarray:
+    """The buffer u64 [n] whose reading is the roofline, aligned to a cache line as numpy's own is not."""
+    room = np.ones(READ // 8 + LINE, np.uint64)
+    return room[-room.ctypes.data % 64 // 8 :][: READ // 8]
 
 
 def read_bandwidth(probe: ctypes.CDLL, buffer: np.ndarray, threads: int) -> float:
@@ -220,8 +226,7 @@ def main() -> None:
         parser.error("name at least one bundle or --gguf")
     with tempfile.TemporaryDirectory() as folder:
         probe = build_probe(Path(folder))
-    room = np.ones(READ // 8 + LINE, np.uint64)
-    buffer = room[-room.ctypes.data % 64 // 8 :][: READ // 8]  # numpy aligns to less than a line
+    buffer = make_buffer()
     rounds, bandwidth = [], []
     for number in range(arguments.rounds):
         bandwidth.append(read_bandwidth(probe, buffer, arguments.threads))

@@ -15,14 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from plan_accuracy import arriero, stage_keys, stage_record
 from tokenizers import Tokenizer
 
 from arriero.graphs.sources.released_configs import released_config
@@ -58,15 +57,6 @@ def write_samples(path: Path, tokens: int, each: int, seed: int) -> None:
     path.write_text("".join(lines))
 
 
-def arriero(folder: Path, *arguments: str, allowed: tuple[int, ...] = (0,)) -> str:
-    """Run the command in `folder`; gives its standard output. Raises RuntimeError for other exit codes."""
-    command = [sys.executable, "-m", "arriero.export", *arguments]
-    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True)
-    if done.returncode not in allowed:
-        raise RuntimeError(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}")
-    return done.stdout
-
-
 def measure(folder: Path, model: str, layers: int, profile: str, options: argparse.Namespace) -> Iterator[dict]:
     """Plan and build one source in `folder`; gives a row per stage, and one of the whole."""
     url = f"synthetic://{model}?layers={layers}"
@@ -78,16 +68,12 @@ def measure(folder: Path, model: str, layers: int, profile: str, options: argpar
     # random weights fail thresholds (1); what the stages took stands all the same
     arriero(folder, "build", "build.yaml", allowed=(0, 1))
     seconds = time.monotonic() - started
-    keys = {
-        stage["name"]: stage["key"] for stage in json.loads(arriero(folder, "plan", "build.yaml", "--json"))["stages"]
-    }
+    keys = stage_keys(folder)
     source = {"model": model, "layers": layers, "profile": profile, "budget": options.memory}
     source |= {"calibration": options.calibration, "parity": options.parity, "processor": describe_processor()}
     total = 0.0
     for stage in planned["stages"]:
-        record = json.loads(
-            (folder / "bundles" / ".work" / f"{stage['name']}-{keys[stage['name']]}" / "stage.json").read_text()
-        )
+        record = stage_record(folder / "bundles", stage["name"], keys[stage["name"]])
         total += record["processor_seconds"]
         yield source | {
             "stage": stage["name"],
@@ -95,7 +81,7 @@ def measure(folder: Path, model: str, layers: int, profile: str, options: argpar
             "measured": record["peak_memory_bytes"],
             "seconds": record["seconds"],
             "processor_seconds": record["processor_seconds"],
-            "disk": sum(file["bytes"] for file in record["files"].values()),
+            "disk": record["disk"],
         }
     yield source | {"stage": "build", "seconds": seconds, "processor_seconds": total}
 

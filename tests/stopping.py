@@ -11,6 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 COMMAND = [sys.executable, "-m", "arriero.export"]
+# A piece of a script that has os, signal and sys: argv[2] calls of what is `counted` are let through, the next kills.
+COUNTED = """
+left = int(sys.argv[2])
+def counted(function):
+    def call(*arguments, **options):
+        global left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return function(*arguments, **options)
+    return call
+"""
 
 
 @contextlib.contextmanager

@@ -153,7 +153,7 @@ class Build:
             for target in self.targets:
                 self.results.append(target.run())
             self.work.bundles.prune(target.name for target in self.config.targets)
-            self.work.prune((name, key_of(name, values)) for name, values in self.inputs.items())
+            self.work.prune((name, self.key(name)) for name in self.inputs)
         return self.results
 
     def run_calibration(self) -> dict[str, Any]:
@@ -178,6 +178,14 @@ class Build:
             self.contents = {adapter: one.content_hash(memo) for adapter, one in self.adapted.items()}
             self.inputs = stage_inputs(self.config, self.content, self.profiles, self.contents)
             yield
+
+    def key(self, name: str) -> str:
+        """The key of a planned stage."""
+        return key_of(name, self.inputs[name])
+
+    def is_done(self, name: str) -> bool:
+        """Whether a planned stage is finished."""
+        return self.work.is_done(name, self.key(name))
 
     def stage(self, name: str, run: Run, resumes: bool = False) -> Path:
         """Run a planned stage unless it is done. One that failed is not tried again for the next target."""

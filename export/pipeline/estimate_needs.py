@@ -200,7 +200,7 @@ def _lower_memory(used: Iterable[WeightSource], target: PlannedTarget) -> int:
     matrices = [4 * math.prod(info.shape[-2:]) for info in used]
     experts = [4 * math.prod(info.shape[-2:]) for info in used if len(info.shape) > 2]
     pieces = int(max(min(max(matrices, default=0), LARGEST_PIECE), PIECE_COPIES * max(experts, default=0)))
-    exact = set(target.weights) <= set(FLOATS)
+    exact = _is_exact(target)
     if takes.maps_weights:
         linked = exact and TRAITS[target.backend].keeps_stored_dtype
         return 0 if linked else pieces
@@ -208,6 +208,11 @@ def _lower_memory(used: Iterable[WeightSource], target: PlannedTarget) -> int:
     head = sum(4 * math.prod(info.shape) for info in used if info.name == HEAD)
     packed = every if exact else head + PACKED_SHARE * (every - head)
     return int(max(pieces, packed))
+
+
+def _is_exact(target: PlannedTarget) -> bool:
+    """Whether nothing in the bundle is quantised."""
+    return set(target.weights) <= set(FLOATS)
 
 
 def _parity_memory(used: Iterable[WeightSource], target: PlannedTarget, seen: ModelConfig, longest: int) -> int:
@@ -223,7 +228,7 @@ def _parity_memory(used: Iterable[WeightSource], target: PlannedTarget, seen: Mo
     held += takes.steps * step_bytes(model_spec(seen), width, piece)
     held += kv_bytes(text, longest, CACHE_BYTES[target.kv_cache])
     if not takes.maps_weights:
-        exact = set(target.weights) <= set(FLOATS)
+        exact = _is_exact(target)
         held += sum(size * (1 if label in FLOATS else 2) for label, size in target.weights.items())
         for info in used:
             if info.name == EMBEDDING:

@@ -116,10 +116,13 @@ class WorkDir:
 
     def partial(self, name: str, key: str) -> Path:
         """The folder in which a stage is made, marked as ours."""
-        folder = self.folder(name, key)
-        folder = folder.with_name(f"{folder.name}{PARTIAL}")
+        folder = self._unfinished(name, key)
         own(folder)
         return folder
+
+    def _unfinished(self, name: str, key: str) -> Path:
+        folder = self.folder(name, key)
+        return folder.with_name(f"{folder.name}{PARTIAL}")
 
     def run_stage(self, stage: Stage) -> Path:
         """Give the stage's finished folder, running it if it is not there. Call it under `locked`.
@@ -130,7 +133,7 @@ class WorkDir:
         final = self.folder(stage.name, stage.key)
         if self.is_intact(stage.name, stage.key):
             return final
-        partial = final.with_name(f"{final.name}{PARTIAL}")
+        partial = self._unfinished(stage.name, stage.key)
         remove_owned(final, RECORD)
         with machine_limits(f"in stage {stage.name}", self.output):
             # With its record a stage is complete: what a kill leaves after that is only cleaned and named.

@@ -91,7 +91,7 @@ class TargetBuild:
         names += [
             subject_stage(stage, adapter) for stage in ("reference", f"parity-{name}") for adapter in self.subjects
         ]
-        return {name: key_of(name, self.build.inputs[name]) for name in names}
+        return {name: self.build.key(name) for name in names}
 
     @property
     def reads_calibration(self) -> bool:
@@ -204,22 +204,20 @@ class TargetBuild:
     @property
     def is_lowered(self) -> bool:
         """Whether the stage `lower-*` is finished."""
-        name = f"lower-{self.target.name}"
-        return self.build.work.is_done(name, key_of(name, self.build.inputs[name]))
+        return self.build.is_done(f"lower-{self.target.name}")
 
     @property
     def may_be_lowered(self) -> bool:
         """Whether the stages that the stage `lower-*` reads are finished, and the bundle is to be made of it."""
         arch = kernel_arch(self.target)
         names = ["graph", *["calibrate"] * self.reads_calibration, *[f"kernels-{arch}"] * (arch is not None)]
-        done = all(self.build.work.is_done(name, key_of(name, self.build.inputs[name])) for name in names)
-        return done and not is_current(self.bundle, self.stages)
+        return all(map(self.build.is_done, names)) and not is_current(self.bundle, self.stages)
 
     @property
     def lowering_folder(self) -> Path:
         """Where the stage `lower-*` is made."""
         name = f"lower-{self.target.name}"
-        return self.build.work.partial(name, key_of(name, self.build.inputs[name]))
+        return self.build.work.partial(name, self.build.key(name))
 
     @cached_property
     def kernels(self) -> Path | None:

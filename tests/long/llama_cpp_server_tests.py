@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.long.released_package import unpacked
+from tests.test_serve_command import free_port
 
 VERSION = "0.3.36"
 FOLDER = "vendor/llama.cpp/tools/server/tests"
@@ -88,9 +88,7 @@ def adapt(folder: Path) -> None:
 @contextmanager
 def serving(bundle: Path, key: str | None) -> Iterator[int]:
     """`arriero serve` with the key; gives its port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {name: value for name, value in os.environ.items() if name != "ARRIERO_API_KEY"}
     if key is not None:
         environment["ARRIERO_API_KEY"] = key

@@ -15,6 +15,7 @@ from arriero.errors import ArrieroError
 from arriero.export.pipeline.failure_page import FailurePage
 from arriero.export.pipeline.ownership import MARK, is_owned, own, remove_owned
 from arriero.export.pipeline.stages import WorkDir
+from tests.stopping import COUNTED
 
 
 def fill(folder: Path, text: str) -> Path:
@@ -43,22 +44,15 @@ def test_publish_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [".work", "int8"]
 
 
-CUT = """
+CUT = (
+    """
 import json, os, shutil, signal, sys
 from pathlib import Path
 from arriero.export.pipeline.ownership import MARK
 from arriero.export.pipeline.stages import WorkDir
-
-left = int(sys.argv[2])
-def counted(function):
-    def call(*arguments, **options):
-        global left
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left -= 1
-        return function(*arguments, **options)
-    return call
-
+"""
+    + COUNTED
+    + """
 work = WorkDir(Path(sys.argv[1]))
 with work.locked():
     shutil.copytree(work.output.parent / "new", work.bundles.prepare(work.output / "int8"), dirs_exist_ok=True)
@@ -67,6 +61,7 @@ with work.locked():
     shutil.rmtree = counted(shutil.rmtree)
     work.bundles.publish(work.output / "int8")
 """
+)
 
 
 @pytest.mark.parametrize("linked", [False, True])

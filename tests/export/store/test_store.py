@@ -24,6 +24,7 @@ from arriero.export.store.objects import FolderStore, ObjectStore, UrlStore
 from arriero.runtimes.integrity import open_manifest
 from tests.command import arriero, contents
 from tests.export.store.conftest import CHUNK, Counted, change_chunk, make_bundle, push, record_files, take
+from tests.stopping import COUNTED
 
 CHUNKS = 6 + 6 + 1 + 1 + 1  # core, experts, text.json, two reports; an empty file has none
 
@@ -138,24 +139,17 @@ def test_a_pull_that_was_cut_short_goes_on(bundle: Path, store: ObjectStore, tmp
     assert not (tmp_path / "edge.pulling").exists()
 
 
-CUT = """
+CUT = (
+    """
 import os, signal, sys
 from pathlib import Path
 from arriero.runtimes import manifest
 manifest.CHUNK_BYTES = 4096
 from arriero.export.store import arrival, pull, push
 from arriero.export.store.objects import FolderStore
-
-left = int(sys.argv[2])
-def counted(function):
-    def call(*arguments, **options):
-        global left
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left -= 1
-        return function(*arguments, **options)
-    return call
-
+"""
+    + COUNTED
+    + """
 Path.rename, Path.unlink, os.replace = counted(Path.rename), counted(Path.unlink), counted(os.replace)
 os.fsync, arrival.link_file = counted(os.fsync), counted(arrival.link_file)
 FolderStore.read, FolderStore.write = counted(FolderStore.read), counted(FolderStore.write)
@@ -165,6 +159,7 @@ if sys.argv[1] == "push":
 else:
     pull.pull_bundle(store, Path("device/edge"), silent)
 """
+)
 
 
 @pytest.mark.parametrize("verb", ["push", "pull", "pull over"])

@@ -17,19 +17,10 @@ import arriero
 from arriero.runtimes.session import Session
 from tests.runtimes.gate import Gate
 from tests.runtimes.server.conftest import Serve, Served, let_say
+from tests.runtimes.test_grammar import ADD as tool
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello there"}]
-ADD: Any = {
-    "type": "function",
-    "name": "add",
-    "parameters": {
-        "type": "object",
-        "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "b": {"enum": [1, 2]}},
-        "required": ["a", "b"],
-        "additionalProperties": False,
-    },
-    "strict": True,
-}
+ADD: Any = {"type": "function", **tool["function"], "strict": True}
 LOGPROBS: Any = ["message.output_text.logprobs"]
 
 
