@@ -54,7 +54,8 @@ class Sampler:
         if sampling.repetition_penalty != 1:
             seen = logits[self._seen]
             penalty = np.float32(sampling.repetition_penalty)
-            logits[self._seen] = np.where(seen > 0, seen / penalty, seen * penalty)
+            with np.errstate(all="ignore"):  # what a tiny or a huge penalty makes infinite is refused below
+                logits[self._seen] = np.where(seen > 0, seen / penalty, seen * penalty)
         if len(self._ids):
             logits[self._ids] -= self._counts * sampling.frequency_penalty + sampling.presence_penalty
         if sampling.logits_processor is not None:

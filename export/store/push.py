@@ -47,22 +47,25 @@ def push_bundle(bundle: Path, store: ObjectStore, watch: Watch, name: str | None
     distinct = list({piece.sha256: piece for piece in pieces}.values())
     problems: list[ArrieroError] = []
 
-    def send(piece: Piece) -> int:
-        """The bytes that were sent of a piece."""
+    def send(piece: Piece) -> int | ArrieroError:
+        """The bytes that were sent of a piece, or what is wrong with it."""
         if store.size(chunk(piece.sha256)) == piece.bytes:
             return 0
         part = read_part(bundle / piece.file, piece.offset, piece.bytes)
         if digest_of(part) != piece.sha256:
             what = f"the file's content was changed or damaged, from byte {piece.offset} on"
             expected = f"sha256 {piece.sha256[:SHOWN]}.. that {FILE} records"
-            problems.append(ArrieroError(what, where=piece.file, expected=expected, remedy=COPY_AGAIN))
-        elif not problems:
+            return ArrieroError(what, where=piece.file, expected=expected, remedy=COPY_AGAIN)
+        if not problems:
             store.write(chunk(piece.sha256), part)
         return piece.bytes
 
     done, total, sent = 0, sum(piece.bytes for piece in distinct), []
-    for piece, count in zip(distinct, in_order(send, distinct), strict=True):
-        sent += [count] if count else []
+    for piece, outcome in zip(distinct, in_order(send, distinct), strict=True):
+        if isinstance(outcome, ArrieroError):
+            problems.append(outcome)
+        elif outcome:
+            sent.append(outcome)
         done += piece.bytes
         watch(f"push {name}", done, total, "bytes")
     if problems:

@@ -15,6 +15,7 @@ from arriero.runtimes import cache as kvcache
 from arriero.runtimes.onnxruntime import OrtBackend
 from arriero.runtimes.session import Session
 from tests.runtimes.conftest import CHUNK, CONTEXT, DIM, KV_HEADS, ToyBackend, write_graphs
+from tests.runtimes.gate import Gate
 
 # float32 sums in another order: the toy's logits reach 40, five units in their last place
 TOLERANCE = 2e-4
@@ -242,9 +243,12 @@ def test_threads_share_a_session_over_int8_caches(int8_backend, processor):
 def test_a_cancelled_answer_leaves_an_int8_session_usable(int8_backend, processor):
     session, cancel = Session(int8_backend, processor, context=CONTEXT), threading.Event()
     whole = session.generate("longer than one chunk", max_tokens=20).token_ids
+    gate = Gate(int8_backend)
     stream = session.generate("longer than one chunk", stream=True, max_tokens=20, cancel=cancel)
+    gate.open(10)  # the engine does not wait for its reader
     next(stream)
     cancel.set()
+    gate.open(1000)
     list(stream)
     assert stream.result.finish_reason == "cancelled"
     assert session.generate("longer than one chunk", max_tokens=20).token_ids == whole
