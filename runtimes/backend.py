@@ -247,6 +247,21 @@ class CapsMemory(Protocol):
         ...
 
 
+@runtime_checkable
+class PacksRows(Protocol):
+    """What a backend has besides that can take rows of different numbers of tokens in one step."""
+
+    packs: bool  # whether the bits of a row are then those that it has alone, for these weights
+
+    def forward_packed(self, inputs_embeds: Floats, counts: Ints, cache: Cache, logits_index: Ints) -> Floats:
+        """Run `inputs_embeds` [T, H] after `cache`, of each of its B rows `counts` [B] tokens, one row after another.
+
+        Gives logits f32 [L, V] of the tokens `logits_index` [L] of T. A row may have no token; all of a row's lie
+        inside one attention chunk. The rows' `cache.lengths` grow by `counts`.
+        """
+        ...
+
+
 class Backend(Protocol):
     """The model behind one set of weights. One thread at a time calls its methods; a session's `Engine` sees to it."""
 

@@ -22,7 +22,7 @@ from arriero.runtimes.inside import climbs_out
 from arriero.runtimes.typed_json import decode
 from arriero.strict_json import read_json_object
 
-FORMAT = 4
+FORMAT = 5
 FILE = "manifest.json"
 LICENSES = "licenses"  # the folder of the checkpoint's licence, use policy and notices
 REPORTS = ("parity.json", "parity.html")

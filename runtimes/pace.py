@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from arriero.traits import PREFILL_PIECE
 
-# A piece may take so many times as long as a decode step: the gap between tokens is then 2.5 steps, and a prompt whose
-# pieces are as quick as large ones takes 1.7 times as long as alone.
-STEPS_PER_PIECE = 1.5
-LEAST = 16  # tokens of a piece: below it the weights are read for too few of them
+# A piece may take so many times as long as a decode step of the others: the gap between their tokens is then 2.25
+# steps, and a prompt whose pieces are as quick as large ones takes 1.8 times as long as alone.
+STEPS_PER_PIECE = 1.25
+LEAST = 16  # tokens of a piece, and what it grows by: below it the weights are read for too few of them
 NEWEST = 0.5  # the newest measurement's share of what is expected
 
 
@@ -22,16 +22,20 @@ class Pace:
         """A piece of `tokens` took `seconds`."""
         self._token_s = _expected(self._token_s, seconds / tokens)
 
+    def read_beside(self, tokens: int, seconds: float) -> None:
+        """A piece of `tokens` and one token of each row that decodes, in one step, took `seconds`."""
+        self.read(tokens, max(seconds - (self._step_s or 0.0), 0.0))
+
     def decoded(self, seconds: float) -> None:
         """A decode step took `seconds`."""
         self._step_s = _expected(self._step_s, seconds)
 
     def piece(self) -> int:
-        """Tokens of the next piece while others decode: a power of two, so that few shapes are run."""
+        """Tokens of the next piece while others decode: a multiple of LEAST, so that few shapes are run."""
         if self._token_s is None or self._step_s is None:
             return LEAST
         tokens = int(STEPS_PER_PIECE * self._step_s / max(self._token_s, 1e-9))
-        return min(max(1 << max(tokens.bit_length() - 1, 0), LEAST), PREFILL_PIECE)
+        return min(max(tokens // LEAST * LEAST, LEAST), PREFILL_PIECE)
 
 
 def _expected(before: float | None, measured: float) -> float:

@@ -27,6 +27,16 @@ class RunningRows:
         return self._cache.rows(0, len(self.decoding))
 
     @property
+    def together(self) -> Cache:
+        """The rows that decode and, as the last, the one that a prompt is being read into; between them may be others.
+
+        Those hold nothing.
+        """
+        assert self._cache is not None
+        assert self._reading is not None
+        return self._cache.rows(0, self._reading + 1)
+
+    @property
     def reading(self) -> Cache:
         """The one row that a prompt is being read into."""
         assert self._cache is not None

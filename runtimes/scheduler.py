@@ -13,12 +13,12 @@ from functools import partial
 
 import numpy as np
 
-from arriero.runtimes.backend import Backend, Cache, CacheStatistics, Floats, ModelSpec
+from arriero.runtimes.backend import Backend, Cache, CacheStatistics, Floats, ModelSpec, PacksRows
 from arriero.runtimes.pace import Pace
 from arriero.runtimes.prefix_cache import PrefixCache
 from arriero.runtimes.request import Request
 from arriero.runtimes.running_rows import RunningRows
-from arriero.runtimes.steps import append_tokens, check_finite, read_piece
+from arriero.runtimes.steps import append_beside, append_tokens, check_finite, packs_rows, read_piece
 
 AHEAD = 256  # tokens of an answer that there is room for when its request is admitted
 
@@ -79,14 +79,20 @@ class Scheduler:
         self._waiting.append(request)
 
     def turn(self, backend: Backend) -> None:
-        """Take the next steps: at most one piece of a prompt, and one token for every row that decodes."""
+        """Take the next steps: at most one piece of a prompt, and one token for every row that decodes.
+
+        Both are one step where the backend packs rows: weights are then read once for all of them.
+        """
         self._end_cancelled()
         self._admit(backend)
         self._make_room()
-        if self._reading is not None:
-            self._read(backend, self._reading)
-        if self._rows.decoding:
-            self._decode(backend)
+        reading = self._reading
+        shares = reading is not None and not reading.tiles_left and self._rows.decoding
+        if not (shares and packs_rows(backend) and self._read_beside(backend, reading)):
+            if reading is not None:
+                self._read(backend, reading)
+            if self._rows.decoding:
+                self._decode(backend)
         self._tidy()
 
     def fail(self, error: BaseException) -> None:
@@ -172,10 +178,39 @@ class Scheduler:
             ids, features = request.next_piece(backend, most)
             started = time.perf_counter()
             last = np.array([len(ids) - 1])
-            logits = check_finite(read_piece(backend, ids, features, self._rows.reading, last).logits[0, 0])
+            logits = read_piece(backend, ids, features, self._rows.reading, last).logits[0, 0]
             self._pace.read(len(ids), time.perf_counter() - started)
-            request.position += len(ids)
-            self.stats.prefilled_tokens += len(ids)
+        except BaseException as error:
+            request.fail(error)
+            self._stop_reading()
+        else:
+            self._read_on(request, len(ids), logits)
+
+    def _read_beside(self, backend: PacksRows, request: Request) -> bool:
+        """Read one piece of the prompt in the same step in which all others decode.
+
+        Gives False, with nothing changed, where that fails: steps of their own then show whose fault it is.
+        """
+        decoding, cache = self._rows.decoding, self._rows.together
+        tokens = [other.answer.token_ids[-1] for other in decoding]
+        started = time.perf_counter()
+        try:
+            ids, features = request.next_piece(backend, min(self._pace.piece(), backend.piece))
+            logits = append_beside(backend, tokens, ids, features, cache)
+        except Exception:
+            return False
+        self._pace.read_beside(len(ids), time.perf_counter() - started)
+        self.stats.steps += 1
+        self._take_all(list(logits[:-1]))
+        self._read_on(request, len(ids), logits[-1])
+        return True
+
+    def _read_on(self, request: Request, count: int, logits: Floats) -> None:
+        """Go on after `count` more tokens of the prompt, which `logits` [V] follow; after the last it decodes."""
+        try:
+            check_finite(logits)
+            request.position += count
+            self.stats.prefilled_tokens += count
             if request.position < len(request.ids):
                 return
             self._keep(request, self._rows.reading)
@@ -238,12 +273,16 @@ class Scheduler:
         """Append one token to every row that decodes and choose the next."""
         started = time.perf_counter()
         count = len(self._rows.decoding)
-        together = backend.few_rows or count
+        together = count if packs_rows(backend) else backend.few_rows or count
         outcomes: list[Floats | BaseException] = []
         for first in range(0, count, together):
             outcomes += self._append(backend, first, min(first + together, count))
         self._pace.decoded(time.perf_counter() - started)
         self.stats.steps += 1
+        self._take_all(outcomes)
+
+    def _take_all(self, outcomes: list[Floats | BaseException]) -> None:
+        """Choose and hand over each decoding row's next token by its logits [V], or end it by its error."""
         ended = []
         for row, (request, outcome) in enumerate(zip(self._rows.decoding, outcomes, strict=True)):
             try:

@@ -1,6 +1,6 @@
 """The two steps of a sequence, each one call on the backend's own thread, and what may come out of them.
 
-Shapes: B batch rows, S new tokens per row, H hidden, V vocabulary, M image placeholder tokens.
+Shapes: B batch rows, S new tokens of a row, H hidden, V vocabulary, M image placeholder tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.backend import Backend, Cache, Floats, Ints, ModelSpec, StepOutput
+from arriero.runtimes.backend import Backend, Cache, Floats, Ints, ModelSpec, PacksRows, StepOutput
 
 LOGITS = 128 << 20  # bytes of logits at a time
 LEAST = 16  # tokens whose logits are there at a time, however large the vocabulary
@@ -47,6 +47,24 @@ def append_tokens(backend: Backend, tokens: Sequence[int], cache: Cache) -> Floa
     """Append one token to each row of `cache` and give the logits f32 [B, V] that follow."""
     embeds = backend.embed(np.asarray(tokens, np.int64)[:, None], np.zeros((0, backend.spec.hidden_size), np.float32))
     return backend.forward(embeds, cache.lengths[:, None].copy(), cache, np.array([0])).logits[:, 0]
+
+
+def packs_rows(backend: Backend) -> bool:
+    """Whether any rows may share a step of `backend` without a change of their bits."""
+    return isinstance(backend, PacksRows) and backend.packs
+
+
+def append_beside(backend: Backend, tokens: Sequence[int], ids: Ints, features: Floats, cache: Cache) -> Floats:
+    """Append one of `tokens` [B] to each of the first rows of `cache` and `ids` [S] to its last, in one step.
+
+    Image placeholders take `features` [M, H]. Gives the logits f32 [B + 1, V] that follow each of these rows.
+    """
+    assert isinstance(backend, PacksRows)
+    rows = len(tokens)
+    embeds = backend.embed(np.concatenate([np.asarray(tokens, np.int64), ids])[None], features)
+    counts = np.zeros(len(cache.lengths), np.int64)
+    counts[:rows], counts[-1] = 1, len(ids)
+    return backend.forward_packed(embeds[0], counts, cache, np.append(np.arange(rows), rows + len(ids) - 1))
 
 
 def check_finite(logits: Floats) -> Floats:

@@ -3,8 +3,8 @@
 Needs the packages `apache-tvm-ffi` and, of `apache-tvm`, the runtime library alone: no compiler is loaded. Weights are
 handed to the libraries where they lie, in memory-mapped files; what no step touches is never read from disk. Under a
 cap on memory those that every token reads are read once, and experts come and go in a cache of the library's own.
-Shapes: B batch rows, S new tokens per row, H hidden, K key/value heads, D head dimension, L slots that get logits,
-k experts per token, M image placeholder tokens.
+Shapes: B batch rows, S new tokens per row, T new tokens of all rows, H hidden, V vocabulary, K key/value heads, D head
+dimension, L slots that get logits, k experts per token, M image placeholder tokens.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from arriero.runtimes.weight_files import MappedWeights, ReadWeights, WeightFile
 from arriero.traits import PREFILL_PIECE
 
 PANEL = 16  # output features in each row of a packed matrix
+FEW_OUTPUTS = 256  # of a matrix whose products the kernels sum alike for any number of tokens: `row_product`'s
 CPU = 1, 0  # DLPack's device type and number
 NAIVE, POOLED = 1, 2  # allocators: what keeps the memory of every size that was asked for is not for a cap
 
@@ -53,7 +54,7 @@ NAIVE, POOLED = 1, 2  # allocators: what keeps the memory of every size that was
 class TvmBackend:
     """The compiled graphs of a bundle directory."""
 
-    few_rows = 4  # as `row_product` of the kernels has it
+    few_rows = 8  # as `row_product` of the kernels has it
 
     def __init__(
         self,
@@ -82,6 +83,7 @@ class TvmBackend:
         # the tower is opened on the first image: a text-only app never pays for its memory
         for part in ("text", "embed"):
             self._graphs[part].open(POOLED if memory is None else NAIVE)
+        self.packs = text.sums_alike()
         self._experts = (
             ExpertCache(bundle, text.library, text.experts, text.tables, share.slots) if share.slots else None
         )
@@ -123,32 +125,55 @@ class TvmBackend:
         self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, captures: bool = False
     ) -> StepOutput:
         """Run `inputs_embeds` [B, S, H]; see `Backend.forward`. The cache must come from `new_cache`."""
+        batch, steps = positions.shape
+        check_step(positions, cache)
+        index = (steps * np.arange(batch)[:, None] + logits_index).reshape(-1)
+        embeds, counts = inputs_embeds.reshape(batch * steps, -1), np.full(batch, steps)
+        feeds = self._feeds(embeds, counts, cache, index)
+        if not captures:
+            (logits,) = self._step(feeds, "step")
+            cache.lengths += steps
+            return StepOutput(logits.reshape(batch, len(logits_index), -1))
+        named = dict(zip(self._graphs["text"].outputs, self._step(feeds, "main"), strict=True))
+        cache.lengths += steps
+        layers = range(len(self.spec.layers))
+        return StepOutput(
+            logits=named["logits"].reshape(batch, len(logits_index), -1),
+            expert_ids={
+                number: named[name].reshape(batch, steps, -1)
+                for number in layers
+                if (name := f"expert_id.{number}") in named
+            },
+            hiddens={number: named[f"hidden.{number}"].reshape(batch, steps, -1) for number in layers},
+        )
+
+    def forward_packed(self, inputs_embeds: Floats, counts: Ints, cache: Cache, logits_index: Ints) -> Floats:
+        """Run `inputs_embeds` [T, H], of each row `counts` [B] tokens: see `PacksRows.forward_packed`."""
+        (logits,) = self._step(self._feeds(inputs_embeds, counts, cache, logits_index), "step")
+        cache.lengths += counts
+        return logits[0]
+
+    def _feeds(self, embeds: Floats, counts: Ints, cache: Cache, logits_index: Ints) -> dict[str, np.ndarray]:
+        """What the text graph takes for a step of `embeds` [T, H] after `cache`, of each row `counts` tokens."""
         assert isinstance(cache, CacheRows)
         store = cache.store
         assert isinstance(store, KVCache)
-        steps = positions.shape[1]
-        check_step(positions, cache)
-        store.reserve(int(cache.lengths.max()) + steps)
-        arguments = {"inputs_embeds": inputs_embeds, "positions": positions, "logits_index": logits_index}
-        text = self._graphs["text"]
-        if ADAPTER in text.inputs:
+        store.reserve(int((cache.lengths + counts).max()))
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        positions = np.arange(len(embeds)) + np.repeat(cache.lengths - starts[:-1], counts)
+        arguments = {
+            "inputs_embeds": embeds[None],
+            "positions": positions[None],
+            "logits_index": logits_index,
+            "row_starts": starts,
+        }
+        if ADAPTER in self._graphs["text"].inputs:
             arguments[ADAPTER] = cache.adapters
         feeds: dict[str, np.ndarray] = {name: aligned(np.asarray(array)) for name, array in arguments.items()}
         for number in range(len(self.spec.layers)):
             for kind, buffer in zip(("key", "value"), store.layer(number, cache.start, cache.stop), strict=True):
                 feeds[f"past_{kind}.{number}"] = buffer
-        if not captures:
-            (logits,) = self._step(feeds, "step")
-            cache.lengths += steps
-            return StepOutput(logits)
-        named = dict(zip(text.outputs, self._step(feeds, "main"), strict=True))
-        cache.lengths += steps
-        layers = range(len(self.spec.layers))
-        return StepOutput(
-            logits=named["logits"],
-            expert_ids={number: named[name] for number in layers if (name := f"expert_id.{number}") in named},
-            hiddens={number: named[f"hidden.{number}"] for number in layers},
-        )
+        return feeds
 
     def close(self) -> None:
         """Drop the libraries and their memory."""
@@ -186,6 +211,13 @@ class _Graph:
             self.cache = np.dtype(signature.get("cache") or "float32")
         self.library: Any = None
         self._machine: Any = None
+
+    def sums_alike(self) -> bool:
+        """Whether a token's sums have one order however many tokens are in the step: those of packed weights have."""
+        return all(
+            entry["dtype"] == "UINT8" or len(entry["shape"]) < 2 or entry["shape"][0] <= FEW_OUTPUTS
+            for entry in self.weights
+        )
 
     def sizes(self) -> list[RecordSize]:
         """The layers' experts."""

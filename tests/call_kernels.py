@@ -138,20 +138,22 @@ class Kernels:
         value_cache: NDArray[Any],
         chunk: int,
         steps: tuple[Floats, Floats] | tuple[None, None] = (None, None),
+        starts: Ints | None = None,
     ) -> Floats:
         """q [B, S, Q*D], k and v [B, S, G*D], positions [B, S] -> out [B, S, Q*D]; writes the caches [B, G, C, D].
 
-        Caches are f32, f16, or i8 with the `steps` [G, D] of keys and of values.
+        Caches are f32, f16, or i8 with the `steps` [G, D] of keys and of values. With `starts` [B + 1] the first two
+        axes of the others are any whose product is the tokens of all rows.
         """
-        batch, count, _ = q.shape
-        _, groups, slots, size = key_cache.shape
+        batch, groups, slots, size = key_cache.shape
         heads, form = q.shape[2] // size, CACHE_FORMATS[key_cache.dtype.name]
-        space = self._workspace("attention", batch, count, heads, groups, slots, size)
+        starts = q.shape[1] * np.arange(batch + 1) if starts is None else starts
+        space = self._workspace("attention", batch, positions.size, heads, groups, slots, size)
         out = np.empty_like(q)
-        caches, sizes = (key_cache, value_cache), (groups, slots, size, chunk)
-        self._run("cache_write", form, k, v, positions, *steps, *caches, batch, count, *sizes)
-        self._run("attention", form, q, positions, *caches, *steps, out, batch, count, heads, *sizes, space)
-        self._run("attention_merge", positions, steps[1], out, batch, count, heads, *sizes, space)
+        caches, sizes, rows = (key_cache, value_cache), (groups, slots, size, chunk), (positions, starts)
+        self._run("cache_write", form, k, v, *rows, *steps, *caches, batch, *sizes)
+        self._run("attention", form, q, *rows, *caches, *steps, out, batch, positions.size, heads, *sizes, space)
+        self._run("attention_merge", *rows, steps[1], out, batch, heads, *sizes, space)
         return out
 
     def _workspace(self, name: str, *sizes: int) -> NDArray[np.uint8]:

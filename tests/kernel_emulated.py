@@ -51,12 +51,14 @@ class EmulatedKernels:
         value_cache: np.ndarray,
         chunk: int,
         steps: tuple[np.ndarray, np.ndarray] | tuple[None, None] = (None, None),
+        starts: np.ndarray | None = None,
     ) -> np.ndarray:
         batch, groups, slots, size = key_cache.shape
         out = np.empty_like(q)
-        sizes = (batch, q.shape[1], q.shape[2] // size, groups, slots, size, chunk)
+        starts = q.shape[1] * np.arange(batch + 1) if starts is None else starts
+        sizes = (batch, positions.size, q.shape[2] // size, groups, slots, size, chunk)
         caches, form = (key_cache, value_cache), CACHE_FORMATS[key_cache.dtype.name]
-        self._run(2, form, *sizes, q, k, v, positions, *caches, *steps, out, written=[*caches, out])
+        self._run(2, form, *sizes, q, k, v, positions, *caches, *steps, out, starts, written=[*caches, out])
         return out
 
     def _run(self, *arguments: Any, written: list[np.ndarray]) -> None:

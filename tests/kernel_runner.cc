@@ -71,19 +71,19 @@ int main(int, char** arguments) {
             arriero_dispatch_sum(s[0], s[1], s[2], s[3], f(4), s[4], s[5], s[6], s[7], s[8], space, p, parts);
         }
         written = {4};
-    } else {  // format, B, S, Q, G, C, D, chunk; q, k, v, positions, key cache, value cache, their steps, out
+    } else {  // format, B, T, Q, G, C, D, chunk; q, k, v, positions, key cache, value cache, their steps, out, starts
         void* space = workspace(arriero_attention_workspace(s[1], s[2], s[3], s[4], s[5], s[6], parts));
-        const int64_t* positions = buffer<int64_t>(3);
+        const int64_t *positions = buffer<int64_t>(3), *starts = buffer<int64_t>(9);
         for (int64_t p = 0; p < parts; ++p) {
-            arriero_cache_write(s[0], f(1), f(2), positions, f(6), f(7), f(4), f(5), s[1], s[2], s[4], s[5], s[6], s[7],
-                                p, parts);
+            arriero_cache_write(s[0], f(1), f(2), positions, starts, f(6), f(7), f(4), f(5), s[1], s[4], s[5], s[6],
+                                s[7], p, parts);
         }
         for (int64_t p = 0; p < parts; ++p) {
-            arriero_attention(s[0], f(0), positions, f(4), f(5), f(6), f(7), f(8), s[1], s[2], s[3], s[4], s[5], s[6],
-                              s[7], space, p, parts);
+            arriero_attention(s[0], f(0), positions, starts, f(4), f(5), f(6), f(7), f(8), s[1], s[2], s[3], s[4], s[5],
+                              s[6], s[7], space, p, parts);
         }
         for (int64_t p = 0; p < parts; ++p) {
-            arriero_attention_merge(positions, f(7), f(8), s[1], s[2], s[3], s[4], s[5], s[6], s[7], space, p, parts);
+            arriero_attention_merge(positions, starts, f(7), f(8), s[1], s[3], s[4], s[5], s[6], s[7], space, p, parts);
         }
         written = {4, 5, 8};
     }

@@ -16,7 +16,7 @@ from arriero.graphs.lower.part import Lowering, Phase, WeightTable, lower_part
 from arriero.graphs.names import expert_tensors
 from arriero.graphs.passes.add_adapters import add_adapters
 from arriero.graphs.passes.bind_experts import bind_experts
-from arriero.graphs.passes.cache_in_place import cache_in_place
+from arriero.graphs.passes.cache_in_place import ROWS, cache_in_place
 from arriero.graphs.passes.fold_reshape_shapes import fold_reshape_shapes
 from arriero.graphs.passes.fuse_rotary import ROTARY, fuse_rotary
 from arriero.graphs.passes.keep_token_axes import TOKEN_RESHAPE, keep_token_axes
@@ -40,10 +40,11 @@ def lacks(scheme: Scheme) -> str | None:
 def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:
     """Lower one of the parts `text`, `vision` and `embed`.
 
-    Text has the inputs `inputs_embeds`, `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` [B, K, C, D] of
-    the cache's dtype, into which the step writes its keys and values, with runtime adapters also `adapter` i64 [B], and
-    the outputs `logits`, `hidden.{i}`, `expert_id.{i}` [B, S, k]. One step holds either one row within one chunk, or
-    one token per row. The other parts' signatures stay.
+    Text has the inputs `inputs_embeds` [1, T, H], `positions` [1, T], `logits_index`, `past_key.{i}`, `past_value.{i}`
+    [R, K, C, D] of the cache's dtype, into which the step writes its keys and values, `row_starts` i64 [R+1], with
+    runtime adapters also `adapter` i64 [R], and the outputs `logits`, `hidden.{i}`, `expert_id.{i}` [1, T, k]. The T
+    tokens of a step are those of its rows, one row's after another's, each within one chunk; see `cache_in_place`. The
+    other parts' signatures stay.
     """
     text = lowering.config.text
     phases: list[Phase] = []
@@ -62,7 +63,9 @@ def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:
             TOKEN_RESHAPE: 2 * len(text.moe_layers),
         }
         if (adapters := lowering.adapters).names:
-            phases.append(Phase("add_adapters", lambda model, store: add_adapters(model, store, adapters), ADD_LORA))
+            phases.append(
+                Phase("add_adapters", lambda model, store: add_adapters(model, store, adapters, ROWS), ADD_LORA)
+            )
             expected[ADD_LORA] = len(adapters.deltas)
     if part == "embed":
         phases.append(Phase("replace_lookup", replace_lookup, LOOKUP))

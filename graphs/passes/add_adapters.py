@@ -16,12 +16,12 @@ from arriero.graphs.stored.weight_store import WeightStore
 INPUT = "adapter"
 
 
-def add_adapters(model: ir.Model, store: WeightStore, adapters: RuntimeAdapters) -> int:
+def add_adapters(model: ir.Model, store: WeightStore, adapters: RuntimeAdapters, rows: str = "batch") -> int:
     """Add the graph input `adapter` i64 [B] and an AddLora behind each product that an adapter changes; give how many.
 
-    To be run while products still are standard operators.
+    To be run while products still are standard operators. `rows` is the graph's name of B.
     """
-    chosen = ir.Value(name=INPUT, shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.INT64))
+    chosen = ir.Value(name=INPUT, shape=ir.Shape([rows]), type=ir.TensorType(ir.DataType.INT64))
     model.graph.inputs.append(chosen)
     count = 0
     for node in list(model.graph):

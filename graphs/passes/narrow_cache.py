@@ -13,7 +13,7 @@ from arriero.graphs.rewrite.nodes import add_constant
 from arriero.profiles.kv_cache import StoredCache
 
 # Where the two caches, and the scales of int8, stand among the inputs of attention that writes in place.
-CACHES, SCALES_AT = slice(3, 5), 6
+CACHES, SCALES_AT = slice(3, 5), 7
 
 
 def narrow_cache(model: ir.Model, cache: StoredCache) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from arriero.runtimes.cpu import machine_class
-from tests.machines.hidden import environment
+from tests.machines.hidden import older_machine
 from tests.test_layers import HEAVY
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +48,5 @@ print(sorted(({HEAVY!r} | {{"onnxruntime", "tvm"}}) & set(sys.modules)))
 
 def test_hidden_features_change_the_class(tmp_path: Path) -> None:
     script = "from tests.machines.machine_class import describe_machine; print(describe_machine())"
-    env = environment("AVX2", tmp_path)
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    done = older_machine("AVX2", tmp_path).run(sys.executable, "-c", script, cwd=ROOT)
     assert done.stdout.startswith("machine class: AVX2, ")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 from arriero.export.compile.build_kernels import build_kernels, link_shared
 from arriero.runtimes.cpu import cpu_features
-from tests.machines.hidden import MACHINES, environment
+from tests.machines.hidden import MACHINES, OlderMachine, older_machine
 
 TESTS = Path(__file__).parents[1]
 # Each class with the level of our kernels there, and with the processor that `cpu: native` compiles for.
@@ -22,18 +21,19 @@ CHOSEN = {
 NEEDS = {"AVX2": "avx2", "AVX-512 without VNNI": "avx512f", "AVX-512 VNNI": "avx512_vnni"}
 
 
-def machine(name: str, folder: Path) -> dict[str, str]:
-    """The environment of a process on such a machine."""
+def machine(name: str, folder: Path) -> OlderMachine:
+    """Such a machine, on a processor that has what it has."""
     if NEEDS[name] not in cpu_features():
         pytest.skip(f"needs a processor with {NEEDS[name]}")
-    return environment(name, folder)
+    return older_machine(name, folder)
 
 
-def run_tests(file: str, words: str, env: dict[str, str]) -> str:
+def run_tests(file: str, words: str, on: OlderMachine) -> str:
     """Run the tests of `file`, wherever it lies, that -k's `words` name; give pytest's closing line."""
     (path,) = TESTS.rglob(file)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path), "-k", words]
-    done = subprocess.run(command, env=env, cwd=TESTS.parent, capture_output=True, text=True)
+    done = on.run(
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path), "-k", words, cwd=TESTS.parent
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()[-1]
 
@@ -66,12 +66,12 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_kernels_and_compiler_choose_the_level_of(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    env = machine(name, tmp_path)
     script = f"""
 from pathlib import Path
 from tests.call_kernels import Kernels
 from arriero.export.compile.cpus import native
 print(Kernels(Path({str(request.getfixturevalue("kernels"))!r})).level(), native())
 """
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    done = machine(name, tmp_path).run(sys.executable, "-c", script, cwd=TESTS.parent)
+    assert done.returncode == 0, done.stderr
     assert tuple(done.stdout.split()) == CHOSEN[name]

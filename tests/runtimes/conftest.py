@@ -207,6 +207,30 @@ class ToyBackend:
         pass
 
 
+class PackingToy(ToyBackend):
+    """The toy as a backend that takes rows of different numbers of tokens in one step; `packed` has their numbers."""
+
+    packs = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed: list[list[int]] = []
+
+    def forward_packed(self, inputs_embeds: Floats, counts: Ints, cache: Any, logits_index: Ints) -> Floats:
+        self.packed.append(counts.tolist())
+        assert int((cache.lengths + counts).max()) <= cache.capacity
+        hiddens, start = [], 0
+        for row, count in enumerate(counts.tolist()):
+            positions = cache.lengths[row] + np.arange(count)
+            assert len({int(position) // CHUNK for position in positions}) <= 1
+            if count:
+                hiddens.append(self._row(inputs_embeds[start : start + count], positions, cache.store[row])[0][-1])
+            start += count
+        assert start == len(inputs_embeds)
+        cache.lengths += counts
+        return np.concatenate(hiddens)[logits_index] @ self.weights.head
+
+
 def _value(name: str, shape: list[Any], kind: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, kind, shape)
 

@@ -21,6 +21,7 @@ from arriero.runtimes.scheduler import EngineLimits, Scheduler
 from arriero.runtimes.session import Session
 from arriero.runtimes.steps import NotFinite
 from arriero.traits import PREFILL_PIECE
+from tests.runtimes.conftest import PackingToy
 from tests.runtimes.gate import Gate
 from tests.toys import load_reference
 
@@ -124,6 +125,55 @@ def test_a_long_prompt_is_read_between_the_steps_of_those_that_decode(session: S
     between = [toy.steps[number + 1] for number in pieces[-9:-1]]
     assert between == [(1, 1)] * 8
     assert max(rows for rows, _ in toy.steps) == 2
+
+
+@pytest.fixture
+def packing(processor: Processor) -> Iterator[Session]:
+    with Session(PackingToy(), processor, context=200, batch=3) as opened:
+        yield opened
+
+
+def test_a_piece_and_a_decode_step_are_one_step_where_rows_are_packed(packing: Session) -> None:
+    """The row that is read lies behind one that has ended, so that a row between them has no token."""
+    prompts: list[Any] = ["a", "bc", Prompt(np.arange(70) + 3)]
+    lengths = [60, 8, 5]
+    alone = [packing.generate(prompt, max_tokens=most) for prompt, most in zip(prompts, lengths, strict=True)]
+    toy = packing.backend
+    toy.steps.clear(), toy.packed.clear()
+    gate = Gate(toy)
+    streams = [packing.stream(prompt, max_tokens=most) for prompt, most in zip(prompts, lengths, strict=True)]
+    gate.open(10_000)
+    for stream, expected in zip(streams, alone, strict=True):
+        assert (stream.wait().text, stream.wait().token_ids) == (expected.text, expected.token_ids)
+    assert sum(counts[-1] for counts in toy.packed if len(counts) == 3) == 70
+    assert [1, 1, 8] in toy.packed
+    assert [1, 0, 8] in toy.packed
+    assert sum(count > 1 for _, count in toy.steps) == len(toy_pieces(packing, "a"))  # before anybody decodes
+
+
+def test_a_packed_step_that_fails_is_taken_apart(packing: Session) -> None:
+    expected = packing.generate("a", max_tokens=60).token_ids
+    toy = packing.backend
+    forward = toy.forward
+
+    def broken(embeds: Any, positions: Any, *arguments: Any) -> Any:
+        if 40 in positions[0] and embeds.shape[1] > 1:
+            raise ArrieroError("this piece cannot be read")
+        return forward(embeds, positions, *arguments)
+
+    def packed(embeds: Any, counts: Any, cache: Any, index: Any) -> Any:
+        if cache.lengths[-1] == 40 and counts[-1] > 1:
+            raise ArrieroError("these rows cannot be stepped together")
+        return PackingToy.forward_packed(toy, embeds, counts, cache, index)
+
+    toy.forward_packed = packed
+    toy.forward = broken
+    gate = Gate(toy)
+    first, second = packing.stream("a", max_tokens=60), packing.stream(Prompt(np.arange(70) + 3), max_tokens=5)
+    gate.open(10_000)
+    assert first.wait().token_ids == expected
+    with pytest.raises(ArrieroError, match="this piece cannot be read"):
+        second.wait()
 
 
 @pytest.mark.parametrize("when", ["waiting", "reading", "decoding"])
@@ -300,7 +350,7 @@ def test_a_piece_takes_at_most_so_many_steps_time() -> None:
         pace.decoded(0.1)
         pace.read(pace.piece(), 0.01 + 0.001 * pace.piece())
     assert 0.01 + 0.001 * pace.piece() <= pace_module.STEPS_PER_PIECE * 0.1
-    assert 0.01 + 0.001 * 2 * pace.piece() > pace_module.STEPS_PER_PIECE * 0.1
+    assert 0.01 + 0.001 * (pace.piece() + pace_module.LEAST) > pace_module.STEPS_PER_PIECE * 0.1
     for _ in range(12):
         pace.read(pace.piece(), 10.0)
     assert pace.piece() == pace_module.LEAST

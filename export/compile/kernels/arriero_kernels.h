@@ -10,7 +10,7 @@
  * The instruction set is chosen at the first call by what the CPU has (see arriero_level).
  *
  * Legend: T tokens, N output features, K input features, E experts, R experts per token, H hidden, F expert width,
- * B batch rows, S new tokens per row, Q query heads, G key/value heads, D head size, C slots of a cache buffer.
+ * B rows of a cache, Q query heads, G key/value heads, D head size, C slots of a cache buffer.
  *
  * --- Weight formats ---------------------------------------------------------------------------------------------
  * ARRIERO_F32, ARRIERO_BF16, ARRIERO_F16: the checkpoint's own bytes, of any alignment. A linear layer's matrix is
@@ -101,35 +101,36 @@ int32_t arriero_dispatch_sum(int64_t gate_up_format, int64_t gate_up_block, int6
                              int64_t part, int64_t parts);
 
 /* --- Attention with an in-place key/value cache --------------------------------------------------------------------
- * q [B,S,Q*D], k and v [B,S,G*D] (rotated, normalised, tempered), positions int64 [B,S], key_cache and value_cache
- * [B,G,C,D], out [B,S,Q*D]. Query head h reads key/value head h / (Q/G); the scale is D**-0.5. D is a multiple of 16,
+ * The T new tokens of all rows lie one after another: row b's are starts[b] .. starts[b + 1] - 1, of starts int64 [B+1]
+ * with starts[0] = 0 and starts[B] = T; a row may have none. q [T,Q*D], k and v [T,G*D] (rotated, normalised, tempered),
+ * positions int64 [T], key_cache and value_cache [B,G,C,D], out [T,Q*D]. Query head h reads key/value head h / (Q/G); the scale is D**-0.5. D is a multiple of 16,
  * at most 256.
  * The caches' `format`: ARRIERO_F32, ARRIERO_F16 (rounded to nearest), or ARRIERO_CODES: int8, where a number x is kept
  * as clip(rint(x / step), -128, 127) with the step of its head and channel in key_steps and value_steps, float32 [G,D].
  * In the other formats these are not read. A token sees its own key and value as they are kept.
  * `chunk` is 0 for global layers, else the attention chunk: the token at position p lies in slot p (global) or
- * p % chunk. positions[b,s] = positions[b,0] + s; a step stays within one chunk of each row, and its last slot is below
- * C. So a query in slot i sees the slots 0 .. i: the runtime's cache holds the row's current chunk (or all of it) from
- * slot 0 on. Three steps: arriero_cache_write, arriero_attention, arriero_attention_merge; the last does nothing unless
- * S is 1. */
+ * p % chunk. A row's positions count up by one; its tokens stay within one chunk, and the last one's slot is below C. So
+ * a query in slot i sees the slots 0 .. i: the runtime's cache holds the row's current chunk (or all of it) from slot 0
+ * on. A row's outcome does not depend on the other rows. Three steps: arriero_cache_write, arriero_attention,
+ * arriero_attention_merge; the last is for rows of one token. */
 
 /* Puts the new keys and values in their slots; touches no other slot. */
 int32_t arriero_cache_write(int64_t format, const float* k, const float* v, const int64_t* positions,
-                            const float* key_steps, const float* value_steps, void* key_cache, void* value_cache,
-                            int64_t B, int64_t S, int64_t G, int64_t C, int64_t D, int64_t chunk, int64_t part,
+                            const int64_t* starts, const float* key_steps, const float* value_steps, void* key_cache,
+                            void* value_cache, int64_t B, int64_t G, int64_t C, int64_t D, int64_t chunk, int64_t part,
                             int64_t parts);
 
 /* Bytes of workspace of one attention. */
-int64_t arriero_attention_workspace(int64_t B, int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D, int64_t parts);
+int64_t arriero_attention_workspace(int64_t B, int64_t T, int64_t Q, int64_t G, int64_t C, int64_t D, int64_t parts);
 
-int32_t arriero_attention(int64_t format, const float* q, const int64_t* positions, const void* key_cache,
-                          const void* value_cache, const float* key_steps, const float* value_steps, float* out,
-                          int64_t B, int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk,
-                          void* workspace, int64_t part, int64_t parts);
+int32_t arriero_attention(int64_t format, const float* q, const int64_t* positions, const int64_t* starts,
+                          const void* key_cache, const void* value_cache, const float* key_steps,
+                          const float* value_steps, float* out, int64_t B, int64_t T, int64_t Q, int64_t G, int64_t C,
+                          int64_t D, int64_t chunk, void* workspace, int64_t part, int64_t parts);
 
 /* The outcome of rows whose keys were summed in several spans. */
-int32_t arriero_attention_merge(const int64_t* positions, const float* value_steps, float* out, int64_t B, int64_t S,
-                                int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk, void* workspace,
+int32_t arriero_attention_merge(const int64_t* positions, const int64_t* starts, const float* value_steps, float* out,
+                                int64_t B, int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk, void* workspace,
                                 int64_t part, int64_t parts);
 
 /* --- Whole operators, as a graph compiled by TVM calls them ---------------------------------------------------------
@@ -153,16 +154,16 @@ int32_t arriero_run_dispatch(int64_t gate_up_format, int64_t gate_up_block, int6
 int32_t arriero_run_request(const int64_t* expert_id, const int64_t* experts, int64_t* requested, int64_t T, int64_t R);
 
 int32_t arriero_run_attention(int64_t format, const float* q, const float* k, const float* v, const int64_t* positions,
-                              void* key_cache, void* value_cache, const float* key_steps, const float* value_steps,
-                              float* out, int64_t B, int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D,
-                              int64_t chunk, int64_t parts);
+                              const int64_t* starts, void* key_cache, void* value_cache, const float* key_steps,
+                              const float* value_steps, float* out, int64_t B, int64_t T, int64_t Q, int64_t G,
+                              int64_t C, int64_t D, int64_t chunk, int64_t parts);
 
-/* The change of a linear layer by LoRA adapters: out[b,s] = y[b,s] + B_i A_i x[b,s], i = adapter[b]. x [B,S,K],
- * y and out [B,S,N], a stack A [adapters,R,K] and a stack B [adapters,N,R] in float32. Row b is left as it is where i is
- * 0 or no adapter's number. */
-int32_t arriero_run_add_lora(const float* x, const float* y, const int64_t* adapter, const float* a, const float* b,
-                             float* out, int64_t B, int64_t S, int64_t N, int64_t K, int64_t R, int64_t adapters,
-                             int64_t parts);
+/* The change of a linear layer by LoRA adapters: out[t] = y[t] + B_i A_i x[t], i = adapter[b] of the row b that token t
+ * is of, by `starts` as in attention. x [T,K], y and out [T,N], adapter int64 [rows], a stack A [adapters,R,K] and a
+ * stack B [adapters,N,R] in float32. Row b is left as it is where i is 0 or no adapter's number. */
+int32_t arriero_run_add_lora(const float* x, const float* y, const int64_t* adapter, const int64_t* starts,
+                             const float* a, const float* b, float* out, int64_t rows, int64_t T, int64_t N, int64_t K,
+                             int64_t R, int64_t adapters, int64_t parts);
 
 #ifdef __cplusplus
 }

@@ -72,24 +72,24 @@ inline void online_softmax_update(float* scores, int64_t seen, float& most, floa
     most = now;
 }
 
+// Row b's `count` tokens, whose first one's query and output are `q` and `out` [Q,D]: the units [unit, unit + step, ..)
+// of G times its blocks of queries.
 template <int FORMAT>
-inline void attend_blocks(const float* q, const int64_t* positions, const Cache& cache, float* out, int64_t B,
-                          int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk, void* workspace,
-                          int64_t part, int64_t parts) {
+inline void attend_blocks(const float* q, int64_t position, int64_t count, const Cache& cache, float* out, int64_t b,
+                          int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk, const PromptWorkspace& space,
+                          int64_t unit, int64_t step) {
     using T = typename Stored<FORMAT>::Type;
     constexpr int64_t KEYS = AttentionWorkspace::KEYS;
-    const PromptWorkspace space(workspace, part, S, Q, G, D);
-    const int64_t heads = Q / G, blocks = (S + space.queries - 1) / space.queries;
+    const int64_t heads = Q / G, blocks = (count + space.queries - 1) / space.queries;
     const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(D));
-    // in turns, because later queries see more keys
-    for (int64_t unit = part; unit < B * G * blocks; unit += parts) {
-        const int64_t b = unit / (G * blocks), g = unit / blocks % G, first = unit % blocks * space.queries;
-        const int64_t queries = smaller(space.queries, S - first), rows = queries * heads;
-        const int64_t slot = slot_of(positions[b * S + first], chunk), held = slot + queries;
+    for (; unit < G * blocks; unit += step) {
+        const int64_t g = unit / blocks, first = unit % blocks * space.queries;
+        const int64_t queries = smaller(space.queries, count - first), rows = queries * heads;
+        const int64_t slot = slot_of(position, chunk) + first, held = slot + queries;
         const T* keys = static_cast<const T*>(cache.keys) + (b * G + g) * C * D;
         const T* values = static_cast<const T*>(cache.values) + (b * G + g) * C * D;
         // rows are in the order of (query, head)
-        const auto at = [&](int64_t i) { return ((b * S + first + i / heads) * Q + g * heads + i % heads) * D; };
+        const auto at = [&](int64_t i) { return ((first + i / heads) * Q + g * heads + i % heads) * D; };
         for (int64_t i = 0; i < rows; ++i) {
             scale_row_to(q + at(i), scale, cache.steps_of_keys(g, D), D, space.asked + i * D);
             space.most[i] = -__builtin_inff();
@@ -97,18 +97,18 @@ inline void attend_blocks(const float* q, const int64_t* positions, const Cache&
         }
         __builtin_memset(space.sums, 0, rows * D * sizeof(float));
         for (int64_t key = 0; key < held; key += KEYS) {
-            const int64_t count = smaller(KEYS, held - key);
-            score_block<FORMAT>(space.asked, rows, keys + key * D, count, D, space.scores, space.piece);
+            const int64_t some = smaller(KEYS, held - key);
+            score_block<FORMAT>(space.asked, rows, keys + key * D, some, D, space.scores, space.piece);
             for (int64_t i = 0; i < rows; ++i) {
-                const int64_t seen = smaller(count, slot + i / heads + 1 - key);
+                const int64_t seen = smaller(some, slot + i / heads + 1 - key);
                 online_softmax_update(space.scores + i * KEYS, seen > 0 ? seen : 0, space.most[i], space.total[i],
                                       space.sums + i * D, D);
             }
             if constexpr (FORMAT == ARRIERO_F32) {
-                add_values(space.scores, rows, values + key * D, count, D, space.sums);
+                add_values(space.scores, rows, values + key * D, some, D, space.sums);
             } else {
-                widen_row<FORMAT>(values + key * D, count * D, space.values);
-                add_values(space.scores, rows, space.values, count, D, space.sums);
+                widen_row<FORMAT>(values + key * D, some * D, space.values);
+                add_values(space.scores, rows, space.values, some, D, space.sums);
             }
         }
         for (int64_t i = 0; i < rows; ++i) {
@@ -117,19 +117,34 @@ inline void attend_blocks(const float* q, const int64_t* positions, const Cache&
     }
 }
 
-inline int32_t attention(int64_t format, const float* q, const int64_t* positions, const void* key_cache,
-                         const void* value_cache, const float* key_steps, const float* value_steps, float* out,
-                         int64_t B, int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk,
-                         void* workspace, int64_t part, int64_t parts) {
-    if (S == 0) return 0;
+inline int32_t attention(int64_t format, const float* q, const int64_t* positions, const int64_t* starts,
+                         const void* key_cache, const void* value_cache, const float* key_steps,
+                         const float* value_steps, float* out, int64_t B, int64_t T, int64_t Q, int64_t G, int64_t C,
+                         int64_t D, int64_t chunk, void* workspace, int64_t part, int64_t parts) {
+    if (T == 0) return 0;
     const Cache cache{key_cache, value_cache, key_steps, value_steps};
+    const DecodeWorkspace decode(workspace, part, B, Q, C, D, parts);
+    const PromptWorkspace prompt(static_cast<uint8_t*>(workspace) + prompts_at(B, Q, C, D, parts), part, T, Q, G, D);
     with_cache_format(format, [&](auto stored) {
         constexpr int FORMAT = decltype(stored)::value;
-        // not by the rows of a block: a prompt's pieces would change its bits
-        if (S == 1) {
-            attend_spans<FORMAT>(q, positions, cache, out, B, Q, G, C, D, chunk, workspace, part, parts);
-        } else {
-            attend_blocks<FORMAT>(q, positions, cache, out, B, S, Q, G, C, D, chunk, workspace, part, parts);
+        // all rows' units in turns, because later queries see more keys; `ahead` is the next one that is this part's
+        int64_t ahead = part;
+        for (int64_t b = 0; b < B; ++b) {
+            const int64_t t = starts[b], count = starts[b + 1] - t;
+            const float* asked = q + t * Q * D;
+            float* to = out + t * Q * D;
+            int64_t units = 0;
+            // by the row's tokens, not by those of a block: a prompt's pieces would change its bits
+            if (count == 1) {
+                units = G * spans_of(positions[t], chunk);
+                attend_spans<FORMAT>(asked, positions[t], cache, to, b, Q, G, C, D, chunk, decode, ahead, parts);
+            } else if (count > 1) {
+                units = G * ((count + prompt.queries - 1) / prompt.queries);
+                attend_blocks<FORMAT>(asked, positions[t], count, cache, to, b, Q, G, C, D, chunk, prompt, ahead,
+                                      parts);
+            }
+            while (ahead < units) ahead += parts;
+            ahead -= units;
         }
     });
     return 0;

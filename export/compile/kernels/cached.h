@@ -44,26 +44,30 @@ inline void store_row(const float* from, const float* steps, int64_t count, type
 }
 
 template <int FORMAT>
-inline void write_rows(const float* x, const int64_t* positions, const float* steps, void* cache, int64_t S, int64_t G,
-                       int64_t C, int64_t D, int64_t chunk, Range rows) {
+inline void write_tokens(const float* x, const int64_t* positions, const int64_t* starts, const float* steps,
+                         void* cache, int64_t B, int64_t G, int64_t C, int64_t D, int64_t chunk, Range tokens) {
     auto* stored = static_cast<typename Stored<FORMAT>::Type*>(cache);
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-        const int64_t slot = slot_of(positions[row], chunk);
-        for (int64_t g = 0; g < G; ++g) {
-            const float* own = steps ? steps + g * D : nullptr;
-            store_row<FORMAT>(x + (row * G + g) * D, own, D, stored + ((row / S * G + g) * C + slot) * D);
+    for (int64_t b = 0; b < B; ++b) {
+        const int64_t end = smaller(starts[b + 1], tokens.end);
+        for (int64_t t = starts[b] > tokens.begin ? starts[b] : tokens.begin; t < end; ++t) {
+            const int64_t slot = slot_of(positions[t], chunk);
+            for (int64_t g = 0; g < G; ++g) {
+                const float* own = steps ? steps + g * D : nullptr;
+                store_row<FORMAT>(x + (t * G + g) * D, own, D, stored + ((b * G + g) * C + slot) * D);
+            }
         }
     }
 }
 
 inline int32_t cache_write(int64_t format, const float* k, const float* v, const int64_t* positions,
-                           const float* key_steps, const float* value_steps, void* key_cache, void* value_cache,
-                           int64_t B, int64_t S, int64_t G, int64_t C, int64_t D, int64_t chunk, int64_t part,
+                           const int64_t* starts, const float* key_steps, const float* value_steps, void* key_cache,
+                           void* value_cache, int64_t B, int64_t G, int64_t C, int64_t D, int64_t chunk, int64_t part,
                            int64_t parts) {
-    const Range rows = share(B * S, 1, part, parts);
+    const Range tokens = share(starts[B], 1, part, parts);
     with_cache_format(format, [&](auto stored) {
-        write_rows<decltype(stored)::value>(k, positions, key_steps, key_cache, S, G, C, D, chunk, rows);
-        write_rows<decltype(stored)::value>(v, positions, value_steps, value_cache, S, G, C, D, chunk, rows);
+        constexpr int FORMAT = decltype(stored)::value;
+        write_tokens<FORMAT>(k, positions, starts, key_steps, key_cache, B, G, C, D, chunk, tokens);
+        write_tokens<FORMAT>(v, positions, starts, value_steps, value_cache, B, G, C, D, chunk, tokens);
     });
     return 0;
 }

@@ -158,55 +158,52 @@ inline int64_t spans_of(int64_t position, int64_t chunk) {
     return slot_of(position, chunk) / AttentionWorkspace::SPAN + 1;
 }
 
+// Row b's one token, whose query and output are `q` and `out` [Q,D]: the units [unit, unit + step, ..) of G * spans.
 template <int FORMAT>
-inline void attend_spans(const float* q, const int64_t* positions, const Cache& cache, float* out, int64_t B, int64_t Q,
-                         int64_t G, int64_t C, int64_t D, int64_t chunk, void* workspace, int64_t part, int64_t parts) {
+inline void attend_spans(const float* q, int64_t position, const Cache& cache, float* out, int64_t b, int64_t Q,
+                         int64_t G, int64_t C, int64_t D, int64_t chunk, const DecodeWorkspace& space, int64_t unit,
+                         int64_t step) {
     using T = typename Stored<FORMAT>::Type;
     constexpr int64_t SPAN = AttentionWorkspace::SPAN, TOGETHER = AttentionWorkspace::TOGETHER;
-    const DecodeWorkspace space(workspace, part, B, Q, C, D, parts);
-    const int64_t heads = Q / G;
+    const int64_t heads = Q / G, held = slot_of(position, chunk) + 1, spans = spans_of(position, chunk);
     const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(D));
-    int64_t turn = 0;
-    for (int64_t b = 0; b < B; ++b) {
-        const int64_t held = slot_of(positions[b], chunk) + 1, spans = spans_of(positions[b], chunk);
-        for (int64_t unit = 0; unit < G * spans; ++unit, ++turn) {
-            if (turn % parts != part) continue;
-            const int64_t g = unit / spans, span = unit % spans, count = smaller(SPAN, held - span * SPAN);
-            const int64_t at = ((b * G + g) * C + span * SPAN) * D;
-            const T *keys = static_cast<const T*>(cache.keys) + at, *values = static_cast<const T*>(cache.values) + at;
-            for (int64_t first = 0; first < heads; first += TOGETHER) {
-                const int64_t rows = smaller(TOGETHER, heads - first), head = b * Q + g * heads + first;
-                float most[TOGETHER], total[TOGETHER];
-                for (int64_t i = 0; i < rows; ++i) {
-                    scale_row_to(q + (head + i) * D, scale, cache.steps_of_keys(g, D), D, space.asked + i * D);
+    for (; unit < G * spans; unit += step) {
+        const int64_t g = unit / spans, span = unit % spans, count = smaller(SPAN, held - span * SPAN);
+        const int64_t at = ((b * G + g) * C + span * SPAN) * D;
+        const T *keys = static_cast<const T*>(cache.keys) + at, *values = static_cast<const T*>(cache.values) + at;
+        for (int64_t first = 0; first < heads; first += TOGETHER) {
+            const int64_t rows = smaller(TOGETHER, heads - first), head = g * heads + first;
+            float most[TOGETHER], total[TOGETHER];
+            for (int64_t i = 0; i < rows; ++i) {
+                scale_row_to(q + (head + i) * D, scale, cache.steps_of_keys(g, D), D, space.asked + i * D);
+            }
+            if constexpr (FORMAT == ARRIERO_CODES) {
+                attend_codes(rows, keys, values, count, D, space, most, total);
+            } else {
+                attend_span<FORMAT>(rows, keys, values, count, D, space, most, total);
+            }
+            for (int64_t i = 0; i < rows; ++i) {
+                const float* sums = space.sums + i * D;
+                if (spans == 1) {
+                    scale_row_to(sums, 1.0f / total[i], cache.steps_of_values(g, D), D, out + (head + i) * D);
+                    continue;
                 }
-                if constexpr (FORMAT == ARRIERO_CODES) {
-                    attend_codes(rows, keys, values, count, D, space, most, total);
-                } else {
-                    attend_span<FORMAT>(rows, keys, values, count, D, space, most, total);
-                }
-                for (int64_t i = 0; i < rows; ++i) {
-                    const float* sums = space.sums + i * D;
-                    if (spans == 1) {
-                        scale_row_to(sums, 1.0f / total[i], cache.steps_of_values(g, D), D, out + (head + i) * D);
-                        continue;
-                    }
-                    const int64_t outcome = (head + i) * space.spans + span;
-                    space.highest[outcome] = most[i], space.total[outcome] = total[i];
-                    __builtin_memcpy(space.outcomes + outcome * D, sums, D * sizeof(float));
-                }
+                const int64_t outcome = (b * Q + head + i) * space.spans + span;
+                space.highest[outcome] = most[i], space.total[outcome] = total[i];
+                __builtin_memcpy(space.outcomes + outcome * D, sums, D * sizeof(float));
             }
         }
     }
 }
 
-inline int32_t attention_merge(const int64_t* positions, const float* value_steps, float* out, int64_t B, int64_t S,
-                               int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk, void* workspace, int64_t part,
-                               int64_t parts) {
-    if (S != 1) return 0;
+inline int32_t attention_merge(const int64_t* positions, const int64_t* starts, const float* value_steps, float* out,
+                               int64_t B, int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk, void* workspace,
+                               int64_t part, int64_t parts) {
     const DecodeWorkspace space(workspace, part, B, Q, C, D, parts);
     for (int64_t row = part; row < B * Q; row += parts) {
-        const int64_t spans = spans_of(positions[row / Q], chunk), at = row * space.spans;
+        const int64_t b = row / Q, t = starts[b];
+        if (starts[b + 1] - t != 1) continue;
+        const int64_t spans = spans_of(positions[t], chunk), at = row * space.spans;
         if (spans == 1) continue;
         float highest = space.highest[at], total = 0.0f;
         for (int64_t span = 1; span < spans; ++span) {
@@ -224,7 +221,7 @@ inline int32_t attention_merge(const int64_t* positions, const float* value_step
             }
         }
         const float* steps = value_steps ? value_steps + row % Q / (Q / G) * D : nullptr;
-        scale_row_to(space.sums, 1.0f / total, steps, D, out + row * D);
+        scale_row_to(space.sums, 1.0f / total, steps, D, out + (t * Q + row % Q) * D);
     }
     return 0;
 }

@@ -38,14 +38,17 @@ inline void e4m3_product(Rows<const float> x, int64_t count, const uint8_t* weig
             for (int64_t n = 0; n < TILE_COLUMNS; n += LANES) {
                 // the last panel is padded, so only whole panels are missing
                 const bool missing = n / 16 * 16 >= width;
-                const Float scale = missing ? all(0.0f) : mul(load(scales + column + n), all(256.0f));
                 const uint8_t* from = weight + ((column + n) / 16 * features + k) * 16 + n % 16;
                 for (int64_t d = 0; d < depth; ++d) {
-                    store(to + d * TILE_COLUMNS + n, missing ? scale : mul(load_e4m3(from + d * 16), scale));
+                    store(to + d * TILE_COLUMNS + n, missing ? all(0.0f) : load_e4m3(from + d * 16));
                 }
             }
         };
         unpacked_product(unpack, x, count, features, columns, out, piece);
+        // scaled in the end, as the sums of few rows are: a row's bits do not depend on how many there are
+        for (int64_t i = 0; i < count; ++i) {
+            for (int64_t n = columns.begin; n < columns.end; ++n) out[i][n] *= scales[n] * 256.0f;
+        }
         return;
     }
     if (count == 0) return;

@@ -29,7 +29,7 @@ template <int FORMAT>
 inline void exact_product(const Matrix& w, Rows<const float> x, int64_t count, Range columns, Rows<float> out,
                           float* piece) {
     if (w.layout == Layout::rows) {
-        row_product<FORMAT>(x, count, w.weight, w.features, columns, out, piece);
+        row_product<FORMAT>(x, count, w.weight, w.features, w.outputs, columns, out, piece);
     } else {
         column_product<FORMAT>(x, count, w.weight, w.features, w.outputs, columns, out, piece);
     }
@@ -59,6 +59,6 @@ inline void product(const Matrix& w, const Input& x, const int64_t* order, int64
 }
 
 // Columns are shared out in multiples of this: whole panels and, for many rows, whole tiles.
-inline int64_t column_unit(int64_t format, int64_t count) { return is_integer(format) || count <= 4 ? 32 : 64; }
+inline int64_t column_unit(int64_t format, int64_t count) { return is_integer(format) || count <= FEW_ROWS ? 32 : 64; }
 
 }  // namespace ARRIERO_LEVEL

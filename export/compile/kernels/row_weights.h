@@ -80,12 +80,15 @@ TILE void unpack_rows(const typename Stored<FORMAT>::Type* weight, int64_t strid
     }
 }
 
-// Columns [columns.begin, columns.end) of out = x W^T for `count` rows of x [.., features]; W [N, features].
+constexpr int64_t FEW_ROWS = 8;        // decode's, whose products are dots whatever the matrix
+constexpr int64_t FEW_OUTPUTS = 256;   // a router's, whose products are dots however many the rows
+
+// Columns [columns.begin, columns.end) of out = x W^T for `count` rows of x [.., features]; W [outputs, features].
 template <int FORMAT>
-inline void row_product(Rows<const float> x, int64_t count, const void* weights, int64_t features, Range columns,
-                        Rows<float> out, float* piece) {
+inline void row_product(Rows<const float> x, int64_t count, const void* weights, int64_t features, int64_t outputs,
+                        Range columns, Rows<float> out, float* piece) {
     const auto* weight = static_cast<const typename Stored<FORMAT>::Type*>(weights);
-    if (count > 4) {
+    if (count > FEW_ROWS && outputs > FEW_OUTPUTS) {
         const auto unpack = [&](float* to, int64_t column, int64_t width, int64_t k, int64_t depth) {
             unpack_rows<FORMAT>(weight + column * features + k, features, width, depth, to);
         };
@@ -93,22 +96,29 @@ inline void row_product(Rows<const float> x, int64_t count, const void* weights,
         return;
     }
     if (count == 0) return;
-    with_rows<4>(count, [&](auto tall) {
-        constexpr int M = decltype(tall)::value;
-        const float* a[M];
-        for (int m = 0; m < M; ++m) a[m] = x[m];
-        for (int64_t column = columns.begin; column < columns.end;) {
-            const auto multiply = [&](auto wide) {
-                constexpr int N = decltype(wide)::value;
-                float tile[M][N];
-                dot_tile<FORMAT, M, N>(a, weight + column * features, features, tile);
-                for (int m = 0; m < M; ++m) __builtin_memcpy(out[m] + column, tile[m], sizeof tile[m]);
-            };
-            const int64_t left = columns.end - column;
-            // four columns are summed in one order and one in another, so which are one does not depend on M
-            column += M == 1 && left >= 8 ? with_rows_or_one<8>(left, multiply) : with_rows_or_one<4>(left, multiply);
+    for (int64_t column = columns.begin; column < columns.end;) {
+        const int64_t left = columns.end - column;
+        const auto multiply = [&](auto wide) {
+            constexpr int N = decltype(wide)::value;
+            for (int64_t i = 0; i < count;) {
+                i += with_rows<4>(count - i, [&](auto tall) {
+                    constexpr int M = decltype(tall)::value;
+                    const float* a[M];
+                    float tile[M][N];
+                    for (int m = 0; m < M; ++m) a[m] = x[i + m];
+                    dot_tile<FORMAT, M, N>(a, weight + column * features, features, tile);
+                    for (int m = 0; m < M; ++m) __builtin_memcpy(out[i + m] + column, tile[m], sizeof tile[m]);
+                });
+            }
+        };
+        // four columns are summed in one order and one in another, so which are one does not depend on the rows
+        if (count == 1 && left >= 8) {
+            multiply(Constant<8>{});
+            column += 8;
+        } else {
+            column += with_rows_or_one<4>(left, multiply);
         }
-    });
+    }
 }
 
 }  // namespace ARRIERO_LEVEL

@@ -159,55 +159,58 @@ extern "C" int32_t arriero_run_dispatch(int64_t gate_up_format, int64_t gate_up_
 }
 
 extern "C" int32_t arriero_run_attention(int64_t format, const float* q, const float* k, const float* v,
-                                         const int64_t* positions, void* key_cache, void* value_cache,
-                                         const float* key_steps, const float* value_steps, float* out, int64_t B,
-                                         int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk,
-                                         int64_t parts) {
+                                         const int64_t* positions, const int64_t* starts, void* key_cache,
+                                         void* value_cache, const float* key_steps, const float* value_steps,
+                                         float* out, int64_t B, int64_t T, int64_t Q, int64_t G, int64_t C, int64_t D,
+                                         int64_t chunk, int64_t parts) {
     const auto write = [&](void*, int64_t part) {
-        arriero_cache_write(format, k, v, positions, key_steps, value_steps, key_cache, value_cache, B, S, G, C, D,
+        arriero_cache_write(format, k, v, positions, starts, key_steps, value_steps, key_cache, value_cache, B, G, C, D,
                             chunk, part, parts);
     };
     const auto attend = [&](void* space, int64_t part) {
-        arriero_attention(format, q, positions, key_cache, value_cache, key_steps, value_steps, out, B, S, Q, G, C, D,
-                          chunk, space, part, parts);
+        arriero_attention(format, q, positions, starts, key_cache, value_cache, key_steps, value_steps, out, B, T, Q, G,
+                          C, D, chunk, space, part, parts);
     };
     const auto merge = [&](void* space, int64_t part) {
-        arriero_attention_merge(positions, value_steps, out, B, S, Q, G, C, D, chunk, space, part, parts);
+        arriero_attention_merge(positions, starts, value_steps, out, B, Q, G, C, D, chunk, space, part, parts);
     };
-    const int64_t bytes = arriero_attention_workspace(B, S, Q, G, C, D, parts);
-    return S == 1 ? run(bytes, parts, write, attend, merge) : run(bytes, parts, write, attend);
+    return run(arriero_attention_workspace(B, T, Q, G, C, D, parts), parts, write, attend, merge);
 }
 
-extern "C" int32_t arriero_run_add_lora(const float* x, const float* y, const int64_t* adapter, const float* a,
-                                        const float* b, float* out, int64_t B, int64_t S, int64_t N, int64_t K,
-                                        int64_t R, int64_t adapters, int64_t parts) {
-    const int64_t low_bytes = (B * S * R * static_cast<int64_t>(sizeof(float)) + 63) / 64 * 64;
+extern "C" int32_t arriero_run_add_lora(const float* x, const float* y, const int64_t* adapter, const int64_t* starts,
+                                        const float* a, const float* b, float* out, int64_t rows, int64_t T, int64_t N,
+                                        int64_t K, int64_t R, int64_t adapters, int64_t parts) {
+    const int64_t low_bytes = (T * R * static_cast<int64_t>(sizeof(float)) + 63) / 64 * 64;
     const auto changed = [&](int64_t row) { return adapter[row] > 0 && adapter[row] < adapters; };
+    // row by row: a row's sums are in the order that they have when it is alone
+    const auto each = [&](const auto& change) {
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t count = starts[row + 1] - starts[row];
+            if (count > 0 && changed(row)) change(adapter[row], starts[row], count);
+        }
+    };
     const auto reduce = [&](void* space, int64_t part) {
         auto* low = static_cast<float*>(space);
-        for (int64_t row = 0; row < B; ++row) {
-            if (!changed(row)) continue;
-            arriero_linear(ARRIERO_F32, 0, x + row * S * K, a + adapter[row] * R * K, nullptr, low + row * S * R, S, R,
-                           K, static_cast<char*>(space) + low_bytes, part, parts);
-        }
+        each([&](int64_t i, int64_t t, int64_t count) {
+            arriero_linear(ARRIERO_F32, 0, x + t * K, a + i * R * K, nullptr, low + t * R, count, R, K,
+                           static_cast<char*>(space) + low_bytes, part, parts);
+        });
     };
     const auto expand = [&](void* space, int64_t part) {
         const auto* low = static_cast<const float*>(space);
-        for (int64_t row = 0; row < B; ++row) {
-            if (!changed(row)) continue;
-            arriero_linear(ARRIERO_F32, 0, low + row * S * R, b + adapter[row] * N * R, nullptr, out + row * S * N, S,
-                           N, R, static_cast<char*>(space) + low_bytes, part, parts);
-        }
+        each([&](int64_t i, int64_t t, int64_t count) {
+            arriero_linear(ARRIERO_F32, 0, low + t * R, b + i * N * R, nullptr, out + t * N, count, N, R,
+                           static_cast<char*>(space) + low_bytes, part, parts);
+        });
     };
     const auto add = [&](void*, int64_t part) {
-        for (int64_t row = 0; row < B; ++row) {
-            const int64_t numbers = S * N, end = row * numbers + numbers * (part + 1) / parts;
-            for (int64_t i = row * numbers + numbers * part / parts; i < end; ++i) {
-                out[i] = changed(row) ? out[i] + y[i] : y[i];
-            }
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t first = starts[row] * N, numbers = starts[row + 1] * N - first;
+            const int64_t end = first + numbers * (part + 1) / parts;
+            for (int64_t i = first + numbers * part / parts; i < end; ++i) out[i] = changed(row) ? out[i] + y[i] : y[i];
         }
     };
-    const int64_t first = arriero_linear_workspace(ARRIERO_F32, 0, S, R, K, parts);
-    const int64_t second = arriero_linear_workspace(ARRIERO_F32, 0, S, N, R, parts);
-    return run(low_bytes + (first > second ? first : second), parts, reduce, expand, add);
+    const int64_t reduces = arriero_linear_workspace(ARRIERO_F32, 0, T, R, K, parts);
+    const int64_t expands = arriero_linear_workspace(ARRIERO_F32, 0, T, N, R, parts);
+    return run(low_bytes + (reduces > expands ? reduces : expands), parts, reduce, expand, add);
 }

@@ -87,9 +87,9 @@ extern "C" int64_t arriero_dispatch_workspace(int64_t gate_up_format, int64_t ga
         .bytes;
 }
 
-extern "C" int64_t arriero_attention_workspace(int64_t B, int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D,
+extern "C" int64_t arriero_attention_workspace(int64_t B, int64_t T, int64_t Q, int64_t G, int64_t C, int64_t D,
                                                int64_t parts) {
-    return selection::attention_bytes(B, S, Q, G, C, D, parts);
+    return selection::attention_bytes(B, T, Q, G, C, D, parts);
 }
 
 extern "C" int32_t arriero_linear_prepare(int64_t format, int64_t block, const float* x, int64_t T, int64_t K,
@@ -135,23 +135,24 @@ extern "C" int32_t arriero_dispatch_sum(int64_t gate_up_format, int64_t gate_up_
 }
 
 extern "C" int32_t arriero_cache_write(int64_t format, const float* k, const float* v, const int64_t* positions,
-                                       const float* key_steps, const float* value_steps, void* key_cache,
-                                       void* value_cache, int64_t B, int64_t S, int64_t G, int64_t C, int64_t D,
+                                       const int64_t* starts, const float* key_steps, const float* value_steps,
+                                       void* key_cache, void* value_cache, int64_t B, int64_t G, int64_t C, int64_t D,
                                        int64_t chunk, int64_t part, int64_t parts) {
-    return kernels().cache_write(format, k, v, positions, key_steps, value_steps, key_cache, value_cache, B, S, G, C, D,
-                                 chunk, part, parts);
+    return kernels().cache_write(format, k, v, positions, starts, key_steps, value_steps, key_cache, value_cache, B, G,
+                                 C, D, chunk, part, parts);
 }
 
-extern "C" int32_t arriero_attention(int64_t format, const float* q, const int64_t* positions, const void* key_cache,
-                                     const void* value_cache, const float* key_steps, const float* value_steps,
-                                     float* out, int64_t B, int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D,
-                                     int64_t chunk, void* workspace, int64_t part, int64_t parts) {
-    return kernels().attention(format, q, positions, key_cache, value_cache, key_steps, value_steps, out, B, S, Q, G, C,
-                               D, chunk, workspace, part, parts);
+extern "C" int32_t arriero_attention(int64_t format, const float* q, const int64_t* positions, const int64_t* starts,
+                                     const void* key_cache, const void* value_cache, const float* key_steps,
+                                     const float* value_steps, float* out, int64_t B, int64_t T, int64_t Q, int64_t G,
+                                     int64_t C, int64_t D, int64_t chunk, void* workspace, int64_t part,
+                                     int64_t parts) {
+    return kernels().attention(format, q, positions, starts, key_cache, value_cache, key_steps, value_steps, out, B, T,
+                               Q, G, C, D, chunk, workspace, part, parts);
 }
 
-extern "C" int32_t arriero_attention_merge(const int64_t* positions, const float* value_steps, float* out, int64_t B,
-                                           int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk,
-                                           void* workspace, int64_t part, int64_t parts) {
-    return kernels().attention_merge(positions, value_steps, out, B, S, Q, G, C, D, chunk, workspace, part, parts);
+extern "C" int32_t arriero_attention_merge(const int64_t* positions, const int64_t* starts, const float* value_steps,
+                                           float* out, int64_t B, int64_t Q, int64_t G, int64_t C, int64_t D,
+                                           int64_t chunk, void* workspace, int64_t part, int64_t parts) {
+    return kernels().attention_merge(positions, starts, value_steps, out, B, Q, G, C, D, chunk, workspace, part, parts);
 }

@@ -100,9 +100,9 @@ struct PromptWorkspace {
     float *asked, *scores, *sums, *most, *total, *piece, *values;
     int64_t bytes;  // of one part
 
-    PromptWorkspace(void* base, int64_t part, int64_t S, int64_t Q, int64_t G, int64_t D) {
+    PromptWorkspace(void* base, int64_t part, int64_t T, int64_t Q, int64_t G, int64_t D) {
         const int64_t heads = Q / G, wanted = AttentionWorkspace::ROWS_WANTED;
-        queries = smaller(S, heads < wanted ? wanted / heads : 1);
+        queries = smaller(T, heads < wanted ? wanted / heads : 1);
         rows = queries * heads;
         divide(nullptr, D);
         if (base) divide(static_cast<uint8_t*>(base) + part * bytes, D);
@@ -153,9 +153,13 @@ struct DecodeWorkspace {
     }
 };
 
-inline int64_t attention_bytes(int64_t B, int64_t S, int64_t Q, int64_t G, int64_t C, int64_t D, int64_t parts) {
-    return S == 1 ? DecodeWorkspace(nullptr, 0, B, Q, C, D, parts).bytes
-                  : PromptWorkspace(nullptr, 0, S, Q, G, D).bytes * parts;
+// Where the parts of prompts lie: behind those of rows of one token.
+inline int64_t prompts_at(int64_t B, int64_t Q, int64_t C, int64_t D, int64_t parts) {
+    return DecodeWorkspace(nullptr, 0, B, Q, C, D, parts).bytes;
+}
+
+inline int64_t attention_bytes(int64_t B, int64_t T, int64_t Q, int64_t G, int64_t C, int64_t D, int64_t parts) {
+    return prompts_at(B, Q, C, D, parts) + PromptWorkspace(nullptr, 0, T, Q, G, D).bytes * parts;
 }
 
 }  // namespace ARRIERO_LEVEL

@@ -23,6 +23,7 @@ from arriero.export.compile.relax import kernels as kernels
 from arriero.export.compile.relax import ops as ops
 from arriero.graphs.functions import ADD_LORA, CACHED_ATTENTION, EXPERT_DISPATCH
 from arriero.graphs.passes.bind_experts import REQUEST, TABLE
+from arriero.graphs.passes.cache_in_place import ROW_STARTS
 from arriero.graphs.passes.replace_linear_with_kernel import LINEAR
 from arriero.graphs.passes.replace_lookup import LOOKUP
 
@@ -125,12 +126,14 @@ def convert_request(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict
 
 
 def convert_add_lora(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:
-    """AddLora(x, y, adapter, A, B)."""
-    return bb.emit_te(kernels.add_lora, nodes[THREADS], *inputs, primfunc_name_hint="add_lora")
+    """AddLora(x, y, adapter, A, B), whose rows lie in x and y as attention's do."""
+    x, y, adapter, a, b = inputs
+    arguments = (nodes[THREADS], x, y, adapter, nodes[ROW_STARTS], a, b)
+    return bb.emit_te(kernels.add_lora, *arguments, primfunc_name_hint="add_lora")
 
 
 def convert_attention(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:
-    """CachedAttention(q, k, v, key_cache, value_cache, positions, scales..), in place."""
+    """CachedAttention(q, k, v, key_cache, value_cache, positions, row_starts, scales..), in place."""
     compute = kernels.attention(attr["num_heads"], attr["kv_heads"], attr["chunk"])
     call = bb.call_te(compute, nodes[THREADS], *inputs, primfunc_name_hint="cached_attention")
     # `threads`, q, k, v come before the two caches; the result is new memory, of the queries' shape

@@ -3,7 +3,7 @@
 The functions and what they ask of their callers are those of `kernels/arriero_kernels.h`. How many parts a layer is cut
 into is the length of `threads` u8 [parts], a graph input whose elements nobody reads: so one library serves any number
 of threads. Legend: T tokens, N output features, K input features, E experts, R experts per token, H hidden, F expert
-width, B batch rows, S new tokens, D head size.
+width, B rows of a cache, whose new tokens [1, T] lie one after another as `row_starts` i64 [B + 1] says, D head size.
 """
 
 from __future__ import annotations
@@ -87,22 +87,20 @@ def request(expert_id: te.Tensor, experts: te.Tensor) -> te.Tensor:
 
 
 def attention(heads: int, kv_heads: int, chunk: int) -> Callable[..., te.Tensor]:
-    """Give f(threads, q, k, v, key_cache, value_cache, positions, scales..) -> out like q; it writes k and v.
+    """Give f(threads, q, k, v, key_cache, value_cache, positions, row_starts, scales..) -> out like q.
 
-    The two scales are those of an int8 cache.
+    It writes k and v into the caches. The two scales are those of an int8 cache.
     """
 
     def compute(threads: te.Tensor, q: te.Tensor, k: te.Tensor, *rest: te.Tensor) -> te.Tensor:
-        (batch, steps, _), slots, size = q.shape, rest[1].shape[2], rest[1].shape[3]
+        rows, _, slots, size = rest[1].shape
         form = CACHE_FORMATS[str(rest[1].dtype)]
 
         def body(ins: Sequence[Any], outs: Sequence[Any]) -> None:
-            query, key, value, keys, values, positions, *scales = _pointers(ins[1:])
-            caches, sizes = (
-                (keys, values, *(scales or (_null(), _null()))),
-                (batch, steps, heads, kv_heads, slots, size),
-            )
-            new = (query, key, value, positions)
+            query, key, value, keys, values, positions, starts, *scales = _pointers(ins[1:])
+            caches = (keys, values, *(scales or (_null(), _null())))
+            sizes = (rows, _rows(q), heads, kv_heads, slots, size)
+            new = (query, key, value, positions, starts)
             _run("arriero_run_attention", form, *new, *caches, *_pointers(outs), *sizes, chunk, threads.shape[0])
 
         return _extern(q.shape, [threads, q, k, *rest], body, "cached_attention")
@@ -111,12 +109,12 @@ def attention(heads: int, kv_heads: int, chunk: int) -> Callable[..., te.Tensor]
 
 
 def add_lora(threads: te.Tensor, *inputs: te.Tensor) -> te.Tensor:
-    """Give y [B, S, N] with the change of each row's adapter, of x [B, S, K], y, adapter [B] and two stacks."""
-    x, y, _, a, b = inputs
-    (batch, steps, width), (adapters, rank, _) = x.shape, a.shape
+    """Give y [.., N] with the change of each row's adapter, of x [.., K], y, adapter [B], row_starts and two stacks."""
+    x, y, adapter, _, a, b = inputs
+    adapters, rank, width = a.shape
 
     def body(ins: Sequence[Any], outs: Sequence[Any]) -> None:
-        sizes = (batch, steps, b.shape[1], width, rank, adapters, threads.shape[0])
+        sizes = (adapter.shape[0], _rows(x), b.shape[1], width, rank, adapters, threads.shape[0])
         _run("arriero_run_add_lora", *_pointers(ins[1:]), *_pointers(outs), *sizes)
 
     return _extern(y.shape, [threads, *inputs], body, "add_lora")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
@@ -130,6 +132,28 @@ def test_a_row_attends_the_same_bits_beside_others_and_in_any_number_of_parts(li
         assert_array_equal(outcomes[-1][0], outcomes[0][row])
     assert_array_equal(outcomes[1], outcomes[0])
     assert_array_equal(outcomes[2], outcomes[0])
+
+
+@pytest.mark.parametrize("dtype", CACHES)
+@pytest.mark.parametrize("chunk", [0, 1500])
+def test_rows_of_different_numbers_of_tokens_attend_as_each_does_alone(kernels, draw, dtype, chunk):
+    """Some decode, some are read, some have no token in this step."""
+    heads, groups, size, slots = 10, 2, 64, 1500
+    counts, first = np.array([1, 0, 37, 1, 2, 1]), np.array([1400, 3, 20, 7, 100, 1100]) + chunk
+    layer = Layer(draw, dtype, len(counts), groups, slots, size)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    q, k, v = (normal(draw, 1, starts[-1], n * size) for n in (heads, groups, groups))
+    positions = np.concatenate([start + np.arange(count) for start, count in zip(first, counts, strict=True)])
+    caches = [cache.copy() for cache in layer.caches]
+    found = kernels.attention(q, k, v, positions[None], *caches, chunk, layer.steps, starts)
+    for row, (start, stop) in enumerate(pairwise(starts)):
+        own = [cache[row : row + 1].copy() for cache in layer.caches]
+        if stop > start:
+            one = [x[:, start:stop] for x in (q, k, v)]
+            alone = kernels.attention(*one, positions[None, start:stop], *own, chunk, layer.steps)
+            assert_array_equal(found[:, start:stop], alone)
+        for kept, expected in zip(caches, own, strict=True):
+            assert_array_equal(kept[row], expected[0])
 
 
 def test_numbers_become_the_nearest_float16(kernels, draw):

@@ -143,6 +143,27 @@ def test_rows_decode_the_same_bits_alone_and_beside_others(toy):
             np.testing.assert_array_equal(logits[row, 0], alone[row][turn])
 
 
+def test_rows_that_decode_and_one_that_is_read_share_a_step(toy):
+    """Each gets the bits that it has alone: a toy's exact matrices have few outputs."""
+    backend, starts = toy.backend, [16, 40, 20, 5]
+    assert backend.packs
+    rows = [toy.embeds(seed).numpy() for seed in (80, 81, 82, 83)]
+    cache, alone, counts = backend.new_cache(4, 64), [], np.array([1, 1, 0, 9])
+    for row, start in enumerate(starts):
+        cuts = sorted({0, *(cut for cut in CUTS if cut < start), start})
+        read(backend, rows[row], cache.rows(row, row + 1), cuts)
+        single = backend.new_cache(1, 64)
+        read(backend, rows[row], single, cuts)
+        if counts[row]:
+            alone.append(read(backend, rows[row], single, [start, start + counts[row]])[0])
+    tokens = [
+        rows[row][0, start : start + count] for row, (start, count) in enumerate(zip(starts, counts, strict=True))
+    ]
+    logits = backend.forward_packed(np.concatenate(tokens), counts, cache, np.arange(11))
+    np.testing.assert_array_equal(logits, np.concatenate(alone))
+    assert cache.lengths.tolist() == [17, 41, 20, 14]
+
+
 def test_snapshots_copies_and_cuts_go_on_bit_for_bit(toy):
     embeds, backend = toy.embeds(97).numpy(), toy.backend
     cache, other = backend.new_cache(2, 64), backend.new_cache(1, 64)

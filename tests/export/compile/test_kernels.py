@@ -20,6 +20,7 @@ from arriero.graphs.stored.packed_panels import (
     pack_panels,
 )
 from arriero.profiles.quantize import Quantized, dequantize, pack, quantize
+from arriero.runtimes.tvm import FEW_OUTPUTS
 from tests import kernel_judge as judge
 from tests.call_kernels import Kernels, Weight, pack_experts
 from tests.guarded_kernels import SUM_ERROR, Guarded, assert_close, normal
@@ -48,7 +49,7 @@ def stored_e4m3(weight, gate_up=False):
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 17])
-@pytest.mark.parametrize(("outputs", "features"), [(1, 5), (200, 600)])
+@pytest.mark.parametrize(("outputs", "features"), [(1, 5), (200, 600), (330, 600)])
 @pytest.mark.parametrize("form", EXACT)
 def test_exact_linear(kernels, draw, form, tokens, outputs, features):
     x, weight = normal(draw, tokens, features), normal(draw, outputs, features).astype(EXACT[form])
@@ -207,17 +208,18 @@ def test_int_dispatch_is_two_rounded_products(kernels, draw, form, tokens):
     assert flips <= tokens // 5
 
 
-@pytest.mark.parametrize("outputs", [1, 4, 7, 12, 200])
+@pytest.mark.parametrize("outputs", [1, 4, 7, 12, FEW_OUTPUTS, FEW_OUTPUTS + 44])
 @pytest.mark.parametrize("form", [*EXACT, "e4m3", "int8", "int4"])
-def test_a_row_has_the_same_bits_among_few_rows_and_the_same_among_many(kernels, draw, form, outputs):
-    """As `TvmBackend.few_rows` says: whether there are more than four rows decides on a sum's order, nothing else."""
+def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(kernels, draw, form, outputs):
+    """As `TvmBackend.packs` says; exact matrices of many outputs are summed in two orders, as `few_rows` says."""
     plain = normal(draw, outputs, 512)
     if form in EXACT:
         weight = Weight(form, plain.astype(EXACT[form]))
     else:
         weight, _ = stored_e4m3(plain) if form == "e4m3" else stored_int(form, plain, 256)
     x = normal(draw, 40, 512)
-    for counts in ((1, 2, 3, 4), (5, 6, 11, 16, 23, 40)):
+    few, many = (1, 2, 3, 4, 5, 8), (9, 11, 16, 23, 40)
+    for counts in (few, many) if form in EXACT and outputs > FEW_OUTPUTS else ((*few, *many),):
         first, *others = (kernels.linear(x[:count], weight, outputs) for count in counts)
         for other in others:
             assert_array_equal(other[: len(first)], first)
