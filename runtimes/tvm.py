@@ -46,7 +46,6 @@ from arriero.runtimes.weight_files import MappedWeights, ReadWeights, WeightFile
 from arriero.traits import PREFILL_PIECE
 
 PANEL = 16  # output features in each row of a packed matrix
-FEW_OUTPUTS = 256  # of a matrix whose products the kernels sum alike for any number of tokens: `row_product`'s
 CPU = 1, 0  # DLPack's device type and number
 NAIVE, POOLED = 1, 2  # allocators: what keeps the memory of every size that was asked for is not for a cap
 
@@ -83,7 +82,7 @@ class TvmBackend:
         # the tower is opened on the first image: a text-only app never pays for its memory
         for part in ("text", "embed"):
             self._graphs[part].open(POOLED if memory is None else NAIVE)
-        self.packs = text.sums_alike()
+        self.packs = text.packs
         self._experts = (
             ExpertCache(bundle, text.library, text.experts, text.tables, share.slots) if share.slots else None
         )
@@ -207,17 +206,11 @@ class _Graph:
             self._code = PrivateLibrary(self._path, sha256.get(self._path.name))
             self.inputs, self.outputs = signature["inputs"], signature["outputs"]
             self.weights, self.experts = signature["weights"], signature["experts"]
+            self.packs: bool = signature["packs"]
             # of keys and values; bundles from before they could be narrower do not say it
             self.cache = np.dtype(signature.get("cache") or "float32")
         self.library: Any = None
         self._machine: Any = None
-
-    def sums_alike(self) -> bool:
-        """Whether a token's sums have one order however many tokens are in the step: those of packed weights have."""
-        return all(
-            entry["dtype"] == "UINT8" or len(entry["shape"]) < 2 or entry["shape"][0] <= FEW_OUTPUTS
-            for entry in self.weights
-        )
 
     def sizes(self) -> list[RecordSize]:
         """The layers' experts."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import onnx_ir as ir
 import tvm
 import tvm_ffi
 from tvm import relax
@@ -17,15 +18,17 @@ from arriero.export.compile import Device, Watch, no_watch
 from arriero.export.compile.build_kernels import find_compiler
 from arriero.export.compile.cpus import LINUX_NAMES, NATIVE, Cpu, parse_cpu
 from arriero.export.compile.relax.import_graph import ANY_ALIGNMENT, Imported, import_graph
+from arriero.export.compile.relax.kernels import FEW_OUTPUTS
+from arriero.graphs.passes.replace_linear_with_kernel import LINEAR
 from arriero.runtimes.manifest import Compiled
 
 
 def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Watch = no_watch) -> Compiled:
     """Compile `<part>.onnx` of each of `parts` in `folder` for the device's processor, with its kernels linked in.
 
-    Leaves `<part>.so` and `<part>.json` (the order of inputs, outputs, tables of experts and weights, and the dtype of
-    the caches) in the place of each graph. Raises ArrieroError for a processor that LLVM does not know, MachineLacks
-    without a linker for its architecture.
+    Leaves `<part>.so` and `<part>.json` (the order of inputs, outputs, tables of experts and weights, the dtype of the
+    caches, and whether a row's sums are the same beside any others) in the place of each graph. Raises ArrieroError for
+    a processor that LLVM does not know, MachineLacks without a linker for its architecture.
     """
     assert device.kernels is not None
     chosen = parse_cpu(device.cpu or NATIVE)
@@ -91,6 +94,12 @@ def _with_step(module: tvm.IRModule) -> tvm.IRModule:
     return relax.transform.DeadCodeElimination(["main", "step"])(module)
 
 
+def _sums_alike(linear: ir.Node) -> bool:
+    """Whether a token's sums have one order however many tokens are in the step."""
+    bits, _ = linear.attributes["form"].as_ints()
+    return bool(bits) or linear.attributes["features"].as_int() <= FEW_OUTPUTS
+
+
 def _signature(imported: Imported) -> dict[str, object]:
     values = {str(value.name): value for value in imported.graph.inputs}
     caches = {value.dtype for name, value in values.items() if name.startswith("past_") and value.dtype is not None}
@@ -98,6 +107,7 @@ def _signature(imported: Imported) -> dict[str, object]:
         "inputs": imported.inputs,
         "cache": next((dtype.numpy().name for dtype in caches), None),
         "outputs": [value.name for value in imported.graph.outputs],
+        "packs": all(_sums_alike(node) for node in imported.graph if node.op_type == LINEAR),
         "experts": [
             {
                 "name": table.name,

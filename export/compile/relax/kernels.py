@@ -25,6 +25,9 @@ from arriero.errors import ArrieroError
 EXACT_FORMATS = {"float32": 0, "uint16": 1, "float16": 2}
 CACHE_FORMATS = {"float32": 0, "float16": 2, "int8": 6}  # by the dtype of a cache
 E4M3 = 3
+# Exact matrices of at most so many outputs, as a router, are summed alike for any number of tokens, and so are all
+# packed ones: `row_product` of the kernels has the number too.
+FEW_OUTPUTS = 256
 INTEGER_FORMATS = {8: 4, 4: 5}
 # of a record's matrices
 EXPERT_FORMATS = {

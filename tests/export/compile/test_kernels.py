@@ -13,6 +13,7 @@ from numpy.testing import assert_array_equal
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.compile.build_kernels import build_kernels, find_compiler
+from arriero.export.compile.relax.kernels import FEW_OUTPUTS
 from arriero.graphs.stored.packed_panels import (
     pack_e4m3_panels,
     pack_gate_up_e4m3_panels,
@@ -20,7 +21,6 @@ from arriero.graphs.stored.packed_panels import (
     pack_panels,
 )
 from arriero.profiles.quantize import Quantized, dequantize, pack, quantize
-from arriero.runtimes.tvm import FEW_OUTPUTS
 from tests import kernel_judge as judge
 from tests.call_kernels import Kernels, Weight, pack_experts
 from tests.guarded_kernels import SUM_ERROR, Guarded, assert_close, normal
