@@ -213,6 +213,10 @@ class Cache(Protocol):
         """Rows `start` to `stop` as a cache of their own that shares this one's memory and lengths."""
         ...
 
+    def reserve(self, tokens: int) -> None:
+        """Make sure that rows of `tokens` tokens have slots; refuses more than `capacity`."""
+        ...
+
     def copy_row(self, source: int, target: int) -> None:
         """Make row `target` equal to row `source`."""
         ...

@@ -25,6 +25,10 @@ class RowStore(ABC):
         self.adapters: Ints = np.zeros(batch, np.int64)
 
     @abstractmethod
+    def reserve(self, tokens: int) -> None:
+        """Make sure that rows of `tokens` tokens have slots; refuses more than `capacity`."""
+
+    @abstractmethod
     def copy_row(self, source: int, target: int) -> None:
         """Make row `target` hold what row `source` holds."""
 
@@ -72,6 +76,10 @@ class CacheRows(Generic[Store]):
     def rows(self, start: int, stop: int) -> CacheRows[Store]:
         """Rows `start` to `stop` of these rows."""
         return CacheRows(self.store, self.start + start, self.start + stop)
+
+    def reserve(self, tokens: int) -> None:
+        """Make sure that rows of `tokens` tokens have slots."""
+        self.store.reserve(tokens)
 
     def copy_row(self, source: int, target: int) -> None:
         """Make row `target` equal to row `source`."""

@@ -7,7 +7,7 @@ from arriero.traits import PREFILL_PIECE
 # A piece may take so many times as long as a decode step of the others: the gap between their tokens is then 2.25
 # steps, and a prompt whose pieces are as quick as large ones takes 1.8 times as long as alone.
 STEPS_PER_PIECE = 1.25
-LEAST = 16  # tokens of a piece, and what it grows by: below it the weights are read for too few of them
+LEAST = 8  # tokens of a piece, and what it grows by: below it the weights are read for too few of them
 NEWEST = 0.5  # the newest measurement's share of what is expected
 
 

@@ -80,11 +80,14 @@ class PrefixCache:
 
     # --- prefixes
 
-    def find(self, tokens: Tokens) -> Snapshot | None:
-        """The longest prefix of `tokens` to go on from, short of its last token, whose logits are still asked for."""
+    def find(self, tokens: Tokens, rest: int = 1) -> Snapshot | None:
+        """The longest prefix of `tokens` to go on from, short of its last `rest` tokens.
+
+        The logits after the last one are still asked for, and a backend may sum fewer than `rest` in another order.
+        """
         chain = self._chain(tokens)
         self._touch(chain)
-        length = min(chain[-1][1].stop if chain else 0, len(tokens.ids) - 1)
+        length = max(min(chain[-1][1].stop if chain else 0, len(tokens.ids) - rest), 0)
         if not all(block.has_chunked for _, block in chain if self._edge(length) <= block.start < length):
             length = self._edge(length)
         if length == 0:

@@ -43,13 +43,15 @@ class RunningRows:
         assert self._reading is not None
         return self._cache.rows(self._reading, self._reading + 1)
 
-    def open(self, backend: Backend, adapter: int) -> None:
-        """Make an empty row the one to read a prompt into, with the adapter of that number."""
+    def open(self, backend: Backend, adapter: int, tokens: int) -> None:
+        """Make an empty row the one to read a prompt into, with the adapter of that number and room for `tokens`."""
         if self._cache is None:
             self._cache = backend.new_cache(self.most, self.capacity)
         self._reading = len(self.decoding)
         self.reading.truncate(0, 0)
         self.reading.adapters[:] = adapter
+        # at once, while the row is empty: what it held would be moved each time that it outgrows its slots
+        self.reading.reserve(min(tokens, self.capacity))
 
     def join(self, request: Request) -> None:
         """Let `request`, whose prompt is read, decode with the others."""

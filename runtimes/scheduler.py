@@ -138,8 +138,8 @@ class Scheduler:
             return
         request = self._reading = self._waiting.popleft()
         try:
-            self._rows.open(backend, request.tokens.adapter)
-            self._reuse(request)
+            self._rows.open(backend, request.tokens.adapter, request.tokens_soon(AHEAD))
+            self._reuse(backend, request)
         except BaseException as error:
             request.fail(error)
             self._stop_reading()
@@ -225,11 +225,12 @@ class Scheduler:
         else:
             self._rows.abandon_reading()
 
-    def _reuse(self, request: Request) -> None:
+    def _reuse(self, backend: Backend, request: Request) -> None:
         """Begin where the conversation's own place, or the prefix cache, has the prompt read to."""
         place, row = request.place, self._rows.reading
         kept = place.shared(request.ids) if place and place.snapshot.adapter == request.tokens.adapter else 0
-        snapshot = self._prefixes.find(request.tokens) if self._prefixes is not None else None
+        rest = backend.few_rows + 1
+        snapshot = self._prefixes.find(request.tokens, rest) if self._prefixes is not None else None
         length = snapshot.length if snapshot is not None else 0
         if place is not None and kept >= max(length, 1):
             row.restore(0, place.snapshot)

@@ -64,6 +64,9 @@ class TorchCache:
         """Rows `start` to `stop` as a cache that shares this one's memory and lengths."""
         return TorchCache(self._spec, self._rows[start:stop], self.lengths[start:stop], self._capacity)
 
+    def reserve(self, tokens: int) -> None:
+        """Nothing: what a row holds grows by what comes."""
+
     def copy_row(self, source: int, target: int) -> None:
         """Make row `target` hold what row `source` holds."""
         self._rows[target].past = list(self._rows[source].past)

@@ -103,6 +103,9 @@ class ToyCache:
     def rows(self, start: int, stop: int) -> ToyCache:
         return ToyCache(self.store[start:stop], self.lengths[start:stop], self.adapters[start:stop], self.capacity)
 
+    def reserve(self, tokens: int) -> None:
+        assert tokens <= self.capacity
+
     def copy_row(self, source: int, target: int) -> None:
         self.store[target][:] = self.store[source]
         self.lengths[target] = self.lengths[source]

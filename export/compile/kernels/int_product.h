@@ -8,11 +8,12 @@
 
 namespace ARRIERO_LEVEL {
 
-// out[m][16p + n] = product of row rows[m] with output n of panel p, for M rows and P panels.
+// out[m][16p + n] = product of row rows[m] with output n of panel p, for M rows and P panels. Of several rows, asks for
+// the panels that lie so many after these.
 template <int BITS, int M, int P>
-TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, const float* scale,
+TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, const float* scale, int64_t next,
                    float out[M][16 * P]) {
-    constexpr int V = 16 / LANES, PV = P * V, STEP = 32 / BITS;
+    constexpr int V = 16 / LANES, PV = P * V;
     const int64_t features = x.features, block = x.block, blocks = x.blocks();
     const int64_t panel_bytes = features * 16 * BITS / 8, panel_scales = blocks * 16;
     const int8_t* values[M];
@@ -26,29 +27,53 @@ TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, 
     Float sums[M][PV];
     UNROLL for (int m = 0; m < M; ++m) { UNROLL for (int v = 0; v < PV; ++v) sums[m][v] = all(0.0f); }
     const uint8_t* at = panel;
+    const int64_t ahead = next * panel_bytes, scales_ahead = next * panel_scales;
+    const auto ask = [&] {
+        if constexpr (P == 1) {
+            fetch(at + FETCH_AHEAD);
+        } else {
+            UNROLL for (int p = 0; p < P; ++p) fetch(at + p * panel_bytes + ahead);
+        }
+    };
     for (int64_t j = 0; j < blocks; ++j) {
+        if constexpr (P > 1) {
+            UNROLL for (int p = 0; p < P; ++p) fetch(scale + p * panel_scales + j * 16 + scales_ahead);
+        }
         Int totals[M][PV];
         UNROLL for (int m = 0; m < M; ++m) {
             UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = all_int(corrections[m][j]);
         }
-        for (int64_t k = j * block; k < (j + 1) * block; k += STEP, at += 64) {
-            if constexpr (M == 1) fetch(at + FETCH_AHEAD);
-            if constexpr (BITS == 8) {
+        const int64_t end = (j + 1) * block;
+        if constexpr (BITS == 8) {
+            for (int64_t k = j * block; k < end; k += 4, at += 64) {
+                ask();
                 Weights w[PV];
                 UNROLL for (int v = 0; v < PV; ++v) w[v] = load_int8(at + v / V * panel_bytes + v % V * (4 * LANES));
                 UNROLL for (int m = 0; m < M; ++m) {
                     const Quad a = quad(values[m] + k);
                     UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = dot8(totals[m][v], w[v], a);
                 }
-            } else {
-                Weights low[PV], high[PV];
-                UNROLL for (int v = 0; v < PV; ++v) {
-                    load_int4(at + v / V * panel_bytes + v % V * (4 * LANES), low[v], high[v]);
+            }
+        } else {
+            for (int64_t k = j * block; k < end;) {
+                Few few[M][PV];
+                UNROLL for (int m = 0; m < M; ++m) {
+                    UNROLL for (int v = 0; v < PV; ++v) few[m][v] = begin_few(totals[m][v]);
+                }
+                for (const int64_t stop = end - k < FEW_FEATURES ? end : k + FEW_FEATURES; k < stop; k += 8, at += 64) {
+                    ask();
+                    Weights low[PV], high[PV];
+                    UNROLL for (int v = 0; v < PV; ++v) {
+                        load_int4(at + v / V * panel_bytes + v % V * (4 * LANES), low[v], high[v]);
+                    }
+                    UNROLL for (int m = 0; m < M; ++m) {
+                        const Quad a = quad(values[m] + k), b = quad(values[m] + k + 4);
+                        UNROLL for (int v = 0; v < PV; ++v) few[m][v] = dot4(few[m][v], low[v], a);
+                        UNROLL for (int v = 0; v < PV; ++v) few[m][v] = dot4(few[m][v], high[v], b);
+                    }
                 }
                 UNROLL for (int m = 0; m < M; ++m) {
-                    const Quad a = quad(values[m] + k), b = quad(values[m] + k + 4);
-                    UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = dot4(totals[m][v], low[v], a);
-                    UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = dot4(totals[m][v], high[v], b);
+                    UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = end_few(totals[m][v], few[m][v]);
                 }
             }
         }
@@ -80,22 +105,24 @@ inline void int_product(const Rounded& x, const int64_t* order, int64_t count, c
                 int64_t rows[M];
                 for (int m = 0; m < M; ++m) rows[m] = order ? order[i + m] : i + m;
                 float tile[M][16 * P];
+                // the first rows of these panels, when the next ones are to come from memory; they are read once
+                const int64_t next = i == 0 && column + 16 * P < columns.end ? P : 0;
 #ifdef __ARM_FEATURE_MATMUL_INT8
                 if constexpr (M > 1) {
                     int_pair_tile<BITS, M, P>(x, rows, panel, scale, tile);
                 } else {
-                    int_tile<BITS, M, P>(x, rows, panel, scale, tile);
+                    int_tile<BITS, M, P>(x, rows, panel, scale, next, tile);
                 }
 #else
-                int_tile<BITS, M, P>(x, rows, panel, scale, tile);
+                int_tile<BITS, M, P>(x, rows, panel, scale, next, tile);
 #endif
                 for (int m = 0; m < M; ++m) __builtin_memcpy(out[i + m] + column, tile[m], width * sizeof(float));
             });
         }
     };
     int64_t column = columns.begin;
-    // one row reads panel after panel: a single stream from memory
-    if (count > 1) {
+    // few rows read panel after panel, a single stream from memory; with more there is time for two
+    if (INT_PANELS == 2 && count > 4) {
         for (; column + 16 < columns.end; column += 32) panels(column, Constant<2>{});
     }
     for (; column < columns.end; column += 16) panels(column, Constant<1>{});

@@ -16,7 +16,8 @@ constexpr int LANES = 8;
 constexpr int REGISTERS = 16;
 constexpr int FLOAT_ROWS = 6;
 constexpr int FLOAT_VECTORS = 2;
-constexpr int INT_ROWS = 2;
+constexpr int INT_ROWS = 4;
+constexpr int INT_PANELS = 1;
 constexpr int INT8_OFFSET = 0;
 
 inline Float load(const float* p) { return _mm256_loadu_ps(p); }
@@ -109,9 +110,13 @@ inline void load_int4(const uint8_t* p, Weights& low, Weights& high) {
     low.magnitude = _mm256_and_si256(bytes, nibble);
     high.magnitude = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
 }
-inline Int dot4(Int sums, Weights w, Quad x) {
-    const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, x);
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+// Two products of 0 .. 15 and -127 .. 127 are at most 3,810, so that 16 bits hold eight times as much.
+using Few = __m256i;
+constexpr int64_t FEW_FEATURES = 32;
+inline Few begin_few(Int) { return _mm256_setzero_si256(); }
+inline Few dot4(Few sums, Weights w, Quad x) { return _mm256_add_epi16(sums, _mm256_maddubs_epi16(w.magnitude, x)); }
+inline Int end_few(Int sums, Few few) {
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(few, _mm256_set1_epi16(1)));
 }
 
 inline Int load_int(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }

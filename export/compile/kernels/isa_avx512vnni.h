@@ -18,7 +18,8 @@ constexpr int LANES = 16;
 constexpr int REGISTERS = 32;
 constexpr int FLOAT_ROWS = 6;     // tile of the float product, in rows
 constexpr int FLOAT_VECTORS = 4;  // and in vectors of columns: its sums and one row of operands fill the registers
-constexpr int INT_ROWS = 6;       // rows of the integer product's tile, which is two panels wide
+constexpr int INT_ROWS = 6;       // tile of the integer product, in rows
+constexpr int INT_PANELS = 2;     // and in panels of 16 outputs
 constexpr int INT8_OFFSET = 128;  // what `dot8` sees is q + INT8_OFFSET
 
 inline Float load(const float* p) { return _mm512_loadu_ps(p); }
@@ -91,7 +92,12 @@ inline void load_int4(const uint8_t* p, Weights& low, Weights& high) {
     low = _mm512_and_si512(bytes, nibble);
     high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
 }
-inline Int dot4(Int sums, Weights w, Quad x) { return _mm512_dpbusd_epi32(sums, w, x); }
+// Sums of dots of 4-bit weights with at most FEW_FEATURES features, begun from and ended in those of a block.
+using Few = Int;
+constexpr int64_t FEW_FEATURES = INT64_MAX;
+inline Few begin_few(Int sums) { return sums; }
+inline Few dot4(Few sums, Weights w, Quad x) { return _mm512_dpbusd_epi32(sums, w, x); }
+inline Int end_few(Int, Few few) { return few; }
 
 inline Int load_int(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline void store_words(int16_t* p, Int a) {

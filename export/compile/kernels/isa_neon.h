@@ -19,6 +19,7 @@ constexpr int INT_ROWS = 4;
 #else
 constexpr int INT_ROWS = 2;
 #endif
+constexpr int INT_PANELS = 2;
 constexpr int INT8_OFFSET = 0;
 
 inline Float load(const float* p) { return vld1q_f32(p); }
@@ -89,7 +90,11 @@ inline Int dot8(Int sums, Weights w, Quad x) {
     return vaddq_s32(sums, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
 }
 #endif
-inline Int dot4(Int sums, Weights w, Quad x) { return dot8(sums, w, x); }
+using Few = Int;
+constexpr int64_t FEW_FEATURES = INT64_MAX;
+inline Few begin_few(Int sums) { return sums; }
+inline Few dot4(Few sums, Weights w, Quad x) { return dot8(sums, w, x); }
+inline Int end_few(Int, Few few) { return few; }
 
 inline Int load_int(const int32_t* p) { return vld1q_s32(p); }
 inline void store_words(int16_t* p, Int a) { vst1_s16(p, vqmovn_s32(a)); }

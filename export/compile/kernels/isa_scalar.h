@@ -8,6 +8,7 @@ constexpr int REGISTERS = 16;
 constexpr int FLOAT_ROWS = 2;
 constexpr int FLOAT_VECTORS = 4;
 constexpr int INT_ROWS = 1;
+constexpr int INT_PANELS = 1;
 constexpr int INT8_OFFSET = 0;
 
 struct Float {
@@ -171,7 +172,11 @@ inline Int dot8(Int sums, Weights w, Quad x) {
         return total;
     });
 }
-inline Int dot4(Int sums, Weights w, Quad x) { return dot8(sums, w, x); }
+using Few = Int;
+constexpr int64_t FEW_FEATURES = INT64_MAX;
+inline Few begin_few(Int sums) { return sums; }
+inline Few dot4(Few sums, Weights w, Quad x) { return dot8(sums, w, x); }
+inline Int end_few(Int, Few few) { return few; }
 
 inline Int load_int(const int32_t* p) {
     return each<Int>([&](int i) { return p[i]; });

@@ -42,7 +42,7 @@ def compiled(folder, kernels, profile, **sizes):
     ("profile", "vocabulary", "packs"),
     [
         ("int8", FEW_OUTPUTS + 1, False),  # its head stays exact
-        ("int4", FEW_OUTPUTS + 16, True),
+        ("int8-all", FEW_OUTPUTS + 16, True),
     ],
 )
 def test_a_row_has_its_own_bits_beside_others_where_the_weights_say_so(tmp_path, kernels, profile, vocabulary, packs):
