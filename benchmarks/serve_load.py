@@ -46,6 +46,7 @@ from arriero.runtimes.manifest import Manifest
 SHORT = 32  # tokens of a prompt whose answer counts
 NEW = 32  # tokens of a second turn
 SETTLE_S = 3.0  # others decode so long before the long prompt comes
+FRESH = httpx.Limits(max_keepalive_connections=0)  # a server may close a connection just as it is used again
 
 
 @dataclass
@@ -130,7 +131,7 @@ class Prompts:
 
 async def throughput(server: Server, prompts: Prompts, clients: int, tokens: int) -> float:
     """Generated tokens/s of `clients` at once, after the prompts of all and before the first of them ends."""
-    async with httpx.AsyncClient(timeout=None) as http:
+    async with httpx.AsyncClient(timeout=None, limits=FRESH) as http:
         answers = await asyncio.gather(*(server.ask(http, prompts.make(SHORT), tokens) for _ in range(clients)))
     start, stop = max(one.times[0] for one in answers), min(one.times[-1] for one in answers)
     return sum(one.tokens_between(start, stop) for one in answers) / (stop - start)
@@ -139,7 +140,7 @@ async def throughput(server: Server, prompts: Prompts, clients: int, tokens: int
 async def long_prompt(server: Server, prompts: Prompts, others: int, length: int) -> dict[str, float]:
     """What a prompt of `length` tokens does to `others`, they to it, and what a turn after it costs."""
     figures: dict[str, float] = {}
-    async with httpx.AsyncClient(timeout=None) as http:
+    async with httpx.AsyncClient(timeout=None, limits=FRESH) as http:
         alone = await server.ask(http, first := prompts.make(length), 2)
         second = await server.ask(http, [*first, *prompts.make(NEW)], 2)
         figures |= {"ttft": alone.ttft, "second_turn": second.ttft / alone.ttft}

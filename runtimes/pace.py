@@ -8,7 +8,7 @@ from arriero.traits import PREFILL_PIECE
 # steps, and a prompt whose pieces are as quick as large ones takes 1.8 times as long as alone.
 STEPS_PER_PIECE = 1.25
 LEAST = 8  # tokens of a piece, and what it grows by: below it the weights are read for too few of them
-NEWEST = 0.5  # the newest measurement's share of what is expected
+NEWEST = 0.25  # the newest measurement's share of what is expected
 
 
 class Pace:
