@@ -81,13 +81,16 @@ class PrefixCache:
     # --- prefixes
 
     def find(self, tokens: Tokens, rest: int = 1) -> Snapshot | None:
-        """The longest prefix of `tokens` to go on from, short of its last `rest` tokens.
+        """The longest prefix of `tokens` to go on from, short of the last `rest` tokens before its end or a chunk's.
 
         The logits after the last one are still asked for, and a backend may sum fewer than `rest` in another order.
         """
         chain = self._chain(tokens)
         self._touch(chain)
         length = max(min(chain[-1][1].stop if chain else 0, len(tokens.ids) - rest), 0)
+        edge = self._edge(length)
+        if length > edge:
+            length = max(min(length, edge + self.spec.attention_chunk_size - rest), edge)
         if not all(block.has_chunked for _, block in chain if self._edge(length) <= block.start < length):
             length = self._edge(length)
         if length == 0:

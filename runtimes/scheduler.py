@@ -18,7 +18,7 @@ from arriero.runtimes.pace import Pace
 from arriero.runtimes.prefix_cache import PrefixCache
 from arriero.runtimes.request import Request
 from arriero.runtimes.running_rows import RunningRows
-from arriero.runtimes.steps import append_beside, append_tokens, check_finite, packs_rows, read_piece
+from arriero.runtimes.steps import append_beside, append_tokens, check_finite, least_piece, packs_rows, read_piece
 
 AHEAD = 256  # tokens of an answer that there is room for when its request is admitted
 
@@ -174,7 +174,7 @@ class Scheduler:
             if request.tiles_left:
                 request.see_tile(partial(self._see, backend))
                 return
-            most = min(self._pace.piece(), backend.piece) if others else backend.piece
+            most = min(max(self._pace.piece(), least_piece(backend)), backend.piece) if others else backend.piece
             ids, features = request.next_piece(backend, most)
             started = time.perf_counter()
             last = np.array([len(ids) - 1])
@@ -229,7 +229,7 @@ class Scheduler:
         """Begin where the conversation's own place, or the prefix cache, has the prompt read to."""
         place, row = request.place, self._rows.reading
         kept = place.shared(request.ids) if place and place.snapshot.adapter == request.tokens.adapter else 0
-        rest = backend.few_rows + 1
+        rest = least_piece(backend)
         snapshot = self._prefixes.find(request.tokens, rest) if self._prefixes is not None else None
         length = snapshot.length if snapshot is not None else 0
         if place is not None and kept >= max(length, 1):

@@ -54,6 +54,11 @@ def packs_rows(backend: Backend) -> bool:
     return isinstance(backend, PacksRows) and backend.packs
 
 
+def least_piece(backend: Backend) -> int:
+    """Tokens of a prompt that are summed in the order of a long piece; one has attention of its own kind anyhow."""
+    return 2 if packs_rows(backend) else backend.few_rows + 1
+
+
 def append_beside(backend: Backend, tokens: Sequence[int], ids: Ints, features: Floats, cache: Cache) -> Floats:
     """Append one of `tokens` [B] to each of the first rows of `cache` and `ids` [S] to its last, in one step.
 

@@ -57,7 +57,7 @@ def put(value, *keys):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (put(1, "format"), r"format 1; expected format 4\. Use the arriero that built it"),
+        (put(1, "format"), r"format 1; expected format 5\. Use the arriero that built it"),
         (put("3", "format"), "has format '3'"),
         (drop("files"), "keys are missing: files"),
         (drop("format"), "keys are missing: format"),

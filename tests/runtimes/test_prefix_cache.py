@@ -16,6 +16,8 @@ from arriero.runtimes.prefix_cache import PrefixCache
 from arriero.runtimes.processor.processor import Processor, Prompt
 from arriero.runtimes.scheduler import EngineLimits
 from arriero.runtimes.session import Session
+from arriero.runtimes.steps import least_piece
+from arriero.runtimes.tvm import TvmBackend
 from tests.toys import load_reference
 
 MANY = 1 << 30
@@ -53,12 +55,12 @@ def ask(session: Session, prompt: Any, **settings: Any) -> arriero.Generation:
     return session.generate(prompt, max_tokens=6, logprobs=5, **settings)
 
 
-def check_same(one: arriero.Generation, other: arriero.Generation) -> None:
+def check_same(one: arriero.Generation, other: arriero.Generation, bits: bool = False) -> None:
     assert one.logprobs is not None
     assert other.logprobs is not None
     assert one.token_ids == other.token_ids
     chances = [[value for entry in g.logprobs for _, value in entry.top] for g in (one, other)]
-    np.testing.assert_allclose(*chances, atol=1e-5)
+    np.testing.assert_allclose(*chances, atol=0 if bits else 1e-5, rtol=0 if bits else 1e-7)
 
 
 def test_a_prompt_that_begins_like_others_is_answered_as_a_fresh_one(open_session: Open) -> None:
@@ -69,7 +71,7 @@ def test_a_prompt_that_begins_like_others_is_answered_as_a_fresh_one(open_sessio
         before = cached.stats()
         for tail in (ids(0), ids(9, length), ids(70, length)):
             prompt = Prompt(np.concatenate([seen[:length], tail]))
-            check_same(ask(cached, prompt), ask(fresh, prompt))
+            check_same(ask(cached, prompt), ask(fresh, prompt), isinstance(cached.backend, TvmBackend))
         reused.append(cached.stats().reused_tokens - before.reused_tokens)
     assert fresh.stats().reused_tokens == 0
     assert reused[1] >= 5  # a part of a block
@@ -106,7 +108,8 @@ def test_pictures_are_part_of_a_prefix_and_are_seen_once(open_session: Open) -> 
     longer = Prompt(np.concatenate([prompt.input_ids, ids(7)]), prompt.pixel_values)
     before = cached.stats()
     check_same(ask(cached, longer), ask(fresh, longer))
-    assert cached.stats().reused_tokens - before.reused_tokens == len(prompt.input_ids)
+    shared = min(len(prompt.input_ids), len(longer.input_ids) - least_piece(cached.backend))
+    assert cached.stats().reused_tokens - before.reused_tokens == shared
     assert calls == [1] * len({tile.tobytes() for tile in cached.encode("Compare", pictures).pixel_values})
 
 
