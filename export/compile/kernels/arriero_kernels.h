@@ -103,8 +103,8 @@ int32_t arriero_dispatch_sum(int64_t gate_up_format, int64_t gate_up_block, int6
 /* --- Attention with an in-place key/value cache --------------------------------------------------------------------
  * The T new tokens of all rows lie one after another: row b's are starts[b] .. starts[b + 1] - 1, of starts int64 [B+1]
  * with starts[0] = 0 and starts[B] = T; a row may have none. q [T,Q*D], k and v [T,G*D] (rotated, normalised, tempered),
- * positions int64 [T], key_cache and value_cache [B,G,C,D], out [T,Q*D]. Query head h reads key/value head h / (Q/G); the scale is D**-0.5. D is a multiple of 16,
- * at most 256.
+ * positions int64 [T], key_cache and value_cache [B,G,C,D], out [T,Q*D]. Query head h reads key/value head h / (Q/G); the
+ * scale is D**-0.5. D is a multiple of 16, at most 256.
  * The caches' `format`: ARRIERO_F32, ARRIERO_F16 (rounded to nearest), or ARRIERO_CODES: int8, where a number x is kept
  * as clip(rint(x / step), -128, 127) with the step of its head and channel in key_steps and value_steps, float32 [G,D].
  * In the other formats these are not read. A token sees its own key and value as they are kept.

@@ -8,8 +8,8 @@
 
 namespace ARRIERO_LEVEL {
 
-// out[m][16p + n] = product of row rows[m] with output n of panel p, for M rows and P panels. Of several rows, asks for
-// the panels that lie so many after these.
+// out[m][16p + n] = product of row rows[m] with output n of panel p, for M rows and P panels. One panel is part of a
+// stream; of two, those that lie `next` panels after them are asked for.
 template <int BITS, int M, int P>
 TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, const float* scale, int64_t next,
                    float out[M][16 * P]) {
