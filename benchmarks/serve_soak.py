@@ -4,12 +4,11 @@
 
 A server of the bundle answers `--clients` at once, who ask for text, pictures, forms and calls of tools, whole and
 streamed, greedily and drawn; who leave in the middle, read slowly, send bodies too large, cut short, malformed or
-forbidden. Each request is answered alone first, and every later answer to it must be the same, as TVM's kernels in
-promise: bit for bit with `--prefix-cache 0`. Where a prompt may go on from an answer, log probabilities are within 2e-5,
-for attention of one token sums in another order than that of many. Memory, threads and open files
-of the server are read when all have been quiet after the first fifth of the time, and at the end. The log has a line
-for each minute. The exit code is 1 where an answer differs, a status is not the one expected, or something grew by more
-than its limit.
+forbidden. Each request is answered alone first, and every later answer to it must be the same, as TVM's kernels
+promise: bit for bit with `--prefix-cache 0`. Where a prompt may go on from an answer, log probabilities are within
+2e-5, for attention of one token sums in another order than that of many. Memory, threads and open files of the server
+are read when all have been quiet after the first fifth of the time, and at the end. The log has a line for each minute.
+The exit code is 1 where an answer differs, a status is not the one expected, or something grew by more than its limit.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from arriero.runtimes.backend import Backend, Cache, CacheStatistics, Floats, ModelSpec, PacksRows
+from arriero.runtimes.backend import Backend, Cache, CacheStatistics, Floats, ModelSpec
 from arriero.runtimes.pace import Pace
 from arriero.runtimes.prefix_cache import PrefixCache
 from arriero.runtimes.request import Request
@@ -87,8 +87,7 @@ class Scheduler:
         self._admit(backend)
         self._make_room()
         reading = self._reading
-        shares = reading is not None and not reading.tiles_left and self._rows.decoding
-        if not (shares and packs_rows(backend) and self._read_beside(backend, reading)):
+        if reading is None or not self._read_beside(backend, reading):
             if reading is not None:
                 self._read(backend, reading)
             if self._rows.decoding:
@@ -186,13 +185,15 @@ class Scheduler:
         else:
             self._read_on(request, len(ids), logits)
 
-    def _read_beside(self, backend: PacksRows, request: Request) -> bool:
-        """Read one piece of the prompt in the same step in which all others decode.
+    def _read_beside(self, backend: Backend, request: Request) -> bool:
+        """Read one piece of the prompt in the same step in which all others decode, where backend and piece allow it.
 
-        Gives False, with nothing changed, where that fails: steps of their own then show whose fault it is.
+        Gives False, with nothing changed, where it is not to be or fails: steps of their own then show whose fault it
+        is.
         """
-        decoding, cache = self._rows.decoding, self._rows.together
-        tokens = [other.answer.token_ids[-1] for other in decoding]
+        if not self._rows.decoding or request.tiles_left or not packs_rows(backend):
+            return False
+        tokens, cache = [other.answer.token_ids[-1] for other in self._rows.decoding], self._rows.together
         started = time.perf_counter()
         try:
             ids, features = request.next_piece(backend, min(self._pace.piece(), backend.piece))

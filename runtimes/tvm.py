@@ -124,6 +124,7 @@ class TvmBackend:
         self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, captures: bool = False
     ) -> StepOutput:
         """Run `inputs_embeds` [B, S, H]; see `Backend.forward`. The cache must come from `new_cache`."""
+        assert isinstance(cache, CacheRows)
         batch, steps = positions.shape
         check_step(positions, cache)
         index = (steps * np.arange(batch)[:, None] + logits_index).reshape(-1)
