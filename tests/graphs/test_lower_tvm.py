@@ -112,7 +112,7 @@ def test_text_has_one_node_per_kernel_and_caches_as_inputs_only(built: Built, tm
     assert not {"MatMul", "Gemm", "Transpose", "Scan", "Concat"} & set(kinds)
     inputs = [value.name for value in model.graph.inputs]
     caches = [f"past_{kind}.{i}" for i in range(len(text.layers)) for kind in ("key", "value")]
-    assert inputs == ["inputs_embeds", "positions", "logits_index", *caches]
+    assert inputs == ["inputs_embeds", "positions", "logits_index", *caches, "row_starts"]
     outputs = [str(value.name) for value in model.graph.outputs]
     assert outputs[0] == "logits"
     assert {name.partition(".")[0] for name in outputs[1:]} == {"hidden", "expert_id"}
