@@ -19,6 +19,7 @@ from arriero.export.compile.build_kernels import find_compiler
 from arriero.export.compile.cpus import LINUX_NAMES, NATIVE, Cpu, parse_cpu
 from arriero.export.compile.relax.import_graph import ANY_ALIGNMENT, Imported, import_graph
 from arriero.export.compile.relax.kernels import FEW_OUTPUTS
+from arriero.graphs.functions import ADD_LORA
 from arriero.graphs.passes.replace_linear_with_kernel import LINEAR
 from arriero.runtimes.manifest import Compiled
 
@@ -94,10 +95,15 @@ def _with_step(module: tvm.IRModule) -> tvm.IRModule:
     return relax.transform.DeadCodeElimination(["main", "step"])(module)
 
 
-def _sums_alike(linear: ir.Node) -> bool:
-    """Whether a token's sums have one order however many tokens are in the step."""
-    bits, _ = linear.attributes["form"].as_ints()
-    return bool(bits) or linear.attributes["features"].as_int() <= FEW_OUTPUTS
+def _sums_alike(product: ir.Node) -> bool:
+    """Whether a token's sums in a Linear or an AddLora have one order however many of its row are in the step."""
+    if product.op_type == ADD_LORA:
+        stack = product.inputs[4]  # [n+1, N, R]
+        assert stack is not None
+        assert stack.shape is not None
+        return int(stack.shape.numpy()[1]) <= FEW_OUTPUTS
+    bits, _ = product.attributes["form"].as_ints()
+    return bool(bits) or product.attributes["features"].as_int() <= FEW_OUTPUTS
 
 
 def _signature(imported: Imported) -> dict[str, object]:
@@ -107,7 +113,7 @@ def _signature(imported: Imported) -> dict[str, object]:
         "inputs": imported.inputs,
         "cache": next((dtype.numpy().name for dtype in caches), None),
         "outputs": [value.name for value in imported.graph.outputs],
-        "packs": all(_sums_alike(node) for node in imported.graph if node.op_type == LINEAR),
+        "packs": all(_sums_alike(node) for node in imported.graph if node.op_type in (LINEAR, ADD_LORA)),
         "experts": [
             {
                 "name": table.name,

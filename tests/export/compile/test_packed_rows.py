@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'")
@@ -12,9 +13,10 @@ pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'"
 from arriero.export.build_file.model_spec import model_spec
 from arriero.export.compile import Device
 from arriero.export.compile.relax.kernels import FEW_OUTPUTS
-from arriero.export.compile.tvm import compile_graphs
+from arriero.export.compile.tvm import _sums_alike, compile_graphs
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
+from arriero.graphs.functions import ADD_LORA, DOMAIN
 from arriero.graphs.lower.part import Lowering
 from arriero.graphs.lower.tvm import lower
 from arriero.graphs.trace import trace_embed, trace_text
@@ -76,3 +78,11 @@ def test_a_row_has_its_own_bits_beside_others_where_the_weights_say_so(tmp_path,
         np.testing.assert_array_equal(logits, np.concatenate(alone))
     else:
         np.testing.assert_allclose(logits, np.concatenate(alone), atol=1e-5 * np.abs(logits).max())
+
+
+@pytest.mark.parametrize(("outputs", "alike"), [(FEW_OUTPUTS, True), (FEW_OUTPUTS + 1, False)])
+def test_an_adapters_sums_have_one_order_where_its_outputs_are_few(outputs, alike):
+    """Its factors are exact: pieces of a prompt, which may be short beside others, would be summed in two orders."""
+    names = ("x", "y", "adapter", "a", "b")
+    x, y, adapter, a, b = (ir.Value(name=name, shape=ir.Shape([3, outputs, 4])) for name in names)
+    assert _sums_alike(ir.node(ADD_LORA, [x, y, adapter, a, b], domain=DOMAIN)) == alike
