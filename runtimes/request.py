@@ -145,9 +145,9 @@ class Request:
         if self.answer.finished is not None:
             self._put(None)
 
-    def cancel(self) -> None:
-        """End the answer where it is."""
-        self.deliver(Delta(self.answer.cancel()))
+    def cancel(self) -> Delta:
+        """End the answer where it is; gives what is left of its text."""
+        return Delta(self.answer.cancel())
 
     def fail(self, error: BaseException) -> None:
         """End with `error`, which the caller raises."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,6 +21,7 @@ from arriero.runtimes.request import Request
 from arriero.runtimes.running_rows import RunningRows
 from arriero.runtimes.steps import append_beside, append_tokens, check_finite, least_piece, packs_rows, read_piece
 
+News = Callable[[], None]  # hands a caller what a step brought
 AHEAD = 256  # tokens of an answer that there is room for when its request is admitted
 
 
@@ -100,9 +102,14 @@ class Scheduler:
         self._reading = None
         self._waiting.clear()
         self._rows.drop()
-        for request in everyone:
-            request.fail(error)
+        self._tell([partial(request.fail, error) for request in everyone])
+
+    def _tell(self, news: list[News]) -> None:
+        """Hand callers what has come, once it shows in `stats`: whoever has an end finds no such answer running."""
         self._tidy()
+        for tell in news:
+            tell()
+        news.clear()  # an error's traceback holds the frame that has the list
 
     def _tidy(self) -> None:
         self.stats.running = len(self._rows.decoding) + (self._reading is not None)
@@ -111,21 +118,23 @@ class Scheduler:
             self._rows.drop()
 
     def _end_cancelled(self) -> None:
+        news: list[News] = []
         for request in [request for request in self._waiting if request.cancelled]:
             self._waiting.remove(request)
-            request.cancel()
-        if self._reading is not None and self._reading.cancelled:
-            self._reading.cancel()
+            news.append(partial(request.deliver, request.cancel()))
+        if (reading := self._reading) is not None and reading.cancelled:
             self._stop_reading()
+            news.append(partial(reading.deliver, reading.cancel()))
         for row in reversed(range(len(self._rows.decoding))):
             if (request := self._rows.decoding[row]).cancelled:
                 try:
                     if request.keeps_place:
                         request.kept = self._rows.cache.snapshot(row)
-                    request.cancel()
+                    news.append(partial(request.deliver, request.cancel()))
                 except BaseException as error:
-                    request.fail(error)
+                    news.append(partial(request.fail, error))
                 self._rows.remove(row)
+        self._tell(news)
 
     def _admit(self, backend: Backend) -> None:
         """Begin to read the first that waits, where a row and its tokens are free: nobody overtakes it."""
@@ -140,8 +149,7 @@ class Scheduler:
             self._rows.open(backend, request.tokens.adapter, request.tokens_soon(AHEAD))
             self._reuse(backend, request)
         except BaseException as error:
-            request.fail(error)
-            self._stop_reading()
+            self._fail_reading(request, error)
 
     def _make_room(self) -> None:
         """Pause the newest requests where the next tokens of all would not fit; the eldest always goes on."""
@@ -166,6 +174,10 @@ class Scheduler:
         self._reading = None
         self._rows.abandon_reading()
 
+    def _fail_reading(self, request: Request, error: BaseException) -> None:
+        self._stop_reading()
+        self._tell([partial(request.fail, error)])
+
     def _read(self, backend: Backend, request: Request) -> None:
         """Read one piece of the prompt, or let the vision tower see some of its tiles."""
         others = bool(self._rows.decoding)
@@ -180,8 +192,7 @@ class Scheduler:
             logits = read_piece(backend, ids, features, self._rows.reading, last).logits[0, 0]
             self._pace.read(len(ids), time.perf_counter() - started)
         except BaseException as error:
-            request.fail(error)
-            self._stop_reading()
+            self._fail_reading(request, error)
         else:
             self._read_on(request, len(ids), logits)
 
@@ -215,16 +226,16 @@ class Scheduler:
             if request.position < len(request.ids):
                 return
             self._keep(request, self._rows.reading)
-            self._take(request, logits, self._rows.reading)
+            news = self._take(request, logits, self._rows.reading)
         except BaseException as error:
-            request.fail(error)
-            self._stop_reading()
+            self._fail_reading(request, error)
             return
         self._reading = None
         if request.answer.finished is None:
             self._rows.join(request)
         else:
             self._rows.abandon_reading()
+        self._tell([news])
 
     def _reuse(self, backend: Backend, request: Request) -> None:
         """Begin where the conversation's own place, or the prefix cache, has the prompt read to."""
@@ -262,14 +273,14 @@ class Scheduler:
                 self._prefixes.save_features(name, features)
         return features
 
-    def _take(self, request: Request, logits: Floats, row: Cache) -> None:
-        """Choose and hand over the token that follows what `row` holds."""
+    def _take(self, request: Request, logits: Floats, row: Cache) -> News:
+        """Choose the token that follows what `row` holds; gives what hands it over."""
         delta = request.choose(logits)
         if request.answer.finished is not None:
             self._end(request, row)
         self.stats.generated_tokens += 1
         self.stats.finished += request.answer.finished is not None
-        request.deliver(delta)
+        return partial(request.deliver, delta)
 
     def _decode(self, backend: Backend) -> None:
         """Append one token to every row that decodes and choose the next."""
@@ -285,14 +296,15 @@ class Scheduler:
 
     def _take_all(self, outcomes: list[Floats | BaseException]) -> None:
         """Choose and hand over each decoding row's next token by its logits [V], or end it by its error."""
-        ended = []
+        ended: list[int] = []
+        news: list[News] = []
         for row, (request, outcome) in enumerate(zip(self._rows.decoding, outcomes, strict=True)):
             try:
                 if isinstance(outcome, BaseException):
                     raise outcome
-                self._take(request, check_finite(outcome), self._rows.cache.rows(row, row + 1))
+                news.append(self._take(request, check_finite(outcome), self._rows.cache.rows(row, row + 1)))
             except BaseException as error:
-                request.fail(error)
+                news.append(partial(request.fail, error))
                 ended.append(row)
             else:
                 if request.answer.finished is not None:
@@ -300,6 +312,7 @@ class Scheduler:
         outcomes.clear()  # an error's traceback holds this frame
         for row in reversed(ended):
             self._rows.remove(row)
+        self._tell(news)
 
     def _append(self, backend: Backend, first: int, stop: int) -> list[Floats | BaseException]:
         """For rows `first` to `stop` the logits [V] after each one's last token, or why there are none."""

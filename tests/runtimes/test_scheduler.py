@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from arriero.runtimes import pace as pace_module
 from arriero.runtimes import running_rows, scheduler
 from arriero.runtimes.pace import Pace
 from arriero.runtimes.processor.processor import Processor, Prompt
+from arriero.runtimes.request import Request
 from arriero.runtimes.scheduler import EngineLimits, Scheduler
 from arriero.runtimes.session import Session
 from arriero.runtimes.steps import NotFinite
@@ -280,6 +282,40 @@ def test_an_error_while_a_prompt_is_read_ends_that_request_alone(session: Sessio
     with pytest.raises(ArrieroError, match="cannot be read"):
         bad.wait()
     assert good.wait().text == expected
+
+
+def test_who_is_told_of_an_end_finds_no_answer_running(
+    session: Session, toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the prompt, after a step, by an error while a prompt is read or in a step, and cancelled."""
+    counted: list[int] = []
+
+    def put(request: Request, entry: Any) -> None:
+        if entry is None or isinstance(entry, BaseException):
+            counted.append(session.stats().running)
+        told(request, entry)
+
+    told = Request._put
+    monkeypatch.setattr(Request, "_put", put)
+    session.generate("a", max_tokens=1)
+    session.generate("a", max_tokens=5)
+    forward = toy.forward
+
+    def broken(failing: int, embeds: Any, *rest: Any) -> Any:
+        if embeds.shape[1] == failing:
+            raise ArrieroError("no step of so many tokens")
+        return forward(embeds, *rest)
+
+    for failing in (8, 1):
+        toy.forward = partial(broken, failing)
+        with pytest.raises(ArrieroError, match="so many"):
+            session.generate(Prompt(np.arange(10) + 3), max_tokens=5)
+    toy.forward = forward
+    stream = session.stream("a", max_tokens=150)
+    next(stream)
+    stream.close()
+    stream.wait()
+    assert counted == [0] * 5
 
 
 def test_answers_that_outgrow_the_memory_are_paused_and_go_on(
