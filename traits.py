@@ -63,6 +63,7 @@ class BackendTraits:
     switches_adapters: bool = False  # a bundle may answer with one LoRA adapter or another
     no_cap: str | None = None  # why it cannot keep to a cap on memory; None where it can
     keeps_stored_dtype: bool = False  # it reads exact matrices in the checkpoint's own dtype
+    takes_half_scales: bool = False  # it reads scales of integers that are stored in float16
 
     @property
     def module(self) -> str:
@@ -103,6 +104,7 @@ TRAITS: dict[str, BackendTraits] = {
             footprint=Footprint(compiler=70 << 20, runtime=135 << 20, stays=80 << 20, steps=1, maps_weights=True),
             switches_adapters=True,
             keeps_stored_dtype=True,
+            takes_half_scales=True,
         ),
         BackendTraits(
             name="tensorrt",

@@ -43,6 +43,7 @@ from arriero.runtimes.cpu import architecture, describe_processor
 from arriero.runtimes.memory import anonymous_memory
 from arriero.runtimes.memory_cap import RecordSize
 from arriero.runtimes.tvm import TvmBackend
+from arriero.traits import TRAITS
 
 PARTS = {"text": trace_text, "embed": trace_embed}
 CONTEXT = 4096
@@ -150,7 +151,7 @@ def main() -> None:
         return
     make(checkpoint, config, profile, options.folder)
     used = [info for info in checkpoint.tensors.values() if info.name.startswith(TEXT_PREFIX)]
-    weights, speed = StoredWeights.of(config.text, used, profile), measure_read_speed(options.folder)
+    weights, speed = StoredWeights.of(config.text, used, profile, TRAITS["tvm"]), measure_read_speed(options.folder)
     print(f"{options.model} as {options.profile} on {describe_processor()}; drive read by its own: see each line")
     results = {}
     for share in options.shares:

@@ -32,8 +32,15 @@ from arriero.export.compile.build_kernels import build_kernels, link_shared  # n
 from tests.call_kernels import Kernels, Weight, pack_experts  # noqa: E402
 
 COLD_BYTES = 600_000_000  # beyond the largest cache we have met, 260 MB
-FORMATS_MEASURED = {"int8": (32, 128), "int4": (32, 64, 128), "e4m3": (0,), "bf16": (0,), "f32": (0,)}
-BYTES = {"int8": 1.125, "int4": 0.625, "e4m3": 1.0, "bf16": 2.0, "f32": 4.0}  # of a weight, at most
+FORMATS_MEASURED = {
+    "int8_f16": (32, 128),  # with scales in float16; those of some checkpoints need float32
+    "int4_f16": (32, 64, 128),
+    "int4": (32,),
+    "e4m3": (0,),
+    "bf16": (0,),
+    "f32": (0,),
+}
+BYTES = {"int8_f16": 1.0625, "int4_f16": 0.5625, "int4": 0.625, "e4m3": 1.0, "bf16": 2.0, "f32": 4.0}  # of a weight, at most
 
 
 def random_weight(draw: np.random.Generator, form: str, block: int, experts: int, outputs: int, inputs: int) -> Weight:
@@ -41,11 +48,12 @@ def random_weight(draw: np.random.Generator, form: str, block: int, experts: int
     if form in ("f32", "bf16"):
         data = np.full((experts, inputs, outputs), 0.01, np.float32)
         return Weight(form, data if form == "f32" else (data.view(np.uint32) >> 16).astype(np.uint16))
-    size = outputs * inputs // (2 if form == "int4" else 1)
+    size = outputs * inputs // (2 if form.startswith("int4") else 1)
     high = 120 if form == "e4m3" else 256
     data = draw.integers(0, high, (experts, size), np.uint8)
     blocks = inputs // block if block else 1
-    return Weight(form, data, np.full((experts, outputs * blocks), 1e-4, np.float32), block)
+    scales = np.full((experts, outputs * blocks), 1e-4, np.float16 if form.endswith("_f16") else np.float32)
+    return Weight(form, data, scales, block)
 
 
 def nbytes(weight: Weight) -> int:

@@ -2,7 +2,8 @@
 
 GPTQ (Frantar et al. 2022, "Accurate Post-Training Quantization for Generative Pre-trained Transformers"): columns are
 rounded one after another, and the error of each is made up for by the columns still to come, as the inputs' second
-moments allow. Scales are searched first, per block, for the least error weighted by those moments.
+moments allow. Scales are searched first, per block, for the least error weighted by those moments, among what float16
+holds.
 Legend: N output features, K input features, J = K / block, H [K, K] = sum over inputs of x xᵀ.
 """
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.profiles.input_factor import InputFactor
-from arriero.profiles.quantize import Quantized, check_weight, pack
+from arriero.profiles.quantize import Quantized, check_weight, half_scales, pack
 
 # Shares of the largest magnitude that a block's scale is tried at; below 0.6 none was ever chosen.
 CLIPS = np.linspace(0.6, 1.05, 19, dtype=np.float32)
@@ -37,7 +38,7 @@ def gptq(
     U H Uᵀ = 1, so that the sum over their squares is the error of the outputs under the damped moments.
     """
     check_weight(weight, bits=bits, block=block, name=name)
-    scales = search_scales(weight, factor.importance, bits=bits, block=block)  # [N, J]
+    scales = search_scales(weight, factor.importance, bits=bits, block=block, name=name)  # [N, J]
     integers, error = np.empty(weight.shape, np.float32), 0.0
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
@@ -73,11 +74,13 @@ def _round_columns(
 
 
 def search_scales(
-    weight: NDArray[np.float32], importance: NDArray[np.float64], *, bits: int, block: int
+    weight: NDArray[np.float32], importance: NDArray[np.float64], *, bits: int, block: int, name: str
 ) -> NDArray[np.float32]:
     """Per block of `weight` [N, K] the scale [N, J] of least squared rounding error weighted by `importance` [K].
 
-    Both signs are tried, because the integers reach one further down than up. All-zero blocks get scale 1.
+    Both signs are tried, because the integers reach one further down than up. All are numbers that float16 holds. An
+    all-zero block (or one whose scale would be no normal float32) gets scale 1. Raises as `quantize` does where one is
+    too large.
     """
     count, features = weight.shape
     weights = np.ascontiguousarray(importance.astype(np.float32).reshape(-1, block).T)[:, None]  # [block, 1, J]
@@ -85,11 +88,12 @@ def search_scales(
     for start in range(0, count, rows := max(1, SEARCHED // features)):
         piece = weight[start : start + rows].reshape(-1, features // block, block)
         # an element of all blocks lies together, so that each operation is a long one
-        scales[start : start + rows] = _search(np.ascontiguousarray(piece.transpose(2, 0, 1)), weights, bits)
+        blocks = np.ascontiguousarray(piece.transpose(2, 0, 1))
+        scales[start : start + rows] = _search(blocks, weights, bits, name)
     return scales
 
 
-def _search(blocks: NDArray[np.float32], weights: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
+def _search(blocks: NDArray[np.float32], weights: NDArray[np.float32], bits: int, name: str) -> NDArray[np.float32]:
     """The scales [n, J] of blocks [block, n, J] whose elements weigh `weights` [block, 1, J]."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     largest = np.abs(blocks).max(0)
@@ -97,9 +101,9 @@ def _search(blocks: NDArray[np.float32], weights: NDArray[np.float32], bits: int
     widest = np.where(usable, largest, 1).astype(np.float32)
     best, scales = np.full(largest.shape, np.inf, np.float32), np.ones_like(largest)
     off = np.empty_like(blocks)
-    for sign in (1, -1):
-        for clip in CLIPS:
-            step = widest * np.float32(sign * clip / -low)
+    for clip in CLIPS:
+        positive = half_scales(widest * np.float32(clip / -low), bits=bits, name=name)
+        for step in (positive, -positive):
             np.divide(blocks, step, out=off)
             np.clip(np.rint(off, out=off), low, high, out=off)
             np.subtract(blocks, np.multiply(off, step, out=off), out=off)

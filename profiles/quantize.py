@@ -2,6 +2,7 @@
 
 N output features, K input features, J = K / block. An integer q in [-2^(bits-1), 2^(bits-1) - 1] is stored as
 q + 2^(bits-1) (offset binary); with 4 bits the even element is the low nibble. `quantize` never uses the lowest one.
+Scales of blocks are numbers that float16 holds, whatever they are kept in: 4 bits in blocks of 32 come to 4.5.
 """
 
 from __future__ import annotations
@@ -24,21 +25,51 @@ class Quantized:
     block: int
 
 
-def quantize(weight: NDArray[np.float32], *, bits: int, block: int, name: str) -> Quantized:
+def quantize(
+    weight: NDArray[np.float32], *, bits: int, block: int, name: str, scale_type: type[np.floating] = np.float16
+) -> Quantized:
     """Round `weight` f32 [..., N, K] to integers times a scale per block, largest magnitude / (2^(bits-1) - 1).
 
-    An all-zero block (or one too small for a normal float32 scale) gets scale 1 and zeros.
-    Raises ArrieroError naming the tensor when K is not a multiple of `block` or a value is not finite.
+    The scale is rounded to `scale_type`, float16 or float32, before the integers are chosen. An all-zero block (or one
+    too small for a normal float32 scale) gets scale 1 and zeros.
+    Raises ArrieroError naming the tensor when K is not a multiple of `block`, a value is not finite, or a scale would
+    be beyond float16.
     """
     largest = check_weight(weight, bits=bits, block=block, name=name)
     top = 2 ** (bits - 1) - 1
-    # The bound keeps top * scale finite where the division rounded up.
-    bound = np.nextafter(np.finfo(np.float32).max / np.float32(top), np.float32(0))
-    scales = np.minimum(largest / np.float32(top), bound).astype(np.float32)
-    scales[scales < np.finfo(np.float32).tiny] = 1.0
+    if scale_type is np.float16:
+        scales = half_scales(largest / np.float32(top), bits=bits, name=name)
+    else:
+        # The bound keeps top * scale finite where the division rounded up.
+        bound = np.nextafter(np.finfo(np.float32).max / np.float32(top), np.float32(0))
+        scales = np.minimum(largest / np.float32(top), bound).astype(np.float32)
+    scales[largest < np.finfo(np.float32).tiny * np.float32(top)] = 1.0
     blocks = weight.reshape(*scales.shape, block)
     integers = np.clip(np.rint(blocks / scales[..., None]), -top, top)
     return pack(integers.reshape(weight.shape), scales, bits=bits, block=block)
+
+
+def half_scales(scales: NDArray[np.float32], *, bits: int, name: str) -> NDArray[np.float32]:
+    """`scales`, which are not negative, as the nearest numbers that float16 holds.
+
+    Where that is so much less that the largest integer would not reach, as among the smallest numbers of float16, it is
+    the next one. Raises ArrieroError naming the tensor when one is beyond float16.
+    """
+    top = np.float32(2 ** (bits - 1) - 1)
+    with np.errstate(over="ignore"):
+        halves = scales.astype(np.float16)
+    # the next number's bits are the next ones
+    halves.view(np.uint16)[...] += halves * (top + np.float32(0.5)) < scales * top
+    rounded = halves.astype(np.float32)
+    if not np.isfinite(rounded).all():
+        most = float(np.finfo(np.float16).max)
+        raise ArrieroError(
+            f"{int(np.count_nonzero(~np.isfinite(rounded)))} blocks need a scale of up to {scales.max():g}",
+            where=name,
+            expected=f"at most {most:g}, what float16 holds: values up to {most * float(top):g}",
+            remedy="Keep the tensor exact in the profile, or look whether the checkpoint is damaged",
+        )
+    return rounded
 
 
 def check_weight(weight: NDArray[np.float32], *, bits: int, block: int, name: str) -> NDArray[np.float32]:

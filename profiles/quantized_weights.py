@@ -1,4 +1,4 @@
-"""Calibrated roundings on disk: a folder of one profile's integers and scales, opened without reading them.
+"""Calibrated roundings on disk: a folder of one profile's integers and scales, of which pieces are read.
 
 Legend: N output features, K input features, J = K / block, E experts.
 """
@@ -55,6 +55,8 @@ class QuantizedWeights:
         kinds = ("packed", "scales") if isinstance(rounded, Quantized) else ("divisors", "largest")
         for kind, values in ((kind, getattr(rounded, kind)) for kind in kinds):
             path = self.folder / f"{name}.{kind}.npy"
+            if kind == "scales":
+                values = values.astype(np.float16)  # which holds each of them
             if expert is None:
                 np.save(path, values)
                 continue
@@ -65,10 +67,10 @@ class QuantizedWeights:
             stack.flush()
         self._note([note])
 
-    def read(self, name: str, bits: int, block: int) -> Quantized:
-        """The matrix or stack `name`, memory-mapped."""
+    def read(self, name: str, bits: int, block: int, start: int | None = None, stop: int | None = None) -> Quantized:
+        """Rows of the matrix, or experts of the stack, `name` from `start` to `stop`; without them all."""
         packed, scales = (np.load(self.folder / f"{name}.{kind}.npy", mmap_mode="r") for kind in ("packed", "scales"))
-        return Quantized(packed, scales, bits, block)
+        return Quantized(packed[start:stop], scales[start:stop].astype(np.float32), bits, block)
 
     def read_inputs(self, name: str) -> InputScale:
         """The scale of the inputs of the matrix or stack `name`."""

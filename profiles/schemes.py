@@ -14,6 +14,7 @@ from typing_extensions import override
 from arriero.profiles.quantize import check_block
 
 Shape = tuple[int, ...]
+HALF_BYTES = 2  # of a float16
 
 
 class Record(BaseModel):
@@ -103,7 +104,9 @@ class Half(_Scheme):
 
 
 class IntBlock(_Scheme):
-    """Block-wise symmetric integers along the input features, one float32 scale per block.
+    """Block-wise symmetric integers along the input features, one scale per block.
+
+    A scale is a number that float16 holds, but for the checkpoint's own, and is kept so where the kernels take it.
 
     `accuracy_level` is ONNX Runtime's: 4 rounds activations to int8 as well, 0 keeps them in float32. `rounding` says
     how the integers are found: each value to its nearest, by GPTQ on the inputs that calibration saw, or `stored`: they
@@ -138,13 +141,13 @@ class IntBlock(_Scheme):
         return self.model_copy(update={"rounding": "nearest"}) if self.calibrates else self
 
     @override
-    def stored_bytes(self, shape: Shape) -> int:
+    def stored_bytes(self, shape: Shape, scale_bytes: int = 4) -> int:
         elements = math.prod(shape)
-        return elements * self.bits // 8 + 4 * (elements // self.block)
+        return elements * self.bits // 8 + scale_bytes * (elements // self.block)
 
     @override
     def calibrated_bytes(self, shape: Shape) -> int:
-        return self.stored_bytes(shape) if self.calibrates else 0
+        return self.stored_bytes(shape, HALF_BYTES) if self.calibrates else 0
 
     @override
     def check(self, shape: Shape, name: str) -> None:

@@ -88,7 +88,7 @@ def guess_inputs(largest: Floats, features: int) -> InputScale:
 def quantize_static(weight: Floats, inputs: InputScale, *, name: str) -> StaticInt8:
     """Round `weight` f32 [..., N, K] for inputs as `inputs` describes them. Raises ArrieroError as `quantize` does."""
     balanced = weight * inputs.divisors[..., None, :]
-    rounded = quantize(balanced, bits=8, block=weight.shape[-1], name=name)
+    rounded = quantize(balanced, bits=8, block=weight.shape[-1], name=name, scale_type=np.float32)
     steps = inputs.largest / np.float32(TOP)
     return StaticInt8(rounded.packed, rounded.scales[..., 0] * steps, np.reciprocal(inputs.divisors * steps))
 

@@ -34,7 +34,7 @@ from arriero.export.machine.jobs import Submit, do_here
 from arriero.export.proof.walk_layers import LayerInputs, Routed, Walk
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.names import expert_tensors
-from arriero.profiles.quantize import Quantized, dequantize
+from arriero.profiles.quantize import dequantize
 from arriero.profiles.quantized_weights import QuantizedWeights, RoundingRecord
 from arriero.profiles.recipe import Profile
 from arriero.profiles.schemes import IntBlock, Static
@@ -225,11 +225,10 @@ class Calibration:
         scheme = self.forms[form].schemes[tensor]
         if not isinstance(scheme, IntBlock) or not scheme.calibrates:
             return stored_values(self._weight(tensor, expert), scheme, name=tensor)
-        stored, one = (
-            self.roundings[form].read(tensor, scheme.bits, scheme.block),
-            expert if expert is not None else ...,
-        )
-        return dequantize(Quantized(stored.packed[one], stored.scales[one], stored.bits, stored.block))
+        held, shape = self.roundings[form], (scheme.bits, scheme.block)
+        if expert is None:
+            return dequantize(held.read(tensor, *shape))
+        return dequantize(held.read(tensor, *shape, expert, expert + 1))[0]
 
     def _refuse_thin(self, layer: int, coverage: list[int] | None) -> None:
         for profile in self.profiles.values():

@@ -146,19 +146,19 @@ class Rounder:
         self, form: Form, scheme: IntBlock, tensor: str, expert: int | None, weight: Floats, seen: Moments
     ) -> tuple[Quantized, RoundingRecord]:
         assert form.rule is not None
-        shape = {"bits": scheme.bits, "block": scheme.block}
+        bits, block = scheme.bits, scheme.block
         rounded, rounding, gain = None, "nearest", None
         if seen.count >= form.rule.minimum_tokens:
             assert form.rule.damping is not None
-            calibrated, error = gptq(weight, self._factor(seen, form.rule.damping), **shape, name=tensor)
+            calibrated, error = gptq(weight, self._factor(seen, form.rule.damping), bits=bits, block=block, name=tensor)
             some = weight[:: -(-len(weight) // JUDGED)]  # of a large matrix evenly spread rows, for all of them
-            plain = dequantize(quantize(some, **shape, name=tensor))
+            plain = dequantize(quantize(some, bits=bits, block=block, name=tensor))
             without = output_error(some, plain, seen.moment) * len(weight) / len(some)
             gain = error / without if without > 0 else None
             if error <= without:  # a matrix whose rounding was better left alone is left alone
                 rounded, rounding = calibrated, "gptq"
         if rounded is None:
-            rounded = quantize(weight, **shape, name=tensor)
+            rounded = quantize(weight, bits=bits, block=block, name=tensor)
         largest = float(seen.largest.max(initial=0))
         return rounded, RoundingRecord(tensor, expert, rounding, seen.count, largest, gain)
 

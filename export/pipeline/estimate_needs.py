@@ -20,12 +20,12 @@ from arriero.graphs.names import EMBEDDING, HEAD, TEXT_PREFIX
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.kv_cache import ITEM_BYTES
 from arriero.profiles.recipe import Profile, check_shapes
-from arriero.profiles.schemes import Chosen, Exact, Fp8, Half, IntBlock, Scheme
+from arriero.profiles.schemes import HALF_BYTES, Chosen, Exact, Fp8, Half, IntBlock, Scheme
 from arriero.runtimes.cpu import usable_cores
 from arriero.runtimes.memory_cap import step_bytes
 from arriero.runtimes.steps import logits_piece
 from arriero.thresholds import AnswerMode
-from arriero.traits import PREFILL_PIECE, TRAITS
+from arriero.traits import PREFILL_PIECE, TRAITS, BackendTraits
 
 CONTEXTS = {"8k": 1 << 13, "128k": 1 << 17, "1M": 1 << 20, "10M": 10 << 20}
 CACHE_BYTES = {**ITEM_BYTES, "bfloat16": 2}  # of a number in a cache of keys and values
@@ -138,7 +138,7 @@ def plan_target(
         scheme = schemes[info.name]
         if info.name == EMBEDDING and isinstance(scheme, Exact) and config.text.tied_embeddings:
             sizes["f32"] += scheme.stored_bytes(info.shape)  # the head is a second copy
-        label, size = stored_size(info, scheme, profile, TRAITS[target.backend].keeps_stored_dtype)
+        label, size = stored_size(info, scheme, profile, TRAITS[target.backend])
         sizes[label] = sizes.get(label, 0) + size
     return PlannedTarget(
         name=target.name,
@@ -157,15 +157,18 @@ def plan_target(
     )
 
 
-def stored_size(info: WeightSource, scheme: Scheme, profile: Profile, keeps_stored_dtype: bool) -> tuple[str, int]:
-    """What a tensor's numbers are in a bundle, in one word, and its bytes; `keeps_stored_dtype` is the backend's."""
+def stored_size(info: WeightSource, scheme: Scheme, profile: Profile, traits: BackendTraits) -> tuple[str, int]:
+    """What a tensor's numbers are in a bundle of a backend with such `traits`, in one word, and its bytes."""
     if isinstance(scheme, Chosen):
         assert profile.choose is not None
         return scheme.dtype, int(profile.choose.budget * 2 * math.prod(info.shape))
     # the embedding's table is looked up, not multiplied, so it keeps its own dtype everywhere
-    kept = info.name == EMBEDDING or (keeps_stored_dtype and len(info.shape) > 1)
+    kept = info.name == EMBEDDING or (traits.keeps_stored_dtype and len(info.shape) > 1)
     if isinstance(scheme, Exact) and kept:
         return info.dtype.lower(), info.nbytes
+    if isinstance(scheme, IntBlock) and traits.takes_half_scales:
+        wide = scheme.rounding == "stored" and info.codes is not None and info.codes.scales == "F32"
+        return scheme.dtype, scheme.stored_bytes(info.shape, 4 if wide else HALF_BYTES)
     return scheme.dtype, scheme.stored_bytes(info.shape)
 
 

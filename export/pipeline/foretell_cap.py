@@ -26,7 +26,7 @@ from arriero.profiles.recipe import Profile
 from arriero.runtimes.backend import MemoryCap
 from arriero.runtimes.memory_cap import RecordSize, share_memory, step_bytes
 from arriero.runtimes.routing_trace import hit_rates, read_trace
-from arriero.traits import TRAITS
+from arriero.traits import TRAITS, BackendTraits
 
 PROCESS = 60 << 20  # Python with the libraries that a bundle is opened with
 # Of what all cores read from memory, a decoded token reads so much; kernels alone 0.8 to 0.9 (docs/performance.md).
@@ -70,7 +70,7 @@ def foretell_capped(build: BuildConfig, memory: int, trace: Path | None) -> tupl
     foretold = []
     for target in capped:
         cap = MemoryCap(memory, target.context, target.batch)
-        weights = StoredWeights.of(config.text, used, profiles[target.profile])
+        weights = StoredWeights.of(config.text, used, profiles[target.profile], TRAITS[target.backend])
         foretold.append(foretell(target.name, cap, weights, config, rates, speed, ITEM_BYTES[target.kv_cache]))
     return foretold, speed
 
@@ -87,12 +87,13 @@ class StoredWeights:
     shared: tuple[int, ...]
 
     @classmethod
-    def of(cls, text: TextConfig, used: Iterable[WeightSource], profile: Profile) -> StoredWeights:
-        """Those of the tensors `used` under `profile`."""
+    def of(
+        cls, text: TextConfig, used: Iterable[WeightSource], profile: Profile, traits: BackendTraits
+    ) -> StoredWeights:
+        """Those of the tensors `used` under `profile`, as a backend with such `traits` has them."""
         infos = {info.name: info for info in used}
         schemes = profile.assign(infos)
-        # backends that keep to a cap read exact matrices as they are stored
-        sizes = {name: stored_size(info, schemes[name], profile, True)[1] for name, info in infos.items()}
+        sizes = {name: stored_size(info, schemes[name], profile, traits)[1] for name, info in infos.items()}
         stacks = [expert_tensors(layer) for layer in text.moe_layers]
         pools = [sum(sizes.pop(name) for name in names) for names in stacks]
         shared = [_sum_under(sizes, names[0].replace(".experts.gate_up_proj", ".shared_expert.")) for names in stacks]

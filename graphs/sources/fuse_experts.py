@@ -118,7 +118,9 @@ def _stacked_codes(parts: Parts) -> StoredCodes | None:
         for row, expert in zip(held, parts, strict=True)
     ]
     return StoredCodes(
-        *flat[0].form, lambda start, stop: joined_codes([_expert(row) for row in reads[start:stop]], True)
+        *flat[0].form,
+        lambda start, stop: joined_codes([_expert(row) for row in reads[start:stop]], True),
+        "F16" if all(codes is not None and codes.scales == "F16" for codes in flat) else "F32",
     )
 
 

@@ -195,7 +195,7 @@ def _source(path: Path, name: str, tensor: ReaderTensor, shape: tuple[int, ...],
     codes = None
     if held is not None and len(shape) == 2:
         bits, read = held(data, shape[1])
-        codes = StoredCodes(bits, BLOCK, read)
+        codes = StoredCodes(bits, BLOCK, read, "F16")
     return MadeWeight(name, shape, "F32", stored, kind.lower(), decode, codes)
 
 

@@ -19,6 +19,7 @@ Codes = Quantized | Float8
 class StoredCodes:
     """Symmetric integers of `bits` in blocks of `block` along the inputs, or E4M3 with a scale per output (`block` 0).
 
+    `scales` is the type that holds the scales of integers as they are, F16 or F32.
     `read(start, stop)` gives rows of a matrix [N, K], or experts of a stack [E, N, K]: each [N, K], whichever way
     round the values of the tensor are.
     """
@@ -26,6 +27,7 @@ class StoredCodes:
     bits: int
     block: int
     read: Callable[[int, int], Codes]
+    scales: str = "F32"
 
     @property
     def form(self) -> tuple[int, int]:

@@ -89,7 +89,7 @@ def _round(
     rows = store.checkpoint.read_float32(name, start, stop)
     rows = np.ascontiguousarray(rows[0].T) if stacked else rows
     if inputs is None:
-        integers = quantize(rows, bits=8, block=rows.shape[1], name=name)
+        integers = quantize(rows, bits=8, block=rows.shape[1], name=name, scale_type=np.float32)
         return integers.packed, integers.scales[:, 0]
     static = quantize_static(rows, inputs, name=name)
     return static.packed, static.scales, static.multiplier

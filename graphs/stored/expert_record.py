@@ -72,7 +72,8 @@ def _describe(matrix: ExpertMatrix) -> str:
     """The layout of one matrix: how its numbers are arranged, their type, and type and grid of the scales."""
     if len(matrix.specs) == 1:
         return f"columns:{matrix.format}"
-    return f"panels16:{matrix.format}:{matrix.specs[1].dtype}/{matrix.block or 'row'}"
+    numbers = matrix.format.partition("_")[0]
+    return f"panels16:{numbers}:{matrix.specs[1].dtype}/{matrix.block or 'row'}"
 
 
 def _aligned(offset: int) -> int:

@@ -70,7 +70,7 @@ def weight(out: Path, part: str, name: str) -> np.ndarray:
     """The values of an initialiser of a lowered graph, from the file it is bound to; bf16 as its bits."""
     tensor = ir.load(out / f"{part}.onnx").graph.initializers[name].const_value
     assert isinstance(tensor, ir.ExternalTensor)
-    dtype = {"FLOAT": np.float32, "BFLOAT16": np.uint16, "UINT8": np.uint8}[tensor.dtype.name]
+    dtype = {"FLOAT": np.float32, "FLOAT16": np.float16, "BFLOAT16": np.uint16, "UINT8": np.uint8}[tensor.dtype.name]
     shape = tuple(tensor.shape.numpy())
     return np.fromfile(out / tensor.location, dtype, int(np.prod(shape)), offset=tensor.offset).reshape(shape)
 
@@ -214,7 +214,7 @@ def unpacked(packed: np.ndarray, scales: np.ndarray, bits: int, block: int) -> n
     if bits == 4:
         codes = np.concatenate([codes & 15, codes >> 4], -1)
     integers = codes.swapaxes(-3, -2).reshape(*leading, panels, 16, -1) - 2 ** (bits - 1)
-    factors = np.repeat(scales.swapaxes(-2, -1), block, -1)  # [.., P, 16, K]
+    factors = np.repeat(scales.astype(np.float32).swapaxes(-2, -1), block, -1)  # [.., P, 16, K]
     return (integers * factors).reshape(*leading, panels * 16, -1)
 
 
@@ -229,7 +229,8 @@ def test_panels_stand_for_the_integers_of_the_profile(scout: Built, tmp_path: Pa
     }
     table = lower("text", scout.graphs["text"], Lowering(scout.config, checkpoint, schemes, out))
     layout = record_layout(out)
-    assert layout["layout"].split(",") == [f"panels16:INT{bits}:F32/32"] * 2
+    assert layout["layout"].split(",") == [f"panels16:INT{bits}:F16/32"] * 2
+    assert list(layout["formats"]) == [f"INT{bits}_F16"] * 2
 
     def rounded(rows: np.ndarray, name: str) -> np.ndarray:
         scheme = schemes[name]
@@ -247,7 +248,7 @@ def test_panels_stand_for_the_integers_of_the_profile(scout: Built, tmp_path: Pa
         scheme, entries = schemes[name], [table[f"{name}.{kind}"] for kind in ("packed", "scales")]
         assert isinstance(scheme, IntBlock)
         likes = [
-            np.empty(entry["shape"][1:], dtype) for entry, dtype in zip(entries, (np.uint8, np.float32), strict=True)
+            np.empty(entry["shape"][1:], dtype) for entry, dtype in zip(entries, (np.uint8, np.float16), strict=True)
         ]
         return unpacked(
             *(part(out, record, layout["at"][number + i], like) for i, like in enumerate(likes)), bits, scheme.block

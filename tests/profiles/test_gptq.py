@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from arriero.errors import ArrieroError
 from arriero.profiles.gptq import ROWS, SEARCHED, gptq, output_error, search_scales
 from arriero.profiles.input_factor import InputFactor
-from arriero.profiles.quantize import dequantize, quantize
+from arriero.profiles.quantize import dequantize, half_scales, quantize
 
 DAMPING = 0.03
 
@@ -99,27 +100,39 @@ def test_the_factor_squared_is_the_inverse(size: int) -> None:
 def test_scales_are_the_same_in_one_piece_and_in_many() -> None:
     weight, moment = draw(5, rows=SEARCHED // 64 + 3)
     importance = np.diagonal(moment)
-    whole = search_scales(weight, importance, bits=4, block=16)
-    rows = [
-        search_scales(weight[i : i + 1], importance, bits=4, block=16) for i in (0, len(weight) - 4, len(weight) - 1)
-    ]
+    search = partial(search_scales, importance=importance, bits=4, block=16, name="w")
+    whole = search(weight)
+    rows = [search(weight[i : i + 1]) for i in (0, len(weight) - 4, len(weight) - 1)]
     np.testing.assert_array_equal(whole[[0, -4, -1]], np.concatenate(rows))
 
 
 def test_the_scale_search_tries_both_signs_and_never_loses_to_absmax() -> None:
     weight, moment = draw(3)
     importance = np.diagonal(moment)
-    scales = search_scales(weight, importance, bits=4, block=16)
+    scales = search_scales(weight, importance, bits=4, block=16, name="w")
     assert (scales < 0).any()
     assert (scales > 0).any()
+    assert (scales.astype(np.float16) == scales).all()
 
     def error(steps: np.ndarray, low: int) -> np.ndarray:
         wide = np.repeat(steps, 16, -1)
         off = (weight - np.clip(np.rint(weight / wide), low, 7) * wide) ** 2 * importance
         return off.reshape(8, 4, 16).sum(-1)
 
-    absmax = np.abs(weight.reshape(8, 4, 16)).max(-1) / 8
+    absmax = half_scales(np.abs(weight.reshape(8, 4, 16)).max(-1) / 8, bits=4, name="w")
     assert (error(scales, -8) <= error(absmax, -8) * 1.0001).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("size", [1e-9, 3e-7, 1e-5, 1e4])
+def test_blocks_near_the_ends_of_float16_are_rounded_to_half_a_step(bits: int, size: float) -> None:
+    weight, moment = draw(1)
+    weight *= np.float32(size)
+    rounded, _ = gptq(weight, InputFactor.of(moment * np.eye(64), DAMPING), bits=bits, block=16, name="w")
+    steps, back = np.abs(np.repeat(rounded.scales, 16, -1)), dequantize(rounded)
+    inside = np.abs(weight) <= steps * (2 ** (bits - 1) - 1)  # what a searched scale clips is clipped
+    assert (np.abs(back - weight)[inside] <= steps[inside] / 2 * np.float32(1.001)).all()
+    assert inside.mean() > 0.9
 
 
 def test_zero_blocks_and_inputs_that_never_came_are_sound() -> None:

@@ -17,18 +17,19 @@
  *   [N,K]; an expert's is [K,N] (input-major), where gate_up has N = 2F, halves gate | up. Scales are not read (a pointer
  *   may be null), `block` is 0. Values are widened exactly; sums are float32.
  * ARRIERO_INT8, ARRIERO_INT4: symmetric integers, one float32 scale per output feature and `block` input features
- *   (a multiple of 16 that divides K; K itself is one scale per output). Activations are rounded to int8 per token and
+ *   (a multiple of 16 that divides K; K itself is one scale per output); ARRIERO_INT8_F16, ARRIERO_INT4_F16: the same
+ *   with float16 scales. Activations are rounded to int8 per token and
  *   block: scale = absmax / 127, q = rint(x * (127 / absmax)); a block whose absmax is below 1e-30 counts as zeros.
  *   Products and their sum over a block are exact int32.
  * ARRIERO_E4M3: OCP FP8 E4M3 (no NaN codes) with one float32 scale per output feature, `block` is 0; activations stay
  *   float32.
  *
- * The last three are stored in panels of 16 output features (the last panel padded with zero weights); P = ceil(N/16):
+ * Integers and E4M3 are stored in panels of 16 output features (the last panel padded with zero weights); P = ceil(N/16):
  *   INT8   u8 [P, K/4, 16, 4]   offset binary (q + 128): 4 neighbouring input features of each of the 16 outputs
  *   INT4   u8 [P, K/8, 16, 4]   offset binary (q + 8): byte b of an output holds input features b (low nibble) and
  *                               b + 4 (high nibble) of its 8
  *   E4M3   u8 [P, K, 16]
- *   scales f32 [P, K/block, 16] (E4M3: [P, 16]), zero in padding.
+ *   scales f32 or f16 [P, K/block, 16] (E4M3: f32 [P, 16]), zero in padding.
  * An expert's gate_up panels alternate, gate 0, up 0, gate 1, up 1, ..: [2*ceil(F/16), ..].
  * arriero.graphs.stored.packed_panels packs them.
  *
@@ -46,6 +47,7 @@ extern "C" {
 
 enum { ARRIERO_F32 = 0, ARRIERO_BF16 = 1, ARRIERO_F16 = 2, ARRIERO_E4M3 = 3, ARRIERO_INT8 = 4, ARRIERO_INT4 = 5 };
 enum { ARRIERO_CODES = 6 }; /* of a key/value cache alone */
+enum { ARRIERO_INT8_F16 = 7, ARRIERO_INT4_F16 = 8 };
 
 /* The instruction set in use: "avx512vnni", "avx2", "i8mm", "dotprod", "neon" or "scalar". */
 const char* arriero_level(void);
@@ -64,7 +66,7 @@ int64_t arriero_linear_workspace(int64_t format, int64_t block, int64_t T, int64
 int32_t arriero_linear_prepare(int64_t format, int64_t block, const float* x, int64_t T, int64_t K, void* workspace,
                                int64_t part, int64_t parts);
 
-int32_t arriero_linear(int64_t format, int64_t block, const float* x, const void* weight, const float* scales, float* y,
+int32_t arriero_linear(int64_t format, int64_t block, const float* x, const void* weight, const void* scales, float* y,
                        int64_t T, int64_t N, int64_t K, void* workspace, int64_t part, int64_t parts);
 
 /* --- Expert dispatch: y[t] = sum_r down_e(silu(gate_e(s x[t])) * up_e(s x[t])), e = expert_id[t,r], s = score[t,r] ---
@@ -137,7 +139,7 @@ int32_t arriero_attention_merge(const int64_t* positions, const int64_t* starts,
  * Each takes its workspace from TVM's runtime and runs all its steps, in `parts`, in one launch of the calling thread's
  * workers. Only where TVM's runtime is loaded. They give 0, or -1 if it refuses. */
 
-int32_t arriero_run_linear(int64_t format, int64_t block, const float* x, const void* weight, const float* scales,
+int32_t arriero_run_linear(int64_t format, int64_t block, const float* x, const void* weight, const void* scales,
                            float* y, int64_t T, int64_t N, int64_t K, int64_t parts);
 
 /* `experts` i64 [1 + E] is the table of a layer's experts: first the address of its cache, of the library's own making

@@ -48,7 +48,7 @@ inline int32_t dispatch_prepare(int64_t gate_up_format, int64_t gate_up_block, i
 inline Matrix in_record(int64_t format, const void* record, int64_t at, int64_t scales_at, int64_t features,
                         int64_t outputs) {
     const auto* bytes = static_cast<const uint8_t*>(record);
-    return {format, Layout::columns, bytes + at, reinterpret_cast<const float*>(bytes + scales_at), features, outputs};
+    return {format, Layout::columns, bytes + at, bytes + scales_at, features, outputs};
 }
 
 // Where down's results go: with one choice per token, its row is the token's.

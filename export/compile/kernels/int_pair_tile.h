@@ -2,20 +2,21 @@
 // time.
 #pragma once
 
+#include "block_scales.h"
 #include "rounded.h"
 
 namespace ARRIERO_LEVEL {
 
 // What int_tile gives, for M > 1 rows. An odd last row is paired with itself.
 template <int BITS, int M, int P>
-TILE void int_pair_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, const float* scale,
+TILE void int_pair_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, BlockScales scale,
                         float out[M][16 * P]) {
     constexpr int PAIRS = (M + 1) / 2;
     const int64_t features = x.features, blocks = x.blocks();
     for (int m = 0; m < M; ++m) __builtin_memset(out[m], 0, sizeof out[m]);
     for (int p = 0; p < P; ++p) {
         const uint8_t* at = panel + p * features * 16 * BITS / 8;
-        for (int64_t j = 0; j < blocks; ++j, scale += 16) {
+        for (int64_t j = 0; j < blocks; ++j, scale = scale.from(16)) {
             int32x4_t totals[PAIRS][8];  // of outputs 2n and 2n + 1: first row's two, then second row's two
             UNROLL for (int i = 0; i < PAIRS; ++i) {
                 const int32x2_t first = vdup_n_s32(x.corrections[rows[2 * i] * blocks + j]);
@@ -50,7 +51,7 @@ TILE void int_pair_tile(const Rounded& x, const int64_t* rows, const uint8_t* pa
                                     b = vreinterpretq_s64_s32(totals[i][n + 1]);
                     const Int both[2] = {vreinterpretq_s32_s64(vzip1q_s64(a, b)),
                                          vreinterpretq_s32_s64(vzip2q_s64(a, b))};
-                    const Float scales = load(scale + 2 * n);
+                    const Float scales = scale.load_at(2 * n);
                     for (int m = 2 * i; m < smaller(2 * i + 2, M); ++m) {
                         float* to = out[m] + 16 * p + 2 * n;
                         const Float row_scale = all(x.scales[rows[m] * blocks + j]);

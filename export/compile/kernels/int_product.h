@@ -1,6 +1,7 @@
 // Products of rounded activations with int8 and int4 panels: exact int32 within a block, float32 across blocks.
 #pragma once
 
+#include "block_scales.h"
 #include "rounded.h"
 #ifdef __ARM_FEATURE_MATMUL_INT8
 #include "int_pair_tile.h"
@@ -11,7 +12,7 @@ namespace ARRIERO_LEVEL {
 // out[m][16p + n] = product of row rows[m] with output n of panel p, for M rows and P panels. One panel is part of a
 // stream; of two, those that lie `next` panels after them are asked for.
 template <int BITS, int M, int P>
-TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, const float* scale, int64_t next,
+TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, BlockScales scale, int64_t next,
                    float out[M][16 * P]) {
     constexpr int V = 16 / LANES, PV = P * V;
     const int64_t features = x.features, block = x.block, blocks = x.blocks();
@@ -37,7 +38,7 @@ TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, 
     };
     for (int64_t j = 0; j < blocks; ++j) {
         if constexpr (P > 1) {
-            UNROLL for (int p = 0; p < P; ++p) fetch(scale + p * panel_scales + j * 16 + scales_ahead);
+            UNROLL for (int p = 0; p < P; ++p) fetch(scale.at(p * panel_scales + j * 16 + scales_ahead));
         }
         Int totals[M][PV];
         UNROLL for (int m = 0; m < M; ++m) {
@@ -78,7 +79,9 @@ TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, 
             }
         }
         Float scales[PV];
-        UNROLL for (int v = 0; v < PV; ++v) scales[v] = load(scale + v / V * panel_scales + j * 16 + v % V * LANES);
+        UNROLL for (int v = 0; v < PV; ++v) {
+            scales[v] = scale.load_at(v / V * panel_scales + j * 16 + v % V * LANES);
+        }
         UNROLL for (int m = 0; m < M; ++m) {
             const Float row_scale = all(row_scales[m][j]);
             UNROLL for (int v = 0; v < PV; ++v) {
@@ -93,12 +96,12 @@ TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, 
 // (null: the first). `begin` is a multiple of 16.
 template <int BITS>
 inline void int_product(const Rounded& x, const int64_t* order, int64_t count, const uint8_t* weight,
-                        const float* scales, Range columns, Rows<float> out) {
+                        BlockScales scales, Range columns, Rows<float> out) {
     const auto panels = [&](int64_t column, auto wide) {
         constexpr int P = decltype(wide)::value;
         const int64_t width = smaller<int64_t>(16 * P, columns.end - column);
         const uint8_t* panel = weight + column * x.features * BITS / 8;
-        const float* scale = scales + column * x.blocks();
+        const BlockScales scale = scales.from(column * x.blocks());
         for (int64_t i = 0; i < count;) {
             i += with_rows<INT_ROWS>(count - i, [&](auto tall) {
                 constexpr int M = decltype(tall)::value;

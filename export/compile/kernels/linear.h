@@ -16,7 +16,7 @@ inline int32_t linear_prepare(int64_t format, int64_t block, const float* x, int
     return 0;
 }
 
-inline int32_t linear(int64_t format, int64_t block, const float* x, const void* weight, const float* scales, float* y,
+inline int32_t linear(int64_t format, int64_t block, const float* x, const void* weight, const void* scales, float* y,
                       int64_t T, int64_t N, int64_t K, void* workspace, int64_t part, int64_t parts) {
     const LinearWorkspace space(workspace, format, block, T, K, parts);
     auto* piece = reinterpret_cast<float*>(space.pieces + (space.pieces ? part * PIECE_BYTES : 0));

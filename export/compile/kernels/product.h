@@ -14,7 +14,7 @@ struct Matrix {
     int64_t format;
     Layout layout;
     const void* weight;
-    const float* scales;
+    const void* scales;
     int64_t features;  // K
     int64_t outputs;   // N
 };
@@ -50,11 +50,14 @@ inline void product(const Matrix& w, const Input& x, const int64_t* order, int64
         case ARRIERO_F16:
             return exact_product<ARRIERO_F16>(w, exact, count, columns, out, piece);
         case ARRIERO_E4M3:
-            return e4m3_product(exact, count, panels, w.scales, w.features, columns, out, piece);
+            return e4m3_product(exact, count, panels, static_cast<const float*>(w.scales), w.features, columns, out,
+                                piece);
         case ARRIERO_INT8:
-            return int_product<8>(x.rounded, order, count, panels, w.scales, columns, out);
+        case ARRIERO_INT8_F16:
+            return int_product<8>(x.rounded, order, count, panels, {w.scales, has_halves(w.format)}, columns, out);
         case ARRIERO_INT4:
-            return int_product<4>(x.rounded, order, count, panels, w.scales, columns, out);
+        case ARRIERO_INT4_F16:
+            return int_product<4>(x.rounded, order, count, panels, {w.scales, has_halves(w.format)}, columns, out);
     }
 }
 

@@ -1,5 +1,7 @@
 // Whole operators, as a compiled graph calls them: memory and threads of TVM's runtime around the kernels' steps.
+#define ARRIERO_LEVEL whole
 #include "arriero_kernels.h"
+#include "common.h"
 #include "expert_cache.h"
 
 #ifdef __x86_64__
@@ -104,7 +106,7 @@ ExpertLayer* cache_of(const int64_t* experts) { return reinterpret_cast<ExpertLa
 }  // namespace
 
 extern "C" int32_t arriero_run_linear(int64_t format, int64_t block, const float* x, const void* weight,
-                                      const float* scales, float* y, int64_t T, int64_t N, int64_t K, int64_t parts) {
+                                      const void* scales, float* y, int64_t T, int64_t N, int64_t K, int64_t parts) {
     const auto prepare = [&](void* space, int64_t part) {
         arriero_linear_prepare(format, block, x, T, K, space, part, parts);
     };
@@ -112,8 +114,7 @@ extern "C" int32_t arriero_run_linear(int64_t format, int64_t block, const float
         arriero_linear(format, block, x, weight, scales, y, T, N, K, space, part, parts);
     };
     const int64_t bytes = arriero_linear_workspace(format, block, T, N, K, parts);
-    const bool rounds = format == ARRIERO_INT8 || format == ARRIERO_INT4;
-    return rounds ? run(bytes, parts, prepare, multiply) : run(bytes, parts, multiply);
+    return whole::is_integer(format) ? run(bytes, parts, prepare, multiply) : run(bytes, parts, multiply);
 }
 
 extern "C" int32_t arriero_run_request(const int64_t* expert_id, const int64_t* experts, int64_t* requested, int64_t T,

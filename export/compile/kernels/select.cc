@@ -98,7 +98,7 @@ extern "C" int32_t arriero_linear_prepare(int64_t format, int64_t block, const f
 }
 
 extern "C" int32_t arriero_linear(int64_t format, int64_t block, const float* x, const void* weight,
-                                  const float* scales, float* y, int64_t T, int64_t N, int64_t K, void* workspace,
+                                  const void* scales, float* y, int64_t T, int64_t N, int64_t K, void* workspace,
                                   int64_t part, int64_t parts) {
     return kernels().linear(format, block, x, weight, scales, y, T, N, K, workspace, part, parts);
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def _weights_to_inputs(graph: ir.Graph) -> tuple[ir.ExternalTensor, ...]:
 def convert_linear(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:
     """Linear(x, weight, scales?)."""
     bits, block = attr["form"]
-    compute = kernels.linear(_format(bits, block, inputs[1]), attr["features"])
+    compute = kernels.linear(_format(bits, block, inputs[1:]), attr["features"])
     return bb.emit_te(compute, nodes[THREADS], *inputs, primfunc_name_hint="linear")
 
 
@@ -202,9 +202,10 @@ def _as_class(convert: Convert) -> type:
     return type("Ours", (onnx_frontend.OnnxOpConverter,), {"_impl_v1": staticmethod(implement)})
 
 
-def _format(bits: int, block: int, weight: relax.Expr) -> kernels.Format:
+def _format(bits: int, block: int, operands: Sequence[relax.Expr]) -> kernels.Format:
+    """Of a weight and, where it has some, its scales."""
     if bits and not block:
         return kernels.Format(kernels.E4M3)
     if bits:
-        return kernels.Format(kernels.INTEGER_FORMATS[bits], block)
-    return kernels.exact_format(str(weight.ty.dtype), str(weight))
+        return kernels.Format(kernels.INTEGER_FORMATS[bits, str(operands[1].ty.dtype)], block)
+    return kernels.exact_format(str(operands[0].ty.dtype), str(operands[0]))

@@ -28,12 +28,15 @@ E4M3 = 3
 # Exact matrices of at most so many outputs, as a router, are summed alike for any number of tokens, and so are all
 # packed ones: `row_product` of the kernels has the number too.
 FEW_OUTPUTS = 256
-INTEGER_FORMATS = {8: 4, 4: 5}
+INTEGER_FORMATS = {(8, "float32"): 4, (4, "float32"): 5, (8, "float16"): 7, (4, "float16"): 8}  # by type of scales
 # of a record's matrices
 EXPERT_FORMATS = {
     **dict(zip(("F32", "BF16", "F16"), EXACT_FORMATS.values(), strict=True)),
     "E4M3": E4M3,
-    **{f"INT{bits}": number for bits, number in INTEGER_FORMATS.items()},
+    **{
+        f"INT{bits}" + ("_F16" if scales == "float16" else ""): number
+        for (bits, scales), number in INTEGER_FORMATS.items()
+    },
 }
 
 

@@ -153,6 +153,7 @@ def _decode(module: StoredModule, scheme: Scheme) -> MadeWeight | None:
                 8,
                 block,
             ),
+            _type_of_scales(module),
         )
     return MadeWeight(f"{module.name}.weight", weight.shape, "F32", weight.stored, named, decode, codes)
 
@@ -213,6 +214,7 @@ def _packed(module: StoredModule, scheme: Scheme) -> MadeWeight | None:
                 bits,
                 block,
             ),
+            _type_of_scales(module),
         )
     extent = f"block {features // groups}" if groups > 1 else "per channel"
     named = f"int{bits} {extent}" + (" asymmetric" if zeros is not None else "") + ("" if in_order else " reordered")
@@ -244,6 +246,11 @@ def _fp4(module: StoredModule, scheme: Scheme) -> MadeWeight | None:
 
     named = "nvfp4" if scheme.group == 16 else "mxfp4"
     return MadeWeight(f"{module.name}.weight", (rows, features), "F32", packed.stored, named, decode)
+
+
+def _type_of_scales(module: StoredModule) -> str:
+    """F16 where they are stored so; F32 holds all others that belong to integers."""
+    return "F16" if module.parts["weight_scale"].dtype == "F16" else "F32"
 
 
 def _scales(module: StoredModule, scheme: Scheme, rows: int, features: int) -> Decode | None:

@@ -26,6 +26,7 @@ from tests.call_kernels import Kernels, Weight, pack_experts
 from tests.guarded_kernels import SUM_ERROR, Guarded, assert_close, normal
 
 HERE = platform.machine()
+INTEGERS = ["int8", "int4", "int8_f16", "int4_f16"]  # with scales in float32, and in float16
 EXACT = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16}
 
 
@@ -36,9 +37,10 @@ def kernels(kernels_at_level):
 
 def stored_int(form, weight, block, gate_up=False):
     """Quantised `weight` [..., N, K]: what the kernel reads, and what numpy computes with."""
-    plain = quantize(weight, bits=int(form[3:]), block=block, name="w")
+    plain = quantize(weight, bits=int(form[3]), block=block, name="w")
     panels = pack_gate_up_panels(plain) if gate_up else pack_panels(plain)
-    return Weight(form, panels.packed, panels.scales, block), plain
+    scales = panels.scales.astype(np.float16) if form.endswith("f16") else panels.scales
+    return Weight(form, panels.packed, scales, block), plain
 
 
 def stored_e4m3(weight, gate_up=False):
@@ -75,7 +77,7 @@ def test_every_e4m3_code_is_widened_exactly(kernels):
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 17])
 @pytest.mark.parametrize(("outputs", "features", "block"), [(5, 16, 16), (33, 96, 32), (70, 512, 512), (100, 512, 256)])
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("form", INTEGERS)
 def test_int_linear(kernels, draw, form, tokens, outputs, features, block):
     x = normal(draw, tokens, features)
     weight, plain = stored_int(form, normal(draw, outputs, features), block)
@@ -86,19 +88,20 @@ def test_int_linear(kernels, draw, form, tokens, outputs, features, block):
     assert np.linalg.norm(found - exact) <= 0.02 * np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("form", INTEGERS)
 def test_integer_sums_are_exact_at_the_extremes(kernels, draw, form):
     """Largest magnitudes and equal signs: where a 16-bit intermediate would saturate."""
-    bits, block, outputs = int(form[3:]), 256, 40
+    bits, block, outputs = int(form[3]), 256, 40
     low = -(2 ** (bits - 1))
     values = draw.choice([low, low + 1, -low - 1], (outputs, block)).astype(np.float32)
     values[0], values[1] = low, -low - 1
     scales = np.exp2(draw.integers(-3, 3, (outputs, 1))).astype(np.float32)
     plain = pack(values, scales, bits=bits, block=block)
     panels = pack_panels(plain)
+    held = panels.scales.astype(np.float16) if form.endswith("f16") else panels.scales
     x = draw.choice(np.float32([-127, 127]), (7, block))
     x[0], x[1] = 127, -127  # activation scales are then exactly 1
-    found = kernels.linear(x, Weight(form, panels.packed, panels.scales, block), outputs)
+    found = kernels.linear(x, Weight(form, panels.packed, held, block), outputs)
     assert_array_equal(found, x.astype(np.float64) @ (values * scales).T.astype(np.float64))
 
 
@@ -159,7 +162,7 @@ ROUTES = {
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(
     ("gate_up", "down"),
-    [("f32", "f32"), ("bf16", "bf16"), ("e4m3", "e4m3"), ("int8", "int8"), ("int4", "int4"), ("bf16", "int4")],
+    [*((form, form) for form in ("f32", "bf16", "e4m3", "int8", "int4")), ("bf16", "int4"), ("int4_f16", "int8_f16")],
 )
 def test_dispatch(kernels, draw, gate_up, down, route):
     hidden, width, count = 96, 160, 4
@@ -185,7 +188,7 @@ def test_dispatch_of_sizes_that_fill_no_vector(kernels, draw, form, hidden, widt
     assert np.linalg.norm(found - wanted) <= SUM_ERROR * np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("form", INTEGERS)
 @pytest.mark.parametrize("tokens", [1, 11])
 def test_int_dispatch_is_two_rounded_products(kernels, draw, form, tokens):
     """Against the same rounding in numpy: the only difference left is float32 arithmetic."""
@@ -209,7 +212,7 @@ def test_int_dispatch_is_two_rounded_products(kernels, draw, form, tokens):
 
 
 @pytest.mark.parametrize("outputs", [1, 4, 7, 12, FEW_OUTPUTS, FEW_OUTPUTS + 44])
-@pytest.mark.parametrize("form", [*EXACT, "e4m3", "int8", "int4"])
+@pytest.mark.parametrize("form", [*EXACT, "e4m3", *INTEGERS])
 def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(kernels, draw, form, outputs):
     """As `TvmBackend.packs` says; exact matrices of many outputs are summed in two orders, as `few_rows` says."""
     plain = normal(draw, outputs, 512)
@@ -238,7 +241,7 @@ def test_results_do_not_depend_on_the_number_of_parts(library, draw, form):
         assert_array_equal(other, one)
 
 
-@pytest.mark.parametrize("form", ["bf16", "e4m3", "int8", "int4"])
+@pytest.mark.parametrize("form", ["bf16", "e4m3", *INTEGERS])
 @pytest.mark.parametrize("route", ["spread", "two each", "some to none"])
 def test_experts_may_be_computed_in_any_order_some_at_a_time(library, draw, form, route):
     hidden, width = 96, 160

@@ -14,6 +14,7 @@ from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.sources.synthetic import SyntheticModel
 from arriero.profiles.recipe import load_profile
 from arriero.runtimes.backend import MemoryCap
+from arriero.traits import TRAITS
 from tests.command import arriero, write_build
 
 GIB = 1 << 30
@@ -26,7 +27,7 @@ def maverick():
     checkpoint = Checkpoint.open(SyntheticModel.parse("synthetic://maverick"))
     config = checkpoint.model_config()
     used = [info for info in checkpoint.tensors.values() if info.name.startswith("language_model.")]
-    return config, StoredWeights.of(config.text, used, load_profile("int4").rtn_baseline())
+    return config, StoredWeights.of(config.text, used, load_profile("int4").rtn_baseline(), TRAITS["tvm"])
 
 
 def test_mavericks_records_are_of_the_size_that_its_shapes_say(maverick):
@@ -71,7 +72,7 @@ def test_what_calibration_has_yet_to_choose_takes_its_budget(maverick):
     profile, text = load_profile("mixed"), maverick[0].text
     tensors = Checkpoint.open(SyntheticModel.parse("synthetic://maverick")).tensors
     used = [info for name, info in tensors.items() if name.startswith("language_model.")]
-    weights = StoredWeights.of(text, used, profile)
+    weights = StoredWeights.of(text, used, profile, TRAITS["tvm"])
     numbers = 3 * text.hidden_size * text.expert_ffn
     (record,) = set(weights.records)
     assert record == pytest.approx(2 * profile.choose.budget * numbers, abs=4096)
@@ -90,7 +91,7 @@ def test_the_sizes_are_those_of_the_bundle(tvm_workshop, workshop):
     for name, profile in (("fp32", "fp32"), ("int8", str(workshop / "int8.yaml"))):
         signature = json.loads((tvm_workshop / "bundles" / name / "text.json").read_text())
         used = [info for info in checkpoint.tensors.values() if info.name.startswith("language_model.")]
-        weights = StoredWeights.of(config.text, used, load_profile(profile))
+        weights = StoredWeights.of(config.text, used, load_profile(profile), TRAITS["tvm"])
         assert list(weights.records) == [entry["bytes"] for entry in signature["experts"]]
 
 

@@ -106,6 +106,9 @@ def test_kept_codes_stand_for_the_same_values(written: Callable[[str, str], Writ
             codes = source.codes.read(start, stop)
             values = dequantize_float8(codes) if isinstance(codes, Float8) else dequantize(codes)
             rows = checkpoint.read_float32(tensor, start, stop)
+            narrow = np.float16 if source.codes.scales == "F16" else np.float32
+            assert np.array_equal(codes.scales.astype(narrow), codes.scales)
+            assert source.codes.scales == ("F16" if name == "gguf" else "F32")
             assert np.array_equal(values.transpose(0, 2, 1) if values.ndim == 3 else values, rows), tensor
 
 
