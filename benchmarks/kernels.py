@@ -40,7 +40,14 @@ FORMATS_MEASURED = {
     "bf16": (0,),
     "f32": (0,),
 }
-BYTES = {"int8_f16": 1.0625, "int4_f16": 0.5625, "int4": 0.625, "e4m3": 1.0, "bf16": 2.0, "f32": 4.0}  # of a weight, at most
+BYTES = {  # of a weight, at most
+    "int8_f16": 1.0625,
+    "int4_f16": 0.5625,
+    "int4": 0.625,
+    "e4m3": 1.0,
+    "bf16": 2.0,
+    "f32": 4.0,
+}
 
 
 def random_weight(draw: np.random.Generator, form: str, block: int, experts: int, outputs: int, inputs: int) -> Weight:
