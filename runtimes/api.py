@@ -10,6 +10,7 @@ from pathlib import Path
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Backend, BackendOptions, MemoryCap, ModelSpec
 from arriero.runtimes.bundle_memory import planned_tokens, token_bytes
+from arriero.runtimes.decode_step import MOST_DRAFTED
 from arriero.runtimes.integrity import check_proven, open_manifest
 from arriero.runtimes.machine_fit import check_machine
 from arriero.runtimes.manifest import Manifest
@@ -33,6 +34,7 @@ def load(
     batch: int | None = None,
     prefix_cache: int | None = None,
     memory: int | str | None = None,
+    speculate: int = 0,
 ) -> Session:
     """Open a bundle directory and give a `Session` that answers from it.
 
@@ -43,7 +45,9 @@ def load(
     for when None; engines for a GPU take no more than that. `prefix_cache` is how many bytes may hold what was read
     before, so that prompts which begin alike are not read twice: an eighth of the free memory when None, at most 1 GiB;
     0 for none, as under a cap. `memory`, a size such as "16GiB", is the most that the process may take: experts are
-    then read as they are needed, and those used last are kept. Raises `ArrieroError` with what is wrong and what to do.
+    then read as they are needed, and those used last are kept. With `speculate` up to so many tokens of an answer are
+    drafted from what the prompt and it have said, and checked in one step: the tokens are those that would be chosen
+    without. Raises `ArrieroError` with what is wrong and what to do.
     """
     limit = None if memory is None else parse_bytes(memory)
     manifest = open_manifest(Path(bundle), verify or None)
@@ -55,7 +59,7 @@ def load(
     options = BackendOptions(threads, memory=cap)
     if not allow_unproven:
         check_proven(manifest)
-    return open_session(manifest, options, adapter, batch, prefix_cache)
+    return open_session(manifest, options, adapter, batch, prefix_cache, speculate=speculate)
 
 
 def open_session(
@@ -65,12 +69,15 @@ def open_session(
     batch: int | None = None,
     prefix_cache: int = 0,
     tokens: int | None = None,
+    speculate: int = 0,
 ) -> Session:
     """Give a session over a bundle that is what its manifest says, proven or not yet. Raises as `check_machine`.
 
     `tokens` are held at once at most; None is those whose keys and values the free memory has room for.
     """
     check_batch(manifest, batch)
+    if not 0 <= speculate <= MOST_DRAFTED:
+        raise ArrieroError(f"speculate is {speculate}", expected=f"0, or up to {MOST_DRAFTED} tokens")
     check_machine(manifest)
     processor = Processor(manifest.bundle / "tokenizer", manifest.model)
     backend = open_bundle_backend(manifest, options)
@@ -83,7 +90,7 @@ def open_session(
         # what was planned for must always fit; more is admitted as far as the memory goes that is free now
         free = available_memory()
         tokens = None if free is None or not per_token else max(free // per_token, planned_tokens(manifest))
-    limits = EngineLimits(rows, target.context, tokens, prefix_cache)
+    limits = EngineLimits(rows, target.context, tokens, prefix_cache, speculate)
     return Session(
         backend, processor, target.context, rows, tuple(manifest.adapters), adapter, limits, manifest.chain.artifact
     )

@@ -5,10 +5,11 @@ Shapes: S tokens of a piece, H hidden, V vocabulary, M image placeholder tokens,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import chain
 from queue import SimpleQueue
 
 import numpy as np
@@ -18,16 +19,22 @@ from arriero.runtimes.generation import Answer, TokenLogprobs
 from arriero.runtimes.place import Place
 from arriero.runtimes.prefix_cache import Tokens
 from arriero.runtimes.processor.processor import Prompt
+from arriero.runtimes.prompt_lookup import PromptLookup
 from arriero.runtimes.snapshot import Snapshot
 from arriero.runtimes.steps import piece_end
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step adds to an answer: text that is certain by now, and the chosen token's entry where asked for."""
+    """What one step adds to an answer: text that is certain by now, and the chosen tokens' entries where asked for."""
 
     text: str
     logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+def joined(deltas: Sequence[Delta]) -> Delta:
+    """What several tokens of one step add."""
+    return Delta("".join(delta.text for delta in deltas), tuple(chain.from_iterable(one.logprobs for one in deltas)))
 
 
 def read_tokens(prompt: Prompt, adapter: int, spec: ModelSpec) -> Tokens:
@@ -52,6 +59,7 @@ class Request:
         self._features: list[Floats] = []  # [M, H] of the tiles seen so far
         self.number = 0  # in the order of arrival
         self._context = copy_context()
+        self.lookup: PromptLookup | None = None  # where answers are drafted
         self.place: Place | None = None  # of a conversation that the prompt goes on with
         self.keeps_place = False
         self.kept: Snapshot | None = None  # the row at the end, where the caller keeps its place
@@ -123,6 +131,16 @@ class Request:
         return self.ids[self.position : end], features[skipped : skipped + stop - first]
 
     # --- the answer
+
+    def draft(self, room: int, chunk: int) -> list[int]:
+        """At most `room` tokens that may follow the last one, to be checked in its step; none without `lookup`.
+
+        They stay below the edge of the attention chunk, so that the cache can be cut back to those that were right.
+        """
+        if self.lookup is None:
+            return []
+        left = self.answer.max_tokens - len(self.answer.token_ids) - 1
+        return self.lookup.draft(self.answer.token_ids, min(room, left, chunk - self.length % chunk - 2))
 
     @property
     def cancelled(self) -> bool:

@@ -6,20 +6,23 @@ request alone. Shapes: B rows that decode, V vocabulary.
 
 from __future__ import annotations
 
+import operator
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
 from arriero.runtimes.backend import Backend, Cache, CacheStatistics, Floats, ModelSpec
+from arriero.runtimes.decode_step import Outcome, decode_rows, draft_tokens
 from arriero.runtimes.pace import Pace
 from arriero.runtimes.prefix_cache import PrefixCache
-from arriero.runtimes.request import Request
+from arriero.runtimes.prompt_lookup import PromptLookup
+from arriero.runtimes.request import Delta, Request, joined
 from arriero.runtimes.running_rows import RunningRows
-from arriero.runtimes.steps import append_beside, append_tokens, check_finite, least_piece, packs_rows, read_piece
+from arriero.runtimes.steps import append_beside, check_finite, least_piece, packs_rows, read_piece
 
 News = Callable[[], None]  # hands a caller what a step brought
 AHEAD = 256  # tokens of an answer that there is room for when its request is admitted
@@ -32,13 +35,15 @@ class EngineLimits:
     A request is admitted with some room for its answer. Where answers outgrow the tokens, the newest request
     waits again and is read anew once there is room; its answer goes on where it was.
 
-    `prefix_bytes` are for prefixes that were read before and features of pictures; 0 keeps none.
+    `prefix_bytes` are for prefixes that were read before and features of pictures; 0 keeps none. `speculate` tokens of
+    an answer are drafted at most and checked in one step; 0 drafts none.
     """
 
     rows: int = 32
     context: int = 1 << 20
     tokens: int | None = None
     prefix_bytes: int = 0
+    speculate: int = 0
 
 
 @dataclass
@@ -48,6 +53,8 @@ class Stats:
     prefilled_tokens: int = 0
     reused_tokens: int = 0  # of prompts, which the prefix cache had
     generated_tokens: int = 0
+    drafted_tokens: int = 0  # that were guessed, and those of them that were chosen
+    accepted_tokens: int = 0
     steps: int = 0  # decode steps, each of all rows that decode
     finished: int = 0
     paused: int = 0  # times that a request gave its memory to elder ones, to be read again
@@ -61,7 +68,7 @@ class Scheduler:
 
     def __init__(self, spec: ModelSpec, limits: EngineLimits) -> None:
         """Keep to `limits`; a request beyond the tokens runs alone."""
-        self.limits, self.stats = limits, Stats()
+        self.limits, self.stats, self._image_token = limits, Stats(), spec.image_token_id
         self._prefixes = PrefixCache(spec, limits.prefix_bytes) if limits.prefix_bytes else None
         self._rows = RunningRows(limits.rows, limits.context)
         self._waiting: deque[Request] = deque()
@@ -78,6 +85,8 @@ class Scheduler:
         """Take `request` in; it is served after those that came before."""
         self._added += 1
         request.number = self._added
+        if self.limits.speculate:
+            request.lookup = PromptLookup(request.ids, self.limits.speculate, self._image_token)
         self._waiting.append(request)
 
     def turn(self, backend: Backend) -> None:
@@ -157,7 +166,10 @@ class Scheduler:
             return
         while self._rows.decoding:
             running = [*self._rows.decoding, *([self._reading] if self._reading else [])]
-            if len(running) == 1 or sum(request.tokens_soon(1) for request in running) <= self.limits.tokens:
+            if (
+                len(running) == 1
+                or sum(request.tokens_soon(1 + self.limits.speculate) for request in running) <= self.limits.tokens
+            ):
                 return
             newest = self._reading or max(running, key=lambda request: request.number)
             if newest is self._reading:
@@ -213,20 +225,20 @@ class Scheduler:
             return False
         self._pace.read_beside(len(ids), time.perf_counter() - started)
         self.stats.steps += 1
-        self._take_all(list(logits[:-1]))
+        self._take_all([[]] * len(tokens), list(logits[:-1, None]))
         self._read_on(request, len(ids), logits[-1])
         return True
 
     def _read_on(self, request: Request, count: int, logits: Floats) -> None:
         """Go on after `count` more tokens of the prompt, which `logits` [V] follow; after the last it decodes."""
         try:
-            check_finite(logits)
+            check_finite(logits)  # though no token is chosen by those of a piece before the last
             request.position += count
             self.stats.prefilled_tokens += count
             if request.position < len(request.ids):
                 return
             self._keep(request, self._rows.reading)
-            news = self._take(request, logits, self._rows.reading)
+            news = self._take(request, logits[None], [], self._rows.reading)
         except BaseException as error:
             self._fail_reading(request, error)
             return
@@ -273,36 +285,56 @@ class Scheduler:
                 self._prefixes.save_features(name, features)
         return features
 
-    def _take(self, request: Request, logits: Floats, row: Cache) -> News:
-        """Choose the token that follows what `row` holds; gives what hands it over."""
-        delta = request.choose(logits)
+    def _take(self, request: Request, logits: Floats, drafted: Sequence[int], row: Cache) -> News:
+        """Choose the token that follows each of what `row` holds at its end, by `logits` [1 + drafted, V].
+
+        It ends with the first that is not what was drafted. Gives what hands them over.
+        """
+        deltas: list[Delta] = []
+        for one, guess in zip(logits, [*drafted, None], strict=True):
+            deltas.append(request.choose(check_finite(one)))
+            if request.answer.finished is not None or request.answer.token_ids[-1] != guess:
+                break
+        if drafted:
+            self._cut_back(request, drafted, len(deltas), row)
         if request.answer.finished is not None:
             self._end(request, row)
-        self.stats.generated_tokens += 1
+        self.stats.generated_tokens += len(deltas)
         self.stats.finished += request.answer.finished is not None
-        return partial(request.deliver, delta)
+        return partial(request.deliver, joined(deltas))
+
+    def _cut_back(self, request: Request, drafted: Sequence[int], chosen: int, row: Cache) -> None:
+        """Leave in `row` what was right of `drafted`, after which `chosen` tokens were chosen."""
+        row.truncate(0, request.length)
+        accepted = sum(map(operator.eq, drafted, request.answer.token_ids[-chosen:]))
+        self.stats.drafted_tokens += len(drafted)
+        self.stats.accepted_tokens += accepted
+        if request.lookup is not None:
+            request.lookup.learn(len(drafted), accepted)
 
     def _decode(self, backend: Backend) -> None:
-        """Append one token to every row that decodes and choose the next."""
+        """Append one token to every row that decodes, and what is drafted to follow it, and choose the next."""
+        requests = self._rows.decoding
+        # a prompt that is being read has what time there is
+        drafts = draft_tokens(backend, requests, 0 if self._reading is not None else self.limits.speculate)
         started = time.perf_counter()
-        count = len(self._rows.decoding)
-        together = count if packs_rows(backend) else backend.few_rows or count
-        outcomes: list[Floats | BaseException] = []
-        for first in range(0, count, together):
-            outcomes += self._append(backend, first, min(first + together, count))
-        self._pace.decoded(time.perf_counter() - started)
+        outcomes = decode_rows(backend, requests, drafts, self._rows.cache)
+        if not any(drafts):
+            self._pace.decoded(time.perf_counter() - started)
         self.stats.steps += 1
-        self._take_all(outcomes)
+        self._take_all(drafts, outcomes)
 
-    def _take_all(self, outcomes: list[Floats | BaseException]) -> None:
-        """Choose and hand over each decoding row's next token by its logits [V], or end it by its error."""
+    def _take_all(self, drafts: Sequence[Sequence[int]], outcomes: list[Outcome]) -> None:
+        """Choose and hand over each decoding row's next tokens by its logits, or end it by its error."""
         ended: list[int] = []
         news: list[News] = []
-        for row, (request, outcome) in enumerate(zip(self._rows.decoding, outcomes, strict=True)):
+        for row, (request, draft, outcome) in enumerate(zip(self._rows.decoding, drafts, outcomes, strict=True)):
             try:
                 if isinstance(outcome, BaseException):
                     raise outcome
-                news.append(self._take(request, check_finite(outcome), self._rows.cache.rows(row, row + 1)))
+                # a step that was taken apart has no drafts
+                checked = draft[: len(outcome) - 1]
+                news.append(self._take(request, outcome, checked, self._rows.cache.rows(row, row + 1)))
             except BaseException as error:
                 news.append(partial(request.fail, error))
                 ended.append(row)
@@ -313,22 +345,3 @@ class Scheduler:
         for row in reversed(ended):
             self._rows.remove(row)
         self._tell(news)
-
-    def _append(self, backend: Backend, first: int, stop: int) -> list[Floats | BaseException]:
-        """For rows `first` to `stop` the logits [V] after each one's last token, or why there are none."""
-        requests, cache = self._rows.decoding[first:stop], self._rows.cache.rows(first, stop)
-        tokens = [request.answer.token_ids[-1] for request in requests]
-        try:
-            return list(append_tokens(backend, tokens, cache))
-        except BaseException as error:
-            if len(tokens) == 1:
-                return [error]
-        # one of them may be to blame: each by itself, from where it stood
-        cache.lengths[:] = [request.length for request in requests]
-        outcomes: list[Floats | BaseException] = []
-        for row, token in enumerate(tokens):
-            try:
-                outcomes.append(append_tokens(backend, [token], cache.rows(row, row + 1))[0])
-            except BaseException as error:
-                outcomes.append(error)
-        return outcomes

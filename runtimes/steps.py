@@ -49,6 +49,23 @@ def append_tokens(backend: Backend, tokens: Sequence[int], cache: Cache) -> Floa
     return backend.forward(embeds, cache.lengths[:, None].copy(), cache, np.array([0])).logits[:, 0]
 
 
+def append_rows(backend: Backend, tokens: Sequence[Sequence[int]], cache: Cache) -> list[Floats]:
+    """Append to each row of `cache` its `tokens`, at least one, in one step; gives each row's logits f32 [S, V].
+
+    Rows of different numbers of tokens ask for a backend that packs rows.
+    """
+    counts = [len(row) for row in tokens]
+    if max(counts) == 1:
+        return list(append_tokens(backend, [row[0] for row in tokens], cache)[:, None])
+    ids = np.concatenate([np.asarray(row, np.int64) for row in tokens])
+    none, every = np.zeros((0, backend.spec.hidden_size), np.float32), np.arange(len(ids))
+    if len(counts) == 1:
+        return [read_piece(backend, ids, none, cache, every).logits[0]]
+    assert isinstance(backend, PacksRows)
+    logits = backend.forward_packed(backend.embed(ids[None], none)[0], np.array(counts), cache, every)
+    return np.split(logits, np.cumsum(counts)[:-1])
+
+
 def packs_rows(backend: Backend) -> bool:
     """Whether any rows may share a step of `backend` without a change of their bits."""
     return isinstance(backend, PacksRows) and backend.packs

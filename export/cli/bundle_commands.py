@@ -19,6 +19,7 @@ from arriero.export.cli.options import (
     Memory,
     SampleCount,
     Set,
+    Speculate,
     Threads,
     err,
     out,
@@ -205,6 +206,7 @@ def run(
     adapter: Annotated[str | None, typer.Option(help="The bundle's adapter to answer with, by its name.")] = None,
     threads: Threads = None,
     memory: Memory = None,
+    speculate: Speculate = 0,
     as_json: Json = False,
 ) -> None:
     """Ask a bundle and stream its answer. Pictures come before the text.
@@ -231,7 +233,7 @@ def run(
     pictures: list[ImageLike] = list(image or ())
     pictures += (frame for path in video or () for frame in read_video(path, frames))
     pictures += (page for path in document or () for page in read_document(path))
-    with load(bundle, threads, adapter=adapter, memory=memory) as session:
+    with load(bundle, threads, adapter=adapter, memory=memory, speculate=speculate) as session:
         stream = session.generate(
             session.encode(text, pictures, special_tokens=special_tokens),
             stream=True,
@@ -252,12 +254,15 @@ def run(
         for piece in stream:
             if not as_json:
                 print(piece, end="", flush=True)
-        result, reads = stream.result, session.stats().experts
+        result, stats = stream.result, session.stats()
+    reads = stats.experts
     if as_json:
         print_json(asdict(result) | ({"reads": asdict(reads)} if reads.layers else {}))
         return
     print()
     rate = f", {1 / result.token_s:.1f} tokens/s" if result.token_s else ""
+    if stats.drafted_tokens:
+        rate += f", {stats.accepted_tokens} of {stats.drafted_tokens} drafted"
     summary = (
         f"{result.prompt_tokens} prompt tokens, TTFT {1000 * result.ttft_s:.0f} ms, {len(result.token_ids)} tokens"
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from arriero.errors import ArrieroError
-from arriero.export.cli.options import BundleFolder, Threads, err
+from arriero.export.cli.options import BundleFolder, Speculate, Threads, err
 
 if TYPE_CHECKING:
     from arriero.runtimes.chat_session import Chat
@@ -36,6 +36,7 @@ def chat(
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens up to this share.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
     adapter: Annotated[str | None, typer.Option(help="The bundle's adapter to answer with, by its name.")] = None,
+    speculate: Speculate = 0,
     threads: Threads = None,
 ) -> None:
     """Talk with a bundle. A turn reads its own words alone, however long the conversation is.
@@ -49,7 +50,7 @@ def chat(
     from arriero.runtimes.api import load
 
     settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    with load(bundle, threads, adapter=adapter) as session:
+    with load(bundle, threads, adapter=adapter, speculate=speculate) as session:
         talk = _Talk(session, system, settings)
         if resume is not None:
             talk.load(str(resume))
@@ -154,7 +155,8 @@ class _Talk:
 
 def _counted(session: Session) -> str:
     stats = session.stats()
+    drafted = f", {stats.accepted_tokens} of {stats.drafted_tokens} drafted" if stats.drafted_tokens else ""
     return (
         f"{stats.prefilled_tokens} tokens read, {stats.reused_tokens} read before, {stats.generated_tokens} chosen in "
-        f"{stats.finished} answers"
+        f"{stats.finished} answers{drafted}"
     )

@@ -50,6 +50,15 @@ Memory = Annotated[
         "are mapped when left out."
     ),
 ]
+Speculate = Annotated[
+    int,
+    typer.Option(
+        help="Draft up to so many tokens from what prompt and answer have said, and check them in one step: the same "
+        "answer, sooner where it repeats what was given. 0 drafts none.",
+        min=0,
+        max=15,
+    ),
+]
 
 
 def print_json(data: Any) -> None:

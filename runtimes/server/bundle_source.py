@@ -29,13 +29,16 @@ class BundleSource:
     batch: int | None
     prefix_cache: int | None
     memory: int | None
+    speculate: int
 
     def at_once(self) -> Bundle:
         """The bundle, to be opened as `load` does."""
         manifest = Manifest.read(self.folder)
         prefixes = MOST_PREFIXES if self.prefix_cache is None else self.prefix_cache
         rows = self._rows(manifest)
-        opener = partial(load, self.folder, self.threads, batch=rows, prefix_cache=self.prefix_cache)
+        opener = partial(
+            load, self.folder, self.threads, batch=rows, prefix_cache=self.prefix_cache, speculate=self.speculate
+        )
         return self._bundle(manifest, session_bytes(manifest, prefixes), opener)
 
     def on_demand(self, room: int) -> Bundle:
@@ -64,7 +67,7 @@ class BundleSource:
             assert self.memory is not None
             cap = MemoryCap(self.memory - prefixes, manifest.target.context, rows or manifest.target.batch)
         options = BackendOptions(self.threads, memory=cap)
-        return open_session(manifest, options, None, rows, prefixes, planned_tokens(manifest))
+        return open_session(manifest, options, None, rows, prefixes, planned_tokens(manifest), self.speculate)
 
     def _rows(self, manifest: Manifest) -> int | None:
         target = manifest.target

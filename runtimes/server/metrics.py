@@ -63,6 +63,8 @@ class _Engines(Collector):
             ("prefilled_tokens", "Tokens of prompts that were read."),
             ("reused_tokens", "Tokens of prompts that had been read before."),
             ("generated_tokens", "Tokens chosen."),
+            ("drafted_tokens", "Tokens that were drafted to be checked in one step."),
+            ("accepted_tokens", "Drafted tokens that were chosen."),
             ("steps", "Decode steps."),
         ):
             counter = CounterMetricFamily(f"arriero_{field}", words, labels=("bundle",))

@@ -25,7 +25,12 @@ log = logging.getLogger("arriero.server")
 
 
 def open_bundles(
-    bundles: Sequence[Path], threads: int | None, batch: int | None, prefix_cache: int | None, memory: int | None = None
+    bundles: Sequence[Path],
+    threads: int | None,
+    batch: int | None,
+    prefix_cache: int | None,
+    memory: int | None = None,
+    speculate: int = 0,
 ) -> Bundles:
     """Make ready `bundles` by the names of their folders; see `load` for the rest.
 
@@ -34,7 +39,7 @@ def open_bundles(
     names = [bundle.resolve().name for bundle in bundles]
     if len(set(names)) < len(names):
         raise ArrieroError(f"two bundles are called {max(names, key=names.count)}", remedy="Rename one of the folders")
-    sources = [BundleSource(bundle, threads, batch, prefix_cache, memory) for bundle in bundles]
+    sources = [BundleSource(bundle, threads, batch, prefix_cache, memory, speculate) for bundle in bundles]
     if memory is not None:
         room = max(memory - anonymous_memory(), 0)
         ready = [source.on_demand(room) for source in sources]

@@ -247,6 +247,7 @@ def test_metrics_and_tokens_are_counted(served: Served, toy_session: Session) ->
         assert 'arriero_requests_total{path="/v1/chat/completions",status="200"} 1.0' in text
         assert 'arriero_requests_total{path="other",status="404"} 1.0' in text
         assert 'arriero_generated_tokens_total{bundle="toy"} 5.0' in text
+        assert 'arriero_drafted_tokens_total{bundle="toy"} 0.0' in text
         assert 'arriero_running{bundle="toy"} 0.0' in text
         assert "arriero_ttft_seconds_count 1.0" in text
         tokens = web.post("/tokenize", json={"prompt": "añ"}).json()

@@ -1,0 +1,69 @@
+"""Guesses how an answer goes on from where its prompt, or it itself, has said the like before.
+
+Prompt lookup decoding (Saxena 2023): the last few tokens are looked for further back, and what followed there is the
+draft. It pays where answers repeat what they were given: code that is changed, texts that are quoted, forms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from arriero.runtimes.backend import Ints
+
+GRAMS = (4, 3, 2)  # tokens that have to be the same, the longest first
+LONGEST_PAUSE = 32  # tokens without a draft, after drafts that were all wrong
+
+
+class PromptLookup:
+    """The tokens of one prompt and its answer, and how well drafts from them did of late."""
+
+    def __init__(self, prompt_ids: Ints, most: int, never: int | None) -> None:
+        """Draft at most `most` tokens at a time, and nothing from the token `never` on."""
+        self._ids, self._count = prompt_ids.copy(), len(prompt_ids)
+        self._answered, self._most, self._never = 0, most, never
+        self._length = most
+        self._pause, self._paused = 1, 0  # tokens without a draft after a miss, and those still to come
+
+    def draft(self, answer_ids: Sequence[int], room: int) -> list[int]:
+        """At most `room` tokens that may follow the answer so far; none where nothing like its end was there before."""
+        self._extend(answer_ids[self._answered :])
+        self._answered = len(answer_ids)
+        if self._paused:
+            self._paused -= 1
+            return []
+        wanted = min(room, self._length)
+        ids = self._ids[: self._count]
+        for gram in GRAMS if wanted > 0 else ():
+            starts = self._count - gram  # of those that have a token after them
+            if starts < 1:
+                continue
+            same = np.ones(starts, np.bool_)
+            for place in range(gram):
+                same &= ids[place : place + starts] == ids[starts + place]
+            found = np.flatnonzero(same)
+            if len(found):
+                after = int(found[-1]) + gram
+                drafted = ids[after : after + wanted].tolist()
+                return drafted[: drafted.index(self._never)] if self._never in drafted else drafted
+        return []
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        """Of `drafted` tokens the first `accepted` were right: more are drafted after that, or fewer, or later."""
+        if accepted == drafted:
+            self._length = min(2 * self._length, self._most)
+        else:
+            self._length = max(accepted, 1)
+        if accepted:
+            self._pause = 1
+        else:
+            self._paused = self._pause
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+    def _extend(self, tokens: Sequence[int]) -> None:
+        end = self._count + len(tokens)
+        if end > len(self._ids):
+            self._ids = np.concatenate([self._ids[: self._count], np.zeros(max(end, 256), np.int64)])
+        self._ids[self._count : end] = tokens
+        self._count = end
