@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
+from arriero.export.pipeline.sources import source_hash
 from arriero.profiles.recipe import shipped
 from tests.command import arriero, write_build
 from tests.machines.machine_class import describe_machine
-from tests.shared import WORKER, kept_kernels, made_once
+from tests.shared import WORKER, locked, made_once
 from tests.small import small_scout
 
 if WORKER:  # the workers share the cores; threads of linear algebra beyond that would wait for each other
@@ -26,6 +30,48 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_report_header() -> str:
     """The line that says on which class of machine the tests run."""
     return describe_machine()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def each_model_traced_once() -> Iterator[None]:
+    """What the exporter makes of a model is remembered by its configuration and dtypes: ten seconds of each build.
+
+    It knows nothing of weights, and nothing else of a checkpoint.
+    """
+    from arriero.graphs import trace
+
+    export, known = trace._export, dict[Any, Any]()
+
+    def remembered(module: Any, arguments: Any, shapes: Any, names: Any) -> Any:
+        parameters = [(name, one.dtype, one.shape) for name, one in module.named_parameters()]
+        key = repr((type(module), module.model.config, parameters, names))
+        if key not in known:
+            known[key] = export(module, arguments, shapes, names)
+        return known[key].clone()
+
+    with mock.patch.object(trace, "_export", remembered):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_compiled_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Kernels of one version of their sources are compiled once for each architecture: half a minute each."""
+    from arriero.export.compile import build_kernels
+
+    compiled = build_kernels.build_kernels
+    version = source_hash("export/compile/kernels", "export/compile/build_kernels.py")
+    kept = request.config.cache.mkdir(f"objects-{version[:12]}")
+
+    def copied(architecture: str, out: Path) -> None:
+        file = kept / f"{architecture}.o"
+        with locked(file):
+            if not file.exists():
+                compiled(architecture, file)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, out)
+
+    with mock.patch.object(build_kernels, "build_kernels", copied):
+        yield
 
 
 @pytest.fixture
@@ -57,15 +103,14 @@ def make_workshop(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def tvm_workshop(request: pytest.FixtureRequest, workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tvm_workshop(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `bundles/fp32` and `bundles/int8` of the workshop's `scout`, compiled for this machine."""
     pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'")
 
     def make(folder: Path) -> None:
         profiles = workshop_profiles(workshop)
         file = write_build(folder / "build.yaml", workshop / "scout", profiles=profiles, samples=8, backend="tvm")
-        with kept_kernels(request.config.cache, folder / "bundles" / ".work"):
-            built = arriero("build", file)
+        built = arriero("build", file)
         assert built.code == 0, built.err
 
     return made_once(tmp_path_factory, "tvm-workshop", make)

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from arriero.export.build_file.model_spec import model_spec
-from arriero.export.compile import Device
-from arriero.export.compile.build_kernels import build_kernels
+from arriero.export.compile import Device, build_kernels
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.lower.part import Lowering
@@ -177,7 +176,7 @@ def open_backend(name: str, toy: Path, folder: Path, kernels: Path) -> Any:
 
 def native_kernels(file: Path) -> Path:
     """TVM's kernels of this machine, compiled into `file`."""
-    build_kernels(platform.machine(), file)
+    build_kernels.build_kernels(platform.machine(), file)
     return file
 
 

@@ -5,14 +5,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-from arriero.export.pipeline.ownership import own
-from arriero.export.pipeline.sources import source_hash
 
 # pytest-xdist names its workers; their temporary folders lie in one of the run.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
@@ -36,20 +32,3 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
             make(folder)
             ready.touch()
     return folder
-
-
-@contextlib.contextmanager
-def kept_kernels(cache: pytest.Cache, work: Path) -> Iterator[None]:
-    """Within the block, a build whose work folder is `work` has TVM's kernels as an earlier run compiled them.
-
-    Those of one version of the sources are compiled once, not once per run: half a minute of optimisation.
-    """
-    version = source_hash("export/compile/kernels", "export/compile/build_kernels.py")
-    kept = cache.mkdir(f"tvm-kernels-{version[:12]}")
-    own(work)
-    with locked(kept):
-        shutil.copytree(kept, work, dirs_exist_ok=True)
-    yield
-    with locked(kept):
-        for stage in work.glob("kernels-*"):
-            shutil.copytree(stage, kept / stage.name, dirs_exist_ok=True)

@@ -7,17 +7,13 @@ from pathlib import Path
 import pytest
 
 from tests.long.dense import TOLERANCE, run
-from tests.shared import kept_kernels
 
 pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "tvm"])
-def test_a_dense_model_is_built_run_and_equals_transformers(
-    request: pytest.FixtureRequest, tmp_path: Path, backend: str
-) -> None:
+def test_a_dense_model_is_built_run_and_equals_transformers(tmp_path: Path, backend: str) -> None:
     if backend == "tvm":
         pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'")
     sizes = {"hidden": 128, "heads": 4, "kv_heads": 2, "ffn": 256, "layers": 2}
-    with kept_kernels(request.config.cache, tmp_path / backend / ".work"):
-        assert run(tmp_path, sizes, (backend,))[backend] <= TOLERANCE
+    assert run(tmp_path, sizes, (backend,))[backend] <= TOLERANCE

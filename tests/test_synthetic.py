@@ -12,7 +12,6 @@ from safetensors.numpy import save_file
 from arriero.runtimes.manifest import Manifest, Source
 from tests.command import arriero
 from tests.narrow import add_narrow
-from tests.shared import kept_kernels
 
 BUILD = """version: 1
 model: synthetic://{name}?layers=2&seed=3
@@ -41,15 +40,14 @@ def write_adapter(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(request, tmp_path_factory):
+def folder(tmp_path_factory):
     pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'")
     folder = tmp_path_factory.mktemp("synthetic")
     with pytest.MonkeyPatch.context() as patch:
         name = add_narrow(patch, "scout", vocab_size=2048)
         write_adapter(folder / "support-lora")
         (folder / "build.yaml").write_text(BUILD.format(name=name))
-        with kept_kernels(request.config.cache, folder / "bundles" / ".work"):
-            done = arriero("build", folder / "build.yaml")
+        done = arriero("build", folder / "build.yaml")
         assert done.code == 0, done.err + done.out
         yield folder
 

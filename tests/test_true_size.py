@@ -24,7 +24,7 @@ PARAMETERS = {"scout": 108_641_793_536, "maverick": 401_583_781_376, "guard": 12
 
 
 def bundle_bytes(name: str) -> float:
-    """What `int4` makes of a released model: a float32 scale for 32 weights, of experts for 64; the head in int8."""
+    """What `int4` makes of a released model: a float16 scale for 32 weights, of experts for 64; the head in int8."""
     text = released(name)["text_config"]
     hidden, layers, experts = text["hidden_size"], text["num_hidden_layers"], text["num_local_experts"]
     heads, kv_heads, size = text["num_attention_heads"], text["num_key_value_heads"], text["head_dim"]
@@ -33,10 +33,10 @@ def bundle_bytes(name: str) -> float:
     attention = layers * hidden * size * (2 * heads + 2 * kv_heads)
     wide = 3 * hidden * text["intermediate_size"]
     dense = (layers - moe) * 3 * hidden * text["intermediate_size_mlp"]
-    four_bits = (attention + dense + moe * wide) * (4 + 32 / 32) + moe * experts * wide * (4 + 32 / 64)
+    four_bits = (attention + dense + moe * wide) * (4 + 16 / 32) + moe * experts * wide * (4 + 16 / 64)
     table = text["vocab_size"] * hidden
     router, norms = moe * experts * hidden, (2 * layers + 1) * hidden
-    return four_bits / 8 + table * 9 / 8 + 2 * table + 2 * router + 4 * norms
+    return four_bits / 8 + table * 8.5 / 8 + 2 * table + 2 * router + 4 * norms
 
 
 @pytest.fixture(scope="module")

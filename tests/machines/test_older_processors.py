@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from arriero.export.compile.build_kernels import build_kernels, link_shared
+from arriero.export.compile import build_kernels
 from arriero.runtimes.cpu import cpu_features
 from tests.machines.hidden import MACHINES, OlderMachine, older_machine
 
@@ -59,8 +59,8 @@ def test_lowered_graphs_compute_on_avx2_what_their_scheme_says(file: str, words:
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library of our kernels, every level of x86-64 in it."""
     path = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    build_kernels("x86_64", path.with_suffix(".o"))
-    link_shared(path.with_suffix(".o"), path)
+    build_kernels.build_kernels("x86_64", path.with_suffix(".o"))
+    build_kernels.link_shared(path.with_suffix(".o"), path)
     return path
 
 

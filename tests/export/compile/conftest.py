@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from arriero.errors import MachineLacks
-from arriero.export.compile.build_kernels import FLAGS, LEVELS, SOURCES, build_kernels, find_compiler, link_shared
+from arriero.export.compile import build_kernels
+from arriero.export.compile.build_kernels import FLAGS, LEVELS, SOURCES, find_compiler, link_shared
 from tests.guarded_kernels import Guarded
 from tests.kernel_emulated import RUNNER, EmulatedKernels, link_runner
 from tests.shared import locked
@@ -40,7 +41,7 @@ def library(request):
     path = cached(request, HERE)
     with locked(path):
         if not path.is_file():
-            build_kernels(HERE, path.with_suffix(".o"))
+            build_kernels.build_kernels(HERE, path.with_suffix(".o"))
             link_shared(path.with_suffix(".o"), path)
     return path
 
@@ -57,7 +58,7 @@ def runner(request):
     path = cached(request, "aarch64-runner", RUNNER.read_bytes())
     with locked(path):
         if not path.is_file():
-            build_kernels("aarch64", path.with_suffix(".o"))
+            build_kernels.build_kernels("aarch64", path.with_suffix(".o"))
             link_runner("aarch64", path.with_suffix(".o"), path)
     return path
 
