@@ -14,6 +14,7 @@ BUILD, RUN = "build", "run"
 # Tokens of a prompt that are read at once. Activations grow with the piece and weights are read once per piece; at 512
 # the matrix products already saturate. Engines and tiles of experts are dimensioned for it.
 PREFILL_PIECE = 512
+MOST_DRAFTED = 15  # tokens of an answer that may be guessed at a time, to be checked in one step
 SHARD = 4 << 30  # most bytes of one file of a bundle's weights, where its target names no other number
 
 

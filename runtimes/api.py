@@ -10,7 +10,6 @@ from pathlib import Path
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Backend, BackendOptions, MemoryCap, ModelSpec
 from arriero.runtimes.bundle_memory import planned_tokens, token_bytes
-from arriero.runtimes.decode_step import MOST_DRAFTED
 from arriero.runtimes.integrity import check_proven, open_manifest
 from arriero.runtimes.machine_fit import check_machine
 from arriero.runtimes.manifest import Manifest
@@ -19,7 +18,7 @@ from arriero.runtimes.processor.processor import Processor
 from arriero.runtimes.scheduler import EngineLimits
 from arriero.runtimes.session import Session
 from arriero.sizes import parse_bytes
-from arriero.traits import TRAITS
+from arriero.traits import MOST_DRAFTED, TRAITS
 
 DEFAULT_OPTIONS = BackendOptions()
 MOST_PREFIXES = 1 << 30  # bytes of the prefix cache, where a caller names no other

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from arriero.runtimes.backend import Backend, Cache, Floats
 from arriero.runtimes.request import Request
 from arriero.runtimes.steps import append_rows, packs_rows
+from arriero.traits import MOST_DRAFTED
 
-TOGETHER = 16  # tokens of one step at most, where some of them are drafts
-MOST_DRAFTED = TOGETHER - 1
+TOGETHER = MOST_DRAFTED + 1  # tokens of one step at most, where some of them are drafts
 Outcome = Floats | BaseException
 
 

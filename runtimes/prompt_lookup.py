@@ -12,7 +12,7 @@ import numpy as np
 
 from arriero.runtimes.backend import Ints
 
-GRAMS = (4, 3, 2)  # tokens that have to be the same, the longest first
+LEAST_SAME, MOST_SAME = 2, 4  # tokens that have to be the same, and that are looked at
 LONGEST_PAUSE = 32  # tokens without a draft, after drafts that were all wrong
 
 
@@ -34,20 +34,26 @@ class PromptLookup:
             self._paused -= 1
             return []
         wanted = min(room, self._length)
+        after = self._place_like_the_end() if wanted > 0 else None
+        if after is None:
+            return []
+        drafted: list[int] = self._ids[after : min(after + wanted, self._count)].tolist()
+        return drafted[: drafted.index(self._never)] if self._never in drafted else drafted
+
+    def _place_like_the_end(self) -> int | None:
+        """What follows the last place with as many of the last tokens as any has, where that is enough."""
         ids = self._ids[: self._count]
-        for gram in GRAMS if wanted > 0 else ():
-            starts = self._count - gram  # of those that have a token after them
-            if starts < 1:
-                continue
-            same = np.ones(starts, np.bool_)
-            for place in range(gram):
-                same &= ids[place : place + starts] == ids[starts + place]
-            found = np.flatnonzero(same)
-            if len(found):
-                after = int(found[-1]) + gram
-                drafted = ids[after : after + wanted].tolist()
-                return drafted[: drafted.index(self._never)] if self._never in drafted else drafted
-        return []
+        found = np.flatnonzero(ids[:-1] == ids[-1])
+        for same in range(1, MOST_SAME):
+            longer = found[found >= same]
+            if len(longer):
+                longer = longer[ids[longer - same] == ids[-1 - same]]
+            if not len(longer):
+                if same < LEAST_SAME:
+                    return None
+                break
+            found = longer
+        return int(found[-1]) + 1
 
     def learn(self, drafted: int, accepted: int) -> None:
         """Of `drafted` tokens the first `accepted` were right: more are drafted after that, or fewer, or later."""

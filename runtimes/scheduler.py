@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -166,10 +166,8 @@ class Scheduler:
             return
         while self._rows.decoding:
             running = [*self._rows.decoding, *([self._reading] if self._reading else [])]
-            if (
-                len(running) == 1
-                or sum(request.tokens_soon(1 + self.limits.speculate) for request in running) <= self.limits.tokens
-            ):
+            soon = sum(request.tokens_soon(1 + self.limits.speculate) for request in running)
+            if len(running) == 1 or soon <= self.limits.tokens:
                 return
             newest = self._reading or max(running, key=lambda request: request.number)
             if newest is self._reading:
@@ -232,13 +230,13 @@ class Scheduler:
     def _read_on(self, request: Request, count: int, logits: Floats) -> None:
         """Go on after `count` more tokens of the prompt, which `logits` [V] follow; after the last it decodes."""
         try:
-            check_finite(logits)  # though no token is chosen by those of a piece before the last
+            check_finite(logits)
             request.position += count
             self.stats.prefilled_tokens += count
             if request.position < len(request.ids):
                 return
             self._keep(request, self._rows.reading)
-            news = self._take(request, logits[None], [], self._rows.reading)
+            news = self._take(request, [logits], [], self._rows.reading)
         except BaseException as error:
             self._fail_reading(request, error)
             return
@@ -285,14 +283,15 @@ class Scheduler:
                 self._prefixes.save_features(name, features)
         return features
 
-    def _take(self, request: Request, logits: Floats, drafted: Sequence[int], row: Cache) -> News:
-        """Choose the token that follows each of what `row` holds at its end, by `logits` [1 + drafted, V].
+    def _take(self, request: Request, logits: Iterable[Floats], drafted: Sequence[int], row: Cache) -> News:
+        """Choose the tokens that follow the last one in `row` before what is `drafted`, and each of those.
 
-        It ends with the first that is not what was drafted. Gives what hands them over.
+        `logits` [V] are taken in turn, up to the first token that is not what was drafted. Gives what hands the tokens
+        over.
         """
         deltas: list[Delta] = []
         for one, guess in zip(logits, [*drafted, None], strict=True):
-            deltas.append(request.choose(check_finite(one)))
+            deltas.append(request.choose(one))
             if request.answer.finished is not None or request.answer.token_ids[-1] != guess:
                 break
         if drafted:
@@ -309,8 +308,8 @@ class Scheduler:
         accepted = sum(map(operator.eq, drafted, request.answer.token_ids[-chosen:]))
         self.stats.drafted_tokens += len(drafted)
         self.stats.accepted_tokens += accepted
-        if request.lookup is not None:
-            request.lookup.learn(len(drafted), accepted)
+        assert request.lookup is not None  # which drafted them
+        request.lookup.learn(len(drafted), accepted)
 
     def _decode(self, backend: Backend) -> None:
         """Append one token to every row that decodes, and what is drafted to follow it, and choose the next."""
@@ -334,7 +333,8 @@ class Scheduler:
                     raise outcome
                 # a step that was taken apart has no drafts
                 checked = draft[: len(outcome) - 1]
-                news.append(self._take(request, outcome, checked, self._rows.cache.rows(row, row + 1)))
+                sound = map(check_finite, outcome)  # in turn: what lies behind a wrong draft is nobody's
+                news.append(self._take(request, sound, checked, self._rows.cache.rows(row, row + 1)))
             except BaseException as error:
                 news.append(partial(request.fail, error))
                 ended.append(row)

@@ -221,7 +221,7 @@ def run(
     """
     from rich.markup import escape
 
-    from arriero.export.cli.show_reads import describe_reads
+    from arriero.export.cli.show_reads import describe_drafts, describe_reads
     from arriero.runtimes.api import load
     from arriero.runtimes.manifest import Manifest
     from arriero.runtimes.processor.documents import read_document
@@ -261,12 +261,10 @@ def run(
         return
     print()
     rate = f", {1 / result.token_s:.1f} tokens/s" if result.token_s else ""
-    if stats.drafted_tokens:
-        rate += f", {stats.accepted_tokens} of {stats.drafted_tokens} drafted"
     summary = (
         f"{result.prompt_tokens} prompt tokens, TTFT {1000 * result.ttft_s:.0f} ms, {len(result.token_ids)} tokens"
     )
-    err.print(f"[dim]{summary}{rate}, ended by {result.finish_reason}[/]", highlight=False)
+    err.print(f"[dim]{summary}{rate}{describe_drafts(stats)}, ended by {result.finish_reason}[/]", highlight=False)
     if reads.layers:
         err.print(f"[dim]{escape(describe_reads(reads))}[/]", highlight=False)
     manifest = Manifest.read(bundle)

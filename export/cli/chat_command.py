@@ -154,9 +154,10 @@ class _Talk:
 
 
 def _counted(session: Session) -> str:
+    from arriero.export.cli.show_reads import describe_drafts
+
     stats = session.stats()
-    drafted = f", {stats.accepted_tokens} of {stats.drafted_tokens} drafted" if stats.drafted_tokens else ""
     return (
         f"{stats.prefilled_tokens} tokens read, {stats.reused_tokens} read before, {stats.generated_tokens} chosen in "
-        f"{stats.finished} answers{drafted}"
+        f"{stats.finished} answers{describe_drafts(stats)}"
     )

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from arriero.traits import MOST_DRAFTED
+
 
 class PipeClosed(Exception):
     """Whoever read the output is gone."""
@@ -56,7 +58,7 @@ Speculate = Annotated[
         help="Draft up to so many tokens from what prompt and answer have said, and check them in one step: the same "
         "answer, sooner where it repeats what was given. 0 drafts none.",
         min=0,
-        max=15,
+        max=MOST_DRAFTED,
     ),
 ]
 

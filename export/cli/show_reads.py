@@ -1,9 +1,19 @@
-"""What a session under a cap on its memory read of its experts, in a line."""
+"""What a session did besides answering, in a line: reads of experts under a cap on its memory, drafted tokens."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from arriero.runtimes.backend import CacheStatistics
 from arriero.sizes import human_bytes
+
+if TYPE_CHECKING:
+    from arriero.runtimes.scheduler import Stats
+
+
+def describe_drafts(stats: Stats) -> str:
+    """How many drafted tokens were right, to follow other counts; nothing where none was drafted."""
+    return f", {stats.accepted_tokens} of {stats.drafted_tokens} drafted" if stats.drafted_tokens else ""
 
 
 def describe_reads(statistics: CacheStatistics) -> str:

@@ -17,6 +17,7 @@ from arriero.export.pipeline.stages import split_stage
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig, TextConfig
 from arriero.graphs.names import EMBEDDING, HEAD, TEXT_PREFIX
+from arriero.graphs.sources.stored_codes import scale_type
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.kv_cache import ITEM_BYTES
 from arriero.profiles.recipe import Profile, check_shapes
@@ -167,8 +168,8 @@ def stored_size(info: WeightSource, scheme: Scheme, profile: Profile, traits: Ba
     if isinstance(scheme, Exact) and kept:
         return info.dtype.lower(), info.nbytes
     if isinstance(scheme, IntBlock) and traits.takes_half_scales:
-        wide = scheme.rounding == "stored" and info.codes is not None and info.codes.scales == "F32"
-        return scheme.dtype, scheme.stored_bytes(info.shape, 4 if wide else HALF_BYTES)
+        own = 4 if scale_type(info.codes, scheme) == "F32" else HALF_BYTES
+        return scheme.dtype, scheme.stored_bytes(info.shape, own)
     return scheme.dtype, scheme.stored_bytes(info.shape)
 
 

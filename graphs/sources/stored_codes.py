@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from arriero.profiles.float8 import Float8
 from arriero.profiles.quantize import Quantized
+from arriero.profiles.schemes import IntBlock
 
 BLOCKS = (256, 128, 64, 32, 16)  # of our schemes of integers, the largest first
 Codes = Quantized | Float8
@@ -33,6 +34,11 @@ class StoredCodes:
     def form(self) -> tuple[int, int]:
         """What two tensors must have in common to be stored as one."""
         return self.bits, self.block
+
+
+def scale_type(codes: StoredCodes | None, scheme: IntBlock) -> str:
+    """The narrowest type that holds a tensor's scales as they are: F16, or what the checkpoint's own `codes` need."""
+    return codes.scales if scheme.rounding == "stored" and codes is not None else "F16"
 
 
 def block_of(group: int, features: int) -> int | None:

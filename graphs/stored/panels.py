@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from arriero.graphs.sources.stored_codes import scale_type
 from arriero.graphs.stored.packed_panels import (
     PANEL,
     pack_e4m3_panels,
@@ -18,7 +19,7 @@ from arriero.graphs.stored.packed_panels import (
     pack_gate_up_panels,
     pack_panels,
 )
-from arriero.graphs.stored.rounded import float8, quantized, scale_type
+from arriero.graphs.stored.rounded import float8, quantized
 from arriero.graphs.stored.safetensors_writer import PIECE_BYTES, Spec
 from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.quantize import Quantized
@@ -41,7 +42,7 @@ def store_matrix(store: WeightStore, name: str, new_name: str | None = None) -> 
             stop = min(start + rows, outputs)
             yield _panels(store, name, scheme, start, stop, gated=False)
 
-    specs = _specs(store, name, scheme, -(-outputs // PANEL), features)
+    specs = _specs(store, name, scheme, -(-outputs // PANEL))
     return store.promise(specs, scheme.label, pieces), _form(scheme)
 
 
@@ -49,8 +50,7 @@ def store_matrix(store: WeightStore, name: str, new_name: str | None = None) -> 
 class ExpertMatrix:
     """One matrix of each expert of a layer: its arrays, all of one shape, and `read(expert)`, which gives them.
 
-    `label` is the scheme's in the weight table, `format` F32, BF16, F16, E4M3, INT8 or INT4 (or with float16 scales
-    INT8_F16 or INT4_F16), `block` that of integers.
+    `label` is the scheme's in the weight table, `format` F32, BF16, F16, E4M3, INT8 or INT4, `block` that of integers.
     """
 
     specs: tuple[Spec, ...]
@@ -75,28 +75,30 @@ def expert_matrix(store: WeightStore, name: str, gated: bool) -> ExpertMatrix:
         return _panels(store, name, scheme, expert, expert + 1, gated)
 
     bits, block = _form(scheme)
-    specs = tuple(_specs(store, name, scheme, panels, features))
-    form = f"INT{bits}" + ("_F16" if specs[1].dtype == "F16" else "") if block else "E4M3"
-    return ExpertMatrix(specs, scheme.label, form, block, read)
+    specs = tuple(_specs(store, name, scheme, panels))
+    return ExpertMatrix(specs, scheme.label, f"INT{bits}" if block else "E4M3", block, read)
 
 
 def _form(scheme: IntBlock | Fp8) -> Form:
     return [scheme.bits, scheme.block] if isinstance(scheme, IntBlock) else [8, 0]
 
 
-def _specs(store: WeightStore, name: str, scheme: IntBlock | Fp8, panels: int, features: int) -> list[Spec]:
+def _specs(store: WeightStore, name: str, scheme: IntBlock | Fp8, panels: int) -> list[Spec]:
+    info = store.checkpoint.tensors[name]
+    features = info.shape[1]
     if isinstance(scheme, Fp8):
         codes, factors = (panels, features, PANEL), (panels, PANEL)
         return [Spec(f"{name}.packed", "U8", codes), Spec(f"{name}.scales", "F32", factors)]
     return [
         Spec(f"{name}.packed", "U8", (panels, features * scheme.bits // 32, 4 * PANEL)),
-        Spec(f"{name}.scales", scale_type(store, name, scheme), (panels, features // scheme.block, PANEL)),
+        Spec(f"{name}.scales", scale_type(info.codes, scheme), (panels, features // scheme.block, PANEL)),
     ]
 
 
 def _panels(store: WeightStore, name: str, scheme: IntBlock | Fp8, start: int, stop: int, gated: bool) -> Arrays:
     """Panels and scales of rows of a matrix, or of the one expert `start` of a stack."""
-    stacked = len(store.checkpoint.tensors[name].shape) == 3
+    info = store.checkpoint.tensors[name]
+    stacked = len(info.shape) == 3
     if isinstance(scheme, Fp8):
         floats = float8(store, name, scheme, start, stop)
         pack = pack_gate_up_e4m3_panels if gated else pack_e4m3_panels
@@ -105,5 +107,5 @@ def _panels(store: WeightStore, name: str, scheme: IntBlock | Fp8, start: int, s
     if stacked:
         codes = Quantized(codes.packed[0], codes.scales[0], codes.bits, codes.block)
     panels = (pack_gate_up_panels if gated else pack_panels)(codes)
-    scales = panels.scales
-    return panels.packed, scales if scale_type(store, name, scheme) == "F32" else scales.astype(np.float16)
+    narrow = np.float32 if scale_type(info.codes, scheme) == "F32" else np.float16
+    return panels.packed, panels.scales.astype(narrow, copy=False)

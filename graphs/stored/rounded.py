@@ -31,12 +31,6 @@ def quantized(store: WeightStore, name: str, scheme: IntBlock, start: int, stop:
     return quantize(_rows(store, name, start, stop), bits=scheme.bits, block=scheme.block, name=name)  # case 3
 
 
-def scale_type(store: WeightStore, name: str, scheme: IntBlock) -> str:
-    """The narrowest type that holds the scales of `name` as they are: F16, or what the checkpoint's own need."""
-    codes = store.checkpoint.tensors[name].codes
-    return codes.scales if scheme.rounding == "stored" and codes is not None else "F16"
-
-
 def float8(store: WeightStore, name: str, scheme: Fp8, start: int, stop: int) -> Float8:
     """The same in E4M3."""
     if scheme.rounding == "stored":  # case 1

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from tests.runtimes.gate import Gate
 from tests.toys import load_reference
 
 MOST = 5
+Draft = TypeVar("Draft", bound=Callable[..., list[int]])
 PROMPTS = ("Say a word.", "What is 17 + 25? " * 9, "a", "List the colours of the rainbow, " * 4)
 
 
@@ -87,10 +88,6 @@ def whole(request: pytest.FixtureRequest, kind: str) -> Iterator[Session]:
         yield reference
 
 
-def speculate(session: Session) -> None:
-    session.engine._scheduler = Scheduler(session.spec, EngineLimits(4, session.context, speculate=MOST))
-
-
 class Oracle:
     """Drafts what was answered before, of which every `wrong`-th token is another one."""
 
@@ -102,6 +99,13 @@ class Oracle:
         drafted = known[len(answer_ids) :][: max(room, 0)]
         self.drafted += len(drafted)
         return [token if (len(answer_ids) + i) % self.wrong else token ^ 1 for i, token in enumerate(drafted)]
+
+
+def speculate(session: Session, monkeypatch: pytest.MonkeyPatch, draft: Draft) -> Draft:
+    """Let `session` draft from now on, as `draft` does instead of looking up."""
+    session.engine._scheduler = Scheduler(session.spec, EngineLimits(4, session.context, speculate=MOST))
+    monkeypatch.setattr(PromptLookup, "draft", lambda *arguments: draft(*arguments))
+    return draft
 
 
 def likelihoods(generation: arriero.Generation) -> np.ndarray:
@@ -118,9 +122,7 @@ def test_answers_are_those_without_drafts(whole: Session, wrong: int, monkeypatc
     ]
     plain = [whole.generate(**case) for case in cases]
     steps = whole.stats().steps
-    speculate(whole)
-    oracle = Oracle(plain, wrong)
-    monkeypatch.setattr(PromptLookup, "draft", lambda *arguments: oracle(*arguments))
+    oracle = speculate(whole, monkeypatch, Oracle(plain, wrong))
     drafted = [whole.generate(**case) for case in cases]
     stats = whole.stats()
     assert stats.drafted_tokens == oracle.drafted > 0
@@ -149,9 +151,7 @@ def test_rows_of_a_step_draft_where_they_may_share_it(toy_session: Session, monk
     toy: Any = toy_session.backend
     lengths = {"a": 30, "bc": 24}
     plain = [toy_session.generate(prompt, max_tokens=most) for prompt, most in lengths.items()]
-    speculate(toy_session)
-    oracle = Oracle(plain, 4)
-    monkeypatch.setattr(PromptLookup, "draft", lambda *arguments: oracle(*arguments))
+    speculate(toy_session, monkeypatch, Oracle(plain, 4))
     toy.steps.clear()
     gate = Gate(toy)
     streams = [toy_session.stream(prompt, max_tokens=most) for prompt, most in lengths.items()]
@@ -183,9 +183,7 @@ def test_an_answer_ends_where_it_ends_and_a_conversation_goes_on_from_there(
     follow = toy_session.chat(max_tokens=40)
     follow.send("hello", stop=stop)
     answers.append(follow.send("and then?"))
-    speculate(toy_session)
-    oracle = Oracle(answers, 10_000)
-    monkeypatch.setattr(PromptLookup, "draft", lambda *arguments: oracle(*arguments))
+    speculate(toy_session, monkeypatch, Oracle(answers, 10_000))
     assert converse() == expected
     assert toy_session.stats().accepted_tokens > 20
 
@@ -197,8 +195,7 @@ def test_a_draft_stays_within_the_chunk_and_the_answer(toy_session: Session, mon
         rooms.append((len(answer_ids), room))
         return [5] * max(room, 0)
 
-    speculate(toy_session)
-    monkeypatch.setattr(PromptLookup, "draft", draft)
+    speculate(toy_session, monkeypatch, draft)
     toy_session.generate(Prompt(np.arange(3) + 3), max_tokens=14)
     for answered, room in rooms:
         held = 3 + answered - 1
@@ -218,9 +215,7 @@ def test_a_step_with_drafts_that_fails_is_taken_apart(toy_session: Session, monk
         return forward(embeds, positions, cache, index, captures)
 
     toy.forward = broken
-    speculate(toy_session)
-    oracle = Oracle([expected], 10_000)
-    monkeypatch.setattr(PromptLookup, "draft", lambda *arguments: oracle(*arguments))
+    speculate(toy_session, monkeypatch, Oracle([expected], 10_000))
     assert toy_session.generate("a", max_tokens=20).token_ids == expected.token_ids
     assert toy_session.stats().accepted_tokens == 0
 
@@ -237,9 +232,7 @@ def test_logits_behind_a_wrong_draft_are_not_looked_at(toy_session: Session, mon
         return out
 
     toy.forward = unsound
-    speculate(toy_session)
-    oracle = Oracle([expected], 1)
-    monkeypatch.setattr(PromptLookup, "draft", lambda *arguments: oracle(*arguments))
+    speculate(toy_session, monkeypatch, Oracle([expected], 1))
     assert toy_session.generate("a", max_tokens=20).token_ids == expected.token_ids
 
 
