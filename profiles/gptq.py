@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from arriero.profiles.grids import Grid
 from arriero.profiles.input_factor import InputFactor
 from arriero.profiles.quantize import Quantized, check_weight, half_scales, pack
 
@@ -26,37 +27,38 @@ def gptq(
     weight: NDArray[np.float32],
     factor: InputFactor,
     *,
-    bits: int,
+    grid: Grid,
     block: int,
     name: str,
 ) -> tuple[Quantized, float]:
-    """Round `weight` f32 [N, K] for inputs with the second moments behind `factor`; give its `output_error` with it.
+    """Round `weight` f32 [N, K] to levels of `grid` times a scale per block, for inputs with the second moments behind
+    `factor`; give its `output_error` with it.
 
     Columns are taken in the factor's order. Raises as `quantize` does.
 
     The errors that are passed on say what the rounding costs: with U the factor, weight - rounded = errors U, and
     U H Uᵀ = 1, so that the sum over their squares is the error of the outputs under the damped moments.
     """
-    check_weight(weight, bits=bits, block=block, name=name)
-    scales = search_scales(weight, factor.importance, bits=bits, block=block, name=name)  # [N, J]
+    check_weight(weight, bits=grid.bits, block=block, name=name)
+    scales = search_scales(weight, factor.importance, grid=grid, block=block, name=name)  # [N, J]
     integers, error = np.empty(weight.shape, np.float32), 0.0
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
         steps = np.repeat(scales[rows].T, block, 0)[factor.order]  # [K, n], as all below: a column lies together
         columns = np.ascontiguousarray(weight[rows].T)[factor.order]
-        rounded, passed = _round_columns(columns.copy(), steps, factor.upper, bits)
+        rounded, passed = _round_columns(columns.copy(), steps, factor.upper, grid)
         lost = columns - rounded * steps
         error += passed - factor.added * float(np.sum(np.square(lost, dtype=np.float64)))
         integers[rows, factor.order] = rounded.T
-    return pack(integers, scales, bits=bits, block=block), max(error, 0.0)
+    return pack(integers, scales, bits=grid.bits, block=block, grid=grid.name), max(error, 0.0)
 
 
 def _round_columns(
-    rest: NDArray[np.float32], steps: NDArray[np.float32], upper: NDArray[np.float32], bits: int
+    rest: NDArray[np.float32], steps: NDArray[np.float32], upper: NDArray[np.float32], grid: Grid
 ) -> tuple[NDArray[np.float32], float]:
     """The integers [K, n] of columns `rest` [K, n], which is used up, at scales `steps`, and their errors' squares."""
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     integers, squares = np.empty_like(rest), 0.0
+    divisors = np.where(steps == 0, np.float32(1), steps)
     for start in range(0, len(rest), PANEL):
         stop = min(start + PANEL, len(rest))
         errors = np.empty((stop - start, rest.shape[1]), np.float32)
@@ -64,7 +66,7 @@ def _round_columns(
             end = min(strip + STRIP, stop)
             for column in range(strip, end):
                 error = errors[column - start]
-                np.clip(np.rint(rest[column] / steps[column]), low, high, out=integers[column])
+                grid.round(rest[column] / divisors[column], out=integers[column])
                 error[:] = (rest[column] - integers[column] * steps[column]) / upper[column, column]
                 rest[column + 1 : end] -= upper[column, column + 1 : end, None] * error
             rest[end:stop] -= upper[strip:end, end:stop].T @ errors[strip - start : end - start]
@@ -74,13 +76,13 @@ def _round_columns(
 
 
 def search_scales(
-    weight: NDArray[np.float32], importance: NDArray[np.float64], *, bits: int, block: int, name: str
+    weight: NDArray[np.float32], importance: NDArray[np.float64], *, grid: Grid, block: int, name: str
 ) -> NDArray[np.float32]:
     """Per block of `weight` [N, K] the scale [N, J] of least squared rounding error weighted by `importance` [K].
 
-    Both signs are tried, because the integers reach one further down than up. All are numbers that float16 holds. An
-    all-zero block (or one whose scale would be no normal float32) gets scale 1. Raises as `quantize` does where one is
-    too large.
+    Both signs are tried, because the levels reach further down than up. All are numbers that float16 holds. An
+    all-zero block (or one whose scale would be no normal float32) gets `idle_scale`. Raises as `quantize` does where
+    one is too large.
     """
     count, features = weight.shape
     weights = np.ascontiguousarray(importance.astype(np.float32).reshape(-1, block).T)[:, None]  # [block, 1, J]
@@ -89,23 +91,22 @@ def search_scales(
         piece = weight[start : start + rows].reshape(-1, features // block, block)
         # an element of all blocks lies together, so that each operation is a long one
         blocks = np.ascontiguousarray(piece.transpose(2, 0, 1))
-        scales[start : start + rows] = _search(blocks, weights, bits, name)
+        scales[start : start + rows] = _search(blocks, weights, grid, name)
     return scales
 
 
-def _search(blocks: NDArray[np.float32], weights: NDArray[np.float32], bits: int, name: str) -> NDArray[np.float32]:
+def _search(blocks: NDArray[np.float32], weights: NDArray[np.float32], grid: Grid, name: str) -> NDArray[np.float32]:
     """The scales [n, J] of blocks [block, n, J] whose elements weigh `weights` [block, 1, J]."""
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     largest = np.abs(blocks).max(0)
-    usable = largest / np.float32(-low) >= np.finfo(np.float32).tiny / CLIPS[0]
+    usable = largest / np.float32(grid.reach) >= np.finfo(np.float32).tiny / CLIPS[0]
     widest = np.where(usable, largest, 1).astype(np.float32)
-    best, scales = np.full(largest.shape, np.inf, np.float32), np.ones_like(largest)
+    best, scales = np.full(largest.shape, np.inf, np.float32), np.full_like(largest, grid.idle_scale)
     off = np.empty_like(blocks)
     for clip in CLIPS:
-        positive = half_scales(widest * np.float32(clip / -low), bits=bits, name=name)
+        positive = half_scales(widest * np.float32(clip / grid.reach), top=grid.high, name=name)
         for step in (positive, -positive):
             np.divide(blocks, step, out=off)
-            np.clip(np.rint(off, out=off), low, high, out=off)
+            grid.round(off, out=off)
             np.subtract(blocks, np.multiply(off, step, out=off), out=off)
             error = np.multiply(np.square(off, out=off), weights, out=off).sum(0)
             better = usable & (error < best)

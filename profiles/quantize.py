@@ -1,7 +1,8 @@
-"""Block-wise symmetric integers in the byte layout that MatMulNBits and QMoE read.
+"""Block-wise integers in the byte layout that MatMulNBits and QMoE read, or codes of another grid in their place.
 
 N output features, K input features, J = K / block. An integer q in [-2^(bits-1), 2^(bits-1) - 1] is stored as
 q + 2^(bits-1) (offset binary); with 4 bits the even element is the low nibble. `quantize` never uses the lowest one.
+Of another grid (see `grids`) the number of the level is stored in its place.
 Scales of blocks are numbers that float16 holds, whatever they are kept in: 4 bits in blocks of 32 come to 4.5.
 """
 
@@ -13,32 +14,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError
+from arriero.profiles.grids import Grid, GridName
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """`packed` u8 [..., N, K*bits/8], `scales` f32 [..., N, J]; every scale is finite and not zero."""
+    """`packed` u8 [..., N, K*bits/8], `scales` f32 [..., N, J].
+
+    Every scale is finite, and not zero but where a block of the normal grid, which has no level 0, stands for zeros.
+    """
 
     packed: NDArray[np.uint8]
     scales: NDArray[np.float32]
     bits: int
     block: int
+    grid: GridName = "even"
 
 
 def quantize(
-    weight: NDArray[np.float32], *, bits: int, block: int, name: str, scale_type: type[np.floating] = np.float16
+    weight: NDArray[np.float32],
+    *,
+    bits: int,
+    block: int,
+    name: str,
+    scale_type: type[np.floating] = np.float16,
+    grid: GridName = "even",
 ) -> Quantized:
     """Round `weight` f32 [..., N, K] to integers times a scale per block, largest magnitude / (2^(bits-1) - 1).
 
     The scale is rounded to `scale_type`, float16 or float32, before the integers are chosen. An all-zero block (or one
-    too small for a normal float32 scale) gets scale 1 and zeros.
+    too small for a normal float32 scale) gets scale 1 and zeros. In the normal grid, whose scales are float16's, a
+    scale has the sign that lays the largest magnitude on the lowest level.
     Raises ArrieroError naming the tensor when K is not a multiple of `block`, a value is not finite, or a scale would
     be beyond float16.
     """
     largest = check_weight(weight, bits=bits, block=block, name=name)
+    if grid == "normal":
+        return _quantize_to_levels(weight, largest, Grid(bits, grid), block, name)
     top = 2 ** (bits - 1) - 1
     if scale_type is np.float16:
-        scales = half_scales(largest / np.float32(top), bits=bits, name=name)
+        scales = half_scales(largest / np.float32(top), top=top, name=name)
     else:
         # The bound keeps top * scale finite where the division rounded up.
         bound = np.nextafter(np.finfo(np.float32).max / np.float32(top), np.float32(0))
@@ -49,24 +64,34 @@ def quantize(
     return pack(integers.reshape(weight.shape), scales, bits=bits, block=block)
 
 
-def half_scales(scales: NDArray[np.float32], *, bits: int, name: str) -> NDArray[np.float32]:
-    """`scales`, which are not negative, as the nearest numbers that float16 holds.
+def _quantize_to_levels(
+    weight: NDArray[np.float32], largest: NDArray[np.float32], grid: Grid, block: int, name: str
+) -> Quantized:
+    blocks = weight.reshape(*largest.shape, block)
+    scales = half_scales(largest / np.float32(grid.reach), top=grid.reach, name=name)
+    scales[blocks.max(-1) == largest] *= -1  # the lowest level is the farthest one
+    steps = np.where(scales == 0, np.float32(1), scales)[..., None]
+    levels = grid.round(blocks / steps).reshape(weight.shape)
+    return pack(levels, scales, bits=grid.bits, block=block, grid=grid.name)
 
-    Where that is so much less that the largest integer would not reach, as among the smallest numbers of float16, it is
-    the next one. Raises ArrieroError naming the tensor when one is beyond float16.
+
+def half_scales(scales: NDArray[np.float32], *, top: int, name: str) -> NDArray[np.float32]:
+    """`scales` of integers up to `top`, which are not negative, as the nearest numbers that float16 holds.
+
+    Where that is so much less that `top` would not reach, as among the smallest numbers of float16, it is the next one.
+    Raises ArrieroError naming the tensor when one is beyond float16.
     """
-    top = np.float32(2 ** (bits - 1) - 1)
     with np.errstate(over="ignore"):
         halves = scales.astype(np.float16)
     # the next number's bits are the next ones
-    halves.view(np.uint16)[...] += halves * (top + np.float32(0.5)) < scales * top
+    halves.view(np.uint16)[...] += halves * np.float32(top + 0.5) < scales * np.float32(top)
     rounded = halves.astype(np.float32)
     if not np.isfinite(rounded).all():
         most = float(np.finfo(np.float16).max)
         raise ArrieroError(
             f"{int(np.count_nonzero(~np.isfinite(rounded)))} blocks need a scale of up to {scales.max():g}",
             where=name,
-            expected=f"at most {most:g}, what float16 holds: values up to {most * float(top):g}",
+            expected=f"at most {most:g}, what float16 holds: values up to {most * top:g}",
             remedy="Keep the tensor exact in the profile, or look whether the checkpoint is damaged",
         )
     return rounded
@@ -97,19 +122,21 @@ def check_block(features: int, block: int, name: str) -> None:
         )
 
 
-def pack(integers: NDArray[np.float32], scales: NDArray[np.float32], *, bits: int, block: int) -> Quantized:
-    """Pack integers [..., N, K] (held as floats) of at most `bits` bits, with their scales [..., N, J]."""
-    flat = (integers + 2 ** (bits - 1)).astype(np.uint8)
+def pack(
+    integers: NDArray[np.float32], scales: NDArray[np.float32], *, bits: int, block: int, grid: GridName = "even"
+) -> Quantized:
+    """Pack levels [..., N, K] (held as floats) of a grid of `bits` bits, with their scales [..., N, J]."""
+    flat = Grid(bits, grid).codes(integers)
     if bits == 4:
         flat = flat[..., 0::2] | (flat[..., 1::2] << 4)
-    return Quantized(np.ascontiguousarray(flat), scales, bits, block)
+    return Quantized(np.ascontiguousarray(flat), scales, bits, block, grid)
 
 
 def dequantize(quantized: Quantized) -> NDArray[np.float32]:
     """The float32 values [..., N, K] that `quantized` stands for."""
-    packed, half = quantized.packed, 2 ** (quantized.bits - 1)
+    packed = quantized.packed
     if quantized.bits == 4:
         packed = np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], packed.shape[-1] * 2)
-    integers = packed.astype(np.float32) - np.float32(half)
+    integers = Grid(quantized.bits, quantized.grid).levels(packed)
     blocks = integers.reshape(*quantized.scales.shape, quantized.block) * quantized.scales[..., None]
     return blocks.reshape(packed.shape)

@@ -17,6 +17,7 @@ import numpy as np
 
 from arriero.profiles.quantize import Quantized
 from arriero.profiles.reserved_array import create_array
+from arriero.profiles.schemes import IntBlock
 from arriero.profiles.static_scales import InputScale
 
 NOTES = "roundings.jsonl"
@@ -67,10 +68,11 @@ class QuantizedWeights:
             stack.flush()
         self._note([note])
 
-    def read(self, name: str, bits: int, block: int, start: int | None = None, stop: int | None = None) -> Quantized:
+    def read(self, name: str, scheme: IntBlock, start: int | None = None, stop: int | None = None) -> Quantized:
         """Rows of the matrix, or experts of the stack, `name` from `start` to `stop`; without them all."""
         packed, scales = (np.load(self.folder / f"{name}.{kind}.npy", mmap_mode="r") for kind in ("packed", "scales"))
-        return Quantized(packed[start:stop], scales[start:stop].astype(np.float32), bits, block)
+        factors = scales[start:stop].astype(np.float32)
+        return Quantized(packed[start:stop], factors, scheme.bits, scheme.block, scheme.grid)
 
     def read_inputs(self, name: str) -> InputScale:
         """The scale of the inputs of the matrix or stack `name`."""

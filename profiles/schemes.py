@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, model_validator
 from typing_extensions import override
 
+from arriero.profiles.grids import GridName
 from arriero.profiles.quantize import check_block
 
 Shape = tuple[int, ...]
@@ -110,7 +111,7 @@ class IntBlock(_Scheme):
 
     `accuracy_level` is ONNX Runtime's: 4 rounds activations to int8 as well, 0 keeps them in float32. `rounding` says
     how the integers are found: each value to its nearest, by GPTQ on the inputs that calibration saw, or `stored`: they
-    are the checkpoint's own, with its scales.
+    are the checkpoint's own, with its scales. `grid` normal: 4 bits that number levels, see `grids`.
     """
 
     kind: Literal["int_block"]
@@ -118,18 +119,27 @@ class IntBlock(_Scheme):
     block: Literal[16, 32, 64, 128, 256]
     accuracy_level: Literal[0, 4]
     rounding: Literal["nearest", "gptq", "stored"] = "nearest"
+    grid: GridName = "even"
+
+    @model_validator(mode="after")
+    def _has_levels(self) -> Self:
+        if self.grid == "normal" and (self.bits, self.rounding == "stored") != (4, False):
+            raise ValueError("`grid: normal` has levels for `bits: 4` alone, and no checkpoint stores their numbers")
+        return self
 
     @property
     @override
     def label(self) -> str:
-        return f"int{self.bits} block {self.block}" + ("" if self.rounding == "nearest" else f" {self.rounding}")
+        word = f"int{self.bits}" if self.grid == "even" else f"nl{self.bits}"
+        return f"{word} block {self.block}" + ("" if self.rounding == "nearest" else f" {self.rounding}")
 
     @property
     @override
     def description(self) -> str:
         activations = "int8 activations" if self.accuracy_level == 4 else "float32 activations"
         rounding = "" if self.rounding == "nearest" else f", {self.rounding}"
-        return f"int{self.bits} in blocks of {self.block}, {activations}{rounding}"
+        word = f"int{self.bits}" if self.grid == "even" else f"{self.bits} bits of the normal grid"
+        return f"{word} in blocks of {self.block}, {activations}{rounding}"
 
     @property
     @override

@@ -17,5 +17,5 @@ def stored_values(weight: NDArray[np.float32], scheme: Scheme, *, name: str) -> 
     if isinstance(scheme, Int8Dynamic):
         return dequantize(quantize(weight, bits=8, block=weight.shape[-1], name=name, scale_type=np.float32))
     if isinstance(scheme, IntBlock):
-        return dequantize(quantize(weight, bits=scheme.bits, block=scheme.block, name=name))
+        return dequantize(quantize(weight, bits=scheme.bits, block=scheme.block, name=name, grid=scheme.grid))
     return weight

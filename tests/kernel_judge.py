@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
+from arriero.profiles.grids import NORMAL_LEVELS
 from arriero.profiles.quantize import Quantized
 
 
 def integers(weight: Quantized) -> np.ndarray:
-    """The stored integers [..., N, K] as int64."""
+    """The integers [..., N, K] that the codes stand for, as int64."""
     codes = weight.packed
     if weight.bits == 4:
         codes = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1)
+    if weight.grid == "normal":
+        return np.array(NORMAL_LEVELS)[codes]
     return codes.astype(np.int64) - 2 ** (weight.bits - 1)
 
 

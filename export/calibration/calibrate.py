@@ -225,10 +225,10 @@ class Calibration:
         scheme = self.forms[form].schemes[tensor]
         if not isinstance(scheme, IntBlock) or not scheme.calibrates:
             return stored_values(self._weight(tensor, expert), scheme, name=tensor)
-        held, shape = self.roundings[form], (scheme.bits, scheme.block)
+        held = self.roundings[form]
         if expert is None:
-            return dequantize(held.read(tensor, *shape))
-        return dequantize(held.read(tensor, *shape, expert, expert + 1))[0]
+            return dequantize(held.read(tensor, scheme))
+        return dequantize(held.read(tensor, scheme, expert, expert + 1))[0]
 
     def _refuse_thin(self, layer: int, coverage: list[int] | None) -> None:
         for profile in self.profiles.values():

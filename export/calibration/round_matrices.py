@@ -17,6 +17,7 @@ from arriero.export.proof.walk_layers import ExpertRows, expert_activation
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.names import expert_tensors
 from arriero.profiles.gptq import gptq, output_error
+from arriero.profiles.grids import Grid
 from arriero.profiles.input_factor import InputFactor
 from arriero.profiles.moments import Moments, check_finite
 from arriero.profiles.quantize import Quantized, dequantize, quantize
@@ -146,19 +147,20 @@ class Rounder:
         self, form: Form, scheme: IntBlock, tensor: str, expert: int | None, weight: Floats, seen: Moments
     ) -> tuple[Quantized, RoundingRecord]:
         assert form.rule is not None
-        bits, block = scheme.bits, scheme.block
+        grid, block = Grid(scheme.bits, scheme.grid), scheme.block
+        plainly = partial(quantize, bits=grid.bits, block=block, name=tensor, grid=grid.name)
         rounded, rounding, gain = None, "nearest", None
         if seen.count >= form.rule.minimum_tokens:
             assert form.rule.damping is not None
-            calibrated, error = gptq(weight, self._factor(seen, form.rule.damping), bits=bits, block=block, name=tensor)
+            calibrated, error = gptq(weight, self._factor(seen, form.rule.damping), grid=grid, block=block, name=tensor)
             some = weight[:: -(-len(weight) // JUDGED)]  # of a large matrix evenly spread rows, for all of them
-            plain = dequantize(quantize(some, bits=bits, block=block, name=tensor))
+            plain = dequantize(plainly(some))
             without = output_error(some, plain, seen.moment) * len(weight) / len(some)
             gain = error / without if without > 0 else None
             if error <= without:  # a matrix whose rounding was better left alone is left alone
                 rounded, rounding = calibrated, "gptq"
         if rounded is None:
-            rounded = quantize(weight, bits=bits, block=block, name=tensor)
+            rounded = plainly(weight)
         largest = float(seen.largest.max(initial=0))
         return rounded, RoundingRecord(tensor, expert, rounding, seen.count, largest, gain)
 

@@ -21,6 +21,7 @@ from arriero.export.compile.relax.import_graph import ANY_ALIGNMENT, Imported, i
 from arriero.export.compile.relax.kernels import FEW_OUTPUTS
 from arriero.graphs.functions import ADD_LORA
 from arriero.graphs.passes.replace_linear_with_kernel import LINEAR
+from arriero.graphs.stored.panels import EXACT
 from arriero.runtimes.manifest import Compiled
 
 
@@ -102,8 +103,8 @@ def _sums_alike(product: ir.Node) -> bool:
         assert stack is not None
         assert stack.shape is not None
         return int(stack.shape.numpy()[1]) <= FEW_OUTPUTS
-    bits, _ = product.attributes["form"].as_ints()
-    return bool(bits) or product.attributes["features"].as_int() <= FEW_OUTPUTS
+    packed = product.attributes["format"].as_string() != EXACT
+    return packed or product.attributes["features"].as_int() <= FEW_OUTPUTS
 
 
 def _signature(imported: Imported) -> dict[str, object]:

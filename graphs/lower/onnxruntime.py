@@ -18,7 +18,7 @@ from arriero.graphs.passes.replace_attention_with_gqa import replace_attention_w
 from arriero.graphs.passes.replace_dispatch_with_moe import replace_dispatch_with_moe
 from arriero.graphs.passes.replace_linear import replace_linear
 from arriero.graphs.rewrite.nodes import CONTRIB
-from arriero.profiles.schemes import Scheme
+from arriero.profiles.schemes import IntBlock, Scheme
 from arriero.traits import TRAITS
 
 OPSET = (CONTRIB, 1)
@@ -26,6 +26,8 @@ OPSET = (CONTRIB, 1)
 
 def lacks(scheme: Scheme) -> str | None:
     """What of `scheme` this backend does not compute; None when it does."""
+    if isinstance(scheme, IntBlock) and scheme.grid != "even":  # its products know integers alone
+        return scheme.description
     return None if scheme.kind in TRAITS["onnxruntime"].schemes else scheme.description
 
 

@@ -45,7 +45,7 @@ def lacks(scheme: Scheme) -> str | None:
     """What of `scheme` TensorRT does not compute; None when it does."""
     if isinstance(scheme, IntBlock):
         # Quantised products take one scale per matrix; blocks go with weights alone, and only in four bits.
-        return None if (scheme.bits, scheme.accuracy_level) == (4, 0) else scheme.description
+        return None if (scheme.bits, scheme.accuracy_level, scheme.grid) == (4, 0, "even") else scheme.description
     return None if scheme.kind in TRAITS["tensorrt"].schemes else scheme.description
 
 

@@ -16,15 +16,16 @@ LINEAR = "Linear"
 def replace_linear_with_kernel(model: ir.Model, store: WeightStore) -> int:
     """Make each product with a matrix [N, K] of the checkpoint a Linear node; give how many.
 
-    Inputs: x [.., K], the weight (and its scales). Attributes: `form`, bits and block, and `features`, N.
+    Inputs: x [.., K], the weight (and its scales). Attributes: `format` and `block`, the weight's, and `features`, N.
     """
     count = 0
     for node in list(model.graph):
         name = linear_weight(node, store.checkpoint.tensors)
         if name is None:
             continue
-        weight, form = store_matrix(store, name, TIED.get(name))
-        attributes = {"form": form, "features": store.checkpoint.tensors[name].shape[0]}
+        weight, stored = store_matrix(store, name, TIED.get(name))
+        features = store.checkpoint.tensors[name].shape[0]
+        attributes = {"format": stored.name, "block": stored.block, "features": features}
         replace_node(node, LINEAR, [node.inputs[0], *weight], attributes, DOMAIN)
         count += 1
     return count

@@ -7,6 +7,7 @@ Legend: N output features, K input features, J = K / block, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -106,7 +107,7 @@ def rounded_experts(store: WeightStore, name: str, scheme: IntBlock) -> Iterator
         return
     for expert in range(tensor[0]):
         codes = quantized(store, name, scheme, expert, expert + 1)
-        yield Quantized(codes.packed[0], codes.scales[0], codes.bits, codes.block)
+        yield replace(codes, packed=codes.packed[0], scales=codes.scales[0])
 
 
 def _expert(store: WeightStore, name: str, expert: int) -> np.ndarray:

@@ -64,20 +64,16 @@ def _lay_out(matrices: tuple[ExpertMatrix, ExpertMatrix]) -> RecordLayout:
             end = starts[-1] + spec.nbytes
         at += [*starts, 0][:2]
     name = ",".join(_describe(matrix) for matrix in matrices)
-    formats, blocks = [_kernel_format(matrix) for matrix in matrices], [matrix.block for matrix in matrices]
+    formats, blocks = [matrix.format.name for matrix in matrices], [matrix.format.block for matrix in matrices]
     return RecordLayout(name, formats, blocks, at, -(-end // ALIGNMENT) * ALIGNMENT)
-
-
-def _kernel_format(matrix: ExpertMatrix) -> str:
-    """What the kernels call the format: integers with float16 scales are one of their own."""
-    return f"{matrix.format}_F16" if matrix.block and matrix.specs[1].dtype == "F16" else matrix.format
 
 
 def _describe(matrix: ExpertMatrix) -> str:
     """The layout of one matrix: how its numbers are arranged, their type, and type and grid of the scales."""
+    codes = matrix.format.name.removesuffix("_F16")
     if len(matrix.specs) == 1:
-        return f"columns:{matrix.format}"
-    return f"panels16:{matrix.format}:{matrix.specs[1].dtype}/{matrix.block or 'row'}"
+        return f"columns:{codes}"
+    return f"panels16:{codes}:{matrix.specs[1].dtype}/{matrix.format.block or 'row'}"
 
 
 def _aligned(offset: int) -> int:

@@ -6,6 +6,7 @@ P = ceil(N / 16) panels, J = K / block, F expert width; leading axes (experts) a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -31,17 +32,17 @@ def pack_panels(quantized: Quantized) -> Quantized:
         grouped = grouped[..., :4] | (grouped[..., 4:] << np.uint8(4))
     packed = np.ascontiguousarray(grouped).reshape(*grouped.shape[:-2], 4 * PANEL)
     scales = np.ascontiguousarray(_rows(quantized.scales, 0).swapaxes(-2, -1))
-    return Quantized(packed, scales, bits, quantized.block)
+    return replace(quantized, packed=packed, scales=scales)
 
 
 def pack_gate_up_panels(quantized: Quantized) -> Quantized:
     """Pack the halves gate | up of [..., 2F, K] in turns, gate 0, up 0, gate 1, ..: 2 ceil(F / 16) panels."""
     width = quantized.packed.shape[-2] // 2
     gate, up = (
-        pack_panels(Quantized(quantized.packed[half], quantized.scales[half], quantized.bits, quantized.block))
+        pack_panels(replace(quantized, packed=quantized.packed[half], scales=quantized.scales[half]))
         for half in (np.s_[..., :width, :], np.s_[..., width:, :])
     )
-    return Quantized(_in_turns(gate.packed, up.packed), _in_turns(gate.scales, up.scales), gate.bits, gate.block)
+    return replace(quantized, packed=_in_turns(gate.packed, up.packed), scales=_in_turns(gate.scales, up.scales))
 
 
 def pack_e4m3_panels(codes: NDArray[np.uint8], scales: NDArray[np.float32]) -> Fp8:

@@ -5,8 +5,8 @@ Legend: N output features, K input features, P = ceil(N / 16) panels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -22,18 +22,28 @@ from arriero.graphs.stored.packed_panels import (
 from arriero.graphs.stored.rounded import float8, quantized
 from arriero.graphs.stored.safetensors_writer import PIECE_BYTES, Spec
 from arriero.graphs.stored.weight_store import WeightStore
-from arriero.profiles.quantize import Quantized
 from arriero.profiles.schemes import Fp8, IntBlock
 
-Form = list[int]  # bits and block of integers; [8, 0] is E4M3, [0, 0] exact
 Arrays = tuple[np.ndarray, np.ndarray]
+EXACT = "exact"  # the format of a matrix that stays what it is
 
 
-def store_matrix(store: WeightStore, name: str, new_name: str | None = None) -> tuple[list[ir.Value], Form]:
-    """The operands of a Linear node for the checkpoint's matrix `name` [N, K], and their form."""
+@dataclass(frozen=True)
+class Format:
+    """How a matrix is stored: `name` exact, E4M3, INT8, INT4 or GRID4, which have a `block` each.
+
+    `_F16` is added to the latter where their scales are in float16.
+    """
+
+    name: str
+    block: int = 0
+
+
+def store_matrix(store: WeightStore, name: str, new_name: str | None = None) -> tuple[list[ir.Value], Format]:
+    """The operands of a Linear node for the checkpoint's matrix `name` [N, K], and their format."""
     scheme = store.schemes[name]
     if not isinstance(scheme, IntBlock | Fp8):
-        return [store.stored(name, new_name)], [0, 0]
+        return [store.stored(name, new_name)], Format(EXACT)
     outputs, features = store.checkpoint.tensors[name].shape
     rows = max(1, PIECE_BYTES // (4 * features * PANEL)) * PANEL
 
@@ -43,20 +53,19 @@ def store_matrix(store: WeightStore, name: str, new_name: str | None = None) -> 
             yield _panels(store, name, scheme, start, stop, gated=False)
 
     specs = _specs(store, name, scheme, -(-outputs // PANEL))
-    return store.promise(specs, scheme.label, pieces), _form(scheme)
+    return store.promise(specs, scheme.label, pieces), _format(scheme, specs)
 
 
 @dataclass(frozen=True)
 class ExpertMatrix:
     """One matrix of each expert of a layer: its arrays, all of one shape, and `read(expert)`, which gives them.
 
-    `label` is the scheme's in the weight table, `format` F32, BF16, F16, E4M3, INT8 or INT4, `block` that of integers.
+    `label` is the scheme's in the weight table; an exact `format` is named by its dtype, F32, BF16 or F16.
     """
 
     specs: tuple[Spec, ...]
     label: str
-    format: str
-    block: int
+    format: Format
     read: Callable[[int], tuple[np.ndarray, ...]]
 
 
@@ -68,19 +77,21 @@ def expert_matrix(store: WeightStore, name: str, gated: bool) -> ExpertMatrix:
         store.refuse_quantized(name)
         spec = Spec(name, info.dtype, (features, outputs))
         rows = store.checkpoint.read_rows
-        return ExpertMatrix((spec,), "exact", info.dtype, 0, lambda expert: (rows(name, expert, expert + 1),))
+        return ExpertMatrix((spec,), "exact", Format(info.dtype), lambda expert: (rows(name, expert, expert + 1),))
     panels = 2 * -(-outputs // 2 // PANEL) if gated else -(-outputs // PANEL)
 
     def read(expert: int) -> Arrays:
         return _panels(store, name, scheme, expert, expert + 1, gated)
 
-    bits, block = _form(scheme)
     specs = tuple(_specs(store, name, scheme, panels))
-    return ExpertMatrix(specs, scheme.label, f"INT{bits}" if block else "E4M3", block, read)
+    return ExpertMatrix(specs, scheme.label, _format(scheme, specs), read)
 
 
-def _form(scheme: IntBlock | Fp8) -> Form:
-    return [scheme.bits, scheme.block] if isinstance(scheme, IntBlock) else [8, 0]
+def _format(scheme: IntBlock | Fp8, specs: Sequence[Spec]) -> Format:
+    if isinstance(scheme, Fp8):
+        return Format("E4M3")
+    codes = f"INT{scheme.bits}" if scheme.grid == "even" else f"GRID{scheme.bits}"
+    return Format(codes + ("_F16" if specs[1].dtype == "F16" else ""), scheme.block)
 
 
 def _specs(store: WeightStore, name: str, scheme: IntBlock | Fp8, panels: int) -> list[Spec]:
@@ -105,7 +116,7 @@ def _panels(store: WeightStore, name: str, scheme: IntBlock | Fp8, start: int, s
         return pack(floats.bits[0], floats.scales[0]) if stacked else pack(floats.bits, floats.scales)
     codes = quantized(store, name, scheme, start, stop)
     if stacked:
-        codes = Quantized(codes.packed[0], codes.scales[0], codes.bits, codes.block)
+        codes = replace(codes, packed=codes.packed[0], scales=codes.scales[0])
     panels = (pack_gate_up_panels if gated else pack_panels)(codes)
     narrow = np.float32 if scale_type(info.codes, scheme) == "F32" else np.float16
     return panels.packed, panels.scales.astype(narrow, copy=False)

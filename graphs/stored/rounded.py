@@ -27,8 +27,9 @@ def quantized(store: WeightStore, name: str, scheme: IntBlock, start: int, stop:
         assert isinstance(codes, Quantized)
         return codes
     if scheme.rounding == "gptq":  # case 2
-        return store.calibrated(name).read(name, scheme.bits, scheme.block, start, stop)
-    return quantize(_rows(store, name, start, stop), bits=scheme.bits, block=scheme.block, name=name)  # case 3
+        return store.calibrated(name).read(name, scheme, start, stop)
+    rows = _rows(store, name, start, stop)  # case 3
+    return quantize(rows, bits=scheme.bits, block=scheme.block, name=name, grid=scheme.grid)
 
 
 def float8(store: WeightStore, name: str, scheme: Fp8, start: int, stop: int) -> Float8:

@@ -15,6 +15,7 @@ from arriero.graphs.lower.onnxruntime import lower
 from arriero.graphs.lower.part import Lowering
 from arriero.graphs.trace import trace_text
 from arriero.profiles.gptq import gptq
+from arriero.profiles.grids import Grid
 from arriero.profiles.groups import is_layer_matrix
 from arriero.profiles.input_factor import InputFactor
 from arriero.profiles.quantize import dequantize
@@ -47,7 +48,7 @@ def round_all(
         made = []
         for number, matrix in enumerate(stack):
             x = rng.standard_normal((40, matrix.shape[1]))
-            shape = {"bits": scheme.bits, "block": scheme.block}
+            shape = {"grid": Grid(scheme.bits, scheme.grid), "block": scheme.block}
             rounded, _ = gptq(np.ascontiguousarray(matrix), InputFactor.of(x.T @ x, 0.03), **shape, name=name)
             expert = number if weight.ndim == 3 else None
             store.write(name, expert, len(stack), rounded, RoundingRecord(name, expert, "gptq", 40, 1.0, 0.5))

@@ -24,9 +24,10 @@ from arriero.graphs.passes.fold_reshape_shapes import fold_reshape_shapes
 from arriero.graphs.passes.keep_token_axes import keep_token_axes
 from arriero.graphs.trace import trace_embed, trace_text, trace_vision
 from arriero.profiles.float8 import dequantize_float8, quantize_float8
-from arriero.profiles.quantize import dequantize, quantize
+from arriero.profiles.grids import Grid
 from arriero.profiles.recipe import load_profile
 from arriero.profiles.schemes import IntBlock
+from arriero.profiles.stored_values import stored_values
 from tests.toys import make_maverick_toy, make_scout_toy
 
 EXPERTS = "language_model.model.layers.1.feed_forward.experts"
@@ -207,19 +208,19 @@ def test_a_rounded_profile_writes_what_it_needs_and_links_nothing(scout: Built, 
     assert table[f"{GATE_UP}.packed"]["shape"][:2] == [*layers]
 
 
-def unpacked(packed: np.ndarray, scales: np.ndarray, bits: int, block: int) -> np.ndarray:
+def unpacked(packed: np.ndarray, scales: np.ndarray, scheme: IntBlock) -> np.ndarray:
     """Values [.., 16 P, K] of panels, element by element as arriero_kernels.h tells their layout."""
     *leading, panels, steps, _ = packed.shape
-    codes = packed.reshape(*leading, panels, steps, 16, 4).astype(np.int64)
-    if bits == 4:
+    codes = packed.reshape(*leading, panels, steps, 16, 4)
+    if scheme.bits == 4:
         codes = np.concatenate([codes & 15, codes >> 4], -1)
-    integers = codes.swapaxes(-3, -2).reshape(*leading, panels, 16, -1) - 2 ** (bits - 1)
-    factors = np.repeat(scales.astype(np.float32).swapaxes(-2, -1), block, -1)  # [.., P, 16, K]
+    integers = Grid(scheme.bits, scheme.grid).levels(codes.swapaxes(-3, -2).reshape(*leading, panels, 16, -1))
+    factors = np.repeat(scales.astype(np.float32).swapaxes(-2, -1), scheme.block, -1)  # [.., P, 16, K]
     return (integers * factors).reshape(*leading, panels * 16, -1)
 
 
-@pytest.mark.parametrize(("profile", "bits"), [("int8", 8), ("int4", 4)])
-def test_panels_stand_for_the_integers_of_the_profile(scout: Built, tmp_path: Path, profile: str, bits: int) -> None:
+@pytest.mark.parametrize(("profile", "codes"), [("int8", "INT8"), ("int4", "INT4"), ("int4-nl", "GRID4")])
+def test_panels_stand_for_the_integers_of_the_profile(scout: Built, tmp_path: Path, profile: str, codes: str) -> None:
     out, checkpoint = tmp_path / "out", scout.checkpoint
     out.mkdir()
     rtn = load_profile(profile).rtn_baseline()  # nearest rounding: no calibration has run here
@@ -229,20 +230,18 @@ def test_panels_stand_for_the_integers_of_the_profile(scout: Built, tmp_path: Pa
     }
     table = lower("text", scout.graphs["text"], Lowering(scout.config, checkpoint, schemes, out))
     layout = record_layout(out)
-    assert layout["layout"].split(",") == [f"panels16:INT{bits}:F16/32"] * 2
-    assert list(layout["formats"]) == [f"INT{bits}_F16"] * 2
+    assert layout["layout"].split(",") == [f"panels16:{codes}:F16/32"] * 2
+    assert list(layout["formats"]) == [f"{codes}_F16"] * 2
 
     def rounded(rows: np.ndarray, name: str) -> np.ndarray:
         scheme = schemes[name]
         assert isinstance(scheme, IntBlock)
-        return dequantize(quantize(np.ascontiguousarray(rows), bits=bits, block=scheme.block, name=name))
+        return stored_values(np.ascontiguousarray(rows), scheme, name=name)
 
     def stored(name: str) -> np.ndarray:
         scheme = schemes[name]
         assert isinstance(scheme, IntBlock)
-        return unpacked(
-            weight(out, "text", f"{name}.packed"), weight(out, "text", f"{name}.scales"), bits, scheme.block
-        )
+        return unpacked(weight(out, "text", f"{name}.packed"), weight(out, "text", f"{name}.scales"), scheme)
 
     def expert(name: str, record: ir.ExternalTensor, number: int) -> np.ndarray:
         scheme, entries = schemes[name], [table[f"{name}.{kind}"] for kind in ("packed", "scales")]
@@ -250,9 +249,7 @@ def test_panels_stand_for_the_integers_of_the_profile(scout: Built, tmp_path: Pa
         likes = [
             np.empty(entry["shape"][1:], dtype) for entry, dtype in zip(entries, (np.uint8, np.float16), strict=True)
         ]
-        return unpacked(
-            *(part(out, record, layout["at"][number + i], like) for i, like in enumerate(likes)), bits, scheme.block
-        )
+        return unpacked(*(part(out, record, layout["at"][number + i], like) for i, like in enumerate(likes)), scheme)
 
     whole = checkpoint.read_float32(SHARED, 0, checkpoint.tensors[SHARED].shape[0])
     assert np.allclose(stored(SHARED)[: len(whole)], rounded(whole, SHARED), rtol=1e-6)

@@ -10,6 +10,7 @@ import pytest
 
 from arriero.errors import ArrieroError
 from arriero.profiles.gptq import ROWS, SEARCHED, gptq, output_error, search_scales
+from arriero.profiles.grids import Grid
 from arriero.profiles.input_factor import InputFactor
 from arriero.profiles.quantize import dequantize, half_scales, quantize
 
@@ -24,20 +25,24 @@ def draw(seed: int, rows: int = 8, features: int = 64, tokens: int = 300) -> tup
     return rng.standard_normal((rows, features)).astype(np.float32), x.T @ x
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+GRIDS = [Grid(4), Grid(8), Grid(4, "normal")]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("seed", range(12))
-def test_the_output_error_is_strictly_below_plain_rounding(bits: int, seed: int) -> None:
+def test_the_output_error_is_strictly_below_plain_rounding(grid: Grid, seed: int) -> None:
     weight, moment = draw(seed)
-    shape = {"bits": bits, "block": 16}
-    calibrated = dequantize(gptq(weight, InputFactor.of(moment, DAMPING), **shape, name="w")[0])
-    plain = dequantize(quantize(weight, **shape, name="w"))
+    rounded, said = gptq(weight, InputFactor.of(moment, DAMPING), grid=grid, block=16, name="w")
+    calibrated = dequantize(rounded)
+    plain = dequantize(quantize(weight, bits=grid.bits, grid=grid.name, block=16, name="w"))
     ratio = output_error(weight, calibrated, moment) / output_error(weight, plain, moment)
     assert ratio < 0.5  # measured 0.19 to 0.42
+    np.testing.assert_allclose(output_error(weight, calibrated, moment), said, rtol=1e-2)
 
 
 def test_with_uncorrelated_inputs_it_is_rounding_to_nearest_at_the_best_scales() -> None:
     weight, _ = draw(0)
-    rounded, _ = gptq(weight, InputFactor.of(np.eye(64), DAMPING), bits=4, block=16, name="w")
+    rounded, _ = gptq(weight, InputFactor.of(np.eye(64), DAMPING), grid=Grid(4), block=16, name="w")
     steps = np.repeat(rounded.scales, 16, -1)
     np.testing.assert_allclose(dequantize(rounded), np.clip(np.rint(weight / steps), -8, 7) * steps, rtol=1e-5)
 
@@ -46,7 +51,7 @@ def test_with_uncorrelated_inputs_it_is_rounding_to_nearest_at_the_best_scales()
 def test_it_comes_close_to_the_best_of_all_roundings_up_and_down(seed: int) -> None:
     """At its own scales: 12 features, each rounded down or up, 4096 answers per row, the best of them found."""
     weight, moment = draw(seed, rows=32, features=12)
-    rounded, _ = gptq(weight, InputFactor.of(moment, 1e-6), bits=4, block=12, name="w")
+    rounded, _ = gptq(weight, InputFactor.of(moment, 1e-6), grid=Grid(4), block=12, name="w")
     best = 0.0
     for row, step in zip(weight, rounded.scales[:, 0], strict=True):
         error = row - np.clip(np.floor(row / step) + np.array(list(product((0, 1), repeat=12))), -8, 7) * step
@@ -76,7 +81,7 @@ def by_the_paper(weight: np.ndarray, moment: np.ndarray, scales: np.ndarray, blo
 
 def test_in_pieces_it_is_the_papers_recurrence_and_says_its_own_error() -> None:
     weight, moment = draw(4, rows=ROWS + 7, features=320, tokens=900)
-    rounded, error = gptq(weight, InputFactor.of(moment, DAMPING), bits=4, block=16, name="w")
+    rounded, error = gptq(weight, InputFactor.of(moment, DAMPING), grid=Grid(4), block=16, name="w")
     back = dequantize(rounded)
     expected = by_the_paper(weight, moment, rounded.scales, 16)
     other = np.abs(back - expected) > 0.5 * np.abs(np.repeat(rounded.scales, 16, -1))
@@ -100,7 +105,7 @@ def test_the_factor_squared_is_the_inverse(size: int) -> None:
 def test_scales_are_the_same_in_one_piece_and_in_many() -> None:
     weight, moment = draw(5, rows=SEARCHED // 64 + 3)
     importance = np.diagonal(moment)
-    search = partial(search_scales, importance=importance, bits=4, block=16, name="w")
+    search = partial(search_scales, importance=importance, grid=Grid(4), block=16, name="w")
     whole = search(weight)
     rows = [search(weight[i : i + 1]) for i in (0, len(weight) - 4, len(weight) - 1)]
     np.testing.assert_array_equal(whole[[0, -4, -1]], np.concatenate(rows))
@@ -109,7 +114,7 @@ def test_scales_are_the_same_in_one_piece_and_in_many() -> None:
 def test_the_scale_search_tries_both_signs_and_never_loses_to_absmax() -> None:
     weight, moment = draw(3)
     importance = np.diagonal(moment)
-    scales = search_scales(weight, importance, bits=4, block=16, name="w")
+    scales = search_scales(weight, importance, grid=Grid(4), block=16, name="w")
     assert (scales < 0).any()
     assert (scales > 0).any()
     assert (scales.astype(np.float16) == scales).all()
@@ -119,7 +124,7 @@ def test_the_scale_search_tries_both_signs_and_never_loses_to_absmax() -> None:
         off = (weight - np.clip(np.rint(weight / wide), low, 7) * wide) ** 2 * importance
         return off.reshape(8, 4, 16).sum(-1)
 
-    absmax = half_scales(np.abs(weight.reshape(8, 4, 16)).max(-1) / 8, bits=4, name="w")
+    absmax = half_scales(np.abs(weight.reshape(8, 4, 16)).max(-1) / 8, top=7, name="w")
     assert (error(scales, -8) <= error(absmax, -8) * 1.0001).all()
 
 
@@ -128,35 +133,37 @@ def test_the_scale_search_tries_both_signs_and_never_loses_to_absmax() -> None:
 def test_blocks_near_the_ends_of_float16_are_rounded_to_half_a_step(bits: int, size: float) -> None:
     weight, moment = draw(1)
     weight *= np.float32(size)
-    rounded, _ = gptq(weight, InputFactor.of(moment * np.eye(64), DAMPING), bits=bits, block=16, name="w")
+    rounded, _ = gptq(weight, InputFactor.of(moment * np.eye(64), DAMPING), grid=Grid(bits), block=16, name="w")
     steps, back = np.abs(np.repeat(rounded.scales, 16, -1)), dequantize(rounded)
     inside = np.abs(weight) <= steps * (2 ** (bits - 1) - 1)  # what a searched scale clips is clipped
     assert (np.abs(back - weight)[inside] <= steps[inside] / 2 * np.float32(1.001)).all()
     assert inside.mean() > 0.9
 
 
-def test_zero_blocks_and_inputs_that_never_came_are_sound() -> None:
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_zero_blocks_and_inputs_that_never_came_are_sound(grid: Grid) -> None:
     weight, moment = draw(1)
     weight[:, :16] = 0
     moment[16:32] = moment[:, 16:32] = 0
-    rounded, _ = gptq(weight, InputFactor.of(moment, DAMPING), bits=4, block=16, name="w")
+    rounded, _ = gptq(weight, InputFactor.of(moment, DAMPING), grid=grid, block=16, name="w")
     back = dequantize(rounded)
     assert np.isfinite(rounded.scales).all()
-    assert (rounded.scales != 0).all()
+    assert (rounded.scales[:, 1:] != 0).all()
+    assert (rounded.scales[:, 0] == grid.idle_scale).all()
     assert (back[:, :16] == 0).all()
     assert np.abs(back - weight).max() < 1
 
 
 def test_no_inputs_at_all_is_plain_rounding_not_nan() -> None:
     weight, _ = draw(2)
-    back = dequantize(gptq(weight, InputFactor.of(np.zeros((64, 64)), DAMPING), bits=4, block=16, name="w")[0])
+    back = dequantize(gptq(weight, InputFactor.of(np.zeros((64, 64)), DAMPING), grid=Grid(4), block=16, name="w")[0])
     assert np.abs(back - weight).max() < 0.5
 
 
 def test_what_plain_rounding_refuses_is_refused_by_name() -> None:
     weight, moment = draw(0)
     with pytest.raises(ArrieroError, match=r"layers\.3\.w: 64 input features do not divide into blocks of 48"):
-        gptq(weight, InputFactor.of(moment, DAMPING), bits=4, block=48, name="layers.3.w")
+        gptq(weight, InputFactor.of(moment, DAMPING), grid=Grid(4), block=48, name="layers.3.w")
     weight[0, 0] = np.nan
     with pytest.raises(ArrieroError, match=r"layers\.3\.w: 1 of 512 values are NaN"):
-        gptq(weight, InputFactor.of(moment, DAMPING), bits=4, block=16, name="layers.3.w")
+        gptq(weight, InputFactor.of(moment, DAMPING), grid=Grid(4), block=16, name="layers.3.w")

@@ -8,6 +8,9 @@ import numpy as np
 
 from arriero.profiles.quantize import Quantized, dequantize, quantize
 from arriero.profiles.quantized_weights import NOTES, QuantizedWeights, RoundingRecord
+from arriero.profiles.schemes import IntBlock
+
+SCHEME = IntBlock(kind="int_block", bits=4, block=16, accuracy_level=4, rounding="gptq")
 
 
 def rounded(seed: int) -> Quantized:
@@ -24,8 +27,8 @@ def test_a_matrix_and_a_stack_come_back(tmp_path: Path) -> None:
         store.write("e", expert, 3, rounded(expert), RoundingRecord("e", expert, "gptq", 9, 1.5, 0.3))
     assert "w" in store
     assert "e" in store
-    np.testing.assert_array_equal(dequantize(store.read("w", 4, 16)), dequantize(rounded(0)))
-    stack = dequantize(store.read("e", 4, 16))
+    np.testing.assert_array_equal(dequantize(store.read("w", SCHEME)), dequantize(rounded(0)))
+    stack = dequantize(store.read("e", SCHEME))
     for expert in range(3):
         np.testing.assert_array_equal(stack[expert], dequantize(rounded(expert)))
 
@@ -34,7 +37,7 @@ def test_writing_again_replaces_and_the_last_note_counts(tmp_path: Path) -> None
     store = QuantizedWeights(tmp_path)
     for seed in (1, 2):
         store.write("e", 0, 2, rounded(seed), RoundingRecord("e", 0, "gptq", seed, 1.0, None))
-    np.testing.assert_array_equal(dequantize(store.read("e", 4, 16))[0], dequantize(rounded(2)))
+    np.testing.assert_array_equal(dequantize(store.read("e", SCHEME))[0], dequantize(rounded(2)))
     assert [note.tokens for note in store.notes()] == [2]
 
 

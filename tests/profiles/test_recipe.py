@@ -14,7 +14,7 @@ from arriero.profiles.schemes import Exact, Fp8, Fp8Static, Half, Int8Dynamic, I
 from tests.toys import make_maverick_toy, make_scout_toy
 
 LAYER = "language_model.model.layers.0"
-BIG_BLOCKS = ("int4", "int4-b128", "mixed", "gpu-int4")  # blocks of 64 and 128
+BIG_BLOCKS = ("int4", "int4-nl", "int4-b128", "mixed", "gpu-int4")  # blocks of 64 and 128
 START = "name: p\nversion: 1\ndescription: d\nthresholds: {}\n"
 MINIMAL = {"name": "p", "version": 1, "description": "d", "thresholds": {}}
 
@@ -110,6 +110,7 @@ KEPT = {"router": "exact", "norms": "exact", "embeddings": "exact", "vision": "e
 EXACT = {**KEPT, "attention": "exact", "head": "exact"}
 ON_GPU = {**dict.fromkeys(EXACT, "f16"), "router": "exact", "norms": "exact"}
 INT4 = {"experts": "int4 block 64 gptq"}
+NL4 = {"experts": "nl4 block 128 gptq"}
 NEAREST = Path(__file__).parents[2] / "benchmarks" / "int4-nearest.yaml"
 
 
@@ -131,6 +132,7 @@ def everywhere(label: str, *groups: str) -> dict[str, str]:
         ("as-stored", {**everywhere("as stored", *GROUPS), **KEPT}),
         ("mixed", {**everywhere("chosen", *GROUPS), **KEPT, "head": "exact"}),
         ("int4", {**everywhere("int4 block 32 gptq", *GROUPS), **KEPT, **INT4, "head": "int8 block 32"}),
+        ("int4-nl", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL4, "head": "int8 block 32"}),
         ("int4-b128", {**everywhere("int4 block 128 gptq", *GROUPS), **KEPT, "head": "int8 block 32"}),
         ("gpu-fp8", {**ON_GPU, **everywhere("fp8 per channel static observed")}),
         ("gpu-int8", {**ON_GPU, **everywhere("int8 per channel static observed smooth 0.95")}),
@@ -153,6 +155,19 @@ def test_a_profile_stores_each_group_so(name: str | Path, stored: dict[str, str]
     }
     assigned = load_profile(name).assign(one_of_each.values())
     assert {group: assigned[tensor].label for group, tensor in one_of_each.items()} == stored
+
+
+def test_int4_nl_has_eight_bits_for_the_first_layer_and_for_keys_and_values_but_for_experts() -> None:
+    layers = [f"language_model.model.layers.{number}" for number in (0, 1, 10, 20)]
+    matrices = ["self_attn.q_proj.weight", "self_attn.v_proj.weight", "feed_forward.down_proj.weight"]
+    matrices += ["feed_forward.shared_expert.down_proj.weight", "feed_forward.experts.down_proj"]
+    names = [f"{layer}.{matrix}" for layer in layers for matrix in matrices]
+    assigned = load_profile("int4-nl").assign([*names, "language_model.lm_head.weight"])
+    middle = [assigned[f"{layers[1]}.{matrix}"].label for matrix in matrices]
+    assert middle == ["nl4 block 32 gptq", "int8 block 32 gptq", *2 * ["nl4 block 32 gptq"], "nl4 block 128 gptq"]
+    eight = {name for name in names if assigned[name].label == "int8 block 32 gptq"}
+    first = {name for name in names if ".layers.0." in name and ".experts." not in name}
+    assert eight == first | {name for name in names if "v_proj" in name}
 
 
 def test_every_shipped_profile_is_in_the_table_and_short() -> None:

@@ -19,12 +19,13 @@ inline T smaller(T a, T b) {
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-inline bool is_int8(int64_t format) { return format == ARRIERO_INT8 || format == ARRIERO_INT8_F16; }
+inline bool is_int4(int64_t format) { return format == ARRIERO_INT4 || format == ARRIERO_INT4_F16; }
+// Whether activations are rounded to integers for it.
 inline bool is_integer(int64_t format) {
-    return is_int8(format) || format == ARRIERO_INT4 || format == ARRIERO_INT4_F16;
+    return is_int4(format) || format == ARRIERO_INT8 || format >= ARRIERO_INT8_F16;
 }
 // Whether the scales of integers are float16.
-inline bool has_halves(int64_t format) { return format == ARRIERO_INT8_F16 || format == ARRIERO_INT4_F16; }
+inline bool has_halves(int64_t format) { return format >= ARRIERO_INT8_F16; }
 
 // Asks for what a stream of weights will need in a moment: what fetches by itself stops at the end of each 4 KiB page,
 // and mapped files lie in such.

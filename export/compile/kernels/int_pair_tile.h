@@ -3,15 +3,16 @@
 #pragma once
 
 #include "block_scales.h"
+#include "codes.h"
 #include "rounded.h"
 
 namespace ARRIERO_LEVEL {
 
 // What int_tile gives, for M > 1 rows. An odd last row is paired with itself.
-template <int BITS, int M, int P>
+template <class CODES, int M, int P>
 TILE void int_pair_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, BlockScales scale,
                         float out[M][16 * P]) {
-    constexpr int PAIRS = (M + 1) / 2;
+    constexpr int PAIRS = (M + 1) / 2, BITS = CODES::BITS;
     const int64_t features = x.features, blocks = x.blocks();
     for (int m = 0; m < M; ++m) __builtin_memset(out[m], 0, sizeof out[m]);
     for (int p = 0; p < P; ++p) {
@@ -34,7 +35,7 @@ TILE void int_pair_tile(const Rounded& x, const int64_t* rows, const uint8_t* pa
                     if constexpr (BITS == 8) {
                         low = load_int8(at + n * 8), high = load_int8(at + 64 + n * 8);
                     } else {
-                        load_int4(at + n * 8, low, high);
+                        CODES::load(at + n * 8, low, high);
                     }
                     const int32x4_t a = vreinterpretq_s32_s8(low), b = vreinterpretq_s32_s8(high);
                     const int8x16_t one = vreinterpretq_s8_s32(vzip1q_s32(a, b));

@@ -1,7 +1,8 @@
-// Products of rounded activations with int8 and int4 panels: exact int32 within a block, float32 across blocks.
+// Products of rounded activations with panels of 8 and 4 bits: exact int32 within a block, float32 across blocks.
 #pragma once
 
 #include "block_scales.h"
+#include "codes.h"
 #include "rounded.h"
 #ifdef __ARM_FEATURE_MATMUL_INT8
 #include "int_pair_tile.h"
@@ -11,10 +12,10 @@ namespace ARRIERO_LEVEL {
 
 // out[m][16p + n] = product of row rows[m] with output n of panel p, for M rows and P panels. One panel is part of a
 // stream; of two, those that lie `next` panels after them are asked for.
-template <int BITS, int M, int P>
+template <class CODES, int M, int P>
 TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, BlockScales scale, int64_t next,
                    float out[M][16 * P]) {
-    constexpr int V = 16 / LANES, PV = P * V;
+    constexpr int V = 16 / LANES, PV = P * V, BITS = CODES::BITS;
     const int64_t features = x.features, block = x.block, blocks = x.blocks();
     const int64_t panel_bytes = features * 16 * BITS / 8, panel_scales = blocks * 16;
     const int8_t* values[M];
@@ -57,24 +58,24 @@ TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, 
             }
         } else {
             for (int64_t k = j * block; k < end;) {
-                Few few[M][PV];
+                typename CODES::Sums few[M][PV];
                 UNROLL for (int m = 0; m < M; ++m) {
-                    UNROLL for (int v = 0; v < PV; ++v) few[m][v] = begin_few(totals[m][v]);
+                    UNROLL for (int v = 0; v < PV; ++v) few[m][v] = CODES::begin(totals[m][v]);
                 }
-                for (const int64_t stop = end - k < FEW_FEATURES ? end : k + FEW_FEATURES; k < stop; k += 8, at += 64) {
+                for (const int64_t stop = end - k < CODES::FEATURES ? end : k + CODES::FEATURES; k < stop; k += 8, at += 64) {
                     ask();
                     Weights low[PV], high[PV];
                     UNROLL for (int v = 0; v < PV; ++v) {
-                        load_int4(at + v / V * panel_bytes + v % V * (4 * LANES), low[v], high[v]);
+                        CODES::load(at + v / V * panel_bytes + v % V * (4 * LANES), low[v], high[v]);
                     }
                     UNROLL for (int m = 0; m < M; ++m) {
                         const Quad a = quad(values[m] + k), b = quad(values[m] + k + 4);
-                        UNROLL for (int v = 0; v < PV; ++v) few[m][v] = dot4(few[m][v], low[v], a);
-                        UNROLL for (int v = 0; v < PV; ++v) few[m][v] = dot4(few[m][v], high[v], b);
+                        UNROLL for (int v = 0; v < PV; ++v) few[m][v] = CODES::dot(few[m][v], low[v], a);
+                        UNROLL for (int v = 0; v < PV; ++v) few[m][v] = CODES::dot(few[m][v], high[v], b);
                     }
                 }
                 UNROLL for (int m = 0; m < M; ++m) {
-                    UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = end_few(totals[m][v], few[m][v]);
+                    UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = CODES::end(totals[m][v], few[m][v]);
                 }
             }
         }
@@ -94,13 +95,13 @@ TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, 
 
 // Columns [begin, end) of out = x W^T for `count` rows, picked from x and out by `order`
 // (null: the first). `begin` is a multiple of 16.
-template <int BITS>
+template <class CODES>
 inline void int_product(const Rounded& x, const int64_t* order, int64_t count, const uint8_t* weight,
                         BlockScales scales, Range columns, Rows<float> out) {
     const auto panels = [&](int64_t column, auto wide) {
         constexpr int P = decltype(wide)::value;
         const int64_t width = smaller<int64_t>(16 * P, columns.end - column);
-        const uint8_t* panel = weight + column * x.features * BITS / 8;
+        const uint8_t* panel = weight + column * x.features * CODES::BITS / 8;
         const BlockScales scale = scales.from(column * x.blocks());
         for (int64_t i = 0; i < count;) {
             i += with_rows<INT_ROWS>(count - i, [&](auto tall) {
@@ -112,12 +113,12 @@ inline void int_product(const Rounded& x, const int64_t* order, int64_t count, c
                 const int64_t next = i == 0 && column + 16 * P < columns.end ? P : 0;
 #ifdef __ARM_FEATURE_MATMUL_INT8
                 if constexpr (M > 1) {
-                    int_pair_tile<BITS, M, P>(x, rows, panel, scale, tile);
+                    int_pair_tile<CODES, M, P>(x, rows, panel, scale, tile);
                 } else {
-                    int_tile<BITS, M, P>(x, rows, panel, scale, next, tile);
+                    int_tile<CODES, M, P>(x, rows, panel, scale, next, tile);
                 }
 #else
-                int_tile<BITS, M, P>(x, rows, panel, scale, next, tile);
+                int_tile<CODES, M, P>(x, rows, panel, scale, next, tile);
 #endif
                 for (int m = 0; m < M; ++m) __builtin_memcpy(out[i + m] + column, tile[m], width * sizeof(float));
             });

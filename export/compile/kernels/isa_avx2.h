@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include "grid4.h"
+
 namespace ARRIERO_LEVEL {
 
 using Float = __m256;
@@ -109,6 +111,14 @@ inline void load_int4(const uint8_t* p, Weights& low, Weights& high) {
     const __m256i nibble = _mm256_set1_epi8(15), bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     low.magnitude = _mm256_and_si256(bytes, nibble);
     high.magnitude = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+}
+inline void load_grid4(const uint8_t* p, Weights& low, Weights& high) {
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(GRID4)));
+    load_int4(p, low, high);
+    low.value = _mm256_shuffle_epi8(table, low.magnitude);
+    high.value = _mm256_shuffle_epi8(table, high.magnitude);
+    low.magnitude = _mm256_abs_epi8(low.value);
+    high.magnitude = _mm256_abs_epi8(high.value);
 }
 // Two products of 0 .. 15 and -127 .. 127 are at most 3,810, so that 16 bits hold eight times as much.
 using Few = __m256i;

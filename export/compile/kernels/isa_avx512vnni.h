@@ -7,6 +7,8 @@
 
 #include <immintrin.h>
 
+#include "grid4.h"
+
 namespace ARRIERO_LEVEL {
 
 using Float = __m512;
@@ -91,6 +93,14 @@ inline void load_int4(const uint8_t* p, Weights& low, Weights& high) {
     const __m512i nibble = _mm512_set1_epi8(15), bytes = _mm512_loadu_si512(p);
     low = _mm512_and_si512(bytes, nibble);
     high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
+}
+// The levels of GRID4 that two times 4 * LANES nibbles number, as `dot8` reads them.
+inline void load_grid4(const uint8_t* p, Weights& low, Weights& high) {
+    const __m128i levels = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(GRID4)), _mm_set1_epi8(-128));
+    const __m512i table = _mm512_broadcast_i32x4(levels);
+    load_int4(p, low, high);
+    low = _mm512_shuffle_epi8(table, low);
+    high = _mm512_shuffle_epi8(table, high);
 }
 // Sums of dots of 4-bit weights with at most FEW_FEATURES features, begun from and ended in those of a block.
 using Few = Int;

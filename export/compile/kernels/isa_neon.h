@@ -3,6 +3,8 @@
 
 #include <arm_neon.h>
 
+#include "grid4.h"
+
 namespace ARRIERO_LEVEL {
 
 using Float = float32x4_t;
@@ -81,6 +83,12 @@ inline void load_int4(const uint8_t* p, Weights& low, Weights& high) {
     const uint8x16_t bytes = vld1q_u8(p);
     low = vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15)));
     high = vreinterpretq_s8_u8(vshrq_n_u8(bytes, 4));
+}
+inline void load_grid4(const uint8_t* p, Weights& low, Weights& high) {
+    const int8x16_t table = vld1q_s8(GRID4);
+    load_int4(p, low, high);
+    low = vqtbl1q_s8(table, vreinterpretq_u8_s8(low));
+    high = vqtbl1q_s8(table, vreinterpretq_u8_s8(high));
 }
 #ifdef __ARM_FEATURE_DOTPROD
 inline Int dot8(Int sums, Weights w, Quad x) { return vdotq_s32(sums, w, x); }

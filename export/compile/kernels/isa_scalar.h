@@ -1,6 +1,8 @@
 // The vector vocabulary of isa_avx512vnni.h in plain C++: what the others are tested against, and what any CPU can run.
 #pragma once
 
+#include "grid4.h"
+
 namespace ARRIERO_LEVEL {
 
 constexpr int LANES = 4;
@@ -163,6 +165,12 @@ inline void load_int4(const uint8_t* p, Weights& low, Weights& high) {
     for (int i = 0; i < 4 * LANES; ++i) {
         low.at[i / 4][i % 4] = static_cast<int8_t>(p[i] & 15);
         high.at[i / 4][i % 4] = static_cast<int8_t>(p[i] >> 4);
+    }
+}
+inline void load_grid4(const uint8_t* p, Weights& low, Weights& high) {
+    for (int i = 0; i < 4 * LANES; ++i) {
+        low.at[i / 4][i % 4] = GRID4[p[i] & 15];
+        high.at[i / 4][i % 4] = GRID4[p[i] >> 4];
     }
 }
 inline Int dot8(Int sums, Weights w, Quad x) {

@@ -54,10 +54,12 @@ inline void product(const Matrix& w, const Input& x, const int64_t* order, int64
                                 piece);
         case ARRIERO_INT8:
         case ARRIERO_INT8_F16:
-            return int_product<8>(x.rounded, order, count, panels, {w.scales, has_halves(w.format)}, columns, out);
+            return int_product<EightBits>(x.rounded, order, count, panels, {w.scales, has_halves(w.format)}, columns, out);
         case ARRIERO_INT4:
         case ARRIERO_INT4_F16:
-            return int_product<4>(x.rounded, order, count, panels, {w.scales, has_halves(w.format)}, columns, out);
+            return int_product<FourBits>(x.rounded, order, count, panels, {w.scales, has_halves(w.format)}, columns, out);
+        case ARRIERO_GRID4_F16:
+            return int_product<GridBits>(x.rounded, order, count, panels, {w.scales, true}, columns, out);
     }
 }
 

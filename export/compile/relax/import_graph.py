@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from arriero.graphs.passes.bind_experts import REQUEST, TABLE
 from arriero.graphs.passes.cache_in_place import ROW_STARTS
 from arriero.graphs.passes.replace_linear_with_kernel import LINEAR
 from arriero.graphs.passes.replace_lookup import LOOKUP
+from arriero.graphs.stored.panels import EXACT
 
 THREADS = "threads"
 # Operators that read their weights at any alignment; all other code is generated for 64 bytes.
@@ -105,15 +106,19 @@ def _weights_to_inputs(graph: ir.Graph) -> tuple[ir.ExternalTensor, ...]:
 
 def convert_linear(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:
     """Linear(x, weight, scales?)."""
-    bits, block = attr["form"]
-    compute = kernels.linear(_format(bits, block, inputs[1:]), attr["features"])
+    name = attr["format"].decode()
+    if name == EXACT:
+        form = kernels.exact_format(str(inputs[1].ty.dtype), str(inputs[1]))
+    else:
+        form = kernels.named_format(name, attr["block"], str(inputs[1]))
+    compute = kernels.linear(form, attr["features"])
     return bb.emit_te(compute, nodes[THREADS], *inputs, primfunc_name_hint="linear")
 
 
 def convert_dispatch(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:
     """ExpertDispatch(x, expert_id, score, table)."""
     gate_up, down = (
-        kernels.expert_format(name.decode(), block, str(inputs[3]))
+        kernels.named_format(name.decode(), block, str(inputs[3]))
         for name, block in zip(attr["formats"], attr["blocks"], strict=True)
     )
     compute = kernels.dispatch(gate_up, down, attr["at"], attr["width"])
@@ -200,12 +205,3 @@ def _as_class(convert: Convert) -> type:
         return convert(bb, list(inputs), attr, params[0])
 
     return type("Ours", (onnx_frontend.OnnxOpConverter,), {"_impl_v1": staticmethod(implement)})
-
-
-def _format(bits: int, block: int, operands: Sequence[relax.Expr]) -> kernels.Format:
-    """Of a weight and, where it has some, its scales."""
-    if bits and not block:
-        return kernels.Format(kernels.E4M3)
-    if bits:
-        return kernels.Format(kernels.INTEGER_FORMATS[bits, str(operands[1].ty.dtype)], block)
-    return kernels.exact_format(str(operands[0].ty.dtype), str(operands[0]))

@@ -24,19 +24,18 @@ from arriero.errors import ArrieroError
 # How the header names the formats, by the dtype that the weight has as a graph input (bf16 comes as its bits).
 EXACT_FORMATS = {"float32": 0, "uint16": 1, "float16": 2}
 CACHE_FORMATS = {"float32": 0, "float16": 2, "int8": 6}  # by the dtype of a cache
-E4M3 = 3
 # Exact matrices of at most so many outputs, as a router, are summed alike for any number of tokens, and so are all
 # packed ones: `row_product` of the kernels has the number too.
 FEW_OUTPUTS = 256
-INTEGER_FORMATS = {(8, "float32"): 4, (4, "float32"): 5, (8, "float16"): 7, (4, "float16"): 8}  # by type of scales
-# of a record's matrices
-EXPERT_FORMATS = {
+# by the names that `graphs.stored.panels` gives them
+FORMATS = {
     **dict(zip(("F32", "BF16", "F16"), EXACT_FORMATS.values(), strict=True)),
-    "E4M3": E4M3,
-    **{
-        f"INT{bits}" + ("_F16" if scales == "float16" else ""): number
-        for (bits, scales), number in INTEGER_FORMATS.items()
-    },
+    "E4M3": 3,
+    "INT8": 4,
+    "INT4": 5,
+    "INT8_F16": 7,
+    "INT4_F16": 8,
+    "GRID4_F16": 9,
 }
 
 
@@ -133,13 +132,11 @@ def exact_format(dtype: str, name: str) -> Format:
     return Format(EXACT_FORMATS[dtype])
 
 
-def expert_format(name: str, block: int, layer: str) -> Format:
-    """The format `name` of a layer's experts. Raises ArrieroError for one that no kernel reads."""
-    if name not in EXPERT_FORMATS:
-        raise ArrieroError(
-            f"no kernel reads {name} weights", where=layer, expected=f"one of {', '.join(EXPERT_FORMATS)}"
-        )
-    return Format(EXPERT_FORMATS[name], block)
+def named_format(name: str, block: int, weight: str) -> Format:
+    """The format `name` of a matrix or of a layer's experts. Raises ArrieroError for one that no kernel reads."""
+    if name not in FORMATS:
+        raise ArrieroError(f"no kernel reads {name} weights", where=weight, expected=f"one of {', '.join(FORMATS)}")
+    return Format(FORMATS[name], block)
 
 
 def _extern(

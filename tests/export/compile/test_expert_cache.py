@@ -39,7 +39,7 @@ STEPS = [(0, 9), (9, 16), (16, 17), (17, 30), *((at, at + 1) for at in range(30,
 
 TOYS = {
     "maverick, bf16": (lambda folder: make_maverick_toy(folder, 2), "fp32"),
-    "maverick, int4": (lambda folder: make_maverick_toy(folder, 3), "int4"),
+    "maverick, four bits": (lambda folder: make_maverick_toy(folder, 3), "int4-nl"),
     "top-2, int8": (lambda folder: make_scout_toy(folder, 3, vision=False, num_experts_per_tok=2), "int8"),
     "scout, fp8": (lambda folder: make_scout_toy(folder, 4, vision=False), "fp8"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -20,13 +21,15 @@ from arriero.graphs.stored.packed_panels import (
     pack_gate_up_panels,
     pack_panels,
 )
-from arriero.profiles.quantize import Quantized, dequantize, pack, quantize
+from arriero.profiles.grids import NORMAL_LEVELS, Grid
+from arriero.profiles.quantize import dequantize, pack, quantize
 from tests import kernel_judge as judge
 from tests.call_kernels import Kernels, Weight, pack_experts
 from tests.guarded_kernels import SUM_ERROR, Guarded, assert_close, normal
 
 HERE = platform.machine()
-INTEGERS = ["int8", "int4", "int8_f16", "int4_f16"]  # with scales in float32, and in float16
+INTEGERS = ["int8", "int4", "int8_f16", "int4_f16", "grid4_f16"]  # with scales in float32, and in float16
+GRIDS = {form: Grid(4, "normal") if form.startswith("grid") else Grid(int(form[3])) for form in INTEGERS}
 EXACT = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16}
 
 
@@ -37,7 +40,8 @@ def kernels(kernels_at_level):
 
 def stored_int(form, weight, block, gate_up=False):
     """Quantised `weight` [..., N, K]: what the kernel reads, and what numpy computes with."""
-    plain = quantize(weight, bits=int(form[3]), block=block, name="w")
+    grid = GRIDS[form]
+    plain = quantize(weight, bits=grid.bits, block=block, name="w", grid=grid.name)
     panels = pack_gate_up_panels(plain) if gate_up else pack_panels(plain)
     scales = panels.scales.astype(np.float16) if form.endswith("f16") else panels.scales
     return Weight(form, panels.packed, scales, block), plain
@@ -91,12 +95,12 @@ def test_int_linear(kernels, draw, form, tokens, outputs, features, block):
 @pytest.mark.parametrize("form", INTEGERS)
 def test_integer_sums_are_exact_at_the_extremes(kernels, draw, form):
     """Largest magnitudes and equal signs: where a 16-bit intermediate would saturate."""
-    bits, block, outputs = int(form[3]), 256, 40
-    low = -(2 ** (bits - 1))
-    values = draw.choice([low, low + 1, -low - 1], (outputs, block)).astype(np.float32)
-    values[0], values[1] = low, -low - 1
+    grid, block, outputs = GRIDS[form], 256, 40
+    next_one = grid.low + 1 if grid.name == "even" else NORMAL_LEVELS[1]
+    values = draw.choice([grid.low, next_one, grid.high], (outputs, block)).astype(np.float32)
+    values[0], values[1] = grid.low, grid.high
     scales = np.exp2(draw.integers(-3, 3, (outputs, 1))).astype(np.float32)
-    plain = pack(values, scales, bits=bits, block=block)
+    plain = pack(values, scales, bits=grid.bits, block=block, grid=grid.name)
     panels = pack_panels(plain)
     held = panels.scales.astype(np.float16) if form.endswith("f16") else panels.scales
     x = draw.choice(np.float32([-127, 127]), (7, block))
@@ -162,7 +166,12 @@ ROUTES = {
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(
     ("gate_up", "down"),
-    [*((form, form) for form in ("f32", "bf16", "e4m3", "int8", "int4")), ("bf16", "int4"), ("int4_f16", "int8_f16")],
+    [
+        *((form, form) for form in ("f32", "bf16", "e4m3", "int8", "int4")),
+        ("bf16", "int4"),
+        ("int4_f16", "int8_f16"),
+        ("grid4_f16", "int8_f16"),
+    ],
 )
 def test_dispatch(kernels, draw, gate_up, down, route):
     hidden, width, count = 96, 160, 4
@@ -172,7 +181,7 @@ def test_dispatch(kernels, draw, gate_up, down, route):
     score = draw.uniform(0.1, 1, expert_id.shape).astype(np.float32)
     found = kernels.dispatch(x, expert_id, score, stored, width)
     wanted = judge.dispatch(x, expert_id, score, *wide)
-    rounds = "int" in gate_up + down
+    rounds = {gate_up, down} & {"int8", "int4", *INTEGERS}
     assert np.linalg.norm(found - wanted) <= (0.02 if rounds else SUM_ERROR) * np.linalg.norm(wanted)
     assert not found[(expert_id < 0).all(1) | (expert_id >= count).all(1)].any()
 
@@ -201,7 +210,7 @@ def test_int_dispatch_is_two_rounded_products(kernels, draw, form, tokens):
     found = kernels.dispatch(x, expert_id, score, pack_experts(gate_up, down), width)
     flips = 0
     for t, (e,) in enumerate(expert_id):
-        one, two = (Quantized(p.packed[e], p.scales[e], p.bits, block) for p in (plain_gate_up, plain_down))
+        one, two = (replace(p, packed=p.packed[e], scales=p.scales[e]) for p in (plain_gate_up, plain_down))
         both, _ = judge.rounded_linear(x[t : t + 1] * score[t], one)
         inner = (judge.silu(both[:, :width]) * both[:, width:]).astype(np.float32)
         wanted, magnitude = judge.rounded_linear(inner, two)
