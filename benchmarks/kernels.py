@@ -35,6 +35,7 @@ COLD_BYTES = 600_000_000  # beyond the largest cache we have met, 260 MB
 FORMATS_MEASURED = {
     "int8_f16": (32, 128),  # with scales in float16; those of some checkpoints need float32
     "int4_f16": (32, 64, 128),
+    "grid4_f16": (32, 128),
     "int4": (32,),
     "e4m3": (0,),
     "bf16": (0,),
@@ -43,6 +44,7 @@ FORMATS_MEASURED = {
 BYTES = {  # of a weight, at most
     "int8_f16": 1.0625,
     "int4_f16": 0.5625,
+    "grid4_f16": 0.5625,
     "int4": 0.625,
     "e4m3": 1.0,
     "bf16": 2.0,
@@ -55,7 +57,7 @@ def random_weight(draw: np.random.Generator, form: str, block: int, experts: int
     if form in ("f32", "bf16"):
         data = np.full((experts, inputs, outputs), 0.01, np.float32)
         return Weight(form, data if form == "f32" else (data.view(np.uint32) >> 16).astype(np.uint16))
-    size = outputs * inputs // (2 if form.startswith("int4") else 1)
+    size = outputs * inputs // (2 if form.startswith(("int4", "grid4")) else 1)
     high = 120 if form == "e4m3" else 256
     data = draw.integers(0, high, (experts, size), np.uint8)
     blocks = inputs // block if block else 1
@@ -157,7 +159,7 @@ class Bench:
         def prefill() -> None:
             kernels.dispatch(x, spread, score, packed, ffn)
 
-        function = self.probe.int8_dots if form.startswith("int") else self.probe.float_multiply_adds
+        function = self.probe.int8_dots if form.startswith(("int", "grid")) else self.probe.float_multiply_adds
         read = count * (nbytes(gate_up) + nbytes(down))
         self.meter.compare(f"experts, decode, {label}", "GB/s", read, decode, self.read)
         work = 512 * 6.0 * hidden * ffn
