@@ -63,7 +63,7 @@ class Grid:
             return (levels - self.low).astype(np.uint8)
         return _NEAREST[(levels + 128).astype(np.uint8)]
 
-    def levels(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def levels(self, codes: NDArray[np.integer]) -> NDArray[np.float32]:
         """What codes stand for."""
         if self.name == "even":
             return codes.astype(np.float32) + np.float32(self.low)

@@ -70,7 +70,7 @@ def _quantize_to_levels(
     blocks = weight.reshape(*largest.shape, block)
     scales = half_scales(largest / np.float32(grid.reach), top=grid.reach, name=name)
     scales[blocks.max(-1) == largest] *= -1  # the lowest level is the farthest one
-    steps = np.where(scales == 0, np.float32(1), scales)[..., None]
+    steps = np.where(scales == 0, np.float32(1), scales)[..., None].astype(np.float32, copy=False)
     levels = grid.round(blocks / steps).reshape(weight.shape)
     return pack(levels, scales, bits=grid.bits, block=block, grid=grid.name)
 
