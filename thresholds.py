@@ -31,6 +31,9 @@ METRICS: dict[str, Metric] = {
     ),
     "logits_relative_l2": Metric("Logits, relative error", "max", "", "|candidate - reference| / |reference|, L2."),
     "logits_kl_mean": Metric("Logits, mean KL", "max", "nat", "KL(reference || candidate), mean over tokens."),
+    "logits_kl_standard_error": Metric(
+        "Logits, mean KL, standard error", "max", "nat", "How far the mean may be off that of all cases of this kind."
+    ),
     "logits_kl_lower_bound": Metric(
         "Logits, mean KL, lower bound", "max", "nat", "The log-sum inequality's bound; the KL itself where all is kept."
     ),

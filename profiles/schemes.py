@@ -301,7 +301,8 @@ class AsStored(_Scheme):
         bits, block = form
         if not block:
             return Fp8(kind="fp8", activations="float32", rounding="stored")
-        return self.otherwise.model_copy(update={"bits": bits, "block": block, "rounding": "stored"})
+        stored = {"bits": bits, "block": block, "rounding": "stored", "grid": "even"}
+        return self.otherwise.model_copy(update=stored)
 
 
 class Chosen(_Scheme):

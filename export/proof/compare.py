@@ -50,6 +50,7 @@ class Compared:
     kv_bytes_per_token: int
     tokens_per_second: float
     logits_kl_mean: float | None
+    logits_kl_standard_error: float | None
     kl_over_rtn: float | None
     same_top_token: float | None
     router_agreement: float | None
@@ -123,6 +124,9 @@ def cells(line: Compared) -> tuple[str, ...]:
     if line.accuracy is not None and line.accuracy_interval is not None:
         low, high = (100 * edge for edge in line.accuracy_interval)
         accuracy = f"{100 * line.accuracy:.1f} % ({low:.1f} to {high:.1f})"
+    kl = "–" if line.logits_kl_mean is None else f"{line.logits_kl_mean:.3g}"
+    if line.logits_kl_standard_error is not None:
+        kl += f" ± {line.logits_kl_standard_error:.1g}"
     return (
         line.name,
         line.profile,
@@ -131,7 +135,7 @@ def cells(line: Compared) -> tuple[str, ...]:
         f"{line.decoder_bits:.2f}",
         f"{line.kv_cache}, {human_bytes(line.kv_bytes_per_token)}",
         f"{line.tokens_per_second:.1f}",
-        "–" if line.logits_kl_mean is None else f"{line.logits_kl_mean:.3g}",
+        kl,
         share(line.kl_over_rtn),
         share(line.same_top_token),
         share(line.router_agreement),
@@ -199,6 +203,7 @@ def _line(bundle: Path, manifest: Manifest, measured: ParityReport, speed: float
         kv_bytes_per_token=sum(manifest.kv_bytes_per_token[layer.attention] for layer in manifest.model.layers),
         tokens_per_second=speed,
         logits_kl_mean=values["logits_kl_mean"],
+        logits_kl_standard_error=values["logits_kl_standard_error"],
         kl_over_rtn=recorded.get("kl_over_rtn"),
         same_top_token=values["same_top_token"],
         router_agreement=values.get("router_agreement"),

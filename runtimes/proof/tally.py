@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.proof import metrics
 from arriero.runtimes.proof.logits import KlSums, LogitFigures
-from arriero.runtimes.proof.metrics import Agreement, ErrorSums
+from arriero.runtimes.proof.metrics import Agreement, ErrorSums, mean_error
 from arriero.runtimes.proof.paired import Pairs
 from arriero.runtimes.proof.report import CaseResult, FamilyScore, LayerSeries, ParityReport
 from arriero.runtimes.proof.rows import Row, judge, judge_drop
@@ -132,6 +132,7 @@ class Tally:
                 self.logits.relative_l2_error,
             ),
             "logits_kl_mean": Value(self.kl.mean, where_kl, self.kl.error),
+            "logits_kl_standard_error": Value(mean_error(self.token_kl), f"{cases} case{'s' * (cases != 1)}"),
             "logits_kl_lower_bound": Value(self.kl.bound_mean, f"{self.kl.tokens} tokens"),
             **self._spread(),
             "same_top_token": Value(self.top.fraction, str(self.top)),

@@ -13,7 +13,7 @@ from arriero.graphs.lower import onnxruntime, tensorrt, tvm
 from arriero.profiles.gptq import search_scales
 from arriero.profiles.grids import NORMAL_LEVELS, Grid
 from arriero.profiles.quantize import dequantize, quantize
-from arriero.profiles.schemes import IntBlock
+from arriero.profiles.schemes import AsStored, IntBlock
 
 KERNELS = Path(__file__).parents[2] / "export" / "compile" / "kernels"
 BLOCK = 32
@@ -107,3 +107,12 @@ def test_backends_without_such_kernels_refuse_it_by_name(lowering: ModuleType) -
         scheme = IntBlock(kind="int_block", bits=4, block=32, accuracy_level=level, grid="normal")
         assert "4 bits of the normal grid" in str(lowering.lacks(scheme))
     assert tvm.lacks(scheme) is None
+
+
+def test_a_checkpoints_own_codes_are_even_whatever_the_others_are_rounded_to() -> None:
+    normal = IntBlock(kind="int_block", bits=4, block=32, accuracy_level=4, grid="normal")
+    scheme = AsStored(kind="as_stored", otherwise=normal)
+    held = scheme.held((4, 64))
+    assert (scheme.held(None), held.label) == (normal, "int4 block 64 stored")
+    assert isinstance(held, IntBlock)
+    assert held.grid == "even"

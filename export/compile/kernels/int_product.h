@@ -62,7 +62,8 @@ TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, 
                 UNROLL for (int m = 0; m < M; ++m) {
                     UNROLL for (int v = 0; v < PV; ++v) few[m][v] = CODES::begin(totals[m][v]);
                 }
-                for (const int64_t stop = end - k < CODES::FEATURES ? end : k + CODES::FEATURES; k < stop; k += 8, at += 64) {
+                const int64_t stop = end - k < CODES::FEATURES ? end : k + CODES::FEATURES;
+                for (; k < stop; k += 8, at += 64) {
                     ask();
                     Weights low[PV], high[PV];
                     UNROLL for (int v = 0; v < PV; ++v) {

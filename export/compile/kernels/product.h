@@ -42,6 +42,7 @@ inline void product(const Matrix& w, const Input& x, const int64_t* order, int64
     const auto* panels = static_cast<const uint8_t*>(w.weight);
     Rows<const float> exact = x.exact;
     exact.order = out.order = order;
+    const BlockScales scales{w.scales, has_halves(w.format)};
     switch (w.format) {
         case ARRIERO_F32:
             return exact_product<ARRIERO_F32>(w, exact, count, columns, out, piece);
@@ -54,12 +55,12 @@ inline void product(const Matrix& w, const Input& x, const int64_t* order, int64
                                 piece);
         case ARRIERO_INT8:
         case ARRIERO_INT8_F16:
-            return int_product<EightBits>(x.rounded, order, count, panels, {w.scales, has_halves(w.format)}, columns, out);
+            return int_product<EightBits>(x.rounded, order, count, panels, scales, columns, out);
         case ARRIERO_INT4:
         case ARRIERO_INT4_F16:
-            return int_product<FourBits>(x.rounded, order, count, panels, {w.scales, has_halves(w.format)}, columns, out);
+            return int_product<FourBits>(x.rounded, order, count, panels, scales, columns, out);
         case ARRIERO_GRID4_F16:
-            return int_product<GridBits>(x.rounded, order, count, panels, {w.scales, true}, columns, out);
+            return int_product<GridBits>(x.rounded, order, count, panels, scales, columns, out);
     }
 }
 

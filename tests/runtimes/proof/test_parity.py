@@ -19,7 +19,7 @@ from arriero.graphs.ops import expert_dispatch
 from arriero.runtimes.backend import StepOutput
 from arriero.runtimes.processor.processor import Prompt
 from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS
-from arriero.runtimes.proof.metrics import kl_per_token
+from arriero.runtimes.proof.metrics import kl_per_token, mean_error
 from arriero.runtimes.proof.parity import measure
 from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.runtimes.proof.report import ParityReport
@@ -143,6 +143,7 @@ def test_how_the_tokens_kl_is_spread_and_what_it_is_past_the_chunk(reference, ca
     chunk = reference.spec.attention_chunk_size
     expected = {
         "logits_kl_mean": every.mean(),
+        "logits_kl_standard_error": mean_error(token_kl),
         "logits_kl_median": np.quantile(every, 0.5),
         "logits_kl_p99": np.quantile(every, 0.99),
         "logits_kl_p999": np.quantile(every, 0.999),
