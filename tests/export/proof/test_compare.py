@@ -19,7 +19,7 @@ LAYER = "language_model.model.layers.0"
 def line(name: str, size: int, kl: float) -> Compared:
     return Compared(
         *(name, name, "onnxruntime", "int4", size, size // 2, 4.5, "int8", 512, 31.4),
-        *(kl, 0.4, 0.99, 0.98, 0.5, 0.48, (0.385, 0.577), 100),
+        *(kl, kl / 10, 0.4, 0.99, 0.98, 0.5, 0.48, (0.385, 0.577), 100),
     )
 
 
