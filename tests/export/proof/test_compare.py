@@ -56,6 +56,7 @@ def test_the_page_stands_alone_and_shows_every_bundle(tmp_path: Path) -> None:
         "small",
         "large &lt;&amp;&gt;",
         "<svg",
+        "0.02 ± 0.002",
         "48.0 % (38.5 to 57.7)",
         "Below 1e-06 and drawn there: large",
         "onnxruntime 1.",
