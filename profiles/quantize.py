@@ -136,8 +136,8 @@ def dequantize(quantized: Quantized) -> NDArray[np.float32]:
     """The float32 values [..., N, K] that `quantized` stands for."""
     packed = quantized.packed
     if quantized.bits == 4:
-        halves = [packed & np.uint8(15), packed >> np.uint8(4)]
-        packed = np.stack(halves, -1).reshape(*packed.shape[:-1], packed.shape[-1] * 2)
+        halves: NDArray[np.uint8] = np.stack([packed & np.uint8(15), packed >> np.uint8(4)], -1)
+        packed = halves.reshape(*packed.shape[:-1], packed.shape[-1] * 2)
     integers = Grid(quantized.bits, quantized.grid).levels(packed)
     blocks = integers.reshape(*quantized.scales.shape, quantized.block) * quantized.scales[..., None]
     return blocks.reshape(packed.shape)
