@@ -128,7 +128,7 @@ def pack(
     """Pack levels [..., N, K] (held as floats) of a grid of `bits` bits, with their scales [..., N, J]."""
     flat = Grid(bits, grid).codes(integers)
     if bits == 4:
-        flat = flat[..., 0::2] | (flat[..., 1::2] << 4)
+        flat = flat[..., 0::2] | (flat[..., 1::2] << np.uint8(4))
     return Quantized(np.ascontiguousarray(flat), scales, bits, block, grid)
 
 
