@@ -70,7 +70,7 @@ def test_what_commands_show_at_80_columns(width: int) -> None:
     )
     line = Compared(
         *("bundles/int4", "a-bundle-with-a-long-name", "onnxruntime", "/srv/profiles/int4.yaml"),
-        *(1 << 30, 1 << 29, 4.5, "float32", 4096, 12.5, 0.01, 0.2, 0.99, 0.98, 0.99, 0.985, (0.96, 0.99), 200),
+        *(1 << 30, 1 << 29, 4.5, "float32", 4096, 12.5, 0.01, 0.0012, 0.2, 0.99, 0.98, 0.99, 0.985, (0.96, 0.99), 200),
     )
     shows: list[Callable[[Console], None]] = [
         lambda console: show_diagnosis(Diagnosis(checks, {"onnxruntime": checks}), console),
