@@ -203,7 +203,7 @@ def test_every_expert_is_calibrated_or_listed_and_no_scale_is_made_up(tmp_path: 
             assert tensor not in roundings
             continue
         assert tensor in ranges
-        rounded = roundings.read(tensor, 4, 16)
+        rounded = roundings.read(tensor, scheme)
         assert np.isfinite(rounded.scales).all()
         assert not (rounded.scales == 1).any()
         weight = checkpoint.read_float32(tensor)
