@@ -7,7 +7,8 @@ from arriero.traits import PREFILL_PIECE
 # A piece may take so many times as long as a decode step of the others: the gap between their tokens is then 2.25
 # steps, and a prompt whose pieces are as quick as large ones takes 1.8 times as long as alone.
 STEPS_PER_PIECE = 1.25
-LEAST = 8  # tokens of a piece, and what it grows by: below it the weights are read for too few of them
+LEAST = 8  # tokens of a piece: below it the weights are read for too few of them
+GRAIN = 2  # what a piece grows by: in coarser steps it would fall short of what it may take by up to half
 NEWEST = 0.25  # the newest measurement's share of what is expected
 
 
@@ -31,11 +32,11 @@ class Pace:
         self._step_s = _expected(self._step_s, seconds)
 
     def piece(self) -> int:
-        """Tokens of the next piece while others decode: a multiple of LEAST, so that few shapes are run."""
+        """Tokens of the next piece while others decode: a multiple of GRAIN."""
         if self._token_s is None or self._step_s is None:
             return LEAST
         tokens = int(STEPS_PER_PIECE * self._step_s / max(self._token_s, 1e-9))
-        return min(max(tokens // LEAST * LEAST, LEAST), PREFILL_PIECE)
+        return min(max(tokens // GRAIN * GRAIN, LEAST), PREFILL_PIECE)
 
 
 def _expected(before: float | None, measured: float) -> float:
