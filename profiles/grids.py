@@ -3,7 +3,8 @@
 `even` has all integers of so many bits. `normal` has 16 integers of eight bits that lie densest where weights do: with
 the best scale of each block they leave 0.82 of the squared error of 16 even ones, on normally distributed weights in
 blocks of 32. They were found by Lloyd's algorithm (Lloyd 1982, "Least squares quantization in PCM") over such blocks,
-scales and levels in turns; `tests/profiles/test_grids.py` does it again. The kernels' `grid4.h` holds the same.
+scales and levels in turns; `tests/profiles/test_grids.py` goes on with it and they stay. The kernels' `grid4.h` holds
+the same.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from numpy.typing import NDArray
 
 GridName = Literal["even", "normal"]
 NORMAL_LEVELS = (-127, -94, -72, -55, -40, -27, -15, -3, 8, 19, 31, 43, 56, 72, 91, 116)
-_INTEGERS = np.arange(-128, 128)
-# of each integer of eight bits the number of the nearest level
-_NEAREST = np.abs(_INTEGERS[:, None] - np.array(NORMAL_LEVELS)).argmin(1).astype(np.uint8)
-_ROUNDED = np.array(NORMAL_LEVELS, np.float32)[_NEAREST]
+_LEVELS = np.array(NORMAL_LEVELS, np.float32)
+# of each integer of eight bits the number of the nearest level, and that level
+_NEAREST = np.abs(np.arange(-128, 128)[:, None] - _LEVELS).argmin(1).astype(np.uint8)
+_ROUNDED = _LEVELS[_NEAREST]
 
 
 @dataclass(frozen=True)
@@ -67,4 +68,4 @@ class Grid:
         """What codes stand for."""
         if self.name == "even":
             return codes.astype(np.float32) + np.float32(self.low)
-        return np.array(NORMAL_LEVELS, np.float32)[codes]
+        return _LEVELS[codes]

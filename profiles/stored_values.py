@@ -6,8 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.profiles.float8 import dequantize_float8, quantize_float8
-from arriero.profiles.quantize import dequantize, quantize
+from arriero.profiles.quantize import Quantized, dequantize, quantize
 from arriero.profiles.schemes import Fp8, Int8Dynamic, IntBlock, Scheme
+
+
+def nearest(weight: NDArray[np.float32], scheme: IntBlock, *, name: str) -> Quantized:
+    """`weight` [..., N, K] rounded to nearest as `scheme` has it. Raises ArrieroError as `quantize` does."""
+    return quantize(weight, bits=scheme.bits, block=scheme.block, name=name, grid=scheme.grid)
 
 
 def stored_values(weight: NDArray[np.float32], scheme: Scheme, *, name: str) -> NDArray[np.float32]:
@@ -17,5 +22,5 @@ def stored_values(weight: NDArray[np.float32], scheme: Scheme, *, name: str) -> 
     if isinstance(scheme, Int8Dynamic):
         return dequantize(quantize(weight, bits=8, block=weight.shape[-1], name=name, scale_type=np.float32))
     if isinstance(scheme, IntBlock):
-        return dequantize(quantize(weight, bits=scheme.bits, block=scheme.block, name=name, grid=scheme.grid))
+        return dequantize(nearest(weight, scheme, name=name))
     return weight

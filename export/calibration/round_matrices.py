@@ -20,11 +20,12 @@ from arriero.profiles.gptq import gptq, output_error
 from arriero.profiles.grids import Grid
 from arriero.profiles.input_factor import InputFactor
 from arriero.profiles.moments import Moments, check_finite
-from arriero.profiles.quantize import Quantized, dequantize, quantize
+from arriero.profiles.quantize import Quantized, dequantize
 from arriero.profiles.quantized_weights import RoundingRecord
 from arriero.profiles.recipe import Calibration
 from arriero.profiles.schemes import IntBlock, Scheme, Static
 from arriero.profiles.static_scales import InputScale, fit_inputs
+from arriero.profiles.stored_values import nearest
 
 JUDGED = 1024  # rows of a matrix at most that show what rounding to nearest would cost
 
@@ -148,19 +149,18 @@ class Rounder:
     ) -> tuple[Quantized, RoundingRecord]:
         assert form.rule is not None
         grid, block = Grid(scheme.bits, scheme.grid), scheme.block
-        plainly = partial(quantize, bits=grid.bits, block=block, name=tensor, grid=grid.name)
         rounded, rounding, gain = None, "nearest", None
         if seen.count >= form.rule.minimum_tokens:
             assert form.rule.damping is not None
             calibrated, error = gptq(weight, self._factor(seen, form.rule.damping), grid=grid, block=block, name=tensor)
             some = weight[:: -(-len(weight) // JUDGED)]  # of a large matrix evenly spread rows, for all of them
-            plain = dequantize(plainly(some))
+            plain = dequantize(nearest(some, scheme, name=tensor))
             without = output_error(some, plain, seen.moment) * len(weight) / len(some)
             gain = error / without if without > 0 else None
             if error <= without:  # a matrix whose rounding was better left alone is left alone
                 rounded, rounding = calibrated, "gptq"
         if rounded is None:
-            rounded = plainly(weight)
+            rounded = nearest(weight, scheme, name=tensor)
         largest = float(seen.largest.max(initial=0))
         return rounded, RoundingRecord(tensor, expert, rounding, seen.count, largest, gain)
 

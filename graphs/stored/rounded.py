@@ -16,8 +16,9 @@ from arriero.graphs.sources.stored_codes import Codes
 from arriero.graphs.stored.safetensors_writer import Spec
 from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.float8 import Float8, quantize_float8
-from arriero.profiles.quantize import Quantized, check_block, quantize
+from arriero.profiles.quantize import Quantized, check_block
 from arriero.profiles.schemes import Fp8, IntBlock
+from arriero.profiles.stored_values import nearest
 
 
 def quantized(store: WeightStore, name: str, scheme: IntBlock, start: int, stop: int) -> Quantized:
@@ -28,8 +29,7 @@ def quantized(store: WeightStore, name: str, scheme: IntBlock, start: int, stop:
         return codes
     if scheme.rounding == "gptq":  # case 2
         return store.calibrated(name).read(name, scheme, start, stop)
-    rows = _rows(store, name, start, stop)  # case 3
-    return quantize(rows, bits=scheme.bits, block=scheme.block, name=name, grid=scheme.grid)
+    return nearest(_rows(store, name, start, stop), scheme, name=name)  # case 3
 
 
 def float8(store: WeightStore, name: str, scheme: Fp8, start: int, stop: int) -> Float8:

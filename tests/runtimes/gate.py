@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 
@@ -20,6 +22,12 @@ class Gate:
     def left(self) -> int:
         """Steps that are let through and not taken yet."""
         return self._steps._value
+
+    def open_while(self, going: Callable[[], Any]) -> None:
+        """Let a step through every tenth of a second for as long as something is `going`."""
+        while going():
+            self.open(1)
+            time.sleep(0.1)
 
     def open(self, steps: int) -> None:
         self._steps.release(steps)

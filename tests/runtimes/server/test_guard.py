@@ -152,9 +152,7 @@ def test_a_client_that_leaves_ends_its_answer(served: Served, toy_session: Sessi
     body = {**ASK, "max_tokens": 300, "stream": stream}
     with served.web() as web, pytest.raises(httpx.ReadTimeout):
         web.post("/v1/chat/completions", json=body, timeout=1.0)
-    while toy_session.stats().running:  # until the server has seen it; three steps were too few on a busy machine
-        gate.open(1)
-        time.sleep(0.1)
+    gate.open_while(lambda: toy_session.stats().running)  # a busy machine takes a while to tell the server
     assert toy_session.stats().generated_tokens < 30
     while served.shared.load.count:
         time.sleep(0.005)

@@ -175,9 +175,7 @@ def test_an_answer_is_stopped(browser: Any, served: Served, toy_session: Session
     words, note = page.wait(1)
     assert words
     assert note.endswith(", stopped")
-    while toy_session.stats().running:  # until the server has seen it
-        gate.open(1)
-        time.sleep(0.1)
+    gate.open_while(lambda: toy_session.stats().running)
     assert toy_session.stats().generated_tokens < 30
     gate.open(10_000)
     page.close()
