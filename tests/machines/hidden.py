@@ -1,7 +1,9 @@
-"""Older processors on this one: how a process is run that sees a processor without newer features.
+"""Older processors on this one: a process that sees a processor without newer features, at this one's own speed.
 
-Where CPUID can be made to fault they are hidden at the processor's own speed. Elsewhere qemu can emulate one of the
-machines, that with AVX2, some thirty times slower: only where EMULATES is set.
+    python -m tests.machines.hidden AVX2 make test
+
+runs a command on such a machine. Its own code, and what it loads, asks the processor by CPUID, which is made to fault:
+by the kernel where the processor can (cpuid_fault in /proc/cpuinfo), else in each library as it is loaded.
 """
 
 from __future__ import annotations
@@ -11,13 +13,13 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).with_name("hide_cpu_features.c")
-EMULATOR, EMULATES = "qemu-x86_64-static", "ARRIERO_EMULATE_AVX2"
+HIDES, TRAPS = "hide_cpu_features", "trap_cpuid"
 # What each machine class lacks, as beginnings of Linux's names.
 MACHINES = {
     "AVX2": "avx512,avx_vnni,amx",
@@ -28,35 +30,57 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class OlderMachine:
-    """What a command gets before it, and its environment."""
+    """The environment that makes this machine an older one."""
 
-    prefix: tuple[str, ...]
     env: dict[str, str]
 
     def run(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Run `command` there and give what it printed."""
-        return subprocess.run([*self.prefix, *command], env=self.env, cwd=cwd, capture_output=True, text=True)
+        return subprocess.run(command, env=self.env, cwd=cwd, capture_output=True, text=True)
+
+
+def missing() -> str | None:
+    """What this machine lacks to stand in for an older one, if anything."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return "Linux on x86-64"
+    tools = [tool for tool in ("gcc", "objdump") if shutil.which(tool) is None]
+    return " and ".join(tools) or None
 
 
 def older_machine(machine: str, folder: Path) -> OlderMachine:
-    """A `machine` of MACHINES; skips the test where this one cannot stand in for it.
+    """A `machine` of MACHINES; `folder` takes the libraries that are loaded before others."""
+    hidden = dict(os.environ) | {"LD_PRELOAD": str(compiled(HIDES, folder)), "HIDDEN_CPU_FEATURES": MACHINES[machine]}
+    if subprocess.run(["true"], env=hidden, capture_output=True).returncode:  # CPUID cannot fault
+        hidden |= {"LD_AUDIT": str(compiled(TRAPS, folder)), "CPUID_IS_TRAPPED": "1"}
+    return OlderMachine(hidden)
 
-    `folder` takes the library that is preloaded.
-    """
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        pytest.skip("needs Linux on x86-64")
-    if shutil.which("gcc") is None:
-        pytest.skip("needs gcc")
-    library = folder / "hide_cpu_features.so"
-    command = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", library, SOURCE, "-ldl"]
+
+def compiled(name: str, folder: Path) -> Path:
+    """The library of `name`.c beside this file, in `folder`."""
+    library = (folder / name).with_suffix(".so")
+    source = Path(__file__).with_name(f"{name}.c")
+    command = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", library, source, "-ldl"]
     subprocess.run(command, check=True)
-    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}  # no worker
-    hidden = own | {"LD_PRELOAD": str(library), "HIDDEN_CPU_FEATURES": MACHINES[machine]}
-    if subprocess.run(["true"], env=hidden, capture_output=True).returncode == 0:
-        return OlderMachine((), hidden)
-    needs = "a kernel and a processor that let CPUID fault (cpuid_fault in /proc/cpuinfo)"
-    if machine != "AVX2":
+    return library
+
+
+def older_machine_or_skip(machine: str, folder: Path) -> OlderMachine:
+    """As `older_machine`, for a test, whose own processes are no workers of this run."""
+    if needs := missing():
         pytest.skip(f"needs {needs}")
-    if shutil.which(EMULATOR) is None or not os.environ.get(EMULATES):
-        pytest.skip(f"needs {needs}, or {EMULATOR} of Debian's qemu-user-static and {EMULATES}=1 (minutes a test)")
-    return OlderMachine((EMULATOR, "-cpu", "max"), hidden | {"CPUID_IS_EMULATED": "1"})
+    older = older_machine(machine, folder)
+    return OlderMachine({name: value for name, value in older.env.items() if not name.startswith("PYTEST_XDIST")})
+
+
+def main() -> int:
+    """Run the command and give its exit code."""
+    if len(sys.argv) < 3 or sys.argv[1] not in MACHINES:
+        sys.exit(f"{__doc__}\nmachines: {', '.join(MACHINES)}")
+    if needs := missing():
+        sys.exit(f"needs {needs}")
+    with tempfile.TemporaryDirectory() as folder:
+        return subprocess.call(sys.argv[2:], env=older_machine(sys.argv[1], Path(folder)).env)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

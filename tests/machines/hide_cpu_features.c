@@ -4,8 +4,8 @@
 // place and leaves out the hidden bits; all other code runs at its own speed. /proc/cpuinfo, opened by open(2), loses
 // the same words. HIDDEN_CPU_FEATURES lists beginnings of Linux's names, separated by commas: avx512,avx_vnni,amx.
 // What was hidden still works when it is used unasked: C's own library has chosen its functions before.
-// Under an emulator of such a processor, which answers CPUID itself (CPUID_IS_EMULATED is set), only /proc/cpuinfo is
-// left to change.
+// Where CPUID cannot fault, trap_cpuid.c beside this has put HLT in its place (CPUID_IS_TRAPPED is set), which faults
+// in the same way.
 #define _GNU_SOURCE
 #include <asm/prctl.h>
 #include <cpuid.h>
@@ -45,6 +45,7 @@ static const struct {
 };
 
 static char prefixes[256];
+static int is_trapped;
 static unsigned masks[2][4];
 static struct sigaction others_handler;
 
@@ -68,12 +69,12 @@ static void answer(int number, siginfo_t* info, void* context) {
     greg_t* registers = ((ucontext_t*)context)->uc_mcontext.gregs;
     const unsigned char* code = (const unsigned char*)registers[REG_RIP];
     // a page that cannot be read faults with another si_code, so that its code is not looked at
-    if (info->si_code == SI_KERNEL && code[0] == 0x0f && code[1] == 0xa2) {
+    if (info->si_code == SI_KERNEL && memcmp(code, is_trapped ? "\xf4\x90" : "\x0f\xa2", 2) == 0) {
         int kept = errno;
         unsigned leaf = (unsigned)registers[REG_RAX], subleaf = (unsigned)registers[REG_RCX], value[4];
-        syscall(SYS_arch_prctl, ARCH_SET_CPUID, 1);
+        if (!is_trapped) syscall(SYS_arch_prctl, ARCH_SET_CPUID, 1);
         __cpuid_count(leaf, subleaf, value[EAX], value[EBX], value[ECX], value[EDX]);
-        syscall(SYS_arch_prctl, ARCH_SET_CPUID, 0);
+        if (!is_trapped) syscall(SYS_arch_prctl, ARCH_SET_CPUID, 0);
         for (int i = EAX; leaf == 7 && subleaf < 2 && i <= EDX; ++i) value[i] &= ~masks[subleaf][i];
         registers[REG_RAX] = value[EAX];
         registers[REG_RBX] = value[EBX];
@@ -97,6 +98,12 @@ int sigaction(int number, const struct sigaction* next, struct sigaction* before
     if (before) *before = others_handler;
     if (next) others_handler = *next;
     return 0;
+}
+
+// C's own signal() does not come by the function above.
+sighandler_t signal(int number, sighandler_t next) {
+    struct sigaction wanted = {.sa_handler = next, .sa_flags = SA_RESTART}, before;
+    return sigaction(number, &wanted, &before) ? SIG_ERR : before.sa_handler;
 }
 
 static int open_cpuinfo(void) {
@@ -140,7 +147,8 @@ __attribute__((constructor)) static void hide(void) {
             masks[FEATURES[i].subleaf][FEATURES[i].target] |= 1u << FEATURES[i].bit;
     struct sigaction ours = {.sa_sigaction = answer, .sa_flags = SA_SIGINFO | SA_NODEFER};
     real_sigaction(SIGSEGV, &ours, NULL);
-    if (!getenv("CPUID_IS_EMULATED") && syscall(SYS_arch_prctl, ARCH_SET_CPUID, 0)) {
+    is_trapped = getenv("CPUID_IS_TRAPPED") != NULL;
+    if (!is_trapped && syscall(SYS_arch_prctl, ARCH_SET_CPUID, 0)) {
         perror("this kernel or processor cannot have CPUID fault");
         _exit(97);
     }

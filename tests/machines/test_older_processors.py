@@ -9,7 +9,7 @@ import pytest
 
 from arriero.export.compile import build_kernels
 from arriero.runtimes.cpu import cpu_features
-from tests.machines.hidden import MACHINES, OlderMachine, older_machine
+from tests.machines.hidden import MACHINES, OlderMachine, older_machine_or_skip
 
 TESTS = Path(__file__).parents[1]
 # Each class with the level of our kernels there, and with the processor that `cpu: native` compiles for.
@@ -25,15 +25,13 @@ def machine(name: str, folder: Path) -> OlderMachine:
     """Such a machine, on a processor that has what it has."""
     if NEEDS[name] not in cpu_features():
         pytest.skip(f"needs a processor with {NEEDS[name]}")
-    return older_machine(name, folder)
+    return older_machine_or_skip(name, folder)
 
 
 def run_tests(file: str, words: str, on: OlderMachine) -> str:
     """Run the tests of `file`, wherever it lies, that -k's `words` name; give pytest's closing line."""
     (path,) = TESTS.rglob(file)
-    done = on.run(
-        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path), "-k", words, cwd=TESTS.parent
-    )
+    done = on.run(sys.executable, "-m", "pytest", "-q", str(path), "-k", words, cwd=TESTS.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()[-1]
 
