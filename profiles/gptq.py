@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from arriero.profiles.grids import Grid
 from arriero.profiles.input_factor import InputFactor
+from arriero.profiles.piecewise import piecewise
 from arriero.profiles.quantize import Quantized, check_weight, half_scales, pack
 
 # Shares of the largest magnitude that a block's scale is tried at; below 0.6 none was ever chosen.
@@ -40,39 +41,51 @@ def gptq(
     U H Uᵀ = 1, so that the sum over their squares is the error of the outputs under the damped moments.
     """
     check_weight(weight, bits=grid.bits, block=block, name=name)
-    scales = search_scales(weight, factor.importance, grid=grid, block=block, name=name)  # [N, J]
-    integers, error = np.empty(weight.shape, np.float32), 0.0
-    for start in range(0, len(weight), ROWS):
-        rows = slice(start, start + ROWS)
-        steps = np.repeat(scales[rows].T, block, 0)[factor.order]  # [K, n], as all below: a column lies together
-        columns = np.ascontiguousarray(weight[rows].T)[factor.order]
-        rounded, passed = _round_columns(columns.copy(), steps, factor.upper, grid)
-        lost = columns - rounded * steps
-        error += passed - factor.added * float(np.sum(np.square(lost, dtype=np.float64)))
-        integers[rows, factor.order] = rounded.T
-    return pack(integers, scales, bits=grid.bits, block=block, grid=grid.name), max(error, 0.0)
+    scales = np.empty((len(weight), weight.shape[1] // block), np.float32)
+    levels = np.empty(weight.shape, np.float32)
+
+    def round_piece(rows: slice) -> float:
+        scales[rows] = search_scales(weight[rows], factor.importance, grid=grid, block=block, name=name)
+        return _round_columns(weight[rows], scales[rows], factor, grid, levels[rows])
+
+    with piecewise() as each:
+        error = sum(each(round_piece, len(weight), ROWS))
+    return pack(levels, scales, bits=grid.bits, block=block, grid=grid.name), max(error, 0.0)
 
 
 def _round_columns(
-    rest: NDArray[np.float32], steps: NDArray[np.float32], upper: NDArray[np.float32], grid: Grid
-) -> tuple[NDArray[np.float32], float]:
-    """The integers [K, n] of columns `rest` [K, n], which is used up, at scales `steps`, and their errors' squares."""
-    integers, squares = np.empty_like(rest), 0.0
-    divisors = np.where(steps == 0, np.float32(1), steps)
+    weight: NDArray[np.float32],
+    scales: NDArray[np.float32],
+    factor: InputFactor,
+    grid: Grid,
+    levels: NDArray[np.float32],
+) -> float:
+    """The `levels` [n, K] of rows `weight` [n, K] at `scales` [n, J], and the error of their outputs."""
+    order, upper, block = factor.order, factor.upper, weight.shape[1] // scales.shape[1]
+    # as all below: a column lies together
+    steps_of = np.ascontiguousarray(scales.T)
+    divisors_of = np.where(steps_of == 0, np.float32(1), steps_of)
+    rest = weight.T[order]
+    error = 0.0
     for start in range(0, len(rest), PANEL):
         stop = min(start + PANEL, len(rest))
-        errors = np.empty((stop - start, rest.shape[1]), np.float32)
+        errors, rounded = np.empty((2, stop - start, rest.shape[1]), np.float32)
+        blocks = order[start:stop] // block
         for strip in range(start, stop, STRIP):
             end = min(strip + STRIP, stop)
             for column in range(strip, end):
-                error = errors[column - start]
-                grid.round(rest[column] / divisors[column], out=integers[column])
-                error[:] = (rest[column] - integers[column] * steps[column]) / upper[column, column]
-                rest[column + 1 : end] -= upper[column, column + 1 : end, None] * error
+                at, of = column - start, blocks[column - start]
+                grid.round(rest[column] / divisors_of[of], out=rounded[at])
+                errors[at] = (rest[column] - rounded[at] * steps_of[of]) / upper[column, column]
+                rest[column + 1 : end] -= upper[column, column + 1 : end, None] * errors[at]
             rest[end:stop] -= upper[strip:end, end:stop].T @ errors[strip - start : end - start]
         rest[stop:] -= upper[start:stop, stop:].T @ errors
-        squares += float(np.sum(np.square(errors, dtype=np.float64)))
-    return integers, squares
+        columns = order[start:stop]
+        levels[:, columns] = rounded.T
+        lost = weight[:, columns].T - rounded * steps_of[blocks]
+        for squares, times in ((errors, 1.0), (lost, -factor.added)):
+            error += times * float(np.sum(np.square(squares, out=squares), dtype=np.float64))
+    return error
 
 
 def search_scales(

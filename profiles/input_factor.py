@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from arriero.profiles.piecewise import Each, piecewise
+
 SMALL = 256  # triangular matrices up to here are factored, inverted and multiplied as they are
 
 
@@ -43,10 +45,11 @@ def _inverse_factor(moment: NDArray[np.float64], order: NDArray[np.int64], added
     turned = order[::-1]
     matrix = moment[np.ix_(turned, turned)]
     matrix[np.diag_indices(len(matrix))] += added
-    return np.ascontiguousarray(_inverse_cholesky(matrix)[::-1, ::-1], np.float32)
+    with piecewise() as each:
+        return np.ascontiguousarray(_inverse_cholesky(matrix, each)[::-1, ::-1], np.float32)
 
 
-def _inverse_cholesky(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+def _inverse_cholesky(matrix: NDArray[np.float64], each: Each) -> NDArray[np.float64]:
     """The inverse of the Cholesky factor of `matrix`, by halves, so that nearly all of it is products of matrices.
 
     Only the lower triangle is read, and its second half written over.
@@ -56,25 +59,30 @@ def _inverse_cholesky(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.tril(np.linalg.inv(np.linalg.cholesky(matrix)))
     half = size // 2
     inverse = np.zeros((size, size))
-    first = inverse[:half, :half] = _inverse_cholesky(matrix[:half, :half])
-    below = _times_lower(matrix[half:, :half], first, transposed=True)  # the factor's own
+    first = inverse[:half, :half] = _inverse_cholesky(matrix[:half, :half], each)
+    below = _times_lower(matrix[half:, :half], first, each, transposed=True)  # the factor's own
     rest = matrix[half:, half:]
-    for start in range(0, len(rest), SMALL):
-        rest[start:, start : start + SMALL] -= below[start:] @ below[start : start + SMALL].T
-    last = inverse[half:, half:] = _inverse_cholesky(rest)
-    inverse[half:, :half] = -_times_lower(_times_lower(below, first).T, last, transposed=True).T
+
+    def subtract(columns: slice) -> None:
+        rest[columns.start :, columns] -= below[columns.start :] @ below[columns].T
+
+    each(subtract, len(rest), SMALL)
+    last = inverse[half:, half:] = _inverse_cholesky(rest, each)
+    inverse[half:, :half] = -_times_lower(_times_lower(below, first, each).T, last, each, transposed=True).T
     return inverse
 
 
 def _times_lower(
-    matrix: NDArray[np.float64], lower: NDArray[np.float64], transposed: bool = False
+    matrix: NDArray[np.float64], lower: NDArray[np.float64], each: Each, transposed: bool = False
 ) -> NDArray[np.float64]:
     """`matrix` [n, K] times the lower triangular `lower` [K, K] or its transpose, without most of its zeros."""
     product = np.empty(matrix.shape)
-    for start in range(0, len(lower), SMALL):
-        stop = min(start + SMALL, len(lower))
+
+    def multiply(columns: slice) -> None:
         if transposed:
-            np.matmul(matrix[:, :stop], lower[start:stop, :stop].T, out=product[:, start:stop])
+            np.matmul(matrix[:, : columns.stop], lower[columns, : columns.stop].T, out=product[:, columns])
         else:
-            np.matmul(matrix[:, start:], lower[start:, start:stop], out=product[:, start:stop])
+            np.matmul(matrix[:, columns.start :], lower[columns.start :, columns], out=product[:, columns])
+
+    each(multiply, len(lower), SMALL)
     return product

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from arriero.errors import ArrieroError
 
 ROWS = 1024  # of an expert's inputs, held at once
-AT_ONCE = 1024  # features whose moments with all others are added at a time
+AT_ONCE = 1024  # features whose moments with those from them on are added at a time
 
 
 class Moments:
@@ -26,12 +26,17 @@ class Moments:
         self.count = 0
         self.largest = np.zeros(features, np.float32)
         self._moment = np.zeros((features, features), np.float64) if second else None
+        self._whole = True  # one half of it is the other's mirror image, which is drawn when it is asked for
 
     @property
     def moment(self) -> NDArray[np.float64]:
         """The second moments [K, K]."""
         if self._moment is None:
             raise ValueError("second moments were not asked for")
+        if not self._whole:
+            for start in range(AT_ONCE, len(self._moment), AT_ONCE):
+                self._moment[start : start + AT_ONCE, :start] = self._moment[:start, start : start + AT_ONCE].T
+            self._whole = True
         return self._moment
 
     def add(self, rows: NDArray[np.float32]) -> None:
@@ -40,8 +45,9 @@ class Moments:
         if len(rows):
             self.largest = np.maximum(self.largest, np.abs(rows).max(0))
             if self._moment is not None:
+                self._whole = False
                 for start in range(0, len(self.largest), AT_ONCE):
-                    self._moment[start : start + AT_ONCE] += rows.T[start : start + AT_ONCE] @ rows
+                    self._moment[start : start + AT_ONCE, start:] += rows.T[start : start + AT_ONCE] @ rows[:, start:]
 
 
 def check_finite(

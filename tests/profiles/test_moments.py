@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 
 from arriero.errors import ArrieroError
-from arriero.profiles.moments import Moments, check_finite
+from arriero.profiles.moments import AT_ONCE, Moments, check_finite
 
 
-def test_moments_in_pieces_are_those_of_the_whole() -> None:
-    rows = np.random.default_rng(0).standard_normal((37, 8)).astype(np.float32)
-    seen = Moments(8)
+@pytest.mark.parametrize("features", [8, AT_ONCE + 5])
+def test_moments_in_pieces_are_those_of_the_whole(features: int) -> None:
+    rows = np.random.default_rng(0).standard_normal((37, features)).astype(np.float32)
+    seen = Moments(features)
     for piece in np.split(rows, [0, 5, 20]):
         seen.add(piece)
+        assert (seen.moment == seen.moment.T).all()  # asked for in the middle, too
     assert seen.count == 37
     np.testing.assert_array_equal(seen.largest, np.abs(rows).max(0))
     np.testing.assert_allclose(seen.moment, rows.T.astype(np.float64) @ rows, rtol=1e-5, atol=1e-5)
