@@ -37,12 +37,16 @@ class Package:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of memory that a backend takes beside weights and cache, as `benchmarks/plan_accuracy.py` measures them."""
+    """Bytes that a backend takes beside weights and cache, as `benchmarks/plan_accuracy.py` measures them.
+
+    Of memory, but for `code`.
+    """
 
     compiler: int = 0  # the first time; half of it later
     runtime: int = 0
     stays: int = 0  # in the process once it was used, of its packages and of what it keeps for its next use
     steps: int = 0  # how many times what a step of a prompt computes in
+    code: int = 0  # on disk, of each part that is compiled
     maps_weights: bool = False  # read where the file is mapped; else each is copied, a quantised one packed besides
 
 
@@ -102,7 +106,9 @@ TRAITS: dict[str, BackendTraits] = {
                 Package("apache-tvm-ffi", "0.1.14", extra="tvm", imports=("tvm_ffi",)),
             ),
             files=(".so", ".json"),
-            footprint=Footprint(compiler=70 << 20, runtime=135 << 20, stays=80 << 20, steps=1, maps_weights=True),
+            footprint=Footprint(
+                compiler=70 << 20, runtime=135 << 20, stays=80 << 20, steps=1, code=1900 << 10, maps_weights=True
+            ),
             switches_adapters=True,
             keeps_stored_dtype=True,
             takes_half_scales=True,

@@ -11,6 +11,7 @@ from arriero.export.build_file.model_spec import model_spec
 from arriero.export.build_file.schema import BuildConfig, Target
 from arriero.export.calibration import estimate
 from arriero.export.calibration.estimate import REFERENCE_MEMORY
+from arriero.export.pipeline.disk_plan import KERNELS_DISK, graphs_disk, parts_of, report_disk
 from arriero.export.pipeline.planned import PlannedTarget
 from arriero.export.pipeline.record_plan import record_bytes, record_memory, walk_bytes
 from arriero.export.pipeline.stages import split_stage
@@ -34,10 +35,8 @@ CACHE_BYTES = {**ITEM_BYTES, "bfloat16": 2}  # of a number in a cache of keys an
 # The estimates' constants, from runs on small models as `benchmarks/plan_accuracy.py` makes them.
 TRACE_MEMORY, TRACE_LAYER = 320 << 20, 4 << 20  # Python with torch and onnx, and the graph of a layer
 COMPILER_MEMORY, COMPILERS = 235 << 20, 5  # one at work on our kernels, and how many there are to run
-KERNELS_DISK = 2 << 20
 ENGINE_MEMORY, ENGINE_COPIES = 1 << 30, 3  # a builder, and the weights: mapped, in its network, serialized
 ENGINE_DISK = 64 << 20  # the code in three engines
-GRAPH_DISK = 16 << 20  # traced and lowered graphs without weights, tokenizer, reports
 LARGEST_PIECE = 140 << 20  # pieces of a matrix on their way through; an expert is rounded whole
 PIECE_COPIES = 2.8  # of an expert: in float32, over its scales, rounded, and packed
 PACKED_SHARE = 0.18  # of float32's bytes, of quantised matrices but the head
@@ -59,10 +58,12 @@ def estimate_needs(
     sizes: Sequence[estimate.Size],
     case_sizes: Sequence[estimate.Size],
     answers: AnswerMode,
+    side: int,
 ) -> dict[str, Need]:
     """Peak memory and disk of each of the stages `names`; `seen` is the model as far as the modalities need it.
 
-    `waiting` are the names of the targets that wait for calibration.
+    `waiting` are the names of the targets that wait for calibration, `side` the bytes of what bundles take from the
+    checkpoint beside weights.
     """
     second = any(profile.rounds_by_gptq for profile in calibrates)
     chooses = any(profile.choose is not None for profile in calibrates)
@@ -70,7 +71,7 @@ def estimate_needs(
     calibrated = estimate.walk_disk(config, sizes) + estimate.roundings_disk(calibrates, used)
     walk = estimate.calibration_memory(config, used, sizes, second, chooses)
     needs = {
-        "graph": (TRACE_MEMORY + TRACE_LAYER * len(seen.text.layers), 0),
+        "graph": (TRACE_MEMORY + TRACE_LAYER * len(seen.text.layers), graphs_disk(seen)),
         "calibrate": (walk, calibrated),
         **{
             name: (record_memory(seen, used, case_sizes, answers), walked)
@@ -88,10 +89,11 @@ def estimate_needs(
             needs["calibrate"] = (held - REFERENCE_MEMORY + walk, calibrated)
         first = target.backend not in used_before
         compiling = takes.compiler if first else takes.compiler // 2
-        lowering = (held + compiling + _lower_memory(used, target), target.weights_bytes + GRAPH_DISK)
+        written = target.weights_bytes + graphs_disk(seen) + parts_of(seen) * takes.code + side
+        lowering = (held + compiling + _lower_memory(used, target), written)
         if target.on_gpu:  # an engine beside the weights that it is made of
             engine = ENGINE_MEMORY + ENGINE_COPIES * target.weights_bytes
-            lowering = (max(lowering[0], engine), 2 * target.weights_bytes + ENGINE_DISK)
+            lowering = (max(lowering[0], engine), written + target.weights_bytes + ENGINE_DISK)
         needs[f"lower-{target.name}"] = lowering
         if TRAITS[target.backend].compiles_for == "cpu":
             kernels = {name for name in names if name.startswith("kernels-")} - needs.keys()
@@ -100,9 +102,10 @@ def estimate_needs(
             held += takes.stays
             used_before.add(target.backend)
         parity = held + _parity_memory(used, target, seen, longest)
-        needs |= {name: (parity, GRAPH_DISK) for name in names if split_stage(name)[0] == f"parity-{target.name}"}
+        proof = (parity, report_disk(len(case_sizes)))
+        needs |= {name: proof for name in names if split_stage(name)[0] == f"parity-{target.name}"}
         # the baseline's weights lie beside the bundle's own while it is measured
-        needs[f"rtn-{target.name}"] = (max(lowering[0], parity + RTN_LEFT), target.weights_bytes + GRAPH_DISK)
+        needs[f"rtn-{target.name}"] = (max(lowering[0], parity + RTN_LEFT), written + proof[1])
     return needs
 
 

@@ -15,6 +15,7 @@ from arriero.export.build_file.schema import BuildConfig
 from arriero.export.machine.budget import free_disk
 from arriero.export.machine.speed import measure_speed
 from arriero.export.pipeline.check_build import Asked, Findings, check_asked, check_ready
+from arriero.export.pipeline.disk_plan import side_disk
 from arriero.export.pipeline.estimate_needs import CONTEXTS, estimate_needs, is_used, plan_target, price_context
 from arriero.export.pipeline.estimate_time import Work, estimate_seconds
 from arriero.export.pipeline.fitted_profiles import fitted_profiles
@@ -77,7 +78,17 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
         for target in build.targets
     )
     needs = estimate_needs(
-        keys, config, seen, used, targets, calibrating(profiles), waiting, sizes, case_sizes, answer_mode(build)
+        keys,
+        config,
+        seen,
+        used,
+        targets,
+        calibrating(profiles),
+        waiting,
+        sizes,
+        case_sizes,
+        answer_mode(build),
+        side_disk(checkpoint),
     )
     work_to_do = Work(seen, used, sizes, case_sizes, answer_mode(build), calibrating(profiles))
     times = estimate_seconds(undone, work_to_do, targets, measure_speed()) if undone else {}

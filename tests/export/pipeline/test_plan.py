@@ -15,7 +15,7 @@ from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.export.build_file.read import load_build
 from arriero.export.build_file.schema import BuildConfig
 from arriero.export.cli.show_plan import show_plan
-from arriero.export.pipeline.estimate_needs import GRAPH_DISK, kv_bytes
+from arriero.export.pipeline.estimate_needs import kv_bytes
 from arriero.export.pipeline.plan import make_plan
 from arriero.export.pipeline.planned import Plan
 from arriero.export.pipeline.stage_keys import stage_inputs
@@ -244,7 +244,9 @@ def test_finished_stages_are_known_and_need_nothing_more(folder):
     finish(build, ["graph", "reference", "lower-small"])
     plan = make_plan(build)
     assert [stage.name for stage in plan.stages if stage.done] == ["graph", "reference", "lower-small"]
-    assert plan.disk == plan.targets[1].weights_bytes + 3 * GRAPH_DISK
+    left = {stage.name: stage.disk for stage in plan.stages if not stage.done}
+    assert {"lower-exact", "parity-exact"} <= left.keys()
+    assert plan.disk == sum(left.values())
     finish(build)
     plan = make_plan(build)
     assert plan.done
@@ -424,7 +426,8 @@ def test_a_profile_that_calibrates_is_part_of_the_calibration_and_of_its_costs(f
     assert keys[0] != keys[1]
     plan = make_plan(changed)
     assert plan.targets[0].weights["int4"] > 0
-    assert plan.disk - 2 * GRAPH_DISK > sum(target.weights_bytes for target in plan.targets)
+    disk = {stage.name: stage.disk for stage in plan.stages}
+    assert disk["calibrate"] > plan.targets[0].weights["int4"]  # the roundings lie there until they are lowered
 
 
 def test_a_block_that_does_not_divide_is_refused_before_anything_is_built(folder):
