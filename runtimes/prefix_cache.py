@@ -109,7 +109,21 @@ class PrefixCache:
     def save(self, tokens: Tokens, row: Cache) -> None:
         """Keep what the one row of `row`, which holds `tokens`, has beyond the blocks that are there."""
         length = len(tokens.ids)
-        edge, chain = self._edge(length), self._chain(tokens)
+        self._save(tokens, row, length, self._edge(length), 0)
+
+    def save_piece(self, tokens: Tokens, row: Cache, fresh: int, prompt: int) -> None:
+        """As `save`, the whole blocks alone, after `fresh` more tokens of a prompt of so many were read into `row`.
+
+        What each piece brought is copied while others wait, and not a long prompt at once.
+        """
+        held = len(tokens.ids)
+        length, before = (count - (count - self._edge(count)) % BLOCK for count in (held, held - fresh))
+        if length > before:
+            self._save(tokens, row, length, self._edge(prompt), before)
+
+    def _save(self, tokens: Tokens, row: Cache, length: int, edge: int, least: int) -> None:
+        """Keep the first `length` of `tokens`, chunked layers from `edge` on, where the first `least` are there."""
+        chain = self._chain(tokens)
         for count, (_, block) in enumerate(chain):
             over = block.start >= edge and not block.has_chunked  # saved when its chunk was over; it is the current one
             if over or block.stop < min(self._end(block.start), length):  # or a short one that is longer now
@@ -117,11 +131,11 @@ class PrefixCache:
                 break
         self._touch(chain)
         name, at = (chain[-1][0], chain[-1][1].stop) if chain else (tokens.root, 0)
-        if at == length:
+        if not least <= at < length:
             return
         snapshot = row.snapshot(0, at)
         while at < length:
-            block = self._block(snapshot, name, at, min(self._end(at), length))
+            block = self._block(snapshot, name, at, min(self._end(at), length), edge)
             name, at = tokens.name(name, at, block.stop), block.stop
             chain.append((name, block))
             if not self._put(name, block, {of_chain for of_chain, _ in chain}):
@@ -160,13 +174,14 @@ class PrefixCache:
             if name in self._entries:
                 self._entries.move_to_end(name)
 
-    def _block(self, snapshot: Snapshot, before: bytes, start: int, stop: int) -> _Block:
-        """Tokens `start` to `stop` of `snapshot`."""
-        edge = self._edge(snapshot.length)
+    def _block(self, snapshot: Snapshot, before: bytes, start: int, stop: int, edge: int) -> _Block:
+        """Tokens `start` to `stop` of `snapshot`; of chunked layers, whose chunks before `edge` nobody needs, too."""
         spans = []
         for layer in self.spec.layers:
-            first = max(snapshot.start, edge if layer.attention == "chunked" else 0)
-            spans.append(slice(start - first, stop - first) if start >= first else slice(0, 0))
+            chunked = layer.attention == "chunked"
+            first = max(snapshot.start, self._edge(snapshot.length) if chunked else 0)
+            held = start >= (max(first, edge) if chunked else first)
+            spans.append(slice(start - first, stop - first) if held else slice(0, 0))
         keys, values = (
             tuple(buffer[:, span].copy() for buffer, span in zip(buffers, spans, strict=True))
             for buffers in (snapshot.keys, snapshot.values)

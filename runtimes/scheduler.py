@@ -234,6 +234,8 @@ class Scheduler:
             request.position += count
             self.stats.prefilled_tokens += count
             if request.position < len(request.ids):
+                if self._prefixes is not None and request.place is None:
+                    self._prefixes.save_piece(request.tokens_held, self._rows.reading, count, len(request.ids))
                 return
             self._keep(request, self._rows.reading)
             news = self._take(request, [logits], [], self._rows.reading)

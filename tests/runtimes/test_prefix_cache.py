@@ -170,6 +170,52 @@ def test_a_prefix_larger_than_all_bytes_keeps_its_beginning(toy_session: Callabl
     assert session.stats().reused_tokens >= 8
 
 
+@pytest.mark.parametrize("length", [7, 12, 16, 21, 27])
+@pytest.mark.parametrize("piece", [1, 3, 5, 9])
+def test_a_prompt_is_kept_while_it_is_read_as_it_would_be_at_once(
+    toy_session: Callable[[int], Session], toy: Any, monkeypatch: pytest.MonkeyPatch, length: int, piece: int
+) -> None:
+    prompt, kept = Prompt(ids(length) % 256), []
+    for pieces in (toy.piece, piece):
+        monkeypatch.setattr(toy, "piece", pieces)
+        session = toy_session(MANY)
+        copied: list[int] = []
+        snapshot = type(toy.new_cache(1, 8)).snapshot
+
+        def counted(cache: Any, row: int, start: int = 0, take: Any = snapshot, log: list[int] = copied) -> Any:
+            log.append(int(cache.lengths[row]) - start)
+            return take(cache, row, start)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(toy.new_cache(1, 8)), "snapshot", counted)
+            session.generate(prompt, max_tokens=1)
+        assert max(copied) <= (pieces + prefix_cache.BLOCK if pieces == piece else length)
+        kept.append(prefixes(session)._entries)
+    assert [*kept[0]] == [*kept[1]]
+    for one, other in zip(*(entries.values() for entries in kept), strict=True):
+        assert (one.before, one.start, one.stop, one.has_chunked) == (
+            other.before,
+            other.start,
+            other.stop,
+            other.has_chunked,
+        )
+        for mine, whole in zip((*one.keys, *one.values), (*other.keys, *other.values), strict=True):
+            np.testing.assert_allclose(mine, whole, atol=1e-5)  # float32, summed in another order
+
+
+def test_a_prompt_too_long_to_be_kept_is_not_copied_again_with_each_piece(
+    toy_session: Callable[[int], Session], toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = toy_session(MANY)
+    probe.generate(Prompt(ids(16) % 256), max_tokens=1)
+    monkeypatch.setattr(toy, "piece", 4)
+    session, saved = toy_session(prefixes(probe).nbytes), []
+    block = PrefixCache._block
+    monkeypatch.setattr(PrefixCache, "_block", lambda self, *rest: (saved.append(rest), block(self, *rest))[1])
+    session.generate(Prompt(np.concatenate([ids(16), ids(60, 1)]) % 256), max_tokens=1)
+    assert len(saved) <= 76 // prefix_cache.BLOCK + 1
+
+
 def test_a_hash_covers_every_token_before(toy_session: Callable[[int], Session]) -> None:
     session = toy_session(MANY)
     first, second = ids(24) % 256, ids(24) % 256
