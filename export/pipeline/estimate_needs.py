@@ -34,7 +34,7 @@ CACHE_BYTES = {**ITEM_BYTES, "bfloat16": 2}  # of a number in a cache of keys an
 
 # The estimates' constants, from runs on small models as `benchmarks/plan_accuracy.py` makes them.
 TRACE_MEMORY, TRACE_LAYER = 320 << 20, 4 << 20  # Python with torch and onnx, and the graph of a layer
-COMPILER_MEMORY, COMPILERS = 235 << 20, 5  # one at work on our kernels, and how many there are to run
+COMPILER_MEMORY, COMPILERS = 306 << 20, 5  # one at work on our kernels, and how many there are to run
 ENGINE_MEMORY, ENGINE_COPIES = 1 << 30, 3  # a builder, and the weights: mapped, in its network, serialized
 ENGINE_DISK = 64 << 20  # the code in three engines
 LARGEST_PIECE = 140 << 20  # pieces of a matrix on their way through; an expert is rounded whole

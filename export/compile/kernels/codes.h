@@ -21,7 +21,7 @@ struct FourBits {
     static Int end(Int before, Sums sums) { return end_few(before, sums); }
 };
 
-// Numbers of the levels of GRID4, which are integers of eight bits.
+// Numbers of the levels of GRID4, which are integers of seven bits.
 struct GridBits {
     static constexpr int BITS = 4;
     static constexpr int64_t FEATURES = INT64_MAX;
@@ -29,7 +29,7 @@ struct GridBits {
 
     static void load(const uint8_t* p, Weights& low, Weights& high) { load_grid4(p, low, high); }
     static Sums begin(Int sums) { return sums; }
-    static Sums dot(Sums sums, Weights w, Quad x) { return dot8(sums, w, x); }
+    static Sums dot(Sums sums, Weights w, Quad x) { return dot7(sums, w, x); }
     static Int end(Int, Sums sums) { return sums; }
 };
 

@@ -5,6 +5,6 @@
 
 namespace ARRIERO_LEVEL {
 
-constexpr int8_t GRID4[16] = {-127, -94, -72, -55, -40, -27, -15, -3, 8, 19, 31, 43, 56, 72, 91, 116};
+constexpr int8_t GRID4[16] = {-65, -48, -37, -28, -21, -14, -8, -2, 4, 10, 16, 22, 29, 37, 47, 59};
 
 }  // namespace ARRIERO_LEVEL

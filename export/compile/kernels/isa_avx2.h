@@ -20,7 +20,7 @@ constexpr int FLOAT_ROWS = 6;
 constexpr int FLOAT_VECTORS = 2;
 constexpr int INT_ROWS = 4;
 constexpr int INT_PANELS = 1;
-constexpr int INT8_OFFSET = 0;
+constexpr int INT8_OFFSET = 0, GRID4_OFFSET = 65;  // what a dot sees is the stored number and this
 
 inline Float load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Float a) { _mm256_storeu_ps(p, a); }
@@ -113,12 +113,16 @@ inline void load_int4(const uint8_t* p, Weights& low, Weights& high) {
     high.magnitude = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
 }
 inline void load_grid4(const uint8_t* p, Weights& low, Weights& high) {
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(GRID4)));
+    const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(GRID4));
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_add_epi8(levels, _mm_set1_epi8(GRID4_OFFSET)));
     load_int4(p, low, high);
-    low.value = _mm256_shuffle_epi8(table, low.magnitude);
-    high.value = _mm256_shuffle_epi8(table, high.magnitude);
-    low.magnitude = _mm256_abs_epi8(low.value);
-    high.magnitude = _mm256_abs_epi8(high.value);
+    low.magnitude = _mm256_shuffle_epi8(table, low.magnitude);
+    high.magnitude = _mm256_shuffle_epi8(table, high.magnitude);
+}
+// Two products of 0 .. 124 and -127 .. 127 fit 16 bits.
+inline Int dot7(Int sums, Weights w, Quad x) {
+    const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, x);
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 // Two products of 0 .. 15 and -127 .. 127 are at most 3,810, so that 16 bits hold eight times as much.
 using Few = __m256i;

@@ -22,7 +22,7 @@ constexpr int FLOAT_ROWS = 6;     // tile of the float product, in rows
 constexpr int FLOAT_VECTORS = 4;  // and in vectors of columns: its sums and one row of operands fill the registers
 constexpr int INT_ROWS = 6;       // tile of the integer product, in rows
 constexpr int INT_PANELS = 2;     // and in panels of 16 outputs
-constexpr int INT8_OFFSET = 128;  // what `dot8` sees is q + INT8_OFFSET
+constexpr int INT8_OFFSET = 128, GRID4_OFFSET = 65;  // what a dot sees is the stored number and this
 
 inline Float load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Float a) { _mm512_storeu_ps(p, a); }
@@ -94,14 +94,15 @@ inline void load_int4(const uint8_t* p, Weights& low, Weights& high) {
     low = _mm512_and_si512(bytes, nibble);
     high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
 }
-// The levels of GRID4 that two times 4 * LANES nibbles number, as `dot8` reads them.
+// The levels of GRID4 that two times 4 * LANES nibbles number, as `dot7` reads them.
 inline void load_grid4(const uint8_t* p, Weights& low, Weights& high) {
-    const __m128i levels = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(GRID4)), _mm_set1_epi8(-128));
-    const __m512i table = _mm512_broadcast_i32x4(levels);
+    const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(GRID4));
+    const __m512i table = _mm512_broadcast_i32x4(_mm_add_epi8(levels, _mm_set1_epi8(GRID4_OFFSET)));
     load_int4(p, low, high);
     low = _mm512_shuffle_epi8(table, low);
     high = _mm512_shuffle_epi8(table, high);
 }
+inline Int dot7(Int sums, Weights w, Quad x) { return _mm512_dpbusd_epi32(sums, w, x); }
 // Sums of dots of 4-bit weights with at most FEW_FEATURES features, begun from and ended in those of a block.
 using Few = Int;
 constexpr int64_t FEW_FEATURES = INT64_MAX;

@@ -22,7 +22,7 @@ constexpr int INT_ROWS = 4;
 constexpr int INT_ROWS = 2;
 #endif
 constexpr int INT_PANELS = 2;
-constexpr int INT8_OFFSET = 0;
+constexpr int INT8_OFFSET = 0, GRID4_OFFSET = 0;
 
 inline Float load(const float* p) { return vld1q_f32(p); }
 inline void store(float* p, Float a) { vst1q_f32(p, a); }
@@ -98,6 +98,7 @@ inline Int dot8(Int sums, Weights w, Quad x) {
     return vaddq_s32(sums, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
 }
 #endif
+inline Int dot7(Int sums, Weights w, Quad x) { return dot8(sums, w, x); }
 using Few = Int;
 constexpr int64_t FEW_FEATURES = INT64_MAX;
 inline Few begin_few(Int sums) { return sums; }

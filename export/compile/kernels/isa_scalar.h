@@ -11,7 +11,7 @@ constexpr int FLOAT_ROWS = 2;
 constexpr int FLOAT_VECTORS = 4;
 constexpr int INT_ROWS = 1;
 constexpr int INT_PANELS = 1;
-constexpr int INT8_OFFSET = 0;
+constexpr int INT8_OFFSET = 0, GRID4_OFFSET = 0;
 
 struct Float {
     float at[LANES];
@@ -180,6 +180,7 @@ inline Int dot8(Int sums, Weights w, Quad x) {
         return total;
     });
 }
+inline Int dot7(Int sums, Weights w, Quad x) { return dot8(sums, w, x); }
 using Few = Int;
 constexpr int64_t FEW_FEATURES = INT64_MAX;
 inline Few begin_few(Int sums) { return sums; }
