@@ -175,7 +175,7 @@ class PrefixCache:
                 self._entries.move_to_end(name)
 
     def _block(self, snapshot: Snapshot, before: bytes, start: int, stop: int, edge: int) -> _Block:
-        """Tokens `start` to `stop` of `snapshot`; of chunked layers, whose chunks before `edge` nobody needs, too."""
+        """Tokens `start` to `stop` of `snapshot`, in chunked layers those from `edge` on."""
         spans = []
         for layer in self.spec.layers:
             chunked = layer.attention == "chunked"

@@ -15,13 +15,14 @@ from arriero.profiles.gptq import ROWS as GPTQ_ROWS
 from arriero.profiles.groups import is_layer_matrix
 from arriero.profiles.moments import ROWS
 from arriero.profiles.recipe import Profile
+from arriero.runtimes.cpu import usable_cores
 
 # From runs on small models, as `benchmarks/plan_accuracy.py` makes them.
 REFERENCE_MEMORY = 345 << 20  # Python with torch and its mapped weights, after a graph was traced
 LINEAR_MEMORY = 35 << 20  # what the libraries of linear algebra keep
 FACTORING = 3.3  # of second moments in float64, beside themselves: in GPTQ's order, inverted, halves on their way
 ROUND_BYTES = 14  # of a number in a matrix: read, in float32, rounded, packed
-PIECE_BYTES = 32  # of a number in the rows that are rounded at a time
+PIECE_BYTES = 6  # of a number in the rows that one thread rounds at a time
 EXPERT_BYTES = 6  # of a number in an expert on its way from 16 bits to float32
 SQUARE = 16  # bytes per pair of tokens: the attention's mask on its way from positions to float32
 EMBEDDED_TOKENS = 256  # words of a long embedded sample; its mean is 66 with the embedded model's tokenizer
@@ -66,7 +67,8 @@ def calibration_memory(
 def _rounding_memory(outputs: int, inputs: int) -> int:
     """Bytes that a matrix takes to be rounded beside its second moments: they are factored, then rows are rounded."""
     numbers = outputs * inputs
-    rounding = 4 * inputs**2 + ROUND_BYTES * numbers + PIECE_BYTES * min(outputs, GPTQ_ROWS) * inputs
+    at_once = min(outputs, usable_cores() * GPTQ_ROWS)
+    rounding = 4 * inputs**2 + ROUND_BYTES * numbers + PIECE_BYTES * at_once * inputs
     return int(max(8 * FACTORING * inputs**2 + 4 * numbers, rounding))
 
 
