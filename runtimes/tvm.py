@@ -42,6 +42,7 @@ from arriero.runtimes.expert_cache import ExpertCache
 from arriero.runtimes.memory import anonymous_memory
 from arriero.runtimes.memory_cap import MemoryShare, RecordSize, share_memory, step_bytes
 from arriero.runtimes.private_library import PrivateLibrary
+from arriero.runtimes.step_memory import StepMemory
 from arriero.runtimes.weight_files import MappedWeights, ReadWeights, WeightFiles, aligned, entry_bytes
 from arriero.traits import PREFILL_PIECE
 
@@ -82,6 +83,7 @@ class TvmBackend:
         # the tower is opened on the first image: a text-only app never pays for its memory
         for part in ("text", "embed"):
             self._graphs[part].open(POOLED if memory is None else NAIVE)
+        self._memory = StepMemory(self._token_bytes(self.piece), _empty_pool) if memory is None else None
         self.packs = text.packs
         self._experts = (
             ExpertCache(bundle, text.library, text.experts, text.tables, share.slots) if share.slots else None
@@ -101,6 +103,10 @@ class TvmBackend:
         layers = [entry for entry in self._graphs["text"].weights if ".layers." in entry["name"]]
         widths = [entry["shape"][0] * (PANEL if entry["dtype"] == "UINT8" else 1) for entry in layers]
         return step_bytes(self.spec, max(widths, default=0), tokens)
+
+    def _token_bytes(self, tokens: int) -> int:
+        """What of that there is for each token, without logits."""
+        return self._step_bytes(tokens) - self._step_bytes(0)
 
     def vision(self, pixel_values: Floats) -> Floats:
         """Turn tiles f32 [n, 3, h, w] into features f32 [n * tokens_per_tile, H]."""
@@ -180,16 +186,24 @@ class TvmBackend:
         if self._experts is not None:
             self._experts.close()
         self._graphs.clear()
-        # what steps no longer use TVM keeps for the next ones, of whatever session
-        load_runtime().get_global_func("vm.builtin.memory_manager.clear")()
+        _empty_pool()
 
     def _step(self, feeds: Mapping[str, np.ndarray], function: str) -> list[np.ndarray]:
+        if self._memory is not None:
+            tokens, logits = feeds["inputs_embeds"].shape[1], len(feeds["logits_index"])
+            nbytes = self._token_bytes(tokens) + 4 * self.spec.vocab_size * logits
+            self._memory.before((function, tokens, logits, len(feeds["row_starts"])), nbytes)
         try:
             return self._graphs["text"].run(feeds, function)
         except Exception:
             if self._experts is not None:
                 self._experts.check_reads()
             raise
+
+
+def _empty_pool() -> None:
+    """Drop what steps no longer use and TVM keeps for the next ones, of whatever session."""
+    load_runtime().get_global_func("vm.builtin.memory_manager.clear")()
 
 
 def open_backend(bundle: Path, spec: ModelSpec, options: BackendOptions) -> TvmBackend:

@@ -1,0 +1,50 @@
+"""A session's memory does not grow with the number of different steps that it has taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+import arriero
+from arriero.runtimes.memory import anonymous_memory
+from arriero.runtimes.step_memory import KEPT, StepMemory
+
+MIB = 1 << 20
+
+
+def test_steps_of_known_sizes_empty_nothing_and_new_ones_only_what_would_be_too_much() -> None:
+    emptied: list[str] = []
+    memory = StepMemory(100, lambda: emptied.append(now))
+    for now, nbytes in (
+        ("60", 60), ("70", 70), ("60", 60), ("70", 70),
+        ("80", 80),  # beside 60 and 70 more than two of the largest
+        ("80", 80), ("60", 60),
+        ("300", 300),  # the largest now, of which two may be kept from here on
+        ("200", 200),
+    ):  # fmt: skip
+        memory.before(now, nbytes)
+    assert emptied == ["80", "200"]
+
+
+def test_a_session_keeps_the_memory_of_few_steps_however_many_sizes_it_saw(tvm_workshop: Path) -> None:
+    most = 120
+    with arriero.load(tvm_workshop / "bundles" / "fp32", threads=1) as session:
+        backend, ids = session.backend, np.random.default_rng(0).integers(3, 500, most)
+        cache = backend.new_cache(most, 8)
+
+        def step(rows: int) -> None:
+            some = cache.rows(0, rows)
+            embeds = backend.embed(ids[:rows, None], np.zeros((0, backend.spec.hidden_size), np.float32))
+            backend.forward(embeds, some.lengths[:, None].copy(), some, np.array([0]))
+            for row in range(rows):
+                cache.truncate(row, 0)
+
+        one = backend._token_bytes(most) + 4 * backend.spec.vocab_size * most
+        step(most)
+        before = anonymous_memory()
+        for rows in range(1, most):
+            step(rows)
+        grown = anonymous_memory() - before
+        every = sum(range(1, most)) / most * one  # that would be kept
+        assert grown < KEPT * one + 4 * MIB < every / 2
