@@ -2,9 +2,9 @@
 //
 // A process may not halt the processor, so that HLT faults as CPUID does under ARCH_SET_CPUID, with the same signal,
 // and hide_cpu_features.c answers both. Libraries are changed as they are mapped, before their constructors run; the
-// file stays as it is. CPUID's two bytes occur inside other instructions and in data too: objdump, run on what lies
-// before each place from two beginnings, must find an instruction there both times. Objects that the program starts
-// with (C's own library, the interpreter) are left alone.
+// file stays as it is. CPUID's two bytes occur inside other instructions and in tables amid code too: objdump, run on
+// what lies around each place from two beginnings, must find the instruction there both times, nothing about it that is
+// none, and EAX set before it. Objects that the program starts with (C's own library, the interpreter) are left alone.
 #define _GNU_SOURCE
 #include <elf.h>
 #include <link.h>
@@ -16,7 +16,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { BEFORE = 96, SECOND = 91, SIZE = 128, MOST = 4096 };  // bytes before a place, of a piece; places of a library
+enum { BEFORE = 96, SECOND = 91, NEAR = 64, AFTER = 32, SIZE = 192 };  // bytes around a place, and of a piece
+enum { MOST = 4096 };                                                  // places of a library
+enum { CPUID_THERE = 1, EAX_SET = 2, NOT_CODE = 4 };                   // what is found in a piece
 
 static const unsigned char CPUID[] = {0x0f, 0xa2}, HALT[] = {0xf4, 0x90};
 static int started;
@@ -26,17 +28,24 @@ static _Noreturn void fail(const char* what) {
     _exit(97);
 }
 
-// The code before `at` from `begin` bytes on, as one of the pieces that objdump reads; no-ops end and divide them.
-static void write_piece(int file, const unsigned char* from, const unsigned char* at, size_t begin) {
+// The code around `at`, from `begin` bytes before it on, as one of the pieces that objdump reads; no-ops divide them.
+static void write_piece(int file, const unsigned char* from, const unsigned char* to, const unsigned char* at,
+                        size_t begin) {
     unsigned char piece[SIZE];
-    size_t room = (size_t)(at - from), count = begin < room ? begin : room;
+    size_t before = (size_t)(at - from), after = (size_t)(to - at);
+    if (before > begin) before = begin;
+    if (after > sizeof CPUID + AFTER) after = sizeof CPUID + AFTER;
     memset(piece, 0x90, sizeof piece);
-    memcpy(piece + begin - count, at - count, count);
-    memcpy(piece + begin, CPUID, sizeof CPUID);
+    memcpy(piece + begin - before, at - before, before + after);
     if (write(file, piece, sizeof piece) != (ssize_t)sizeof piece) fail("cannot write code for objdump");
 }
 
-// Marks in `found` which of `count` pieces have the instruction where it was looked for, at SIZE * piece + begin.
+static int ends_with(const char* line, const char* end) {
+    size_t length = strcspn(line, "\n"), size = strlen(end);
+    return length >= size && memcmp(line + length - size, end, size) == 0;
+}
+
+// Marks in `found` what there is in each of `count` pieces.
 static void disassemble(int file, size_t count, unsigned char* found) {
     char path[32], line[256];
     int out[2], status;
@@ -46,15 +55,19 @@ static void disassemble(int file, size_t count, unsigned char* found) {
     if (pipe(out) || posix_spawn_file_actions_init(&actions)) fail("cannot start objdump");
     posix_spawn_file_actions_adddup2(&actions, out[1], STDOUT_FILENO);
     posix_spawn_file_actions_addclose(&actions, out[0]);
-    char* command[] = {"objdump", "-D", "-w", "--no-show-raw-insn", "-b", "binary", "-m", "i386:x86-64", path, NULL};
+    char* command[] = {"objdump", "-Dwz", "--no-show-raw-insn", "-b", "binary", "-m", "i386:x86-64", path, NULL};
     char* environment[] = {"PATH=/usr/local/bin:/usr/bin:/bin", "LC_ALL=C", NULL};
     if (posix_spawnp(&child, *command, &actions, NULL, command, environment)) fail("cannot start objdump");
     close(out[1]);
     FILE* text = fdopen(out[0], "r");
     while (text && fgets(line, sizeof line, text)) {
         char* end;
-        size_t address = strtoul(line, &end, 16), piece = address / SIZE, begin = piece % 2 ? SECOND : BEFORE;
-        if (strstr(end, "cpuid") && piece < count && address % SIZE == begin) found[piece] = 1;
+        size_t address = strtoul(line, &end, 16), piece = address / SIZE, at = address % SIZE;
+        size_t begin = piece % 2 ? SECOND : BEFORE;
+        if (*end != ':' || piece >= count || at + NEAR < begin) continue;  // a beginning may lie inside an instruction
+        if (at == begin && strstr(end, "cpuid")) found[piece] |= CPUID_THERE;
+        if (at < begin && (ends_with(end, "%eax") || ends_with(end, "%rax"))) found[piece] |= EAX_SET;
+        if (strstr(end, "(bad)")) found[piece] |= NOT_CODE;
     }
     if (!text || fclose(text) || waitpid(child, &status, 0) != child || status) fail("objdump failed");
     posix_spawn_file_actions_destroy(&actions);
@@ -72,15 +85,16 @@ static void trap(unsigned char* from, unsigned char* to) {
     if (!count) return;
     int file = memfd_create("code", 0);
     for (size_t place = 0; place < count; ++place) {
-        write_piece(file, from, places[place], BEFORE);
-        write_piece(file, from, places[place], SECOND);
+        write_piece(file, from, to, places[place], BEFORE);
+        write_piece(file, from, to, places[place], SECOND);
     }
     memset(found, 0, sizeof found);
     disassemble(file, 2 * count, found);
     close(file);
     size_t page = (size_t)getpagesize();
     for (size_t place = 0; place < count; ++place) {
-        if (!found[2 * place] || !found[2 * place + 1]) continue;
+        const int sure = CPUID_THERE | EAX_SET;
+        if (found[2 * place] != sure || found[2 * place + 1] != sure) continue;
         unsigned char* begin = places[place] - (size_t)places[place] % page;
         size_t size = (size_t)(places[place] + sizeof HALT - begin);
         if (mprotect(begin, size, PROT_READ | PROT_WRITE | PROT_EXEC)) fail("mprotect");
@@ -102,7 +116,8 @@ unsigned la_objopen(struct link_map* map, Lmid_t space, uintptr_t* cookie) {
     // sections, of which only the file tells: an executable segment may have tables of symbols in it
     ElfW(Ehdr) head;
     FILE* file = fopen(map->l_name, "re");
-    if (!file || fread(&head, sizeof head, 1, file) != 1 || fseek(file, (long)head.e_shoff, SEEK_SET)) fail(map->l_name);
+    const int read = file && fread(&head, sizeof head, 1, file) == 1;
+    if (!read || fseek(file, (long)head.e_shoff, SEEK_SET)) fail(map->l_name);
     for (int i = 0; i < head.e_shnum; ++i) {
         ElfW(Shdr) section;
         if (fread(&section, sizeof section, 1, file) != 1) fail(map->l_name);
