@@ -47,4 +47,4 @@ def test_a_session_keeps_the_memory_of_few_steps_however_many_sizes_it_saw(tvm_w
             step(rows)
         grown = anonymous_memory() - before
         every = sum(range(1, most)) / most * one  # that would be kept
-        assert grown < KEPT * one + 4 * MIB < every / 2
+        assert grown < KEPT * one + 10 * MIB < every / 2
