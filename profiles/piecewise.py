@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from threadpoolctl import threadpool_info, threadpool_limits
 
@@ -23,14 +23,25 @@ class Each(Protocol):
         """What `work` makes of each `size` of so many `rows`, in their order; what it raises is raised here."""
 
 
+def linear_algebra() -> list[dict[str, Any]]:
+    """The libraries that numpy multiplies with, as `threadpool_info` describes them."""
+    loaded = [one for one in threadpool_info() if one["user_api"] == "blas"]
+    return [one for one in loaded if "numpy" in one["filepath"]] or loaded  # others may be there for other ends
+
+
+def linear_algebra_threads() -> int:
+    """How many threads they are set to."""
+    return max((one["num_threads"] for one in linear_algebra()), default=1)
+
+
 @contextmanager
 def piecewise() -> Iterator[Each]:
     """Within, numpy multiplies on one thread, and what is given runs pieces on as many threads as it had before."""
-    threads = max((one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"), default=1)
+    threads = linear_algebra_threads()
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
 
         def each(work: Callable[[slice], T], rows: int, size: int) -> list[T]:
             pieces = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-            return list(pool.map(work, pieces)) if len(pieces) > 1 else [*map(work, pieces)]
+            return list(pool.map(work, pieces))
 
         yield each

@@ -176,17 +176,16 @@ class PrefixCache:
 
     def _block(self, snapshot: Snapshot, before: bytes, start: int, stop: int, edge: int) -> _Block:
         """Tokens `start` to `stop` of `snapshot`, in chunked layers those from `edge` on."""
-        spans = []
+        has_chunked, spans = start >= edge, []
         for layer in self.spec.layers:
             chunked = layer.attention == "chunked"
             first = max(snapshot.start, self._edge(snapshot.length) if chunked else 0)
-            held = start >= (max(first, edge) if chunked else first)
-            spans.append(slice(start - first, stop - first) if held else slice(0, 0))
+            spans.append(slice(start - first, stop - first) if has_chunked or not chunked else slice(0, 0))
         keys, values = (
             tuple(buffer[:, span].copy() for buffer, span in zip(buffers, spans, strict=True))
             for buffers in (snapshot.keys, snapshot.values)
         )
-        return _Block(before, start, stop, start >= edge, keys, values)
+        return _Block(before, start, stop, has_chunked, keys, values)
 
     # --- tiles
 

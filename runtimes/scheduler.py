@@ -234,8 +234,8 @@ class Scheduler:
             request.position += count
             self.stats.prefilled_tokens += count
             if request.position < len(request.ids):
-                if self._prefixes is not None and request.place is None:
-                    self._prefixes.save_piece(request.tokens_held, self._rows.reading, count, len(request.ids))
+                if (prefixes := self._shared(request)) is not None:
+                    prefixes.save_piece(request.tokens_held, self._rows.reading, count, len(request.ids))
                 return
             self._keep(request, self._rows.reading)
             news = self._take(request, [logits], [], self._rows.reading)
@@ -265,9 +265,13 @@ class Scheduler:
         self.stats.reused_tokens += request.position
 
     def _keep(self, request: Request, row: Cache) -> None:
-        """Keep what `row` holds of `request` for others that begin like it; a conversation has its own place."""
-        if self._prefixes is not None and request.place is None:
-            self._prefixes.save(request.tokens_held, row)
+        """Keep what `row` holds of `request` for others that begin like it."""
+        if (prefixes := self._shared(request)) is not None:
+            prefixes.save(request.tokens_held, row)
+
+    def _shared(self, request: Request) -> PrefixCache | None:
+        """Where what is read of `request` is kept for others; a conversation has its own place."""
+        return self._prefixes if request.place is None else None
 
     def _end(self, request: Request, row: Cache) -> None:
         """Keep what others, or the conversation itself, may go on from."""

@@ -21,7 +21,7 @@ class StepMemory:
         self._kept = 0
 
     def before(self, size: Hashable, nbytes: int) -> None:
-        """A step of `size`, as which others count that take the same memory, is about to compute in `nbytes`."""
+        """A step is about to compute in `nbytes`; one of the same `size` takes the very same memory."""
         if size in self._sizes:
             return
         self._largest = max(self._largest, nbytes)

@@ -71,6 +71,9 @@ class TvmBackend:
         self._graphs = {part: _Graph(bundle, part, self.threads, sha256 or {}) for part in parts}
         text = self._graphs["text"]
         weights: WeightFiles = MappedWeights(bundle) if memory is None else ReadWeights(bundle)
+        layers = [entry for entry in text.weights if ".layers." in entry["name"]]
+        widths = [entry["shape"][0] * (PANEL if entry["dtype"] == "UINT8" else 1) for entry in layers]
+        self._widest = max(widths, default=0)
         share = MemoryShare((), PREFILL_PIECE)
         if memory is not None:
             sizes, item_bytes = text.sizes(), text.cache.itemsize
@@ -100,9 +103,7 @@ class TvmBackend:
 
     def _step_bytes(self, tokens: int) -> int:
         """What a step of so many tokens computes in, at most."""
-        layers = [entry for entry in self._graphs["text"].weights if ".layers." in entry["name"]]
-        widths = [entry["shape"][0] * (PANEL if entry["dtype"] == "UINT8" else 1) for entry in layers]
-        return step_bytes(self.spec, max(widths, default=0), tokens)
+        return step_bytes(self.spec, self._widest, tokens)
 
     def _token_bytes(self, tokens: int) -> int:
         """What of that there is for each token, without logits."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from threadpoolctl import threadpool_info, threadpool_limits
+from threadpoolctl import threadpool_limits
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.compile.cpus import native
@@ -23,6 +23,7 @@ from arriero.export.machine.memory_watch import MemoryWatch, release_memory
 from arriero.export.machine.versions import installed_versions
 from arriero.export.pipeline.sources import source_hash
 from arriero.export.pipeline.stages import LOCK
+from arriero.profiles.piecewise import linear_algebra, linear_algebra_threads
 from arriero.traits import SHARED_PACKAGES, TRAITS
 
 SHARED = "files that the build and its workers share"
@@ -50,16 +51,15 @@ class Task:
 
 def terms_of(output: Path, memory: int | None) -> Terms:
     """The terms of this process's build into `output`."""
-    threads = max((one["num_threads"] for one in _linear_algebra()), default=1)
     lock = output / ".work" / LOCK
-    return Terms(identity(), threads, lock, lock.read_text(), memory)
+    return Terms(identity(), linear_algebra_threads(), lock, lock.read_text(), memory)
 
 
 @functools.cache
 def identity() -> dict[str, str]:
     """What decides the last bits of a result: our code, the packages, the processor as linear algebra takes it."""
     libraries = {
-        f"{one['internal_api']} {one['version']} for {one.get('architecture', 'any')}" for one in _linear_algebra()
+        f"{one['internal_api']} {one['version']} for {one.get('architecture', 'any')}" for one in linear_algebra()
     }
     packages = (*SHARED_PACKAGES, *(package for traits in TRAITS.values() for package in traits.packages))
     return {
@@ -69,12 +69,6 @@ def identity() -> dict[str, str]:
         "processor": native(),
         **installed_versions(packages),
     }
-
-
-def _linear_algebra() -> list[dict[str, Any]]:
-    """The libraries that numpy multiplies with, as they are set."""
-    loaded = [one for one in threadpool_info() if one["user_api"] == "blas"]
-    return [one for one in loaded if "numpy" in one["filepath"]] or loaded  # others may be there for other ends
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 from arriero.errors import ArrieroError
 from arriero.export.pipeline.parts import PART
 from arriero.export.pipeline.stages import read_record
-from arriero.graphs.sources.layout import SIDE_FILES
+from arriero.graphs.sources.layout import side_files
 from arriero.graphs.stored.link_file import link_file
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.integrity import open_manifest
@@ -50,7 +50,7 @@ def copy_tokenizer(checkpoint: Path, folder: Path) -> list[str]:
             remedy="Fetch it from where the checkpoint came from",
         )
     folder.mkdir(exist_ok=True)
-    names = [name for name in SIDE_FILES if (checkpoint / name).is_file()]
+    names = side_files(checkpoint)
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(checkpoint / name, folder / name)

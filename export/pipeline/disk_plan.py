@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
-from arriero.graphs.sources.layout import SIDE_FILES
+from arriero.graphs.sources.layout import side_files
 
 # Bytes, from runs on small models as `benchmarks/plan_accuracy.py` makes them.
 KERNELS_DISK = 1770 << 10
@@ -30,5 +30,5 @@ def report_disk(cases: int) -> int:
 
 def side_disk(checkpoint: Checkpoint) -> int:
     """Of what a bundle takes from a checkpoint beside weights: the tokenizer with its like, and licences."""
-    beside = [checkpoint.side_folder / name for name in SIDE_FILES]
-    return sum(file.stat().st_size for file in (*beside, *checkpoint.license_files) if file.is_file())
+    beside = [checkpoint.side_folder / name for name in side_files(checkpoint.side_folder)]
+    return sum(file.stat().st_size for file in (*beside, *checkpoint.license_files))

@@ -26,16 +26,20 @@ SIDE_FILES = (
 """Files beside the weights which a bundle takes over, so that a change in one is a change of the checkpoint."""
 
 
+def side_files(folder: Path) -> list[str]:
+    """The names of the side files that `folder` has."""
+    return [name for name in SIDE_FILES if (folder / name).is_file()]
+
+
 def files_beside(folder: Path) -> dict[str, str]:
     """The texts of the side files that `folder` has, for layouts that are made without them. Raises ArrieroError."""
     texts = {}
-    for name in SIDE_FILES:
-        if (folder / name).is_file():
-            try:
-                texts[name] = (folder / name).read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                what = f"is not UTF-8 text (byte {error.start})"
-                raise ArrieroError(what, where=str(folder / name), remedy="Copy the file again") from None
+    for name in side_files(folder):
+        try:
+            texts[name] = (folder / name).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            what = f"is not UTF-8 text (byte {error.start})"
+            raise ArrieroError(what, where=str(folder / name), remedy="Copy the file again") from None
     return texts
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed import WorkerPlugin
+from threadpoolctl import threadpool_info
 
 from arriero.export.calibration import round_matrices
 from arriero.export.calibration.round_matrices import ExpertJob
@@ -86,7 +87,7 @@ def read(file: Path) -> Iterator[str]:
 
 def count_threads(job: int) -> Iterator[int]:
     """The threads that linear algebra has within a job."""
-    yield from (one["num_threads"] for one in do_job.threadpool_info() if one["user_api"] == "blas")
+    yield from (one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas")
 
 
 def take_memory(job: int) -> Iterator[int]:

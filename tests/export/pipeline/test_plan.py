@@ -15,6 +15,7 @@ from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.export.build_file.read import load_build
 from arriero.export.build_file.schema import BuildConfig
 from arriero.export.cli.show_plan import show_plan
+from arriero.export.pipeline.disk_plan import graphs_disk, report_disk, side_disk
 from arriero.export.pipeline.estimate_needs import kv_bytes
 from arriero.export.pipeline.plan import make_plan
 from arriero.export.pipeline.planned import Plan
@@ -245,8 +246,11 @@ def test_finished_stages_are_known_and_need_nothing_more(folder):
     plan = make_plan(build)
     assert [stage.name for stage in plan.stages if stage.done] == ["graph", "reference", "lower-small"]
     left = {stage.name: stage.disk for stage in plan.stages if not stage.done}
-    assert {"lower-exact", "parity-exact"} <= left.keys()
-    assert plan.disk == sum(left.values())
+    assert left.keys() == {"parity-small", "lower-exact", "parity-exact"}
+    checkpoint, cases = Checkpoint.open(build.model), build.parity.cases.samples
+    assert cases == 48
+    beside = graphs_disk(checkpoint.model_config()) + side_disk(checkpoint)
+    assert plan.disk == plan.targets[1].weights_bytes + beside + 2 * report_disk(cases)
     finish(build)
     plan = make_plan(build)
     assert plan.done
@@ -428,6 +432,7 @@ def test_a_profile_that_calibrates_is_part_of_the_calibration_and_of_its_costs(f
     assert plan.targets[0].weights["int4"] > 0
     disk = {stage.name: stage.disk for stage in plan.stages}
     assert disk["calibrate"] > plan.targets[0].weights["int4"]  # the roundings lie there until they are lowered
+    assert plan.disk - disk["calibrate"] > sum(target.weights_bytes for target in plan.targets)
 
 
 def test_a_block_that_does_not_divide_is_refused_before_anything_is_built(folder):
