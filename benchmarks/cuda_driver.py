@@ -11,7 +11,7 @@ import numpy as np
 from sm_clock import SmClock
 
 from arriero.errors import MachineLacks
-from arriero.export.compile.cuda.launch import SCALARS, THREADS, Kernel
+from arriero.export.compile.cuda.launch import SCALARS, Kernel
 
 MAJOR, MINOR, MULTIPROCESSORS = 75, 76, 16  # attributes of a device
 HELD = 1 << 30  # bytes copied ahead of what is timed, so that the host has queued all of it before it starts
@@ -105,7 +105,7 @@ class CudaGpu:
         """A launch of `kernel` on arrays of the device."""
         values = [*map(ctypes.c_uint64, addresses), *(ctypes.c_int(sizes[name]) for name in SCALARS)]
         grid = kernel.grid(*(sizes[name] for name in SCALARS[:-1]))
-        return self.prepare(kernel.name, grid, THREADS, [*values, ctypes.c_uint64(result)])
+        return self.prepare(kernel.name, grid, kernel.threads, [*values, ctypes.c_uint64(result)])
 
     def start(self, launch: Launch) -> None:
         """Launch without waiting for it."""

@@ -1,4 +1,4 @@
-"""Machine code of the kernels, their variants and a read probe for one GPU: compiled now, or carried along in a folder.
+"""Machine code of the kernels and a read probe for one GPU: compiled now, or carried along in a folder.
 
     python benchmarks/gpu_code.py FOLDER [sm_89 sm_90 ...]
 
@@ -21,12 +21,12 @@ from arriero.export.compile.cuda.build_cuda_kernels import PTX_VERSIONS, assembl
 from arriero.export.compile.cuda.launch import source_of
 
 READ_PROBE = "read_probe"
-OURS = [Path(__file__).with_name(name) for name in ("read_probe.cu", "tiled_decode.cu")]
+PROBE = Path(__file__).with_name("read_probe.cu")
 
 
 def source_for(gpu: str) -> str:
-    """C++ of every kernel that `gpu` runs, of the probe, and of the variants."""
-    return "\n".join([source_of(kernels_for(gpu)), *(path.read_text(encoding="utf-8") for path in OURS)])
+    """C++ of every kernel that `gpu` runs, and of the probe."""
+    return source_of(kernels_for(gpu)) + PROBE.read_text(encoding="utf-8")
 
 
 def code_for(gpu: str, folder: Path | None) -> bytes:

@@ -57,12 +57,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--runs", type=int, default=1, help="measure everything so often, for the spread")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="without PyTorch's products")
-    parser.add_argument("--tiled", action="store_true", help="time the variant of int4 decode with 1 KB tiles instead")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args(arguments)
-    if options.tiled:
-        options.forms, options.shapes, options.time = ["int4"], ["decode"], True
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None, open_library: Callable[[], Any] = open_driver) -> int:

@@ -16,7 +16,7 @@ from cuda_driver import CudaGpu, Launch
 
 from arriero.export.compile.cuda.launch import BLOCKED, Kernel, Op
 from arriero.graphs.stored.expert_plugins import BITS, INNER_SCALES
-from arriero.graphs.stored.mma_layout import GROUP_BYTES, pack_byte_lanes, pack_int4_lanes, row_words
+from arriero.graphs.stored.mma_layout import pack_byte_lanes, pack_int4_lanes, row_words
 from arriero.profiles.quantize import Quantized
 
 BLOCK = 128
@@ -26,16 +26,6 @@ NUMBERS = {"exact": np.dtype(np.float16), "int8": np.dtype(np.int8), "fp8": np.d
 
 
 INNER_SCALE = INNER_SCALES["F16"]  # of what lies between both operators, unless it is codes
-TILE = 16  # outputs whose weights of a group lie together, where they are tiled
-
-
-class TiledKernel(Kernel):
-    """A decode kernel of `tiled_decode.cu`."""
-
-    @property
-    def name(self) -> str:
-        """The entry point's name."""
-        return f"{super().name}_tiled"
 
 
 @dataclass(frozen=True)
@@ -60,9 +50,9 @@ class DeviceStack:
 class Layer:
     """Weights, inputs and results of one expert layer on the device."""
 
-    def __init__(self, gpu: CudaGpu, form: str, sizes: Sizes, *, tiled: bool = False) -> None:
-        """Random numbers of `form`; results are of the size of the inputs. `tiled`: as `TiledKernel` reads them."""
-        self.form, self.sizes, self.tiled, self._gpu = form, sizes, tiled, gpu
+    def __init__(self, gpu: CudaGpu, form: str, sizes: Sizes) -> None:
+        """Random numbers of `form`; results are of the size of the inputs."""
+        self.form, self.sizes, self._gpu = form, sizes, gpu
         self.block = BLOCK if form == BLOCKED else 0
         self._draw = np.random.default_rng(0)
         hidden, ffn = sizes.hidden, sizes.ffn
@@ -90,10 +80,7 @@ class Layer:
     def _gate_up_rows(self) -> np.ndarray:
         """Where the sampled gates and ups are stored."""
         columns = self._sampled["gate_up"]
-        if not self.tiled:
-            return np.concatenate([columns, columns + self.sizes.ffn])
-        gates = columns // (TILE // 2) * TILE + columns % (TILE // 2)
-        return np.concatenate([gates, gates + TILE // 2])
+        return np.concatenate([columns, columns + self.sizes.ffn])
 
     def _stack(self, outputs: int, features: int, rows: np.ndarray, inputs: np.ndarray) -> DeviceStack:
         """Random weights [E, N, row]."""
@@ -105,11 +92,7 @@ class Layer:
         for expert in range(experts):
             one = np.roll(bulk.reshape(-1), SHIFT * expert).reshape(bulk.shape)
             known, numbers = self._known(features)
-            if self.tiled:
-                tiles = one.reshape(outputs // TILE, -1, TILE, GROUP_BYTES)
-                tiles[rows // TILE, :, rows % TILE] = known.reshape(SAMPLED, -1, GROUP_BYTES)
-            else:
-                one[rows] = known
+            one[rows] = known
             kept.append(numbers)
             self._gpu.upload(one, address + expert * one.nbytes)
         values = np.stack(kept)

@@ -20,7 +20,7 @@ import numpy as np
 from cuda_driver import CudaGpu
 from gpu_check import POISON, allowance, judge
 from gpu_code import READ_PROBE
-from gpu_layer import Layer, Sizes, TiledKernel
+from gpu_layer import Layer, Sizes
 
 from arriero.export.compile.cuda.launch import Kernel
 
@@ -35,12 +35,12 @@ def measure(gpu: CudaGpu, forms: Sequence[str], options: Namespace) -> list[dict
     rows = []
     for form in forms:
         sizes = Sizes(options.hidden, options.ffn, options.experts, max(options.tokens))
-        layer = Layer(gpu, form, sizes, tiled=options.tiled)
+        layer = Layer(gpu, form, sizes)
         for tokens in options.tokens:
             turns = [(np.arange(tokens) + turn) % options.experts for turn in range(options.experts)]
             ids = [gpu.upload(turn.astype(np.int32)) for turn in turns]
             for op, shape in product(options.ops, options.shapes):
-                kernel = (TiledKernel if options.tiled else Kernel)(op, shape, ACTIVATION, form)
+                kernel = Kernel(op, shape, ACTIVATION, form)
                 graph = gpu.graph([layer.prepare(kernel, address, tokens) for address in ids])
                 row: dict[str, Any] = {"kernel": kernel.name, "tokens": tokens}
                 row.update(time_beside(gpu, graph, len(ids), probe, options.rounds))

@@ -5,22 +5,37 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from arriero.export.compile.cuda.launch import KERNELS, SCALARS, THREADS, Kernel, source_of
+from arriero.export.compile.cuda.launch import KERNELS, SCALARS, Kernel, source_of
 from tests.shared import locked
 
 HEADERS = Path(__file__).with_name("cuda_emulated")
 SOURCES = Path(__file__).parents[1] / "export" / "compile" / "cuda"
 FLAGS = ["-x", "c++", "-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-FORWARD = np.arange(THREADS)
 
 
 EVERY = source_of(KERNELS)
+Order = Callable[[int], np.ndarray]
+
+
+def forward(threads: int) -> np.ndarray:
+    """The order in which they are numbered."""
+    return np.arange(threads)
+
+
+def backward(threads: int) -> np.ndarray:
+    """The last one first."""
+    return forward(threads)[::-1]
+
+
+def shuffled(threads: int) -> np.ndarray:
+    """Any order, the same in every run."""
+    return np.random.default_rng(0).permutation(threads)
 
 
 def build(out: Path, headers: Sequence[Path] = (HEADERS, SOURCES), source: str = EVERY) -> None:
@@ -62,7 +77,7 @@ class Broken(AssertionError):
 
 
 class EmulatedGpu:
-    """One launch at a time. `order` is the threads' order, `late` when asynchronous copies arrive,
+    """One launch at a time. `order` gives the threads' order by their number, `late` when asynchronous copies arrive,
     `restless` whether threads also give way between barriers."""
 
     def __init__(self, library: Path) -> None:
@@ -77,7 +92,7 @@ class EmulatedGpu:
         result: np.ndarray,
         *,
         touch: Sequence[np.ndarray] | None = None,
-        order: np.ndarray = FORWARD,
+        order: Order = forward,
         late: bool = True,
         restless: bool = False,
         grid: tuple[int, int] | None = None,
@@ -99,7 +114,8 @@ class EmulatedGpu:
             result.size,
             x,
             y,
-            (ctypes.c_int * THREADS)(*order.tolist()),
+            (ctypes.c_int * kernel.threads)(*order(kernel.threads).tolist()),
+            kernel.threads,
             int(late),
             int(restless),
             (ctypes.c_uint64 * (3 * len(ranges)))(*(int(value) for row in ranges for value in row)),

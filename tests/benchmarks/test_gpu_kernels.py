@@ -15,11 +15,12 @@ import torch
 
 from arriero.errors import MachineLacks
 from arriero.export.compile.cuda.build_cuda_kernels import find_nvcc
-from arriero.export.compile.cuda.launch import KERNELS, SCALARS, THREADS, source_of
+from arriero.export.compile.cuda.launch import KERNELS, SCALARS
 from tests.benchmarks.bare_packages import link_bare_packages
-from tests.cuda_emulator import FORWARD, build, cached_library
+from tests.cuda_emulator import cached_library
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
+NAMED = {kernel.name: kernel for kernel in KERNELS}
 
 
 class Driver:
@@ -113,7 +114,7 @@ class Driver:
             (ctypes.c_uint64 if i in wide else ctypes.c_int).from_address(arguments[i]).value
             for i in range(len(arguments))
         ]
-        assert bx == (256 if name == "read_probe" else THREADS)
+        assert bx == (256 if name == "read_probe" else NAMED[name].threads)
         if self.captured is not None:
             self.captured.append((name, x, y, values))
             return 0
@@ -154,7 +155,7 @@ class Driver:
             return 0
         count = len(values) - len(SCALARS) - 1
         pointers, scalars = [*values[:count], values[-1]], values[count:-1]
-        (kernel,) = (kernel for kernel in KERNELS if kernel.name == name.removesuffix("_tiled"))
+        kernel = NAMED[name]
         assert count == len(kernel.arrays)
         sizes = {address: len(block) - 256 for address, block in self.memory.items()}
         ranges = [(address, address + sizes[address], 0) for address in pointers[:-1]]
@@ -169,7 +170,8 @@ class Driver:
             exact.size,
             x,
             y,
-            (ctypes.c_int * THREADS)(*FORWARD.tolist()),
+            (ctypes.c_int * kernel.threads)(*range(kernel.threads)),
+            kernel.threads,
             1,
             0,
             (ctypes.c_uint64 * (3 * count))(*(value for row in ranges for value in row)),
@@ -271,17 +273,6 @@ def test_what_was_measured_is_written_with_date_and_hardware(benchmark, driver, 
     assert not any(driver.graphs.values())
 
 
-def test_the_variant_of_tiles_computes_the_same(request, benchmark, monkeypatch, tmp_path):
-    """Its timed launches are compared as the product's are."""
-    library = tmp_path / "tiled.so"
-    build(library, source=source_of(()) + (FOLDER / "tiled_decode.cu").read_text())
-    monkeypatch.setattr(benchmark, "code_for", lambda gpu, folder: b"not compiled")
-    shape = ["--tokens", "1", "11", "--hidden", "640", "--ffn", "1152", "--experts", "2", "--tiled"]
-    driver = Driver(library)
-    assert benchmark.main([*shape, "--no-peers", "--rounds", "1", "--out", str(tmp_path)], lambda: driver) == 0
-    assert set(driver.kernels) == {"read_probe", "gate_up_decode_f16_int4_tiled", "down_decode_f16_int4_tiled"}
-
-
 def test_a_timed_launch_that_was_wrong_is_named(benchmark, driver, tmp_path, capsys):
     """An expert is read that the tokens did not choose."""
     emulate = driver.emulate
@@ -354,7 +345,7 @@ def test_code_is_compiled_for_another_machine(benchmark, tmp_path, monkeypatch):
     assert code.main([str(tmp_path), "sm_80"]) == 0
     cubin, ptx, words = ((tmp_path / f"sm_80.{kind}") for kind in ("cubin", "ptx", "txt"))
     assert ".visible .entry read_probe(" in ptx.read_text()
-    assert ptx.read_text().count(".entry ") == 4
+    assert ptx.read_text().count(".entry ") == 2
     assert " 0 bytes spill stores" in words.read_text()
     assert cubin.read_bytes() == code.code_for("sm_80", None)
 

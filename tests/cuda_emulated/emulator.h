@@ -23,7 +23,7 @@ inline Dim threadIdx, blockIdx;
 
 namespace emulator {
 
-constexpr int THREADS = 128, WARPS = THREADS / 32, STACK = 1 << 16, SHARED = 48 * 1024;
+constexpr int MOST_THREADS = 256, WARPS = MOST_THREADS / 32, STACK = 1 << 16, SHARED = 48 * 1024;
 
 struct Range {
     uintptr_t begin, end;
@@ -67,7 +67,7 @@ struct Machine {
     char failure[200];
     alignas(128) unsigned char shared[SHARED];
     bool shared_taken;
-    Thread threads[THREADS];
+    Thread threads[MOST_THREADS];
     Warp warps[WARPS];
     int arrived;
     unsigned generation;
@@ -78,7 +78,7 @@ struct Machine {
     float rounded;              // what was last rounded to 16 bits
     uintptr_t result;
     float* exact;               // of each element of the result, what was rounded
-    std::vector<unsigned char> stacks = std::vector<unsigned char>(THREADS * STACK);
+    std::vector<unsigned char> stacks = std::vector<unsigned char>(MOST_THREADS * STACK);
 };
 inline Machine machine;
 
@@ -102,8 +102,10 @@ inline void wait_until_changed(const unsigned& counter, unsigned seen) {
     give_way();
 }
 
+inline int threads() { return static_cast<int>(machine.order.size()); }
+
 inline void block_barrier() {
-    if (++machine.arrived == THREADS) {
+    if (++machine.arrived == threads()) {
         machine.arrived = 0;
         ++machine.generation;
     } else {
@@ -113,7 +115,7 @@ inline void block_barrier() {
 
 inline bool block_any(bool value) {
     machine.any |= value;
-    if (machine.arrived + 1 == THREADS) {
+    if (machine.arrived + 1 == threads()) {
         machine.voted = machine.any;
         machine.any = false;
     }
@@ -214,7 +216,7 @@ inline void run_block() {
     }
     static volatile int left;
     static volatile bool progress;
-    for (left = THREADS; left > 0;) {
+    for (left = threads(); left > 0;) {
         progress = false;
         for (volatile size_t i = 0; i < machine.order.size(); i = i + 1) {
             machine.current = machine.order[i];
@@ -255,12 +257,12 @@ void prepare(void* function, Arguments... arguments) {
 // `exact` [elements of the result] gets the float32 values that were rounded to the result's. `ranges` are triples
 // begin, end, writable. Gives an empty text, or what went wrong.
 extern "C" const char* emulate(void* function, int pointers, void** arrays, const int* n, void* result, float* exact,
-                               int elements, int grid_x, int grid_y, const int* order, int late, int restless,
+                               int elements, int grid_x, int grid_y, const int* order, int count, int late, int restless,
                                const uint64_t* ranges, int range_count) {
     using namespace emulator;
     using P = void*;
     machine.failure[0] = 0;
-    machine.order.assign(order, order + THREADS);
+    machine.order.assign(order, order + count);
     machine.late = late;
     machine.restless = restless;
     machine.dice = 1;

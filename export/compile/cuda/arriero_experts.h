@@ -47,7 +47,7 @@
 // once per 8 of its tokens, at the rate of memory) or prefill (many: tokens grouped by expert, tiles of 64); form
 // exact, int8, fp8 (a scale per output) or int4 (scales per block). Every kernel is right for every T.
 // Arguments: the arrays above in that order, int tokens, choices (k), experts, hidden, ffn, block (0 where there are
-// none), and the result. 128 threads; launch.py gives the grid. No workspace, no atomics on results: the same inputs
+// none), and the result. launch.py gives threads and grid. No workspace, no atomics on results: the same inputs
 // give the same bits. Weights of experts that no token is routed to are not touched.
 #pragma once
 

@@ -13,6 +13,7 @@ constexpr int DECODE_COLUMNS = 8;
 
 template <class Form>
 struct DecodeShared {
+    static constexpr int WARPS = Form::DECODE_WARPS, THREADS = 32 * WARPS;
     static constexpr int DEPTH = 4;  // groups in flight, one of them being read: 4 KiB a warp
     Quad weights[WARPS][DEPTH][2][32];
     typename Form::Sum sums[WARPS][4][32];
@@ -25,7 +26,8 @@ template <int SPAN, class Form, class Op>
 ARRIERO_DEVICE void decode_product(DecodeShared<Form>& shared, const Op& op, const Stack<Form>& stack,
                                    const u16* source, int expert, int first, int row,
                                    typename Form::Sum (&sum)[4]) {
-    constexpr int DEPTH = DecodeShared<Form>::DEPTH, STEPS = Form::STEPS, GROUP = Stack<Form>::GROUP;
+    using Shared = DecodeShared<Form>;
+    constexpr int WARPS = Shared::WARPS, DEPTH = Shared::DEPTH, STEPS = Form::STEPS, GROUP = Stack<Form>::GROUP;
     constexpr bool BLOCKS = Form::scales == Scales::block;
     constexpr int PARTS = STEPS / SPAN;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane / 4, mine = lane % 4;
@@ -151,6 +153,7 @@ ARRIERO_DEVICE void find_items(DecodeShared<Form>& shared, const Op& op, const i
 template <class Form, class Op>
 ARRIERO_DEVICE void decode(const Op& op, const int* expert_id, const u16* source, const Stack<Form>& stack) {
     ARRIERO_SHARED(DecodeShared<Form>, shared);
+    constexpr int WARPS = DecodeShared<Form>::WARPS, THREADS = DecodeShared<Form>::THREADS;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, item = blockIdx.x;
     const int first = blockIdx.y * Op::TILE_OUTPUTS;
     const bool alone = op.passes() > 1;
@@ -179,7 +182,11 @@ ARRIERO_DEVICE void decode(const Op& op, const int* expert_id, const u16* source
             // columns without an item multiply the first one's token, and are never stored
             const int row = op.source_row(shared.items[column < count ? column : 0], choice);
             typename Form::Sum sum[4] = {0, 0, 0, 0};
-            if (routed) decode_product_of(shared, op, stack, source, expert, first, row, sum);
+            float scale[2] = {0, 0};  // read ahead of the product, which hides how long that takes
+            if (routed) {
+                for (int half = 0; half < 2; ++half) scale[half] = stack.scale(expert, op.half(first, half) + lane / 4);
+                decode_product_of(shared, op, stack, source, expert, first, row, sum);
+            }
             // the first warp may still read the sums of the choice before
             if (choice > 0) block_barrier();
             for (int i = 0; i < 4; ++i) shared.sums[warp][i][lane] = sum[i];
@@ -188,7 +195,7 @@ ARRIERO_DEVICE void decode(const Op& op, const int* expert_id, const u16* source
                 for (int i = 0; i < 4; ++i) {
                     typename Form::Sum whole = 0;
                     for (int w = 0; w < WARPS; ++w) whole += shared.sums[w][i][lane];
-                    total[i] += static_cast<float>(whole) * stack.scale(expert, op.half(first, i / 2) + lane / 4);
+                    total[i] += static_cast<float>(whole) * scale[i / 2];
                 }
             }
         }

@@ -8,25 +8,27 @@ ARRIERO_DEVICE Stack<Form> stack_of(const Op& op, const void* weights, const flo
     return {static_cast<const char*>(weights), scales, op.matrix_outputs(), op.matrix_inputs(), op.sizes.block};
 }
 
-}  // namespace arriero
-
 #define SIZES int tokens, int choices, int experts, int hidden, int ffn, int block
-// Blocks of a multiprocessor: what shared memory leaves room for on the smaller GPUs, and registers without spills.
-#define BLOCKS_decode 4
-#define BLOCKS_prefill 2
-#define ENTRY(shape) extern "C" __global__ void __launch_bounds__(arriero::THREADS, BLOCKS_##shape)
+// Threads of a block, and blocks of a multiprocessor: as many as registers allow without spills.
+#if __CUDA_ARCH__ > 900
+#define BLOCKS_OF_EIGHT 2
+#else
+#define BLOCKS_OF_EIGHT 3
+#endif
+#define BOUNDS_decode(Form) \
+    __launch_bounds__(DecodeShared<Form>::THREADS, Form::DECODE_WARPS == 8 ? BLOCKS_OF_EIGHT : 4)
+#define BOUNDS_prefill(Form) __launch_bounds__(PREFILL_THREADS, 2)
+#define ENTRY(shape, Form) extern "C" __global__ void BOUNDS_##shape(Form)
 
 #define GATE_UP_ENTRY(shape, Act, name, Form)                                                                   \
-    ENTRY(shape) gate_up_##shape##_##name(const arriero::u16* x, const int* expert_id, const float* score,      \
-                                   const void* gate_up, const float* scales, SIZES, arriero::u16* inner) {      \
-        using namespace arriero;                                                                                \
+    ENTRY(shape, Form) gate_up_##shape##_##name(const u16* x, const int* expert_id, const float* score,         \
+                                                const void* gate_up, const float* scales, SIZES, u16* inner) {  \
         const GateUp<Act> op{{tokens, choices, experts, hidden, ffn, block}, score, inner};                     \
         shape(op, expert_id, x, stack_of<Form>(op, gate_up, scales));                                           \
     }
 #define DOWN_ENTRY(shape, Act, name, Form)                                                                      \
-    ENTRY(shape) down_##shape##_##name(const arriero::u16* inner, const int* expert_id, const void* down,       \
-                                const float* scales, SIZES, arriero::u16* y) {                                  \
-        using namespace arriero;                                                                                \
+    ENTRY(shape, Form) down_##shape##_##name(const u16* inner, const int* expert_id, const void* down,          \
+                                             const float* scales, SIZES, u16* y) {                              \
         const Down<Act, Form::scales == Scales::channel> op{{tokens, choices, experts, hidden, ffn, block}, y}; \
         shape(op, expert_id, inner, stack_of<Form>(op, down, scales));                                          \
     }
@@ -41,3 +43,5 @@ ARRIERO_DEVICE Stack<Form> stack_of(const Op& op, const void* weights, const flo
 #define DOWN(shape, Act, act, FORM) FORM(DOWN_ENTRY, shape, Act, act)
 
 ARRIERO_KERNELS
+
+}  // namespace arriero

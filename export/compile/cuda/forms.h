@@ -33,6 +33,8 @@ struct Bits<Bfloat> {
 // Each form: STEPS blocks of 32 features in a group; what a lane's 8 values of a block are as operands, WORDS words,
 // of weights and of tokens; the product of 16 outputs, of which each lane has two rows, with 8 tokens; and SPAN, the
 // steps after which the tensor cores' own sums are moved into float32 registers, 0 where they are good for a whole row.
+// DECODE_WARPS share out a row's groups. Measured on an H200: eight where a row of Scout's has 80 groups or more, four of
+// int4's 40.
 
 // Products in 16-bit floats.
 template <class Act>
@@ -51,7 +53,7 @@ struct Wide {
 template <class Act>
 struct Exact : Wide<Act> {
     static constexpr Scales scales = Scales::none;
-    static constexpr int STEPS = 1, SPAN = 0;
+    static constexpr int STEPS = 1, SPAN = 0, DECODE_WARPS = 8;
     static ARRIERO_DEVICE void weights(const Quad& raw, int, u32 (&a)[4]) {
         for (int i = 0; i < 4; ++i) a[i] = raw.word[i];
     }
@@ -60,7 +62,7 @@ struct Exact : Wide<Act> {
 template <class Act>
 struct Int4 : Wide<Act> {
     static constexpr Scales scales = Scales::block;
-    static constexpr int STEPS = 4, SPAN = 1;
+    static constexpr int STEPS = 4, SPAN = 1, DECODE_WARPS = 4;
     static ARRIERO_DEVICE void weights(const Quad& raw, int step, u32 (&a)[4]) {
         using B = Bits<Act>;
         for (int i = 0; i < 4; ++i) {
@@ -78,7 +80,7 @@ template <class Product>
 struct Bytes {
     using Sum = typename Product::Sum;
     static constexpr Scales scales = Scales::channel;
-    static constexpr int STEPS = 2, WORDS = 2;
+    static constexpr int STEPS = 2, WORDS = 2, DECODE_WARPS = 8;
     static ARRIERO_DEVICE void weights(const Quad& raw, int step, u32 (&a)[2]) {
         for (int i = 0; i < 2; ++i) a[i] = raw.word[2 * step + i];
     }

@@ -23,7 +23,8 @@ ACTIVATIONS = {"f16": "Half", "bf16": "Bfloat"}  # name -> its C++ type
 FORMS = {"exact": ("f16", "bf16"), "int8": ("f16",), "fp8": ("f16",), "int4": ("f16", "bf16")}
 BLOCKED = "int4"  # the form with a scale per block
 MOST_INT8_FEATURES = 2**31 // 127**2  # of a row whose sums fit 32 bits
-THREADS = 128
+DECODE_WARPS = {"exact": 8, "int8": 8, "fp8": 8, "int4": 4}  # of a block
+PREFILL_WARPS = 4
 MOST_EXPERTS = 512
 ITEMS = 64  # of a prefill tile
 TILES = 8  # of outputs, of a prefill block
@@ -56,6 +57,11 @@ class Kernel:
         """The macro of `experts.cu` that defines it."""
         words = f"{self.shape}, {ACTIVATIONS[self.activation]}, {self.activation}, {self.form.upper()}"
         return f"{self.op.upper()}({words})"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * (DECODE_WARPS[self.form] if self.shape == "decode" else PREFILL_WARPS)
 
     def runs_on(self, gpu: str) -> bool:
         """Whether `gpu` ("sm_89") has its products, given that it runs any of the kernels."""

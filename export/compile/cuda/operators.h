@@ -5,8 +5,6 @@
 
 namespace arriero {
 
-constexpr int THREADS = 128, WARPS = THREADS / 32;
-
 struct Sizes {
     int tokens, choices, experts, hidden, ffn, block;
 };

@@ -20,7 +20,7 @@ from typing import Any
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.compile.cuda.build_cuda_kernels import Blob, build_kernel
-from arriero.export.compile.cuda.launch import SHAPES, THREADS, Kernel, Op, activations_of, check_sizes
+from arriero.export.compile.cuda.launch import SHAPES, Kernel, Op, activations_of, check_sizes
 from arriero.graphs.stored.expert_plugins import BITS, DOMAIN, DOWN, GATE_UP
 from arriero.graphs.stored.mma_layout import row_words
 
@@ -223,7 +223,7 @@ def _launch(
     tokens = expert_id.shape_expr[0]
     launch = trtp.KernelLaunchParams()
     launch.grid_x, launch.grid_y = kernel.grid(tokens, choices, experts, hidden, ffn)
-    launch.block_x = THREADS
+    launch.block_x = kernel.threads
     scalars = trtp.SymIntExprs.from_tuple(
         [trtp.SymInt32(value) for value in (tokens, choices, experts, hidden, ffn, block)]
     )

@@ -9,16 +9,17 @@
 
 namespace arriero {
 
+constexpr int PREFILL_WARPS = 4, PREFILL_THREADS = 32 * PREFILL_WARPS;
 constexpr int COLUMNS = 64, COLUMN_TILES = COLUMNS / 8, ROW_TILES = 2, MAX_EXPERTS = 512;
 
 template <class Form>
 struct PrefillShared {
     static constexpr int TOKEN_DEPTH = 3;                                                // steps of 32 features
     static constexpr int DEPTH = (TOKEN_DEPTH - 1 + Form::STEPS - 1) / Form::STEPS + 1;  // groups
-    Quad weights[DEPTH][ROW_TILES][2][THREADS];
+    Quad weights[DEPTH][ROW_TILES][2][PREFILL_THREADS];
     Quad tokens[TOKEN_DEPTH][COLUMNS][4];
-    float scales[Form::scales == Scales::block ? DEPTH : 1][ROW_TILES][2][THREADS / 4][Form::STEPS];
-    int counts[MAX_EXPERTS + 1], warp_counts[WARPS];
+    float scales[Form::scales == Scales::block ? DEPTH : 1][ROW_TILES][2][PREFILL_THREADS / 4][Form::STEPS];
+    int counts[MAX_EXPERTS + 1], warp_counts[PREFILL_WARPS];
     int tile_group, tile_start;
     int items[COLUMNS], count;
     int ids[COLUMNS], rows[COLUMNS];
@@ -34,9 +35,9 @@ ARRIERO_DEVICE bool find_tile(PrefillShared<Form>& shared, const Op& op, const i
         const int id = load_int(expert_id + item);
         return id >= 0 && id < experts ? id : experts;
     };
-    for (int e = thread; e <= experts; e += THREADS) shared.counts[e] = 0;
+    for (int e = thread; e <= experts; e += PREFILL_THREADS) shared.counts[e] = 0;
     block_barrier();
-    for (int item = thread; item < items; item += THREADS) count_shared(&shared.counts[group_of(item)]);
+    for (int item = thread; item < items; item += PREFILL_THREADS) count_shared(&shared.counts[group_of(item)]);
     block_barrier();
     if (warp == 0) {
         int before = 0, found = -1, start = 0;
@@ -68,13 +69,13 @@ ARRIERO_DEVICE bool find_tile(PrefillShared<Form>& shared, const Op& op, const i
     const int from = shared.tile_start, whole = shared.counts[group];
     const int stop = whole < from + COLUMNS ? whole : from + COLUMNS;
     int rank = 0;  // of the next item of the group
-    for (int base = 0; base < items && rank < stop; base += THREADS) {
+    for (int base = 0; base < items && rank < stop; base += PREFILL_THREADS) {
         const bool match = base + thread < items && group_of(base + thread) == group;
         const u32 mask = warp_ballot(match);
         if (lane == 0) shared.warp_counts[warp] = count_bits(mask);
         block_barrier();
         int place = rank + count_bits(mask & ((1u << lane) - 1));
-        for (int w = 0; w < WARPS; ++w) {
+        for (int w = 0; w < PREFILL_WARPS; ++w) {
             if (w < warp) place += shared.warp_counts[w];
             rank += shared.warp_counts[w];
         }
@@ -116,7 +117,7 @@ ARRIERO_DEVICE void prefill_product(PrefillShared<Form>& shared, const Op& op, c
     bool present[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const int row = shared.rows[(thread + i * THREADS) / 4];
+        const int row = shared.rows[(thread + i * PREFILL_THREADS) / 4];
         present[i] = row >= 0;
         tokens[i] = source + static_cast<size_t>(row < 0 ? 0 : row) * stack.inputs;
     }
@@ -127,7 +128,7 @@ ARRIERO_DEVICE void prefill_product(PrefillShared<Form>& shared, const Op& op, c
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const bool valid = present[i] && feature < stack.inputs;
-                copy_tokens(&shared.tokens[slot][(thread + i * THREADS) / 4][mine], tokens[i] + (valid ? feature : 0),
+                copy_tokens(&shared.tokens[slot][(thread + i * PREFILL_THREADS) / 4][mine], tokens[i] + (valid ? feature : 0),
                             valid);
             }
             if (step % STEPS == 0) {
@@ -211,13 +212,13 @@ ARRIERO_DEVICE void prefill_product(PrefillShared<Form>& shared, const Op& op, c
     wait_copies<0>();
 }
 
-// Grid: (tiles of items, width / (WARPS * ROW_TILES * TILE_OUTPUTS) rounded up). Tiles of items are at most
+// Grid: (tiles of items, width / (PREFILL_WARPS * ROW_TILES * TILE_OUTPUTS) rounded up). Tiles of items are at most
 // items / 64 + experts + 1, or tokens / 64 rounded up where experts are summed.
 template <class Form, class Op>
 ARRIERO_DEVICE void prefill(const Op& op, const int* expert_id, const u16* source, const Stack<Form>& stack) {
     ARRIERO_SHARED(PrefillShared<Form>, shared);
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, tile = blockIdx.x;
-    const int first = (blockIdx.y * WARPS + warp) * ROW_TILES * Op::TILE_OUTPUTS;
+    const int first = (blockIdx.y * PREFILL_WARPS + warp) * ROW_TILES * Op::TILE_OUTPUTS;
     const bool mixed = op.passes() > 1;
     int expert = -1;
     if (mixed) {

@@ -30,8 +30,9 @@ from arriero.export.compile.cuda.launch import KERNELS, SCALARS, Kernel, source_
 from arriero.graphs.lower.tensorrt import PLUGINS_SINCE
 from arriero.traits import TRAITS
 
-# 65,536 registers of a multiprocessor, blocks of 128 threads: four blocks of a decode kernel, two of a prefill kernel
-MOST_REGISTERS = {"decode": 128, "prefill": 240}
+REGISTERS = 65_536  # of a multiprocessor
+# Blocks of it: of decode with eight warps and four, of prefill
+BLOCKS = {("decode", 256): 3, ("decode", 128): 4, ("prefill", 128): 2}
 SHARED_BYTES = 48 * 1024  # what a kernel has without asking for more
 MOST_INSTRUCTIONS = {"exact": 60, "int8": 80, "fp8": 140, "int4": 200}  # of decode's main loop, per KB of weights
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
@@ -80,7 +81,8 @@ def test_every_kernel_fits_the_registers_and_the_shared_memory(instructions, com
     for kernel in kernels_for(gpu):
         used = found[kernel.name]
         assert used["spilled"] == 0, kernel.name
-        assert used["registers"] <= MOST_REGISTERS[kernel.shape], (kernel.name, used)
+        blocks = BLOCKS[kernel.shape, kernel.threads] - (kernel.threads == 256 and int(gpu[3:]) > 90)
+        assert used["registers"] <= REGISTERS // (blocks * kernel.threads), (kernel.name, used)
         assert 0 < used["shared"] <= SHARED_BYTES, (kernel.name, used)
 
 

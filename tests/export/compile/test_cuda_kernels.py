@@ -12,12 +12,13 @@ import torch
 
 from arriero.errors import ArrieroError
 from arriero.export.compile.cuda.launch import (
+    DECODE_WARPS,
     ITEMS,
     KERNELS,
     MOST_EXPERTS,
     OPS,
+    PREFILL_WARPS,
     SHAPES,
-    THREADS,
     TILES,
     Kernel,
     activations_of,
@@ -25,7 +26,16 @@ from arriero.export.compile.cuda.launch import (
 )
 from arriero.graphs.ops import expert_dispatch
 from arriero.graphs.stored.expert_plugins import INNER_SCALES
-from tests.cuda_emulator import FORWARD, HEADERS, SOURCES, Broken, EmulatedGpu, build_altered, cached_library
+from tests.cuda_emulator import (
+    SOURCES,
+    Broken,
+    EmulatedGpu,
+    backward,
+    build_altered,
+    cached_library,
+    forward,
+    shuffled,
+)
 from tests.dispatch_cases import Case, draw_case
 
 # float32 sums of up to a thousand terms, in any order, relative to the largest result
@@ -154,7 +164,7 @@ def test_many_tokens_of_no_expert(gpu, op):
     """More than a decode kernel's block takes at once, in a row of their own."""
     expert_id = np.full((29, 1), -1)
     expert_id[17:19] = 2
-    for shape, order in product(SHAPES, (FORWARD, FORWARD[::-1])):
+    for shape, order in product(SHAPES, (forward, backward)):
         judge(gpu, draw("int8", "f16", expert_id), op, shape, order=order, restless=True)
 
 
@@ -162,7 +172,7 @@ def test_the_last_tokens_first_choice_is_no_expert(gpu):
     """No barrier follows their turn, so nothing but one before the next choice keeps its ids apart."""
     expert_id = ids(13, 2)
     expert_id[10:, 0] = -1
-    for op, shape, order in product(OPS, SHAPES, (FORWARD, FORWARD[::-1])):
+    for op, shape, order in product(OPS, SHAPES, (forward, backward)):
         judge(gpu, draw("exact", "f16", expert_id), op, shape, order=order)
 
 
@@ -208,7 +218,7 @@ def test_the_result_does_not_depend_on_the_threads_order(gpu, op, shape):
     """Nor on when copies arrive; the same inputs give the same bits."""
     for name, choices in zip(FORMS, cycle((1, 2)), strict=False):
         case = draw(name, "f16", ids(20, choices))
-        orders = (FORWARD, FORWARD[::-1], np.random.default_rng(0).permutation(THREADS))
+        orders = (forward, backward, shuffled)
         results = [
             judge(gpu, case, op, shape, order=order, late=late, restless=restless).tobytes()
             for order, (late, restless) in product(orders, ((True, False), (False, True)))
@@ -276,8 +286,8 @@ MUTATIONS = {
     "tokens in another order than weights": ("forms.h", "0x6420", "0x6240", ("down", "prefill", "int8")),
     "all rows have the scales of the upper half": (
         "decode.h",
-        "op.half(first, i / 2)",
-        "op.half(first, 0)",
+        "op.half(first, half) + lane / 4);",
+        "op.half(first, 0) + lane / 4);",
         ("gate_up", "decode", "fp8"),
     ),
 }
@@ -314,7 +324,7 @@ def test_a_wrong_kernel_is_found(tmp_path, mutation):
     case = draw("int4-b32" if form == "int4" else form, "f16", ids(20))
     gpu = EmulatedGpu(build_altered(tmp_path, Kernel(op, shape, "f16", form), {file: (right, wrong)}))
     failures = 0
-    for order, late in product((FORWARD, FORWARD[::-1]), (True, False)):
+    for order, late in product((forward, backward), (True, False)):
         try:
             judge(gpu, case, op, shape, order=order, late=late)
         except AssertionError:
@@ -340,13 +350,14 @@ def test_the_sizes_told_to_python_are_the_sources():
     prefill, operators = ((SOURCES / name).read_text() for name in ("prefill.h", "operators.h"))
     assert f"MAX_EXPERTS = {MOST_EXPERTS};" in prefill
     assert f"COLUMNS = {ITEMS}," in prefill
-    assert f"THREADS = {THREADS}, WARPS = THREADS / 32" in operators
-    rows = int(re.search(r"ROW_TILES = (\d+)", prefill)[1])
-    assert rows * THREADS // 32 == TILES
+    assert f"PREFILL_WARPS = {PREFILL_WARPS}," in prefill
+    assert int(re.search(r"ROW_TILES = (\d+)", prefill)[1]) * PREFILL_WARPS == TILES
+    warps = dict(re.findall(r"struct (\w+)[^}]*?DECODE_WARPS = (\d+);", (SOURCES / "forms.h").read_text()))
+    bases = {"exact": "Exact", "int8": "Bytes", "fp8": "Bytes", "int4": "Int4"}
+    assert {form: int(warps[base]) for form, base in bases.items()} == DECODE_WARPS
     assert re.findall(r"TILE_OUTPUTS = (\d+)", operators) == ["8", "16"]
     assert f"INNER_SCALE = {INNER_SCALES['BF16']}f;" in operators
     assert f"INNER_SCALE<Half> = 1.0f / {1 / INNER_SCALES['F16']:.0f};" in operators
-    assert f"THREADS = {THREADS}," in (HEADERS / "emulator.h").read_text()
 
 
 @pytest.mark.parametrize(

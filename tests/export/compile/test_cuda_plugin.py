@@ -19,7 +19,7 @@ import pytest
 
 from arriero.errors import MachineLacks
 from arriero.export.compile.cuda.build_cuda_kernels import find_nvcc
-from arriero.export.compile.cuda.launch import SCALARS, SHAPES, THREADS, Kernel
+from arriero.export.compile.cuda.launch import SCALARS, SHAPES, Kernel
 
 PROBE = Path(__file__).parents[2] / "tensorrt_probe.py"
 LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
@@ -132,7 +132,7 @@ def test_tensorrt_is_told_what_the_kernels_expect(probe):
                 "grid_x": x,
                 "grid_y": y,
                 "grid_z": 1,
-                "block_x": THREADS,
+                "block_x": kernel.threads,
                 "block_y": 1,
                 "block_z": 1,
                 "shared_mem": 0,
