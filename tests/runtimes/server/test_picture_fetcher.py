@@ -197,8 +197,10 @@ def test_a_picture_of_an_allowed_domain_is_seen(
 def test_what_may_not_be_fetched_is_refused(
     serve: Serve, toy_session: Session, pictures: str, url: str, sentence: str
 ) -> None:
-    limits = {"most_image_bytes": 9000, "most_image_pixels": 10_000, "image_seconds": 0.6}
-    served = serve({"toy": toy_session}, image_domains=(pictures,), **limits)
+    limits = {"most_image_bytes": 9000, "most_image_pixels": 10_000}
+    # only the one that is refused for it meets a time that a busy machine may need for any answer
+    seconds = 0.6 if "0.6 seconds" in sentence else 60.0
+    served = serve({"toy": toy_session}, image_domains=(pictures,), image_seconds=seconds, **limits)
     answer = ask(served, url.format(pictures))
     assert answer.status_code == 400, answer.text
     assert sentence in answer.json()["error"]["message"]
