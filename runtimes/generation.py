@@ -19,11 +19,15 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """A chosen token's log-probability under the model, and the likeliest tokens with theirs, likeliest first."""
+    """A chosen token's log-probability under the model, and the likeliest tokens with theirs, likeliest first.
+
+    `in_text` is False for a token of which the answer's text has nothing: what closes it, and control tokens.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+    in_text: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,14 +92,16 @@ class Answer:
         """Choose the next token from `logits` [V] and give the text that is now certain; may set `finished`."""
         token = self._sampler.choose(logits)
         self.token_ids.append(token)
+        closing = token in self._closing
+        special = (closing or self._output.logprobs is not None) and self._detokenizer.is_special(token)
         if self._output.logprobs is not None:
             ids, logprobs, log_sum = top_log_probabilities(logits, self._output.logprobs)
             top = tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))
-            self.logprobs.append(TokenLogprobs(token, float(logits[token]) - log_sum, top))
+            in_text = not (self._output.skip_special_tokens if special else closing)
+            self.logprobs.append(TokenLogprobs(token, float(logits[token]) - log_sum, top, in_text))
         self._last = time.perf_counter()
         self._first = self._first or self._last
-        closing = token in self._closing
-        if not closing or self._detokenizer.is_special(token):
+        if not closing or special:
             # what an ordinary token says that closes the answer is left out, as a stop text is
             self._say(self._detokenizer.push(token))
         if closing:

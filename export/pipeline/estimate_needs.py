@@ -13,7 +13,7 @@ from arriero.export.calibration import estimate
 from arriero.export.calibration.estimate import REFERENCE_MEMORY
 from arriero.export.pipeline.disk_plan import KERNELS_DISK, graphs_disk, parts_of, report_disk
 from arriero.export.pipeline.planned import PlannedTarget
-from arriero.export.pipeline.record_plan import record_bytes, record_memory, walk_bytes
+from arriero.export.pipeline.record_plan import record_disk, record_memory
 from arriero.export.pipeline.stages import split_stage
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig, TextConfig
@@ -67,14 +67,13 @@ def estimate_needs(
     """
     second = any(profile.rounds_by_gptq for profile in calibrates)
     chooses = any(profile.choose is not None for profile in calibrates)
-    walked = record_bytes(seen, case_sizes) + walk_bytes(seen.text, case_sizes)
     calibrated = estimate.walk_disk(config, sizes) + estimate.roundings_disk(calibrates, used)
     walk = estimate.calibration_memory(config, used, sizes, second, chooses)
     needs = {
         "graph": (TRACE_MEMORY + TRACE_LAYER * len(seen.text.layers), graphs_disk(seen)),
         "calibrate": (walk, calibrated),
         **{
-            name: (record_memory(seen, used, case_sizes, answers), walked)
+            name: (record_memory(seen, used, case_sizes, answers), record_disk(seen, case_sizes))
             for name in names
             if split_stage(name)[0] == "reference"
         },

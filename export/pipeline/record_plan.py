@@ -47,15 +47,25 @@ def record_inputs(build: BuildConfig, content_hash: str, cases: Any) -> dict[str
     }
 
 
+def record_disk(config: ModelConfig, sizes: Sequence[estimate.Size]) -> int:
+    """The most bytes that the stage's folder takes: while the walk goes through a layer, or with all logits."""
+    text, tokens = config.text, sum(size[0] for size in sizes)
+    record = record_bytes(config, sizes)
+    return max(record - _logits_bytes(text, tokens) + walk_bytes(text, sizes), record + 4 * text.hidden_size * tokens)
+
+
 def record_bytes(config: ModelConfig, sizes: Sequence[estimate.Size]) -> int:
     """Bytes of the record of cases of these sizes: tokens and image tiles. A picture counts as its tiles, unpacked."""
     text, tokens = config.text, sum(size[0] for size in sizes)
-    whole = text.vocab_size <= WHOLE_VOCABULARY
-    per_token = 4 * text.vocab_size if whole else 8 * (HEAD + DRAWN) + 16
-    per_token += 8 + 4 * len(text.moe_layers) * (text.experts_per_token + 1)
+    per_token = 8 + 4 * len(text.moe_layers) * (text.experts_per_token + 1)
     sketches = 8 * (BUCKETS + 1) * (len(text.layers) + 4)
     side = 0 if config.vision is None else config.vision.image_size
-    return tokens * per_token + len(sizes) * (sketches + ENTRY_BYTES) + 3 * side**2 * sum(size[1] for size in sizes)
+    pictures = 3 * side**2 * sum(size[1] for size in sizes)
+    return _logits_bytes(text, tokens) + tokens * per_token + len(sizes) * (sketches + ENTRY_BYTES) + pictures
+
+
+def _logits_bytes(text: TextConfig, tokens: int) -> int:
+    return tokens * (4 * text.vocab_size if text.vocab_size <= WHOLE_VOCABULARY else 8 * (HEAD + DRAWN) + 16)
 
 
 def walk_bytes(text: TextConfig, sizes: Sequence[estimate.Size]) -> int:

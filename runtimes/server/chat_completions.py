@@ -70,7 +70,7 @@ class ChatCompletion:
             if calls := self.tools.calls(result.text):
                 message |= {"content": None, "tool_calls": [self._call(call) for call in calls]}
                 reason = "tool_calls"  # type: ignore[assignment]
-            logprobs = self._logprobs(result.logprobs or ())
+            logprobs = None if result.logprobs is None else self._logprobs(result.logprobs)
             choices.append({"index": number, "message": message, "finish_reason": reason, "logprobs": logprobs})
         return {**self._head("chat.completion"), "choices": choices, "usage": answers.usage()}
 
@@ -86,8 +86,10 @@ class ChatCompletion:
         async for number, delta in answers.deltas():
             if delta is not None:
                 text = texts[number].push(delta.text)
-                if text or delta.logprobs:
-                    yield self._chunk(number, {"content": text}, logprobs=self._logprobs(delta.logprobs))
+                logprobs = self._logprobs(delta.logprobs)
+                if text or logprobs["content"]:
+                    told = logprobs if logprobs["content"] else None
+                    yield self._chunk(number, {"content": text}, logprobs=told)
                 continue
             words, calls = texts[number].end()
             if calls:
@@ -114,9 +116,7 @@ class ChatCompletion:
     def _call(self, call: ToolCall) -> dict[str, Any]:
         return {"id": f"call_{uuid.uuid4().hex[:24]}", **call.to_message()}
 
-    def _logprobs(self, entries: tuple[TokenLogprobs, ...]) -> dict[str, Any] | None:
-        if self.shown["logprobs"] is None or not entries:
-            return None
+    def _logprobs(self, entries: tuple[TokenLogprobs, ...]) -> dict[str, Any]:
         return {"content": logprob_entries(self.model.session.processor, entries), "refusal": None}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,10 +93,11 @@ class Completion:
         return {**head, "system_fingerprint": self.model.fingerprint}
 
     def _choice(self, number: int, text: str, reason: str | None, entries: tuple[TokenLogprobs, ...]) -> dict[str, Any]:
-        logprobs = None if self.shown["logprobs"] is None or not entries else self._logprobs(entries)
+        said = [entry for entry in entries if entry.in_text]
+        logprobs = None if self.shown["logprobs"] is None or not said else self._logprobs(said)
         return {"index": number, "text": text, "finish_reason": reason, "logprobs": logprobs}
 
-    def _logprobs(self, entries: tuple[TokenLogprobs, ...]) -> dict[str, Any]:
+    def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
         decode = self.model.session.processor.decode
         tokens = [decode([entry.token_id], False) for entry in entries]
         return {

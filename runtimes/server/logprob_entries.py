@@ -10,7 +10,7 @@ from arriero.runtimes.processor.processor import Processor
 
 
 def logprob_entries(processor: Processor, entries: Iterable[TokenLogprobs]) -> list[dict[str, Any]]:
-    """Give `entries` with the texts of their tokens."""
+    """Give those of `entries` that the answer's text says, with the texts of their tokens."""
 
     def token(number: int, logprob: float) -> dict[str, Any]:
         text = processor.decode([number], skip_special_tokens=False)
@@ -19,4 +19,5 @@ def logprob_entries(processor: Processor, entries: Iterable[TokenLogprobs]) -> l
     return [
         {**token(entry.token_id, entry.logprob), "top_logprobs": [token(*top) for top in entry.top]}
         for entry in entries
+        if entry.in_text
     ]

@@ -79,8 +79,8 @@ class _Message:
             item = message_item(self._id, "in_progress", [])
             yield {"type": "response.output_item.added", "output_index": 0, "item": item}
             yield self._event("content_part.added", part=text_part("", []))
-        if words or entries:
-            logprobs = self._body.logprobs(entries)
+        logprobs = self._body.logprobs(entries)
+        if words or logprobs:
             self._text += words
             self._logprobs += logprobs
             yield self._event("output_text.delta", delta=words, logprobs=logprobs)

@@ -74,6 +74,20 @@ def test_a_stop_token_ends_the_answer_and_is_left_out_of_its_text(session, toy):
     assert (answer.text, answer.token_ids, answer.finish_reason) == ("a", [a, b], "stop")
 
 
+def test_logprobs_say_whether_the_text_has_the_token(session):
+    own = session.generate("hello", max_tokens=4, logprobs=0)
+    assert [entry.in_text for entry in own.logprobs or ()] == [True] * 4
+    last = own.token_ids[-1]
+    assert last not in own.token_ids[:-1]
+    stopped = session.generate("hello", max_tokens=9, logprobs=0, stop_token_ids=[last])
+    assert [entry.in_text for entry in stopped.logprobs or ()] == [True] * 3 + [False]
+    closing = session.spec.eos_token_ids[0]
+    for skips in (True, False):
+        closed = session.generate("hello", logprobs=0, logit_bias={closing: 100.0}, skip_special_tokens=skips)
+        assert [(entry.token_id, entry.in_text) for entry in closed.logprobs or ()] == [(closing, not skips)]
+        assert bool(closed.text) is not skips
+
+
 def test_logprobs_tell_each_tokens_chance_and_the_likeliest(session):
     answer = session.generate("hello", max_tokens=4, logprobs=3, logit_bias={5: 100.0}, temperature=2.0, seed=1)
     assert answer.token_ids == [5] * 4

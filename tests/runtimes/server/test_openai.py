@@ -105,14 +105,27 @@ def test_log_probabilities_whole_and_streamed(serve: Serve, small: Session) -> N
     whole = client.chat.completions.create(**fields).choices[0].logprobs.content
     chunks = client.chat.completions.create(stream=True, **fields)
     streamed = [entry for chunk in chunks for entry in (chunk.choices[0].logprobs or Empty).content]
-    assert own.logprobs is not None
+    said = [entry for entry in own.logprobs or () if entry.in_text]
+    assert said
     for entries in (whole, streamed):
-        assert len(entries) == len(own.logprobs) == 6
-        for entry, expected in zip(entries, own.logprobs, strict=True):
+        for entry, expected in zip(entries, said, strict=True):
             assert entry.token == small.processor.decode([expected.token_id], False)
             assert bytes(entry.bytes) == entry.token.encode()
             assert entry.logprob == pytest.approx(expected.logprob, abs=1e-5)
             assert [top.logprob for top in entry.top_logprobs] == pytest.approx([v for _, v in expected.top], abs=1e-5)
+
+
+def test_log_probabilities_are_of_the_tokens_that_the_text_has(serve: Serve, small: Session) -> None:
+    """Not of the one that closes it."""
+    client, (closing, *_) = serve({"small": small}).openai(), small.spec.eos_token_ids
+    chat: dict[str, Any] = {"model": "small", "messages": HELLO, "logprobs": True, "logit_bias": {str(closing): 100}}
+    (choice,) = client.chat.completions.create(**chat).choices
+    assert (choice.finish_reason, choice.message.content, choice.logprobs.content) == ("stop", "", [])
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(stream=True, **chat)]
+    assert [chunk.logprobs for chunk in chunks] == [None] * len(chunks)
+    fields: dict[str, Any] = {"model": "small", "prompt": "x", "logprobs": 1, "logit_bias": {str(closing): 100}}
+    (text,) = client.completions.create(**fields).choices
+    assert (text.finish_reason, text.text, text.logprobs) == ("stop", "", None)
 
 
 class Empty:
@@ -155,7 +168,7 @@ def test_completions_go_on_with_a_text_as_it_stands(serve: Serve, small: Session
         answer = client.completions.create(model="small", prompt=prompt, max_tokens=7, temperature=0, logprobs=2)
         assert answer.choices[0].text == expected.text
         assert answer.choices[0].logprobs.token_logprobs == pytest.approx(
-            [entry.logprob for entry in expected.logprobs or ()], abs=1e-5
+            [entry.logprob for entry in expected.logprobs or () if entry.in_text], abs=1e-5
         )
         assert answer.usage.prompt_tokens == len(ids)
     several = client.completions.create(model="small", prompt=["Once", "Twice"], max_tokens=3, temperature=0, n=2)
