@@ -74,7 +74,8 @@ def _rounding_memory(outputs: int, inputs: int) -> int:
 
 def walk_disk(config: ModelConfig, sizes: Sequence[Size]) -> int:
     """Bytes of the hidden states before and after a layer, and of the rows that its experts read."""
-    return 4 * sum(size[0] for size in sizes) * config.text.hidden_size * (2 + config.text.experts_per_token)
+    rows = 2 + (config.text.experts_per_token if config.text.moe_layers else 0)
+    return 4 * sum(size[0] for size in sizes) * config.text.hidden_size * rows
 
 
 def roundings_disk(profiles: Iterable[Profile], used: Iterable[WeightSource]) -> int:

@@ -10,6 +10,7 @@ from arriero.graphs.sources.layout import side_files
 KERNELS_DISK = 1770 << 10
 PART_DISK, LAYER_DISK = 64 << 10, 20 << 10  # of the graph of a part, without weights, and of each layer in it
 REPORT_DISK, CASE_DISK = 36 << 10, 1500  # both forms of a report, and what is in them of a case
+EXPERT_DISK, COVERED_DISK = 137, 117  # of an expert, and of what calibration saw of it
 
 
 def parts_of(seen: ModelConfig) -> int:
@@ -23,9 +24,10 @@ def graphs_disk(seen: ModelConfig) -> int:
     return parts_of(seen) * PART_DISK + layers * LAYER_DISK
 
 
-def report_disk(cases: int) -> int:
-    """Of the report of a proof."""
-    return REPORT_DISK + cases * CASE_DISK
+def report_disk(seen: ModelConfig, cases: int, *, calibrated: bool) -> int:
+    """Of the report of a proof; one of a calibrated bundle tells of the tokens that each expert was calibrated on."""
+    experts = len(seen.text.moe_layers) * seen.text.experts
+    return REPORT_DISK + cases * CASE_DISK + experts * (EXPERT_DISK + calibrated * COVERED_DISK)
 
 
 def side_disk(checkpoint: Checkpoint) -> int:

@@ -101,7 +101,7 @@ def estimate_needs(
             held += takes.stays
             used_before.add(target.backend)
         parity = held + _parity_memory(used, target, seen, longest)
-        proof = (parity, report_disk(len(case_sizes)))
+        proof = (parity, report_disk(seen, len(case_sizes), calibrated=target.name in waiting))
         needs |= {name: proof for name in names if split_stage(name)[0] == f"parity-{target.name}"}
         # the baseline's weights lie beside the bundle's own while it is measured
         needs[f"rtn-{target.name}"] = (max(lowering[0], parity + RTN_LEFT), written + proof[1])

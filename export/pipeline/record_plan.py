@@ -51,7 +51,8 @@ def record_disk(config: ModelConfig, sizes: Sequence[estimate.Size]) -> int:
     """The most bytes that the stage's folder takes: while the walk goes through a layer, or with all logits."""
     text, tokens = config.text, sum(size[0] for size in sizes)
     record = record_bytes(config, sizes)
-    return max(record - _logits_bytes(text, tokens) + walk_bytes(text, sizes), record + 4 * text.hidden_size * tokens)
+    walking = record - _logits_bytes(text, tokens) + estimate.walk_disk(config, sizes)
+    return max(walking, record + 4 * text.hidden_size * tokens)
 
 
 def record_bytes(config: ModelConfig, sizes: Sequence[estimate.Size]) -> int:
@@ -66,12 +67,6 @@ def record_bytes(config: ModelConfig, sizes: Sequence[estimate.Size]) -> int:
 
 def _logits_bytes(text: TextConfig, tokens: int) -> int:
     return tokens * (4 * text.vocab_size if text.vocab_size <= WHOLE_VOCABULARY else 8 * (HEAD + DRAWN) + 16)
-
-
-def walk_bytes(text: TextConfig, sizes: Sequence[estimate.Size]) -> int:
-    """Bytes of the hidden states before and after a layer, and of what experts read, while the record is made."""
-    rows = 2 + (text.experts_per_token if text.moe_layers else 0)
-    return rows * 4 * text.hidden_size * sum(size[0] for size in sizes)
 
 
 def record_memory(

@@ -249,8 +249,9 @@ def test_finished_stages_are_known_and_need_nothing_more(folder):
     assert left.keys() == {"parity-small", "lower-exact", "parity-exact"}
     checkpoint, cases = Checkpoint.open(build.model), build.parity.cases.samples
     assert cases == 48
-    beside = graphs_disk(checkpoint.model_config()) + side_disk(checkpoint)
-    assert plan.disk == plan.targets[1].weights_bytes + beside + 2 * report_disk(cases)
+    seen = checkpoint.model_config()
+    beside = graphs_disk(seen) + side_disk(checkpoint)
+    assert plan.disk == plan.targets[1].weights_bytes + beside + 2 * report_disk(seen, cases, calibrated=False)
     finish(build)
     plan = make_plan(build)
     assert plan.done
