@@ -222,21 +222,6 @@ def accuracy_interval(right: int, count: int) -> tuple[float, float]:
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
-def mean_error(cases: Sequence[NDArray[np.float64]]) -> float | None:
-    """Standard error of the mean over all tokens of `cases`, an array each; None of a single case.
-
-    Cases are what was drawn, and a case's tokens are alike: that of a ratio of sums (W. G. Cochran, Sampling
-    Techniques, 1977, 6.4). NaN where a token is infinite.
-    """
-    count = len(cases)
-    if count < 2:
-        return None
-    sums, sizes = (np.array([kind(case) for case in cases], np.float64) for kind in (np.sum, len))
-    with np.errstate(invalid="ignore"):
-        off = sums - sums.sum() / sizes.sum() * sizes
-    return float(math.sqrt(count / (count - 1)) * np.linalg.norm(off) / sizes.sum())
-
-
 def meets(value: float, threshold: float, direction: str) -> bool:
     """Whether `value` is at most (`max`) or at least (`min`) `threshold`; NaN and the wrong infinity never do."""
     if math.isnan(value):

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.proof import metrics
 from arriero.runtimes.proof.logits import KlSums, LogitFigures
-from arriero.runtimes.proof.metrics import Agreement, ErrorSums, mean_error
+from arriero.runtimes.proof.metrics import Agreement, ErrorSums
 from arriero.runtimes.proof.paired import Pairs
 from arriero.runtimes.proof.report import CaseResult, FamilyScore, LayerSeries, ParityReport
 from arriero.runtimes.proof.rows import Row, judge, judge_drop
+from arriero.runtimes.proof.sampling_error import mean_error, quantile_errors, ratio_error, told
 from arriero.thresholds import ALWAYS, FORCED, PER_FAMILY, AnswerMode
 
 
@@ -55,9 +56,9 @@ class Tally:
     largest_error: float = 0.0
     kl: KlSums = field(default_factory=KlSums)
     token_kl: list[NDArray[np.float64]] = field(default_factory=list)  # of each case
-    top: Agreement = field(default_factory=Agreement)
+    tops: list[Agreement] = field(default_factory=list)  # of each case
     hidden: dict[int, ErrorSums] = field(default_factory=dict)
-    routers: dict[int, Agreement] = field(default_factory=dict)
+    routers: dict[int, list[Agreement]] = field(default_factory=dict)  # of each layer, of each case
     uncaptured: set[str] = field(default_factory=set)
 
     def watch(self, what: str, array: np.ndarray) -> None:
@@ -67,7 +68,8 @@ class Tally:
 
     def add_logits(self, figures: LogitFigures) -> None:
         """Add the logits of one case."""
-        self.logits, self.top, self.kl = self.logits + figures.sums, self.top + figures.top, self.kl + figures.kl
+        self.logits, self.kl = self.logits + figures.sums, self.kl + figures.kl
+        self.tops.append(figures.top)
         self.token_kl.append(figures.token_kl)
         self.largest_error = float(np.maximum(self.largest_error, figures.largest_error))  # keeps a NaN
 
@@ -76,8 +78,8 @@ class Tally:
         self.hidden[layer] = self.hidden.get(layer, ErrorSums()) + errors
 
     def add_router(self, layer: int, agreement: Agreement) -> None:
-        """Add the choices of a MoE layer's router."""
-        self.routers[layer] = self.routers.get(layer, Agreement()) + agreement
+        """Add the choices of a MoE layer's router in one case."""
+        self.routers.setdefault(layer, []).append(agreement)
 
     def report(self, thresholds: Mapping[str, float]) -> ParityReport:
         """The report over everything added so far."""
@@ -135,7 +137,7 @@ class Tally:
             "logits_kl_standard_error": Value(mean_error(self.token_kl), f"{cases} case{'s' * (cases != 1)}"),
             "logits_kl_lower_bound": Value(self.kl.bound_mean, f"{self.kl.tokens} tokens"),
             **self._spread(),
-            "same_top_token": Value(self.top.fraction, str(self.top)),
+            "same_top_token": _agreed(self.tops),
         }
 
     def _spread(self) -> dict[str, Value]:
@@ -146,11 +148,15 @@ class Tally:
         chunked = any(layer.attention == "chunked" for layer in self.spec.layers)
         past = Value(None, f"no case has more than {chunk} tokens", applies=chunked)
         if chunked and len(late):
-            past = Value(float(late.mean()), f"{len(late)} tokens at positions from {chunk} on")
+            seen = [one[chunk:] for one in self.token_kl if len(one) > chunk]
+            where = f"{len(late)} tokens at positions from {chunk} on"
+            past = Value(float(late.mean()), where + told(mean_error(seen), len(seen)))
         with np.errstate(invalid="ignore"):  # between infinite ones lies no number
             quantiles = np.quantile(every, [*shares.values()])
+        errors = quantile_errors(self.token_kl, [*shares.values()]) or [None] * len(shares)
         spread = {
-            name: Value(float(value), f"{len(every)} tokens") for name, value in zip(shares, quantiles, strict=True)
+            name: Value(float(value), f"{len(every)} tokens" + told(error, len(self.token_kl)))
+            for name, value, error in zip(shares, quantiles, errors, strict=True)
         }
         return spread | {"logits_kl_past_chunk": past}
 
@@ -166,19 +172,20 @@ class Tally:
     def _layers(self) -> dict[str, Value]:
         moe = [number for number, layer in enumerate(self.spec.layers) if layer.ffn == "moe"]
         missing = [number for number in moe if f"expert_id.{number}" in self.uncaptured or number not in self.routers]
-        agreed = sum(self.routers.values(), Agreement())
-        shares = {layer: share for layer, one in self.routers.items() if (share := one.fraction) is not None}
+        wholes = {layer: sum(ones, Agreement()) for layer, ones in self.routers.items()}
+        shares = {layer: share for layer, one in wholes.items() if (share := one.fraction) is not None}
         if not moe or missing:
             dense = Value(None, "the model has no MoE layers", applies=False)
             why = Value(None, f"no expert ids for layers {missing}") if missing else dense
             routers = {"router_agreement": why, "router_agreement_lowest": why}
         else:
             lowest = min(shares, key=lambda layer: shares[layer], default=None)
+            by_case = [sum(ones, Agreement()) for ones in zip(*self.routers.values(), strict=True)]
             routers = {
-                "router_agreement": Value(agreed.fraction, f"{len(moe)} layers: {agreed}"),
+                "router_agreement": _agreed(by_case, f"{len(moe)} layers: "),
                 "router_agreement_lowest": Value(
                     None if lowest is None else shares[lowest],
-                    "every choice is a near tie" if lowest is None else f"layer {lowest}: {self.routers[lowest]}",
+                    "every choice is a near tie" if lowest is None else f"layer {lowest}: {wholes[lowest]}",
                 ),
             }
         absent = [n for n in range(len(self.spec.layers)) if f"hidden.{n}" in self.uncaptured or n not in self.hidden]
@@ -214,7 +221,9 @@ class Tally:
     def _series(self) -> list[LayerSeries]:
         series = []
         for number, layer in enumerate(self.spec.layers):
-            hidden, router = self.hidden.get(number), self.routers.get(number)
+            hidden, router = self.hidden.get(number), None
+            if number in self.routers:
+                router = sum(self.routers[number], Agreement())
             series.append(
                 LayerSeries(
                     layer=number,
@@ -229,6 +238,13 @@ class Tally:
                 )
             )
         return series
+
+
+def _agreed(cases: Sequence[Agreement], before: str = "") -> Value:
+    """How often two sides chose alike in all `cases`."""
+    whole = sum(cases, Agreement())
+    error = ratio_error([case.real_flips for case in cases], [case.clear for case in cases])
+    return Value(whole.fraction, before + str(whole) + told(error, len(cases)))
 
 
 def _part(sums: ErrorSums) -> Value:

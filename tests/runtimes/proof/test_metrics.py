@@ -172,19 +172,3 @@ def test_meets(value, threshold, direction, met):
 def test_different_shapes_are_refused_not_broadcast(function):
     with pytest.raises(metrics.ShapesDiffer, match=r"reference \[2, 2\], candidate \[1, 2\]"):
         function(np.ones((2, 2)), np.ones((1, 2)))
-
-
-def test_the_error_of_a_mean_over_tokens_is_what_other_cases_would_differ_by():
-    draw = np.random.default_rng(0)
-
-    def cases(count):
-        """Of very different lengths; the tokens of one are alike, so that taking each for itself would be far off."""
-        sizes = draw.integers(2, 60, count)
-        return [draw.exponential() * (1 + 0.1 * draw.standard_normal(size)) for size in sizes]
-
-    drawn = [cases(50) for _ in range(400)]
-    spread = np.std([np.concatenate(one).mean() for one in drawn])
-    told = np.mean([metrics.mean_error(one) for one in drawn])
-    assert told == pytest.approx(spread, rel=0.12)
-    assert metrics.mean_error(drawn[0][:1]) is None
-    assert math.isnan(metrics.mean_error([np.array([INF, 1.0]), np.array([1.0])]))

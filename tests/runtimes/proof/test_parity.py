@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from dataclasses import replace
 from types import MethodType
 
@@ -19,10 +20,11 @@ from arriero.graphs.ops import expert_dispatch
 from arriero.runtimes.backend import StepOutput
 from arriero.runtimes.processor.processor import Prompt
 from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS
-from arriero.runtimes.proof.metrics import kl_per_token, mean_error
+from arriero.runtimes.proof.metrics import kl_per_token
 from arriero.runtimes.proof.parity import measure
 from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.runtimes.proof.report import ParityReport
+from arriero.runtimes.proof.sampling_error import mean_error
 from arriero.runtimes.proof.scorers import SAME_ANSWER
 from arriero.runtimes.session import Session
 from arriero.thresholds import check_thresholds
@@ -151,6 +153,8 @@ def test_how_the_tokens_kl_is_spread_and_what_it_is_past_the_chunk(reference, ca
     }
     assert {name: row(report, name).value for name in expected} == pytest.approx(expected, rel=1e-6)
     assert row(report, "logits_kl_past_chunk").detail.startswith(f"{sum(len(one) - chunk for one in token_kl)} tokens")
+    for name in ("logits_kl_median", "logits_kl_p99", "logits_kl_past_chunk", "same_top_token", "router_agreement"):
+        assert re.search(rf"; ± \S+, standard error over {len(cases)} cases$", row(report, name).detail), name
 
 
 def test_a_limit_past_the_chunk_fails_where_no_case_is_so_long(reference, cases):
