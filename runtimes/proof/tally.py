@@ -153,7 +153,7 @@ class Tally:
             past = Value(float(late.mean()), where + told(mean_error(seen), len(seen)))
         with np.errstate(invalid="ignore"):  # between infinite ones lies no number
             quantiles = np.quantile(every, [*shares.values()])
-        errors = quantile_errors(self.token_kl, [*shares.values()]) or [None] * len(shares)
+        errors: Sequence[float | None] = quantile_errors(self.token_kl, [*shares.values()]) or [None] * len(shares)
         spread = {
             name: Value(float(value), f"{len(every)} tokens" + told(error, len(self.token_kl)))
             for name, value, error in zip(shares, quantiles, errors, strict=True)
