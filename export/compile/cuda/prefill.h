@@ -128,8 +128,8 @@ ARRIERO_DEVICE void prefill_product(PrefillShared<Form>& shared, const Op& op, c
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const bool valid = present[i] && feature < stack.inputs;
-                copy_tokens(&shared.tokens[slot][(thread + i * PREFILL_THREADS) / 4][mine], tokens[i] + (valid ? feature : 0),
-                            valid);
+                copy_tokens(&shared.tokens[slot][(thread + i * PREFILL_THREADS) / 4][mine],
+                            tokens[i] + (valid ? feature : 0), valid);
             }
             if (step % STEPS == 0) {
                 const int group = step / STEPS, place = group % DEPTH;
