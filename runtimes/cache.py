@@ -1,8 +1,9 @@
-"""Key and value buffers in numpy: chunked layers keep the current chunk only, global layers grow by doubling.
+"""Key and value buffers in numpy: chunked layers keep the current chunk only, global layers all tokens.
 
 Shapes: B batch rows, K key/value heads, P slots of a buffer, D head dimension, C attention chunk.
 Buffers are f32, or f16 or i8 where the graph rounds keys and values: what a code stands for only the graph knows. All
-rows have as many slots as the longest, but only those that hold tokens take memory.
+rows have as many slots, but only those that hold tokens take memory. Kernels that read no slot without a token get all
+slots at once; for others the slots grow by doubling, as the longest row needs them.
 A token at position p lies in slot p % C of a chunked layer and in slot p of a global one, so the lengths alone say
 which slots are valid: starting a new chunk moves nothing and clears nothing.
 """
@@ -10,13 +11,14 @@ which slots are valid: starting a new chunk moves nothing and clears nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.backend import Ints, ModelSpec
+from arriero.runtimes.backend import Ints, LayerSpec, ModelSpec
 from arriero.runtimes.cache_rows import CacheRows, RowStore
 from arriero.runtimes.lazy_memory import give_back, lazy_zeros
 from arriero.runtimes.snapshot import Buffer, Snapshot, slots_held, slots_since
@@ -27,18 +29,30 @@ FIRST_SLOTS = 256
 class KVCache(RowStore):
     """The [B, K, P, D] buffers of every layer, and how many tokens each row holds."""
 
-    def __init__(self, spec: ModelSpec, batch: int, capacity: int, dtype: DTypeLike = np.float32) -> None:
-        """Make empty buffers for `batch` rows of at most `capacity` tokens; slots are added as tokens come."""
+    def __init__(
+        self, spec: ModelSpec, batch: int, capacity: int, dtype: DTypeLike = np.float32, *, at_once: bool = False
+    ) -> None:
+        """Make empty buffers for `batch` rows of at most `capacity` tokens.
+
+        `at_once`: with all their slots, so that none is ever moved, where the system has addresses for them.
+        """
         super().__init__(spec, batch, capacity)
         self.dtype = np.dtype(dtype)
         self.chunked_limit = min(spec.attention_chunk_size, capacity)
-        self.keys: list[Buffer] = []
-        self.values: list[Buffer] = []
-        for layer in spec.layers:
-            slots = min(FIRST_SLOTS, self.chunked_limit if layer.attention == "chunked" else capacity)
-            shape = (batch, spec.num_key_value_heads, slots, spec.head_dim)
-            self.keys.append(lazy_zeros(shape, dtype))
-            self.values.append(lazy_zeros(shape, dtype))
+        if at_once:
+            with suppress(OSError, OverflowError):  # `ulimit -v`, or a system that promises no more than it has
+                self.keys, self.values = (self._buffers(capacity) for _ in range(2))
+                return
+        self.keys, self.values = (self._buffers(FIRST_SLOTS) for _ in range(2))
+
+    def _buffers(self, slots: int) -> list[Buffer]:
+        """One of each layer, with at most so many slots."""
+        heads, dim = self.spec.num_key_value_heads, self.spec.head_dim
+        limits = [min(slots, self._limit(layer)) for layer in self.spec.layers]
+        return [lazy_zeros((len(self.lengths), heads, limit, dim), self.dtype) for limit in limits]
+
+    def _limit(self, layer: LayerSpec) -> int:
+        return self.chunked_limit if layer.attention == "chunked" else self.capacity
 
     def copy_row(self, source: int, target: int) -> None:
         """Make row `target` hold what row `source` holds."""
@@ -78,7 +92,7 @@ class KVCache(RowStore):
         """Make sure every layer has slots for rows of `tokens` tokens; refuses more than `capacity`."""
         check_room(tokens, self.capacity)
         for number, layer in enumerate(self.spec.layers):
-            limit = self.chunked_limit if layer.attention == "chunked" else self.capacity
+            limit = self._limit(layer)
             have = self.keys[number].shape[2]
             if min(tokens, limit) > have:
                 slots = grown_slots(have, tokens, limit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,15 @@ NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's number on x86-64 
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    """An array of zeros; it starts on a page of its own, and no page is taken before it is written."""
+    """An array of zeros; it starts on a page of its own, and no page is taken before it is written.
+
+    Raises OSError where the system has no room for it, taken or not.
+    """
     count = int(np.prod(shape, dtype=np.int64))
     nbytes = max(count * np.dtype(dtype).itemsize, 1)
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
+    with suppress(OSError):  # a kernel without huge pages does not know the word
+        memory.madvise(mmap.MADV_NOHUGEPAGE)  # where they are taken unasked, one number would take two megabytes
     return np.frombuffer(memory, dtype, count).reshape(shape)
 
 

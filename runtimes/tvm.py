@@ -125,7 +125,7 @@ class TvmBackend:
 
     def new_cache(self, batch: int, capacity: int) -> CacheRows[KVCache]:
         """Give an empty cache for `batch` rows of at most `capacity` tokens."""
-        return CacheRows.whole(KVCache(self.spec, batch, capacity, self._graphs["text"].cache))
+        return CacheRows.whole(KVCache(self.spec, batch, capacity, self._graphs["text"].cache, at_once=True))
 
     def forward(
         self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, captures: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,7 +19,9 @@ from arriero.export.proof.reference import TorchBackend
 from arriero.runtimes import cache as kvcache
 from arriero.runtimes import tensorrt
 from arriero.runtimes.backend import Backend, Cache, Floats, ModelSpec
+from arriero.runtimes.cache import KVCache
 from arriero.runtimes.integrity import open_manifest
+from arriero.runtimes.lazy_memory import lazy_zeros
 from arriero.runtimes.nvidia import device_cache, products
 from arriero.runtimes.onnxruntime import OrtBackend
 from arriero.runtimes.tensorrt import TensorRtBackend
@@ -106,6 +109,25 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     torch.set_num_threads(threads)
     if request.param != "reference":  # shared by the module
         opened.close()
+
+
+def test_slots_are_added_as_tokens_come_where_the_system_has_no_room_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        if shape[2] > 20:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return lazy_zeros(shape, dtype)
+
+    whole = KVCache(TOY, 2, 64, at_once=True)
+    limits = [whole.chunked_limit if layer.attention == "chunked" else 64 for layer in TOY.layers]
+    assert [buffer.shape[2] for buffer in whole.keys] == limits
+    monkeypatch.setattr(kvcache, "lazy_zeros", refused)
+    monkeypatch.setattr(kvcache, "FIRST_SLOTS", 4)
+    growing = KVCache(TOY, 2, 64, at_once=True)
+    assert {buffer.shape[2] for buffer in (*growing.keys, *growing.values)} == {4}
+    growing.lengths[:] = 4
+    monkeypatch.setattr(kvcache, "lazy_zeros", lazy_zeros)
+    growing.reserve(9)
+    assert growing.keys[limits.index(64)].shape[2] == 16
 
 
 Same = Callable[[Any, Any], bool]

@@ -98,6 +98,20 @@ def test_steps_write_into_the_same_memory_and_touch_only_their_slots(backend):
     assert cache.lengths.tolist() == [4]
 
 
+def test_rows_lie_as_far_apart_as_the_longest_context_and_take_their_own_memory(backend):
+    """No slot is ever moved, and the third row begins beyond 2^32 elements."""
+    far, near, ids = backend.new_cache(3, 1 << 27), backend.new_cache(1, 64), draw(40)
+    keys, _ = far.store.layer(3)
+    assert keys[0].size > 1 << 31
+    with MemoryWatch() as watch:
+        same = read(backend, far.rows(2, 3), ids).logits
+        assert np.array_equal(same, read(backend, near, ids).logits)
+    assert watch.peak - watch.start < 64 << 20
+    assert far.store.layer(3)[0].ctypes.data == keys.ctypes.data
+    far.truncate(2, 0)
+    assert not keys[2, :, :64].any()
+
+
 def test_a_step_without_taps_gives_the_same_logits(backend):
     with_taps = read(backend, backend.new_cache(1, 8), draw(8), captures=True)
     without = read(backend, backend.new_cache(1, 8), draw(8))
