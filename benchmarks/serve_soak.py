@@ -241,7 +241,7 @@ def kept(choice: dict[str, Any]) -> dict[str, Any]:
     """What must be the same of a choice: its ids are its own."""
     message = choice["message"]
     calls = [call["function"] for call in message.get("tool_calls") or ()]
-    logprobs = (choice.get("logprobs") or {}).get("content")
+    logprobs = (choice.get("logprobs") or {}).get("content") or None  # of an answer that is only closed
     return {"text": message["content"] or "", "calls": calls, "reason": choice["finish_reason"], "logprobs": logprobs}
 
 

@@ -90,7 +90,7 @@ def test_float8_sums_bear_tensor_cores_of_few_bits(tmp_path, shape):
         exact = gpu.launch(kernel, case.arrays("down"), case.sizes, case.result("down"))
         errors.append(np.abs(exact / expected - 1).max())
     assert errors[0] < 2.0**-13
-    assert errors[1] > 2.0**-12
+    assert errors[1] > (2.0**-12 if shape == "prefill" else 2.0**-13)  # decode's eight warps share a row out
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -113,5 +113,5 @@ def test_the_check_on_a_gpu_allows_for_such_sums(tmp_path, monkeypatch, shape):
     numbers = draw.uniform(1, 2, (EXPERTS, HIDDEN, FFN)).astype(FLOAT8)
     positive = positive_case("fp8", 1, numbers, draw.uniform(1, 2, (9, FFN)).astype(FLOAT8))
     assert right(positive, "down", {})
-    if shape == "prefill":  # a decode kernel's warps have a quarter of a row each
+    if shape == "prefill":  # a decode kernel's warps have an eighth of a row each
         assert not right(positive, "down", {"forms.h": ("int SPAN = 4;", "int SPAN = 0;")})
