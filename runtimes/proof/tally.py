@@ -143,14 +143,14 @@ class Tally:
     def _spread(self) -> dict[str, Value]:
         """How the tokens' KL is spread, and its mean where chunked layers no longer see the beginning."""
         every, chunk = np.concatenate(self.token_kl), self.spec.attention_chunk_size
-        late = np.concatenate([one[chunk:] for one in self.token_kl])
+        late = [one[chunk:] for one in self.token_kl if len(one) > chunk]
         shares = {"logits_kl_median": 0.5, "logits_kl_p99": 0.99, "logits_kl_p999": 0.999}
         chunked = any(layer.attention == "chunked" for layer in self.spec.layers)
         past = Value(None, f"no case has more than {chunk} tokens", applies=chunked)
-        if chunked and len(late):
-            seen = [one[chunk:] for one in self.token_kl if len(one) > chunk]
-            where = f"{len(late)} tokens at positions from {chunk} on"
-            past = Value(float(late.mean()), where + told(mean_error(seen), len(seen)))
+        if chunked and late:
+            tokens = np.concatenate(late)
+            where = f"{len(tokens)} tokens at positions from {chunk} on"
+            past = Value(float(tokens.mean()), where + told(mean_error(late), len(late)))
         with np.errstate(invalid="ignore"):  # between infinite ones lies no number
             quantiles = np.quantile(every, [*shares.values()])
         errors: Sequence[float | None] = quantile_errors(self.token_kl, [*shares.values()]) or [None] * len(shares)
@@ -172,7 +172,7 @@ class Tally:
     def _layers(self) -> dict[str, Value]:
         moe = [number for number, layer in enumerate(self.spec.layers) if layer.ffn == "moe"]
         missing = [number for number in moe if f"expert_id.{number}" in self.uncaptured or number not in self.routers]
-        wholes = {layer: sum(ones, Agreement()) for layer, ones in self.routers.items()}
+        wholes = self._routed()
         shares = {layer: share for layer, one in wholes.items() if (share := one.fraction) is not None}
         if not moe or missing:
             dense = Value(None, "the model has no MoE layers", applies=False)
@@ -218,12 +218,14 @@ class Tally:
             values |= _accuracy_values(score, accuracies)
         return values
 
+    def _routed(self) -> dict[int, Agreement]:
+        """The choices of each layer's router in all cases."""
+        return {layer: sum(cases, Agreement()) for layer, cases in self.routers.items()}
+
     def _series(self) -> list[LayerSeries]:
-        series = []
+        series, routed = [], self._routed()
         for number, layer in enumerate(self.spec.layers):
-            hidden, router = self.hidden.get(number), None
-            if number in self.routers:
-                router = sum(self.routers[number], Agreement())
+            hidden, router = self.hidden.get(number), routed.get(number)
             series.append(
                 LayerSeries(
                     layer=number,

@@ -49,9 +49,8 @@ def test_memory_is_estimated_from_above_and_not_far_off(layer: Path, tmp_path: P
     taken = memory.peak - before
     # What earlier tests left free in the process is used again, so the measured end may be short, never long.
     assert taken < 1.1 * said
-    assert said - LINEAR_BYTES * (2 * HIDDEN) ** 2 < 2 * (
-        8 * 4.3 * (2 * HIDDEN) ** 2
-    )  # twice second moments and their factor
+    moments = (2 * HIDDEN) ** 2
+    assert said - LINEAR_BYTES * moments < 2 * (8 * 4.3 * moments)  # twice these and their factor
     plain = calibration_memory(ModelConfig.load(layer), infos, sizes, second=False, whole=False) - REFERENCE_MEMORY
     assert plain < said / 4
 
