@@ -36,6 +36,8 @@ FORMATS_MEASURED = {
     "int8_f16": (32, 128),  # with scales in float16; those of some checkpoints need float32
     "int4_f16": (32, 64, 128),
     "grid4_f16": (32, 128),
+    "grid3_f16": (64,),
+    "grid2_f16": (64,),
     "int4": (32,),
     "e4m3": (0,),
     "bf16": (0,),
@@ -45,6 +47,8 @@ BYTES = {  # of a weight, at most
     "int8_f16": 1.0625,
     "int4_f16": 0.5625,
     "grid4_f16": 0.5625,
+    "grid3_f16": 0.40625,
+    "grid2_f16": 0.28125,
     "int4": 0.625,
     "e4m3": 1.0,
     "bf16": 2.0,
@@ -57,7 +61,8 @@ def random_weight(draw: np.random.Generator, form: str, block: int, experts: int
     if form in ("f32", "bf16"):
         data = np.full((experts, inputs, outputs), 0.01, np.float32)
         return Weight(form, data if form == "f32" else (data.view(np.uint32) >> 16).astype(np.uint16))
-    size = outputs * inputs // (2 if form.startswith(("int4", "grid4")) else 1)
+    bits = int(form.removesuffix("_f16")[-1]) if form.startswith(("int", "grid")) else 8
+    size = outputs * inputs * bits // 8
     high = 120 if form == "e4m3" else 256
     data = draw.integers(0, high, (experts, size), np.uint8)
     blocks = inputs // block if block else 1

@@ -1,7 +1,8 @@
 """Block-wise integers in the byte layout that MatMulNBits and QMoE read, or codes of another grid in their place.
 
 N output features, K input features, J = K / block. An integer q in [-2^(bits-1), 2^(bits-1) - 1] is stored as
-q + 2^(bits-1) (offset binary); with 4 bits the even element is the low nibble. `quantize` never uses the lowest one.
+q + 2^(bits-1) (offset binary); with fewer than 8 bits codes lie end to end, the first in the lowest bits, so that of 4
+bits the even element is the low nibble. `quantize` never uses the lowest one.
 Of another grid (see `grids`) the number of the level is stored in its place.
 Scales of blocks are numbers that float16 holds, whatever they are kept in: 4 bits in blocks of 32 come to 4.5.
 """
@@ -99,8 +100,8 @@ def half_scales(scales: NDArray[np.float32], *, top: int, name: str) -> NDArray[
 
 def check_weight(weight: NDArray[np.float32], *, bits: int, block: int, name: str) -> NDArray[np.float32]:
     """The largest magnitude of each block [..., N, J]. Raises ArrieroError as `quantize` does."""
-    if bits not in (4, 8):
-        raise ValueError(f"bits must be 4 or 8, not {bits}")
+    if bits not in (2, 3, 4, 8):
+        raise ValueError(f"bits must be 2, 3, 4 or 8, not {bits}")
     check_block(weight.shape[-1], block, name)
     largest = np.abs(weight.reshape(*weight.shape[:-1], weight.shape[-1] // block, block)).max(-1)
     if not np.isfinite(largest).all():
@@ -126,18 +127,40 @@ def pack(
     integers: NDArray[np.float32], scales: NDArray[np.float32], *, bits: int, block: int, grid: GridName = "even"
 ) -> Quantized:
     """Pack levels [..., N, K] (held as floats) of a grid of `bits` bits, with their scales [..., N, J]."""
-    flat = Grid(bits, grid).codes(integers)
+    return Quantized(join_codes(Grid(bits, grid).codes(integers), bits), scales, bits, block, grid)
+
+
+def join_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Lay codes [..., K] of so many bits end to end, [..., K*bits/8]; K is a multiple of 8."""
+    if bits == 4:  # as below, in a quarter of the time
+        return codes[..., 0::2] | (codes[..., 1::2] << np.uint8(4))
+    if bits == 8:
+        return np.ascontiguousarray(codes)
+    words = np.zeros((*codes.shape[:-1], codes.shape[-1] // 8), "<u4")
+    for number in range(8):
+        words |= codes[..., number::8].astype(np.uint32) << np.uint32(bits * number)
+    return words[..., None].view(np.uint8)[..., :bits].reshape(*codes.shape[:-1], -1)
+
+
+def split_codes(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """The codes [..., K] that `join_codes` laid end to end."""
+    if bits == 8:
+        return packed
+    *leading, length = packed.shape
+    codes = np.empty((*leading, length * 8 // bits), np.uint8)
     if bits == 4:
-        flat = flat[..., 0::2] | (flat[..., 1::2] << np.uint8(4))
-    return Quantized(np.ascontiguousarray(flat), scales, bits, block, grid)
+        np.bitwise_and(packed, np.uint8(15), out=codes[..., 0::2])
+        np.right_shift(packed, np.uint8(4), out=codes[..., 1::2])
+        return codes
+    words = np.zeros((*leading, length // bits, 4), np.uint8)
+    words[..., :bits] = packed.reshape(*leading, -1, bits)
+    for number in range(8):
+        codes[..., number::8] = words.view("<u4")[..., 0] >> np.uint32(bits * number) & np.uint32(2**bits - 1)
+    return codes
 
 
 def dequantize(quantized: Quantized) -> NDArray[np.float32]:
     """The float32 values [..., N, K] that `quantized` stands for."""
-    packed = quantized.packed
-    if quantized.bits == 4:
-        halves: NDArray[np.uint8] = np.stack([packed & np.uint8(15), packed >> np.uint8(4)], -1)
-        packed = halves.reshape(*packed.shape[:-1], packed.shape[-1] * 2)
-    integers = Grid(quantized.bits, quantized.grid).levels(packed)
-    blocks = integers.reshape(*quantized.scales.shape, quantized.block) * quantized.scales[..., None]
-    return blocks.reshape(packed.shape)
+    levels = Grid(quantized.bits, quantized.grid).levels(split_codes(quantized.packed, quantized.bits))
+    blocks = levels.reshape(*quantized.scales.shape, quantized.block) * quantized.scales[..., None]
+    return blocks.reshape(levels.shape)

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, model_validator
 from typing_extensions import override
 
-from arriero.profiles.grids import GridName
+from arriero.profiles.grids import NORMAL_LEVELS, GridName
 from arriero.profiles.quantize import check_block
 
 Shape = tuple[int, ...]
@@ -111,11 +111,11 @@ class IntBlock(_Scheme):
 
     `accuracy_level` is ONNX Runtime's: 4 rounds activations to int8 as well, 0 keeps them in float32. `rounding` says
     how the integers are found: each value to its nearest, by GPTQ on the inputs that calibration saw, or `stored`: they
-    are the checkpoint's own, with its scales. `grid` normal: 4 bits that number levels, see `grids`.
+    are the checkpoint's own, with its scales. `grid` normal: 4, 3 or 2 bits that number levels, see `grids`.
     """
 
     kind: Literal["int_block"]
-    bits: Literal[4, 8]
+    bits: Literal[2, 3, 4, 8]
     block: Literal[16, 32, 64, 128, 256]
     accuracy_level: Literal[0, 4]
     rounding: Literal["nearest", "gptq", "stored"] = "nearest"
@@ -123,8 +123,11 @@ class IntBlock(_Scheme):
 
     @model_validator(mode="after")
     def _has_levels(self) -> Self:
-        if self.grid == "normal" and (self.bits, self.rounding == "stored") != (4, False):
-            raise ValueError("`grid: normal` has levels for `bits: 4` alone, and no checkpoint stores their numbers")
+        if self.bits < 4 and self.grid == "even":
+            raise ValueError(f"`bits: {self.bits}` needs `grid: normal`")
+        if self.grid == "normal" and (self.bits not in NORMAL_LEVELS or self.rounding == "stored"):
+            levels = ", ".join(map(str, sorted(NORMAL_LEVELS)))
+            raise ValueError(f"`grid: normal` has levels for {levels} bits, and no checkpoint stores their numbers")
         return self
 
     @property

@@ -10,12 +10,11 @@ from arriero.profiles.quantize import Quantized
 
 def integers(weight: Quantized) -> np.ndarray:
     """The integers [..., N, K] that the codes stand for, as int64."""
-    codes = weight.packed
-    if weight.bits == 4:
-        codes = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1)
+    ones = np.unpackbits(weight.packed, axis=-1, bitorder="little")
+    codes = ones.reshape(*ones.shape[:-1], -1, weight.bits) @ (1 << np.arange(weight.bits))
     if weight.grid == "normal":
-        return np.array(NORMAL_LEVELS)[codes]
-    return codes.astype(np.int64) - 2 ** (weight.bits - 1)
+        return np.array(NORMAL_LEVELS[weight.bits])[codes]
+    return codes - 2 ** (weight.bits - 1)
 
 
 def round_activations(x: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:

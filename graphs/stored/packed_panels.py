@@ -6,33 +6,67 @@ P = ceil(N / 16) panels, J = K / block, F expert width; leading axes (experts) a
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from arriero.profiles.quantize import Quantized
+from arriero.profiles.quantize import Quantized, split_codes
 
 PANEL = 16
+STEPS = {8: 4, 4: 8, 3: 16, 2: 16}  # input features that lie together, by bits of a code
+Codes = NDArray[np.uint8]
 Values = TypeVar("Values", bound=np.generic)
 Fp8 = tuple[NDArray[np.uint8], NDArray[np.float32]]
 
 
 def pack_panels(quantized: Quantized) -> Quantized:
-    """Reorder packed [..., N, K*bits/8] and scales [..., N, J] to [..., P, K*bits/32, 64] and [..., P, J, 16]."""
-    bits, codes = quantized.bits, quantized.packed
-    if bits == 4:
-        halves: NDArray[np.uint8] = np.stack([codes & np.uint8(15), codes >> np.uint8(4)], -1)
-        codes = halves.reshape(*codes.shape[:-1], -1)
-    rows = _rows(codes, 2 ** (bits - 1))
-    step = 32 // bits  # input features in the 4 bytes of one output
-    grouped = rows.reshape(*rows.shape[:-1], -1, step).swapaxes(-3, -2)  # [..., P, K / step, 16, step]
-    if bits == 4:
-        grouped = grouped[..., :4] | (grouped[..., 4:] << np.uint8(4))
-    packed = np.ascontiguousarray(grouped).reshape(*grouped.shape[:-2], 4 * PANEL)
+    """Reorder packed [..., N, K*bits/8] and scales [..., N, J] to [..., P, K/S, 2*bits*S] and [..., P, J, 16].
+
+    S is the features of one step, `STEPS[bits]`.
+    """
+    bits = quantized.bits
+    rows = _rows(split_codes(quantized.packed, bits), 2 ** (bits - 1))
+    # [..., P, K / S, 16, S / 4, 4]
+    quads = rows.reshape(*rows.shape[:-1], -1, STEPS[bits] // 4, 4).swapaxes(-4, -3)
+    packed = np.ascontiguousarray(_ARRANGE[bits](quads))
     scales = np.ascontiguousarray(_rows(quantized.scales, 0).swapaxes(-2, -1))
     return replace(quantized, packed=packed, scales=scales)
+
+
+def _bytes(quads: Codes) -> Codes:
+    return _flat(quads[..., 0, :])
+
+
+def _nibbles(quads: Codes) -> Codes:
+    return _flat(quads[..., 0, :] | quads[..., 1, :] << np.uint8(4))
+
+
+def _twos(quads: Codes) -> Codes:
+    """The low two bits of each code, [..., 16, 4, 4] -> [..., 64]."""
+    order = (2, 0, 3, 1)  # the lowest bits of a byte are of quad 2
+    return _flat(_joined([(quads[..., quad, :] & np.uint8(3)) << np.uint8(2 * at) for at, quad in enumerate(order)]))
+
+
+def _twos_and_thirds(quads: Codes) -> Codes:
+    """And the third ones, [..., 16, 4, 4] -> [..., 96]."""
+    nibbles = _flat(_joined([quads[..., quad, :] >> np.uint8(2) << np.uint8(quad) for quad in range(4)]))
+    return np.concatenate([_twos(quads), nibbles[..., :32] | nibbles[..., 32:] << np.uint8(4)], -1)
+
+
+def _joined(parts: Sequence[Codes]) -> Codes:
+    return functools.reduce(np.bitwise_or, parts)
+
+
+def _flat(values: Codes) -> Codes:
+    """[..., 16, 4] -> [..., 64]."""
+    return values.reshape(*values.shape[:-2], 4 * PANEL)
+
+
+_ARRANGE = {8: _bytes, 4: _nibbles, 3: _twos_and_thirds, 2: _twos}
 
 
 def pack_gate_up_panels(quantized: Quantized) -> Quantized:

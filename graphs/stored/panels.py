@@ -14,6 +14,7 @@ import onnx_ir as ir
 from arriero.graphs.sources.stored_codes import scale_type
 from arriero.graphs.stored.packed_panels import (
     PANEL,
+    STEPS,
     pack_e4m3_panels,
     pack_gate_up_e4m3_panels,
     pack_gate_up_panels,
@@ -30,7 +31,7 @@ EXACT = "exact"  # the format of a matrix that stays what it is
 
 @dataclass(frozen=True)
 class Format:
-    """How a matrix is stored: `name` exact, E4M3, INT8, INT4 or GRID4, which have a `block` each.
+    """How a matrix is stored: `name` exact, E4M3, INT8, INT4 or GRID4 to GRID2, which have a `block` each.
 
     `_F16` is added to the latter where their scales are in float16.
     """
@@ -100,8 +101,9 @@ def _specs(store: WeightStore, name: str, scheme: IntBlock | Fp8, panels: int) -
     if isinstance(scheme, Fp8):
         codes, factors = (panels, features, PANEL), (panels, PANEL)
         return [Spec(f"{name}.packed", "U8", codes), Spec(f"{name}.scales", "F32", factors)]
+    step = STEPS[scheme.bits]
     return [
-        Spec(f"{name}.packed", "U8", (panels, features * scheme.bits // 32, 4 * PANEL)),
+        Spec(f"{name}.packed", "U8", (panels, features // step, 2 * scheme.bits * step)),
         Spec(f"{name}.scales", scale_type(info.codes, scheme), (panels, features // scheme.block, PANEL)),
     ]
 

@@ -211,9 +211,14 @@ def test_a_rounded_profile_writes_what_it_needs_and_links_nothing(scout: Built, 
 def unpacked(packed: np.ndarray, scales: np.ndarray, scheme: IntBlock) -> np.ndarray:
     """Values [.., 16 P, K] of panels, element by element as arriero_kernels.h tells their layout."""
     *leading, panels, steps, _ = packed.shape
-    codes = packed.reshape(*leading, panels, steps, 16, 4)
+    codes = packed[..., :64].reshape(*leading, panels, steps, 16, 4)
     if scheme.bits == 4:
         codes = np.concatenate([codes & 15, codes >> 4], -1)
+    elif scheme.bits < 4:
+        codes = np.concatenate([codes >> shift & 3 for shift in (2, 6, 0, 4)], -1)  # of quads 0 to 3
+    if scheme.bits == 3:
+        nibbles = np.concatenate([packed[..., 64:] & 15, packed[..., 64:] >> 4], -1).reshape(*codes.shape[:-1], 4)
+        codes = codes | np.concatenate([(nibbles >> quad & 1) << 2 for quad in range(4)], -1)
     integers = Grid(scheme.bits, scheme.grid).levels(codes.swapaxes(-3, -2).reshape(*leading, panels, 16, -1))
     factors = np.repeat(scales.astype(np.float32).swapaxes(-2, -1), scheme.block, -1)  # [.., P, 16, K]
     return (integers * factors).reshape(*leading, panels * 16, -1)

@@ -14,7 +14,7 @@ from arriero.profiles.schemes import Exact, Fp8, Fp8Static, Half, Int8Dynamic, I
 from tests.toys import make_maverick_toy, make_scout_toy
 
 LAYER = "language_model.model.layers.0"
-BIG_BLOCKS = ("int4", "int4-nl", "int4-b128", "mixed", "gpu-int4")  # blocks of 64 and 128
+BIG_BLOCKS = ("int4", "int4-nl", "int4-b128", "int3", "int2.5", "mixed", "gpu-int4")  # blocks of 64 and 128
 START = "name: p\nversion: 1\ndescription: d\nthresholds: {}\n"
 MINIMAL = {"name": "p", "version": 1, "description": "d", "thresholds": {}}
 
@@ -49,7 +49,7 @@ def test_a_shipped_profile_decides_every_tensor_of_every_shape(tmp_path: Path, t
     kept = ["router", "norm", "embed", "vision_model", "multi_modal_projector"]
     on_gpu = name.startswith("gpu-")  # what is kept is kept in 16 bits there, but for router and norms
     kept += [] if name in (*BIG_BLOCKS, "int8-all") and not on_gpu else ["self_attn"]
-    kept += [] if name.startswith(("int4", "int8-all")) else ["lm_head"]
+    kept += [] if name.startswith(("int4", "int3", "int2", "int8-all")) else ["lm_head"]
     quantized = {tensor for tensor, scheme in assigned.items() if not isinstance(scheme, Exact | Half)}
     assert any(isinstance(scheme, Half) for scheme in assigned.values()) == on_gpu
     assert quantized == {tensor for tensor in names if not any(word in tensor for word in kept)}
@@ -111,6 +111,8 @@ EXACT = {**KEPT, "attention": "exact", "head": "exact"}
 ON_GPU = {**dict.fromkeys(EXACT, "f16"), "router": "exact", "norms": "exact"}
 INT4 = {"experts": "int4 block 64 gptq"}
 NL4 = {"experts": "nl4 block 128 gptq"}
+NL3 = {"experts": "nl3 block 64 gptq"}
+NL2 = {"experts": "nl2 block 64 gptq"}  # gate and up
 NEAREST = Path(__file__).parents[2] / "benchmarks" / "int4-nearest.yaml"
 
 
@@ -133,6 +135,8 @@ def everywhere(label: str, *groups: str) -> dict[str, str]:
         ("mixed", {**everywhere("chosen", *GROUPS), **KEPT, "head": "exact"}),
         ("int4", {**everywhere("int4 block 32 gptq", *GROUPS), **KEPT, **INT4, "head": "int8 block 32"}),
         ("int4-nl", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL4, "head": "int8 block 32"}),
+        ("int3", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL3, "head": "int8 block 32"}),
+        ("int2.5", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL2, "head": "int8 block 32"}),
         ("int4-b128", {**everywhere("int4 block 128 gptq", *GROUPS), **KEPT, "head": "int8 block 32"}),
         ("gpu-fp8", {**ON_GPU, **everywhere("fp8 per channel static observed")}),
         ("gpu-int8", {**ON_GPU, **everywhere("int8 per channel static observed smooth 0.95")}),

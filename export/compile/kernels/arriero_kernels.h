@@ -21,7 +21,8 @@
  *   with float16 scales. Activations are rounded to int8 per token and
  *   block: scale = absmax / 127, q = rint(x * (127 / absmax)); a block whose absmax is below 1e-30 counts as zeros.
  *   Products and their sum over a block are exact int32.
- * ARRIERO_GRID4_F16: as ARRIERO_INT4_F16, but a code is the number of one of the 16 integers of GRID4 (see grid4.h).
+ * ARRIERO_GRID4_F16: as ARRIERO_INT4_F16, but a code is the number of one of the 16 integers of GRID4 (see grids.h);
+ *   ARRIERO_GRID3_F16 and ARRIERO_GRID2_F16: of 8 and of 4.
  * ARRIERO_E4M3: OCP FP8 E4M3 (no NaN codes) with one float32 scale per output feature, `block` is 0; activations stay
  *   float32.
  *
@@ -29,6 +30,10 @@
  *   INT8   u8 [P, K/4, 16, 4]   offset binary (q + 128): 4 neighbouring input features of each of the 16 outputs
  *   INT4   u8 [P, K/8, 16, 4]   offset binary (q + 8): byte b of an output holds input features b (low nibble) and
  *                               b + 4 (high nibble) of its 8; GRID4's numbers lie so too
+ *   GRID2  u8 [P, K/16, 64]     byte 4 n + b of output n holds input features b + 8, b, b + 12 and b + 4 of its 16, two
+ *                               bits each, the lowest first
+ *   GRID3  u8 [P, K/16, 96]     the lower two bits so; then 32 bytes: bit q of nibble 4 n + b is the third bit of input
+ *                               feature b + 4 q of output n. Byte i holds nibbles i (low) and i + 32 (high)
  *   E4M3   u8 [P, K, 16]
  *   scales f32 or f16 [P, K/block, 16] (E4M3: f32 [P, 16]), zero in padding.
  * An expert's gate_up panels alternate, gate 0, up 0, gate 1, up 1, ..: [2*ceil(F/16), ..].
@@ -49,6 +54,7 @@ extern "C" {
 enum { ARRIERO_F32 = 0, ARRIERO_BF16 = 1, ARRIERO_F16 = 2, ARRIERO_E4M3 = 3, ARRIERO_INT8 = 4, ARRIERO_INT4 = 5 };
 enum { ARRIERO_CODES = 6 }; /* of a key/value cache alone */
 enum { ARRIERO_INT8_F16 = 7, ARRIERO_INT4_F16 = 8, ARRIERO_GRID4_F16 = 9 };
+enum { ARRIERO_GRID3_F16 = 10, ARRIERO_GRID2_F16 = 11 };
 
 /* The instruction set in use: "avx512vnni", "avx2", "i8mm", "dotprod", "neon" or "scalar". */
 const char* arriero_level(void);

@@ -19,10 +19,9 @@ inline T smaller(T a, T b) {
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-inline bool is_int4(int64_t format) { return format == ARRIERO_INT4 || format == ARRIERO_INT4_F16; }
 // Whether activations are rounded to integers for it.
 inline bool is_integer(int64_t format) {
-    return is_int4(format) || format == ARRIERO_INT8 || format >= ARRIERO_INT8_F16;
+    return format == ARRIERO_INT8 || format == ARRIERO_INT4 || format >= ARRIERO_INT8_F16;
 }
 // Whether the scales of integers are float16.
 inline bool has_halves(int64_t format) { return format >= ARRIERO_INT8_F16; }
@@ -56,6 +55,13 @@ template <int N>
 struct Constant {
     static constexpr int value = N;
 };
+
+// Calls `function` with Constant 0 .. N - 1.
+template <int N, class Function>
+__attribute__((always_inline)) inline void each_of(Function function) {
+    if constexpr (N > 1) each_of<N - 1>(function);
+    function(Constant<N - 1>{});
+}
 
 // Calls `function` with the largest Constant that is at most M and at most `rows` (>= 1); gives it.
 template <int M, class Function>

@@ -12,11 +12,11 @@ namespace ARRIERO_LEVEL {
 template <class CODES, int M, int P>
 TILE void int_pair_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, BlockScales scale,
                         float out[M][16 * P]) {
-    constexpr int PAIRS = (M + 1) / 2, BITS = CODES::BITS;
+    constexpr int PAIRS = (M + 1) / 2, Q = CODES::QUADS, QUADS = Q < 2 ? 2 : Q;
     const int64_t features = x.features, blocks = x.blocks();
     for (int m = 0; m < M; ++m) __builtin_memset(out[m], 0, sizeof out[m]);
     for (int p = 0; p < P; ++p) {
-        const uint8_t* at = panel + p * features * 16 * BITS / 8;
+        const uint8_t* at = panel + p * features * 2 * CODES::BITS;
         for (int64_t j = 0; j < blocks; ++j, scale = scale.from(16)) {
             int32x4_t totals[PAIRS][8];  // of outputs 2n and 2n + 1: first row's two, then second row's two
             UNROLL for (int i = 0; i < PAIRS; ++i) {
@@ -24,27 +24,29 @@ TILE void int_pair_tile(const Rounded& x, const int64_t* rows, const uint8_t* pa
                 const int32x2_t second = vdup_n_s32(x.corrections[rows[smaller(2 * i + 1, M - 1)] * blocks + j]);
                 UNROLL for (int n = 0; n < 8; ++n) totals[i][n] = vcombine_s32(first, second);
             }
-            for (int64_t k = j * x.block; k < (j + 1) * x.block; k += 8, at += 16 * BITS) {
-                int8x16_t values[PAIRS];
-                UNROLL for (int i = 0; i < PAIRS; ++i) {
-                    values[i] = vcombine_s8(vld1_s8(x.values + rows[2 * i] * features + k),
-                                            vld1_s8(x.values + rows[smaller(2 * i + 1, M - 1)] * features + k));
-                }
-                UNROLL for (int n = 0; n < 8; n += 2) {
-                    Weights low, high;  // features k .. k + 3 and k + 4 .. k + 7 of four outputs
-                    if constexpr (BITS == 8) {
-                        low = load_int8(at + n * 8), high = load_int8(at + 64 + n * 8);
-                    } else {
-                        CODES::load(at + n * 8, low, high);
-                    }
-                    const int32x4_t a = vreinterpretq_s32_s8(low), b = vreinterpretq_s32_s8(high);
-                    const int8x16_t one = vreinterpretq_s8_s32(vzip1q_s32(a, b));
-                    const int8x16_t two = vreinterpretq_s8_s32(vzip2q_s32(a, b));
+            for (int64_t k = j * x.block; k < (j + 1) * x.block; k += 4 * QUADS, at += QUADS / Q * STEP_BYTES<CODES>) {
+                each_of<QUADS / 2>([&](auto number) {
+                    constexpr int FIRST = 2 * decltype(number)::value, SECOND = FIRST + 1;
+                    const int8_t* from = x.values + k + 4 * FIRST;
+                    int8x16_t values[PAIRS];
                     UNROLL for (int i = 0; i < PAIRS; ++i) {
-                        totals[i][n] = vmmlaq_s32(totals[i][n], values[i], one);
-                        totals[i][n + 1] = vmmlaq_s32(totals[i][n + 1], values[i], two);
+                        values[i] = vcombine_s8(vld1_s8(from + rows[2 * i] * features),
+                                                vld1_s8(from + rows[smaller(2 * i + 1, M - 1)] * features));
                     }
-                }
+                    UNROLL for (int n = 0; n < 8; n += 2) {
+                        // four neighbouring features each of four outputs
+                        const auto low = CODES::read(at + FIRST / Q * STEP_BYTES<CODES>, n / 2);
+                        const auto high = CODES::read(at + SECOND / Q * STEP_BYTES<CODES>, n / 2);
+                        const int32x4_t a = vreinterpretq_s32_s8(CODES::template weights<FIRST % Q>(low));
+                        const int32x4_t b = vreinterpretq_s32_s8(CODES::template weights<SECOND % Q>(high));
+                        const int8x16_t one = vreinterpretq_s8_s32(vzip1q_s32(a, b));
+                        const int8x16_t two = vreinterpretq_s8_s32(vzip2q_s32(a, b));
+                        UNROLL for (int i = 0; i < PAIRS; ++i) {
+                            totals[i][n] = vmmlaq_s32(totals[i][n], values[i], one);
+                            totals[i][n + 1] = vmmlaq_s32(totals[i][n + 1], values[i], two);
+                        }
+                    }
+                });
             }
             UNROLL for (int i = 0; i < PAIRS; ++i) {
                 UNROLL for (int n = 0; n < 8; n += 2) {

@@ -1,4 +1,4 @@
-// Products of rounded activations with panels of 8 and 4 bits: exact int32 within a block, float32 across blocks.
+// Products of rounded activations with panels of 8 to 2 bits: exact int32 within a block, float32 across blocks.
 #pragma once
 
 #include "block_scales.h"
@@ -15,9 +15,9 @@ namespace ARRIERO_LEVEL {
 template <class CODES, int M, int P>
 TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, BlockScales scale, int64_t next,
                    float out[M][16 * P]) {
-    constexpr int V = 16 / LANES, PV = P * V, BITS = CODES::BITS;
+    constexpr int V = 16 / LANES, PV = P * V;
     const int64_t features = x.features, block = x.block, blocks = x.blocks();
-    const int64_t panel_bytes = features * 16 * BITS / 8, panel_scales = blocks * 16;
+    const int64_t panel_bytes = features * 2 * CODES::BITS, panel_scales = blocks * 16;
     const int8_t* values[M];
     const float* row_scales[M];
     const int32_t* corrections[M];
@@ -33,6 +33,7 @@ TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, 
     const auto ask = [&] {
         if constexpr (P == 1) {
             fetch(at + FETCH_AHEAD);
+            if constexpr (STEP_BYTES<CODES> > 64) fetch(at + FETCH_AHEAD + 64);
         } else {
             UNROLL for (int p = 0; p < P; ++p) fetch(at + p * panel_bytes + ahead);
         }
@@ -46,38 +47,28 @@ TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, 
             UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = all_int(corrections[m][j]);
         }
         const int64_t end = (j + 1) * block;
-        if constexpr (BITS == 8) {
-            for (int64_t k = j * block; k < end; k += 4, at += 64) {
-                ask();
-                Weights w[PV];
-                UNROLL for (int v = 0; v < PV; ++v) w[v] = load_int8(at + v / V * panel_bytes + v % V * (4 * LANES));
-                UNROLL for (int m = 0; m < M; ++m) {
-                    const Quad a = quad(values[m] + k);
-                    UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = dot8(totals[m][v], w[v], a);
-                }
+        for (int64_t k = j * block; k < end;) {
+            typename CODES::Sums few[M][PV];
+            UNROLL for (int m = 0; m < M; ++m) {
+                UNROLL for (int v = 0; v < PV; ++v) few[m][v] = CODES::begin(totals[m][v]);
             }
-        } else {
-            for (int64_t k = j * block; k < end;) {
-                typename CODES::Sums few[M][PV];
-                UNROLL for (int m = 0; m < M; ++m) {
-                    UNROLL for (int v = 0; v < PV; ++v) few[m][v] = CODES::begin(totals[m][v]);
-                }
-                const int64_t stop = end - k < CODES::FEATURES ? end : k + CODES::FEATURES;
-                for (; k < stop; k += 8, at += 64) {
-                    ask();
-                    Weights low[PV], high[PV];
-                    UNROLL for (int v = 0; v < PV; ++v) {
-                        CODES::load(at + v / V * panel_bytes + v % V * (4 * LANES), low[v], high[v]);
-                    }
+            const int64_t stop = end - k < CODES::FEATURES ? end : k + CODES::FEATURES;
+            for (; k < stop; k += 4 * CODES::QUADS, at += STEP_BYTES<CODES>) {
+                ask();
+                typename CODES::Raw raw[PV];
+                UNROLL for (int v = 0; v < PV; ++v) raw[v] = CODES::read(at + v / V * panel_bytes, v % V);
+                each_of<CODES::QUADS>([&](auto number) {
+                    constexpr int Q = decltype(number)::value;
+                    Weights w[PV];
+                    UNROLL for (int v = 0; v < PV; ++v) w[v] = CODES::template weights<Q>(raw[v]);
                     UNROLL for (int m = 0; m < M; ++m) {
-                        const Quad a = quad(values[m] + k), b = quad(values[m] + k + 4);
-                        UNROLL for (int v = 0; v < PV; ++v) few[m][v] = CODES::dot(few[m][v], low[v], a);
-                        UNROLL for (int v = 0; v < PV; ++v) few[m][v] = CODES::dot(few[m][v], high[v], b);
+                        const Quad a = quad(values[m] + k + 4 * Q);
+                        UNROLL for (int v = 0; v < PV; ++v) few[m][v] = CODES::dot(few[m][v], w[v], a);
                     }
-                }
-                UNROLL for (int m = 0; m < M; ++m) {
-                    UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = CODES::end(totals[m][v], few[m][v]);
-                }
+                });
+            }
+            UNROLL for (int m = 0; m < M; ++m) {
+                UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = CODES::end(totals[m][v], few[m][v]);
             }
         }
         Float scales[PV];

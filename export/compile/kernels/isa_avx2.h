@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "grid4.h"
+#include <stdint.h>
 
 namespace ARRIERO_LEVEL {
 
@@ -12,6 +12,7 @@ using Int = __m256i;
 struct Weights {
     __m256i value, magnitude;
 };
+using Bytes = __m256i;
 using Quad = __m256i;
 
 constexpr int LANES = 8;
@@ -20,7 +21,8 @@ constexpr int FLOAT_ROWS = 6;
 constexpr int FLOAT_VECTORS = 2;
 constexpr int INT_ROWS = 4;
 constexpr int INT_PANELS = 1;
-constexpr int INT8_OFFSET = 0, GRID4_OFFSET = 65;  // what a dot sees is the stored number and this
+constexpr int INT8_OFFSET = 0;  // what a dot sees is the stored number and this
+constexpr bool DOTS_ARE_UNSIGNED = true;
 
 inline Float load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Float a) { _mm256_storeu_ps(p, a); }
@@ -107,17 +109,23 @@ inline Int dot8(Int sums, Weights w, Quad x) {
     const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.value));
     return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-inline void load_int4(const uint8_t* p, Weights& low, Weights& high) {
-    const __m256i nibble = _mm256_set1_epi8(15), bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    low.magnitude = _mm256_and_si256(bytes, nibble);
-    high.magnitude = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+inline Bytes load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Bytes load_nibbles(const uint8_t* p, int v) {
+    const Bytes bytes = load_bytes(p);
+    return v == 0 ? bytes : _mm256_srli_epi16(bytes, 4);
 }
-inline void load_grid4(const uint8_t* p, Weights& low, Weights& high) {
-    const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(GRID4));
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_add_epi8(levels, _mm_set1_epi8(GRID4_OFFSET)));
-    load_int4(p, low, high);
-    low.magnitude = _mm256_shuffle_epi8(table, low.magnitude);
-    high.magnitude = _mm256_shuffle_epi8(table, high.magnitude);
+inline Bytes mask(Bytes a, int bits) { return _mm256_and_si256(a, _mm256_set1_epi8(static_cast<char>(bits))); }
+inline Bytes join(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
+inline Bytes low_nibbles(Bytes a) { return mask(a, 15); }
+inline Bytes high_nibbles(Bytes a) { return mask(_mm256_srli_epi16(a, 4), 15); }
+inline Weights nibble_weights(Bytes nibbles) {
+    Weights w;
+    w.magnitude = nibbles;
+    return w;
+}
+inline Weights look_up(const int8_t* table, Bytes nibbles) {
+    const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return nibble_weights(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), nibbles));
 }
 // Two products of 0 .. 124 and -127 .. 127 fit 16 bits.
 inline Int dot7(Int sums, Weights w, Quad x) {

@@ -7,13 +7,14 @@
 
 #include <immintrin.h>
 
-#include "grid4.h"
+#include <stdint.h>
 
 namespace ARRIERO_LEVEL {
 
 using Float = __m512;
 using Int = __m512i;
 using Weights = __m512i;
+using Bytes = __m512i;
 using Quad = __m512i;
 
 constexpr int LANES = 16;
@@ -22,7 +23,8 @@ constexpr int FLOAT_ROWS = 6;     // tile of the float product, in rows
 constexpr int FLOAT_VECTORS = 4;  // and in vectors of columns: its sums and one row of operands fill the registers
 constexpr int INT_ROWS = 6;       // tile of the integer product, in rows
 constexpr int INT_PANELS = 2;     // and in panels of 16 outputs
-constexpr int INT8_OFFSET = 128, GRID4_OFFSET = 65;  // what a dot sees is the stored number and this
+constexpr int INT8_OFFSET = 128;  // what a dot sees is the stored number and this
+constexpr bool DOTS_ARE_UNSIGNED = true;
 
 inline Float load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Float a) { _mm512_storeu_ps(p, a); }
@@ -89,18 +91,22 @@ inline Quad quad(const int8_t* p) {
 }
 inline Weights load_int8(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Int dot8(Int sums, Weights w, Quad x) { return _mm512_dpbusd_epi32(sums, w, x); }
-inline void load_int4(const uint8_t* p, Weights& low, Weights& high) {
-    const __m512i nibble = _mm512_set1_epi8(15), bytes = _mm512_loadu_si512(p);
-    low = _mm512_and_si512(bytes, nibble);
-    high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
+// 4 * LANES bytes. Of the nibbles of 32 bytes, low ones first, the v-th 4 * LANES in the low halves of bytes; what the
+// high halves hold is open.
+inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Bytes load_nibbles(const uint8_t* p, int) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(bytes), _mm256_srli_epi16(bytes, 4), 1);
 }
-// The levels of GRID4 that two times 4 * LANES nibbles number, as `dot7` reads them.
-inline void load_grid4(const uint8_t* p, Weights& low, Weights& high) {
-    const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(GRID4));
-    const __m512i table = _mm512_broadcast_i32x4(_mm_add_epi8(levels, _mm_set1_epi8(GRID4_OFFSET)));
-    load_int4(p, low, high);
-    low = _mm512_shuffle_epi8(table, low);
-    high = _mm512_shuffle_epi8(table, high);
+inline Bytes mask(Bytes a, int bits) { return _mm512_and_si512(a, _mm512_set1_epi8(static_cast<char>(bits))); }
+inline Bytes join(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
+inline Bytes low_nibbles(Bytes a) { return mask(a, 15); }
+inline Bytes high_nibbles(Bytes a) { return mask(_mm512_srli_epi16(a, 4), 15); }
+inline Weights nibble_weights(Bytes nibbles) { return nibbles; }
+// The levels of a table of 16 that nibbles number, as `dot7` reads them.
+inline Weights look_up(const int8_t* table, Bytes nibbles) {
+    const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(levels), nibbles);
 }
 inline Int dot7(Int sums, Weights w, Quad x) { return _mm512_dpbusd_epi32(sums, w, x); }
 // Sums of dots of 4-bit weights with at most FEW_FEATURES features, begun from and ended in those of a block.

@@ -3,13 +3,14 @@
 
 #include <arm_neon.h>
 
-#include "grid4.h"
+#include <stdint.h>
 
 namespace ARRIERO_LEVEL {
 
 using Float = float32x4_t;
 using Int = int32x4_t;
 using Weights = int8x16_t;
+using Bytes = uint8x16_t;
 using Quad = int8x16_t;
 
 constexpr int LANES = 4;
@@ -22,7 +23,8 @@ constexpr int INT_ROWS = 4;
 constexpr int INT_ROWS = 2;
 #endif
 constexpr int INT_PANELS = 2;
-constexpr int INT8_OFFSET = 0, GRID4_OFFSET = 0;
+constexpr int INT8_OFFSET = 0;
+constexpr bool DOTS_ARE_UNSIGNED = false;
 
 inline Float load(const float* p) { return vld1q_f32(p); }
 inline void store(float* p, Float a) { vst1q_f32(p, a); }
@@ -79,17 +81,17 @@ inline Quad quad(const int8_t* p) {
     return vreinterpretq_s8_s32(vdupq_n_s32(bits));
 }
 inline Weights load_int8(const uint8_t* p) { return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p), vdupq_n_u8(128))); }
-inline void load_int4(const uint8_t* p, Weights& low, Weights& high) {
-    const uint8x16_t bytes = vld1q_u8(p);
-    low = vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15)));
-    high = vreinterpretq_s8_u8(vshrq_n_u8(bytes, 4));
+inline Bytes load_bytes(const uint8_t* p) { return vld1q_u8(p); }
+inline Bytes mask(Bytes a, int bits) { return vandq_u8(a, vdupq_n_u8(static_cast<uint8_t>(bits))); }
+inline Bytes join(Bytes a, Bytes b) { return vorrq_u8(a, b); }
+inline Bytes low_nibbles(Bytes a) { return mask(a, 15); }
+inline Bytes high_nibbles(Bytes a) { return vshrq_n_u8(a, 4); }
+inline Bytes load_nibbles(const uint8_t* p, int v) {
+    const Bytes bytes = load_bytes(p + v % 2 * 16);
+    return v < 2 ? bytes : high_nibbles(bytes);
 }
-inline void load_grid4(const uint8_t* p, Weights& low, Weights& high) {
-    const int8x16_t table = vld1q_s8(GRID4);
-    load_int4(p, low, high);
-    low = vqtbl1q_s8(table, vreinterpretq_u8_s8(low));
-    high = vqtbl1q_s8(table, vreinterpretq_u8_s8(high));
-}
+inline Weights nibble_weights(Bytes nibbles) { return vreinterpretq_s8_u8(nibbles); }
+inline Weights look_up(const int8_t* table, Bytes nibbles) { return vqtbl1q_s8(vld1q_s8(table), nibbles); }
 #ifdef __ARM_FEATURE_DOTPROD
 inline Int dot8(Int sums, Weights w, Quad x) { return vdotq_s32(sums, w, x); }
 #else

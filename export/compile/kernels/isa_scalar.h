@@ -1,7 +1,7 @@
 // The vector vocabulary of isa_avx512vnni.h in plain C++: what the others are tested against, and what any CPU can run.
 #pragma once
 
-#include "grid4.h"
+#include <stdint.h>
 
 namespace ARRIERO_LEVEL {
 
@@ -11,7 +11,8 @@ constexpr int FLOAT_ROWS = 2;
 constexpr int FLOAT_VECTORS = 4;
 constexpr int INT_ROWS = 1;
 constexpr int INT_PANELS = 1;
-constexpr int INT8_OFFSET = 0, GRID4_OFFSET = 0;
+constexpr int INT8_OFFSET = 0;
+constexpr bool DOTS_ARE_UNSIGNED = false;
 
 struct Float {
     float at[LANES];
@@ -21,6 +22,9 @@ struct Int {
 };
 struct Weights {
     int8_t at[LANES][4];
+};
+struct Bytes {
+    uint8_t at[4 * LANES];
 };
 struct Quad {
     int8_t at[4];
@@ -161,17 +165,38 @@ inline Weights load_int8(const uint8_t* p) {
     for (int i = 0; i < 4 * LANES; ++i) w.at[i / 4][i % 4] = static_cast<int8_t>(p[i] - 128);
     return w;
 }
-inline void load_int4(const uint8_t* p, Weights& low, Weights& high) {
-    for (int i = 0; i < 4 * LANES; ++i) {
-        low.at[i / 4][i % 4] = static_cast<int8_t>(p[i] & 15);
-        high.at[i / 4][i % 4] = static_cast<int8_t>(p[i] >> 4);
-    }
+template <class Function>
+inline Bytes each_byte(Function function) {
+    Bytes out;
+    for (int i = 0; i < 4 * LANES; ++i) out.at[i] = static_cast<uint8_t>(function(i));
+    return out;
 }
-inline void load_grid4(const uint8_t* p, Weights& low, Weights& high) {
-    for (int i = 0; i < 4 * LANES; ++i) {
-        low.at[i / 4][i % 4] = GRID4[p[i] & 15];
-        high.at[i / 4][i % 4] = GRID4[p[i] >> 4];
-    }
+inline Bytes load_bytes(const uint8_t* p) {
+    return each_byte([&](int i) { return p[i]; });
+}
+inline Bytes mask(Bytes a, int bits) {
+    return each_byte([&](int i) { return a.at[i] & bits; });
+}
+inline Bytes join(Bytes a, Bytes b) {
+    return each_byte([&](int i) { return a.at[i] | b.at[i]; });
+}
+inline Bytes low_nibbles(Bytes a) { return mask(a, 15); }
+inline Bytes high_nibbles(Bytes a) {
+    return each_byte([&](int i) { return a.at[i] >> 4; });
+}
+inline Bytes load_nibbles(const uint8_t* p, int v) {
+    const Bytes bytes = load_bytes(p + v % 2 * 16);
+    return v < 2 ? bytes : high_nibbles(bytes);
+}
+inline Weights look_up(const int8_t* table, Bytes nibbles) {
+    Weights w;
+    for (int i = 0; i < 4 * LANES; ++i) w.at[i / 4][i % 4] = table[nibbles.at[i] & 15];
+    return w;
+}
+inline Weights nibble_weights(Bytes nibbles) {
+    Weights w;
+    for (int i = 0; i < 4 * LANES; ++i) w.at[i / 4][i % 4] = static_cast<int8_t>(nibbles.at[i]);
+    return w;
 }
 inline Int dot8(Int sums, Weights w, Quad x) {
     return each<Int>([&](int i) {

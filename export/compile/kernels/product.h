@@ -53,14 +53,10 @@ inline void product(const Matrix& w, const Input& x, const int64_t* order, int64
         case ARRIERO_E4M3:
             return e4m3_product(exact, count, panels, static_cast<const float*>(w.scales), w.features, columns, out,
                                 piece);
-        case ARRIERO_INT8:
-        case ARRIERO_INT8_F16:
-            return int_product<EightBits>(x.rounded, order, count, panels, scales, columns, out);
-        case ARRIERO_INT4:
-        case ARRIERO_INT4_F16:
-            return int_product<FourBits>(x.rounded, order, count, panels, scales, columns, out);
-        case ARRIERO_GRID4_F16:
-            return int_product<GridBits>(x.rounded, order, count, panels, scales, columns, out);
+        default:
+            return with_codes(w.format, [&](auto codes) {
+                int_product<decltype(codes)>(x.rounded, order, count, panels, scales, columns, out);
+            });
     }
 }
 

@@ -1,6 +1,7 @@
 // Rounds activations to int8.
 #pragma once
 
+#include "codes.h"
 #include "rounded.h"
 
 namespace ARRIERO_LEVEL {
@@ -8,7 +9,8 @@ namespace ARRIERO_LEVEL {
 // Rounds features [begin, end) of factor * x (block boundaries) into row `row`, to meet weights of `format`.
 inline void round_row(const Rounded& to, int64_t row, const float* x, float factor, int64_t format, int64_t begin,
                       int64_t end) {
-    const int32_t offset = is_int4(format) ? 8 : format == ARRIERO_GRID4_F16 ? GRID4_OFFSET : INT8_OFFSET;
+    int32_t offset = 0;
+    with_codes(format, [&](auto codes) { offset = decltype(codes)::OFFSET; });
     const Float factors = all(factor);
     for (int64_t start = begin; start < end; start += to.block) {
         Int most = all_int(0);

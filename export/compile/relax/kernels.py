@@ -36,6 +36,8 @@ FORMATS = {
     "INT8_F16": 7,
     "INT4_F16": 8,
     "GRID4_F16": 9,
+    "GRID3_F16": 10,
+    "GRID2_F16": 11,
 }
 
 

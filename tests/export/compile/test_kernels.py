@@ -28,8 +28,9 @@ from tests.call_kernels import Kernels, Weight, pack_experts
 from tests.guarded_kernels import SUM_ERROR, Guarded, assert_close, normal
 
 HERE = platform.machine()
-INTEGERS = ["int8", "int4", "int8_f16", "int4_f16", "grid4_f16"]  # with scales in float32, and in float16
-GRIDS = {form: Grid(4, "normal") if form.startswith("grid") else Grid(int(form[3])) for form in INTEGERS}
+SMALL = ["grid3_f16", "grid2_f16"]
+INTEGERS = ["int8", "int4", "int8_f16", "int4_f16", "grid4_f16", *SMALL]  # with scales in float32, and in float16
+GRIDS = {form: Grid(int(form[4]), "normal") if form.startswith("grid") else Grid(int(form[3])) for form in INTEGERS}
 EXACT = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16}
 
 
@@ -96,7 +97,7 @@ def test_int_linear(kernels, draw, form, tokens, outputs, features, block):
 def test_integer_sums_are_exact_at_the_extremes(kernels, draw, form):
     """Largest magnitudes and equal signs: where a 16-bit intermediate would saturate."""
     grid, block, outputs = GRIDS[form], 256, 40
-    next_one = grid.low + 1 if grid.name == "even" else NORMAL_LEVELS[1]
+    next_one = grid.low + 1 if grid.name == "even" else NORMAL_LEVELS[grid.bits][1]
     values = draw.choice([grid.low, next_one, grid.high], (outputs, block)).astype(np.float32)
     values[0], values[1] = grid.low, grid.high
     scales = np.exp2(draw.integers(-3, 3, (outputs, 1))).astype(np.float32)
@@ -171,6 +172,8 @@ ROUTES = {
         ("bf16", "int4"),
         ("int4_f16", "int8_f16"),
         ("grid4_f16", "int8_f16"),
+        *(("int4_f16", form) for form in SMALL),
+        ("grid2_f16", "grid3_f16"),
     ],
 )
 def test_dispatch(kernels, draw, gate_up, down, route):
@@ -214,9 +217,10 @@ def test_int_dispatch_is_two_rounded_products(kernels, draw, form, tokens):
         both, _ = judge.rounded_linear(x[t : t + 1] * score[t], one)
         inner = (judge.silu(both[:, :width]) * both[:, width:]).astype(np.float32)
         wanted, magnitude = judge.rounded_linear(inner, two)
-        # an `inner` that lies on a rounding edge may fall on its other side
+        # an `inner` that lies on a rounding edge may fall on its other side, a step away
         flips += int(np.any(np.abs(found[t] - wanted[0]) > 3e-6 * magnitude[0]))
-        assert np.all(np.abs(found[t] - wanted[0]) <= 2e-3 * magnitude[0])
+        step = np.abs(inner).max() / 127 * np.abs(dequantize(two)).max(-1)
+        assert np.all(np.abs(found[t] - wanted[0]) <= 1.01 * step)
     assert flips <= tokens // 5
 
 
