@@ -3,8 +3,9 @@
     python benchmarks/plan_accuracy.py FOLDER [--shapes many-experts wide ..] [--targets tvm-fp32 ..]
 
 Each shape is written, planned, built with its targets in a process of its own, and deleted. A line per figure:
-planned, measured, and planned over measured. Times are rough on purpose and a busy machine's are its own. Memory is the peak that the process holds beside mapped files (RssAnon),
-disk the most that a stage's folder took, looked at every twentieth of a second.
+planned, measured, and planned over measured. Memory is the peak that the process holds beside mapped files (RssAnon),
+disk the most that a stage's folder took, looked at every twentieth of a second. Times are rough on purpose, and those of
+a busy machine are its own.
 """
 
 from __future__ import annotations

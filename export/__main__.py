@@ -1,6 +1,7 @@
 """Where the `arriero` command begins, before anything is loaded: what cuts it short ends it in one sentence.
 
-A package that is missing, a full disk, Ctrl-C and SIGTERM may strike while the command's own libraries are still being imported.
+A package that is missing, a full disk, Ctrl-C and SIGTERM may strike while the command's own libraries are still being
+imported.
 """
 
 from __future__ import annotations

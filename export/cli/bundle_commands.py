@@ -98,15 +98,17 @@ def parity(
     chosen = _held_out(data, samples, seed) if other else None
     start = time.monotonic()
     try:
-        proofs = _recorded(bundle) if recorded else _measure(bundle, record or [], against, adapter or [], chosen, output)
+        proofs = (
+            _recorded(bundle) if recorded else _measure(bundle, record or [], against, adapter or [], chosen, output)
+        )
     except ArrieroError as error:
         if junit:
             write_junit([Suite(bundle.name, seconds=time.monotonic() - start, error=str(error))], junit)
         raise
     seconds = time.monotonic() - start
     if junit:
-        own = next(iter(proofs.values()))
-        write_junit([Suite(own.labels.get("bundle", bundle.name), proofs, seconds)], junit)
+        labels = next(iter(proofs.values())).labels
+        write_junit([Suite(labels.get("bundle", bundle.name), proofs, seconds)], junit)
     for name, report in proofs.items():
         if html:
             write_html(report, html if name is None else html.with_stem(f"{html.stem}-{name}"))

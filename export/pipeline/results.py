@@ -35,8 +35,8 @@ class Failure:
 class TargetResult:
     """One target. `device` is what can prove it where this machine could not; `error` is what stopped it.
 
-    `stages` holds the seconds that each stage took in this build, None for one that was done before. `reports` are those
-    of the model, None, and of it with each runtime adapter.
+    `stages` holds the seconds that each stage took in this build, None for one that was done before. `reports` are
+    those of the model, None, and of it with each runtime adapter.
     """
 
     name: str

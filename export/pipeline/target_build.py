@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arriero.errors import ArrieroError, BelowThreshold
+from arriero.errors import BelowThreshold
 from arriero.export.build_file.device import kernel_arch, target_gpu
 from arriero.export.build_file.model_spec import model_spec
 from arriero.export.build_file.schema import Target
