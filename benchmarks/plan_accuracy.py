@@ -4,8 +4,8 @@
 
 Each shape is written, planned, built with its targets in a process of its own, and deleted. A line per figure:
 planned, measured, and planned over measured. Memory is the peak that the process holds beside mapped files (RssAnon),
-disk the most that a stage's folder took, looked at every twentieth of a second. Times are rough on purpose, and those of
-a busy machine are its own.
+disk the most that a stage's folder took, looked at every twentieth of a second. Times are rough on purpose, and on a
+busy machine they are that machine's.
 """
 
 from __future__ import annotations
