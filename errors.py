@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 UNEXPECTED = 70  # the exit code of what no error here stands for: a fault of ours, EX_SOFTWARE of sysexits.h
-STOPPED = 130  # the exit code of what Ctrl-C ended
+STOPPED = 130  # the exit code of what Ctrl-C or SIGTERM ended
+HOW_TO_GO_ON = "stopped; a build or a calibration goes on from here with the same command"
 
 
 class ArrieroError(Exception):
@@ -67,7 +68,16 @@ def raise_together(problems: Sequence[ArrieroError], headline: str) -> None:
 
 def sentence_of(error: BaseException) -> str:
     """What an error says, or what it is called where it says nothing."""
+    if isinstance(error, KeyboardInterrupt):
+        return HOW_TO_GO_ON
     return str(error) or type(error).__name__
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code of a command that `error` ended."""
+    if isinstance(error, KeyboardInterrupt):
+        return STOPPED
+    return error.exit_code if isinstance(error, ArrieroError) else UNEXPECTED
 
 
 def is_full(error: BaseException) -> bool:

@@ -4,7 +4,8 @@
 
 Each shape is written, planned, built with its targets in a process of its own, and deleted. A line per figure:
 planned, measured, and planned over measured. Memory is the peak that the process holds beside mapped files (RssAnon),
-disk the most that a stage's folder took, looked at every twentieth of a second.
+disk the most that a stage's folder took, looked at every twentieth of a second. Times are rough on purpose, and on a
+busy machine they are that machine's.
 """
 
 from __future__ import annotations
@@ -54,16 +55,22 @@ parity: {{cases: {{set: cases.jsonl}}, answers: forced, thresholds: {{kl_over_rt
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of a plan and what was measured, in bytes."""
+    """One figure of a plan and what was measured, in bytes or seconds."""
 
     name: str
-    planned: int
-    measured: int
+    planned: float
+    measured: float
+    unit: str = "MiB"
 
     @property
     def ratio(self) -> float:
         """Planned over measured."""
         return self.planned / self.measured
+
+    def __str__(self) -> str:
+        size = 2**20 if self.unit == "MiB" else 1
+        both = (f"{value / size:10,.1f} {self.unit:3}" for value in (self.planned, self.measured))
+        return f"{self.name:24} {' '.join(both)} {self.ratio:6.2f}"
 
 
 def arriero(folder: Path, *arguments: str, allowed: Collection[int] = (0,)) -> str:
@@ -117,7 +124,9 @@ def figures(plan: dict[str, Any], keys: dict[str, str], output: Path, disk: dict
     """Every figure of `plan` beside what the finished build in `output` measured; `keys` are those of its stages."""
     for stage in plan["stages"]:
         name, key = stage["name"], keys[stage["name"]]
-        yield Figure(f"{name}: memory", stage["memory"], stage_record(output, name, key)["peak_memory_bytes"])
+        record = stage_record(output, name, key)
+        yield Figure(f"{name}: time", stage["seconds"], record["seconds"], "s")
+        yield Figure(f"{name}: memory", stage["memory"], record["peak_memory_bytes"])
         yield Figure(f"{name}: disk", stage["disk"], disk[f"{name}-{key}"])
     for target in plan["targets"]:
         manifest = json.loads((output / target["name"] / "manifest.json").read_text())
@@ -167,8 +176,7 @@ def main() -> None:
         folder = arguments.folder / name
         folder.mkdir(parents=True)
         for figure in measure(folder, SHAPES[name], arguments.targets):
-            mib = [value / 2**20 for value in (figure.planned, figure.measured)]
-            print(f"{name:18} {figure.name:24} {mib[0]:10,.1f} MiB {mib[1]:10,.1f} MiB {figure.ratio:6.2f}", flush=True)
+            print(f"{name:18} {figure}", flush=True)
         shutil.rmtree(folder)
 
 

@@ -1,6 +1,7 @@
 """Where the `arriero` command begins, before anything is loaded: what cuts it short ends it in one sentence.
 
-A package that is missing, a full disk and Ctrl-C may strike while the command's own libraries are still being imported.
+A package that is missing, a full disk, Ctrl-C and SIGTERM may strike while the command's own libraries are still being
+imported.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import traceback
 from types import FrameType
 from typing import NoReturn
 
-from arriero.errors import STOPPED, UNEXPECTED, ArrieroError, MachineLacks, is_full
+from arriero.errors import HOW_TO_GO_ON, STOPPED, UNEXPECTED, ArrieroError, MachineLacks, is_full
 from arriero.runtimes.cpu import usable_cores
 from arriero.traits import extra_of
 
@@ -30,8 +31,9 @@ def main() -> None:
         stops.append(number)
         raise KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not where it is ignored, as under nohup
-        signal.signal(signal.SIGINT, stop)
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) is usual:  # and not where it is ignored, as Ctrl-C under nohup
+            signal.signal(number, stop)
     # PyTorch and numpy count the machine's cores, whatever a container's quota leaves of them
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
     for stream in (sys.stdout, sys.stderr):  # a terminal of few characters shows what it can
@@ -44,7 +46,7 @@ def main() -> None:
     except BaseException as error:
         # A library that is interrupted while it loads may raise anything.
         if stops and not (isinstance(error, SystemExit) and not error.code):
-            print("stopped; a build or a calibration goes on from here with the same command", file=sys.stderr)
+            print(HOW_TO_GO_ON, file=sys.stderr)
             sys.exit(STOPPED)
         lack = _what_lacks(error)
         if lack is None and isinstance(error, Exception):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from arriero.errors import MachineLacks
+from arriero.errors import HOW_TO_GO_ON, STOPPED, MachineLacks
 from arriero.export.pipeline.target_build import TargetBuild
 from tests.command import Result, arriero, write_build
 from tests.conftest import workshop_profiles
@@ -88,6 +88,7 @@ def test_a_failed_proof_is_not_measured_again_when_nothing_changed(copy: Path) -
     assert repeated["targets"][0]["failures"] == told["targets"][0]["failures"]
     assert [state["state"] for state in repeated["targets"]] == ["failed", "up to date"]
     assert xml[0].get("failures") == "1"
+    assert "choose a finer profile" in str(xml[0].findtext("testcase/failure"))
 
 
 def test_a_fault_in_one_target_has_a_code_of_its_own_and_stops_no_other(
@@ -148,19 +149,75 @@ def test_json_prints_or_writes_and_never_over_a_build_file(copy: Path) -> None:
     assert (copy / "build.yaml").read_text() == text
 
 
-def test_stopped_on_the_way_the_files_say_so(copy: Path) -> None:
+@pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM"])
+def test_stopped_on_the_way_files_and_table_say_so(copy: Path, signal: str) -> None:
+    """In the second target, when the first has failed its proof."""
     code = f"""
-import signal, sys
+import signal, sys, time
 from arriero.export.pipeline.target_build import TargetBuild
 from arriero.export.__main__ import main
-TargetBuild._run = lambda self: signal.raise_signal(signal.SIGINT)
+run = TargetBuild._run
+def stopped(self):
+    if self.target.name == "fp32":
+        return run(self)
+    time.sleep(0.1)
+    self.build.work.ran[f"lower-{{self.target.name}}"] = 0.1
+    signal.raise_signal(signal.{signal})
+TargetBuild._run = stopped
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.argv = ["arriero", "build", {str(copy / "build.yaml")!r}, "--junit", {str(copy / "a.xml")!r}]
+files = ["--junit", {str(copy / "a.xml")!r}, "--json", {str(copy / "a.json")!r}]
+sys.argv = ["arriero", "build", {str(copy / "build.yaml")!r}, *files]
 main()
 """
     stopped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert stopped.returncode == 130, stopped.stderr
-    assert ET.parse(copy / "a.xml").getroot().get("errors") == "2"
+    assert stopped.returncode == STOPPED, stopped.stderr
+    assert stopped.stderr.endswith(f"{HOW_TO_GO_ON}\n")
+    assert "Traceback" not in stopped.stderr
+    assert "furthest off" in stopped.stderr
+    assert {"fp32", "int8", "stopped"} <= set(stopped.stdout.split())
+    root, told = ET.parse(copy / "a.xml").getroot(), json.loads((copy / "a.json").read_text())
+    assert (root.get("failures"), root.get("errors")) == ("1", "1")
+    assert all(float(str(suite.get("time"))) > 0.09 for suite in root)
+    error = root.find("testsuite[@name='int8']/testcase/error")
+    assert error is not None
+    assert error.get("message") == HOW_TO_GO_ON
+    assert (told["exit_code"], [one["exit_code"] for one in told["targets"]]) == (STOPPED, [1, STOPPED])
+    assert told["error"] == HOW_TO_GO_ON
+
+
+def test_a_reference_that_is_hardly_ever_right_is_told_where_the_build_ends(copy: Path) -> None:
+    """The small model answers none of the cases as the set says; the second time the proof is the recorded one."""
+    for _ in range(2):
+        done, told, _ = build(copy)
+        (warning,) = told["targets"][1]["warnings"]
+        assert "answers 0 of 8 cases right" in warning
+        assert " ".join(done.out.split()).count(f"warning: {warning}") == 2  # of each target
+    (copy / "strict.yaml").write_text((copy / "build.yaml").read_text().replace("{}", "{task_accuracy_reference: 0.5}"))
+    failed = arriero("build", copy / "strict.yaml")
+    assert failed.code == 1
+    assert "the checkpoint itself answers these cases wrong" in failed.err
+
+
+def test_an_earlier_bundle_under_the_name_of_one_that_failed_is_pointed_out(copy: Path) -> None:
+    strict = (copy / "fp32.yaml").read_text()
+    (copy / "fp32.yaml").write_text(strict.replace("logits_max_abs_error: 0.0", "logits_max_abs_error: 0.01"))
+    first, told, _ = build(copy)
+    assert (first.code, told["targets"][0]["earlier_bundle"]) == (0, False)
+    (copy / "fp32.yaml").write_text(strict)
+    done, told, _ = build(copy)
+    bundle = copy / "bundles" / "fp32"
+    assert (done.code, [one["earlier_bundle"] for one in told["targets"]]) == (1, [True, False])
+    assert f"unchanged {bundle}, of an earlier build" in done.out
+    assert str(bundle) not in told["bundles"]
+
+
+def test_parity_of_a_damaged_bundle_writes_its_xml(copy: Path) -> None:
+    assert build(copy)[0].code == 1
+    bundle = copy / "bundles" / "int8"
+    (bundle / "manifest.json").write_text("{}")
+    refused = arriero("parity", bundle, "--junit", copy / "parity.xml")
+    (suite,) = ET.parse(copy / "parity.xml").getroot()
+    assert (refused.code, suite.get("errors")) == (2, "1")
 
 
 def test_paths_that_look_like_markup_do_no_harm(workshop: Path, tmp_path: Path) -> None:

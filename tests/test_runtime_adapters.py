@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,19 @@ def test_each_adapter_has_its_record_and_its_proof(bundle: Path) -> None:
     assert [report["labels"]["adapter"] for report in measured["adapters"].values()] == list(NAMES)
     recorded = arriero("parity", bundle, "--recorded", "--json").json
     assert set(recorded["adapters"]) == set(NAMES)
+
+
+def test_a_bundles_suite_has_the_rows_of_every_adapter(place: Path, bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(place, tmp_path / "place", symlinks=True)
+    found = []
+    for words in (["build", tmp_path / "place" / "build.yaml"], ["parity", bundle, "--recorded"]):
+        done = arriero(*words, "--junit", tmp_path / "told.xml")
+        assert done.code == 0, done.err
+        (suite,) = ET.parse(tmp_path / "told.xml").getroot()
+        found.append([case.get("name") for case in suite.iter("testcase")])
+    rows = json.loads((bundle / "parity.json").read_text())["rows"]
+    judged = [row["metric"] for row in rows if row["status"] != "info"]
+    assert found[0] == found[1] == [*judged, *(f"{metric} with {name}" for name in NAMES for metric in judged)]
 
 
 def test_it_answers_as_the_model_with_the_adapter_merged(place: Path, bundle: Path) -> None:

@@ -122,6 +122,8 @@ def build(
             at_work.run()
     except BaseException as error:
         outcome.error = error
+        if isinstance(error, KeyboardInterrupt) and outcome.config is not None:
+            show_outcome(outcome, None if printed else out, err)
         raise
     finally:
         outcome.write(junit, None if printed else json_file)

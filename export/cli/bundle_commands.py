@@ -97,11 +97,18 @@ def parity(
         raise ArrieroError("a checkpoint is compared by one record", remedy="Give --record once")
     chosen = _held_out(data, samples, seed) if other else None
     start = time.monotonic()
-    proofs = _recorded(bundle) if recorded else _measure(bundle, record or [], against, adapter or [], chosen, output)
+    try:
+        proofs = (
+            _recorded(bundle) if recorded else _measure(bundle, record or [], against, adapter or [], chosen, output)
+        )
+    except ArrieroError as error:
+        if junit:
+            write_junit([Suite(bundle.name, seconds=time.monotonic() - start, error=str(error))], junit)
+        raise
     seconds = time.monotonic() - start
-    named = {_suite(report.labels.get("bundle", bundle.name), name): report for name, report in proofs.items()}
     if junit:
-        write_junit([Suite(name, report, seconds / len(named)) for name, report in named.items()], junit)
+        labels = next(iter(proofs.values())).labels
+        write_junit([Suite(labels.get("bundle", bundle.name), proofs, seconds)], junit)
     for name, report in proofs.items():
         if html:
             write_html(report, html if name is None else html.with_stem(f"{html.stem}-{name}"))
@@ -113,10 +120,6 @@ def parity(
         print_json(own if None not in proofs or not beside else {**own, "adapters": beside})
     if any(report.failed for report in proofs.values()):
         raise typer.Exit(1)
-
-
-def _suite(bundle: str, adapter: str | None) -> str:
-    return bundle if adapter is None else f"{bundle} with {adapter}"
 
 
 def _recorded(bundle: Path) -> Proofs:

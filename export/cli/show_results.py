@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from arriero.errors import STOPPED, UNEXPECTED, ArrieroError, sentence_of
+from arriero.errors import ArrieroError, exit_code_of, sentence_of
 from arriero.export.cli.tables import print_rows
 from arriero.export.pipeline.results import TargetResult, worst_code
 from arriero.export.pipeline.stages import split_stage
@@ -51,7 +51,7 @@ class Outcome:
         if isinstance(self.error, ArrieroError):
             return max(self.error.exit_code, worst_code(self.results))
         if self.error is not None:
-            return STOPPED if isinstance(self.error, KeyboardInterrupt) else UNEXPECTED
+            return exit_code_of(self.error)
         return worst_code(self.targets, self.require_proof)
 
     def to_json(self) -> dict[str, Any]:
@@ -76,9 +76,10 @@ class Outcome:
         suites = [
             Suite(
                 name=one.name,
-                report=one.report,
+                reports=one.reports,
                 seconds=one.seconds,
-                error=sentence_of(one.error) if one.error and one.report is None else None,
+                causes={failure.metric: f"{failure.cause}: {failure.remedy}" for failure in one.failures},
+                error=sentence_of(one.error) if one.error and not one.failures else None,
                 unproven=_advice(one) if one.state == "unproven" else None,
             )
             for one in self.targets
@@ -89,12 +90,17 @@ class Outcome:
 
 
 def show_outcome(outcome: Outcome, out: Console | None, err: Console) -> None:
-    """Print what stopped each target, each cause once, and the table of all targets."""
+    """Print what stopped each target, each cause once, and the table of all targets.
+
+    That somebody stopped the build is for others to say.
+    """
     told: list[BaseException] = []
     for one in outcome.targets:
         if one.error is None or any(one.error is error for error in told):
             continue
         told.append(one.error)
+        if isinstance(one.error, KeyboardInterrupt):
+            continue
         if not isinstance(one.error, ArrieroError):
             err.print(escape("".join(traceback.format_exception(one.error))), highlight=False, soft_wrap=True)
         said = f"{one.name}: {sentence_of(one.error)}"
@@ -110,6 +116,10 @@ def show_outcome(outcome: Outcome, out: Console | None, err: Console) -> None:
             out.print(line, highlight=False, soft_wrap=True)
         if one.state == "unproven":
             out.print(f"  {escape(_advice(one))}", highlight=False, soft_wrap=True)
+        if one.stands:
+            out.print(f"unchanged {escape(str(one.folder))}, of an earlier build", highlight=False, soft_wrap=True)
+        for warning in one.warnings:
+            out.print(f"  [yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
     if outcome.require_proof and any(one.state == "unproven" for one in outcome.targets):
         err.print("[bold red]error:[/] --require-proof: a bundle is not proven", highlight=False)
 
@@ -121,12 +131,14 @@ def _advice(one: TargetResult) -> str:
 def _result(one: TargetResult) -> str:
     if one.failures:
         return "; ".join(f"{failure.title} {failure.value}, limit {failure.limit}" for failure in one.failures)
+    if isinstance(one.error, KeyboardInterrupt):
+        return "stopped" if one.stages else "not begun"
     return one.state if one.error is None else f"{one.state}, exit code {one.exit_code}"
 
 
 def _stages(stages: Mapping[str, float | None]) -> str:
     ran = [f"{_kind(name)} {seconds:.1f} s" for name, seconds in stages.items() if seconds is not None]
-    return ", ".join(ran) or "all done before"
+    return ", ".join(ran) or ("all done before" if stages else "none")
 
 
 def _kind(stage: str) -> str:

@@ -152,6 +152,8 @@ class Build:
             self.targets = [TargetBuild(self, target) for target in self.config.targets]
             for target in self.targets:
                 self.results.append(target.run())
+                if isinstance(stop := self.results[-1].error, KeyboardInterrupt):
+                    raise stop
             self.work.bundles.prune(target.name for target in self.config.targets)
             self.work.prune((name, self.key(name)) for name in self.inputs)
         return self.results

@@ -19,12 +19,13 @@ from arriero.graphs.names import TEXT_PREFIX
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.groups import is_layer_matrix
 from arriero.profiles.recipe import Profile
-from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS
-from arriero.thresholds import AnswerMode
+from arriero.traits import TRAITS
 
-# Seconds on a machine of 2 cores, rounded up from runs on small models.
-TOOLS = 2.0  # to load what traces, lowers and proves
-TRACED_LAYER = 0.4
+# Seconds on a machine of 2 cores, rounded up from runs on small models; `benchmarks/plan_accuracy.py` holds them.
+TOOLS = 2.0  # to load what lowers and proves
+TRACER = 6.0  # to load what traces
+TRACED_LAYER = 1.1  # of the decoder and of the tower
+COMPILED_LAYER = 1.5  # by TVM
 KERNELS = 60.0  # six files of C++ at two at a time
 STEP = 0.002  # of Python and PyTorch for a layer and a sample
 EFFICIENCY = 0.4  # of the measured product that small and ragged ones reach
@@ -39,7 +40,7 @@ class Work:
     used: Sequence[WeightSource]
     samples: Sequence[Size]
     cases: Sequence[Size]
-    answers: AnswerMode
+    answered: int  # tokens of all answers that are generated
     profiles: Sequence[Profile]  # that calibrate
 
     @property
@@ -64,25 +65,25 @@ class Work:
 
     def answer_seconds(self, bytes_per_weight: float, speed: MachineSpeed) -> float:
         """The cases answered token by token, each of which reads the active weights."""
-        if self.answers == "forced":
-            return 0.0
-        tokens = len(self.cases) * MAX_ANSWER_TOKENS / 2  # most end early
-        return tokens * (self.active * bytes_per_weight / speed.copied + STEP * len(self.config.text.layers))
+        return self.answered * (self.active * bytes_per_weight / speed.copied + STEP * len(self.config.text.layers))
 
 
 def estimate_seconds(
     names: Iterable[str], work: Work, targets: Sequence[PlannedTarget], speed: MachineSpeed
 ) -> dict[str, float]:
     """Seconds of each of the stages `names`."""
-    text, stored = work.config.text, sum(one.nbytes for one in work.used)
+    vision, stored = work.config.vision, sum(one.nbytes for one in work.used)
+    layers = len(work.config.text.layers) + (0 if vision is None else vision.layers)
     proof = work.pass_seconds(work.cases, speed)
     seconds = {
-        "graph": TOOLS + TRACED_LAYER * len(text.layers),
+        "graph": TRACER + TRACED_LAYER * layers,
         "calibrate": TOOLS + work.pass_seconds(work.samples, speed) + _rounding(work, speed) + stored / speed.copied,
         "reference": TOOLS + proof + stored / speed.copied + work.answer_seconds(2, speed),
     }
     for target in targets:
         write = target.weights_bytes * (ROUNDED / speed.copied + 2 / speed.hashed) + 4 * stored / speed.copied
+        if TRAITS[target.backend].compiles_for == "cpu":
+            write += COMPILED_LAYER * layers
         seconds[f"lower-{target.name}"] = TOOLS + write
         each = target.weights_bytes / max(1, sum(math.prod(one.shape) for one in work.used))
         seconds[f"parity-{target.name}"] = TOOLS + proof + work.answer_seconds(each, speed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 from arriero.errors import ArrieroError
 
 if TYPE_CHECKING:
+    from arriero.export.pipeline.results import Failure
     from arriero.runtimes.proof.report import ParityReport
 
 MARK = "<!-- a failed parity of `arriero build`, which replaces this page -->\n"
@@ -25,12 +27,12 @@ class FailurePage:
         """That of a target whose bundle goes into the folder `output`."""
         return cls(output / f"{target}.failed-parity.html")
 
-    def write(self, report: ParityReport) -> None:
-        """Keep the page of a report."""
+    def write(self, report: ParityReport, failures: Sequence[Failure]) -> None:
+        """Keep the page of a report, with what is known of its failures."""
         from arriero.runtimes.proof.pages import render_html
         from arriero.runtimes.proof.report import write_text
 
-        write_text(self.path, render_html(report) + MARK)
+        write_text(self.path, render_html(report, [*map(str, failures)]) + MARK)
 
     def remove(self) -> None:
         """Delete the page, if it is ours."""

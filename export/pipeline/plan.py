@@ -90,7 +90,8 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
         answer_mode(build),
         side_disk(checkpoint),
     )
-    work_to_do = Work(seen, used, sizes, case_sizes, answer_mode(build), calibrating(profiles))
+    answered = sets.answered() if case_sizes and answer_mode(build) == "generated" else 0
+    work_to_do = Work(seen, used, sizes, case_sizes, answered, calibrating(profiles))
     times = estimate_seconds(undone, work_to_do, targets, measure_speed()) if undone else {}
     plan = Plan(
         model=_describe(build, checkpoint, config),

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from arriero.errors import ArrieroError, Problems
 from arriero.export.pipeline.ownership import MARK, PARTIAL, is_owned, may_own, own, remove_owned
-from arriero.runtimes.manifest import FILE
+from arriero.runtimes.manifest import FILE, FileRecord
 from arriero.runtimes.proof.record import FILE as RECORD
+from arriero.runtimes.typed_json import decode
 
 NEW, OLD = "new", "old"
 SHOWN = 3  # of the foreign files that an error names
@@ -79,9 +80,12 @@ class Publisher:
         if place.exists() and not place.is_dir():
             problems.append(ArrieroError("is in the bundle's place and is no bundle", where=str(final), remedy=remedy))
         elif place.is_dir() and (there := _files(place)):
-            ours = self._published(final) | _listed(place)
+            listed = _listed(place)
+            ours = self._published(final) | listed
+            # a file that is called manifest.json and is none of ours may be anybody's
+            known = there & (ours if listed else ours - {FILE, RECORD})
             foreign = sorted(there - ours)
-            if not there & ours:
+            if not known:
                 what = "is in the bundle's place and is no bundle"
                 problems.append(ArrieroError(what, where=str(final), remedy=remedy))
             elif foreign:
@@ -158,12 +162,15 @@ def _files(folder: Path) -> set[str]:
 
 
 def _listed(place: Path) -> set[str]:
-    """The files that a published bundle or record says it holds; none where nothing says so."""
+    """The files that a published bundle or record says it holds; none where nothing says so in our form."""
     for name in (FILE, RECORD):
         try:
-            return {name, *json.loads((place / name).read_text(encoding="utf-8"))["files"]}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            said = json.loads((place / name).read_text(encoding="utf-8"))
+            files = decode(dict[str, FileRecord], said["files"], name, "")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, ArrieroError):
             continue
+        if "format" in said and files:
+            return {name, *files}
     return set()
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from arriero.errors import UNEXPECTED, ArrieroError, MachineLacks, sentence_of
+from arriero.errors import MachineLacks, exit_code_of, sentence_of
+from arriero.runtimes.manifest import FILE
 
 if TYPE_CHECKING:
     from arriero.runtimes.proof.report import ParityReport
@@ -34,7 +35,8 @@ class Failure:
 class TargetResult:
     """One target. `device` is what can prove it where this machine could not; `error` is what stopped it.
 
-    `stages` holds the seconds that each stage took in this build, None for one that was done before.
+    `stages` holds the seconds that each stage took in this build, None for one that was done before. `reports` are
+    those of the model, None, and of it with each runtime adapter.
     """
 
     name: str
@@ -44,7 +46,7 @@ class TargetResult:
     stages: Mapping[str, float | None] = field(default_factory=dict)
     device: str | None = None
     failures: Sequence[Failure] = ()
-    report: ParityReport | None = None
+    reports: Mapping[str | None, ParityReport] = field(default_factory=dict)
     error: BaseException | None = None
 
     @property
@@ -55,9 +57,17 @@ class TargetResult:
     @property
     def exit_code(self) -> int:
         """What the target alone would make the build return."""
-        if self.error is None:
-            return 0
-        return self.error.exit_code if isinstance(self.error, ArrieroError) else UNEXPECTED
+        return 0 if self.error is None else exit_code_of(self.error)
+
+    @property
+    def stands(self) -> bool:
+        """Whether a bundle of an earlier build lies under the name."""
+        return not self.published and (self.folder / FILE).is_file()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes its proof say less than it seems to, each once."""
+        return tuple(dict.fromkeys(warning for report in self.reports.values() for warning in report.warnings))
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -69,7 +79,9 @@ class TargetResult:
             "seconds": round(self.seconds, 3),
             "stages": dict(self.stages),
             "device": self.device,
+            "earlier_bundle": self.stands,
             "failures": [vars(one) for one in self.failures],
+            "warnings": list(self.warnings),
             "error": None if self.error is None else sentence_of(self.error),
         }
 

@@ -12,6 +12,7 @@ from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Samples
 from arriero.export.calibration.estimate import Size, embedded_size
 from arriero.export.samples.cases import draw_cases, encoded_sizes
 from arriero.graphs.config import ModelConfig
+from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS
 
 if TYPE_CHECKING:
     from arriero.runtimes.processor.processor import Processor
@@ -51,6 +52,11 @@ class SampleSets:
     def case_sizes(self, context: int) -> list[Size]:
         """The same of each parity case, which is to leave room for one token of an answer in `context`."""
         return self._encoded(True, context - 1)
+
+    def answered(self) -> int:
+        """The tokens of all generated answers, roughly: a token for three characters of what is expected, and one."""
+        unknown = MAX_ANSWER_TOKENS // 2  # most end early
+        return sum(min(MAX_ANSWER_TOKENS, len(case.answer) // 3 + 2) if case.answer else unknown for case in self.cases)
 
     def planned_sizes(self, state: Mapping[str, bool]) -> tuple[list[Size], list[Size]]:
         """The sizes of the samples and of the cases whose stages are still to be done, by `state`; none of others.

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arriero.errors import ArrieroError, BelowThreshold
+from arriero.errors import BelowThreshold
 from arriero.export.build_file.device import kernel_arch, target_gpu
 from arriero.export.build_file.model_spec import model_spec
 from arriero.export.build_file.schema import Target
@@ -70,7 +70,7 @@ class TargetBuild:
     def __init__(self, build: Build, target: Target) -> None:
         self.build, self.target, self.profile = build, target, build.profiles[target.profile]
         self.bundle = build.config.output / target.name
-        self.report: ParityReport | None = None
+        self.reports: dict[str | None, ParityReport] = {}
         self.failures: tuple[Failure, ...] = ()
 
     @property
@@ -116,12 +116,12 @@ class TargetBuild:
         try:
             with machine_limits(f"while target {self.target.name} was put together", self.build.config.output):
                 result = self._run()
-        except ArrieroError as error:
-            report = self.report if isinstance(error, BelowThreshold) else None
-            failures = self.failures if report is not None else ()
-            state: State = "failed" if report is not None else "not built"
-            result = TargetResult(self.target.name, self.bundle, state, failures=failures, report=report, error=error)
-        except Exception as error:  # a fault of ours in one backend is no reason to leave the others out
+        except BelowThreshold as error:
+            result = TargetResult(
+                self.target.name, self.bundle, "failed", failures=self.failures, reports=self.reports, error=error
+            )
+        # a fault of ours in one backend is no reason to leave the others out; who stops the build is told of this one
+        except (Exception, KeyboardInterrupt) as error:
             result = TargetResult(self.target.name, self.bundle, "not built", error=error)
         own = [name for name in self.build.inputs if split_stage(name)[0].endswith(f"-{self.target.name}")]
         ran = self.build.work.ran
@@ -137,9 +137,9 @@ class TargetBuild:
             self.build.watch(f"{self.target.name}: up to date", 1, 1, "bundles")
             if not proven:
                 return TargetResult(self.target.name, self.bundle, "unproven", device=self.device)
-            return TargetResult(
-                self.target.name, self.bundle, "up to date", report=read_json(self.bundle / "parity.json")
-            )
+            for adapter in self.subjects:
+                self.reports[adapter] = read_json(self.bundle / proof_path(adapter, "parity.json"))
+            return TargetResult(self.target.name, self.bundle, "up to date", reports=self.reports)
         lowered = self.lowered
         prepared = self.build.work.bundles.prepare(self.bundle)
         files = assemble(lowered, prepared)
@@ -149,10 +149,9 @@ class TargetBuild:
         self.write_manifest(prepared, files)
         if self.device is None:
             proofs = {adapter: self.proof_of(adapter, prepared) for adapter in self.subjects}
-            reports = [read_json(proof / "parity.json") for proof in proofs.values()]
-            for report in reports:
-                self.judge(report)
-            self.report = reports[0]
+            for adapter, proof in proofs.items():
+                self.reports[adapter] = read_json(proof / "parity.json")
+            self.judge()
             for adapter, proof in proofs.items():
                 (prepared / proof_path(adapter)).mkdir(parents=True, exist_ok=True)
                 for name in REPORTS:
@@ -161,25 +160,22 @@ class TargetBuild:
         self.build.work.bundles.publish(self.bundle)
         self.failure_page.remove()
         state: State = "published" if self.device is None else "unproven"
-        return TargetResult(self.target.name, self.bundle, state, device=self.device, report=self.report)
+        return TargetResult(self.target.name, self.bundle, state, device=self.device, reports=self.reports)
 
     def proof_of(self, adapter: str | None, bundle: Path) -> Path:
         """The finished stage `parity-*` of the model with `adapter`, or of the model itself."""
         return self.stage("parity", partial(self.prove, adapter, bundle), adapter=adapter)
 
-    def judge(self, report: ParityReport) -> None:
-        """Raise `BelowThreshold` for a report with rows that failed, with its page kept beside the bundles."""
-        self.report = report
-        if not report.failed:
+    def judge(self) -> None:
+        """Raise `BelowThreshold` for the first report with rows that failed, with its page kept beside the bundles."""
+        report = next((report for report in self.reports.values() if report.failed), None)
+        if report is None:
             return
         self.failures = explain_failures(report, self.profile, self.calibrated.coverage)
-        self.failure_page.write(report)
+        self.failure_page.write(report, self.failures)
         said = "\n".join(f"  {number}. {failure}" for number, failure in enumerate(self.failures, 1))
-        worn = f" with adapter {report.labels['adapter']}" if "adapter" in report.labels else ""
-        raise BelowThreshold(
-            f"target {self.target.name}{worn} is below its parity thresholds\n{said}\n"
-            f"  Where it differs: {self.failure_page.path}"
-        )
+        worn = f"with adapter {report.labels['adapter']} " if "adapter" in report.labels else ""
+        raise BelowThreshold(f"{worn}below its parity thresholds; page {self.failure_page.path} has more:\n{said}")
 
     @property
     def failure_page(self) -> FailurePage:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from arriero.runtimes.proof.pages import clean, show, show_limit
@@ -15,14 +15,16 @@ NAME = "arriero.parity"
 
 @dataclass(frozen=True)
 class Suite:
-    """One bundle: its report, None without one, with the reason; seconds that it took.
+    """One bundle: its reports, of the model, None, and of it with each adapter; seconds that all of it took.
 
-    `error`: why there is no report, or none that counts; `unproven`: the device that has to make it.
+    `error`: why there is no report, or none that counts; `unproven`: the device that has to make it. `causes`: why rows
+    failed and what to do, by metric, where somebody knows.
     """
 
     name: str
-    report: ParityReport | None = None
+    reports: Mapping[str | None, ParityReport] = field(default_factory=dict)
     seconds: float = 0.0
+    causes: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
     unproven: str | None = None
 
@@ -40,28 +42,31 @@ def write_junit(suites: Sequence[Suite], path: Path) -> None:
 
 def _suite(suite: Suite) -> ET.Element:
     element = ET.Element("testsuite", name=clean(suite.name), time=f"{suite.seconds:.3f}")
-    report = suite.report
-    if report is not None and report.labels:
+    if labels := {key: value for report in suite.reports.values() for key, value in report.labels.items()}:
         properties = ET.SubElement(element, "properties")
-        for key, value in report.labels.items():
+        for key, value in labels.items():
             ET.SubElement(properties, "property", name=clean(key), value=clean(value))
-    judged = [row for row in report.rows if row.status != "info"] if report is not None else []
-    for row in judged:
-        case = ET.SubElement(element, "testcase", classname=clean(suite.name), name=clean(row.metric))
+    judged = [
+        (adapter, row) for adapter, report in suite.reports.items() for row in report.rows if row.status != "info"
+    ]
+    for adapter, row in judged:
+        name = row.metric if adapter is None else f"{row.metric} with {adapter}"
+        case = ET.SubElement(element, "testcase", classname=clean(suite.name), name=clean(name))
         limit = show_limit(row)
         sentence = clean(f"{row.title}: {show(row)}{limit and f', {limit}'}. {row.detail}".rstrip(" ."))
         if row.status == "fail":
-            ET.SubElement(case, "failure", type="BelowThreshold", message=sentence).text = clean(row.about.meaning)
+            why = suite.causes.get(row.metric, row.about.meaning)
+            ET.SubElement(case, "failure", type="BelowThreshold", message=sentence).text = clean(why)
         else:
             ET.SubElement(case, "system-out").text = sentence
     for kind, message in (("error", suite.error), ("skipped", suite.unproven)):
         if message is not None:
             case = ET.SubElement(element, "testcase", classname=clean(suite.name), name="build")
             ET.SubElement(case, kind, message=clean(message))
-    if report is not None and report.warnings:
-        ET.SubElement(element, "system-err").text = clean("\n".join(report.warnings))
+    if warnings := dict.fromkeys(warning for report in suite.reports.values() for warning in report.warnings):
+        ET.SubElement(element, "system-err").text = clean("\n".join(warnings))
     element.set("tests", str(len(element.findall("testcase"))))
-    element.set("failures", str(sum(row.status == "fail" for row in judged)))
+    element.set("failures", str(sum(row.status == "fail" for _, row in judged)))
     element.set("errors", str(int(suite.error is not None)))
     element.set("skipped", str(int(suite.unproven is not None)))
     return element

@@ -29,11 +29,12 @@ def write_html(report: ParityReport, path: Path) -> None:
     write_text(path, render_html(report))
 
 
-def render_html(report: ParityReport) -> str:
-    """The HTML page as text."""
+def render_html(report: ParityReport, notes: Sequence[str] = ()) -> str:
+    """The HTML page as text; `notes` say why rows failed, where somebody knows."""
     order = {"fail": 0, "pass": 1, "info": 2}
     page = _template("parity.html.jinja").render(
         report=report,
+        notes=notes,
         rows=sorted(_shown_rows(report), key=lambda row: order[row.status]),  # stable: in the report's order
         counts={status: sum(row.status == status for row in report.rows) for status in order},
         cases=sorted(report.cases, key=_badness, reverse=True),

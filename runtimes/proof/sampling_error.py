@@ -52,6 +52,12 @@ def quantile_errors(cases: Sequence[NDArray[np.float64]], shares: Sequence[float
         return [float(error) for error in found.std(axis=0, ddof=1)]
 
 
-def told(error: float | None, cases: int) -> str:
-    """The error in words, to stand after others; nothing of a single case."""
-    return "" if error is None or math.isnan(error) else f"; ± {error:.2g}, standard error over {cases} cases"
+def told(error: float | None, cases: int, unit: str) -> str:
+    """The error in words, to stand after others; nothing of a single case, and of cases that are all alike.
+
+    `unit` is that of the figure, as thresholds name it; of a share the error is told in points.
+    """
+    if not error or math.isnan(error):
+        return ""
+    said = f"{100 * error:.2g} points" if unit == "share" else f"{error:.2g} {unit}"
+    return f"; ± {said}, standard error over {cases} cases"

@@ -150,12 +150,12 @@ class Tally:
         if chunked and late:
             tokens = np.concatenate(late)
             where = f"{len(tokens)} tokens at positions from {chunk} on"
-            past = Value(float(tokens.mean()), where + told(mean_error(late), len(late)))
+            past = Value(float(tokens.mean()), where + told(mean_error(late), len(late), "nat"))
         with np.errstate(invalid="ignore"):  # between infinite ones lies no number
             quantiles = np.quantile(every, [*shares.values()])
         errors: Sequence[float | None] = quantile_errors(self.token_kl, [*shares.values()]) or [None] * len(shares)
         spread = {
-            name: Value(float(value), f"{len(every)} tokens" + told(error, len(self.token_kl)))
+            name: Value(float(value), f"{len(every)} tokens" + told(error, len(self.token_kl), "nat"))
             for name, value, error in zip(shares, quantiles, errors, strict=True)
         }
         return spread | {"logits_kl_past_chunk": past}
@@ -246,7 +246,7 @@ def _agreed(cases: Sequence[Agreement], before: str = "") -> Value:
     """How often two sides chose alike in all `cases`."""
     whole = sum(cases, Agreement())
     error = ratio_error([case.real_flips for case in cases], [case.clear for case in cases])
-    return Value(whole.fraction, before + str(whole) + told(error, len(cases)))
+    return Value(whole.fraction, before + str(whole) + told(error, len(cases), "share"))
 
 
 def _part(sums: ErrorSums) -> Value:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from arriero.errors import ArrieroError
 from arriero.export.pipeline.failure_page import FailurePage
 from arriero.export.pipeline.ownership import MARK, is_owned, own, remove_owned
 from arriero.export.pipeline.stages import WorkDir
+from arriero.runtimes.manifest import FileRecord
 from tests.stopping import COUNTED
 
 
@@ -22,7 +24,8 @@ def fill(folder: Path, text: str) -> Path:
     """A bundle's files: a manifest that names the other."""
     (folder / "weights").mkdir(parents=True, exist_ok=True)
     (folder / "weights" / "text.safetensors").write_text(text)
-    (folder / "manifest.json").write_text(json.dumps({"files": {"weights/text.safetensors": {}}, "text": text}))
+    listed = {"weights/text.safetensors": asdict(FileRecord.of(folder / "weights" / "text.safetensors"))}
+    (folder / "manifest.json").write_text(json.dumps({"format": 5, "files": listed, "text": text}))
     return folder
 
 
@@ -199,6 +202,36 @@ def test_a_copy_of_a_marked_folder_is_the_users(tmp_path: Path) -> None:
     remove_owned(tmp_path / "int8.partial")
     remove_owned(tmp_path / "int8.partial")  # it is gone
     assert [p.name for p in tmp_path.iterdir()] == ["backup"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"files": ["thesis.txt"]},
+        {"format": 5, "files": ["thesis.txt"]},
+        {"format": 5, "files": {"thesis.txt": {}}},
+        {"files": {"thesis.txt": {"bytes": 2, "sha256": "0" * 64}}},
+    ],
+)
+@pytest.mark.parametrize("name", ["manifest.json", "record.json"])
+@pytest.mark.parametrize("published", [False, True])
+def test_a_manifest_of_the_users_makes_no_folder_ours(
+    tmp_path: Path, name: str, said: dict[str, object], published: bool
+) -> None:
+    work = WorkDir(tmp_path)
+    if published:
+        publish(work, "ours")
+        shutil.rmtree(tmp_path / "int8")
+    (tmp_path / "int8").mkdir()
+    (tmp_path / "int8" / "thesis.txt").write_text("my")
+    (tmp_path / "int8" / name).write_text(json.dumps(said))
+    with pytest.raises(ArrieroError, match="is in the bundle's place and is no bundle"):
+        publish(work, "new")
+    assert (tmp_path / "int8" / "thesis.txt").read_text() == "my"
+    (tmp_path / "int8" / "thesis.txt").unlink()
+    with pytest.raises(ArrieroError, match="is in the bundle's place and is no bundle"):
+        publish(work, "new")
+    assert json.loads((tmp_path / "int8" / name).read_text()) == said
 
 
 def test_a_page_of_the_users_is_neither_deleted_nor_written_over(tmp_path: Path) -> None:

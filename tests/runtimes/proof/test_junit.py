@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from arriero.runtimes.proof.junit import Suite, write_junit
+from arriero.thresholds import METRICS
 from tests.runtimes.proof.test_report import make_report
 
 
@@ -16,7 +17,8 @@ def written(path: Path, *suites: Suite) -> ET.Element:
 
 def test_a_case_per_judged_row_and_a_failure_per_failed_row(tmp_path: Path) -> None:
     report = make_report()
-    (suite,) = written(tmp_path / "out" / "parity.xml", Suite("int8", report, 2.5))
+    causes = {"vision_relative_l2": "because: mend it"}
+    (suite,) = written(tmp_path / "out" / "parity.xml", Suite("int8", {None: report}, 2.5, causes))
     cases = {case.get("name"): case for case in suite.iter("testcase")}
     assert list(cases) == [row.metric for row in report.rows if row.status != "info"]
     assert (suite.get("name"), suite.get("time")) == ("int8", "2.500")
@@ -27,12 +29,23 @@ def test_a_case_per_judged_row_and_a_failure_per_failed_row(tmp_path: Path) -> N
     assert failure is not None
     told = "Router agreement, lowest layer: 99.51 %, at least 99.8 %. layer 7 <script>"
     assert str(failure.get("message")).startswith(told)
+    assert cases["vision_relative_l2"].findtext("failure") == causes["vision_relative_l2"]
+    assert failure.text == METRICS["router_agreement_lowest"].meaning
+
+
+def test_rows_of_adapters_stand_in_the_bundles_suite(tmp_path: Path) -> None:
+    report = make_report()
+    judged = [row.metric for row in report.rows if row.status != "info"]
+    (suite,) = written(tmp_path / "parity.xml", Suite("int8", {None: report, "german": report}, 2.5))
+    names = [case.get("name") for case in suite.iter("testcase")]
+    assert names == [*judged, *(f"{name} with german" for name in judged)]
+    assert (suite.get("tests"), suite.get("failures")) == (str(len(names)), "4")
 
 
 def test_one_suite_per_bundle_and_sums_over_them(tmp_path: Path) -> None:
     root = written(
         tmp_path / "parity.xml",
-        Suite("a", make_report(), 1.0),
+        Suite("a", {None: make_report()}, 1.0),
         Suite("b", error="the disk ran full \x00 <b>"),
         Suite("c", unproven="run it there"),
     )

@@ -62,5 +62,6 @@ def test_the_error_of_a_share_knows_that_a_cases_choices_are_alike():
 
 
 def test_an_error_is_told_where_there_is_one():
-    assert told(0.01234, 24) == "; ± 0.012, standard error over 24 cases"
-    assert told(None, 1) == told(math.nan, 3) == ""
+    assert told(0.01234, 24, "nat") == "; ± 0.012 nat, standard error over 24 cases"
+    assert told(0.01234, 24, "share") == "; ± 1.2 points, standard error over 24 cases"
+    assert told(None, 1, "nat") == told(math.nan, 3, "nat") == told(0.0, 200, "share") == ""
