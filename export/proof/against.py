@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from arriero.errors import ArrieroError
+from arriero.export.build_file.hash_checkpoint import hash_checkpoint
 from arriero.export.proof.check_answers import check_answers
 from arriero.export.proof.live_reference import LiveReference
 from arriero.export.proof.measure_bundle import Watch, measure_bundle, own_terms
@@ -127,7 +128,7 @@ def prove_against(
     Raises ArrieroError when the bundle was made from another checkpoint.
     """
     manifest = open_manifest(bundle)
-    adapter = adapter_of(manifest, checkpoint.content_hash(), "this checkpoint", checkpoint.model)
+    adapter = adapter_of(manifest, hash_checkpoint(checkpoint, watch), "this checkpoint", checkpoint.model)
     modalities = modalities_of(manifest)
     session = open_reference(checkpoint, "image" not in modalities)
     if other is not None:
@@ -171,9 +172,9 @@ def modalities_of(manifest: Manifest) -> tuple[str, ...]:
     return ("text",) if manifest.model.vision is None else ("text", "image")
 
 
-def check_origin(manifests: Sequence[Manifest], checkpoint: Checkpoint) -> None:
+def check_origin(manifests: Sequence[Manifest], checkpoint: Checkpoint, watch: Watch) -> None:
     """Refuse bundles that were not made from this checkpoint, which is hashed once for all of them."""
-    content = checkpoint.content_hash()
+    content = hash_checkpoint(checkpoint, watch)
     for manifest in manifests:
         if (adapter := adapter_of(manifest, content, "this checkpoint", checkpoint.model)) is not None:
             what = f"has the adapter {adapter} merged, and bundles are compared without one"

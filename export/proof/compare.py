@@ -74,7 +74,7 @@ def compare_bundles(
     """
     checkpoint = Checkpoint.open(model, adapters)
     manifests = [Manifest.read(bundle) for bundle in bundles]
-    check_origin(manifests, checkpoint)
+    check_origin(manifests, checkpoint, watch)
     reference = cache(partial(open_live, checkpoint, wanted))
     lines = []
     for bundle, manifest in zip(bundles, manifests, strict=True):
@@ -219,6 +219,7 @@ def _tokens_per_second(bundle: Path, threads: int | None, progress: Callable[[in
     import time
 
     best = 0.0
+    progress(0, SPEED_RUNS, "runs")
     with load(bundle, threads) as session:
         for run in range(SPEED_RUNS):
             state = session.prefill(SPEED_PROMPT)
