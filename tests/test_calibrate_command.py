@@ -70,7 +70,7 @@ def test_a_build_tells_of_each_step_once_under_its_own_name_and_of_every_byte_th
         assert step in told
     for step in ("hash checkpoint", "graph: hash files", "calibrate: hash files", f"lower-{target}: hash files"):
         done, total = told[step].split(" of ")
-        assert total.endswith("iB ") or total.endswith(" B ")
+        assert total.endswith(("iB ", " B "))
         assert done
     again = arriero("build", build_file)
     assert "hash checkpoint" not in again.err  # nothing is read

@@ -22,7 +22,7 @@ from arriero.export.proof.prove import (
     terms_of,
 )
 from arriero.export.proof.reference import open_reference
-from arriero.export.samples.cases import draw_cases, encoded_sizes
+from arriero.export.samples.cases import draw_cases, encoded_sizes, shortening
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.integrity import open_manifest
@@ -134,7 +134,8 @@ def prove_against(
     if other is not None:
         cases = draw_cases(other, modalities)
         check_answers(cases, own_terms(manifest.proof).thresholds)
-        encoded_sizes(cases, session.processor, manifest.target.context - 1)  # room for one token of an answer
+        most = manifest.target.context - 1  # room for one token of an answer
+        encoded_sizes(cases, session.processor, most, shortening(other))
         proven = manifest.bundle / proof_path(adapter, "parity.json")
         answers = read_json(proven).answers if manifest.proven else _record(manifest, folder, adapter).answers
         return measure_other_cases(manifest, LiveReference(session, cases, answers), label_set(other), watch, adapter)
