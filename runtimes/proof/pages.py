@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 SIDES = ("reference", "candidate")
+SIDE_BY_SIDE = 6  # columns beyond which a page begins another table: more have no room for a number
 
 
 def write_html(report: ParityReport, path: Path) -> None:
@@ -54,9 +55,9 @@ def write_page(
     notes: Sequence[str],
     pictures: Sequence[Plot],
 ) -> None:
-    """Write one HTML page of the same kind with one table, `notes` under it and `pictures`."""
+    """Write one HTML page of the same kind: each of `rows` as a column, `notes` under them and `pictures`."""
     values = {"title": title, "labels": labels, "heads": heads, "rows": rows, "notes": notes, "plots": pictures}
-    write_text(path, clean(_template("page.html.jinja").render(values)))
+    write_text(path, clean(_template("page.html.jinja").render(values, most=SIDE_BY_SIDE)))
 
 
 def show(row: Row) -> str:
