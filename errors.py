@@ -66,6 +66,13 @@ def raise_together(problems: Sequence[ArrieroError], headline: str) -> None:
         raise problems[0] if len(problems) == 1 else Problems(headline, problems)
 
 
+def placed(error: ArrieroError, place: str) -> ArrieroError:
+    """The single problem `error` with `place` before its own."""
+    kind = MachineLacks if isinstance(error, MachineLacks) else ArrieroError
+    where = f"{place}: {error.where}" if error.where else place
+    return kind(error.what, where=where, expected=error.expected, remedy=error.remedy)
+
+
 def sentence_of(error: BaseException) -> str:
     """What an error says, or what it is called where it says nothing."""
     if isinstance(error, KeyboardInterrupt):

@@ -6,6 +6,7 @@ tells backends apart is asked of the record, never of the name.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,11 +29,6 @@ class Package:
     extra: str | None = None
     imports: tuple[str, ...] = ()  # the modules that code of ours imports of it
     instead: str | None = None  # a distribution that may stand in its place
-
-    @property
-    def requirement(self) -> str:
-        """What pip is to install."""
-        return "arriero" if self.extra is None else f"arriero[{self.extra}]"
 
 
 @dataclass(frozen=True)
@@ -173,8 +169,30 @@ SHARED_PACKAGES = (
 COMMAND_PACKAGES = (Package("rich", "14", imports=("rich",)), Package("typer", "0.16", imports=("typer",)))
 
 
-def extra_of(module: str) -> str:
-    """What pip is to install for a missing module of somebody else's; what no device needs is for building."""
+def install(extra: str | None) -> str:
+    """The command that installs what `extra` brings, or with None what we need in any case, where we are installed."""
+    return "pip install 'arriero'" if extra is None else f"pip install 'arriero[{extra}]'"
+
+
+def reinstall(extra: str) -> str:
+    """The command that installs anew what `extra` brings, in the versions that we ask for.
+
+    It does not name us: `--force-reinstall` would ask a registry for us too, and none has us.
+    """
+    import importlib.metadata
+
+    try:
+        asked = importlib.metadata.requires("arriero") or []
+    except importlib.metadata.PackageNotFoundError:
+        asked = []
+    brought = [one.partition(";")[0].strip() for one in asked if re.search(rf"extra == ['\"]{extra}['\"]", one)]
+    packages = (package for traits in TRAITS.values() for package in traits.packages)
+    named = brought or [package.name for package in packages if package.extra == extra]
+    return " ".join(["pip install --force-reinstall", *(f"'{name}'" for name in named)])
+
+
+def extra_of(module: str) -> str | None:
+    """The extra that brings a module of somebody else's, None for none; what no device needs is for building."""
     backends = (package for traits in TRAITS.values() for package in traits.packages)
     packages = (*backends, *SHARED_PACKAGES, *COMMAND_PACKAGES)
-    return next((package.requirement for package in packages if module in package.imports), "arriero[export]")
+    return next((package.extra for package in packages if module in package.imports), "export")

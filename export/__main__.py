@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from arriero.errors import HOW_TO_GO_ON, STOPPED, UNEXPECTED, ArrieroError, MachineLacks, is_full
 from arriero.runtimes.cpu import usable_cores
-from arriero.traits import extra_of
+from arriero.traits import extra_of, install
 
 # What the system says of a path that a user gave, rather than of a fault of ours.
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
@@ -64,7 +64,7 @@ def _what_lacks(error: BaseException) -> ArrieroError | None:
     """What the machine lacks when `error` says so; None for any other."""
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("arriero"):
         name = (error.name or "").partition(".")[0]
-        remedy = f"Install what the command needs with `pip install '{extra_of(name)}'`"
+        remedy = f"Install what the command needs with `{install(extra_of(name))}`"
         return MachineLacks(f"the package {name} is not installed", remedy=remedy)
     if is_full(error):
         where = error.filename if isinstance(error, OSError) else None

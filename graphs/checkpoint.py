@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -172,12 +172,12 @@ class Checkpoint:
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return torch.from_numpy(array.view(np.uint8)).view(dtype).reshape(source.shape)
 
-    def content_hash(self, memo: Path | None = None) -> str:
-        """Give the sha256 over all `files`, remembered in `memo`.
+    def content_hash(self, memo: Path | None = None, progress: Callable[[int, int], None] | None = None) -> str:
+        """Give the sha256 over all `files`, remembered in `memo`; `progress(bytes_done, bytes_total)` as it is read.
 
         Raises `Problems` for weights that are NaN or infinite, in the files that it has to read for it.
         """
-        return content_hash(self.files, memo, self.tensors.values(), self.layout.made)
+        return content_hash(self.files, memo, self.tensors.values(), self.layout.made, progress)
 
     def known_content_hash(self, memo: Path) -> str | None:
         """Give `content_hash` when `memo` holds every file as it is now, else None; reads no tensor."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes.json_schema import OPTIONS, enforceable
 from arriero.strict_json import parse_json
+from arriero.traits import install
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -91,7 +92,7 @@ class Grammars:
         try:
             from llguidance import LLMatcher, LLTokenizer
         except ImportError:
-            remedy = "Install it with `pip install 'arriero[structured]'`"
+            remedy = f"Install it with `{install('structured')}`"
             raise MachineLacks("the package llguidance is not installed", remedy=remedy) from None
         with self._lock:
             if self._tokenizer is None:

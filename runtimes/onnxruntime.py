@@ -29,7 +29,7 @@ from arriero.runtimes.cache_rows import CacheRows
 from arriero.runtimes.cpu import usable_cores
 from arriero.runtimes.load_onnxruntime import load_onnxruntime
 from arriero.runtimes.unchanged import Unchanged
-from arriero.traits import PREFILL_PIECE
+from arriero.traits import PREFILL_PIECE, install
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -216,7 +216,7 @@ def open_graph(path: Path, threads: int, literal: bool = False) -> onnxruntime.I
         onnxruntime = load_onnxruntime()
     except ImportError:
         raise MachineLacks(
-            "the package onnxruntime is not installed", remedy="Install it with `pip install 'arriero[onnxruntime]'`"
+            "the package onnxruntime is not installed", remedy=f"Install it with `{install('onnxruntime')}`"
         ) from None
     try:
         return onnxruntime.InferenceSession(path, session_options(threads, literal), providers=["CPUExecutionProvider"])

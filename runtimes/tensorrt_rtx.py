@@ -17,6 +17,7 @@ from arriero.runtimes.backend import BackendOptions, ModelSpec
 from arriero.runtimes.manifest import Manifest
 from arriero.runtimes.nvidia.products import Product, check_product
 from arriero.runtimes.tensorrt import TensorRtBackend
+from arriero.traits import reinstall
 
 BINDINGS, LIBRARIES = "tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx"
 HEAD = 1 << 20  # bytes of a plan that tell it from others
@@ -45,7 +46,7 @@ class RtxProduct(Product):
                 f"the bindings are of version {module.__version__} and the libraries of {bundled[0]}",
                 where=LIBRARIES,
                 expected="the same version",
-                remedy=f"Install the pair that fits: pip install --force-reinstall 'arriero[{self.extra}]'",
+                remedy=f"Install the pair that fits: {reinstall(self.extra)}",
             )
         return module
 

@@ -44,7 +44,7 @@ from arriero.runtimes.memory_cap import MemoryShare, RecordSize, share_memory, s
 from arriero.runtimes.private_library import PrivateLibrary
 from arriero.runtimes.step_memory import StepMemory
 from arriero.runtimes.weight_files import MappedWeights, ReadWeights, WeightFiles, aligned, entry_bytes
-from arriero.traits import PREFILL_PIECE
+from arriero.traits import PREFILL_PIECE, install
 
 PANEL = 16  # output features in each row of a packed matrix
 CPU = 1, 0  # DLPack's device type and number
@@ -294,9 +294,7 @@ def load_runtime() -> Any:
     package = find_spec("tvm")
     if package is None or find_spec("tvm_ffi") is None:
         missing = "apache-tvm" if package is None else "apache-tvm-ffi"
-        raise MachineLacks(
-            f"the package {missing} is not installed", remedy="Install it with `pip install 'arriero[tvm]'`"
-        )
+        raise MachineLacks(f"the package {missing} is not installed", remedy=f"Install it with `{install('tvm')}`")
     # The pool would otherwise pin its threads to cores, which on an edge device are the app's cores too.
     os.environ.setdefault("TVM_BIND_THREADS", "0")
     # And on x86 it would use every second core only, taking the others for hyper-threads.

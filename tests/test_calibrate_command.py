@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from arriero.export.pipeline import stages as stage_files
 from arriero.profiles.recipe import shipped
+from arriero.runtimes.manifest import FILE
 from tests.command import arriero, write_build
 from tests.refusals import check
 from tests.small import small_maverick, small_scout
@@ -50,6 +53,27 @@ def use_set(file: Path, name: str) -> Path:
     file.write_text(text.replace("calibration: {samples: 8", f"calibration: {{set: {name}"))
     assert file.read_text() != text
     return file
+
+
+def test_a_build_tells_of_each_step_once_under_its_own_name_and_of_every_byte_that_it_reads(
+    build_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_files, "WORTH_TELLING", 1)
+    built = arriero("build", build_file)
+    assert built.code == 0, built.err
+    lines = re.findall(r"^\[\d\d:\d\d\] (.+): (.*)in [\d.]+ s$", built.err, re.M)
+    told = dict(lines)
+    assert len(told) == len(lines), built.err
+    (target,) = (folder.name for folder in (build_file.parent / "bundles").iterdir() if (folder / FILE).is_file())
+    assert list(told)[:2] == ["plan", "hash checkpoint"]
+    for step in (f"{target}: write text weights", f"{target}-rtn: write text weights", f"{target}-rtn: load"):
+        assert step in told
+    for step in ("hash checkpoint", "graph: hash files", "calibrate: hash files", f"lower-{target}: hash files"):
+        done, total = told[step].split(" of ")
+        assert total.endswith(("iB ", " B "))
+        assert done
+    again = arriero("build", build_file)
+    assert "hash checkpoint" not in again.err  # nothing is read
 
 
 def test_a_calibrated_build_is_killed_goes_on_and_says_what_it_saw(build_file: Path) -> None:

@@ -9,13 +9,16 @@ import sys
 import threading
 import xml.etree.ElementTree as ET
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
 import arriero as package
+from arriero.export.cli.app import app
 from arriero.runtimes.integrity import open_manifest
 from tests.command import arriero, contents, write_build
 from tests.conftest import workshop_profiles
@@ -392,6 +395,21 @@ def test_doctor_says_what_is_here(workshop):
 def test_schema_is_json_and_knows_every_key(workshop):
     schema = arriero("schema").json
     assert {"model", "targets", "parity", "budgets"} <= set(schema["properties"])
+
+
+def commands(group, *words):
+    """Each command as it is typed."""
+    for name, one in group.commands.items():
+        yield from commands(one, *words, name) if hasattr(one, "commands") else [(*words, name)]
+
+
+@pytest.mark.parametrize("words", [(), *commands(typer.main.get_command(app))], ids=" ".join)
+def test_the_lines_of_a_help_are_as_long_as_the_terminal_allows(words, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    told = arriero(*words, "--help").out.partition("\u256d")[0]
+    for line, following in pairwise(line.rstrip() for line in told.splitlines()[2:]):
+        if line and following:
+            assert len(f"{line} {following.split()[0]}") > 79, line
 
 
 @pytest.mark.parametrize("verb", ["plan", "build", "calibrate", "parity", "run", "inspect", "doctor", "schema"])

@@ -82,6 +82,13 @@ def test_the_build_files_of_a_page_are_planned(page, workplace):
             assert profile.assign(Checkpoint.open(ROOT / "models" / "chasqui").tensors)
 
 
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
+def test_a_new_machine_is_given_our_wheel_by_its_place(page):
+    """No registry has us, and a shell takes the brackets of an extra without quotes for a pattern."""
+    for quote, rest in re.findall(r"(.)arriero\[[\w,-]+\](.{8})", page.read_text(encoding="utf-8")):
+        assert (quote, rest) == ('"', " @ file:")
+
+
 def test_the_embedding_example_answers(workplace, monkeypatch, capsys):
     (code,) = blocks(ROOT / "docs" / "python-api.md", "python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 10

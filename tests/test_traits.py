@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
+import tomllib
 from importlib import import_module
 from typing import get_args
 
 import pytest
+from packaging.requirements import Requirement
 
 from arriero.export.pipeline.sources import PACKAGE
 from arriero.profiles.schemes import Scheme
-from arriero.traits import BACKENDS, TRAITS
+from arriero.traits import BACKENDS, TRAITS, reinstall
 from docs.rooms import sources
 
 # A backend's own modules, and NVIDIA's two products behind one door, may say their names.
@@ -48,3 +51,28 @@ def test_nobody_else_says_a_backends_name(folder: str) -> None:
         if not THEIR_OWN.search(source) and names.search((PACKAGE / source).read_text(encoding="utf-8"))
     }
     assert not sayers
+
+
+@pytest.mark.parametrize("extra", BACKENDS)
+def test_what_is_installed_anew_is_what_an_extra_brings_in_our_versions_and_never_we(
+    extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No registry has us, and `--force-reinstall` would ask one."""
+    project = tomllib.loads((PACKAGE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = {(one.name, one.specifier) for one in map(Requirement, project["optional-dependencies"][extra])}
+    command = reinstall(extra)
+    assert command.startswith("pip install --force-reinstall '")
+    named = [Requirement(one) for one in re.findall("'([^']*)'", command)]
+    assert {(one.name, one.specifier) for one in named} == asked
+
+    def absent(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", absent)
+    assert set(re.findall("'([^']*)'", reinstall(extra))) == {name for name, _ in asked}
+
+
+@pytest.mark.parametrize("folder", ["export", "graphs", "runtimes"])
+def test_nobody_else_says_how_what_we_need_is_installed(folder: str) -> None:
+    command = re.compile(r"pip install [^\n]*arriero")
+    assert not [one for one in sources(folder) if command.search((PACKAGE / one).read_text(encoding="utf-8"))]

@@ -137,6 +137,7 @@ class Calibration:
         ranges: dict[str, Any] = {}
         matrices = len(inputs.moments) + (2 * self.walk.text.experts if inputs.routed else 0)
         number = 0
+        self.watch(f"{step}, matrices", number, matrices, "matrices")
         for one in self._results(inputs):
             if isinstance(one, Rounded):
                 note = one.note

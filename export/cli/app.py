@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from typing import Annotated, Any
@@ -25,11 +26,26 @@ PIPE_CLOSED = 141  # as a shell says of what SIGPIPE ended
 class _Group(TyperGroup):
     """The commands. Whoever reads their output may go away, which is no failed parity."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        _unbreak(self)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
             raise PipeClosed from None
+
+
+def _unbreak(command: Any) -> None:
+    """Make each paragraph of a command's help, and of its own commands', one line, which a terminal breaks as it fits.
+
+    What is indented stays as it is.
+    """
+    paragraphs = inspect.cleandoc(command.help or "").split("\n\n")
+    command.help = "\n\n".join(one if one.startswith(" ") else one.replace("\n", " ") for one in paragraphs)
+    for own in getattr(command, "commands", {}).values():
+        _unbreak(own)
 
 
 app = typer.Typer(

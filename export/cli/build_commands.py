@@ -54,6 +54,7 @@ def plan(
     """
     from arriero.export.build_file.locate import resolve_model
     from arriero.export.build_file.read import load_build
+    from arriero.export.cli.progress import Progress
     from arriero.export.cli.show_capped import capped_json, show_capped
     from arriero.export.cli.show_plan import show_plan
     from arriero.export.pipeline.foretell_cap import foretell_capped
@@ -65,8 +66,10 @@ def plan(
         config = config.model_copy(update={"model": resolve_model(model, Path.cwd())})
     if trace is not None and memory is None:
         raise ArrieroError("--trace says nothing without a cap", remedy="Add --memory, such as --memory 16GiB")
-    planned = make_plan(config)
-    capped = None if memory is None else foretell_capped(config, parse_bytes(memory), trace)
+    with Progress(err) as watch:
+        watch("plan", 0, 0, "")
+        planned = make_plan(config)
+        capped = None if memory is None else foretell_capped(config, parse_bytes(memory), trace)
     if as_json:
         print_json(planned.to_json() | ({} if capped is None else capped_json(*capped)))
     else:

@@ -78,8 +78,9 @@ def parity(
 
         arriero parity bundles/portable-int8 --junit parity.xml
     """
+    from arriero.export.cli.show_parity import show_parity
     from arriero.runtimes.proof.junit import Suite, write_junit
-    from arriero.runtimes.proof.pages import render_table, write_html
+    from arriero.runtimes.proof.pages import write_html
 
     other = (data, samples, seed) != (None, None, None)
     if recorded and (record or against):
@@ -113,7 +114,7 @@ def parity(
         if html:
             write_html(report, html if name is None else html.with_stem(f"{html.stem}-{name}"))
         if not as_json:
-            render_table(report, out)
+            show_parity(report, out)
     if as_json:
         own = next(iter(proofs.values())).to_dict()
         beside = {name: report.to_dict() for name, report in proofs.items() if name is not None}

@@ -1,6 +1,6 @@
-"""Shows how far a command is: bars with rate and remaining time on a terminal, elsewhere plain lines with the time.
+"""Shows how far a command is: on a terminal what runs now, elsewhere plain lines with the time.
 
-Elsewhere, a line comes when a step begins or ends and every so often in between, even while a step says nothing.
+A step that is over becomes one line. Elsewhere a line also comes every so often, even while a step says nothing.
 """
 
 from __future__ import annotations
@@ -8,19 +8,26 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
 from rich.text import Text
 
 from arriero.sizes import human_bytes
 
 EVERY = 20.0  # seconds without a line are the most that a log stays silent for
 SHORT = 1.0  # a step that takes less is told by its end alone
+BAR = 10  # characters
+INDENT = 2
+Clock = Callable[[], float]
 
 
 class Shown(Protocol):
@@ -32,8 +39,8 @@ class Shown(Protocol):
     def start(self) -> None:
         """Begin to show."""
 
-    def stop(self) -> None:
-        """End to show."""
+    def stop(self, well: bool) -> None:
+        """End to show; `well` says whether the last step ended by itself."""
 
 
 class Progress:
@@ -48,7 +55,7 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._shown.stop()
+        self._shown.stop(kind is None)
 
     def __call__(self, step: str, done: int, total: int, unit: str) -> None:
         """See `Shown`."""
@@ -59,71 +66,124 @@ class Progress:
         self.console.print(escape(sentence), highlight=False, soft_wrap=True)
 
 
-class _Rate(ProgressColumn):
-    """Units per second, and how long the rest takes at that rate."""
+@dataclass
+class _Step:
+    """What runs, and how far it is."""
 
-    def render(self, task: Task) -> Text:
-        if task.finished or not task.speed or task.total is None:
-            return Text("")
-        left = (task.total - task.completed) / task.speed
-        return Text(f"{_rate(task.speed, task.fields['unit'])}, {_clock(left)} left", "dim")
+    name: str
+    begun: float
+    first: int  # units that were done when it began here
+    done: int
+    total: int
+    unit: str
+    moved: float  # when a unit was last done
+
+    def move(self, done: int, total: int, unit: str, now: float) -> None:
+        """Take up what is said of the same step."""
+        if done != self.done:
+            self.moved = now
+        self.done, self.total, self.unit = done, total, unit
+
+    @property
+    def amount(self) -> str:
+        """How much is done of how much; empty where nobody knows."""
+        if not self.total:
+            return ""
+        if self.unit == "bytes":
+            return f"{human_bytes(self.done)} of {human_bytes(self.total)}"
+        return f"{self.done}/{self.total} {self.unit}"
+
+    @property
+    def all_done(self) -> bool:
+        """Whether its last unit is behind."""
+        return 0 < self.total <= self.done
+
+    def figures(self, now: float) -> list[str]:
+        """How far it is, how fast, and how long the rest takes; where nobody knows, for how long it is at work."""
+        rate = (self.done - self.first) / max(now - self.begun, 1e-9)
+        if self.all_done:
+            return [self.amount, f"finishing for {_clock(now - self.moved)}"]
+        if not self.total or rate <= 0:
+            return [*[self.amount] * bool(self.total), f"at work for {_clock(now - self.begun)}"]
+        return [self.amount, _rate(rate, self.unit), f"about {_clock((self.total - self.done) / rate)} left"]
+
+    def end(self, now: float, well: bool) -> str:
+        """The line that stays of it."""
+        took = f"{'in' if well else 'stopped after'} {now - self.begun:.1f} s"
+        return f"{self.name}: {self.amount}{' ' * bool(self.amount)}{took}"
 
 
 class _Terminal:
-    """Each step gets a bar, which stays with its time when the step is over."""
+    """What runs is shown at the foot: a line with a bar, and its figures below; what is over stands above."""
 
-    def __init__(self, console: Console) -> None:
-        columns = (
-            SpinnerColumn(finished_text="[green]✓[/]"),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=10),
-            TextColumn("{task.fields[amount]}"),
-            TimeElapsedColumn(),
-            _Rate(),
-        )
-        self._bars = Bars(*columns, console=console)
-        self._tasks: dict[str, TaskID] = {}
-        self.start, self.stop = self._bars.start, self._bars.stop
+    def __init__(self, console: Console, clock: Clock = time.monotonic) -> None:
+        self._console, self._clock = console, clock
+        self._step: _Step | None = None
+        self._spinner = Spinner("dots")
+        self._live = Live(self, console=console, refresh_per_second=10, transient=True)
+        self.start = self._live.start
+
+    def stop(self, well: bool) -> None:
+        self._live.stop()
+        if self._step is not None:
+            self._end(self._step, well)
 
     def __call__(self, step: str, done: int, total: int, unit: str) -> None:
-        if step not in self._tasks:
-            for task in self._bars.tasks:
-                if not task.finished:  # a step of unknown length is over when the next one starts
-                    self._bars.update(task.id, total=task.completed or 1, completed=task.completed or 1)
-            self._tasks[step] = self._bars.add_task(escape(step), total=total or None, amount="", unit=unit)
-        self._bars.update(
-            self._tasks[step], completed=done, total=total or None, amount=_amount(done, total, unit) if total else ""
-        )
+        now, before = self._clock(), self._step
+        if before is None or step != before.name:
+            self._step = _Step(step, now, done, done, total, unit, now)
+            if before is not None:
+                self._end(before, True)
+        else:
+            before.move(done, total, unit, now)
+
+    def _end(self, step: _Step, well: bool) -> None:
+        mark = ("✓ ", "green") if well else ("· ", "yellow")
+        self._console.print(Text.assemble(mark, step.end(self._clock(), well)), soft_wrap=True)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        step, now = self._step, self._clock()
+        if step is None:
+            return
+        name = Text(step.name)
+        name.truncate(options.max_width - BAR - INDENT - 1, overflow="ellipsis")
+        bar = ProgressBar(step.total or None, step.done, BAR, pulse=not step.total, animation_time=now)
+        line = Table.grid(padding=(0, 1, 0, 0), pad_edge=False)
+        line.add_row(self._spinner, name, bar)
+        yield line
+        figures, room = step.figures(now), options.max_width - INDENT
+        while cell_len(", ".join(figures)) > room and len(figures) > 1:
+            figures.pop(-2)  # the rate goes before the amount
+        yield Text(f"{' ' * INDENT}{', '.join(figures)}", "dim", no_wrap=True, overflow="ellipsis")
 
 
 class _Lines:
     """Plain lines for logs."""
 
-    def __init__(self, console: Console, every: float = EVERY, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, console: Console, every: float = EVERY, clock: Clock = time.monotonic) -> None:
         self._console, self._every, self._clock = console, every, clock
         self._lock = threading.Lock()
-        self._step: str | None = None
-        self._begun = self._told = self._start = clock()
-        self._first = 0  # units that were done when the step began here
-        self._state = (0, 0, "")
+        self._step: _Step | None = None
+        self._told = self._start = clock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._keep_telling, name="progress", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
+    def stop(self, well: bool) -> None:
         self._over.set()
         self._thread.join()
         with self._lock:
-            self._end_step()
+            self._end_step(well)
 
     def __call__(self, step: str, done: int, total: int, unit: str) -> None:
         with self._lock:
-            if step != self._step:
+            now = self._clock()
+            if self._step is None or step != self._step.name:
                 self._end_step()
-                self._step, self._begun, self._first = step, self._clock(), done
-            self._state = (done, total, unit)
+                self._step = _Step(step, now, done, done, total, unit, now)
+            self._step.move(done, total, unit, now)
             self._tell_if_due()
 
     def _keep_telling(self) -> None:
@@ -134,19 +194,12 @@ class _Lines:
     def _tell_if_due(self) -> None:
         now = self._clock()
         if self._step is not None and now - self._told >= self._every:
-            done, total, unit = self._state
-            rate = (done - self._first) / max(now - self._begun, 1e-9)
-            left = f", {_rate(rate, unit)}, about {_clock((total - done) / rate)} left" if total and rate > 0 else ""
-            amount = f"{_amount(done, total, unit)}{left}" if total else f"at work for {_clock(now - self._begun)}"
-            self._print(f"{self._step}: {amount}")
+            self._print(f"{self._step.name}: {', '.join(self._step.figures(now))}")
 
-    def _end_step(self) -> None:
+    def _end_step(self, well: bool = True) -> None:
         """One line for the step that is over."""
         if self._step is not None:
-            done, total, unit = self._state
-            amount = f"{_amount(done, total, unit)} " if total else ""
-            took = self._clock() - self._begun
-            self._print(f"{self._step}: {amount}in {took:.1f} s")
+            self._print(self._step.end(self._clock(), well))
             self._step = None
 
     def _print(self, line: str) -> None:
@@ -155,12 +208,10 @@ class _Lines:
         self._console.print(escape(f"[{since}] {line}"), highlight=False, soft_wrap=True)
 
 
-def _amount(done: int, total: int, unit: str) -> str:
-    return f"{human_bytes(done)} of {human_bytes(total)}" if unit == "bytes" else f"{done}/{total} {unit}"
-
-
 def _rate(speed: float, unit: str) -> str:
-    return f"{human_bytes(speed)}/s" if unit == "bytes" else f"{speed:.3g} {unit}/s"
+    if unit == "bytes":
+        return f"{human_bytes(speed)}/s"
+    return f"{speed:,.0f} {unit}/s" if speed >= 100 else f"{speed:.3g} {unit}/s"
 
 
 def _clock(seconds: float) -> str:

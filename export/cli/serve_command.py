@@ -14,6 +14,7 @@ from arriero.errors import ArrieroError, MachineLacks
 from arriero.export.cli.options import Speculate, Threads, err
 from arriero.runtimes.server.options import ServerOptions
 from arriero.sizes import parse_bytes
+from arriero.traits import install
 
 
 def serve(
@@ -66,7 +67,7 @@ def serve(
     except ImportError as error:
         raise MachineLacks(
             f"the package {(error.name or 'starlette').partition('.')[0]} is not installed",
-            remedy="Install it with `pip install 'arriero[server]'`",
+            remedy=f"Install it with `{install('server')}`",
         ) from None
     key = os.environ.get("ARRIERO_API_KEY") if api_key_file is None else _read_key(api_key_file)
     options = ServerOptions(

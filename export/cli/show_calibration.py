@@ -5,12 +5,10 @@ from __future__ import annotations
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from rich.text import Text
 
 from arriero.export.calibration.coverage import RANGES
-from arriero.export.cli.tables import print_wrapped
+from arriero.export.cli.tables import print_rows, print_wrapped
 from arriero.runtimes.manifest import Fallback, SampleSet
 from arriero.sizes import human_bytes
 
@@ -28,15 +26,15 @@ def show_calibration(described: dict[str, Any], console: Console) -> None:
         f"{human_bytes(described['peak_memory_bytes'])}{expected}",
         highlight=False,
     )
-    table = Table("layer", box=SIMPLE_HEAD, pad_edge=False, header_style="bold", padding=0)
-    for column in ("tokens per expert\nleast/median/most", *(name.replace(" ", "\n") for name in RANGES)):
-        table.add_column(column, justify="right", no_wrap=True)
+    rows = []
     for layer in described["layers"]:
         counts, seen = layer["tokens_per_expert"], layer["largest_input"]
         spread = (min(counts), median(counts), max(counts)) if counts else ()
         experts = "/".join(f"{count:,.6g}" for count in spread) or "dense"
-        table.add_row(str(layer["layer"]), experts, *(f"{seen[name]:.3g}" if name in seen else "" for name in RANGES))
-    console.print(table)
+        ranges = (f"{seen[name]:.3g}" if name in seen else "" for name in RANGES)
+        rows.append((str(layer["layer"]), experts, *ranges))
+    heads = ("layer", "tokens per expert\nleast/median/most", *(name.replace(" ", "\n") for name in RANGES))
+    print_rows(console, heads, rows)
     console.print("Right of the tokens: the largest magnitude of what goes in.", style="dim")
     for profile in described["profiles"]:
         experts = ", ".join(str(Fallback(**expert)) for expert in profile["experts"]) or "none"

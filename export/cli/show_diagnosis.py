@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from arriero.export.cli.tables import print_rows, print_wrapped
-from arriero.traits import BUILD, RUN
+from arriero.traits import BUILD, RUN, install
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +30,7 @@ def show_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         can = {action: diagnosis.can(action, name) for action in (BUILD, RUN)}
         if diagnosis.is_device and can[RUN]:
             needs = ", ".join(diagnosis.lacks(BUILD, name))
-            advice = "pip install 'arriero[export]'"
+            advice = install("export")
             print_wrapped(console, f"{name}: can run bundles; cannot build: needs {needs} ({advice})")
         else:
             said = ", ".join(f"{action} {'yes' if can[action] else 'no'}" for action in (BUILD, RUN))

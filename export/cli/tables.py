@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Cell = str | Text
-GAP = 2
-WHOLE = re.compile(r"`[^`]*`|pip install(?: --[\w-]+)* (?:'[^']*'|\S+)|\S+")  # what a line is not broken in
+GAP = 2  # one of it is the divider that Rich draws of blanks
+# What a line is not broken in: a word, and commands with what stands close to them.
+WHOLE = re.compile(r"(?:`[^`]*`|pip install(?: --[\w-]+)*(?:(?: '[^']*')+| \S+)|\S)+")
 
 
 def print_rows(
@@ -35,12 +37,9 @@ def print_rows(
     cells = [[cell if isinstance(cell, Text) else Text(cell) for cell in row] for row in rows]
     said = [number for number, head in enumerate(heads) if not number or any(str(row[number]) for row in cells)]
     heads, cells = [heads[number] for number in said], [[row[number] for number in said] for row in cells]
-    widths = [
-        max(cell_len(line) for cell in column for line in str(cell).split("\n"))
-        for column in zip(map(Text, heads), *cells, strict=True)
-    ]
-    if sum(widths) + GAP * len(widths) <= console.width:
-        console.print(_table(heads, cells, widths))
+    table = _table(heads, cells)
+    if console.measure(table, options=console.options.update_width(sys.maxsize)).maximum <= console.width:
+        console.print(table)
         return
     narrow = (heads, cells) if blocks is None else blocks
     for row in narrow[1]:
@@ -63,11 +62,11 @@ def print_wrapped(console: Console, text: str, indent: int = 0, first: str = "",
         console.print(Text.assemble((start, "dim"), (part, style or "")), soft_wrap=True)
 
 
-def _table(heads: Sequence[str], cells: Sequence[Sequence[Text]], widths: Sequence[int]) -> Table:
-    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False, padding=(0, GAP, 0, 0))
+def _table(heads: Sequence[str], cells: Sequence[Sequence[Text]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False, padding=(0, GAP - 1, 0, 0))
     for number, head in enumerate(heads):
-        right = number > 0 and bool(cells) and all(re.match(r"[\d–-]", str(row[number])) for row in cells)
-        table.add_column(Text(head), justify="right" if right else "left", no_wrap=True, min_width=widths[number])
+        right = number > 0 and bool(cells) and all(re.match(r"[\d–-]|$", str(row[number])) for row in cells)
+        table.add_column(Text(head), justify="right" if right else "left", no_wrap=True)
     for row in cells:
         table.add_row(*row)
     return table
@@ -79,5 +78,5 @@ def _print_block(console: Console, heads: Sequence[str], row: Sequence[Text]) ->
     for head, cell in zip(heads[1:], row[1:], strict=True):
         if str(cell):
             for number, line in enumerate(str(cell).split("\n")):
-                first = f"  {head}" if number == 0 else ""
+                first = f"  {head.replace(chr(10), ' ')}" if number == 0 else ""
                 print_wrapped(console, line, indent, first, str(cell.style) or None)

@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 
 from arriero.errors import ArrieroError, MachineLacks, sentence_of
 from arriero.export.machine.memory_watch import MemoryWatch
+from arriero.traits import install
 
 try:
     from distributed import CancelledError, Client
@@ -25,7 +26,7 @@ try:
 except ImportError as error:
     raise MachineLacks(
         f"the package {(error.name or 'distributed').partition('.')[0]} is not installed",
-        remedy="Install it with `pip install 'arriero[cluster]'`, here and on every worker",
+        remedy=f"Install it with `{install('cluster')}`, here and on every worker",
     ) from None
 
 J = TypeVar("J")

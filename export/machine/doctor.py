@@ -16,12 +16,12 @@ from arriero.export.machine.budget import free_disk
 from arriero.export.machine.checks import Check, status
 from arriero.export.machine.gpu_checks import gpu_checks
 from arriero.export.machine.versions import version_of
-from arriero.runtimes.cpu import MACHINE_CLASSES, architecture, cpu_features, processor_name, usable_cores
+from arriero.runtimes.cpu import MACHINE_CLASSES, architecture, cpu_features, describe_processor
 from arriero.runtimes.load_onnxruntime import load_onnxruntime
 from arriero.runtimes.memory import available_memory, total_memory
 from arriero.runtimes.tvm import load_runtime
 from arriero.sizes import human_bytes
-from arriero.traits import BACKENDS, BUILD, RUN, SHARED_PACKAGES, TRAITS, Package
+from arriero.traits import BACKENDS, BUILD, RUN, SHARED_PACKAGES, TRAITS, Package, install, reinstall
 
 LEAST_MEMORY, LEAST_DISK = 2 << 30, 1 << 30
 PYTHON = (3, 11)
@@ -91,7 +91,7 @@ def _python() -> Check:
 
 def _hardware() -> tuple[Check, Check]:
     have = cpu_features()
-    cores = Check("cpu", "ok", f"{processor_name()}, {usable_cores()} cores, {platform.machine()}", ())
+    cores = Check("cpu", "ok", f"{describe_processor()}, {platform.machine()}", ())
     sets = list(MACHINE_CLASSES.get(architecture(), {}).values())
     least = sets[-1] if sets else ""
     ok = least in have or not have
@@ -123,7 +123,7 @@ def find_lacks(packages: Iterable[Package]) -> list[ArrieroError]:
         MachineLacks(
             f"{package.name} is {'not installed' if check.found == 'not installed' else f'version {check.found}'}",
             expected=f"{package.least} or newer",
-            remedy=f"Install it with `pip install '{package.requirement}'`",
+            remedy=f"Install it with `{install(package.extra)}`",
         )
         for package, check in checks
         if check.status != "ok"
@@ -135,7 +135,7 @@ def _library(package: Package) -> Check:
     if installed is None and package.instead and (whole := version_of(package.instead)):
         return Check(package.name, "ok", f"{package.instead} {whole} instead", package.needed_for)
     ok = installed is not None and _numbers(installed) >= _numbers(package.least)
-    remedy = None if ok else f"pip install '{package.requirement}' (it needs {package.name} {package.least} or newer)"
+    remedy = None if ok else f"{install(package.extra)} (it needs {package.name} {package.least} or newer)"
     return Check(package.name, status(ok), installed or "not installed", package.needed_for, remedy)
 
 
@@ -153,11 +153,11 @@ def _onnxruntime_providers() -> tuple[Check, ...]:
     try:
         onnxruntime = load_onnxruntime()
     except Exception as error:  # whatever a broken native library raises is the finding
-        remedy = "Reinstall it: pip install --force-reinstall 'arriero[onnxruntime]'"
+        remedy = f"Reinstall it: {reinstall('onnxruntime')}"
         return (Check("onnxruntime loads", "missing", f"import fails: {error}", (BUILD, RUN), remedy),)
     providers = onnxruntime.get_available_providers()
     ok = "CPUExecutionProvider" in providers
-    advice = None if ok else "Install an ONNX Runtime with the CPU provider: pip install 'arriero[onnxruntime]'"
+    advice = None if ok else f"Install an ONNX Runtime with the CPU provider: {reinstall('onnxruntime')}"
     return (Check("providers", status(ok), ", ".join(providers), (BUILD, RUN), advice),)
 
 
@@ -168,7 +168,7 @@ def _tvm_tools() -> tuple[Check, ...]:
         load_runtime()
         checks.append(Check("tvm runtime loads", "ok", "yes", (BUILD, RUN)))
     except Exception as error:  # whatever a broken native library raises is the finding
-        remedy = "Reinstall it: pip install --force-reinstall 'arriero[tvm]'"
+        remedy = f"Reinstall it: {reinstall('tvm')}"
         checks.append(Check("tvm runtime loads", "missing", f"fails: {error}", (BUILD, RUN), remedy))
     for arch in LEVELS:
         # without the cross compiler only targets of the other architecture cannot be built

@@ -14,7 +14,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arriero.export.build_file.hash_checkpoint import hash_checkpoint
 from arriero.export.build_file.schema import BuildConfig
+from arriero.export.compile import Watch, no_watch
 from arriero.export.machine.jobs import Submit, do_here
 from arriero.export.machine.versions import installed_versions
 from arriero.export.pipeline.explain_failure import thin_experts
@@ -40,17 +42,11 @@ from arriero.traits import SHARED_PACKAGES
 if TYPE_CHECKING:
     from arriero.graphs.check import Part
 
-# What a watcher is told: the step, how much of it is done, of how much, and in which unit ("bytes" or "samples").
-Watch = Callable[[str, int, int, str], None]
 Tell = Callable[[str], None]
 
 
 def _keep_silent(sentence: str) -> None:
     """Tell nobody."""
-
-
-def _watch_nothing(step: str, done: int, total: int, unit: str) -> None:
-    """Look away."""
 
 
 class Build:
@@ -72,14 +68,14 @@ class Build:
         self.config, self.file, self.watch, self.dump, self.tell = config, file, watch, dump, tell
         self.submit, self.lowerings = submit, Lowerings(submit)
         self.targets: list[TargetBuild] = []
-        self.work = WorkDir(config.output, config.budgets.host_memory)
+        self.work = WorkDir(config.output, config.budgets.host_memory, watch)
         self.results: list[TargetResult] = []
         self._failed: dict[str, Exception] = {}
         self._records: dict[str | None, ReferenceRecord] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """The build for a worker: what was decided and finished, without those who watch."""
-        silent = Build(self.config, self.file, _watch_nothing, None if self.dump is None else self.dump.absolute())
+        silent = Build(self.config, self.file, no_watch, None if self.dump is None else self.dump.absolute())
         known = ("plan", "content", "contents", "inputs", "profiles", "graph", "calibrated")
         return vars(silent) | {name: vars(self)[name] for name in known if name in vars(self)}
 
@@ -146,6 +142,7 @@ class Build:
 
         Raises `ArrieroError` with what stops all of them before the first.
         """
+        self.watch("plan", 0, 0, "")
         plan = self.plan = make_plan(self.config)
         plan.check(self.file)
         with self.at_work():
@@ -162,6 +159,7 @@ class Build:
         """Run the stage `calibrate` alone and describe what it saw. A later `run` of the build file takes it over."""
         from arriero.export.calibration.coverage import describe_calibration
 
+        self.watch("plan", 0, 0, "")
         plan = make_plan(self.config, only=("calibrate",))
         plan.check(self.file)
         with self.at_work():
@@ -174,10 +172,11 @@ class Build:
     def at_work(self) -> Iterator[None]:
         """Hold the output folder; within, what every stage depends on is known."""
         with machine_limits("before the first stage", self.config.output), self.work.locked():
-            self.watch("hash checkpoint", 0, 0, "bytes")
             memo = self.work.hash_memo
-            self.content = self.checkpoint.content_hash(memo)
-            self.contents = {adapter: one.content_hash(memo) for adapter, one in self.adapted.items()}
+            self.content = hash_checkpoint(self.checkpoint, self.watch, memo)
+            self.contents = {
+                adapter: hash_checkpoint(one, self.watch, memo, adapter) for adapter, one in self.adapted.items()
+            }
             self.inputs = stage_inputs(self.config, self.content, self.profiles, self.contents)
             yield
 
@@ -227,6 +226,7 @@ class Build:
         from arriero.export.proof.reference import open_reference
         from arriero.export.proof.walk_layers import Walk
 
+        self.watch("calibrate: draw and encode samples", 0, 0, "")
         samples = draw_cases(self.config.calibration, self.config.modalities)
         reference = open_reference(self.checkpoint, self.model.vision is None)
         profiles = {rounding_folder(profile): profile for profile in calibrating(self.profiles)}
@@ -245,6 +245,7 @@ class Build:
         from arriero.export.proof.reference import open_reference
         from arriero.export.proof.write_record import Origin, write_record
 
+        self.watch("reference record: draw and encode cases", 0, 0, "")
         parity = self.config.parity
         cases = draw_cases(parity.cases, self.config.modalities)
         origin = Origin(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 
-from arriero.errors import ArrieroError, Problems, raise_together
+from arriero.errors import ArrieroError, Problems, placed, raise_together
 from arriero.export.build_file.device import kernel_arch, target_gpu
 from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Target
 from arriero.export.compile.build_kernels import find_compiler
@@ -90,8 +90,17 @@ def check_asked(asked: Asked, found: Findings) -> None:
         found.of(check_ledger, checkpoint.tensors.values(), expected_tensors(asked.config))
         if found.of(check_schemes, build, profiles):
             found.of(check_elements, build, profiles, shapes)
-        for profile in profiles.values():
-            found.of(check_shapes, profile, shapes)
+        for name, profile in profiles.items():
+            users = ", ".join(f"targets[{n}]" for n, target in enumerate(build.targets) if target.profile == name)
+            found.of(_check_shapes, profile, shapes, f"{users}, profile {profile.name}")
+
+
+def _check_shapes(profile: Profile, shapes: Mapping[str, tuple[int, ...]], place: str) -> None:
+    """`check_shapes` with `place` in each problem: among those of other checks it stands without its headline."""
+    try:
+        check_shapes(profile, shapes)
+    except Problems as error:
+        raise Problems(error.headline, [placed(one, place) for one in error.problems]) from None
 
 
 def check_ready(asked: Asked, sets: SampleSets, found: Findings) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from arriero.errors import ArrieroError
 from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Samples
 from arriero.export.calibration.estimate import Size, embedded_size
-from arriero.export.samples.cases import draw_cases, encoded_sizes
+from arriero.export.samples.cases import draw_cases, encoded_sizes, shortening
 from arriero.graphs.config import ModelConfig
 from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS
 
@@ -83,5 +83,6 @@ class SampleSets:
     def _encoded(self, are_cases: bool, most: int) -> list[Size]:
         if (are_cases, most) not in self._sizes:
             chosen = self.cases if are_cases else self.samples
-            self._sizes[are_cases, most] = encoded_sizes(chosen, self.processor, most)
+            remedy = shortening(self._build.parity.cases if are_cases else self._build.calibration)
+            self._sizes[are_cases, most] = encoded_sizes(chosen, self.processor, most, remedy)
         return self._sizes[are_cases, most]

@@ -14,12 +14,13 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from arriero.errors import ArrieroError, MachineLacks, is_full
+from arriero.export.compile import Watch, no_watch
 from arriero.export.machine.memory_watch import MemoryWatch, release_memory
 from arriero.export.pipeline.ownership import MARK, PARTIAL, is_owned, own, remove_owned
 from arriero.export.pipeline.publish import Publisher, sync
@@ -29,6 +30,7 @@ RECORD = "stage.json"
 LOCK = "lock"  # in a work folder; it says which process holds it
 Run = Callable[[Path], Iterable[str] | None]  # fills a folder and says which files it wrote; None for all
 WITH = "+"  # between a stage's name and the adapter that it is done with
+WORTH_TELLING = 1 << 28  # bytes; what is less is hashed in a second
 FOLDER = re.compile(r"(?P<name>.+)-(?P<key>[0-9a-f]{12})(\.partial)?")
 
 
@@ -60,9 +62,12 @@ def key_of(name: str, key_inputs: Mapping[str, Any]) -> str:
 class WorkDir:
     """The stages of one output folder, and the bundles published from them."""
 
-    def __init__(self, output: Path, memory: int | None = None) -> None:
-        """Take the stages in `output`; `memory` is what one may hold at most while it runs, in bytes."""
-        self.output, self.memory = output, memory
+    def __init__(self, output: Path, memory: int | None = None, watch: Watch = no_watch) -> None:
+        """Take the stages in `output`; `memory` is what one may hold at most while it runs, in bytes.
+
+        `watch` sees how much of a stage's files is hashed.
+        """
+        self.output, self.memory, self.watch = output, memory, watch
         self.root = output / ".work"
         self.ran: dict[str, float] = {}  # the seconds of each stage that this process ran
         self.bundles = Publisher(output, self.root / "published.json")
@@ -112,7 +117,7 @@ class WorkDir:
 
     def is_intact(self, name: str, key: str) -> bool:
         """Whether the stage is finished and every file it wrote has the content that it was given."""
-        return _is_intact(self.folder(name, key))
+        return self._is_intact(name, self.folder(name, key))
 
     def partial(self, name: str, key: str) -> Path:
         """The folder in which a stage is made, marked as ours."""
@@ -137,7 +142,7 @@ class WorkDir:
         remove_owned(final, RECORD)
         with machine_limits(f"in stage {stage.name}", self.output):
             # With its record a stage is complete: what a kill leaves after that is only cleaned and named.
-            if not (is_owned(partial) and _is_intact(partial)):
+            if not (is_owned(partial) and self._is_intact(stage.name, partial)):
                 self._write_stage(stage, partial)
             record = read_record(partial)
             _drop_others(partial, record["files"])
@@ -165,7 +170,10 @@ class WorkDir:
             "start_memory_bytes": memory.start,
             "peak_memory_bytes": memory.peak,
             "peak_resident_bytes": memory.resident,
-            "files": _records(partial, names),
+            "files": {
+                file.relative_to(partial).as_posix(): FileRecord.of(file).entry()
+                for file in self._telling(f"{stage.name}: hash files", _files(partial, names))
+            },
         }
         scratch = partial / f"{RECORD}.partial"
         with scratch.open("w") as file:
@@ -173,6 +181,26 @@ class WorkDir:
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(partial / RECORD)
+
+    def _is_intact(self, name: str, folder: Path) -> bool:
+        """Whether every file of the stage `name` in `folder` has the content too that the record says."""
+        if not _is_whole(folder):
+            return False
+        records = read_record(folder)["files"]
+        files = self._telling(f"{name}: check files", [folder / file for file in records])
+        return all(
+            file_sha256(file) == record.get("sha256") for file, record in zip(files, records.values(), strict=True)
+        )
+
+    def _telling(self, step: str, files: Sequence[Path]) -> Iterator[Path]:
+        """`files` in turn, and to the watcher how much of them is behind."""
+        sizes = [file.stat().st_size for file in files]
+        total, done = sum(sizes), 0
+        for file, size in zip(files, sizes, strict=True):
+            if total >= WORTH_TELLING:
+                self.watch(step, done, total, "bytes")
+            yield file
+            done += size
 
     def prune(self, keep: Iterable[tuple[str, str]]) -> None:
         """Delete the stage folders that builds made, partial ones too, whose (name, key) is not in `keep`."""
@@ -231,13 +259,6 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _is_intact(folder: Path) -> bool:
-    """Whether every file has the content too that the record says."""
-    return _is_whole(folder) and all(
-        file_sha256(folder / file) == record.get("sha256") for file, record in read_record(folder)["files"].items()
-    )
-
-
 def _drop_others(folder: Path, names: Iterable[str]) -> None:
     """Delete what is in a stage's folder beside the files `names` that it recorded."""
     kept = {folder / name for name in (*names, RECORD, MARK)}
@@ -251,11 +272,11 @@ def _drop_others(folder: Path, names: Iterable[str]) -> None:
             entry.unlink()
 
 
-def _records(folder: Path, names: Iterable[str] | None) -> dict[str, dict[str, Any]]:
-    """Size and hash of the files `names`, or of all that are there. Raises FileNotFoundError for missing ones."""
+def _files(folder: Path, names: Iterable[str] | None) -> list[Path]:
+    """The files `names`, or all that are there, sorted. Raises FileNotFoundError for missing ones."""
     there = {file for file in folder.rglob("*") if file.is_file() and file not in (folder / RECORD, folder / MARK)}
     files = sorted(there if names is None else {folder / name for name in names})
     missing = [str(file) for file in files if file not in there]
     if missing:
         raise FileNotFoundError(f"the stage says it wrote {', '.join(missing)}")
-    return {file.relative_to(folder).as_posix(): FileRecord.of(file).entry() for file in files}
+    return files

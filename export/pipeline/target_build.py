@@ -287,14 +287,14 @@ class TargetBuild:
         schemes = profile.assign([name for part in build.parts for name in part_tensors(part, build.model)])
         gpu = target_gpu(target)
         capability = 0 if gpu is None else gpu.capability
-        form = target.name if profile == self.decided else f"{target.name}-rtn"
-        dump = None if build.dump is None else GraphDump(build.dump / form)
+        dump = None if build.dump is None else GraphDump(build.dump / target.name)
         weights: dict[str, Any] = {}
         for part in parts:
 
             def progress(done: int, total: int, step: str = f"{target.name}: write {part} weights") -> None:
                 build.watch(step, done, total, "bytes")
 
+            build.watch(f"{target.name}: lower {part}", 0, 0, "")
             lowering = Lowering(
                 *(build.model, build.checkpoint, schemes, folder, progress, roundings, self.cache, capability),
                 *(dump, build.runtime_adapters, target.shard),
@@ -311,7 +311,7 @@ class TargetBuild:
             kernels=kernels,
             gpu=gpu,
             limits=Limits(target.context, target.batch, self.build.model.text.chunk),
-            memory=self.build.plan.gpu_share(target.name) if gpu is not None else None,
+            memory=self.build.plan.gpu_share(self.target.name) if gpu is not None else None,
         )
 
         def watch(step: str, done: int, total: int, unit: str) -> None:
@@ -343,7 +343,7 @@ class TargetBuild:
 
         def lower_text(rtn: Path) -> None:
             parts: tuple[str, ...] = ("text",)
-            target, kernels = self.target, self.kernels
+            target, kernels = self.target.model_copy(update={"name": f"{self.target.name}-rtn"}), self.kernels
             if kernel_arch(target) not in (None, architecture()):
                 # What rounding costs is the same on every processor, so a foreign target's is measured on this one.
                 parts, target = self.build.parts, target.model_copy(update={"cpu": NATIVE})

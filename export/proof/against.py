@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from arriero.errors import ArrieroError
+from arriero.export.build_file.hash_checkpoint import hash_checkpoint
 from arriero.export.proof.check_answers import check_answers
 from arriero.export.proof.live_reference import LiveReference
 from arriero.export.proof.measure_bundle import Watch, measure_bundle, own_terms
@@ -21,7 +22,7 @@ from arriero.export.proof.prove import (
     terms_of,
 )
 from arriero.export.proof.reference import open_reference
-from arriero.export.samples.cases import draw_cases, encoded_sizes
+from arriero.export.samples.cases import draw_cases, encoded_sizes, shortening
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.integrity import open_manifest
@@ -127,13 +128,14 @@ def prove_against(
     Raises ArrieroError when the bundle was made from another checkpoint.
     """
     manifest = open_manifest(bundle)
-    adapter = adapter_of(manifest, checkpoint.content_hash(), "this checkpoint", checkpoint.model)
+    adapter = adapter_of(manifest, hash_checkpoint(checkpoint, watch), "this checkpoint", checkpoint.model)
     modalities = modalities_of(manifest)
     session = open_reference(checkpoint, "image" not in modalities)
     if other is not None:
         cases = draw_cases(other, modalities)
         check_answers(cases, own_terms(manifest.proof).thresholds)
-        encoded_sizes(cases, session.processor, manifest.target.context - 1)  # room for one token of an answer
+        most = manifest.target.context - 1  # room for one token of an answer
+        encoded_sizes(cases, session.processor, most, shortening(other))
         proven = manifest.bundle / proof_path(adapter, "parity.json")
         answers = read_json(proven).answers if manifest.proven else _record(manifest, folder, adapter).answers
         return measure_other_cases(manifest, LiveReference(session, cases, answers), label_set(other), watch, adapter)
@@ -171,9 +173,9 @@ def modalities_of(manifest: Manifest) -> tuple[str, ...]:
     return ("text",) if manifest.model.vision is None else ("text", "image")
 
 
-def check_origin(manifests: Sequence[Manifest], checkpoint: Checkpoint) -> None:
+def check_origin(manifests: Sequence[Manifest], checkpoint: Checkpoint, watch: Watch) -> None:
     """Refuse bundles that were not made from this checkpoint, which is hashed once for all of them."""
-    content = checkpoint.content_hash()
+    content = hash_checkpoint(checkpoint, watch)
     for manifest in manifests:
         if (adapter := adapter_of(manifest, content, "this checkpoint", checkpoint.model)) is not None:
             what = f"has the adapter {adapter} merged, and bundles are compared without one"

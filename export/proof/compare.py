@@ -74,7 +74,7 @@ def compare_bundles(
     """
     checkpoint = Checkpoint.open(model, adapters)
     manifests = [Manifest.read(bundle) for bundle in bundles]
-    check_origin(manifests, checkpoint)
+    check_origin(manifests, checkpoint, watch)
     reference = cache(partial(open_live, checkpoint, wanted))
     lines = []
     for bundle, manifest in zip(bundles, manifests, strict=True):
@@ -105,7 +105,7 @@ HEADS = (
     "Bits",
     "KV cache",
     "Tokens/s",
-    "KL",
+    "KL, nats",
     "Of RTN",
     "Top token",
     "Router",
@@ -133,7 +133,7 @@ def cells(line: Compared) -> tuple[str, ...]:
         human_bytes(line.bytes),
         human_bytes(line.text_bytes),
         f"{line.decoder_bits:.2f}",
-        f"{line.kv_cache}, {human_bytes(line.kv_bytes_per_token)}",
+        f"{line.kv_cache}, {human_bytes(line.kv_bytes_per_token)}/token",
         f"{line.tokens_per_second:.1f}",
         kl,
         share(line.kl_over_rtn),
@@ -219,6 +219,7 @@ def _tokens_per_second(bundle: Path, threads: int | None, progress: Callable[[in
     import time
 
     best = 0.0
+    progress(0, SPEED_RUNS, "runs")
     with load(bundle, threads) as session:
         for run in range(SPEED_RUNS):
             state = session.prefill(SPEED_PROMPT)

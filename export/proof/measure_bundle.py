@@ -44,9 +44,10 @@ def measure_bundle(
     `labels` name the reference in the report.
     """
     rtn = None if terms.rtn is None else KlSums(terms.rtn.mean, terms.rtn.error**2, terms.rtn.mean, 1)
+    step = f"{Manifest.read(bundle).name}: prove parity" + ("" if adapter is None else f" with {adapter}")
+    watch(step, 0, len(reference), "samples")  # checking and loading a large bundle take their time
     with open_candidate(bundle, adapter) as (manifest, candidate):
         target = manifest.target
-        step = f"{target.name}: prove parity" + ("" if adapter is None else f" with {adapter}")
         report = measure(
             candidate,
             reference,

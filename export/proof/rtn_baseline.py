@@ -32,6 +32,7 @@ def measure_rtn_baseline(
     shutil.rmtree(rtn, ignore_errors=True)
     rtn.mkdir()
     lower_text(rtn)
+    progress(0, len(reference))
     for file in sorted(lowered.rglob("*")):
         name = file.relative_to(lowered)
         if file.is_file() and name.parts[0] != "tokenizer" and not (rtn / name).exists():

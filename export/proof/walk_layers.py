@@ -160,6 +160,8 @@ class Walk:
         """
         out = _create(self.hidden_file(0), self.tokens, self.text.hidden_size)
         backend = self.session.backend
+        tell = progress or _tell_nobody
+        tell(0, len(self.prompts))
         for number, sample in enumerate(self.samples):
             pixels = self.session.encode(sample.prompt, sample.images).pixel_values
             features = np.zeros((0, self.text.hidden_size), np.float32) if pixels is None else backend.vision(pixels)
@@ -169,8 +171,7 @@ class Walk:
             out[self.bounds[number] : self.bounds[number + 1]] = embeds
             if seen:
                 seen(number, ids, pixels, features)
-            if progress:
-                progress(number + 1, len(self.prompts))
+            tell(number + 1, len(self.prompts))
         _finish(out, self.hidden_file(0))
 
     def ids(self, number: int) -> NDArray[np.int64]:
@@ -189,6 +190,7 @@ class Walk:
         self.routed = self._new_routed() if moe else None
         total = len(self.prompts) + (self.text.experts if moe else 0)
         tell = progress or _tell_nobody
+        tell(0, total)
         with self.session.backend.holding(layer), _widened(module):  # type: ignore[attr-defined]
             for number in range(len(self.prompts)):
                 rows = slice(*self.bounds[number : number + 2])

@@ -152,6 +152,7 @@ class _Writer:
         hidden = np.load(self.walk.hidden_file(self.layers), mmap_mode="r")
         sketches, tops = np.empty((len(self.cases), BUCKETS + 1)), np.empty(tokens, np.int32)
         forced: list[NDArray] = []
+        self.watch(f"{STEP}: logits", 0, len(self.cases), "cases")
         for number, case, logits in self._read_logits(hidden):
             rows = slice(*self.walk.bounds[number : number + 2])
             check_finite(logits, "logits", case.name, self.walk.what)
@@ -189,6 +190,7 @@ class _Writer:
         closes = bool(self.session.spec.eos_token_ids)
         shown = json.loads((self.folder / SHOWN).read_text())
         entries = []
+        self.watch(f"{STEP}: answers", 0, len(self.cases), "cases")
         for number, case in enumerate(self.cases):
             fed, prompt = len(self.walk.ids(number)), self.walk.prompts[number]
             answered = closes and len(self.walk.answers[number]) > 0
@@ -208,10 +210,11 @@ class _Writer:
                 }
             )
             self.watch(f"{STEP}: answers", number + 1, len(self.cases), "cases")
-        files = {
-            name: {"bytes": (self.folder / name).stat().st_size, "sha256": file_sha256(self.folder / name)}
-            for name in sorted(self._arrays() | self.pictures)
-        }
+        names = sorted(self._arrays() | self.pictures)
+        files = {}
+        for number, name in enumerate(names):
+            self.watch(f"{STEP}: hash files", number, len(names), "files")
+            files[name] = {"bytes": (self.folder / name).stat().st_size, "sha256": file_sha256(self.folder / name)}
         data = {
             "format": FORMAT,
             "model": self.session.spec.entry(),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arriero.errors import ArrieroError, MachineLacks, Problems
+from arriero.errors import ArrieroError, MachineLacks, Problems, placed
 from arriero.export.build_file.schema import EMBEDDED, Cases, Samples
 from arriero.profiles.data import IMAGE_FAMILIES, TEXT_FAMILIES, Sample, make
 from arriero.runtimes.manifest import SampleSet, file_sha256
@@ -133,24 +133,29 @@ def _image_hash(image: Any, known: dict[str, str]) -> str:
     return known[image]
 
 
-def encoded_sizes(cases: Sequence[ParityCase], processor: Processor, most_tokens: int) -> list[tuple[int, int]]:
+def shortening(samples: Samples) -> str:
+    """What to do about one of `samples` that is too long for the model, or as a parity case for a target's context."""
+    own = "take a set of your own" if samples.set == EMBEDDED else "shorten it"
+    return f"Raise the context, or {own}" if isinstance(samples, Cases) else own.capitalize()
+
+
+def encoded_sizes(
+    cases: Sequence[ParityCase], processor: Processor, most_tokens: int, remedy: str = "Shorten it"
+) -> list[tuple[int, int]]:
     """Tokens (prompt and answer) and image tiles of each case, as the model will read it.
 
     Raises Problems with every case that cannot be read: pictures that do not open, a chat template that refuses,
-    placeholders without images, more than `most_tokens` tokens.
+    placeholders without images, more than `most_tokens` tokens, for which `remedy` says what to do.
     """
-    from arriero.export.samples.data_files import at_case
-
     sizes, problems = [], []
     for case in cases:
         try:
             prompt = processor.encode(case.prompt, list(case.images))
         except ArrieroError as error:
-            problems.append(at_case(case, error))
+            problems.append(placed(error, case.name))
             continue
         tokens = len(prompt.input_ids) + len(processor.tokenize(case.answer))
         if tokens > most_tokens:
-            remedy = "Shorten it, or raise the context"
             problems.append(
                 ArrieroError(f"has {tokens} tokens", where=case.name, expected=f"at most {most_tokens}", remedy=remedy)
             )

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from arriero.errors import ArrieroError, MachineLacks, Problems, nearest
+from arriero.errors import ArrieroError, Problems, nearest, placed
 from arriero.export.samples.image_folder import read_folder
 from arriero.runtimes.processor.pictures import read_image
 from arriero.runtimes.processor.video import FRAMES, MOST_FRAMES, read_video
@@ -200,14 +200,7 @@ def _unreadable(cases: Iterable[ParityCase]) -> Iterator[ArrieroError]:
                 elif entry["type"] == "video":
                     read_video(entry["path"], entry["num_frames"])
             except ArrieroError as error:
-                yield at_case(case, error)
-
-
-def at_case(case: ParityCase, error: ArrieroError) -> ArrieroError:
-    """`error` with the case's place before its own."""
-    kind = MachineLacks if isinstance(error, MachineLacks) else ArrieroError
-    where = f"{case.name}: {error.where}" if error.where else case.name
-    return kind(error.what, where=where, expected=error.expected, remedy=error.remedy)
+                yield placed(error, case.name)
 
 
 def _line(problem: ArrieroError) -> int:

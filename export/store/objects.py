@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from arriero.errors import ArrieroError, MachineLacks, is_full, sentence_of
+from arriero.traits import install
 
 INCOMING = "incoming"  # of a folder, where objects are while they are being written
 ABANDONED = 3600.0  # seconds after which nobody is writing one any more
@@ -119,7 +120,7 @@ class UrlStore:
             raise MachineLacks(
                 "the package fsspec is not installed",
                 where=url,
-                remedy="Install it with `pip install 'arriero[store]'`, or give a folder",
+                remedy=f"Install it with `{install('store')}`, or give a folder",
             ) from None
         self.url = url.rstrip("/")
         with _answers(url):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO
@@ -25,10 +25,12 @@ def content_hash(
     memo: Path | None = None,
     weights: Iterable[WeightSource] = (),
     texts: Mapping[str, str] = MappingProxyType({}),
+    progress: Callable[[int, int], None] | None = None,
 ) -> str:
     """The sha256 over all `files`; those of each are remembered in `memo` by path, size, time of change and inode.
 
-    `texts` are those of files that the checkpoint would have, by name.
+    `texts` are those of files that the checkpoint would have, by name. `progress(bytes_done, bytes_total)` counts what
+    has to be read.
 
     Raises `Problems` for values of `weights` that are NaN or infinite, in the files that it does not remember.
     """
@@ -37,34 +39,49 @@ def content_hash(
         if source.place is not None:
             placed.setdefault(source.place.file, []).append((source.place.offset, source))
     known = _read_memo(memo)
+    total, done = sum(file.stat().st_size for file in files if _memo_key(file) not in known), 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress:
+            progress(done, total)
+
+    if total:
+        count(0)
     hashes: list[tuple[str, str]] = []
     for file in files:
         key = _memo_key(file)
         if key not in known:
             known = {old: value for old, value in known.items() if not old.startswith(f"{file.absolute()}|")}
-            known[key] = _hash_file(file, placed.get(file, []))
+            known[key] = _hash_file(file, placed.get(file, []), count)
             if memo:
                 _write_memo(memo, known)
         hashes.append((file.name, known[key]))
     return _combine(hashes, texts)
 
 
-def _hash_file(file: Path, weights: list[tuple[int, WeightSource]]) -> str:
+def _hash_file(file: Path, weights: list[tuple[int, WeightSource]], count: Callable[[int], None]) -> str:
     digest, problems, at = hashlib.sha256(), [], 0
+
+    def take(block: bytes) -> None:
+        digest.update(block)
+        count(len(block))
+
     with file.open("rb") as stream:
         for offset, source in sorted(weights, key=lambda weight: weight[0]):
             for block in _blocks(stream, offset - at):
-                digest.update(block)
+                take(block)
             seen, problem = 0, None
             for block in _blocks(stream, source.nbytes):
-                digest.update(block)
+                take(block)
                 if problem is None and (number := first_nonfinite(block, source.dtype)) is not None:
                     problem = not_finite(source, seen * math.prod(source.shape) // source.nbytes + number)
                 seen += len(block)
             problems += [problem] if problem else []
             at = offset + source.nbytes
         while block := stream.read(BLOCK):
-            digest.update(block)
+            take(block)
     if problems:
         raise Problems(f"the weights in {file} are broken", problems)
     return digest.hexdigest()

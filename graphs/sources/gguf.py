@@ -29,6 +29,7 @@ from arriero.graphs.sources.stored_codes import StoredCodes
 from arriero.graphs.sources.tokenizer_json import tokenizer_json
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.quantize import Quantized
+from arriero.traits import install
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
@@ -55,7 +56,7 @@ class GgufFile:
         try:
             from gguf import GGUFReader
         except ImportError:
-            remedy = "Install it with `pip install 'arriero[gguf]'`"
+            remedy = f"Install it with `{install('gguf')}`"
             raise MachineLacks("reading GGUF needs the package gguf", where=str(path), remedy=remedy) from None
         try:
             reader = GGUFReader(path)

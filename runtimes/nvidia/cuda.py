@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from arriero.errors import ArrieroError, MachineLacks
+from arriero.traits import install
 
 DRIVER = "Install NVIDIA's driver for this GPU (on a Jetson it comes with JetPack), or pass the GPU into the container"
 ROOM = "Close what else uses the GPU, lower `context` or `batch`, or choose a profile with fewer bits"
@@ -36,7 +37,7 @@ def load_cuda(extra: str = "tensorrt") -> Any:
     except ImportError as error:
         raise MachineLacks(
             f"the package cuda-bindings is not installed or does not load ({error})",
-            remedy=f"Install it with `pip install 'arriero[{extra}]'`",
+            remedy=f"Install it with `{install(extra)}`",
         ) from None
     return runtime
 

@@ -14,6 +14,7 @@ from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes.manifest import Manifest
 from arriero.runtimes.nvidia.cuda import Device, load_cuda
 from arriero.strict_json import read_json_object
+from arriero.traits import install, reinstall
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,11 @@ class Product:
                 # installed, but its own libraries are missing or do not load
                 raise MachineLacks(
                     f"{self.title} does not load: {str(error).splitlines()[0]}",
-                    remedy=f"Reinstall it: pip install --force-reinstall 'arriero[{self.extra}]'{self.elsewhere}",
+                    remedy=f"Reinstall it: {reinstall(self.extra)}{self.elsewhere}",
                 ) from error
         raise MachineLacks(
             f"{self.title} is not installed ({failure})",
-            remedy=f"Install it with `pip install 'arriero[{self.extra}]'`{self.elsewhere}",
+            remedy=f"Install it with `{install(self.extra)}`{self.elsewhere}",
         )
 
     def prepare(self, module: str) -> None:

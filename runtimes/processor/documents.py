@@ -13,6 +13,7 @@ from PIL import Image
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes.processor.images import Tiler
+from arriero.traits import install
 
 if TYPE_CHECKING:
     from pypdfium2 import PdfDocument
@@ -56,7 +57,7 @@ def _opened(path: Any) -> Iterator[PdfDocument]:
         raise MachineLacks(
             "reading a PDF needs the package pypdfium2",
             where=str(path),
-            remedy="Install it with `pip install 'arriero[documents]'`, or pass the pages as images",
+            remedy=f"Install it with `{install('documents')}`, or pass the pages as images",
         ) from None
     if not (isinstance(path, str | os.PathLike) and Path(path).is_file()):
         raise ArrieroError("there is no such document", where=str(path), remedy="Check the path")

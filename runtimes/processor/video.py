@@ -11,6 +11,7 @@ from PIL import Image
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes.processor.pictures import check_pixels, on_white
+from arriero.traits import install
 
 if TYPE_CHECKING:
     import av
@@ -39,7 +40,7 @@ def read_video(path: str | os.PathLike[str], num_frames: int, most: int = MOST_F
         raise MachineLacks(
             "reading a video file needs the package av",
             where=str(path),
-            remedy="Install it with `pip install 'arriero[video]'`, or pass the frames as images",
+            remedy=f"Install it with `{install('video')}`, or pass the frames as images",
         ) from None
     if not (isinstance(path, str | os.PathLike) and Path(path).is_file()):
         raise ArrieroError("there is no such video file", where=str(path), remedy="Check the path")

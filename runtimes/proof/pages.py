@@ -1,4 +1,4 @@
-"""The parity report for people: one self-contained HTML page, a terminal table.
+"""The parity report for people: one self-contained HTML page, and its numbers as people read them.
 
 What is only shown stands here, apart from what is measured: no stage of a build depends on it.
 """
@@ -19,9 +19,9 @@ from arriero.runtimes.proof.svg import Plot
 
 if TYPE_CHECKING:
     from jinja2 import Template
-    from rich.console import Console
 
 SIDES = ("reference", "candidate")
+SIDE_BY_SIDE = 6  # columns beyond which a page begins another table: more have no room for a number
 
 
 def write_html(report: ParityReport, path: Path) -> None:
@@ -35,7 +35,7 @@ def render_html(report: ParityReport, notes: Sequence[str] = ()) -> str:
     page = _template("parity.html.jinja").render(
         report=report,
         notes=notes,
-        rows=sorted(_shown_rows(report), key=lambda row: order[row.status]),  # stable: in the report's order
+        rows=sorted(shown_rows(report), key=lambda row: order[row.status]),  # stable: in the report's order
         counts={status: sum(row.status == status for row in report.rows) for status in order},
         cases=sorted(report.cases, key=_badness, reverse=True),
         shown=show,
@@ -56,39 +56,9 @@ def write_page(
     notes: Sequence[str],
     pictures: Sequence[Plot],
 ) -> None:
-    """Write one HTML page of the same kind with one table, `notes` under it and `pictures`."""
+    """Write one HTML page of the same kind: each of `rows` as a column, `notes` under them and `pictures`."""
     values = {"title": title, "labels": labels, "heads": heads, "rows": rows, "notes": notes, "plots": pictures}
-    write_text(path, clean(_template("page.html.jinja").render(values)))
-
-
-def render_table(report: ParityReport, console: Console) -> None:
-    """Print the rows as a table, failures last, where the eye ends, then one line that says whether it passed."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    marks = {
-        "pass": Text("pass", "green"),
-        "fail": Text("FAIL", "bold red"),
-        "info": Text("info", "dim"),
-    }
-    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    table.add_column("metric")
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("threshold", justify="right", no_wrap=True)
-    table.add_column("status")
-    table.add_column("detail", overflow="fold", style="dim")
-    for row in sorted(_shown_rows(report), key=lambda row: row.status == "fail"):
-        limit = show_limit(row)
-        table.add_row(Text(row.title), show(row), limit, marks[row.status], Text(row.detail))
-    console.print(table)
-    for warning in report.warnings:
-        console.print(Text.assemble(("warning: ", "yellow"), warning))
-    judged = sum(row.status != "info" for row in report.rows)
-    if report.failed:
-        console.print(Text(f"{len(report.failed)} of {judged} judged rows failed", "bold red"))
-    else:
-        console.print(Text(f"all {judged} judged rows passed", "bold green"))
+    write_text(path, clean(_template("page.html.jinja").render(values, most=SIDE_BY_SIDE)))
 
 
 def show(row: Row) -> str:
@@ -124,7 +94,7 @@ def _number(value: float | None, unit: str = "") -> str:
     return f"{value:.3g} {unit}".rstrip()
 
 
-def _shown_rows(report: ParityReport) -> list[Row]:
+def shown_rows(report: ParityReport) -> list[Row]:
     """The rows for human eyes: a family's drop tells both accuracies, so these two are left out where not judged."""
     both = [f"{prefix}_{side}." for prefix in ("task_accuracy", "task_accuracy_forced") for side in SIDES]
     return [row for row in report.rows if row.status != "info" or not row.metric.startswith(tuple(both))]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -352,6 +353,27 @@ def test_content_hash_follows_every_file(tmp_path):
         hashes.append(Checkpoint.open(folder).content_hash(memo))
     assert len(set(hashes)) == 6
     assert hashes[-1] == Checkpoint.open(folder).content_hash()
+
+
+def test_a_content_hash_tells_of_every_byte_that_it_reads(tmp_path):
+    memo, told = tmp_path / "hashes.json", []
+    checkpoint = Checkpoint.open(make_sharded(tmp_path / "c"))
+    sizes = {file.name: file.stat().st_size for file in checkpoint.files}
+
+    def progress(done, total):
+        told.append((done, total))
+
+    checkpoint.content_hash(memo, progress)
+    assert told[0] == (0, sum(sizes.values()))
+    assert told[-1] == (sum(sizes.values()),) * 2
+    assert told == sorted(told)
+    told.clear()
+    checkpoint.content_hash(memo, progress)
+    assert not told
+    shutil.copyfile(checkpoint.files[0], tmp_path / "copy")
+    (tmp_path / "copy").rename(checkpoint.files[0])
+    checkpoint.content_hash(memo, progress)
+    assert told[-1] == (sizes[checkpoint.files[0].name],) * 2
 
 
 def test_a_file_replaced_by_one_of_its_size_and_time_is_hashed_anew(tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 from arriero.errors import MachineLacks
 from arriero.export.compile.nvidia.gpus import Gpu, local_gpus
 from arriero.runtimes import tensorrt, tensorrt_rtx
-from arriero.traits import TRAITS
+from arriero.traits import TRAITS, install
 
 RTX, TENSORRT = "tensorrt-rtx", "tensorrt"
 PRODUCTS = {RTX: tensorrt_rtx.PRODUCT, TENSORRT: tensorrt.PRODUCT}
@@ -70,6 +70,6 @@ def load(product: str) -> Api:
         raise MachineLacks(
             f"{product_traits.title} {module.__version__} is installed",
             expected=f"{product_traits.releases}, or newer of that major",
-            remedy=f"Install one of these: pip install 'arriero[{product_traits.extra}]'{product_traits.elsewhere}",
+            remedy=f"Install one of these: {install(product_traits.extra)}{product_traits.elsewhere}",
         )
     return Api(product, module)

@@ -1,4 +1,4 @@
-"""Progress in a log: lines with the time, rate and what is left, and never silence for minutes."""
+"""Progress: in a log never silence for minutes, in a terminal what runs, whatever its size."""
 
 from __future__ import annotations
 
@@ -65,14 +65,72 @@ def test_a_step_that_says_nothing_is_told_of_all_the_same(monkeypatch: pytest.Mo
     assert "compile: in " in lines(console)[-1]
 
 
-def test_a_terminal_gets_bars_with_rate_and_time_left() -> None:
-    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+def test_a_log_says_for_how_long_a_step_without_a_rate_is_at_work() -> None:
+    console, clock = Console(file=io.StringIO(), width=40), Clock()
+    shown = progress._Lines(console, every=20.0, clock=clock)
+    for second, step in (
+        (0, (0, 1, "kernels")),
+        (40, (0, 1, "kernels")),
+        (50, (1, 1, "kernels")),
+        (90, (1, 1, "kernels")),
+    ):
+        clock.now = float(second)
+        shown("compile", *step)
+    assert lines(console) == [
+        "[00:40] compile: 0/1 kernels, at work for 00:40",
+        "[01:30] compile: 1/1 kernels, finishing for 00:40",
+    ]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_step_that_an_error_ends_is_not_told_as_done(terminal: bool) -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=terminal, color_system=None)
+    watch = Progress(console).__enter__()
+    watch("load", 1, 1, "graphs")
+    watch("compile", 1, 3, "graphs")
+    watch.__exit__(ValueError, ValueError(), None)
+    assert "compile: 1/3 graphs stopped after " in lines(console)[-1]
+    assert "\u2713" not in lines(console)[-1]
+
+
+STEPS = (
+    ("hash checkpoint", 60 << 30, "bytes"),
+    ("reference record: layer 13 (14 of 48)", 2160, "cases and experts"),
+    ("maverick-int4-rpi5: measure the RTN baseline [/x]", 2000, "samples"),
+)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize(("step", "total", "unit"), STEPS)
+def test_a_terminal_of_any_width_shows_step_amount_and_time_left(step: str, total: int, unit: str, width: int) -> None:
+    console, clock = Console(width=width, force_terminal=True, color_system=None, legacy_windows=False), Clock()
+    shown = progress._Terminal(console, clock)
+    shown(step, 0, total, unit)
+    clock.now = 600.0
+    shown(step, total // 4, total, unit)
+    with console.capture() as captured:
+        console.print(shown)
+    name, figures = captured.get().splitlines()
+    assert step[:40] in name
+    amount = "15 GiB of 60 GiB" if unit == "bytes" else f"{total // 4}/{total} {unit}"
+    assert figures.startswith(f"  {amount}, ")
+    assert figures.rstrip().endswith("about 30:00 left")
+    assert width < 80 or "/s, " in figures
+    assert max(map(len, (name, figures))) <= width
+    assert "\u2026" not in figures
+
+
+def test_a_terminal_shows_what_runs_and_each_step_that_is_over_once() -> None:
+    console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True, color_system=None)
     with Progress(console) as watch:
-        for done in range(40):
-            watch("prove [/x]", done, 40, "samples")
-            time.sleep(0.005)
+        for layer in range(30):
+            for done in range(3):
+                watch(f"layer {layer} of 30", done, 2, "samples")
         watch("compile", 0, 0, "")
-        watch("done", 1, 1, "bundles")
+        live = Console(file=io.StringIO(), width=80)
+        live.print(watch._shown)
+    assert [words in line for words, line in zip(("compile", "at work for"), lines(live), strict=True)] == [True, True]
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    for words in ("prove [/x]", "samples/s", "left", "compile"):
-        assert words in text
+    for layer in range(30):
+        assert text.count(f"\u2713 layer {layer} of 30: 2/2 samples in ") == 1
+    assert "\u2713 compile: in " in text

@@ -73,12 +73,18 @@ def test_a_missing_or_old_library(tmp_path, monkeypatch, library, version, remed
     assert check.remedy[:20] in shown
 
 
+def test_a_machine_of_one_core_has_one_core(tmp_path, monkeypatch):
+    monkeypatch.setattr("arriero.runtimes.cpu.usable_cores", lambda: 1)
+    (check,) = (one for one in diagnose(tmp_path).machine if one.name == "cpu")
+    assert ", 1 core, " in check.found
+
+
 def test_a_library_that_does_not_load(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     found = diagnose(tmp_path, "onnxruntime")
     check = found.backends["onnxruntime"][-1]
     assert check.found.startswith("import fails")
-    assert "Reinstall it" in check.remedy
+    assert check.remedy.startswith("Reinstall it: pip install --force-reinstall 'onnxruntime")
     assert found.exit_code("onnxruntime") == 3
 
 

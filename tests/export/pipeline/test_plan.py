@@ -441,6 +441,18 @@ def test_a_block_that_does_not_divide_is_refused_before_anything_is_built(folder
         make_plan(load(folder, BUILD.replace("profile: int8", "profile: int4")))
 
 
+def test_a_profile_that_does_not_fit_is_named_with_its_targets_among_other_problems(folder):
+    text = BUILD.replace("profile: int8", "profile: int4").replace("context: 256", "context: 99999999")
+    assert "context: 99999999" in text
+    with pytest.raises(Problems, match=r"targets\[\d\]\.context: 99,999,999 tokens") as caught:
+        make_plan(load(folder, text))
+    number = next(n for n, one in enumerate(load(folder, text).targets) if one.profile == "int4")
+    misfits = [one for one in caught.value.problems if "do not divide" in str(one)]
+    assert misfits
+    for one in misfits:
+        assert str(one).startswith(f"targets[{number}], profile int4: language_model.")
+
+
 def test_a_processor_is_for_backends_that_compile(folder):
     with pytest.raises(Problems, match=r"targets\[1\]\.cpu: the backend onnxruntime compiles for no processor"):
         make_plan(load(folder, BUILD.replace("profile: fp32,", "profile: fp32, cpu: x86-64-v3,")))

@@ -16,7 +16,7 @@ from PIL import Image
 from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.export.build_file.model_spec import model_spec
 from arriero.export.build_file.schema import Calibration, Cases
-from arriero.export.samples.cases import content_hash, describe_set, draw_cases, encoded_sizes, modality
+from arriero.export.samples.cases import content_hash, describe_set, draw_cases, encoded_sizes, modality, shortening
 from arriero.export.samples.data_files import read_cases
 from arriero.export.samples.image_folder import QUESTION
 from arriero.graphs.config import ModelConfig
@@ -129,8 +129,15 @@ def test_sizes_are_those_of_the_encoded_samples(folder: Path, processor: Process
     assert [tiles for _, tiles in sizes] == [0, 1, 15, 0, 0]
     prompt = processor.encode("What is 17 + 25?")
     assert sizes[0][0] == len(prompt.input_ids) + len(processor.tokenize("42"))
-    with pytest.raises(Problems, match=r"set.jsonl:4: has \d+ tokens; expected at most 60"):
+    with pytest.raises(Problems, match=r"set.jsonl:4: has \d+ tokens; expected at most 60. Shorten it"):
         encoded_sizes(cases, processor, 60)
+
+
+def test_nobody_is_told_to_shorten_what_we_drew() -> None:
+    for one in (Cases(), Calibration()):
+        own = one.model_copy(update={"set": "set.jsonl"})
+        assert [" shorten it" in f" {shortening(samples).lower()}" for samples in (one, own)] == [False, True]
+        assert ["context" in shortening(samples) for samples in (one, own)] == [isinstance(one, Cases)] * 2
 
 
 # --- what is drawn

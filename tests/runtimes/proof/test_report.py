@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import math
 import os
@@ -13,14 +12,13 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from rich.console import Console
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.manifest import Fallback
 from arriero.runtimes.proof import plots, svg
 from arriero.runtimes.proof.heat_map import coverage_map
 from arriero.runtimes.proof.junit import Suite, write_junit
-from arriero.runtimes.proof.pages import render_html, render_table, show, write_html
+from arriero.runtimes.proof.pages import render_html, show, write_html
 from arriero.runtimes.proof.report import (
     CaseResult,
     FamilyScore,
@@ -192,17 +190,6 @@ def test_the_page_of_a_passing_report_without_layers_families_or_labels():
     assert "<svg" not in page
 
 
-def test_the_table_ends_with_failures_and_the_verdict():
-    out = io.StringIO()
-    render_table(make_report(), Console(file=out, width=140, color_system=None))
-    text = out.getvalue()
-    assert text.index("Logits, largest error") < text.index("Router agreement, lowest layer")
-    assert text.rstrip().endswith("2 of 4 judged rows failed")
-    passing = replace(make_report(), rows=(judge("nonfinite_values", 0.0, 0.0, ""),))
-    render_table(passing, Console(file=out, width=140, color_system=None))
-    assert out.getvalue().rstrip().endswith("all 1 judged rows passed")
-
-
 @pytest.mark.parametrize(
     ("metric", "value", "text"),
     [
@@ -354,9 +341,6 @@ def test_a_reference_that_answers_hardly_anything_right_is_said_in_every_form(tm
     write_json(broken, tmp_path / "parity.json")
     assert read_json(tmp_path / "parity.json").warnings == (told,)
     assert "Warning.</strong> The reference itself answers 0 of 8" in render_html(broken)
-    console = Console(file=io.StringIO(), width=500)
-    render_table(broken, console)
-    assert "warning: The reference itself answers 0 of 8" in console.file.getvalue()
     write_junit([Suite("int8", {None: broken})], tmp_path / "parity.xml")
     assert ET.parse(tmp_path / "parity.xml").find("testsuite/system-err").text == told
 
