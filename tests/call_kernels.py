@@ -15,10 +15,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-FORMATS = {
-    **{"f32": 0, "bf16": 1, "f16": 2, "e4m3": 3, "int8": 4, "int4": 5},
-    **{"int8_f16": 7, "int4_f16": 8, "grid4_f16": 9, "grid3_f16": 10, "grid2_f16": 11},
-}
+_NAMES = (
+    "f32",
+    "bf16",
+    "f16",
+    "e4m3",
+    "int8",
+    "int4",
+    "",
+    "int8_f16",
+    "int4_f16",
+    "grid4_f16",
+    "grid3_f16",
+    "grid2_f16",
+)
+FORMATS = {name: number for number, name in enumerate(_NAMES) if name}
 CACHE_FORMATS = {"float32": 0, "float16": 2, "int8": 6}  # by dtype
 ALIGNMENT = 64
 Floats = NDArray[np.float32]
