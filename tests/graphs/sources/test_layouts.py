@@ -23,9 +23,10 @@ from arriero.graphs.names import expected_tensors
 from arriero.graphs.sources.ledger import check_ledger
 from arriero.profiles.float8 import Float8, dequantize_float8
 from arriero.profiles.quantize import dequantize
+from tests.layouts.spoil import MATRIX, spoiled
 
 CHASQUI = Path(__file__).parents[3] / "models" / "chasqui"
-WRITERS = ("compressed_tensors", "bitsandbytes", "modelopt", "gguf", "meta")
+WRITERS = ("split_experts", "compressed_tensors", "bitsandbytes", "modelopt", "gguf", "meta")
 
 
 def _kinds() -> list[Any]:
@@ -164,6 +165,21 @@ def test_inputs_in_activation_order_have_the_scales_of_their_own_group(tmp_path:
         assert np.array_equal(ordered.read_float32(name), plain.read_float32(name)), name
         assert source.form == plain.tensors[name].form or source.form == "int4 block 32 reordered"
     assert not any(form for form in ordered.quantised.values())  # our kernels' groups lie in order
+
+
+@pytest.mark.parametrize(("name", "kind"), _kinds())
+def test_nan_is_refused_where_values_are_made_and_where_codes_are_read(
+    written: Callable[[str, str], Written], tmp_path: Path, name: str, kind: str
+) -> None:
+    parts = []
+    for part, folder in spoiled(written(name, kind)[0], tmp_path):
+        source = Checkpoint.open(folder).source(MATRIX)
+        reads = [source.rows] if source.codes is None else [source.rows, source.codes.read]
+        for read in reads:
+            with pytest.raises(ArrieroError, match=r"layers.1.feed_forward.experts.* is NaN or infinite; expected"):
+                read(0, source.shape[0])
+        parts.append(part)
+    assert parts
 
 
 # --- bad input --------------------------------------------------------------------------------------------------
