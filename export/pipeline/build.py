@@ -178,6 +178,7 @@ class Build:
             self.contents = {adapter: one.content_hash(memo) for adapter, one in self.adapted.items()}
             self.inputs = stage_inputs(self.config, self.content, self.profiles, self.contents)
             yield
+            self.checkpoint.remember_links(memo)
 
     def key(self, name: str) -> str:
         """The key of a planned stage."""

@@ -115,6 +115,50 @@ def test_several_adapters_are_added_and_each_changes_the_hash(tmp_path: Path) ->
     assert len(hashes) == 4
 
 
+def test_a_tensor_that_only_the_model_itself_has_as_it_is_is_checked_after_a_merged_build(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source, memo = make_scout_toy(tmp_path / "model", 3, vision=False), tmp_path / "hashes.json"
+    train(source, tmp_path / "adapter", **KINDS["attention alone"])
+    tensors = load_file(source / "model.safetensors")
+    name = "language_model.model.layers.0.self_attn.q_proj.weight"
+    tensors[name.removeprefix("language_model.")][2, 3] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    plain, merged = Checkpoint.open(source), Checkpoint.open(source, [tmp_path / "adapter"])
+    merged.content_hash(memo)
+    with pytest.raises(ArrieroError, match=rf"{name} .*at \[2, 3\] is NaN or infinite"):
+        merged.read(name)
+    with pytest.raises(ArrieroError, match=rf"{name} .*at \[2, 3\] is NaN or infinite"):
+        plain.content_hash(memo)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "lm_head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nan_in_an_adapter_is_refused(tmp_path: Path, part: str, dtype: torch.dtype) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = make_scout_toy(tmp_path / "model", 3, vision=False)
+    train(source, tmp_path / "adapter", modules_to_save=["lm_head"], **KINDS["attention alone"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {name: value.to(dtype) for name, value in load_file(file).items()}
+    spoiled = next(name for name in tensors if part in name)
+    tensors[spoiled][1, 2] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(ArrieroError, match=r"in adapter_model.safetensors\): the value at \[1, 2\] is NaN or infinite"):
+        Checkpoint.open(source, [tmp_path / "adapter"]).read("language_model.lm_head.weight")
+
+
+def test_factors_of_integers_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = make_scout_toy(tmp_path / "model", 3, vision=False)
+    train(source, tmp_path / "adapter", **KINDS["attention alone"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: value.to(torch.int32) for name, value in load_file(file).items()}, file)
+    with pytest.raises(ArrieroError, match=r"is stored as I32 .*expected lora_A and lora_B as matrices of floats"):
+        Checkpoint.open(source, [tmp_path / "adapter"])
+
+
 def test_a_checkpoint_goes_to_another_process_as_what_it_was_opened_from(tmp_path: Path) -> None:
     """Not as the bytes of its files, which are mapped by then."""
     source = make_scout_toy(tmp_path / "source", 1, vision=False)
