@@ -16,7 +16,7 @@ SCALE_AT = {"Q6_K": 208} | dict.fromkeys(("Q8_0", "Q4_0", "Q5_0", "Q5_1", "Q4_K"
 
 
 def spoiled(source: Path, folder: Path) -> Iterator[tuple[str, Path]]:
-    """Copies of the checkpoint `source` in `folder`, each with another part of `MATRIX` spoiled, and that part's name."""
+    """Copies of the checkpoint `source` in `folder`, each with one part of `MATRIX` spoiled, and that part's name."""
     for number, part in enumerate(_parts(source)):
         copy = folder / str(number)
         shutil.copytree(source, copy)
