@@ -69,7 +69,7 @@ class MetaParams:
     def read(cls, stated: Mapping[str, Any], where: str) -> MetaParams:
         """Read the content of the file `where`. Raises `Problems` with every refusal at once."""
         problems: list[ArrieroError] = []
-        section = Section(stated, where, problems, separator=":")
+        section = Section(stated, where, problems, separator=":", remedy=REMEDY)
         if isinstance(stated.get("model"), Mapping):
             section = section.section("model")
         params = _read(section)
@@ -161,7 +161,7 @@ def _check_unused(section: Section, moe: Section) -> None:
 def _require(section: Section, *keys: str) -> None:
     for key in keys:
         if key not in section.data:
-            section.refuse(key, "is missing", "a value", REMEDY)
+            section.refuse(key, "is missing", "a value")
 
 
 def _size(section: Section, key: str) -> int | None:
