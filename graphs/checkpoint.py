@@ -20,7 +20,7 @@ import numpy as np
 from arriero.errors import ArrieroError
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.sources.adapters import merge_adapters
-from arriero.graphs.sources.content_hash import content_hash, known_content_hash
+from arriero.graphs.sources.content_hash import content_hash, known_content_hash, remember_links
 from arriero.graphs.sources.layout import SIDE_FILES, Layout
 from arriero.graphs.sources.open_layout import open_layout
 from arriero.graphs.sources.synthetic import SyntheticModel
@@ -175,10 +175,14 @@ class Checkpoint:
     def content_hash(self, memo: Path | None = None, progress: Callable[[int, int], None] | None = None) -> str:
         """Give the sha256 over all `files`, remembered in `memo`; `progress(bytes_done, bytes_total)` as it is read.
 
-        Raises `Problems` for weights that are NaN or infinite, in the files that it has to read for it.
+        Raises `Problems` for weights that are NaN or infinite, as far as files hold them as they are.
         """
         return content_hash(self.files, memo, self.tensors.values(), self.layout.made, progress)
 
     def known_content_hash(self, memo: Path) -> str | None:
         """Give `content_hash` when `memo` holds every file as it is now, else None; reads no tensor."""
         return known_content_hash(self.files, memo, self.layout.made)
+
+    def remember_links(self, memo: Path) -> None:
+        """Keep `memo` true of files that a build has linked, which leaves their bytes as they were."""
+        remember_links(self.files, memo)

@@ -22,15 +22,22 @@ LIMIT = 1 << 40  # of a size: beyond it a config is no config
 
 
 class Section:
-    """The values at one place of a file, `where`; what is wrong with them goes to `problems`."""
+    """The values at one place of a file, `where`; what is wrong with them goes to `problems`, with this `remedy`."""
 
-    def __init__(self, data: Mapping[str, Any], where: str, problems: list[ArrieroError], separator: str = ".") -> None:
-        self.data, self.where, self.problems, self.separator = data, where, problems, separator
+    def __init__(
+        self,
+        data: Mapping[str, Any],
+        where: str,
+        problems: list[ArrieroError],
+        separator: str = ".",
+        remedy: str = REFETCH,
+    ) -> None:
+        self.data, self.where, self.problems, self.separator, self.remedy = data, where, problems, separator, remedy
 
-    def refuse(self, key: str, what: str, expected: str, remedy: str = REFETCH) -> None:
+    def refuse(self, key: str, what: str, expected: str, remedy: str | None = None) -> None:
         """Note that `key` has a value that cannot be honoured."""
         where = f"{self.where}{self.separator}{key}"
-        self.problems.append(ArrieroError(what, where=where, expected=expected, remedy=remedy))
+        self.problems.append(ArrieroError(what, where=where, expected=expected, remedy=remedy or self.remedy))
 
     def section(self, key: str, model_type: str | None = None) -> Section:
         """The section at `key`, empty where there is none; refused if it says that it is of another `model_type`."""
@@ -38,7 +45,7 @@ class Section:
         if value is not None and not isinstance(value, Mapping):
             self.refuse(key, f"{_shown(value)} is not a section", "an object of settings")
             value = None
-        inner = Section(value or {}, f"{self.where}{self.separator}{key}", self.problems)
+        inner = Section(value or {}, f"{self.where}{self.separator}{key}", self.problems, remedy=self.remedy)
         if model_type is not None:
             inner.must_be("model_type", model_type, (model_type,))
         return inner

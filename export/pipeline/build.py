@@ -179,6 +179,7 @@ class Build:
             }
             self.inputs = stage_inputs(self.config, self.content, self.profiles, self.contents)
             yield
+            self.checkpoint.remember_links(memo)
 
     def key(self, name: str) -> str:
         """The key of a planned stage."""

@@ -111,7 +111,10 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
         disk_available=free_disk(build.output),
         disk_budget=build.budgets.disk,
         gpu_budget=build.budgets.gpu_memory,
-        warnings=(*_warnings(build, profiles), *ignored_files(checkpoint.side_folder)),
+        warnings=(
+            *_warnings(build, profiles),
+            *ignored_files(checkpoint.side_folder, [*build.adapters, *build.runtime_adapters.values()]),
+        ),
         problems=ready.problems(),
     )
     return plan if only is None else plan.only(*only)

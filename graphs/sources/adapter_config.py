@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from arriero.errors import ArrieroError, Problems
+from arriero.graphs.config_section import Section
 from arriero.strict_json import read_json_object
 
 FILE = "adapter_config.json"
@@ -34,7 +35,20 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
 }
+# Ways to begin a training that take the first factors out of the model's own weights, and PEFT does so again when it
+# opens the adapter.
+TAKEN_OUT = ("pissa", "corda", "olora", "loftq", "lora_ga")
+# What is of training alone, and what the adapter's tensors say as well.
+WITHOUT_EFFECT = frozenset(
+    "peft_type peft_version base_model_name_or_path revision task_type auto_mapping inference_mode runtime_config "
+    "target_modules target_parameters exclude_modules layers_to_transform layers_pattern modules_to_save "
+    "ensure_weight_tying lora_dropout loftq_config eva_config corda_config lora_ga_config qalora_group_size "
+    "megatron_core".split()
+)
+READ = frozenset(("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", *PLAIN))
 TURNS_SINCE = (0, 21)  # the version of PEFT since which A of a stack [E, K, N] has N
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -61,32 +75,24 @@ class AdapterConfig:
         if data.get("peft_type") != "LORA":
             what = f"is an adapter of type {data.get('peft_type')!r}"
             raise ArrieroError(what, where=f"{path}:peft_type", expected="LORA", remedy=MERGE)
-        for key, plain in PLAIN.items():
-            if key in data and not any(data[key] == one and type(data[key]) is type(one) for one in plain):
-                what, expected = f"is {data[key]!r}"[:100], f"{plain[0]!r}: a plain LoRA"
-                problems.append(ArrieroError(what, where=f"{path}:{key}", expected=expected, remedy=MERGE))
-        for key in ("rank_pattern", "alpha_pattern"):
-            entries = data.get(key) or {}
-            numbers = isinstance(entries, Mapping) and all(_is_number(value) for value in entries.values())
-            if not numbers or not all(_is_pattern(entry) for entry in entries):
-                problems.append(ArrieroError("is malformed", where=f"{path}:{key}", expected="pattern -> number"))
-        for key in ("r", "lora_alpha"):
-            if not _is_number(data.get(key)):
-                problems.append(
-                    ArrieroError(f"is {data.get(key)!r}", where=f"{path}:{key}", expected="a number above 0")
-                )
+        section = Section(data, str(path), problems, separator=":", remedy=AGAIN)
+        _refuse_other_sums(section)
+        version = data.get("peft_version")
+        if not isinstance(version, str | None):
+            section.refuse("peft_version", f"is {version!r}"[:100], "a text")
+        number = re.match(r"(\d+)\.(\d+)", str(version))
+        config = cls(
+            path,
+            section.positive("r", 8),
+            section.number("lora_alpha", 8.0, above=0),
+            section.boolean("use_rslora", False),
+            _patterns(section, "rank_pattern", lambda entries, pattern: entries.positive(pattern, 8)),
+            _patterns(section, "alpha_pattern", lambda entries, pattern: entries.number(pattern, 8.0, above=0)),
+            None if number is None else tuple(map(int, number.groups())),
+        )
         if problems:
             raise Problems(f"the adapter {folder} cannot be honoured", problems)
-        version = re.match(r"(\d+)\.(\d+)", str(data.get("peft_version")))
-        return cls(
-            path,
-            int(data["r"]),
-            float(data["lora_alpha"]),
-            data.get("use_rslora") is True,
-            data.get("rank_pattern") or {},
-            data.get("alpha_pattern") or {},
-            None if version is None else tuple(map(int, version.groups())),
-        )
+        return config
 
     def scaling(self, module: str, rank: int) -> np.float32:
         """What B A of `module` is multiplied by. Raises ArrieroError where its factors are of another rank."""
@@ -104,19 +110,41 @@ class AdapterConfig:
         return self.version >= TURNS_SINCE
 
 
+def _refuse_other_sums(section: Section) -> None:
+    """Refuse what makes another sum than W + scaling * B A, and keys of which nothing is known but that they are set.
+
+    PEFT warns of the latter and leaves them aside; a number alone switches nothing on.
+    """
+    for key, plain in PLAIN.items():
+        value = section.data.get(key, plain[0])
+        if not any(value == one and type(value) is type(one) for one in plain):
+            section.refuse(key, f"is {value!r}"[:100], f"{plain[0]!r}: a plain LoRA", MERGE)
+    begun = section.data.get("init_lora_weights", True)
+    if not isinstance(begun, bool | str | None):
+        section.refuse("init_lora_weights", f"is {begun!r}"[:100], "true, false or a name")
+    elif str(begun).lower().startswith(TAKEN_OUT):
+        section.refuse(
+            "init_lora_weights", f"is {begun!r}, which changes the model's own weights", "a plain LoRA", MERGE
+        )
+    for key in sorted(section.data.keys() - READ - WITHOUT_EFFECT):
+        value = section.data[key]
+        if value and (value is True or not isinstance(value, int | float)):
+            remedy = f"{MERGE}; or remove the key where it matters in training alone"
+            section.refuse(key, f"is {value!r}"[:100], "a setting that is known", remedy)
+
+
+def _patterns(section: Section, key: str, read: Callable[[Section, str], Number]) -> dict[str, Number]:
+    """Patterns of module names and the number of each."""
+    entries = section.section(key)
+    for pattern in entries.data:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            entries.refuse(pattern, f"is no regular expression ({error})", "a pattern of module names")
+    return {pattern: read(entries, pattern) for pattern in entries.data}
+
+
 def _of(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that the end of a module's name matches, as PEFT looks it up."""
     found = (value for pattern, value in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module))
     return next(found, default)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-
-
-def _is_pattern(text: str) -> bool:
-    try:
-        re.compile(text)
-    except re.error:
-        return False
-    return True

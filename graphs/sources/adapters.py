@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from arriero.errors import ArrieroError, Problems
 from arriero.graphs.names import canonical_name
 from arriero.graphs.sources.adapter_config import AdapterConfig
+from arriero.graphs.sources.finite import EXPONENTS, check_finite, first_nonfinite
 from arriero.graphs.sources.made_weight import MadeWeight
 from arriero.graphs.sources.safetensors_files import open_safetensors
 from arriero.graphs.sources.weight_source import WeightSource
@@ -130,9 +131,7 @@ def _delta(tensors: Mapping[str, WeightSource], pair: Pair, config: AdapterConfi
     """The tensor that a pair is of, and what it adds to it."""
     if set(pair.factors) != {"A", "B"}:
         raise ArrieroError("has one factor of two", where=pair.stored, expected="lora_A and lora_B")
-    a, b = (source.float32(0, source.shape[0]) for source in (pair.factors["A"], pair.factors["B"]))
-    if a.ndim != 2 or b.ndim != 2:
-        raise ArrieroError("is no matrix", where=pair.stored, expected="lora_A and lora_B as matrices")
+    a, b = (_factor(pair.factors[side]) for side in "AB")
     if pair.module.endswith(".experts"):
         return _of_experts(tensors, pair, a, b, config)
     name = canonical_name(f"{pair.module}.weight")
@@ -141,6 +140,15 @@ def _delta(tensors: Mapping[str, WeightSource], pair: Pair, config: AdapterConfi
     if len(tensors[name].shape) != 2 or (b.shape[0], a.shape[1]) != tensors[name].shape or a.shape[0] != b.shape[1]:
         _refuse_shapes(pair, tensors[name])
     return name, Delta(a, b, config.scaling(pair.module, a.shape[0]))
+
+
+def _factor(source: WeightSource) -> Floats:
+    """A factor in float32. Raises ArrieroError for what is no matrix of finite numbers."""
+    if len(source.shape) != 2 or source.dtype not in EXPONENTS:
+        what = f"is stored as {source.dtype} {list(source.shape)}"
+        raise ArrieroError(what, where=source.stored, expected="lora_A and lora_B as matrices of floats")
+    check_finite(source, 0, first_nonfinite(source.rows(0, source.shape[0]), source.dtype))
+    return source.float32(0, source.shape[0])
 
 
 def _of_experts(

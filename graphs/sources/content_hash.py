@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO
@@ -20,6 +21,42 @@ from arriero.graphs.sources.weight_source import WeightSource
 BLOCK = 1 << 24  # bytes, a multiple of every dtype's size
 
 
+@dataclass(frozen=True)
+class FileState:
+    """What the file system says of a file without reading it; times in nanoseconds."""
+
+    size: int
+    modified: int
+    inode: int
+    changed: int
+    links: int
+
+    @classmethod
+    def of(cls, file: Path) -> FileState:
+        """The state of `file` now."""
+        stat = file.stat()
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns, stat.st_nlink)
+
+    def has_bytes_of(self, earlier: FileState) -> bool:
+        """Whether nothing was written since `earlier`.
+
+        The inode has to be the same too: images of containers give every file one time. So has the time of the last
+        change, which no tool sets back. A hard link, as bundles have to a checkpoint's files, changes that time as
+        well, and the number of links.
+        """
+        same = (self.size, self.modified, self.inode) == (earlier.size, earlier.modified, earlier.inode)
+        return same and (self.changed == earlier.changed or self.links != earlier.links)
+
+
+@dataclass(frozen=True)
+class KnownFile:
+    """A file's hash, its state at that time, and where the tensors begin that were checked as it was read."""
+
+    state: FileState
+    sha256: str
+    checked: frozenset[int]
+
+
 def content_hash(
     files: Sequence[Path],
     memo: Path | None = None,
@@ -27,19 +64,27 @@ def content_hash(
     texts: Mapping[str, str] = MappingProxyType({}),
     progress: Callable[[int, int], None] | None = None,
 ) -> str:
-    """The sha256 over all `files`; those of each are remembered in `memo` by path, size, time of change and inode.
+    """The sha256 over all `files`; that of each is remembered in `memo` for as long as nothing is written to it.
 
     `texts` are those of files that the checkpoint would have, by name. `progress(bytes_done, bytes_total)` counts what
     has to be read.
 
-    Raises `Problems` for values of `weights` that are NaN or infinite, in the files that it does not remember.
+    Raises `Problems` for values of `weights` that are NaN or infinite, in the files that hold any that was not checked
+    before.
     """
-    placed: dict[Path, list[tuple[int, WeightSource]]] = {}
+    placed: dict[Path, dict[int, WeightSource]] = {}
     for source in weights:
-        if source.place is not None:
-            placed.setdefault(source.place.file, []).append((source.place.offset, source))
+        if source.place is not None and source.nbytes:
+            placed.setdefault(source.place.file, {})[source.place.offset] = source
     known = _read_memo(memo)
-    total, done = sum(file.stat().st_size for file in files if _memo_key(file) not in known), 0
+    states = {file: FileState.of(file) for file in files}
+    unchanged = {
+        file: last
+        for file, state in states.items()
+        if (last := known.get(str(file.absolute()))) is not None and state.has_bytes_of(last.state)
+    }
+    whole = {file for file, last in unchanged.items() if placed.get(file, {}).keys() <= last.checked}
+    total, done = sum(state.size for file, state in states.items() if file not in whole), 0
 
     def count(nbytes: int) -> None:
         nonlocal done
@@ -49,19 +94,20 @@ def content_hash(
 
     if total:
         count(0)
-    hashes: list[tuple[str, str]] = []
-    for file in files:
-        key = _memo_key(file)
-        if key not in known:
-            known = {old: value for old, value in known.items() if not old.startswith(f"{file.absolute()}|")}
-            known[key] = _hash_file(file, placed.get(file, []), count)
-            if memo:
-                _write_memo(memo, known)
-        hashes.append((file.name, known[key]))
-    return _combine(hashes, texts)
+    for file, state in states.items():
+        path, inside = str(file.absolute()), placed.get(file, {})
+        before = known.get(path)
+        if file in whole:
+            known[path] = replace(unchanged[file], state=state)
+        else:
+            checked = inside.keys() | (unchanged[file].checked if file in unchanged else frozenset())
+            known[path] = KnownFile(state, _hash_file(file, inside, count), frozenset(checked))
+        if memo and known[path] != before:
+            _write_memo(memo, known)
+    return _combine([(file.name, known[str(file.absolute())].sha256) for file in files], texts)
 
 
-def _hash_file(file: Path, weights: list[tuple[int, WeightSource]], count: Callable[[int], None]) -> str:
+def _hash_file(file: Path, weights: Mapping[int, WeightSource], count: Callable[[int], None]) -> str:
     digest, problems, at = hashlib.sha256(), [], 0
 
     def take(block: bytes) -> None:
@@ -69,7 +115,7 @@ def _hash_file(file: Path, weights: list[tuple[int, WeightSource]], count: Calla
         count(len(block))
 
     with file.open("rb") as stream:
-        for offset, source in sorted(weights, key=lambda weight: weight[0]):
+        for offset, source in sorted(weights.items()):
             for block in _blocks(stream, offset - at):
                 take(block)
             seen, problem = 0, None
@@ -101,11 +147,24 @@ def known_content_hash(
     files: Sequence[Path], memo: Path, texts: Mapping[str, str] = MappingProxyType({})
 ) -> str | None:
     """`content_hash` when `memo` holds every file as it is now, else None; reads no tensor, writes nothing."""
+    known = _unchanged(files, memo)
+    return None if len(known) < len(files) else _combine([(file.name, known[file].sha256) for file in files], texts)
+
+
+def remember_links(files: Sequence[Path], memo: Path) -> None:
+    """Remember that `files` have the bytes that they had, after a build that may have linked them."""
     known = _read_memo(memo)
-    keys = [(file.name, _memo_key(file)) for file in files]
-    if not all(key in known for _, key in keys):
-        return None
-    return _combine([(name, known[key]) for name, key in keys], texts)
+    unchanged = _unchanged(files, memo)
+    now = known | {str(file.absolute()): replace(last, state=FileState.of(file)) for file, last in unchanged.items()}
+    if now != known:
+        _write_memo(memo, now)
+
+
+def _unchanged(files: Sequence[Path], memo: Path) -> dict[Path, KnownFile]:
+    """What `memo` knows of those of `files` that nothing was written to since."""
+    known = _read_memo(memo)
+    held = {file: known[path] for file in files if (path := str(file.absolute())) in known}
+    return {file: last for file, last in held.items() if FileState.of(file).has_bytes_of(last.state)}
 
 
 def _combine(hashes: Sequence[tuple[str, str]], texts: Mapping[str, str]) -> str:
@@ -115,21 +174,23 @@ def _combine(hashes: Sequence[tuple[str, str]], texts: Mapping[str, str]) -> str
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _memo_key(file: Path) -> str:
-    stat = file.stat()
-    # the inode too: images of containers give every file one time
-    return f"{file.absolute()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
-
-
-def _read_memo(memo: Path | None) -> dict[str, str]:
-    """Read the memo; a broken one is as good as none, it only costs hashing again."""
+def _read_memo(memo: Path | None) -> dict[str, KnownFile]:
+    """The memo's files by absolute path; a broken one is as good as none, it only costs hashing again."""
     try:
-        known = json.loads(memo.read_text()) if memo else {}
-    except (OSError, ValueError):
+        held = json.loads(memo.read_text()) if memo else {}
+        return {
+            path: KnownFile(FileState(*entry["state"]), entry["sha256"], frozenset(entry["checked"]))
+            for path, entry in held.items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
-    return known if isinstance(known, dict) else {}
 
 
-def _write_memo(memo: Path, known: dict[str, str]) -> None:
+def _write_memo(memo: Path, known: Mapping[str, KnownFile]) -> None:
+    entries = {
+        path: {"state": astuple(last.state), "sha256": last.sha256, "checked": sorted(last.checked)}
+        for path, last in known.items()
+    }
     memo.parent.mkdir(parents=True, exist_ok=True)
-    memo.write_text(json.dumps(known, indent=1))  # in place: half of it is as good as none, and nothing lies beside it
+    # in place: half of it is as good as none, and nothing lies beside it
+    memo.write_text(json.dumps(entries))

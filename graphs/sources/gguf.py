@@ -20,7 +20,7 @@ from arriero.errors import ArrieroError, MachineLacks, raise_together, sentence_
 from arriero.graphs.sources.fuse_experts import fuse_experts
 from arriero.graphs.sources.gguf_config import ARCHITECTURE, multimodal_config, text_config
 from arriero.graphs.sources.gguf_names import ROPE_FACTORS, canonical_name
-from arriero.graphs.sources.layout import Layout, files_beside
+from arriero.graphs.sources.layout import TEMPLATES, Layout, files_beside
 from arriero.graphs.sources.llama4_defaults import default_side_files
 from arriero.graphs.sources.made_weight import MadeWeight
 from arriero.graphs.sources.quantized.codecs import Floats
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 PLAIN = ("F32", "F16", "BF16")
 TOKENIZER = "tokenizer.json"
+TEMPLATE = "tokenizer.chat_template"  # the default; a name may follow it, after a point
 SPLITS = ("llama4", "gpt-4o")  # names of one way to cut a text into words
 AGAIN = "Download or copy the file again"
 BLOCK = 32  # values that share a scale in Q8_0 and Q4_0
@@ -99,6 +100,8 @@ def open_folder(path: Path) -> Layout:
     own = files_beside(parts[0].parent)
     files = [*parts, *([tower] if tower is not None else []), *(parts[0].parent / name for name in own)]
     made = _side_files(keys, config)
+    if not any("chat_template" in name for name in own):
+        made |= _named_templates(keys)
     if TOKENIZER not in own:
         made[TOKENIZER] = _tokenizer(keys, where)
     return Layout("GGUF", config, fuse_experts(tensors | pixels), files, None, made | own)
@@ -240,7 +243,7 @@ def _q4_0(data: np.ndarray, features: int) -> tuple[int, Any]:
 def _side_files(keys: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
     """What stands beside a tokenizer: as the file's keys have it, else ours."""
     made = default_side_files(config.get("vision_config"))
-    if template := keys.get("tokenizer.chat_template"):
+    if template := keys.get(TEMPLATE):
         made["chat_template.jinja"] = template
     settings = json.loads(made["tokenizer_config.json"])
     tokens = keys.get("tokenizer.ggml.tokens") or []
@@ -251,6 +254,14 @@ def _side_files(keys: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
     if "tokenizer.ggml.add_bos_token" in keys:
         settings["add_bos_token"] = keys["tokenizer.ggml.add_bos_token"]
     return made | {"tokenizer_config.json": json.dumps(settings, indent=2)}
+
+
+def _named_templates(keys: Mapping[str, Any]) -> dict[str, str]:
+    """The file's templates for special uses, where Hugging Face's tools look for them."""
+    start = f"{TEMPLATE}."
+    named = {key.removeprefix(start): text for key, text in keys.items() if key.startswith(start)}
+    # a name of letters alone leads out of no folder
+    return {f"{TEMPLATES}/{re.sub('[^0-9A-Za-z_]', '_', name)}.jinja": str(text) for name, text in named.items()}
 
 
 def _tokenizer(keys: Mapping[str, Any], where: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from arriero.errors import ArrieroError
 from arriero.graphs.sources.weight_source import WeightSource
 
+TEMPLATES = "additional_chat_templates"  # the folder of templates that have names
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -17,8 +18,8 @@ SIDE_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
-    "additional_chat_templates/default.jinja",
-    "additional_chat_templates/tool_use.jinja",
+    f"{TEMPLATES}/default.jinja",
+    f"{TEMPLATES}/tool_use.jinja",
     "preprocessor_config.json",
     "processor_config.json",
     "generation_config.json",

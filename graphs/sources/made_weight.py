@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from arriero.graphs.sources.finite import not_finite
+from arriero.graphs.sources.finite import check_finite, first_nonfinite, first_nonfinite_code
 from arriero.graphs.sources.safetensors_header import NUMPY_DTYPES, to_float32
-from arriero.graphs.sources.stored_codes import StoredCodes
+from arriero.graphs.sources.stored_codes import Codes, StoredCodes
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,17 @@ class MadeWeight:
     stored: str
     form: str
     make: Callable[[int, int], NDArray[Any]]
-    codes: StoredCodes | None = None
+    stored_codes: StoredCodes | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor in `dtype`."""
         return int(np.prod(self.shape, dtype=np.int64)) * NUMPY_DTYPES[self.dtype].itemsize
+
+    @property
+    def codes(self) -> StoredCodes | None:
+        """The codes and scales that the checkpoint holds. Reading them raises ArrieroError for NaN and infinity."""
+        return None if self.stored_codes is None else replace(self.stored_codes, read=self._read_codes)
 
     @property
     def place(self) -> None:
@@ -42,12 +47,16 @@ class MadeWeight:
         if not 0 <= start <= stop <= count:
             raise ValueError(f"rows {start}:{stop} of {self.name} with shape {list(self.shape)}")
         values = self.make(start, stop)
-        if self.dtype == "F32" and not np.isfinite(values).all():
-            first = int(np.flatnonzero(~np.isfinite(values).reshape(-1))[0])
-            raise not_finite(self, start * int(np.prod(self.shape[1:], dtype=np.int64)) + first)
+        check_finite(self, start, first_nonfinite(values, self.dtype))
         values.flags.writeable = False
         return values
 
     def float32(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows in float32."""
         return to_float32(self.rows(start, stop), self.dtype)
+
+    def _read_codes(self, start: int, stop: int) -> Codes:
+        assert self.stored_codes is not None
+        codes = self.stored_codes.read(start, stop)
+        check_finite(self, start, first_nonfinite_code(codes))
+        return codes

@@ -21,8 +21,9 @@ from arriero.errors import ArrieroError, raise_together, sentence_of
 from arriero.graphs.sources.layout import Layout, files_beside
 from arriero.graphs.sources.llama4_defaults import default_side_files
 from arriero.graphs.sources.made_weight import MadeWeight
-from arriero.graphs.sources.meta_config import read_params
+from arriero.graphs.sources.meta_config import config_of
 from arriero.graphs.sources.meta_names import UNUSED, Split, canonical_name
+from arriero.graphs.sources.meta_params import MetaParams
 from arriero.graphs.sources.meta_tokenizer import control_tokens, read_meta_tokenizer
 from arriero.graphs.sources.safetensors_header import NUMPY_DTYPES
 from arriero.graphs.sources.weight_source import WeightSource
@@ -40,16 +41,15 @@ AGAIN = "Download the file again, from where Meta publishes it"
 def open_folder(folder: Path) -> Layout:
     """The checkpoint in `folder`. Raises `Problems` for missing files and tensors that do not fit each other."""
     files = _shards(folder)
-    shards = [_load(file) for file in files]
     where = str(folder / PARAMS)
-    stated = read_json_object(folder / PARAMS, AGAIN)
-    params = stated["model"] if isinstance(stated.get("model"), Mapping) else stated
+    params = MetaParams.read(read_json_object(folder / PARAMS, AGAIN), where)
+    shards = [_load(file) for file in files]
     tensors = _tensors(folder, files, shards, params)
     own = files_beside(folder)
     if TOKENIZER_JSON not in own and (folder / TOKENIZER).is_file():
         own[TOKENIZER_JSON] = read_meta_tokenizer(folder / TOKENIZER)
     try:
-        config = read_params(params, tensors, _control_tokens(own, str(folder)), where)
+        config = config_of(params, tensors, _control_tokens(own, str(folder)), where)
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         what = f"holds a value of another kind than Llama 4's ({sentence_of(error)})"
         raise ArrieroError(what, where=where, remedy=AGAIN) from None
@@ -111,7 +111,7 @@ def _load(file: Path) -> dict[str, Tensor]:
 
 
 def _tensors(
-    folder: Path, files: list[Path], shards: list[dict[str, Tensor]], params: Mapping[str, Any]
+    folder: Path, files: list[Path], shards: list[dict[str, Tensor]], params: MetaParams
 ) -> dict[str, WeightSource]:
     """The tensors by canonical name, each put together of what the files hold of it."""
     problems: list[ArrieroError] = []
@@ -140,12 +140,10 @@ def _tensors(
     return _join_gate_up(tensors)
 
 
-def _sources(
-    name: str, stored: str, split: Split, parts: list[Tensor], params: Mapping[str, Any]
-) -> Iterator[MadeWeight]:
+def _sources(name: str, stored: str, split: Split, parts: list[Tensor], params: MetaParams) -> Iterator[MadeWeight]:
     """What one tensor of the files stands for: itself, or two or three of ours."""
     if split is Split.QKV:
-        heads, kv_heads = params["n_heads"], params.get("n_kv_heads") or params["n_heads"]
+        heads, kv_heads = params.heads, params.kv_heads
         size, rest = divmod(parts[0].shape[0] * len(parts), heads + 2 * kv_heads)
         if rest:
             raise ValueError(f"{heads} + 2 * {kv_heads} heads")
@@ -158,8 +156,7 @@ def _sources(
         for matrix, own in zip(("gate", "up"), zip(*halves, strict=True), strict=True):
             yield _weight(f"{name}.{matrix}_proj.weight", stored, list(own), 0)
     elif split in (Split.EXPERT_IN, Split.EXPERT_OUT):
-        experts = params["moe_args"]["num_experts"]
-        stacks = [part.view(experts, -1, part.shape[-1]) for part in parts]
+        stacks = [part.view(params.experts, -1, part.shape[-1]) for part in parts]
         yield _weight(name, stored, stacks, 2 if split is Split.EXPERT_IN else 1)
     elif split is Split.TURNED:
         yield _weight(name, stored, [parts[0].T], 0)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from arriero.errors import ArrieroError, Problems
 from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.sources import content_hash as hashing
 from arriero.graphs.sources.content_hash import content_hash
 from arriero.graphs.sources.ledger import check_ledger, group_names
 from arriero.graphs.sources.safetensors_header import read_header, to_float32
@@ -388,6 +389,49 @@ def test_a_file_replaced_by_one_of_its_size_and_time_is_hashed_anew(tmp_path):
     other.rename(file)
     os.utime(file, ns=(times, times))
     assert content_hash(files, memo) == content_hash(files) != before
+
+
+def test_a_file_changed_in_place_with_its_time_set_back_is_hashed_anew(tmp_path):
+    memo, folder = tmp_path / "hashes.json", make_single(tmp_path / "c")
+    before = Checkpoint.open(folder).content_hash(memo)
+    write_in_place(folder / "model.safetensors")
+    assert Checkpoint.open(folder).known_content_hash(memo) is None
+    assert Checkpoint.open(folder).content_hash(memo) == Checkpoint.open(folder).content_hash() != before
+
+
+def test_a_link_to_a_file_costs_no_second_reading_and_hides_no_change(tmp_path, monkeypatch):
+    """Bundles link the files of which they take every tensor as it is."""
+    memo, folder = tmp_path / "hashes.json", make_single(tmp_path / "c")
+    checkpoint, file = Checkpoint.open(folder), folder / "model.safetensors"
+    before = checkpoint.content_hash(memo)
+    (tmp_path / "link").hardlink_to(file)
+    with monkeypatch.context() as reading:
+        reading.setattr(hashing, "_hash_file", lambda file, weights: pytest.fail(f"{file} is read again"))
+        assert checkpoint.known_content_hash(memo) == checkpoint.content_hash(memo) == before
+        (tmp_path / "other").hardlink_to(file)
+        checkpoint.remember_links(memo)
+    write_in_place(file)
+    assert checkpoint.known_content_hash(memo) is None
+    assert checkpoint.content_hash(memo) != before
+
+
+def write_in_place(file):
+    """Change the last byte; size, inode and time of change stay."""
+    times = file.stat().st_mtime_ns
+    with file.open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        last = stream.read(1)
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([last[0] ^ 1]))
+    os.utime(file, ns=(times, times))
+
+
+def test_a_memo_of_another_form_is_as_good_as_none(tmp_path):
+    memo, checkpoint = tmp_path / "hashes.json", Checkpoint.open(make_single(tmp_path / "c"))
+    for text in ("[]", '{"a|1|2|3": "hash"}', '{"a": {"state": [1], "sha256": "", "checked": []}}', '{"a": null}'):
+        memo.write_text(text)
+        assert checkpoint.known_content_hash(memo) is None
+        assert checkpoint.content_hash(memo) == checkpoint.known_content_hash(memo)
 
 
 def test_known_hash_needs_a_fresh_memo_and_writes_nothing(tmp_path):

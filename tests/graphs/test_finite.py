@@ -1,4 +1,7 @@
-"""NaN and infinity in a checkpoint's weights are found while it is hashed, in every dtype, at any place of a tensor."""
+"""NaN and infinity in weights are found in every dtype, at any place of a tensor.
+
+Those that a file holds as they are while it is hashed, those that are made of others as they are made.
+"""
 
 import json
 from pathlib import Path
@@ -8,11 +11,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from arriero.errors import Problems
+from arriero.errors import ArrieroError, Problems
 from arriero.graphs.checkpoint import Checkpoint
-from arriero.graphs.sources import content_hash
+from arriero.graphs.sources import content_hash, finite
 from arriero.graphs.sources.finite import EXPONENTS, first_nonfinite
-from arriero.graphs.sources.safetensors_header import to_float32
+from arriero.graphs.sources.made_weight import MadeWeight
+from arriero.graphs.sources.safetensors_header import NUMPY_DTYPES, to_float32
+from arriero.graphs.sources.stored_codes import StoredCodes
+from arriero.profiles.float8 import Float8
+from arriero.profiles.quantize import Quantized
 
 BITS = {"F16": np.uint16, "BF16": np.uint16, "F8_E5M2": np.uint8, "F8_E4M3": np.uint8}
 
@@ -27,6 +34,15 @@ def test_every_bit_pattern_is_judged_as_its_value(dtype):
         found = first_nonfinite(patterns[start:].tobytes(), dtype)
         assert found == (int(expected[0]) if len(expected) else None)
     assert first_nonfinite(patterns[finite].tobytes(), dtype) is None
+
+
+def test_every_piece_that_is_looked_at_counts(monkeypatch):
+    monkeypatch.setattr(finite, "CHUNK", 4)
+    for number in range(11):
+        values = np.ones(11, np.float32)
+        values[number:] = np.inf
+        assert first_nonfinite(values.tobytes(), "F32") == first_nonfinite(values, "F32") == number
+    assert first_nonfinite(b"", "F32") is None
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -78,3 +94,57 @@ def test_every_dtype_of_a_file_is_checked(tmp_path, dtype):
     checkpoint(tmp_path / "sound", {}, dtype).content_hash()
     with pytest.raises(Problems, match=r"the value at \[1\]"):
         checkpoint(tmp_path / "bad", {"model.norm.weight": ((1,), float("nan"))}, dtype).content_hash()
+
+
+@pytest.mark.parametrize("dtype", EXPONENTS)
+def test_every_dtype_is_checked_where_values_are_made(dtype):
+    unsigned, nan = EXPONENTS[dtype]
+    bits = np.zeros((5, 2, 3), unsigned)
+    made = MadeWeight("stack", bits.shape, dtype, "x in file", "", lambda a, b: bits[a:b].view(NUMPY_DTYPES[dtype]))
+    assert made.rows(0, 5).shape == (5, 2, 3)
+    assert made.rows(2, 2).shape == (0, 2, 3)
+    bits[3, 1, 2] = nan
+    made.rows(0, 3)
+    with pytest.raises(ArrieroError, match=r"stack \(x in file\): the value at \[3, 1, 2\] is NaN or infinite"):
+        made.rows(2, 5)
+
+
+def coded(codes: Quantized | Float8, shape: tuple[int, ...]) -> MadeWeight:
+    """A tensor of which `codes` are all codes."""
+
+    def read(start: int, stop: int) -> Quantized | Float8:
+        scales = codes.scales[start:stop]
+        if isinstance(codes, Float8):
+            return Float8(codes.bits[start:stop], scales)
+        return Quantized(codes.packed[start:stop], scales, codes.bits, codes.block)
+
+    return MadeWeight("matrix", shape, "F32", "x in file", "", lambda a, b: np.zeros(1), StoredCodes(8, 0, read))
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf, -np.inf, np.finfo(np.float32).max])
+def test_a_scale_that_makes_no_finite_values_is_refused_where_codes_are_read(scale):
+    """The last is finite, and what a code makes of it is not."""
+    packed, scales = np.full((4, 16), 0x99, np.uint8), np.ones((4, 2), np.float32)
+    matrix = coded(Quantized(packed, scales, 4, 16), (4, 32))
+    packed[:, 8:] = 0xBB
+    assert matrix.codes.read(0, 4).bits == 4
+    scales[2, 1] = scale
+    with pytest.raises(ArrieroError, match=r"matrix \(x in file\): the value at \[2, 16\] is NaN or infinite"):
+        matrix.codes.read(1, 4)
+    assert matrix.codes.read(3, 4).bits == 4
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_the_nan_of_e4m3_is_refused_at_its_place_in_the_tensor(code):
+    """Codes of a stack are turned round: outputs by inputs, where its values are inputs by outputs."""
+    bits, scales = np.full((2, 3, 4), 0x7E, np.uint8), np.ones((2, 3), np.float32)
+    stack = coded(Float8(bits, scales), (2, 4, 3))
+    assert stack.codes.read(0, 2).bits.shape == (2, 3, 4)
+    bits[1, 2, 0] = code
+    with pytest.raises(ArrieroError, match=r"the value at \[1, 0, 2\] is NaN or infinite"):
+        stack.codes.read(0, 2)
+
+
+def test_a_large_scale_of_small_codes_is_no_fault():
+    packed, scales = np.full((1, 8), 0x88, np.uint8), np.full((1, 1), np.finfo(np.float32).max)
+    assert coded(Quantized(packed, scales, 4, 16), (1, 16)).codes.read(0, 1).scales == scales

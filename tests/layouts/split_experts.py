@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Llama4ForCausalLM, Llama4ForConditionalGeneration
+
+KINDS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Expert(nn.Module):
@@ -39,3 +42,13 @@ def split(model: Any) -> Any:
             experts = zip(stacks.gate_up_proj.data, stacks.down_proj.data, strict=True)
             layer.feed_forward.experts = nn.ModuleList([Expert(*one) for one in experts])
     return model
+
+
+def write(source: Path, folder: Path, kind: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """Write the checkpoint `source` in the dtype `kind`, expert by expert, into `folder`; gives every weight."""
+    del dtype
+    split(model := load(source, KINDS[kind])).save_pretrained(folder)
+    for file in source.iterdir():
+        if not (folder / file.name).exists() and "safetensors" not in file.name:
+            shutil.copyfile(file, folder / file.name)
+    return {name: value for name, value in model.state_dict().items() if value.is_floating_point()}

@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 
 from arriero.errors import ArrieroError, MachineLacks
+from arriero.export.build_file.read import load_build
+from arriero.export.pipeline.build import Build
 from arriero.export.pipeline.bundle import assemble
 from arriero.export.pipeline.ownership import MARK, own
 from arriero.export.pipeline.stages import Stage, WorkDir, key_of, read_record
+from tests.command import write_build
+from tests.small import small_scout
 
 
 def writer(text: str = "x"):
@@ -322,3 +326,14 @@ def test_a_record_over_files_that_changed_since_is_no_finished_stage(tmp_path):
             work.run_stage(Stage("s", {}, run, resumes=True))
     assert (work.run_stage(Stage("s", {}, run, resumes=True)) / "kept").read_text() == "result"
     assert len(runs) == 2
+
+
+def test_a_build_that_links_the_checkpoints_files_knows_them_afterwards_and_sees_the_next_change(tmp_path):
+    small_scout(tmp_path / "model", vision=False)
+    file = write_build(tmp_path / "build.yaml", "model", "text")
+    build, weights = Build(load_build(file), str(file), lambda *_: None), tmp_path / "model" / "model.safetensors"
+    with build.at_work():
+        (tmp_path / "link").hardlink_to(weights)
+    assert build.checkpoint.known_content_hash(build.work.hash_memo) == build.content
+    weights.chmod(0o600)  # for the memo as good as another byte
+    assert build.checkpoint.known_content_hash(build.work.hash_memo) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from arriero.errors import ArrieroError
 from arriero.export.proof.reference import TorchBackend
 from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.sources.adapter_config import READ, TAKEN_OUT, WITHOUT_EFFECT, AdapterConfig
 from tests.toys import make_maverick_toy, make_scout_toy
 
 peft = pytest.importorskip("peft", reason="needs the package peft, of the extra `test`")
@@ -115,6 +117,50 @@ def test_several_adapters_are_added_and_each_changes_the_hash(tmp_path: Path) ->
     assert len(hashes) == 4
 
 
+def test_a_tensor_that_only_the_model_itself_has_as_it_is_is_checked_after_a_merged_build(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source, memo = make_scout_toy(tmp_path / "model", 3, vision=False), tmp_path / "hashes.json"
+    train(source, tmp_path / "adapter", **KINDS["attention alone"])
+    tensors = load_file(source / "model.safetensors")
+    name = "language_model.model.layers.0.self_attn.q_proj.weight"
+    tensors[name.removeprefix("language_model.")][2, 3] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    plain, merged = Checkpoint.open(source), Checkpoint.open(source, [tmp_path / "adapter"])
+    merged.content_hash(memo)
+    with pytest.raises(ArrieroError, match=rf"{name} .*at \[2, 3\] is NaN or infinite"):
+        merged.read(name)
+    with pytest.raises(ArrieroError, match=rf"{name} .*at \[2, 3\] is NaN or infinite"):
+        plain.content_hash(memo)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "lm_head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nan_in_an_adapter_is_refused(tmp_path: Path, part: str, dtype: torch.dtype) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = make_scout_toy(tmp_path / "model", 3, vision=False)
+    train(source, tmp_path / "adapter", modules_to_save=["lm_head"], **KINDS["attention alone"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {name: value.to(dtype) for name, value in load_file(file).items()}
+    spoiled = next(name for name in tensors if part in name)
+    tensors[spoiled][1, 2] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(ArrieroError, match=r"in adapter_model.safetensors\): the value at \[1, 2\] is NaN or infinite"):
+        Checkpoint.open(source, [tmp_path / "adapter"]).read("language_model.lm_head.weight")
+
+
+def test_factors_of_integers_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = make_scout_toy(tmp_path / "model", 3, vision=False)
+    train(source, tmp_path / "adapter", **KINDS["attention alone"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: value.to(torch.int32) for name, value in load_file(file).items()}, file)
+    with pytest.raises(ArrieroError, match=r"is stored as I32 .*expected lora_A and lora_B as matrices of floats"):
+        Checkpoint.open(source, [tmp_path / "adapter"])
+
+
 def test_a_checkpoint_goes_to_another_process_as_what_it_was_opened_from(tmp_path: Path) -> None:
     """Not as the bytes of its files, which are mapped by then."""
     source = make_scout_toy(tmp_path / "source", 1, vision=False)
@@ -155,7 +201,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "trained biases": ({"bias": "all"}, r"bias: is 'all'"),
     "another kind": ({"peft_type": "IA3"}, r"type 'IA3'; expected LORA"),
     "a rank that is not theirs": ({"r": 8}, r"of rank 4; expected rank 8"),
-    "no rank": ({"r": None}, r"r: is None; expected a number above 0"),
+    "no rank": ({"r": None}, r"r: None is not a size; expected a positive integer.* Copy the adapter again"),
+    "a part of a rank": ({"r": 4.5}, r"r: 4.5 is not a size"),
+    "a rank in words": ({"r": "4"}, r"r: '4' is not a size"),
+    "no alpha": ({"lora_alpha": 0}, r"lora_alpha: 0 is not a number; expected a finite number above 0"),
+    "an alpha in words": ({"lora_alpha": "6"}, r"lora_alpha: '6' is not a number"),
+    "a switch in words": ({"use_rslora": "true"}, r"use_rslora: 'true' is neither true nor false"),
+    "a switch as a number": ({"use_rslora": 1}, r"use_rslora: 1 is neither true nor false"),
+    "part of a rank by pattern": ({"rank_pattern": {"q_proj": 2.5}}, r"rank_pattern.q_proj: 2.5 is not a size"),
+    "an alpha by pattern in words": ({"alpha_pattern": {"q_proj": "2"}}, r"alpha_pattern.q_proj: '2' is not a number"),
+    "a pattern that is none": ({"alpha_pattern": {"(": 2}}, r"alpha_pattern.\(: is no regular expression"),
+    "a list of patterns": ({"rank_pattern": ["q_proj"]}, r"rank_pattern: \['q_proj'\] is not a section"),
+    "PiSSA": ({"init_lora_weights": "PiSSA_niter_4"}, r"is 'PiSSA_niter_4', which changes the model's own weights"),
+    "a number as a beginning": ({"init_lora_weights": 1}, r"init_lora_weights: is 1; expected true, false or a name"),
+    "a version as a number": ({"peft_version": 0.21}, r"peft_version: is 0.21; expected a text"),
+    "a switch of later days": ({"use_new_kind": True}, r"use_new_kind: is True; expected a setting that is known"),
+    "settings of later days": ({"new_config": {"a": 1}}, r"new_config: is {'a': 1}; .* or remove the key where"),
 }
 
 
@@ -168,6 +229,40 @@ def test_an_adapter_that_is_no_plain_lora_is_refused_by_name(tmp_path: Path, cas
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     with pytest.raises(ArrieroError, match=message):
         Checkpoint.open(source, [tmp_path / "adapter"])
+
+
+def test_every_setting_of_peft_is_known(tmp_path: Path) -> None:
+    names = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert names <= READ | WITHOUT_EFFECT
+    peft.LoraConfig().save_pretrained(tmp_path)
+    defaults = AdapterConfig.read(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert dataclasses.replace(AdapterConfig.read(tmp_path), version=defaults.version) == defaults
+    settings = {
+        "new_config": None,
+        "new_switch": False,
+        "new_size": 16,
+        "new_list": [],
+        "init_lora_weights": "gaussian",
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 0.5, **settings}))
+    assert AdapterConfig.read(tmp_path).alpha == 0.5
+
+
+@pytest.mark.parametrize("begun", ["pissa", "olora"])  # the others need data to begin with
+def test_peft_itself_changes_the_model_for_adapters_that_began_with_its_weights(tmp_path: Path, begun: str) -> None:
+    assert begun in TAKEN_OUT
+    source = make_scout_toy(tmp_path / "model", 1, vision=False)
+    train(source, tmp_path / "adapter", target_modules=["q_proj"], target_parameters=None)
+    from tests.layouts.split_experts import load
+
+    config = peft.LoraConfig.from_pretrained(tmp_path / "adapter")
+    config.init_lora_weights = begun
+    model = load(source, torch.float32)
+    weight = model.model.layers[0].self_attn.q_proj.weight.clone()
+    worn = peft.PeftModel.from_pretrained(model, tmp_path / "adapter", config=config)
+    own = worn.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    assert (own - weight).abs().max() > 1e-3
 
 
 def test_an_adapter_of_another_model_names_what_the_model_lacks(tmp_path: Path) -> None:

@@ -18,14 +18,18 @@ import pytest
 import torch
 
 from arriero.errors import ArrieroError
+from arriero.export.pipeline.ignored_files import ignored_files
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.names import expected_tensors
 from arriero.graphs.sources.ledger import check_ledger
 from arriero.profiles.float8 import Float8, dequantize_float8
 from arriero.profiles.quantize import dequantize
+from arriero.runtimes.processor.chat_template import find_templates
+from tests.layouts.spoil import MATRIX, spoiled
+from tests.small import small_scout
 
 CHASQUI = Path(__file__).parents[3] / "models" / "chasqui"
-WRITERS = ("compressed_tensors", "bitsandbytes", "modelopt", "gguf", "meta")
+WRITERS = ("split_experts", "compressed_tensors", "bitsandbytes", "modelopt", "gguf", "meta")
 
 
 def _kinds() -> list[Any]:
@@ -164,6 +168,21 @@ def test_inputs_in_activation_order_have_the_scales_of_their_own_group(tmp_path:
         assert np.array_equal(ordered.read_float32(name), plain.read_float32(name)), name
         assert source.form == plain.tensors[name].form or source.form == "int4 block 32 reordered"
     assert not any(form for form in ordered.quantised.values())  # our kernels' groups lie in order
+
+
+@pytest.mark.parametrize(("name", "kind"), _kinds())
+def test_nan_is_refused_where_values_are_made_and_where_codes_are_read(
+    written: Callable[[str, str], Written], tmp_path: Path, name: str, kind: str
+) -> None:
+    parts = []
+    for part, folder in spoiled(written(name, kind)[0], tmp_path):
+        source = Checkpoint.open(folder).source(MATRIX)
+        reads = [source.rows] if source.codes is None else [source.rows, source.codes.read]
+        for read in reads:
+            with pytest.raises(ArrieroError, match=r"layers.1.feed_forward.experts.* is NaN or infinite; expected"):
+                read(0, source.shape[0])
+        parts.append(part)
+    assert parts
 
 
 # --- bad input --------------------------------------------------------------------------------------------------
@@ -345,3 +364,26 @@ def test_gguf_files_that_are_not_whole_or_of_another_model_are_refused(tmp_path:
     (file.parent / "other.gguf").write_bytes(file.read_bytes())
     with pytest.raises(ArrieroError, match=r"holds 2 models: model.gguf, other.gguf; expected one. Name the file"):
         Checkpoint.open(file.parent)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_gguf_files_templates_with_names_are_those_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    """Unless the folder has any of its own: templates of two sources do not belong together."""
+    layout = pytest.importorskip("tests.layouts.gguf", exc_type=ImportError)
+    add, names = layout.gguf.GGUFWriter.add_chat_template, ("default", "tool_use", "rag")
+
+    def add_several(writer: Any, text: str) -> None:
+        add(writer, [{"name": name, "template": f"{name} of the file"} for name in names])
+
+    monkeypatch.setattr(layout.gguf.GGUFWriter, "add_chat_template", add_several)
+    small_scout(tmp_path / "model", vision=False)
+    layout.write(tmp_path / "model", tmp_path / "c", "F16")
+    if own:
+        (tmp_path / "c" / "chat_template.json").write_text('{"chat_template": "own"}')
+    checkpoint = Checkpoint.open(tmp_path / "c")
+    texts = {name: source.text for name, source in find_templates(checkpoint.side_folder, {}, {}).items()}
+    assert texts == ({"default": "own"} if own else {name: f"{name} of the file" for name in ("default", "tool_use")})
+    told = [sentence.partition(":")[0] for sentence in ignored_files(checkpoint.side_folder)]
+    assert told == ([] if own else ["the chat templates rag are ignored"])
