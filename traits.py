@@ -158,7 +158,7 @@ SHARED_PACKAGES = (
     Package("numpy", "2", imports=("numpy",)),
     Package("tokenizers", "0.21", imports=("tokenizers",)),
     Package("jinja2", "3.1", imports=("jinja2",)),
-    Package("pillow", "11", imports=("PIL",)),
+    Package("pillow", "11.3", imports=("PIL",)),
     Package("torch", "2.13", (BUILD,), "export"),
     Package("onnx", "1.23", (BUILD,), "export"),
     Package("onnx-ir", "1.1", (BUILD,), "export"),

@@ -15,7 +15,7 @@ import numpy as np
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.generation import Generation
-from arriero.runtimes.place import Place
+from arriero.runtimes.place import Place, no_conversation
 from arriero.runtimes.processor.chat import Message, as_messages
 from arriero.runtimes.processor.pictures import Images, as_list
 from arriero.runtimes.processor.processor import Prompt
@@ -93,13 +93,17 @@ class Chat:
 def load_chat(session: Session, path: str | os.PathLike[str], settings: Settings) -> Chat:
     """Go on with a conversation that `Chat.save` wrote. Raises ArrieroError for one with another bundle."""
     place, said = Place.load(path, session.spec)
-    if said["model"] != session.identity:
+    try:
+        model, messages, kept = (said[name] for name in ("model", "messages", "settings"))
+    except KeyError as error:
+        raise no_conversation(path, error) from None
+    if model != session.identity:
         raise ArrieroError(
             "the conversation was held with another bundle",
             where=str(path),
             remedy="Load the bundle that it was held with: another computes other keys and values",
         )
-    return Chat(session, said["messages"], cast(Settings, {**said["settings"], **settings}), place)
+    return Chat(session, messages, cast(Settings, {**kept, **settings}), place)
 
 
 def _kept_settings(settings: Settings) -> dict[str, Any]:

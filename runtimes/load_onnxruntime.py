@@ -7,6 +7,8 @@ and a database under the user's cache. Its variable for a full opt-out counts wh
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from importlib import import_module
 from typing import Any
 
@@ -14,6 +16,20 @@ TELEMETRY = "ORT_DISABLE_TELEMETRY"
 
 
 def load_onnxruntime() -> Any:
-    """The module `onnxruntime`, telemetry off unless the environment already says otherwise. Raises ImportError."""
+    """The module `onnxruntime`, telemetry off unless the environment already says otherwise. Raises ImportError.
+
+    Where an app imported it before, it notes nothing from here on, and a warning says what that leaves.
+    """
+    late = "onnxruntime" in sys.modules and TELEMETRY not in os.environ
     os.environ.setdefault(TELEMETRY, "1")
-    return import_module("onnxruntime")
+    module = import_module("onnxruntime")
+    if late:
+        module.disable_telemetry_events()
+        warnings.warn(
+            "onnxruntime was imported before its telemetry could be switched off: it has written an identifier under "
+            f"the user's cache and may look up its collector. Set {TELEMETRY}=1 before it is imported, or load a "
+            "bundle first",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return module

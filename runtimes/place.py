@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -73,13 +72,21 @@ class Place:
                 )
                 snapshot = Snapshot(spec, int(head["length"]), keys, values, int(head["adapter"]))
                 snapshot.check_shapes()
-                return cls(archive["ids"], tiles, snapshot), head["said"]
+                ids = archive["ids"]
+                if ids.dtype != np.int64 or ids.ndim != 1 or not isinstance(head["said"], dict):
+                    raise ValueError("its tokens are no list of ids, or what was said is missing")
+                return cls(ids, tiles, snapshot), head["said"]
         except FileNotFoundError:
             raise ArrieroError("there is no such file", where=str(path), remedy="Check the path") from None
-        except (KeyError, TypeError, ValueError, EOFError, OSError, BadZipFile) as error:
-            raise ArrieroError(
-                f"this is no saved conversation of the model ({error})",
-                where=str(path),
-                expected="a file that `Chat.save` wrote",
-                remedy="Start a new conversation",
-            ) from None
+        except Exception as error:  # numpy's and zipfile's parsers raise whatever a stranger's bytes make them
+            raise no_conversation(path, error) from None
+
+
+def no_conversation(path: str | os.PathLike[str], error: Exception) -> ArrieroError:
+    """What is said of a file in which `error` was met."""
+    return ArrieroError(
+        f"this is no saved conversation of the model ({error or type(error).__name__})",
+        where=str(path),
+        expected="a file that `Chat.save` wrote",
+        remedy="Start a new conversation",
+    )

@@ -1,29 +1,29 @@
 """Pictures of every kind as red, green and blue bytes: converted as a viewer shows them, or refused.
 
 What is transparent is seen on white, as in Hugging Face's processor (Meta's own preprocessing sees RGBA so, and drops
-the transparency of other kinds). 16-bit grey is scaled to bytes, where both of them cut off what is brighter than 255.
-Colour profiles are not applied, as in both of them.
+the transparency of other kinds). Grey of 12 and 16 bits is scaled to bytes, where both of them cut off what is brighter
+than 255. Colour profiles are not applied, as in both of them.
 """
 
 from __future__ import annotations
 
-import io
 import os
-import warnings
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from arriero.errors import ArrieroError
+from arriero.runtimes.processor.high_range import check_range, transfer_of
+from arriero.runtimes.processor.levels import load_levels
+from arriero.runtimes.processor.picture_file import EXPECTED, FORMATS, open_picture
 
 ImageLike = Image.Image | NDArray[np.uint8] | str | os.PathLike[str] | bytes
 Images = ImageLike | Sequence[ImageLike] | None
 
 MOST_PIXELS = 1 << 26  # of one picture; decoded it takes a few times as many bytes, however small its file is
 PLAIN = ("RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV", "RGBX")
-DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
 TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
@@ -51,11 +51,7 @@ def read_image(image: ImageLike) -> Image.Image:
         return _converted(image, "the image")
     name = "the image bytes" if isinstance(image, bytes) else str(image)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check of pixels is stricter
-            opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-        with opened:
-            _check_still(opened, name)
+        with open_picture(image) as opened:
             return _converted(opened, name)
     except FileNotFoundError:
         raise ArrieroError("there is no such image file", where=name, remedy="Check the path") from None
@@ -63,7 +59,7 @@ def read_image(image: ImageLike) -> Image.Image:
         raise ArrieroError(
             f"this is not a readable image ({error})",
             where=name,
-            expected="a picture that Pillow reads, such as PNG or JPEG",
+            expected=EXPECTED,
             remedy="Check that the file is complete and is an image",
         ) from None
 
@@ -88,27 +84,38 @@ def on_white(image: Image.Image) -> Image.Image:
 
 def _check_still(image: Image.Image, name: str) -> None:
     """Refuse moving pictures and pages, of which one image would show a part; a camera's MPO begins with the photo."""
-    frames = getattr(image, "n_frames", 1)
+    try:
+        frames = getattr(image, "n_frames", 1)
+    except ValueError:
+        if getattr(image, "fp", None) is not None:
+            raise
+        frames = 1  # its file is closed: what is left is the frame that was loaded
     if frames > 1 and image.format != "MPO":
         raise ArrieroError(
             f"the image holds {frames} frames or pages",
             where=name,
             expected="one picture",
-            remedy='Show it as a video ({"type": "video", "path": ...}, or --video), or save the one that is meant',
+            remedy='Show it as a video ({"type": "video", "path": ...}, or --video), or save the one that is meant '
+            "(`image.copy()` is the one that a Pillow image stands at)",
         )
 
 
 def _converted(image: Image.Image, name: str) -> Image.Image:
     check_pixels(image.width, image.height, name)
+    if getattr(image, "tile", ()) and image.format not in (*FORMATS, "MPO"):  # MPO is JPEG with more behind it
+        remedy = "Load it before, or convert it to one of these"
+        raise ArrieroError(f"the file is {image.format}", where=name, expected=EXPECTED, remedy=remedy)
     try:
-        image.load()
-        image = ImageOps.exif_transpose(image)
+        _check_still(image, name)
+        remedy = "Tone-map it first, as photo editors do when they save a copy in sRGB"
+        check_range(transfer_of(image), "image", name, remedy)
+        image = load_levels(image, name)
+    except ArrieroError:
+        raise
     except Exception as error:  # Pillow's decoders raise whatever the parser in them does
         raise ArrieroError(
             f"the image is truncated or corrupt ({error})", where=name, remedy="Get a complete copy of the file"
         ) from None
-    if image.mode in DEEP_GREY:
-        return Image.fromarray(_bytes_of(image)).convert("RGB")
     if image.mode in TRANSPARENT or (image.mode in PLAIN and "transparency" in image.info):
         return on_white(_with_alpha(image))
     if image.mode in PLAIN:
@@ -124,13 +131,3 @@ def _converted(image: Image.Image, name: str) -> Image.Image:
 def _with_alpha(image: Image.Image) -> Image.Image:
     step = {"PA": "RGBA", "RGBa": "RGBA", "La": "LA"}.get(image.mode)
     return (image.convert(step) if step else image).convert("RGBA")
-
-
-def _bytes_of(image: Image.Image) -> NDArray[np.uint8]:
-    """16-bit grey [h, w] scaled to bytes, a transparent level of a PNG on white."""
-    levels = np.asarray(image).astype(np.uint32)
-    scaled = ((levels * 255 + 32767) // 65535).astype(np.uint8)
-    clear = image.info.get("transparency")
-    if isinstance(clear, int):
-        scaled[levels == clear] = 255
-    return scaled

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from arriero.errors import ArrieroError, MachineLacks
+from arriero.runtimes.processor.high_range import check_range
 from arriero.runtimes.processor.pictures import check_pixels, on_white
 from arriero.traits import install
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 FRAMES = 8  # of a video, where nothing else is said
 MOST_FRAMES = 1024  # that may be taken of a video
 MOST_DECODED = 200_000  # frames of a video, about two hours: all of it is decoded to find the middles of its parts
-HIGH_RANGE = {16: "PQ", 18: "HLG"}  # transfer curves whose brightness no byte can hold
 
 
 def read_video(path: str | os.PathLike[str], num_frames: int, most: int = MOST_FRAMES) -> list[Image.Image]:
@@ -83,13 +83,8 @@ def _count(path: str | os.PathLike[str]) -> int:
 
 def _shown(frame: av.VideoFrame, ratio: Any, name: str) -> Image.Image:
     check_pixels(frame.width, frame.height, name)
-    if frame.color_trc in HIGH_RANGE:
-        raise ArrieroError(
-            f"the video is of high dynamic range ({HIGH_RANGE[frame.color_trc]})",
-            where=name,
-            expected="standard dynamic range",
-            remedy="Tone-map it first, for example with ffmpeg's zscale and tonemap filters",
-        )
+    remedy = "Tone-map it first, for example with ffmpeg's zscale and tonemap filters"
+    check_range(frame.color_trc, "video", name, remedy)
     if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
         image = on_white(Image.fromarray(frame.to_ndarray(format="rgba"), "RGBA"))
     else:

@@ -173,7 +173,12 @@ class ReferenceRecord:
 
     def _array(self, name: str) -> NDArray:
         if name not in self._arrays:
-            self._arrays[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            path = self.folder / f"{name}.npy"
+            try:
+                self._arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+            except Exception as error:  # numpy's parser raises whatever a stranger's header makes it
+                what = f"holds no array ({error or type(error).__name__})"
+                raise ArrieroError(what, where=str(path), remedy=_AGAIN) from None
         return self._arrays[name]
 
     @cached_property

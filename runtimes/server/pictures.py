@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
-import warnings
 from typing import Any
 
 from PIL import Image
 
+from arriero.runtimes.processor.picture_file import EXPECTED, open_picture
 from arriero.runtimes.server.fields import Fields
 from arriero.runtimes.server.options import ServerOptions
 from arriero.runtimes.server.picture_fetcher import FetchError, PictureFetcher
@@ -70,12 +69,11 @@ class PictureReader:
     def _check(self, fields: Fields, name: str, picture: bytes) -> None:
         """Refuse what is no picture, or has too many pixels."""
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                with Image.open(io.BytesIO(picture)) as opened:
-                    pixels = opened.width * opened.height
+            with open_picture(picture) as opened:
+                pixels = opened.width * opened.height
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise fields.refusal(name, f"holds no image that can be read ({type(error).__name__})") from None
+            what = f"holds no image that can be read ({type(error).__name__}); expected {EXPECTED}"
+            raise fields.refusal(name, what) from None
         most = self._options.most_image_pixels
         if pixels > most:
             raise fields.refusal(name, f"holds an image of {pixels:,} pixels; expected at most {most:,}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from PIL import EpsImagePlugin
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from arriero.runtimes.backend import Floats, Ints, ModelSpec, StepOutput
@@ -22,6 +24,7 @@ HIDDEN, HEADS, KV_HEADS, DIM, EXPERTS, CHUNK, CONTEXT = 16, 4, 2, 8, 4, 8, 64
 IMAGE_SIZE, PATCH_SIZE, TILE_TOKENS = 28, 7, 4
 SPECIALS = ["<|begin_of_text|>", "<|eot|>", "<|header_start|>", "<|header_end|>", *IMAGE_TOKENS]
 VOCAB = 256 + len(SPECIALS)
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
 TEMPLATE = """{{- bos_token }}
 {%- for message in messages %}
     {{- '<|header_start|>' + message['role'] + '<|header_end|>' }}
@@ -417,3 +420,15 @@ def toy() -> ToyBackend:
 @pytest.fixture
 def processor(bundle: Path, toy: ToyBackend) -> Processor:
     return Processor(bundle / "tokenizer", toy.spec)
+
+
+@pytest.fixture
+def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put a program called gs first, which Pillow would start for EPS; gives the file that it leaves."""
+    trace, folder = tmp_path / "started", tmp_path / "programs"
+    folder.mkdir()
+    (folder / "gs").write_text(f"#!/bin/sh\ntouch '{trace}'\n")
+    (folder / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    return trace

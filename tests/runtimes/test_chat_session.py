@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import arriero
 from arriero.errors import ArrieroError
 from arriero.export.proof.reference import TorchBackend
 from arriero.runtimes.chat_session import Chat
+from arriero.runtimes.place import Place
 from arriero.runtimes.processor.processor import Processor, Prompt
 from arriero.runtimes.session import Session
 from arriero.runtimes.settings import read_settings
@@ -183,3 +185,40 @@ def test_what_is_no_conversation_of_the_bundle_is_refused(
         np.savez(file, **{**arrays, "key.1": arrays["key.1"][:, :3]})
     with pytest.raises(ArrieroError, match="keys and values are not those of"):
         session.load_chat(file)
+    with np.load(io.BytesIO(content)) as arrays:
+        for name, value in (("ids", arrays["ids"].astype(np.float32)), ("head", np.frombuffer(b"[", np.uint8))):
+            np.savez(file, **{**arrays, name: value})
+            with pytest.raises(ArrieroError, match="no saved conversation"):
+                session.load_chat(file)
+        head = json.loads(arrays["head"].tobytes())
+        for said in ([], {}):
+            changed = np.frombuffer(json.dumps({**head, "said": said}).encode(), np.uint8)
+            np.savez(file, **{**arrays, "head": changed})
+            with pytest.raises(ArrieroError, match="no saved conversation"):
+                session.load_chat(file)
+
+
+def test_a_byte_that_flipped_anywhere_in_a_saved_conversation_is_no_traceback(
+    session: Session, toy: Any, tmp_path: Path
+) -> None:
+    chat, file = session.chat(max_tokens=2), tmp_path / "talk.npz"
+    chat.send("Hi")
+    chat.save(file)
+    content, refused = bytearray(file.read_bytes()), 0
+    places = set(range(len(content)))
+    with np.load(file) as arrays:
+        for name in arrays.files:  # of what is covered by a checksum, a few bytes say as much as all
+            start = content.index(arrays[name].tobytes())
+            places -= set(range(start + 2, start + arrays[name].nbytes))
+    for at in sorted(places):
+        bit = 1 << at % 8
+        content[at] ^= bit
+        file.write_bytes(content)
+        content[at] ^= bit
+        try:
+            place, _ = Place.load(file, toy.spec)
+        except ArrieroError:
+            refused += 1
+        else:  # what changed is a date or the like
+            np.testing.assert_array_equal(place.ids, chat._place.ids)
+    assert refused > len(places) // 2

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from arriero.runtimes.load_onnxruntime import TELEMETRY, load_onnxruntime
 from docs.rooms import sources
 
 SCRIPT = """
@@ -22,12 +25,12 @@ with arriero.load(sys.argv[1], threads=1) as session:
 TEST_MACHINE = re.compile(r"^(CI|.*_CI|GITHUB_.*|BUILD_.*|TF_BUILD|ORT_.*|XDG_.*)$")
 
 
-def answer(command: list[str], bundle: Path, home: Path) -> subprocess.CompletedProcess[str]:
+def answer(command: list[str], bundle: Path, home: Path, script: str = SCRIPT) -> subprocess.CompletedProcess[str]:
     """Ask the bundle in a process of its own, as a user with the empty folder `home` would."""
     home.mkdir()
     environment = {name: value for name, value in os.environ.items() if not TEST_MACHINE.match(name)}
     return subprocess.run(
-        [*command, sys.executable, "-c", SCRIPT, str(bundle)],
+        [*command, sys.executable, "-c", script, str(bundle)],
         capture_output=True,
         text=True,
         env={**environment, "HOME": str(home)},
@@ -49,6 +52,32 @@ def test_an_answer_connects_to_nothing(workshop: Path, tmp_path: Path) -> None:
     answer(command, workshop / "bundles" / "fp32", tmp_path / "home")
     reached = [line for line in calls.read_text().splitlines() if re.search(r"AF_INET6?\b", line)]
     assert reached == []
+
+
+def test_where_an_app_imports_onnx_runtime_first_it_is_said_once_and_nothing_more_is_noted(
+    workshop: Path, tmp_path: Path
+) -> None:
+    answered = answer([], workshop / "bundles" / "fp32", tmp_path / "home", f"import onnxruntime\n{SCRIPT * 2}")
+    assert answered.stdout.split() == ["3", "3"]
+    assert answered.stderr.count("RuntimeWarning: onnxruntime was imported before its telemetry") == 1
+    notes = list((tmp_path / "home").rglob("onnxruntime.db"))
+    for path in notes:  # a build of its library that has no telemetry leaves none
+        with sqlite3.connect(path) as base:
+            assert base.execute("SELECT count(*) FROM events").fetchone()[0] <= 1  # the import's, and no session's
+
+
+def test_a_late_opt_out_is_the_librarys_own_and_the_environments_word_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    late = SimpleNamespace(disable_telemetry_events=lambda: calls.append("off"))
+    monkeypatch.setitem(sys.modules, "onnxruntime", late)
+    monkeypatch.setenv(TELEMETRY, "0")
+    assert load_onnxruntime() is late
+    assert (calls, os.environ[TELEMETRY]) == ([], "0")
+    monkeypatch.delenv(TELEMETRY)
+    with pytest.warns(RuntimeWarning, match=rf"Set {TELEMETRY}=1 before"):
+        load_onnxruntime()
+    load_onnxruntime()
+    assert (calls, os.environ[TELEMETRY]) == (["off"], "1")
 
 
 def test_nothing_else_imports_onnx_runtime() -> None:

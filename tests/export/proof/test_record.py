@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from arriero.export.proof.write_record import SHOWN, Origin, write_record
 from arriero.export.samples.cases import draw_cases
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.runtimes.backend import StepOutput
+from arriero.runtimes.manifest import file_sha256
 from arriero.runtimes.proof import logits as kept_logits
 from arriero.runtimes.proof.cases import Reference
 from arriero.runtimes.proof.logits import SampledLogits
@@ -132,6 +134,17 @@ def test_pictures_travel_with_it(reference, cases, record):
 def test_the_same_cases_give_the_same_record(reference, cases, record, tmp_path):
     write(reference, cases, tmp_path / "again", "generated")
     assert ReferenceRecord.open(tmp_path / "again").hash == record.hash
+
+
+def test_an_array_whose_header_is_nonsense_is_refused_where_it_is_read(record, tmp_path):
+    shutil.copytree(record.folder, tmp_path / "copy")
+    array, listed = tmp_path / "copy" / "forced_ids.npy", tmp_path / "copy" / "record.json"
+    array.write_bytes(array.read_bytes().replace(b",)", b",(", 1))
+    data = json.loads(listed.read_text())
+    data["files"]["forced_ids.npy"]["sha256"] = file_sha256(array)
+    listed.write_text(json.dumps(data))
+    with pytest.raises(ArrieroError, match=r"forced_ids\.npy: holds no array .*Copy the record again"):
+        ReferenceRecord.open(tmp_path / "copy").case(0)
 
 
 @pytest.mark.parametrize("stop", ["embed cases", "layer 2 (3 of 4)", "logits", "answers"])

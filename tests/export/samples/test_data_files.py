@@ -344,7 +344,7 @@ def test_files_that_hold_nothing(folder: Path, content: bytes, told: str) -> Non
 
 
 def test_a_folder_without_images(folder: Path) -> None:
-    with pytest.raises(ArrieroError, match=r"the folder holds no images; expected files with .bmp, .* directly in it"):
+    with pytest.raises(ArrieroError, match=r"the folder holds no images; expected files with .apng, .* directly in it"):
         read_cases(folder)
 
 

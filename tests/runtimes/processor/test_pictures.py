@@ -100,6 +100,26 @@ def test_moving_pictures_and_pages_are_refused_as_images(kind, tmp_path):
         read_image(path)
 
 
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
+def test_an_opened_image_of_several_frames_is_refused_and_one_frame_of_it_taken(kind, tmp_path):
+    first, second = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
+    for several in (True, False):
+        path = tmp_path / f"{several}.{kind.lower()}"
+        path.write_bytes(stored(first, kind, save_all=True, append_images=[second] * several))
+        for loaded in (False, True):
+            with Image.open(path) as opened:
+                if loaded:
+                    opened.load()
+                if several:
+                    with pytest.raises(ArrieroError, match=r"the image: the image holds 2 frames.*image\.copy\(\)"):
+                        read_image(opened)
+                    opened.seek(1)
+                    assert pixels(opened.copy())[8, 8, 2] > 200
+                else:
+                    assert pixels(opened)[8, 8, 0] > 200
+    assert pixels(opened)[8, 8, 0] > 200  # loaded, its file closed
+
+
 def test_a_gif_can_be_shown_as_a_video(tmp_path):
     pytest.importorskip("av", reason="needs the package av")
     shades = [Image.new("L", (16, 16), shade) for shade in (10, 110, 210)]

@@ -8,6 +8,7 @@ import json
 import logging
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ from PIL import Image
 from arriero.errors import ArrieroError
 from arriero.runtimes.server.options import ServerOptions
 from arriero.runtimes.session import Session
+from tests.runtimes.conftest import EPS
 from tests.runtimes.gate import Gate
 from tests.runtimes.server.conftest import Serve, Served
 
@@ -120,6 +122,18 @@ def test_bodies_and_pictures_are_bounded(serve: Serve, toy_session: Session) -> 
             assert (answer.status_code, sentence in answer.text) == (400, True), answer.text
         messages = [{"role": "user", "content": [picture(9, 9)] * 2}]
         assert web.post("/v1/chat/completions", json={**ASK, "messages": messages}).status_code == 200
+
+
+def test_postscript_in_a_request_starts_no_program(served: Served, ghostscript: Path) -> None:
+    with served.web() as web:
+        for kind in ("png", "x-eps"):
+            url = f"data:image/{kind};base64," + base64.b64encode(EPS).decode()
+            messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+            answer = web.post("/v1/chat/completions", json={**ASK, "messages": messages})
+            assert answer.status_code == 400
+            assert "holds no image that can be read" in answer.text
+            assert "expected a picture in one of PNG" in answer.text
+    assert not ghostscript.exists()
 
 
 def test_too_many_requests_are_sent_away_and_may_come_back(serve: Serve, toy_session: Session, toy: Any) -> None:
