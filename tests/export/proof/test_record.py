@@ -160,7 +160,7 @@ def test_a_killed_run_goes_on_at_the_layer(reference, cases, record, tmp_path, s
     write(
         reference, cases, tmp_path, "generated", lambda step, *_: steps.append(step.removeprefix("reference record: "))
     )
-    order = ["embed cases", *(f"layer {n} ({n + 1} of 4)" for n in range(4)), "logits", "answers"]
+    order = ["embed cases", *(f"layer {n} ({n + 1} of 4)" for n in range(4)), "logits", "answers", "hash files"]
     assert list(dict.fromkeys(steps)) == order[order.index(stop) :]
     assert ReferenceRecord.open(tmp_path).hash == record.hash
     left = {path.name for path in tmp_path.rglob("*") if "partial" in path.name or "hidden" in path.name}
