@@ -58,6 +58,16 @@ def test_nothing_is_wrong_with_a_plain_build(folder: Path) -> None:
     assert make_plan(load_build(folder / "build.yaml")).problems == ()
 
 
+@pytest.mark.parametrize(("backend", "size", "multiple"), [("onnxruntime", 12, 8), ("tvm", 8, 16)])
+def test_heads_that_the_attention_of_a_backend_does_not_take(
+    tmp_path: Path, backend: str, size: int, multiple: int
+) -> None:
+    small_scout(tmp_path / "model", vision=False, head_dim=size)
+    text = BUILD.replace("text, image", "text").replace("backend: onnxruntime", f"backend: {backend}")
+    words = f"the attention of {backend} does not take heads of {size} features"
+    assert f"{words}; expected a head_dim that is a multiple of {multiple}" in problems(tmp_path, text)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [

@@ -12,6 +12,7 @@ from arriero.export.pipeline.plan import make_plan
 from tests.command import arriero, write_build
 from tests.small import small_maverick, small_scout
 
+ROOT = Path(__file__).parents[3]
 WEIGHTS = (".safetensors", ".bin")
 
 
@@ -60,3 +61,12 @@ def test_figures_of_other_shapes(tmp_path, shape):
     built = arriero("build", build_file)
     assert built.code == 0, built.err
     check_figures(build_file)
+
+
+def test_a_baseline_is_planned_with_weights_of_its_own(tmp_path):
+    """They lie beside the bundle's while both are measured, and are gone afterwards."""
+    build_file = write_build(tmp_path / "build.yaml", ROOT / "models" / "chasqui", "text", ("int4",), samples=3)
+    plan = make_plan(load_build(build_file))
+    disk = {stage.name: stage.disk for stage in plan.stages}
+    assert disk["rtn-int4"] == pytest.approx(disk["lower-int4"], rel=0.15)
+    assert disk["rtn-int4"] > plan.targets[0].weights_bytes
