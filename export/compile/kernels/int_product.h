@@ -52,7 +52,7 @@ TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, 
             UNROLL for (int m = 0; m < M; ++m) {
                 UNROLL for (int v = 0; v < PV; ++v) few[m][v] = CODES::begin(totals[m][v]);
             }
-            const int64_t stop = end - k < CODES::FEATURES ? end : k + CODES::FEATURES;
+            const int64_t stop = CODES::FEATURES == INT64_MAX ? end : smaller(end, k + CODES::FEATURES);
             for (; k < stop; k += 4 * CODES::QUADS, at += STEP_BYTES<CODES>) {
                 ask();
                 typename CODES::Raw raw[PV];
