@@ -228,9 +228,10 @@ def test_a_wrong_tokenizer_folder_is_refused(copy, name, content, sentence):
         arriero.load(copy)
 
 
-def test_threads_are_checked(bundle):
-    with pytest.raises(ArrieroError, match="threads is 0"):
-        arriero.load(bundle, threads=0)
+@pytest.mark.parametrize("threads", [0, 1025, 100_000, "x", True])
+def test_threads_are_checked(bundle, threads):
+    with pytest.raises(ArrieroError, match=f"threads is {threads!r}; expected a whole number from 1 to 1,024"):
+        arriero.load(bundle, threads=threads)
 
 
 def test_the_runtime_answers_without_the_export_libraries(bundle):
