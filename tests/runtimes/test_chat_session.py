@@ -198,6 +198,12 @@ def test_what_is_no_conversation_of_the_bundle_is_refused(
                 session.load_chat(file)
 
 
+@pytest.mark.parametrize("messages", ["x", 3, [3], {"role": "user"}])
+def test_what_opens_a_conversation_is_a_list_of_messages(session: Session, messages: Any) -> None:
+    with pytest.raises(ArrieroError, match=r"messages is .*; expected a list of messages"):
+        session.chat(messages)
+
+
 def test_a_byte_that_flipped_anywhere_in_a_saved_conversation_is_no_traceback(
     session: Session, toy: Any, tmp_path: Path
 ) -> None:

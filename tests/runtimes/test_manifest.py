@@ -234,6 +234,21 @@ def test_threads_are_checked(bundle, threads):
         arriero.load(bundle, threads=threads)
 
 
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"bundle": None}, "bundle is None; expected the path of a bundle directory"),
+        ({"batch": "x"}, "batch is 'x'; expected a whole number"),
+        ({"prefix_cache": "1GiB"}, "prefix_cache is '1GiB'; expected a whole number"),
+        ({"speculate": None}, "speculate is None; expected 0, or up to 15 tokens"),
+        ({"adapter": 3}, "there is no adapter 3"),
+    ],
+)
+def test_what_is_of_another_type_is_refused(bundle, settings, sentence):
+    with pytest.raises(ArrieroError, match=sentence):
+        arriero.load(**{"bundle": bundle, **settings})
+
+
 def test_the_runtime_answers_without_the_export_libraries(bundle):
     script = f"""
 import sys, arriero
