@@ -63,6 +63,8 @@ class Place:
         """Read what `save` wrote for the model `spec`. Raises ArrieroError for a file that is something else."""
         try:
             with np.load(path, allow_pickle=False) as archive:
+                if sum(one.file_size for one in archive.zip.infolist()) > os.path.getsize(path):
+                    raise ValueError("it is compressed, and holds more than its own size")  # `save` compresses nothing
                 head = json.loads(archive["head"].tobytes())
                 if head["format"] != FORMAT:
                     raise ValueError(f"its format is {head['format']}")
