@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes.json_schema import OPTIONS, enforceable
-from arriero.strict_json import parse_json
+from arriero.strict_json import check_characters, parse_json
 from arriero.traits import install
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Form:
         for name in ("regex", "grammar"):
             if not isinstance(getattr(self, name) or "", str):
                 raise ArrieroError(f"{name} is {getattr(self, name)!r:.60}", expected="a text")
+            check_characters(getattr(self, name) or "", name)
         if self.json_schema is not None and not isinstance(self.json_schema, Mapping | str):
             raise ArrieroError(f"json_schema is {self.json_schema!r:.60}", expected="a mapping, or its JSON text")
         choice: Any = self.choice

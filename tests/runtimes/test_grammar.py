@@ -99,6 +99,8 @@ def test_the_same_seed_says_the_same_and_log_probabilities_are_the_models(sessio
         ({"regex": "(a"}, "regex cannot be enforced: .*unclosed group"),
         ({"regex": 3}, "regex is 3; expected a text"),
         ({"grammar": "start: x"}, "grammar cannot be enforced: .*unknown name"),
+        ({"regex": "\ud800"}, "regex: holds half of a surrogate pair; expected text"),
+        ({"grammar": "\ud800"}, "grammar: holds half of a surrogate pair; expected text"),
         ({"choice": []}, r"choice is \[\]; expected a list of texts"),
         ({"choice": "yes"}, "choice is 'yes'; expected a list of texts"),
         ({"choice": ["a"], "regex": "a"}, "regex and choice each say what the answer must be"),
