@@ -191,7 +191,8 @@ def test_what_is_no_conversation_of_the_bundle_is_refused(
             with pytest.raises(ArrieroError, match="no saved conversation"):
                 session.load_chat(file)
         head = json.loads(arrays["head"].tobytes())
-        for said in ([], {}):
+        whole = head["said"]
+        for said in ([], {}, {**whole, "messages": "x"}, {**whole, "messages": [3]}, {**whole, "settings": 3}):
             changed = np.frombuffer(json.dumps({**head, "said": said}).encode(), np.uint8)
             np.savez(file, **{**arrays, "head": changed})
             with pytest.raises(ArrieroError, match="no saved conversation"):
