@@ -113,6 +113,14 @@ def test_half_a_character_is_refused_wherever_it_stands(served: Served, path: st
         assert web.post("/tokenize", content=json.dumps(whole), headers={"Content-Type": JSON}).status_code == 200
 
 
+def test_a_form_that_would_hold_up_every_other_answer_is_refused(served: Served) -> None:
+    form = {"choice": [*map(str, range(200_000))]}
+    with served.web() as web:
+        answer = web.post("/v1/completions", json={"model": "toy", "prompt": "x", "structured_outputs": form})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "choice has 200,000 texts; expected at most 1,000."
+
+
 def test_bodies_and_pictures_are_bounded(serve: Serve, toy_session: Session) -> None:
     limits = {"most_body_bytes": 50_000, "most_image_bytes": 2_000, "most_image_pixels": 10_000, "most_images": 2}
     served = serve({"toy": toy_session}, **limits)
