@@ -30,6 +30,14 @@ def parse_json(
     raise ArrieroError(what, where=where, expected="JSON", remedy=remedy) from None
 
 
+def check_characters(text: str, where: str) -> None:
+    """Refuse a text that UTF-8 cannot spell: JSON's escapes can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ArrieroError("holds half of a surrogate pair", where=where, expected="text") from None
+
+
 def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     """The object in the file `path`. Raises ArrieroError as `parse_json`, and for another value."""
     try:

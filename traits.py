@@ -16,6 +16,7 @@ BUILD, RUN = "build", "run"
 # the matrix products already saturate. Engines and tiles of experts are dimensioned for it.
 PREFILL_PIECE = 512
 MOST_DRAFTED = 15  # tokens of an answer that may be guessed at a time, to be checked in one step
+MOST_THREADS = 1024  # of a session: the time that pools of tens of thousands take to start is never over
 SHARD = 4 << 30  # most bytes of one file of a bundle's weights, where its target names no other number
 
 

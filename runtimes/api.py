@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from importlib import import_module
+from numbers import Integral
 from pathlib import Path
 
 from arriero.errors import ArrieroError
@@ -48,6 +49,10 @@ def load(
     drafted from what the prompt and it have said, and checked in one step: the tokens are those that would be chosen
     without. Raises `ArrieroError` with what is wrong and what to do.
     """
+    if not isinstance(bundle, str | os.PathLike):
+        raise ArrieroError(f"bundle is {bundle!r:.60}", expected="the path of a bundle directory")
+    _check_whole("prefix_cache", prefix_cache)
+    _check_whole("batch", batch)
     limit = None if memory is None else parse_bytes(memory)
     manifest = open_manifest(Path(bundle), verify or None)
     if prefix_cache is None:
@@ -75,8 +80,9 @@ def open_session(
     `tokens` are held at once at most; None is those whose keys and values the free memory has room for.
     """
     check_batch(manifest, batch)
-    if not 0 <= speculate <= MOST_DRAFTED:
-        raise ArrieroError(f"speculate is {speculate}", expected=f"0, or up to {MOST_DRAFTED} tokens")
+    whole = isinstance(speculate, Integral) and not isinstance(speculate, bool)
+    if not (whole and 0 <= speculate <= MOST_DRAFTED):
+        raise ArrieroError(f"speculate is {speculate!r:.60}", expected=f"0, or up to {MOST_DRAFTED} tokens")
     check_machine(manifest)
     processor = Processor(manifest.bundle / "tokenizer", manifest.model)
     backend = open_bundle_backend(manifest, options)
@@ -93,6 +99,12 @@ def open_session(
     return Session(
         backend, processor, target.context, rows, tuple(manifest.adapters), adapter, limits, manifest.chain.artifact
     )
+
+
+def _check_whole(name: str, value: object) -> None:
+    """Refuse what is neither None nor a whole number."""
+    if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+        raise ArrieroError(f"{name} is {value!r:.60}", expected="a whole number")
 
 
 def check_batch(manifest: Manifest, batch: int | None) -> None:

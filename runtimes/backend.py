@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Integral
 from typing import Any, Literal, Protocol, Self, cast, runtime_checkable
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.snapshot import Snapshot
+from arriero.traits import MOST_THREADS
 
 # A vision tower's activations are per tile, so tiles go through in groups and peak memory does not grow with them.
 TILES_AT_ONCE = 4
@@ -194,8 +196,9 @@ class BackendOptions:
     memory: MemoryCap | None = None
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise ArrieroError(f"threads is {self.threads}", expected="at least 1")
+        whole = isinstance(self.threads, Integral) and not isinstance(self.threads, bool)
+        if self.threads is not None and not (whole and 1 <= self.threads <= MOST_THREADS):
+            raise ArrieroError(f"threads is {self.threads!r}", expected=f"a whole number from 1 to {MOST_THREADS:,}")
 
 
 class Cache(Protocol):

@@ -103,6 +103,10 @@ def load_chat(session: Session, path: str | os.PathLike[str], settings: Settings
             where=str(path),
             remedy="Load the bundle that it was held with: another computes other keys and values",
         )
+    if not (isinstance(messages, list) and all(isinstance(one, dict) and "role" in one for one in messages)):
+        raise no_conversation(path, ValueError("what was said is no list of messages"))
+    if not isinstance(kept, dict):
+        raise no_conversation(path, ValueError("its settings are no mapping"))
     return Chat(session, messages, cast(Settings, {**kept, **settings}), place)
 
 

@@ -16,12 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.runtimes.json_schema import OPTIONS, enforceable
-from arriero.strict_json import parse_json
+from arriero.runtimes.json_schema import MOST_PATTERN, MOST_TEXT, OPTIONS, check_text, enforceable
+from arriero.strict_json import check_characters, parse_json
 from arriero.traits import install
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+
+MOST_CHOICES = 1000
+MOST_GRAMMAR = 1 << 14  # characters: a terminal of as many optional letters takes llguidance two seconds
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Form:
     - `regex`: text that a regular expression describes whole.
     - `choice`: one of some texts.
     - `grammar`: text that a grammar in Lark's notation describes.
+
+    Each has a size from which on reading it would hold up every other answer, and is refused.
     """
 
     json_schema: Mapping[str, Any] | str | None = None
@@ -46,12 +51,18 @@ class Form:
         for name in ("regex", "grammar"):
             if not isinstance(getattr(self, name) or "", str):
                 raise ArrieroError(f"{name} is {getattr(self, name)!r:.60}", expected="a text")
+            check_characters(getattr(self, name) or "", name)
         if self.json_schema is not None and not isinstance(self.json_schema, Mapping | str):
             raise ArrieroError(f"json_schema is {self.json_schema!r:.60}", expected="a mapping, or its JSON text")
         choice: Any = self.choice
         texts = choice if isinstance(choice, list | tuple) else ()
         if choice is not None and not (texts and all(isinstance(text, str) and text for text in texts)):
             raise ArrieroError(f"choice is {choice!r:.60}", expected="a list of texts")
+        if len(texts) > MOST_CHOICES:
+            raise ArrieroError(f"choice has {len(texts):,} texts", expected=f"at most {MOST_CHOICES:,}")
+        check_text("choice", "".join(texts), MOST_TEXT)
+        check_text("regex", self.regex or "", MOST_PATTERN)
+        check_text("grammar", self.grammar or "", MOST_GRAMMAR)
 
     @property
     def is_free(self) -> bool:

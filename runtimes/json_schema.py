@@ -7,6 +7,7 @@ twice counts twice. Each is mended where the schema can say it otherwise, and re
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,15 @@ from arriero.errors import ArrieroError
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
+
+# What llguidance reads in about a second, measured on two cores; its time grows with the square of most of these, and
+# no other answer of the process goes on meanwhile.
+MOST_TEXT = 1 << 16  # characters of a schema without its remarks, or of choices together
+MOST_PATTERN = 1 << 13  # characters of a regular expression, or of all those of a schema
+MOST_PROPERTIES = 1000  # of one object
+MOST_ENTRIES = {"properties": 2000, "patternProperties": 64, "anyOf, oneOf and allOf": 1000}  # of a whole schema
+_BRANCHES = ("anyOf", "oneOf", "allOf")
+_REMARKS = {"title", "description", "default", "examples", "$comment"}
 
 # Between JSON's tokens: a space, or a line and its indentation. Any number would let a model write spaces to the end.
 SPACES = r"(?: |\n {0,20})?"
@@ -66,6 +76,7 @@ _VALUES = {"const", "enum", "default", "examples"}
 def enforceable(schema: Mapping[str, Any]) -> dict[str, Any]:
     """`schema` for llguidance. Raises ArrieroError with everything in it that an answer cannot be held to."""
     try:
+        _check_size(schema)
         problems = [*_problems(schema, "")]
         if problems:
             reason, remedy = "; ".join(problems), "Change it, or ask without it"
@@ -73,6 +84,63 @@ def enforceable(schema: Mapping[str, Any]) -> dict[str, Any]:
         return _rewrite(schema)
     except RecursionError:
         raise ArrieroError("json_schema is nested too deeply", remedy="Flatten it, by $defs for instance") from None
+
+
+def check_text(name: str, text: str, most: int) -> None:
+    """Refuse a text of `name` that is longer than `most`."""
+    if len(text) > most:
+        raise ArrieroError(f"{name} has {len(text):,} characters", expected=f"at most {most:,}", remedy="Simplify it")
+
+
+def _check_size(schema: Mapping[str, Any]) -> None:
+    """Refuse a schema that would take too long to read."""
+    check_text("json_schema", json.dumps(_without_remarks(schema), ensure_ascii=False), MOST_TEXT)
+    counts, patterns = dict.fromkeys(MOST_ENTRIES, 0), [""]
+    for one in _schemas(schema):
+        properties = len(_mapping(one.get("properties")))
+        if properties > MOST_PROPERTIES:
+            raise _too_many("properties of one object", properties, MOST_PROPERTIES)
+        more = _mapping(one.get("patternProperties"))
+        branches = sum(len(one[key]) for key in _BRANCHES if isinstance(one.get(key), list | tuple))
+        for name, count in zip(MOST_ENTRIES, (properties, len(more), branches), strict=True):
+            counts[name] += count
+        counts["properties"] += sum(_members(one.get(key)) for key in ("const", "enum"))
+        patterns += (pattern for pattern in (one.get("pattern"), *more) if isinstance(pattern, str))
+    for name, most in MOST_ENTRIES.items():
+        if counts[name] > most:
+            raise _too_many(f"entries of {name}", counts[name], most)
+    check_text("json_schema's patterns", "".join(patterns), MOST_PATTERN)
+
+
+def _members(value: Any) -> int:
+    """How many members the objects in `value` have together."""
+    below = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return (len(value) if isinstance(value, Mapping) else 0) + sum(map(_members, below))
+
+
+def _too_many(what: str, count: int, most: int) -> ArrieroError:
+    return ArrieroError(f"json_schema has {count:,} {what}", expected=f"at most {most:,}", remedy="Simplify it")
+
+
+def _schemas(schema: Any) -> Iterator[Mapping[str, Any]]:
+    """Whatever may be a schema in `schema`, itself first, however deep."""
+    if isinstance(schema, Mapping):
+        yield schema
+        for _, below in _below(schema, ""):
+            yield from _schemas(below)
+
+
+def _without_remarks(schema: Any) -> Any:
+    """`schema` without what an answer is not held to."""
+    if not isinstance(schema, Mapping):
+        return [_without_remarks(entry) for entry in schema] if isinstance(schema, list | tuple) else schema
+    kept: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _SCHEMAS_BY_NAME and isinstance(value, Mapping):
+            kept[key] = {name: _without_remarks(below) for name, below in value.items()}
+        elif key not in _REMARKS:
+            kept[key] = value if key in _VALUES else _without_remarks(value)
+    return kept
 
 
 def _problems(schema: Any, at: str) -> Iterator[str]:

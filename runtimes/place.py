@@ -40,7 +40,10 @@ class Place:
         return count if count >= read // chunk * chunk else count // chunk * chunk
 
     def save(self, path: str | os.PathLike[str], said: Mapping[str, Any]) -> None:
-        """Write the place to `path`, whole or not at all, with what else is `said` of it as JSON."""
+        """Write the place to `path`, whole or not at all, with what else is `said` of it as JSON.
+
+        Raises ArrieroError where it cannot be written.
+        """
         snapshot = self.snapshot
         head = {"format": FORMAT, "length": snapshot.length, "adapter": snapshot.adapter, "said": said}
         arrays = {"head": np.frombuffer(json.dumps(head).encode(), np.uint8), "ids": self.ids}
@@ -49,20 +52,26 @@ class Place:
         for kind, buffers in (("key", snapshot.keys), ("value", snapshot.values)):
             arrays |= {f"{kind}.{layer}": buffer for layer, buffer in enumerate(buffers)}
         target = Path(path)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            try:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-                file.flush()
-                os.replace(file.name, target)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        try:
+            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+                try:
+                    np.savez(file, **arrays)  # type: ignore[arg-type]
+                    file.flush()
+                    os.replace(file.name, target)
+                except BaseException:
+                    Path(file.name).unlink(missing_ok=True)
+                    raise
+        except (OSError, ValueError) as error:  # a path with a zero byte is a ValueError
+            what = f"the conversation cannot be written ({getattr(error, 'strerror', None) or error})"
+            raise ArrieroError(what, where=str(path), remedy="Give a path that can be written") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], spec: ModelSpec) -> tuple[Self, dict[str, Any]]:
         """Read what `save` wrote for the model `spec`. Raises ArrieroError for a file that is something else."""
         try:
             with np.load(path, allow_pickle=False) as archive:
+                if sum(one.file_size for one in archive.zip.infolist()) > os.path.getsize(path):
+                    raise ValueError("it is compressed, and holds more than its own size")  # `save` compresses nothing
                 head = json.loads(archive["head"].tobytes())
                 if head["format"] != FORMAT:
                     raise ValueError(f"its format is {head['format']}")

@@ -8,7 +8,7 @@ owns the backend, see `Engine`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -164,6 +164,10 @@ class Session:
         """Begin a conversation that keeps its place: a turn reads its own tokens alone. `messages` open it, such as the
         system's; `settings` are those of every turn.
         """
+        listed = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
+        if not (listed and all(isinstance(message, Mapping) for message in messages)):
+            remedy = "Say a text with `send`, once the conversation has begun"
+            raise ArrieroError(f"messages is {messages!r:.60}", expected="a list of messages", remedy=remedy)
         return Chat(self, messages, settings)
 
     def load_chat(self, path: str | os.PathLike[str], **settings: Unpack[Settings]) -> Chat:

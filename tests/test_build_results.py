@@ -237,3 +237,20 @@ def test_paths_that_look_like_markup_do_no_harm(workshop: Path, tmp_path: Path) 
     compared = ["compare", str(bundle), "--against", str(workshop / "scout"), "--samples", "2"]
     done = subprocess.run([*COMMAND, *compared], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_files_and_folders_that_cannot_be_written_are_told_before_anything_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_build(tmp_path / "build.yaml", tmp_path / "none")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("arriero.export.build_file.read.load_build", lambda *_: pytest.fail("the build has begun"))
+    for option in ("--junit", "--json"):
+        for path in (tmp_path, tmp_path / "file" / "x"):
+            done = arriero("build", tmp_path / "build.yaml", option, path)
+            assert done.code == 2
+            assert f"{path}: the report cannot be written (" in done.err
+    done = arriero("build", tmp_path / "build.yaml", "--dump-graphs", tmp_path / "file")
+    assert done.code == 2
+    assert f"--dump-graphs {tmp_path / 'file'}: the folder cannot be written to (File exists)" in done.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["build.yaml", "file"]

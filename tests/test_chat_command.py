@@ -83,3 +83,14 @@ def test_commands_that_cannot_be_done_say_why_and_the_conversation_goes_on(bundl
     ):
         assert sentence in done.err
     assert len(done.out.splitlines()) == 1  # what follows /exit is not read
+
+
+def test_a_file_that_cannot_be_written_or_read_costs_no_conversation(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no conversation")
+    lines = (f"/save {tmp_path / 'none' / 'x'}", f"/save {tmp_path}", f"/load {tmp_path}", f"/load {tmp_path / 'file'}")
+    done = talk(bundle, TURNS[0], *lines, TURNS[1])
+    assert len(reads(done)) == 2
+    assert f"{tmp_path / 'none' / 'x'}: the conversation cannot be written (No such file or directory)" in done.err
+    assert f"{tmp_path}: the conversation cannot be written (Is a directory). Give a path that can" in done.err
+    assert done.err.count("this is no saved conversation of the model") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -59,3 +59,20 @@ def test_a_document_is_shown_as_its_pages(workshop, tmp_path):
     refused = arriero("run", bundle, PROMPT, "--document", tmp_path / "b.pdf")
     assert refused.code == 2
     assert "b.pdf: this is not a readable PDF" in refused.err
+
+
+def test_a_document_or_video_of_more_than_the_context_is_refused_before_it_is_drawn(workshop, tmp_path, monkeypatch):
+    pypdfium2 = pytest.importorskip("pypdfium2", reason="needs the package pypdfium2")
+    written = pypdfium2.PdfDocument.new()
+    for _ in range(1000):
+        written.new_page(200, 100)
+    written.save(tmp_path / "a.pdf")
+    monkeypatch.setattr("arriero.runtimes.processor.documents._drawn", lambda *_: pytest.fail("a page was drawn"))
+    bundle = workshop / "bundles" / "fp32"
+    refused = arriero("run", bundle, PROMPT, "--document", tmp_path / "a.pdf")
+    assert refused.code == 2
+    assert "the document has 1,000 pages; expected at most" in refused.err
+    (tmp_path / "a.mp4").touch()
+    refused = arriero("run", bundle, PROMPT, "--video", tmp_path / "a.mp4", "--frames", "1000")
+    assert refused.code == 2
+    assert "num_frames is 1,000; expected at most" in refused.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,11 +112,17 @@ def build(
     from arriero.export.cli.progress import Progress
     from arriero.export.cli.show_results import Outcome, show_outcome
     from arriero.export.pipeline.build import Build
+    from arriero.runtimes.proof.report import check_writable
 
     printed = json_file is not None and str(json_file) == STDOUT
     if json_file is not None and json_file.suffix in (".yaml", ".yml"):
         remedy = "Give another FILE, or `--json` at the end to print it"
         raise ArrieroError("a build file is no place for results", where=f"--json {json_file}", remedy=remedy)
+    for report in (junit, None if printed else json_file):
+        if report is not None:
+            check_writable(report)
+    if dump_graphs is not None:
+        _check_folder(dump_graphs)
     outcome = Outcome(str(build_file), require_proof)
     try:
         outcome.config = load_build(build_file)
@@ -134,6 +141,17 @@ def build(
         print_json(outcome.to_json())
     show_outcome(outcome, None if printed else out, err)
     raise typer.Exit(outcome.exit_code)
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse a folder for graphs that cannot be made or written to, before anything is traced."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        what, remedy = f"the folder cannot be written to ({error.strerror})", "Give another folder"
+        raise ArrieroError(what, where=f"--dump-graphs {path}", remedy=remedy) from None
 
 
 def calibrate(build_file: BuildFile = Path("build.yaml"), workers: Workers = None, as_json: Json = False) -> None:

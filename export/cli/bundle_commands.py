@@ -227,6 +227,7 @@ def run(
 
     from arriero.export.cli.show_reads import describe_drafts, describe_reads
     from arriero.runtimes.api import load
+    from arriero.runtimes.backend import no_vision
     from arriero.runtimes.manifest import Manifest
     from arriero.runtimes.processor.documents import read_document
     from arriero.runtimes.processor.video import read_video
@@ -235,9 +236,14 @@ def run(
         raise ArrieroError("--logprobs is shown as JSON only", remedy="Add --json")
     text = sys.stdin.read() if prompt == "-" else prompt
     pictures: list[ImageLike] = list(image or ())
-    pictures += (frame for path in video or () for frame in read_video(path, frames))
-    pictures += (page for path in document or () for page in read_document(path))
     with load(bundle, threads, adapter=adapter, memory=memory, speculate=speculate) as session:
+        if (video or document) and session.spec.vision is None:
+            raise no_vision()
+        most = session.processor.most_pictures(session.context)
+        for path in video or ():
+            pictures += read_video(path, frames, most - len(pictures))
+        for path in document or ():
+            pictures += read_document(path, most=most - len(pictures))
         stream = session.generate(
             session.encode(text, pictures, special_tokens=special_tokens),
             stream=True,

@@ -62,7 +62,7 @@ def chat(
             try:
                 if not talk.take(line):
                     return
-            except ArrieroError as error:
+            except (ArrieroError, OSError) as error:
                 err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
 
 
@@ -120,7 +120,8 @@ class _Talk:
         chosen = {name: value for name, value in self._settings.items() if value is not None}
         self._chat = self._session.load_chat(path, **chosen)
         for message in self._chat.messages:
-            text = message["content"] if isinstance(message["content"], str) else "(with pictures)"
+            content = message.get("content")
+            text = content if isinstance(content, str) else "(with pictures)"
             err.print(f"{message['role']}: {text}", markup=False, highlight=False, style="dim")
 
     def _restart(self) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from arriero.traits import MOST_DRAFTED
+from arriero.traits import MOST_DRAFTED, MOST_THREADS
 
 
 class PipeClosed(Exception):
@@ -43,7 +43,9 @@ Adapters = Annotated[
     list[Path] | None,
     typer.Option(help="A LoRA adapter that the build merged into the checkpoint; several in their order."),
 ]
-Threads = Annotated[int | None, typer.Option(help="CPU threads to use; every core when left out.", min=1)]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads to use; every core when left out.", min=1, max=MOST_THREADS)
+]
 
 Memory = Annotated[
     str | None,

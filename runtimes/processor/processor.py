@@ -118,7 +118,7 @@ class Processor:
         template = default if tools is None else self._templates.get(TOOL_USE, default)
         knows_role = template.knows_role if template is not None else bool
         most = min(context or self._most, self._most)
-        frames = MOST_FRAMES if self.spec.vision is None else max(most // self.spec.vision.tokens_per_tile, 1)
+        frames = self.most_pictures(most)
         wrapped = as_messages(prompt, len(pictures), placeholder)
         messages, shown = expand(wrapped, pictures, placeholder, knows_role, frames)
         if not messages:
@@ -161,7 +161,7 @@ class Processor:
                 remedy="Encode the whole of it with `encode`",
             )
         most = min(context or self._most, self._most)
-        frames = MOST_FRAMES if self.spec.vision is None else max(most // self.spec.vision.tokens_per_tile, 1)
+        frames = self.most_pictures(most)
         before, _ = expand(messages[: last + 1], [], None, template.knows_role, frames)
         added, shown = expand(messages[last + 1 :], as_list(images), None, template.knows_role, frames)
         shows = as_records(tools, "tools"), as_records(documents, "documents")
@@ -178,6 +178,10 @@ class Processor:
         start = len(said.text)
         rendered = Rendered(whole.text[start:], whole.control[start:], whole.boundary)
         return self._encode_rendered(rendered, shown, most)
+
+    def most_pictures(self, context: int) -> int:
+        """How many frames or pages a prompt of `context` tokens has room for: each is one tile at least."""
+        return MOST_FRAMES if self.spec.vision is None else max(context // self.spec.vision.tokens_per_tile, 1)
 
     @property
     def _most(self) -> int:

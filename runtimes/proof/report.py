@@ -6,9 +6,11 @@ Files appear whole or not at all. Numbers that are not finite survive the round 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -182,14 +184,30 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         if is_full(error):  # the path is not what is wrong
             raise
-        raise ArrieroError(
-            f"the report cannot be written ({error.strerror})",
-            where=str(path),
-            remedy="Give a path that can be written",
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a path that `write_text` could not write, before the work that would be reported there."""
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> ArrieroError:
+    what, remedy = f"the report cannot be written ({error.strerror})", "Give a path that can be written"
+    return ArrieroError(what, where=str(path), remedy=remedy)
 
 
 def _plain(value: Any) -> Any:

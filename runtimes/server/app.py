@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -36,10 +38,11 @@ from arriero.runtimes.server.picture_fetcher import PictureFetcher
 from arriero.runtimes.server.responses import ResponseRequest
 from arriero.runtimes.server.spans import AnswerSpan
 from arriero.runtimes.server.sse import HEADERS
-from arriero.strict_json import parse_json
+from arriero.strict_json import check_characters, parse_json
 
 log = logging.getLogger("arriero.server")
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+HALVES = re.compile(rb"\\u[dD][89a-fA-F]")  # of surrogate pairs, as JSON escapes them
 SLOW_SECONDS = 10.0  # for a client to read what is left of a stream whose time is over
 Handler = Callable[[Request], Awaitable[Response]]
 Asked = ChatCompletion | Completion | AnthropicMessage | ResponseRequest
@@ -141,7 +144,13 @@ class Server:
                 content = await request.body()
         except TimeoutError:
             raise RefusalError(408, "The body did not come in time.") from None
-        return parse_json(content, "the body", "Send one JSON object")
+        body = parse_json(content, "the body", "Send one JSON object")
+        if HALVES.search(content):  # no answer could say such a name or text, not even to refuse it
+            try:
+                check_characters(json.dumps(body, ensure_ascii=False), "the body")
+            except RecursionError:
+                raise RefusalError(400, "The body is nested too deeply.") from None
+        return body
 
 
 class _Stream(StreamingResponse):

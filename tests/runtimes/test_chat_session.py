@@ -191,11 +191,31 @@ def test_what_is_no_conversation_of_the_bundle_is_refused(
             with pytest.raises(ArrieroError, match="no saved conversation"):
                 session.load_chat(file)
         head = json.loads(arrays["head"].tobytes())
-        for said in ([], {}):
+        whole = head["said"]
+        for said in ([], {}, {**whole, "messages": "x"}, {**whole, "messages": [3]}, {**whole, "settings": 3}):
             changed = np.frombuffer(json.dumps({**head, "said": said}).encode(), np.uint8)
             np.savez(file, **{**arrays, "head": changed})
             with pytest.raises(ArrieroError, match="no saved conversation"):
                 session.load_chat(file)
+
+
+def test_a_file_that_unpacks_to_more_than_its_size_is_refused_unread(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat, file = session.chat(max_tokens=2), tmp_path / "talk.npz"
+    chat.send("Hi")
+    chat.save(file)
+    with np.load(file) as arrays:
+        np.savez_compressed(file, **{**arrays, "key.0": np.zeros(1 << 24, np.float32)})
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda *_: pytest.fail("an array was read"))
+    with pytest.raises(ArrieroError, match="it is compressed, and holds more than its own size"):
+        session.load_chat(file)
+
+
+@pytest.mark.parametrize("messages", ["x", 3, [3], {"role": "user"}])
+def test_what_opens_a_conversation_is_a_list_of_messages(session: Session, messages: Any) -> None:
+    with pytest.raises(ArrieroError, match=r"messages is .*; expected a list of messages"):
+        session.chat(messages)
 
 
 def test_a_byte_that_flipped_anywhere_in_a_saved_conversation_is_no_traceback(

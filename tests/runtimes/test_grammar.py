@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ SCHEMA: dict[str, Any] = {
     "required": ["name", "age", "tags"],
     "additionalProperties": False,
 }
+NAMED: dict[str, Any] = {f"a{number}": {"type": "integer"} for number in range(1001)}
 ADD: Any = {
     "type": "function",
     "function": {
@@ -99,9 +101,24 @@ def test_the_same_seed_says_the_same_and_log_probabilities_are_the_models(sessio
         ({"regex": "(a"}, "regex cannot be enforced: .*unclosed group"),
         ({"regex": 3}, "regex is 3; expected a text"),
         ({"grammar": "start: x"}, "grammar cannot be enforced: .*unknown name"),
+        ({"regex": "\ud800"}, "regex: holds half of a surrogate pair; expected text"),
+        ({"grammar": "\ud800"}, "grammar: holds half of a surrogate pair; expected text"),
         ({"choice": []}, r"choice is \[\]; expected a list of texts"),
         ({"choice": "yes"}, "choice is 'yes'; expected a list of texts"),
         ({"choice": ["a"], "regex": "a"}, "regex and choice each say what the answer must be"),
+        ({"choice": [*map(str, range(1001))]}, "choice has 1,001 texts; expected at most 1,000"),
+        ({"choice": ["a" * (1 << 16), "b"]}, "choice has 65,537 characters; expected at most 65,536"),
+        ({"regex": "a?" * 5000}, "regex has 10,000 characters; expected at most 8,192"),
+        ({"grammar": 'start: "a"' + " " * (1 << 14)}, "grammar has 16,394 characters; expected at most 16,384"),
+        ({"json_schema": {"const": "a" * (1 << 16)}}, "json_schema has 65,549 characters; expected at most 65,536"),
+        ({"json_schema": {"items": {"properties": NAMED}}}, "json_schema has 1,001 properties of one object; expected"),
+        ({"json_schema": {"enum": [{"a": n} for n in range(2001)]}}, "json_schema has 2,001 entries of properties"),
+        ({"json_schema": {"anyOf": [*NAMED.values()]}}, "json_schema has 1,001 entries of anyOf, oneOf and allOf"),
+        (
+            {"json_schema": {"patternProperties": {f"^{n}$": {} for n in range(65)}}},
+            "has 65 entries of patternPro",
+        ),
+        ({"json_schema": {"items": {"pattern": "a?" * 5000}}}, "json_schema's patterns has 10,000 characters"),
     ],
 )
 def test_a_form_that_cannot_be_enforced_is_refused_before_anything_runs(
@@ -110,3 +127,13 @@ def test_a_form_that_cannot_be_enforced_is_refused_before_anything_runs(
     with pytest.raises(ArrieroError, match=sentence):
         session.generate("x", **settings)
     assert session.stats().prefilled_tokens == 0
+
+
+def test_forms_up_to_their_most_are_read_soon_and_remarks_count_for_nothing(session: Session) -> None:
+    session.generate("x", max_tokens=1, regex="a")
+    properties = dict([*NAMED.items()][:1000])
+    told: dict[str, Any] = {"description": "d" * 100_000, "required": [*properties], "properties": properties}
+    for form in ({"json_schema": told}, {"choice": [*NAMED][:1000]}, {"regex": "a?" * 4096}):
+        start = time.monotonic()
+        session.generate("x", max_tokens=1, **form)
+        assert time.monotonic() - start < 10  # a second, where no other test runs

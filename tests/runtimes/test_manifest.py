@@ -228,9 +228,25 @@ def test_a_wrong_tokenizer_folder_is_refused(copy, name, content, sentence):
         arriero.load(copy)
 
 
-def test_threads_are_checked(bundle):
-    with pytest.raises(ArrieroError, match="threads is 0"):
-        arriero.load(bundle, threads=0)
+@pytest.mark.parametrize("threads", [0, 1025, 100_000, "x", True])
+def test_threads_are_checked(bundle, threads):
+    with pytest.raises(ArrieroError, match=f"threads is {threads!r}; expected a whole number from 1 to 1,024"):
+        arriero.load(bundle, threads=threads)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"bundle": None}, "bundle is None; expected the path of a bundle directory"),
+        ({"batch": "x"}, "batch is 'x'; expected a whole number"),
+        ({"prefix_cache": "1GiB"}, "prefix_cache is '1GiB'; expected a whole number"),
+        ({"speculate": None}, "speculate is None; expected 0, or up to 15 tokens"),
+        ({"adapter": 3}, "there is no adapter 3"),
+    ],
+)
+def test_what_is_of_another_type_is_refused(bundle, settings, sentence):
+    with pytest.raises(ArrieroError, match=sentence):
+        arriero.load(**{"bundle": bundle, **settings})
 
 
 def test_the_runtime_answers_without_the_export_libraries(bundle):

@@ -26,6 +26,7 @@ from tests.runtimes.server.conftest import Serve, Served
 
 ASK: dict[str, Any] = {"model": "toy", "messages": [{"role": "user", "content": "a secret"}], "max_tokens": 5}
 KEYS = ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic right"}, {"X-Api-Key": "w"})
+JSON = "application/json"
 PATHS = ("/metrics", "/v1/models", "/v1/models/toy", "/v1/chat/completions", "/v1/completions", "/tokenize", "/", "/x")
 PATHS += ("/v1/messages", "/v1/responses", "/openapi.json")
 
@@ -88,6 +89,36 @@ def test_what_is_no_request_is_refused_in_the_same_form(served: Served) -> None:
             assert answer.status_code == status, (path, body)
             assert answer.json()["error"]["message"].endswith((".", "?"))
             assert ("allow" in answer.headers) == (status == 405)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": "x", "structured_outputs": {"regex": "\ud800"}}),
+        ("/v1/completions", {"prompt": "x", "structured_outputs": {"grammar": "\udfff"}}),
+        ("/v1/completions", {"prompt": "x", "stop": "\ud83d"}),
+        ("/v1/completions", {"prompt": "x", "\ud800": 1}),
+        ("/v1/chat/completions", {"messages": [{"role": "\ud800", "content": "x"}]}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "\ud800"}], "max_tokens": 1}),
+        ("/v1/responses", {"input": "x", "model": "\ud800"}),
+        ("/tokenize", {"prompt": "\ud800"}),
+    ],
+)
+def test_half_a_character_is_refused_wherever_it_stands(served: Served, path: str, fields: dict[str, Any]) -> None:
+    with served.web() as web:
+        answer = web.post(path, content=json.dumps({"model": "toy", **fields}), headers={"Content-Type": JSON})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"].startswith("the body: holds half of a surrogate pair")
+        whole = {"model": "toy", "prompt": "\ud83d\ude00 \\ud800"}
+        assert web.post("/tokenize", content=json.dumps(whole), headers={"Content-Type": JSON}).status_code == 200
+
+
+def test_a_form_that_would_hold_up_every_other_answer_is_refused(served: Served) -> None:
+    form = {"choice": [*map(str, range(200_000))]}
+    with served.web() as web:
+        answer = web.post("/v1/completions", json={"model": "toy", "prompt": "x", "structured_outputs": form})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "choice has 200,000 texts; expected at most 1,000."
 
 
 def test_bodies_and_pictures_are_bounded(serve: Serve, toy_session: Session) -> None:
