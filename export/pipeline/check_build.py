@@ -20,6 +20,7 @@ from arriero.export.compile.cpus import NAMED, NATIVE, parse_cpu
 from arriero.export.compile.nvidia.tensorrt_api import load
 from arriero.export.machine.doctor import find_lacks
 from arriero.export.pipeline.check_fit import check_elements, check_fit, check_schemes
+from arriero.export.pipeline.check_thresholds import check_thresholds
 from arriero.export.pipeline.failure_page import FailurePage
 from arriero.export.pipeline.sample_sets import SampleSets
 from arriero.export.pipeline.stage_keys import reads_calibration
@@ -83,6 +84,7 @@ def check_asked(asked: Asked, found: Findings) -> None:
     """Find what a build asks of checkpoint and backends that they do not have."""
     build, checkpoint, profiles = asked.build, asked.checkpoint, asked.profiles
     found.of(check_fit, build, asked.config)
+    found.of(check_thresholds, build, asked.config, profiles)
     for target in build.targets:
         found.of(thresholds, build, target, profiles[target.profile])
     if asked.undone:

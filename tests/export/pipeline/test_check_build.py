@@ -68,11 +68,18 @@ def test_nothing_is_wrong_with_a_plain_build(folder: Path) -> None:
         ("context: 1024", "context: 1024, kv_cache: float16", "onnxruntime keeps keys and values in float32, int8"),
         ("samples: 10}", "samples: 1}, thresholds: {task_accuracy_drop.shape: 0.1}", "no parity case of shape"),
         ("samples: 10}", "samples: 10}, answers: forced, thresholds: {task_accuracy_drop: 0.1}", "answers are forced"),
+        ("samples: 10}", "samples: 10}, thresholds: {kl_over_rtn: 0.5}", "no target's profile calibrates"),
+        ("samples: 10}", "samples: 10}, thresholds: {rtn_kl_mean: 0.5}", "is told and not judged: kl_over_rtn is"),
     ],
 )
 def test_what_the_build_file_asks_for(folder: Path, old: str, new: str, words: str) -> None:
     assert old in BUILD
     assert words in problems(folder, BUILD.replace(old, new))
+
+
+def test_a_threshold_on_pictures_in_a_build_of_text(folder: Path) -> None:
+    text = BUILD.replace(", image", "").replace("samples: 10}", "samples: 10}, thresholds: {vision_relative_l2: 0.1}")
+    assert "vision_relative_l2: the build takes in text only" in problems(folder, text)
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "preprocessor_config.json"])
