@@ -19,7 +19,7 @@ from arriero.export.compile.build_kernels import find_compiler
 from arriero.export.compile.cpus import NAMED, NATIVE, parse_cpu
 from arriero.export.compile.nvidia.tensorrt_api import load
 from arriero.export.machine.doctor import find_lacks
-from arriero.export.pipeline.check_fit import check_elements, check_fit, check_schemes
+from arriero.export.pipeline.check_fit import check_elements, check_experts, check_fit, check_schemes
 from arriero.export.pipeline.check_thresholds import check_thresholds
 from arriero.export.pipeline.failure_page import FailurePage
 from arriero.export.pipeline.sample_sets import SampleSets
@@ -92,6 +92,7 @@ def check_asked(asked: Asked, found: Findings) -> None:
         found.of(check_ledger, checkpoint.tensors.values(), expected_tensors(asked.config))
         if found.of(check_schemes, build, profiles):
             found.of(check_elements, build, profiles, shapes)
+            found.of(check_experts, build, profiles, shapes, asked.config.text.moe_layers)
         for name, profile in profiles.items():
             users = ", ".join(f"targets[{n}]" for n, target in enumerate(build.targets) if target.profile == name)
             found.of(_check_shapes, profile, shapes, f"{users}, profile {profile.name}")

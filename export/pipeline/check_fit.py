@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
 
-from arriero.errors import ArrieroError, Problems
+from arriero.errors import ArrieroError, Problems, placed
 from arriero.export.build_file.device import target_gpu
 from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Samples, Target
 from arriero.export.compile.nvidia.gpus import check_product
@@ -72,6 +72,25 @@ def check_schemes(build: BuildConfig, profiles: Mapping[str, Profile]) -> None:
             remedy = "Choose another profile for it, or a backend that has them"
             expected = f"schemes of kind {', '.join(traits.schemes)}"
             problems.append(ArrieroError(what, where=f"targets[{number}]", expected=expected, remedy=remedy))
+    if problems:
+        raise Problems("the build asks for what its backends cannot do", problems)
+
+
+def check_experts(
+    build: BuildConfig, profiles: Mapping[str, Profile], names: Collection[str], layers: Sequence[int]
+) -> None:
+    """Refuse schemes of gate_up and down in the MoE `layers` that their target's backend does not take together."""
+    problems = []
+    for number, target in enumerate(build.targets):
+        lowering = import_module(f"arriero.graphs.lower.{TRAITS[target.backend].module}")
+        if not hasattr(lowering, "check_experts"):  # it takes any
+            continue
+        for assignment in (form.assign(names) for form in profiles[target.profile].forms):
+            for layer in layers:
+                try:
+                    lowering.check_experts(assignment, layer)
+                except ArrieroError as error:
+                    problems.append(placed(error, f"targets[{number}], profile {profiles[target.profile].name}"))
     if problems:
         raise Problems("the build asks for what its backends cannot do", problems)
 

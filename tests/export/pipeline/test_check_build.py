@@ -170,3 +170,21 @@ def test_a_processor_that_only_the_compiler_knows(folder: Path) -> None:
     pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'")
     odd = BUILD.replace("onnxruntime", "tvm, cpu: x86_64-linux-gnu pentium99")
     assert "LLVM knows no x86_64 processor 'pentium99'" in problems(folder, odd)
+
+
+def changed(folder: Path, rules: str) -> str:
+    """A profile of float32 with `rules` ahead of its own."""
+    (folder / "mine.yaml").write_text(
+        "name: mine\nversion: 1\ndescription: d\nthresholds: {logits_kl_mean: 9}\nrules:\n"
+        f"{rules}  - {{match: 're:.*', scheme: {{kind: exact}}, reason: r}}\n"
+    )
+    return "mine.yaml"
+
+
+def test_experts_that_no_single_kernel_takes(folder: Path) -> None:
+    scheme = "{kind: int_block, bits: 8, block: 32, accuracy_level: 4}"
+    mine = changed(folder, f"  - {{match: 're:.*gate_up_proj', scheme: {scheme}, reason: r}}\n")
+    told = problems(folder, BUILD, mine)
+    assert "experts.down_proj: the profile gives gate_up and down of one layer's experts schemes" in told
+    (folder / "build.yaml").write_text(BUILD.replace("onnxruntime", "tvm").replace("PROFILE", mine))
+    assert "single kernel" not in "".join(map(str, make_plan(load_build(folder / "build.yaml")).problems))
