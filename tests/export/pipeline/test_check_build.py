@@ -188,3 +188,8 @@ def test_experts_that_no_single_kernel_takes(folder: Path) -> None:
     assert "experts.down_proj: the profile gives gate_up and down of one layer's experts schemes" in told
     (folder / "build.yaml").write_text(BUILD.replace("onnxruntime", "tvm").replace("PROFILE", mine))
     assert "single kernel" not in "".join(map(str, make_plan(load_build(folder / "build.yaml")).problems))
+
+
+def test_a_table_is_not_quantised(folder: Path) -> None:
+    mine = changed(folder, "  - {match: embeddings, scheme: {kind: int8_dynamic}, reason: r}\n")
+    assert "embed_tokens.weight: it is a table that is read row by row" in problems(folder, BUILD, mine)
