@@ -22,6 +22,7 @@ from arriero.export.machine.doctor import find_lacks
 from arriero.export.pipeline.check_fit import check_elements, check_experts, check_fit, check_schemes
 from arriero.export.pipeline.check_thresholds import check_thresholds
 from arriero.export.pipeline.failure_page import FailurePage
+from arriero.export.pipeline.ownership import IN_THE_WAY, may_own
 from arriero.export.pipeline.sample_sets import SampleSets
 from arriero.export.pipeline.stage_keys import reads_calibration
 from arriero.export.pipeline.stages import WorkDir
@@ -160,11 +161,14 @@ def _check_compiler(target: Target) -> None:
 def _outputs(build: BuildConfig, undone: Collection[str]) -> list[ArrieroError]:
     """What is where the build writes and not its own, and a folder that it may not write to."""
     problems = []
-    bundles = WorkDir(build.output).bundles
+    work = WorkDir(build.output)
+    if not may_own(work.root):
+        remedy = "Move it away, or choose another `output`"
+        problems.append(ArrieroError(IN_THE_WAY, where=str(work.root), remedy=remedy))
     for target in build.targets:
         if not {f"lower-{target.name}", f"parity-{target.name}"} & set(undone):
             continue
-        problems += bundles.problems(build.output / target.name)
+        problems += work.bundles.problems(build.output / target.name)
         problems += FailurePage.of(build.output, target.name).problems()
     there = next(folder for folder in (build.output, *build.output.parents) if folder.exists())
     if not os.access(there, os.W_OK | os.X_OK):

@@ -193,3 +193,13 @@ def test_experts_that_no_single_kernel_takes(folder: Path) -> None:
 def test_a_table_is_not_quantised(folder: Path) -> None:
     mine = changed(folder, "  - {match: embeddings, scheme: {kind: int8_dynamic}, reason: r}\n")
     assert "embed_tokens.weight: it is a table that is read row by row" in problems(folder, BUILD, mine)
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_what_is_in_the_work_folders_place(folder: Path, is_folder: bool) -> None:
+    place = folder / "out" / ".work"
+    (place if is_folder else place.parent).mkdir(parents=True)
+    (place / "thesis.txt" if is_folder else place).write_text("mine")
+    (folder / "build.yaml").write_text(BUILD.replace("PROFILE", "int8"))
+    (problem,) = make_plan(load_build(folder / "build.yaml")).problems
+    assert "/.work: is in the way of the build, and no build made it" in str(problem)
