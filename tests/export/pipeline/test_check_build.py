@@ -166,10 +166,16 @@ def test_a_budget_that_no_candidate_meets(folder: Path) -> None:
     assert "choose.budget: even the smallest candidate takes" in problems(folder, BUILD, "mine.yaml")
 
 
-def test_a_processor_that_only_the_compiler_knows(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("cpu", "words"),
+    [
+        ("x86_64-linux-gnu pentium99", "LLVM knows no x86_64 processor 'pentium99'"),
+        ("x86_64-linux-gnu x86-64 +avx2 +nonsense", "LLVM knows no feature +nonsense of x86_64"),
+    ],
+)
+def test_a_processor_that_only_the_compiler_knows(folder: Path, cpu: str, words: str) -> None:
     pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'")
-    odd = BUILD.replace("onnxruntime", "tvm, cpu: x86_64-linux-gnu pentium99")
-    assert "LLVM knows no x86_64 processor 'pentium99'" in problems(folder, odd)
+    assert words in problems(folder, BUILD.replace("onnxruntime", f"tvm, cpu: {cpu}"))
 
 
 def changed(folder: Path, rules: str) -> str:
