@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from arriero.errors import ArrieroError, Problems, placed, raise_together
-from arriero.export.build_file.device import kernel_arch, target_gpu
+from arriero.export.build_file.device import target_gpu
 from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Target
 from arriero.export.compile.build_kernels import find_compiler
 from arriero.export.compile.cpus import NAMED, NATIVE, parse_cpu
@@ -24,7 +24,7 @@ from arriero.export.pipeline.check_thresholds import check_thresholds
 from arriero.export.pipeline.failure_page import FailurePage
 from arriero.export.pipeline.ownership import IN_THE_WAY, may_own
 from arriero.export.pipeline.sample_sets import SampleSets
-from arriero.export.pipeline.stage_keys import reads_calibration
+from arriero.export.pipeline.stage_keys import kernel_archs, reads_calibration
 from arriero.export.pipeline.stages import WorkDir
 from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.proof.check_answers import check_answers
@@ -117,7 +117,7 @@ def check_ready(asked: Asked, sets: SampleSets, found: Findings) -> None:
         found.of(_check_calibration_set, build, asked.checkpoint, asked.profiles)
     for target in build.targets:
         if f"lower-{target.name}" in undone:
-            found.of(_check_compiler, target)
+            found.of(_check_compiler, target, kernel_archs(target, asked.profiles[target.profile]))
     if any(name.startswith("parity-") for name in undone):
         found.raised += _outputs(build, undone)
     found.of(_check_samples, asked, sets, found)
@@ -144,18 +144,18 @@ def _check_calibration_set(build: BuildConfig, checkpoint: Checkpoint, profiles:
         )
 
 
-def _check_compiler(target: Target) -> None:
-    """Refuse what the target's compiler cannot do on this machine."""
-    gpu, arch = target_gpu(target), kernel_arch(target)
+def _check_compiler(target: Target, archs: Collection[str]) -> None:
+    """Refuse what the target's compilers cannot do on this machine; its kernels are compiled for each of `archs`."""
+    gpu = target_gpu(target)
     if gpu is not None:
         load(target.backend).check_here(gpu)
-    if arch is not None:
+    for arch in sorted(archs):
         find_compiler(arch)
-        if target.cpu not in (None, NATIVE, *NAMED) and not find_lacks(TRAITS[target.backend].packages):
-            # Imported here: names of ours are known to be good, a triple only the compiler knows.
-            import_module(f"arriero.export.compile.{TRAITS[target.backend].module}").llvm_target(
-                parse_cpu(target.cpu or NATIVE)
-            )
+    if archs and target.cpu not in (None, NATIVE, *NAMED) and not find_lacks(TRAITS[target.backend].packages):
+        # Imported here: names of ours are known to be good, a triple only the compiler knows.
+        import_module(f"arriero.export.compile.{TRAITS[target.backend].module}").llvm_target(
+            parse_cpu(target.cpu or NATIVE)
+        )
 
 
 def _outputs(build: BuildConfig, undone: Collection[str]) -> list[ArrieroError]:

@@ -12,6 +12,7 @@ from arriero.export.machine import doctor
 from arriero.export.pipeline import check_build
 from arriero.export.pipeline.plan import make_plan
 from arriero.profiles.recipe import shipped
+from arriero.runtimes.cpu import architecture
 from tests.command import arriero
 from tests.small import small_scout
 
@@ -209,3 +210,18 @@ def test_what_is_in_the_work_folders_place(folder: Path, is_folder: bool) -> Non
     (folder / "build.yaml").write_text(BUILD.replace("PROFILE", "int8"))
     (problem,) = make_plan(load_build(folder / "build.yaml")).problems
     assert "/.work: is in the way of the build, and no build made it" in str(problem)
+
+
+def test_a_compiler_for_the_baseline_of_a_foreign_target(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for this machine measure the RTN baseline of a target for another."""
+    pytest.importorskip("tvm_ffi", reason="needs apache-tvm: pip install 'arriero[tvm]'")
+    other = "arm64-v8" if architecture() == "x86_64" else "x86-64"
+    monkeypatch.setattr("shutil.which", lambda name: None if name == "g++" else name)
+    for profile, lacks in (("int8", 0), ("mine.yaml", 1)):
+        own = shipped()["int4"].read_text().replace("block: 64", "block: 32")
+        (folder / "mine.yaml").write_text(own)
+        (folder / "build.yaml").write_text(
+            BUILD.replace("onnxruntime", f"tvm, cpu: {other}").replace("PROFILE", profile)
+        )
+        found = make_plan(load_build(folder / "build.yaml")).problems
+        assert [f"there is no C++ compiler for {architecture()}" in str(one) for one in found] == [True] * lacks
