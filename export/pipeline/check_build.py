@@ -20,7 +20,7 @@ from arriero.export.compile.cpus import NAMED, NATIVE, parse_cpu
 from arriero.export.compile.nvidia.tensorrt_api import load
 from arriero.export.machine.doctor import find_lacks
 from arriero.export.pipeline.check_fit import check_elements, check_experts, check_fit, check_schemes
-from arriero.export.pipeline.check_thresholds import check_thresholds
+from arriero.export.pipeline.check_thresholds import check_pictures, check_thresholds
 from arriero.export.pipeline.failure_page import FailurePage
 from arriero.export.pipeline.ownership import IN_THE_WAY, may_own
 from arriero.export.pipeline.sample_sets import SampleSets
@@ -200,7 +200,10 @@ def _check_samples(asked: Asked, sets: SampleSets, found: Findings) -> None:
         if build.parity.cases.set == EMBEDDED:
             found.of(sets.case_sizes, min(target.context for target in proofs))
         for target in proofs:
-            found.of(check_answers, sets.cases, thresholds(build, target, asked.profiles[target.profile]))
+            limits = thresholds(build, target, asked.profiles[target.profile])
+            found.of(check_answers, sets.cases, limits)
+            if "image" in build.modalities:
+                found.of(check_pictures, sets.cases, limits)
     narrow = any(target.kv_cache == "int8" for target in build.targets)
     reads_calibration = "calibrate" in undone and (narrow or build.calibration.set == EMBEDDED)
     if reads_calibration and found.of(sets.sample_sizes) and narrow:

@@ -9,7 +9,7 @@ from arriero.errors import ArrieroError, Problems, placed
 from arriero.export.build_file.device import target_gpu
 from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Samples, Target
 from arriero.export.compile.nvidia.gpus import check_product
-from arriero.export.samples.cases import draw_cases, modality
+from arriero.export.samples.cases import draw_cases, show_pictures
 from arriero.graphs.config import ModelConfig
 from arriero.profiles.data import FAMILIES, TEXT_FAMILIES
 from arriero.profiles.recipe import Profile
@@ -136,16 +136,13 @@ def _gpu_problems(target: Target, where: str) -> list[ArrieroError]:
 
 def _blind(samples: Samples) -> ArrieroError | None:
     """What is wrong with the calibration set of a build that takes in images, if it shows none."""
+    if show_pictures(samples):
+        return None
     if samples.set == EMBEDDED:
-        # Samples are drawn from the families in turn, those of text first.
         count, key = samples.samples or 0, "samples"
-        seeing = count > len(TEXT_FAMILIES)
         expected = f"more than {len(TEXT_FAMILIES)}, better a multiple of the {len(FAMILIES)} task families"
     else:
-        cases = draw_cases(samples, ("text", "image"))
-        count, key, seeing = len(cases), "set", any(modality(case) != "text" for case in cases)
+        count, key = len(draw_cases(samples, ("text", "image"))), "set"
         expected = f"images or videos among what is drawn of {samples.set}"
-    if seeing:
-        return None
     what = f"a calibration set of {count} samples holds no images"
     return ArrieroError(what, where=f"calibration.{key}", expected=expected)

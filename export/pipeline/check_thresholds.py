@@ -1,15 +1,19 @@
-"""Refuses thresholds of the build file that could not be judged: no report of the build would have a row for them."""
+"""Refuses thresholds that could not be judged, or that could only fail for want of pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from arriero.errors import ArrieroError, Problems
 from arriero.export.build_file.schema import BuildConfig
+from arriero.export.samples.cases import modality
 from arriero.graphs.config import ModelConfig
 from arriero.profiles.recipe import Profile
+from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.runtimes.proof.rtn_baseline import RTN_KL
 from arriero.thresholds import OVER_RTN
+
+VISION = "vision_relative_l2"
 
 
 def check_thresholds(build: BuildConfig, config: ModelConfig, profiles: Mapping[str, Profile]) -> None:
@@ -19,7 +23,7 @@ def check_thresholds(build: BuildConfig, config: ModelConfig, profiles: Mapping[
     if all(profile.calibration is None for profile in profiles.values()):
         idle[OVER_RTN] = "no target's profile calibrates, so there is no RTN baseline to beat"
     if "image" not in build.modalities:
-        idle["vision_relative_l2"] = "the build takes in text only"
+        idle[VISION] = "the build takes in text only"
     if not any(layer.chunked for layer in text.layers):
         idle["logits_kl_past_chunk"] = "the model has no layers with chunked attention"
     if not text.moe_layers:
@@ -31,3 +35,14 @@ def check_thresholds(build: BuildConfig, config: ModelConfig, profiles: Mapping[
     ]
     if problems:
         raise Problems("thresholds that could not be judged", problems)
+
+
+def check_pictures(cases: Sequence[ParityCase], thresholds: Mapping[str, float]) -> None:
+    """Refuse a threshold on the vision tower's features that no case shows a picture for."""
+    if VISION in thresholds and all(modality(case) == "text" for case in cases):
+        raise ArrieroError(
+            "no parity case shows a picture",
+            where=f"thresholds.{VISION}",
+            expected="cases with images or videos",
+            remedy="Give the set cases with pictures, or more samples",
+        )

@@ -69,6 +69,7 @@ def test_nothing_is_wrong_with_a_plain_build(folder: Path) -> None:
         ("context: 1024", "context: 1024, kv_cache: float16", "onnxruntime keeps keys and values in float32, int8"),
         ("samples: 10}", "samples: 1}, thresholds: {task_accuracy_drop.shape: 0.1}", "no parity case of shape"),
         ("samples: 10}", "samples: 10}, answers: forced, thresholds: {task_accuracy_drop: 0.1}", "answers are forced"),
+        ("samples: 10}", "samples: 3}, thresholds: {vision_relative_l2: 0.1}", "no parity case shows a picture"),
         ("samples: 10}", "samples: 10}, thresholds: {kl_over_rtn: 0.5}", "no target's profile calibrates"),
         ("samples: 10}", "samples: 10}, thresholds: {rtn_kl_mean: 0.5}", "is told and not judged: kl_over_rtn is"),
     ],
@@ -81,6 +82,13 @@ def test_what_the_build_file_asks_for(folder: Path, old: str, new: str, words: s
 def test_a_threshold_on_pictures_in_a_build_of_text(folder: Path) -> None:
     text = BUILD.replace(", image", "").replace("samples: 10}", "samples: 10}, thresholds: {vision_relative_l2: 0.1}")
     assert "vision_relative_l2: the build takes in text only" in problems(folder, text)
+
+
+@pytest.mark.parametrize(("samples", "warned"), [(3, True), (10, False)])
+def test_a_parity_set_without_pictures_is_told(folder: Path, samples: int, warned: bool) -> None:
+    (folder / "build.yaml").write_text(BUILD.replace("PROFILE", "int8").replace("samples: 10", f"samples: {samples}"))
+    warnings = "".join(make_plan(load_build(folder / "build.yaml")).warnings)
+    assert ("no parity case shows one: the vision tower is not proven" in warnings) == warned
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "preprocessor_config.json"])
