@@ -74,6 +74,11 @@ def is_layer_matrix(tensor: str) -> bool:
     return group_of(tensor) in LAYER_GROUPS
 
 
+def is_table(tensor: str) -> bool:
+    """Whether `tensor` is looked up or added by rows: a matrix by its shape, with which nothing is multiplied."""
+    return group_of(tensor) == "embeddings" or tensor == "vision_model.positional_embedding_vlm"
+
+
 def layer_group(tensor: str) -> tuple[int, str]:
     """The decoder layer and the group of one of its matrices."""
     for name in LAYER_GROUPS:

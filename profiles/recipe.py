@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, StrictFloat, StrictInt, model_validator
 
 from arriero.errors import ArrieroError, Problems
-from arriero.profiles.groups import is_layer_matrix
+from arriero.profiles.groups import is_layer_matrix, is_table
 from arriero.profiles.schemes import AsStored, Candidate, Chosen, Exact, Fp8, Half, IntBlock, Record, Scheme, Static
 from arriero.profiles.selectors import Keep, Rule, Selector, Text
 from arriero.profiles.validate import refusal, validated
@@ -207,6 +207,9 @@ def check_shapes(profile: Profile, shapes: Mapping[str, tuple[int, ...]]) -> Non
         if len(shapes[name]) < 2:
             problems.append(ArrieroError("a vector cannot be quantised", where=name, remedy="Put it under `keep`"))
             continue
+        if is_table(name):
+            what = "it is a table that is read row by row, and no kernel reads it quantised"
+            problems.append(ArrieroError(what, where=name, remedy="Put it under `keep`"))
         try:
             scheme.check(shapes[name], name)
         except ArrieroError as error:

@@ -80,11 +80,15 @@ def usable_cores(root: Path = Path("/")) -> int:
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
+def lacking_features(needed: Iterable[str]) -> list[str]:
+    """Which of the features `needed` this processor lacks; none where the system does not tell."""
+    have = cpu_features()
+    return sorted(set(needed) - have) if have else []
+
+
 def check_features(needed: Iterable[str], where: str) -> None:
     """Refuse what `where` asks for, with the features that this processor lacks. Raises MachineLacks."""
-    have = cpu_features()
-    lacking = sorted(set(needed) - have)
-    if have and lacking:
+    if lacking := lacking_features(needed):
         raise MachineLacks(
             f"the bundle was compiled for a processor with {', '.join(lacking)}, which this one lacks",
             where=where,

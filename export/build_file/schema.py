@@ -94,7 +94,9 @@ class Target(_Section):
         description="How keys and values are kept, beside any profile: `float16` (`tvm`) takes half of the memory, "
         "`int8` (`onnxruntime`, `tvm`) a quarter.",
     )
-    shard: Size = Field(default=SHARD, description="Most bytes of one file of weights.")
+    shard: Size = Field(
+        default=SHARD, description="Most bytes of one file of weights. A weight that is larger has a file of its own."
+    )
 
     @field_validator("name")
     @classmethod

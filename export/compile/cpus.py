@@ -69,6 +69,11 @@ def parse_cpu(text: str) -> Cpu:
             f"there is no processor {text!r}",
             expected=f"one of {NATIVE}, {', '.join(NAMED)}, or an LLVM triple such as `{ARM} cortex-a72 +crc`",
         )
+    if "linux" not in words["triple"].split("-"):
+        raise ArrieroError(
+            f"{words['triple']!r} is not a triple of Linux, for which alone kernels are compiled",
+            expected=f"one of {X86}, {ARM}",
+        )
     features = tuple(word.removeprefix("+") for word in words["features"].split())
     return Cpu(words["arch"], words["triple"], words["cpu"] or "generic", features)
 

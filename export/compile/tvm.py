@@ -71,14 +71,19 @@ def fuse(module: tvm.IRModule) -> tvm.IRModule:
 
 
 def llvm_target(cpu: Cpu) -> tvm.target.Target:
-    """The processor as TVM's target. Raises ArrieroError for one that LLVM does not know."""
+    """The processor as TVM's target. Raises ArrieroError for one that LLVM does not know, or a feature."""
     generic = tvm.target.Target({"kind": "llvm", "mtriple": cpu.triple})
     known = [str(name) for name in codegen.llvm_get_cpu_archlist(generic)]
     if cpu.cpu not in known:
         raise ArrieroError(
             f"LLVM knows no {cpu.arch} processor {cpu.cpu!r}", where="cpu", expected=f"one of {', '.join(known)}"
         )
-    return tvm.target.Target(cpu.llvm)
+    target = tvm.target.Target(cpu.llvm)
+    has = set(map(str, codegen.llvm_get_cpu_features(target)))
+    if unknown := [name for name in cpu.features if name not in has]:  # LLVM would leave them out
+        what = f"LLVM knows no feature {', '.join(f'+{name}' for name in unknown)} of {cpu.arch}"
+        raise ArrieroError(what, where="cpu", expected="LLVM's names of features", remedy="Correct or remove it")
+    return target
 
 
 def _with_step(module: tvm.IRModule) -> tvm.IRModule:

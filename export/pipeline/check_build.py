@@ -13,16 +13,18 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from arriero.errors import ArrieroError, Problems, placed, raise_together
-from arriero.export.build_file.device import kernel_arch, target_gpu
+from arriero.export.build_file.device import target_gpu
 from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Target
 from arriero.export.compile.build_kernels import find_compiler
 from arriero.export.compile.cpus import NAMED, NATIVE, parse_cpu
 from arriero.export.compile.nvidia.tensorrt_api import load
 from arriero.export.machine.doctor import find_lacks
-from arriero.export.pipeline.check_fit import check_elements, check_fit, check_schemes
+from arriero.export.pipeline.check_fit import check_elements, check_experts, check_fit, check_schemes
+from arriero.export.pipeline.check_thresholds import check_pictures, check_thresholds
 from arriero.export.pipeline.failure_page import FailurePage
+from arriero.export.pipeline.ownership import IN_THE_WAY, may_own
 from arriero.export.pipeline.sample_sets import SampleSets
-from arriero.export.pipeline.stage_keys import reads_calibration
+from arriero.export.pipeline.stage_keys import kernel_archs, reads_calibration
 from arriero.export.pipeline.stages import WorkDir
 from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.proof.check_answers import check_answers
@@ -83,6 +85,7 @@ def check_asked(asked: Asked, found: Findings) -> None:
     """Find what a build asks of checkpoint and backends that they do not have."""
     build, checkpoint, profiles = asked.build, asked.checkpoint, asked.profiles
     found.of(check_fit, build, asked.config)
+    found.of(check_thresholds, build, asked.config, profiles)
     for target in build.targets:
         found.of(thresholds, build, target, profiles[target.profile])
     if asked.undone:
@@ -90,6 +93,7 @@ def check_asked(asked: Asked, found: Findings) -> None:
         found.of(check_ledger, checkpoint.tensors.values(), expected_tensors(asked.config))
         if found.of(check_schemes, build, profiles):
             found.of(check_elements, build, profiles, shapes)
+            found.of(check_experts, build, profiles, shapes, asked.config.text.moe_layers)
         for name, profile in profiles.items():
             users = ", ".join(f"targets[{n}]" for n, target in enumerate(build.targets) if target.profile == name)
             found.of(_check_shapes, profile, shapes, f"{users}, profile {profile.name}")
@@ -113,7 +117,7 @@ def check_ready(asked: Asked, sets: SampleSets, found: Findings) -> None:
         found.of(_check_calibration_set, build, asked.checkpoint, asked.profiles)
     for target in build.targets:
         if f"lower-{target.name}" in undone:
-            found.of(_check_compiler, target)
+            found.of(_check_compiler, target, kernel_archs(target, asked.profiles[target.profile]))
     if any(name.startswith("parity-") for name in undone):
         found.raised += _outputs(build, undone)
     found.of(_check_samples, asked, sets, found)
@@ -140,28 +144,31 @@ def _check_calibration_set(build: BuildConfig, checkpoint: Checkpoint, profiles:
         )
 
 
-def _check_compiler(target: Target) -> None:
-    """Refuse what the target's compiler cannot do on this machine."""
-    gpu, arch = target_gpu(target), kernel_arch(target)
+def _check_compiler(target: Target, archs: Collection[str]) -> None:
+    """Refuse what the target's compilers cannot do on this machine; its kernels are compiled for each of `archs`."""
+    gpu = target_gpu(target)
     if gpu is not None:
         load(target.backend).check_here(gpu)
-    if arch is not None:
+    for arch in sorted(archs):
         find_compiler(arch)
-        if target.cpu not in (None, NATIVE, *NAMED) and not find_lacks(TRAITS[target.backend].packages):
-            # Imported here: names of ours are known to be good, a triple only the compiler knows.
-            import_module(f"arriero.export.compile.{TRAITS[target.backend].module}").llvm_target(
-                parse_cpu(target.cpu or NATIVE)
-            )
+    if archs and target.cpu not in (None, NATIVE, *NAMED) and not find_lacks(TRAITS[target.backend].packages):
+        # Imported here: names of ours are known to be good, a triple only the compiler knows.
+        import_module(f"arriero.export.compile.{TRAITS[target.backend].module}").llvm_target(
+            parse_cpu(target.cpu or NATIVE)
+        )
 
 
 def _outputs(build: BuildConfig, undone: Collection[str]) -> list[ArrieroError]:
     """What is where the build writes and not its own, and a folder that it may not write to."""
     problems = []
-    bundles = WorkDir(build.output).bundles
+    work = WorkDir(build.output)
+    if not may_own(work.root):
+        remedy = "Move it away, or choose another `output`"
+        problems.append(ArrieroError(IN_THE_WAY, where=str(work.root), remedy=remedy))
     for target in build.targets:
         if not {f"lower-{target.name}", f"parity-{target.name}"} & set(undone):
             continue
-        problems += bundles.problems(build.output / target.name)
+        problems += work.bundles.problems(build.output / target.name)
         problems += FailurePage.of(build.output, target.name).problems()
     there = next(folder for folder in (build.output, *build.output.parents) if folder.exists())
     if not os.access(there, os.W_OK | os.X_OK):
@@ -193,7 +200,10 @@ def _check_samples(asked: Asked, sets: SampleSets, found: Findings) -> None:
         if build.parity.cases.set == EMBEDDED:
             found.of(sets.case_sizes, min(target.context for target in proofs))
         for target in proofs:
-            found.of(check_answers, sets.cases, thresholds(build, target, asked.profiles[target.profile]))
+            limits = thresholds(build, target, asked.profiles[target.profile])
+            found.of(check_answers, sets.cases, limits)
+            if "image" in build.modalities:
+                found.of(check_pictures, sets.cases, limits)
     narrow = any(target.kv_cache == "int8" for target in build.targets)
     reads_calibration = "calibrate" in undone and (narrow or build.calibration.set == EMBEDDED)
     if reads_calibration and found.of(sets.sample_sizes) and narrow:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
 
-from arriero.errors import ArrieroError, Problems
+from arriero.errors import ArrieroError, Problems, placed
 from arriero.export.build_file.device import target_gpu
 from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Samples, Target
 from arriero.export.compile.nvidia.gpus import check_product
-from arriero.export.samples.cases import draw_cases, modality
+from arriero.export.samples.cases import draw_cases, show_pictures
 from arriero.graphs.config import ModelConfig
 from arriero.profiles.data import FAMILIES, TEXT_FAMILIES
 from arriero.profiles.recipe import Profile
@@ -76,6 +76,25 @@ def check_schemes(build: BuildConfig, profiles: Mapping[str, Profile]) -> None:
         raise Problems("the build asks for what its backends cannot do", problems)
 
 
+def check_experts(
+    build: BuildConfig, profiles: Mapping[str, Profile], names: Collection[str], layers: Sequence[int]
+) -> None:
+    """Refuse schemes of gate_up and down in the MoE `layers` that their target's backend does not take together."""
+    problems = []
+    for number, target in enumerate(build.targets):
+        lowering = import_module(f"arriero.graphs.lower.{TRAITS[target.backend].module}")
+        if not hasattr(lowering, "check_experts"):  # it takes any
+            continue
+        for assignment in (form.assign(names) for form in profiles[target.profile].forms):
+            for layer in layers:
+                try:
+                    lowering.check_experts(assignment, layer)
+                except ArrieroError as error:
+                    problems.append(placed(error, f"targets[{number}], profile {profiles[target.profile].name}"))
+    if problems:
+        raise Problems("the build asks for what its backends cannot do", problems)
+
+
 def check_elements(build: BuildConfig, profiles: Mapping[str, Profile], shapes: Mapping[str, Sequence[int]]) -> None:
     """Refuse targets for which a tensor would have more elements than their backend takes in one."""
     problems = []
@@ -117,16 +136,13 @@ def _gpu_problems(target: Target, where: str) -> list[ArrieroError]:
 
 def _blind(samples: Samples) -> ArrieroError | None:
     """What is wrong with the calibration set of a build that takes in images, if it shows none."""
+    if show_pictures(samples):
+        return None
     if samples.set == EMBEDDED:
-        # Samples are drawn from the families in turn, those of text first.
         count, key = samples.samples or 0, "samples"
-        seeing = count > len(TEXT_FAMILIES)
         expected = f"more than {len(TEXT_FAMILIES)}, better a multiple of the {len(FAMILIES)} task families"
     else:
-        cases = draw_cases(samples, ("text", "image"))
-        count, key, seeing = len(cases), "set", any(modality(case) != "text" for case in cases)
+        count, key = len(draw_cases(samples, ("text", "image"))), "set"
         expected = f"images or videos among what is drawn of {samples.set}"
-    if seeing:
-        return None
     what = f"a calibration set of {count} samples holds no images"
     return ArrieroError(what, where=f"calibration.{key}", expected=expected)

@@ -12,6 +12,7 @@ from arriero.errors import ArrieroError
 
 MARK = ".arriero"
 PARTIAL = ".partial"
+IN_THE_WAY = "is in the way of the build, and no build made it"
 
 
 def own(folder: Path) -> None:
@@ -20,7 +21,7 @@ def own(folder: Path) -> None:
         return
     if not may_own(folder):
         remedy = "Move it away, or choose another `output`"
-        raise ArrieroError("is in the way of the build, and no build made it", where=str(folder), remedy=remedy)
+        raise ArrieroError(IN_THE_WAY, where=str(folder), remedy=remedy)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).write_text(_mark(folder), encoding="utf-8")
 
@@ -33,7 +34,10 @@ def may_own(folder: Path) -> bool:
         return True
     if folder.is_symlink() or not folder.is_dir():
         return not (folder.is_symlink() or folder.exists())
-    return all(entry.name == MARK and _begins_mark(entry) for entry in folder.iterdir())
+    try:
+        return all(entry.name == MARK and _begins_mark(entry) for entry in folder.iterdir())
+    except OSError:  # a folder that we may not look into is somebody else's
+        return False
 
 
 def _begins_mark(file: Path) -> bool:

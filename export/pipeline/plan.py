@@ -27,7 +27,7 @@ from arriero.export.pipeline.sample_sets import SampleSets
 from arriero.export.pipeline.stage_keys import KeyInputs, calibrating, reads_calibration, stage_inputs
 from arriero.export.pipeline.stages import WorkDir, key_of
 from arriero.export.pipeline.target_thresholds import thresholds
-from arriero.export.samples.cases import scored_counts
+from arriero.export.samples.cases import scored_counts, show_pictures
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.sources.runtime_adapters import RuntimeAdapters
@@ -124,7 +124,10 @@ def _warnings(build: BuildConfig, profiles: Mapping[str, Profile]) -> tuple[str,
     """What the build does all the same, and its reports say less for."""
     counts = scored_counts(build.parity.cases, build.modalities)
     limits = {target.name: thresholds(build, target, profiles[target.profile]) for target in build.targets}
-    return tuple(sentence for name, own in limits.items() for sentence in weak_thresholds(name, own, counts))
+    weak = [sentence for name, own in limits.items() for sentence in weak_thresholds(name, own, counts)]
+    if "image" in build.modalities and not show_pictures(build.parity.cases):
+        weak.append("the bundles take in images, and no parity case shows one: the vision tower is not proven")
+    return tuple(weak)
 
 
 def _describe(build: BuildConfig, checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Any]:

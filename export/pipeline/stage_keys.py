@@ -56,7 +56,7 @@ def stage_inputs(
         },
     }
     for target in build.targets:
-        for arch in _kernel_archs(target, profiles[target.profile]):
+        for arch in kernel_archs(target, profiles[target.profile]):
             stages[f"kernels-{arch}"] = {
                 "source": source_hash("export/compile/kernels", "export/compile/build_kernels.py")
             }
@@ -102,7 +102,7 @@ def gpu_inputs(target: Target, memory: int | None) -> KeyInputs | None:
     return None if gpu is None else {"gpu": str(gpu), "memory": memory}
 
 
-def _kernel_archs(target: Target, profile: Profile) -> set[str]:
+def kernel_archs(target: Target, profile: Profile) -> set[str]:
     """What a target's build compiles kernels for: its processor, and this one where its RTN baseline is measured."""
     arch = kernel_arch(target)
     return set() if arch is None else {arch, architecture()} if profile.calibration else {arch}

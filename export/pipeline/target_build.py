@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib import import_module
@@ -38,7 +38,7 @@ from arriero.graphs.sources.synthetic import SyntheticModel
 from arriero.profiles.kv_cache import StoredCache, cache_scales
 from arriero.profiles.quantized_weights import QuantizedWeights
 from arriero.profiles.recipe import Profile
-from arriero.runtimes.cpu import architecture
+from arriero.runtimes.cpu import architecture, lacking_features
 from arriero.runtimes.manifest import (
     LICENSES,
     REPORTS,
@@ -75,12 +75,18 @@ class TargetBuild:
 
     @property
     def device(self) -> str | None:
-        """What this machine would have to be to run the target; None where it can."""
+        """What this machine would have to be to run the lowered target; None where it can."""
+        return self.device_with(read_part(LoweredPart, self.lowered).compiled.features)
+
+    def device_with(self, features: Iterable[str]) -> str | None:
+        """The same for a target that was compiled for a processor with `features`."""
         gpu, arch = target_gpu(self.target), kernel_arch(self.target)
         if gpu is not None and gpu not in local_gpus():
             return f"a machine with {gpu.description}"
         if arch not in (None, architecture()) and not can_emulate(str(arch)):
             return f"a machine with {arch} processors"
+        if arch == architecture() and (lacking := lacking_features(features)):
+            return f"a machine with {', '.join(lacking)}"
         return None
 
     @property
@@ -130,16 +136,17 @@ class TargetBuild:
         return replace(result, seconds=time.monotonic() - start, stages={**shared, **stages})
 
     def _run(self) -> TargetResult:
-        current = is_current(self.bundle, self.stages) and is_placed(self.bundle, self.build.config.parity.record)
-        proven = current and Manifest.read(self.bundle).proven
-        if current and (proven or self.device is not None):
-            self.failure_page.remove()
-            self.build.watch(f"{self.target.name}: up to date", 1, 1, "bundles")
-            if not proven:
-                return TargetResult(self.target.name, self.bundle, "unproven", device=self.device)
-            for adapter in self.subjects:
-                self.reports[adapter] = read_json(self.bundle / proof_path(adapter, "parity.json"))
-            return TargetResult(self.target.name, self.bundle, "up to date", reports=self.reports)
+        if is_current(self.bundle, self.stages) and is_placed(self.bundle, self.build.config.parity.record):
+            manifest = Manifest.read(self.bundle)
+            device = self.device_with(manifest.target.features)
+            if manifest.proven or device is not None:
+                self.failure_page.remove()
+                self.build.watch(f"{self.target.name}: up to date", 1, 1, "bundles")
+                if not manifest.proven:
+                    return TargetResult(self.target.name, self.bundle, "unproven", device=device)
+                for adapter in self.subjects:
+                    self.reports[adapter] = read_json(self.bundle / proof_path(adapter, "parity.json"))
+                return TargetResult(self.target.name, self.bundle, "up to date", reports=self.reports)
         lowered = self.lowered
         prepared = self.build.work.bundles.prepare(self.bundle)
         files = assemble(lowered, prepared)
@@ -344,7 +351,8 @@ class TargetBuild:
         def lower_text(rtn: Path) -> None:
             parts: tuple[str, ...] = ("text",)
             target, kernels = self.target.model_copy(update={"name": f"{self.target.name}-rtn"}), self.kernels
-            if kernel_arch(target) not in (None, architecture()):
+            arch = kernel_arch(target)
+            if arch is not None and (arch != architecture() or self.device is not None):
                 # What rounding costs is the same on every processor, so a foreign target's is measured on this one.
                 parts, target = self.build.parts, target.model_copy(update={"cpu": NATIVE})
                 kernels = self.native_kernels

@@ -7,14 +7,14 @@ from arriero.export.build_file.schema import BuildConfig, Target
 from arriero.export.pipeline.record_plan import answer_mode
 from arriero.profiles.kv_cache import widen_thresholds
 from arriero.profiles.recipe import Profile
-from arriero.thresholds import FORCED
+from arriero.thresholds import FORCED, OVER_RTN
 
 
 def thresholds(build: BuildConfig, target: Target, profile: Profile) -> dict[str, float]:
     """The parity thresholds of `target`: its profile's, with what a narrower cache may cost, and the build file's own.
 
     A profile's threshold on generated answers holds for forced ones where the build has these; the build file's own are
-    refused when they are of the other kind.
+    refused when they are of the other kind. What beats an RTN baseline is asked of profiles that calibrate alone.
     """
     own = widen_thresholds(profile.thresholds, target.kv_cache)
     forced = answer_mode(build) == "forced"
@@ -27,7 +27,10 @@ def thresholds(build: BuildConfig, target: Target, profile: Profile) -> dict[str
                 expected=f"one of {', '.join(FORCED.values() if forced else FORCED)}",
                 remedy="Name that metric, or say `answers` beside `thresholds`",
             )
-    return {(_forced(name) if forced else name): value for name, value in own.items()} | build.parity.thresholds
+    merged = {(_forced(name) if forced else name): value for name, value in own.items()} | build.parity.thresholds
+    if profile.calibration is None:  # the build file may ask it of another target
+        merged.pop(OVER_RTN, None)
+    return merged
 
 
 def _forced(name: str) -> str:

@@ -103,6 +103,14 @@ def modality(case: ParityCase) -> str:
     return "video" if case.family == "video" else "text" if case.family in ("text", *TEXT_FAMILIES) else "image"
 
 
+def show_pictures(samples: Samples) -> bool:
+    """Whether any of the samples of a build that takes in images shows one; those of embedded sets are not drawn."""
+    if samples.set != EMBEDDED:
+        return any(modality(case) != "text" for case in draw_cases(samples, ("text", "image")))
+    # they are drawn from the families in turn, those of text first
+    return (samples.samples or samples.usual) > len(TEXT_FAMILIES)
+
+
 def content_hash(cases: Iterable[ParityCase]) -> str:
     """The sha256 over all that is asked, shown and answered: words, and the bytes of every image and video file."""
     known: dict[str, str] = {}

@@ -6,11 +6,15 @@ initialiser name -> file, dtype, shape, scheme. The canonical model is left as i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
 from arriero.graphs.functions import ADD_LORA, CACHED_ATTENTION, EXPERT_DISPATCH, add_functions
 from arriero.graphs.lower.part import Lowering, Phase, WeightTable, lower_part
+from arriero.graphs.names import expert_tensors
 from arriero.graphs.passes.add_adapters import add_adapters
+from arriero.graphs.passes.expert_pairs import check_pair
 from arriero.graphs.passes.fuse_rotary import ROTARY, fuse_rotary
 from arriero.graphs.passes.quantize_cache import INT8_CACHE, quantize_cache
 from arriero.graphs.passes.quantize_dispatch import quantize_dispatch
@@ -29,6 +33,12 @@ def lacks(scheme: Scheme) -> str | None:
     if isinstance(scheme, IntBlock) and scheme.grid != "even":  # its products know integers alone
         return scheme.description
     return None if scheme.kind in TRAITS["onnxruntime"].schemes else scheme.description
+
+
+def check_experts(assignment: Mapping[str, Scheme], layer: int) -> None:
+    """Refuse schemes for the experts of `layer` that this backend multiplies with in no single node."""
+    gate_up, down = expert_tensors(layer)
+    check_pair(assignment[gate_up], assignment[down], down)
 
 
 def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:

@@ -37,7 +37,8 @@ class Lowering:
     `assignment` is `Profile.assign` over the checkpoint's tensors, `roundings` what calibration found for those that
     round by gptq, `cache` how keys and values are kept. `capability` is that of the target's GPU (89 for 8.9; 0: none,
     or any). `dump` is shown the graph after each phase. `adapters` are those that the bundle switches between; without
-    any its graphs have no input for them. No file of weights takes more than `shard` bytes.
+    any its graphs have no input for them. No file of weights takes more than `shard` bytes, unless it is
+    that of one larger weight.
     """
 
     config: ModelConfig

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from arriero.errors import ArrieroError
 from arriero.graphs.dispatch_functions import dispatch_over
 from arriero.graphs.functions import DOMAIN, EXPERT_DISPATCH
+from arriero.graphs.passes.expert_pairs import check_pair
 from arriero.graphs.rewrite.misses import miss
 from arriero.graphs.rewrite.nodes import replace_node
 from arriero.graphs.stored.channels import ByteScheme, linear_name, store_experts
@@ -27,12 +27,8 @@ def quantize_dispatch(model: ir.Model, store: WeightStore) -> int:
         if not isinstance(first, ByteScheme):
             miss(node, EXPERT_DISPATCH, f"{names[0]} is {first.description}, not one byte per weight")
             continue
-        if not isinstance(second, ByteScheme) or linear_name(first) != linear_name(second):
-            raise ArrieroError(
-                "the profile gives gate_up and down of one layer's experts schemes that no single kernel takes",
-                where=names[1],
-                expected=f"{first.description} for both",
-            )
+        check_pair(first, second, names[1])
+        assert isinstance(second, ByteScheme)
         weights = [*store_experts(store, names[0], first), *store_experts(store, names[1], second)]
         replace_node(node, dispatch_over(linear_name(first)), [*node.inputs[:3], *weights], {}, DOMAIN)
         count += 1

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from arriero.errors import ArrieroError
 from arriero.graphs.functions import EXPERT_DISPATCH
+from arriero.graphs.passes.expert_pairs import check_pair
 from arriero.graphs.rewrite.nodes import CONTRIB, add_constant, insert_node, replace_node
 from arriero.graphs.rewrite.topk_rows import scale_inputs, sum_choices
 from arriero.graphs.stored.rounded import store_rows
@@ -63,23 +63,16 @@ def _weights(store: WeightStore, gate_up: str, down: str) -> tuple[str, list[ir.
     fc1, fc2 = (experts, double, hidden), (experts, hidden, double // 2)
     fc1_rows, fc2_rows = _rows(store, gate_up, _interleave), _rows(store, down, _transpose)
     first, second = store.schemes[gate_up], store.schemes[down]
-    if isinstance(first, Exact) and isinstance(second, Exact):
+    check_pair(first, second, down)
+    if isinstance(first, Exact):
         values = [
             store.exact_rows(f"{gate_up}.rows", fc1, fc1_rows),
             None,
             store.exact_rows(f"{down}.rows", fc2, fc2_rows),
         ]
         return "MoE", values, {}
-    if (
-        not isinstance(first, IntBlock)
-        or not isinstance(second, IntBlock)
-        or (first.block, first.accuracy_level) != (second.block, second.accuracy_level)
-    ):
-        raise ArrieroError(
-            "the profile gives gate_up and down of one layer's experts schemes that no single kernel takes",
-            where=down,
-            expected="both exact, both of one kind, or both block-wise with one block and accuracy_level",
-        )
+    assert isinstance(first, IntBlock)
+    assert isinstance(second, IntBlock)
     packed = [(*shape[:2], shape[2] * scheme.bits // 8) for shape, scheme in ((fc1, first), (fc2, second))]
     order = np.arange(double).reshape(2, -1).T.reshape(-1)  # as `_interleave` orders rows
     fc1_values = store_rows(store, gate_up, first, packed[0], order)

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from arriero.errors import ArrieroError
-
 ALIGNMENT = 4096  # the data section starts on a page, so that a memory map of it is aligned
 CACHE_LINE = 64
 PIECE_BYTES = 32 * 2**20  # what producers aim at
@@ -87,19 +85,13 @@ def plan_layout(groups: Sequence[Group]) -> Layout:
 def split(groups: Iterable[Group], most: int) -> list[list[Group]]:
     """The groups file by file, in their order, so that none has more than `most` bytes.
 
-    Raises ArrieroError for a group that is larger by itself.
+    A group that is larger by itself has a file of its own.
     """
     files: list[list[Group]] = []
     size = most
     for group in groups:
         # what the header says of a tensor, its offsets as long as they can be
         own = group.nbytes + sum(len(json.dumps({spec.name: spec.entry})) + 64 for spec in group.specs)
-        if own + ALIGNMENT > most:
-            raise ArrieroError(
-                f"it takes {own + ALIGNMENT} bytes, and a file of weights may have {most}",
-                where=group.specs[0].name,
-                remedy="Raise the target's `shard` in the build file",
-            )
         if size + own > most:
             files.append([])
             size = ALIGNMENT

@@ -108,8 +108,8 @@ class WeightStore:
         """Write everything promised, bind the initialisers to it, and give the weight table.
 
         It goes to `folder/<stem>-<number>.safetensors`, records to `<stem>-experts-<number>.safetensors`, none of more
-        than `shard` bytes. A tensor kept byte for byte whose checkpoint file is in `links` is bound to the location
-        given there instead. Raises ArrieroError for a weight that is larger than a file may be.
+        than `shard` bytes but those of one weight that is larger. A tensor kept byte for byte whose checkpoint file is
+        in `links` is bound to the location given there instead.
         """
         places = {
             name: (links[place.file], place.offset)

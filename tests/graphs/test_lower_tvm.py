@@ -180,8 +180,14 @@ def test_no_file_of_weights_is_larger_than_the_target_says(built: Built, tmp_pat
     assert {f"weights/{file.name}" for file in files} == {file for entry in table.values() for file in entry["files"]}
     for one, other in zip(records(whole), records(split), strict=True):
         assert np.array_equal(part(whole, one, 0, np.empty(one.nbytes, np.uint8)), part(split, other, 0, one.numpy()))
-    with pytest.raises(ArrieroError, match=r"may have 4096. Raise the target's `shard`"):
-        lower("text", built.graphs["text"], replace(lowered, out_dir=tmp_path / "none", shard=4096))
+
+
+def test_a_weight_larger_than_a_shard_has_a_file_of_its_own(built: Built, tmp_path: Path) -> None:
+    schemes = load_profile("int8").assign(built.checkpoint.tensors)
+    lowered = Lowering(built.config, built.checkpoint, schemes, tmp_path / "split", shard=4096)
+    lower("text", built.graphs["text"], lowered)
+    files = Counter(record.location for record in records(tmp_path / "split"))
+    assert set(files.values()) == {1}
 
 
 def test_the_shared_expert_runs_while_records_are_read(built: Built, tmp_path: Path) -> None:

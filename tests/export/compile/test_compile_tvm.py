@@ -250,6 +250,12 @@ def test_unknown_processors_are_refused(text):
         parse_cpu(text)
 
 
+@pytest.mark.parametrize("text", ["x86_64-apple-darwin", "x86_64-pc-windows-msvc", "aarch64-apple-darwin apple-m4"])
+def test_other_systems_are_refused(text):
+    with pytest.raises(ArrieroError, match=r"is not a triple of Linux.*aarch64-linux-gnu"):
+        parse_cpu(text)
+
+
 def test_a_processor_that_llvm_does_not_know_is_refused(tmp_path):
     with pytest.raises(ArrieroError, match=r"LLVM knows no aarch64 processor 'cortex-a1'.*cortex-a76"):
         compile_graphs(tmp_path, [], Device("aarch64-linux-gnu cortex-a1", tmp_path / "kernels.o"))

@@ -12,6 +12,7 @@ from arriero.export.machine import doctor
 from arriero.export.pipeline import check_build
 from arriero.export.pipeline.plan import make_plan
 from arriero.profiles.recipe import shipped
+from arriero.runtimes.cpu import architecture
 from tests.command import arriero
 from tests.small import small_scout
 
@@ -78,11 +79,26 @@ def test_heads_that_the_attention_of_a_backend_does_not_take(
         ("context: 1024", "context: 1024, kv_cache: float16", "onnxruntime keeps keys and values in float32, int8"),
         ("samples: 10}", "samples: 1}, thresholds: {task_accuracy_drop.shape: 0.1}", "no parity case of shape"),
         ("samples: 10}", "samples: 10}, answers: forced, thresholds: {task_accuracy_drop: 0.1}", "answers are forced"),
+        ("samples: 10}", "samples: 3}, thresholds: {vision_relative_l2: 0.1}", "no parity case shows a picture"),
+        ("samples: 10}", "samples: 10}, thresholds: {kl_over_rtn: 0.5}", "no target's profile calibrates"),
+        ("samples: 10}", "samples: 10}, thresholds: {rtn_kl_mean: 0.5}", "is told and not judged: kl_over_rtn is"),
     ],
 )
 def test_what_the_build_file_asks_for(folder: Path, old: str, new: str, words: str) -> None:
     assert old in BUILD
     assert words in problems(folder, BUILD.replace(old, new))
+
+
+def test_a_threshold_on_pictures_in_a_build_of_text(folder: Path) -> None:
+    text = BUILD.replace(", image", "").replace("samples: 10}", "samples: 10}, thresholds: {vision_relative_l2: 0.1}")
+    assert "vision_relative_l2: the build takes in text only" in problems(folder, text)
+
+
+@pytest.mark.parametrize(("samples", "warned"), [(3, True), (10, False)])
+def test_a_parity_set_without_pictures_is_told(folder: Path, samples: int, warned: bool) -> None:
+    (folder / "build.yaml").write_text(BUILD.replace("PROFILE", "int8").replace("samples: 10", f"samples: {samples}"))
+    warnings = "".join(make_plan(load_build(folder / "build.yaml")).warnings)
+    assert ("no parity case shows one: the vision tower is not proven" in warnings) == warned
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "preprocessor_config.json"])
@@ -169,7 +185,61 @@ def test_a_budget_that_no_candidate_meets(folder: Path) -> None:
     assert "choose.budget: even the smallest candidate takes" in problems(folder, BUILD, "mine.yaml")
 
 
-def test_a_processor_that_only_the_compiler_knows(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("cpu", "words"),
+    [
+        ("x86_64-linux-gnu pentium99", "LLVM knows no x86_64 processor 'pentium99'"),
+        ("x86_64-linux-gnu x86-64 +avx2 +nonsense", "LLVM knows no feature +nonsense of x86_64"),
+    ],
+)
+def test_a_processor_that_only_the_compiler_knows(folder: Path, cpu: str, words: str) -> None:
     pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'")
-    odd = BUILD.replace("onnxruntime", "tvm, cpu: x86_64-linux-gnu pentium99")
-    assert "LLVM knows no x86_64 processor 'pentium99'" in problems(folder, odd)
+    assert words in problems(folder, BUILD.replace("onnxruntime", f"tvm, cpu: {cpu}"))
+
+
+def changed(folder: Path, rules: str) -> str:
+    """A profile of float32 with `rules` ahead of its own."""
+    (folder / "mine.yaml").write_text(
+        "name: mine\nversion: 1\ndescription: d\nthresholds: {logits_kl_mean: 9}\nrules:\n"
+        f"{rules}  - {{match: 're:.*', scheme: {{kind: exact}}, reason: r}}\n"
+    )
+    return "mine.yaml"
+
+
+def test_experts_that_no_single_kernel_takes(folder: Path) -> None:
+    scheme = "{kind: int_block, bits: 8, block: 32, accuracy_level: 4}"
+    mine = changed(folder, f"  - {{match: 're:.*gate_up_proj', scheme: {scheme}, reason: r}}\n")
+    told = problems(folder, BUILD, mine)
+    assert "experts.down_proj: the profile gives gate_up and down of one layer's experts schemes" in told
+    (folder / "build.yaml").write_text(BUILD.replace("onnxruntime", "tvm").replace("PROFILE", mine))
+    assert "single kernel" not in "".join(map(str, make_plan(load_build(folder / "build.yaml")).problems))
+
+
+def test_a_table_is_not_quantised(folder: Path) -> None:
+    mine = changed(folder, "  - {match: embeddings, scheme: {kind: int8_dynamic}, reason: r}\n")
+    assert "embed_tokens.weight: it is a table that is read row by row" in problems(folder, BUILD, mine)
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_what_is_in_the_work_folders_place(folder: Path, is_folder: bool) -> None:
+    place = folder / "out" / ".work"
+    (place if is_folder else place.parent).mkdir(parents=True)
+    (place / "thesis.txt" if is_folder else place).write_text("mine")
+    (folder / "build.yaml").write_text(BUILD.replace("PROFILE", "int8"))
+    (problem,) = make_plan(load_build(folder / "build.yaml")).problems
+    assert "/.work: is in the way of the build, and no build made it" in str(problem)
+
+
+def test_a_compiler_for_the_baseline_of_a_foreign_target(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for this machine measure the RTN baseline of a target for another."""
+    pytest.importorskip("tvm_ffi", reason="needs apache-tvm: pip install 'arriero[tvm]'")
+    other = "arm64-v8" if architecture() == "x86_64" else "x86-64"
+    monkeypatch.setattr("shutil.which", lambda name: None if name == "g++" else name)
+    for profile, lacks in (("int8", 0), ("mine.yaml", 1)):
+        own = shipped()["int4"].read_text().replace("block: 64", "block: 32")
+        (folder / "mine.yaml").write_text(own)
+        (folder / "build.yaml").write_text(
+            BUILD.replace("onnxruntime", f"tvm, cpu: {other}").replace("PROFILE", profile)
+        )
+        found = make_plan(load_build(folder / "build.yaml")).problems
+        assert [f"there is no C++ compiler for {architecture()}" in str(one) for one in found] == [True] * lacks
