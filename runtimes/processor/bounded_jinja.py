@@ -22,7 +22,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
+from jinja2.visitor import NodeTransformer, NodeVisitor
 
 SECONDS = 10.0
 LEAST_WORK = 20_000_000  # characters and entries that every template may make
@@ -205,15 +205,18 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
-    def __init__(self) -> None:
+    def __init__(self, rewrite: NodeVisitor | None = None) -> None:
+        """Let `rewrite` change the nodes of every template, before the budget is put around them."""
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        self._rewrite = rewrite
         self.globals["namespace"] = _Namespace
         del self.globals["lipsum"]  # makes text out of nothing
         self.filters["tojson"] = _to_json
         self.filters = {name: _bounded_filter(name, function) for name, function in self.filters.items()} | HOOKS
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree: nodes.Template = _Meter().visit(super()._parse(source, name, filename))
+        tree: nodes.Template = super()._parse(source, name, filename)
+        tree = _Meter().visit(tree if self._rewrite is None else self._rewrite.visit(tree))
         tree.set_environment(self)
         return tree
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2.visitor import NodeTransformer
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.processor.bounded_jinja import BoundedEnvironment
+from arriero.runtimes.processor.own_letters import Marking, OwnLetters, marker
+from arriero.runtimes.processor.template_roles import roles_of
 from arriero.strict_json import read_json_object
 
-ROLES = ("system", "user", "assistant", "tool", "ipython")
 MOST_SOURCE = 1_000_000  # characters; the longest templates that models come with have some ten thousand
 DEFAULT, TOOL_USE = "default", "tool_use"
 USED = (DEFAULT, TOOL_USE)  # of templates that have names
@@ -34,12 +36,14 @@ class TemplateSource:
 class ChatTemplate:
     """A compiled chat template with the special tokens it may name."""
 
-    def __init__(self, source: TemplateSource, special_tokens: Mapping[str, str]) -> None:
-        """Compile `source`; `special_tokens` such as bos_token are visible in it."""
+    def __init__(
+        self, source: TemplateSource, special_tokens: Mapping[str, str], rewrite: NodeTransformer | None = None
+    ) -> None:
+        """Compile `source`, changed by `rewrite`; `special_tokens` such as bos_token are visible in it."""
         self.source, self._special_tokens = source, dict(special_tokens)
-        self._environment = BoundedEnvironment()
+        self._environment = BoundedEnvironment(rewrite)
         self._environment.globals["raise_exception"] = _raise
-        self._environment.globals["strftime_now"] = _now
+        self._marked: dict[tuple[OwnLetters, Marking], ChatTemplate] = {}
         if len(source.text) > MOST_SOURCE:
             what = f"the chat template has {len(source.text):,} characters"
             raise ArrieroError(what, where=source.where, expected=f"at most {MOST_SOURCE:,}", remedy=ORIGINAL)
@@ -52,11 +56,21 @@ class ChatTemplate:
             what = f"the chat template is nested too deeply ({error or type(error).__name__})"
             raise ArrieroError(what, where=source.where, remedy=ORIGINAL) from None
 
+    @cached_property
+    def roles(self) -> frozenset[str]:
+        """The roles that messages may have: those that every Llama 4 knows, and those that the template names."""
+        return roles_of(self._environment.parse(self.source.text))
+
     def knows_role(self, role: Any) -> bool:
-        """Whether messages may be of this role: one that every Llama 4 knows, or that the template names."""
-        if not isinstance(role, str):
-            return False
-        return role in ROLES or re.search(f"[\"']{re.escape(role)}[\"']", self.source.text) is not None
+        """Whether messages may be of this role."""
+        return isinstance(role, str) and role in self.roles
+
+    def marked(self, letters: OwnLetters, marking: Marking) -> ChatTemplate:
+        """This template with stand-ins for `letters` in its own words; compiled when it is asked for first."""
+        if (letters, marking) not in self._marked:
+            tokens = {name: letters.mark_tokens(token) for name, token in self._special_tokens.items()}
+            self._marked[letters, marking] = ChatTemplate(self.source, tokens, marker(letters, marking, self.roles))
+        return self._marked[letters, marking]
 
     def render(
         self,
@@ -65,11 +79,13 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         token_boundary: str = "",
+        now: datetime | None = None,
     ) -> str:
         """Give the prompt text for `messages`, ending where the assistant's answer begins.
 
-        A template may write `token_boundary` where what follows is to be encoded by itself.
+        A template may write `token_boundary` where what follows is to be encoded by itself, and the time `now`.
         """
+        time = now or datetime.now()
         variables = {
             **self._special_tokens,
             "messages": [_with_reasoning(message) for message in messages],
@@ -77,6 +93,7 @@ class ChatTemplate:
             "tools": tools,
             "documents": documents,
             "token_boundary": token_boundary,
+            "strftime_now": lambda form: time.strftime(form),
         }
         try:
             return self._environment.render(self._template, variables)
@@ -98,10 +115,6 @@ def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)
 
 
 # --- which templates a checkpoint has

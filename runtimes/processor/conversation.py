@@ -4,14 +4,16 @@ that users typed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from datetime import datetime
+from itertools import chain
 from typing import Any
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.processor.chat_template import ChatTemplate
-from arriero.runtimes.processor.vocabulary import Vocabulary
+from arriero.runtimes.processor.own_letters import HALVES, MARKINGS
+from arriero.runtimes.processor.vocabulary import Vocabulary, no_character
 
 PlainMessage = dict[str, Any]
 # Characters that may stand for others: first those that JSON leaves alone, then those that mean nothing.
@@ -42,66 +44,76 @@ class Conversation:
     def render(self, template: ChatTemplate, special_tokens: bool, vocabulary: Vocabulary) -> Rendered:
         """Give the text of `template`. With `special_tokens`, control tokens that users typed count like its own.
 
-        Otherwise the template renders the messages once more with a mask over every character that a control token
-        may begin or end with. What still spells a control token is the template's.
+        Otherwise control tokens are those that the template wrote, every letter of them. Raises ArrieroError where
+        that cannot be told of one.
         """
         for name in ("tools", "documents"):
             if getattr(self, name) is not None and name not in template.source.text:
                 what, remedy = f"the chat template takes no {name}", f"Leave {name} out, or write them into a message"
                 raise ArrieroError(what, where=template.source.where, remedy=remedy)
-        parts = [self.messages, self.tools, self.documents]
-        written = set().union(*_texts(parts))
+        written = set().union(*_texts([self.messages, self.tools, self.documents]))
+        if any(ord(letter) in HALVES for letter in written):
+            raise no_character()
         used = written | set(template.source.text) | vocabulary.control_letters
-        mask, end = _unused(_LETTERS, used, 2)
-        boundary = next(_unused("", used | {mask, end}, 1))
-        text = self._text(template, boundary, end)
-        if special_tokens or not written & vocabulary.ends:
+        end = next(_unused(_LETTERS, used))
+        boundary = next(_unused("", used | {end}))
+        now = datetime.now()
+        whole = self._text(template, boundary, end, now)
+        text = _up_to_end(whole, end, self.messages, template.source.where) if self.continued else whole
+        if special_tokens:
             return Rendered(text, text, boundary)
-        messages, tools, documents = (_masked(part, vocabulary.ends, mask) for part in parts)
-        masked = replace(self, messages=messages, tools=tools, documents=documents)
-        control = masked._text(template, boundary, end)
-        if len(text) == len(control) and all(c in (t, mask) for t, c in zip(text, control, strict=True)):
-            return Rendered(text, control, boundary)
-        spelled, own = ([m.group() for m in vocabulary.control_tokens(each)] for each in (text, control))
-        if spelled == own:  # the template rewrites what users write, and no token of theirs came through
-            return Rendered(text, text, boundary)
+        letters, control, thorough = vocabulary.own_letters, boundary * len(text), False
+        for marking in MARKINGS:
+            asked = self if not marking.roles else replace(self, messages=_with_roles(self.messages, letters.mark))
+            try:
+                marked = asked._text(template.marked(letters, marking), boundary, end, now)
+            except ArrieroError:  # of a template that cannot work with stand-ins in these places
+                continue
+            if letters.plain(marked) != whole:
+                continue
+            # What one marking shows to be the template's remains so, whatever another shows.
+            control = _merged(control, letters.only_own(marked[: len(text)], boundary), boundary)
+            thorough = thorough or marking.is_thorough
+            if not _doubtful(vocabulary, text, control, boundary, written if thorough else set()):
+                return Rendered(text, control, boundary)
         raise ArrieroError(
-            "a message spells a control token, and the chat template rewrites messages so that it cannot be told from "
-            "the template's own",
+            "it cannot be told which control tokens of the prompt the chat template wrote, and which a message spells",
             where=template.source.where,
-            remedy="Take it out of the message, or encode the prompt with special_tokens=True if it is meant",
+            remedy="Take what looks like a control token out of the messages, or encode the prompt with "
+            "special_tokens=True if it is meant",
         )
 
-    def _text(self, template: ChatTemplate, boundary: str, end: str) -> str:
+    def _text(self, template: ChatTemplate, boundary: str, end: str, now: datetime) -> str:
         messages = _with_end(self.messages, f"{end} ") if self.continued else self.messages
-        text = template.render(messages, self.tools, self.documents, not self.continued, boundary)
-        return _up_to_end(text, end, self.messages, template.source.where) if self.continued else text
+        return template.render(messages, self.tools, self.documents, not self.continued, boundary, now)
 
 
-def _unused(letters: str, used: set[str], count: int) -> Iterator[str]:
-    """The first `count` of `letters`, or of those that mean nothing, that are not `used`."""
-    return islice((letter for letter in chain(letters, map(chr, _PRIVATE)) if letter not in used), count)
+def _merged(first: str, second: str, filler: str) -> str:
+    """Two texts of one length, each with `filler` in the places of which it says nothing."""
+    if first.strip(filler):
+        return "".join(b if a == filler else a for a, b in zip(first, second, strict=True))
+    return second
 
 
-def _masked(value: Any, characters: frozenset[str], mask: str) -> Any:
-    """A copy of plain data with `mask`, one character, in the place of each of `characters` in what users wrote.
+def _doubtful(vocabulary: Vocabulary, text: str, control: str, filler: str, by_users: set[str]) -> bool:
+    """Whether `text` spells a control token that the template may have had a part in, and that is not in `control`.
 
-    Roles and types are not masked where they are plain words, since templates compare them.
+    One that is made of letters `by_users` alone, none of them the template's, is what a user wrote.
     """
-    if isinstance(value, str):
-        return value.translate({ord(character): mask for character in characters})
-    if isinstance(value, list):
-        return [_masked(item, characters, mask) for item in value]
-    if isinstance(value, dict):
-        return {
-            _masked(key, characters, mask): item if _is_kind(key, item) else _masked(item, characters, mask)
-            for key, item in value.items()
-        }
-    return value
+    own = {found.span() for found in vocabulary.control_tokens(control)}
+    others = (found for found in vocabulary.control_tokens(text) if found.span() not in own)
+    return any(
+        control[found.start() : found.end()].strip(filler) or not by_users.issuperset(found.group()) for found in others
+    )
 
 
-def _is_kind(key: str, value: Any) -> bool:
-    return key in ("role", "type") and isinstance(value, str) and value.isidentifier()
+def _with_roles(messages: Sequence[PlainMessage], change: Callable[[str], str]) -> list[PlainMessage]:
+    return [{**message, "role": change(message["role"])} for message in messages]
+
+
+def _unused(letters: str, used: set[str]) -> Iterator[str]:
+    """Those of `letters`, and of those that mean nothing, that are not `used`."""
+    return (letter for letter in chain(letters, map(chr, _PRIVATE)) if letter not in used)
 
 
 def _texts(value: Any) -> Iterator[str]:

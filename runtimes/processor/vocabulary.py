@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.processor.images import ORIGINAL
+from arriero.runtimes.processor.own_letters import OwnLetters
 
 CHARACTERS_PER_TOKEN = 16  # more than any ordinary text has
 
@@ -52,8 +53,7 @@ class Vocabulary:
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._control_ids = np.array(sorted(self._control.values()), np.int64)
         self.control_letters = frozenset().union(*self._control)
-        ends = {token.strip()[end] for token in self._control if token.strip() for end in (0, -1)}
-        self.ends = frozenset(ends)  # the characters that control tokens begin or end with
+        self.own_letters = OwnLetters(self._control)
         self.size = tokenizer.get_vocab_size()
 
     def id(self, token: str) -> int | None:
@@ -116,9 +116,7 @@ class Vocabulary:
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         except TypeError:  # of a str, only one that holds half of a surrogate pair
-            raise ArrieroError(
-                "the prompt holds what is no character", expected="text that can be written as UTF-8"
-            ) from None
+            raise no_character() from None
         return ids
 
     def decode(self, ids: Sequence[int] | NDArray[np.int64], skip_special_tokens: bool = True) -> str:
@@ -130,3 +128,8 @@ class Vocabulary:
         kept = [int(number) for number in numbers if not (skip_special_tokens and int(number) in self._skipped)]
         text: str = self._tokenizer.decode(kept, skip_special_tokens=False)
         return text
+
+
+def no_character() -> ArrieroError:
+    """What is said of half of a surrogate pair."""
+    return ArrieroError("the prompt holds what is no character", expected="text that can be written as UTF-8")

@@ -98,12 +98,13 @@ def test_a_template_may_escape_what_is_not_ascii(tmp_path):
     assert ids[ids >= 256].tolist() == [258, 257]
 
 
-def test_where_template_and_user_cannot_be_told_apart_the_prompt_is_refused(tmp_path):
+def test_a_template_may_count_what_control_tokens_begin_with(tmp_path):
     counting = "{% for m in messages %}<|header_start|>{{ m.content + '!' * m.content.count('<') }}<|eot|>{% endfor %}"
     processor = with_template(tmp_path, counting)
     assert text_of(processor, processor.encode("a < b")) == "<|header_start|>a < b!<|eot|>"
-    with pytest.raises(ArrieroError, match="a message spells a control token"):
-        processor.encode("<|eot|>")
+    ids = processor.encode("<|eot|>").input_ids
+    assert ids[ids >= 256].tolist() == [258, 257]
+    assert text_of(processor, processor.encode("<|eot|>")) == "<|header_start|><|eot|>!<|eot|>"
 
 
 def test_what_users_put_beside_the_content_is_text_too(tmp_path):
