@@ -42,7 +42,7 @@ def test_a_bundle_is_served_until_the_process_is_told_to_stop(workshop: Path, tm
         assert httpx.get(f"{url}/v1/models").status_code == 401
         process.send_signal(how)
         _, err = process.communicate(timeout=60)
-    assert process.returncode in (0, 130, -how), err
+    assert process.returncode == 0, err
     assert f"Serving fp32 at {url}/v1; chat in a browser at {url}/" in err
     assert "POST /v1/chat/completions 200" in err
     assert "17 + 25" not in err

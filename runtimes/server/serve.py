@@ -60,6 +60,8 @@ def serve(bundles: Bundles, options: ServerOptions) -> None:
     app, server = create_app(bundles, options)
     try:
         HttpServer(app, options, server.load).run()
+    except KeyboardInterrupt:
+        pass  # uvicorn raises the signals that it was stopped by once more when it has stopped
     finally:
         bundles.close()
 
