@@ -225,9 +225,9 @@ def test_a_pattern_must_take_the_whole_name() -> None:
             ["keep[0].optional: 'yes' is not valid; expected true"],
         ),
         (
-            START + "rules:\n- match: x.y\n  reason: y\n  scheme: {kind: int_block, bits: 3, block: 33}\n",
+            START + "rules:\n- match: x.y\n  reason: y\n  scheme: {kind: int_block, bits: 5, block: 33}\n",
             [
-                "p.yaml:8: rules[0].scheme.bits: 3 is not valid; expected 4 or 8",
+                "p.yaml:8: rules[0].scheme.bits: 5 is not valid; expected 2, 3, 4 or 8",
                 "p.yaml:8: rules[0].scheme.block: 33 is not valid; expected 16, 32, 64, 128 or 256",
                 "p.yaml:8: rules[0].scheme.accuracy_level: is missing",
             ],

@@ -153,7 +153,9 @@ def test_how_the_tokens_kl_is_spread_and_what_it_is_past_the_chunk(reference, ca
     }
     assert {name: row(report, name).value for name in expected} == pytest.approx(expected, rel=1e-6)
     assert row(report, "logits_kl_past_chunk").detail.startswith(f"{sum(len(one) - chunk for one in token_kl)} tokens")
-    for name in ("logits_kl_median", "logits_kl_p99", "logits_kl_past_chunk", "same_top_token", "router_agreement"):
+    assert row(report, "router_agreement").value == 1.0
+    assert "standard error" not in row(report, "router_agreement").detail  # where no choice differs, none is known
+    for name in ("logits_kl_median", "logits_kl_p99", "logits_kl_past_chunk", "same_top_token"):
         unit = "nat" if name.startswith("logits") else "points"
         assert re.search(rf"; ± \S+ {unit}, standard error over {len(cases)} cases$", row(report, name).detail), name
 
