@@ -131,8 +131,8 @@ def pack(
 
 
 def join_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Lay codes [..., K] of so many bits end to end, [..., K*bits/8]; K is a multiple of 8."""
-    if bits == 4:  # as below, in a quarter of the time
+    """Lay codes [..., K] of so many bits end to end, [..., K*bits/8]; of 2 and 3 bits K is a multiple of 8."""
+    if bits == 4:  # two to a byte, for any even K
         return codes[..., 0::2] | (codes[..., 1::2] << np.uint8(4))
     if bits == 8:
         return np.ascontiguousarray(codes)

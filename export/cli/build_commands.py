@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,10 +144,10 @@ def build(
 
 def _check_folder(path: Path) -> None:
     """Refuse a folder for graphs that cannot be made or written to, before anything is traced."""
+    from arriero.runtimes.proof.report import write_nothing
+
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        write_nothing(path)
     except OSError as error:
         what, remedy = f"the folder cannot be written to ({error.strerror})", "Give another folder"
         raise ArrieroError(what, where=f"--dump-graphs {path}", remedy=remedy) from None

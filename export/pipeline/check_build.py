@@ -22,7 +22,7 @@ from arriero.export.machine.doctor import find_lacks
 from arriero.export.pipeline.check_fit import check_elements, check_experts, check_fit, check_schemes
 from arriero.export.pipeline.check_thresholds import check_pictures, check_thresholds
 from arriero.export.pipeline.failure_page import FailurePage
-from arriero.export.pipeline.ownership import IN_THE_WAY, may_own
+from arriero.export.pipeline.ownership import in_the_way, may_own
 from arriero.export.pipeline.sample_sets import SampleSets
 from arriero.export.pipeline.stage_keys import kernel_archs, reads_calibration
 from arriero.export.pipeline.stages import WorkDir
@@ -163,8 +163,7 @@ def _outputs(build: BuildConfig, undone: Collection[str]) -> list[ArrieroError]:
     problems = []
     work = WorkDir(build.output)
     if not may_own(work.root):
-        remedy = "Move it away, or choose another `output`"
-        problems.append(ArrieroError(IN_THE_WAY, where=str(work.root), remedy=remedy))
+        problems.append(in_the_way(work.root))
     for target in build.targets:
         if not {f"lower-{target.name}", f"parity-{target.name}"} & set(undone):
             continue

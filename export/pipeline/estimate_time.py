@@ -21,7 +21,7 @@ from arriero.profiles.groups import is_layer_matrix
 from arriero.profiles.recipe import Profile
 from arriero.traits import TRAITS
 
-# Seconds on a machine of 2 cores, rounded up from runs on small models; `benchmarks/plan_accuracy.py` holds them.
+# Seconds on a machine of 2 cores, rounded up from runs on small models; `benchmarks/plan_accuracy.py` prints builds'.
 TOOLS = 2.0  # to load what lowers and proves
 TRACER = 6.0  # to load what traces
 TRACED_LAYER = 1.1  # of the decoder and of the tower

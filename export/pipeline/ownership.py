@@ -12,7 +12,6 @@ from arriero.errors import ArrieroError
 
 MARK = ".arriero"
 PARTIAL = ".partial"
-IN_THE_WAY = "is in the way of the build, and no build made it"
 
 
 def own(folder: Path) -> None:
@@ -20,10 +19,15 @@ def own(folder: Path) -> None:
     if is_owned(folder):
         return
     if not may_own(folder):
-        remedy = "Move it away, or choose another `output`"
-        raise ArrieroError(IN_THE_WAY, where=str(folder), remedy=remedy)
+        raise in_the_way(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).write_text(_mark(folder), encoding="utf-8")
+
+
+def in_the_way(folder: Path) -> ArrieroError:
+    """What is said of a folder that the build needs and may not `own`."""
+    remedy = "Move it away, or choose another `output`"
+    return ArrieroError("is in the way of the build, and no build made it", where=str(folder), remedy=remedy)
 
 
 def may_own(folder: Path) -> bool:

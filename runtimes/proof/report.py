@@ -198,11 +198,15 @@ def check_writable(path: Path) -> None:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if path.exists() and not path.is_file():
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        write_nothing(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from error
+
+
+def write_nothing(folder: Path) -> None:
+    """Make `folder` and a file in it that is gone at once. Raises OSError where that cannot be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def _unwritable(path: Path, error: OSError) -> ArrieroError:
