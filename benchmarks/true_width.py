@@ -36,7 +36,7 @@ budgets: {{host_memory: {memory}}}
 targets:
   - {{name: {profile}, backend: tvm, profile: {profile}, context: 4096, batch: 1}}
 calibration: {{set: calibration.jsonl}}
-parity: {{cases: {{set: cases.jsonl}}, answers: forced, thresholds: {{kl_over_rtn: 1.0}}}}
+parity: {{cases: {{set: cases.jsonl}}, answers: forced}}
 """
 SAMPLE = 512  # tokens of a calibration sample
 CASE = 128  # and of a parity case
