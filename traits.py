@@ -104,7 +104,7 @@ TRAITS: dict[str, BackendTraits] = {
             ),
             files=(".so", ".json"),
             footprint=Footprint(
-                compiler=70 << 20, runtime=80 << 20, stays=80 << 20, steps=1, code=1900 << 10, maps_weights=True
+                compiler=70 << 20, runtime=80 << 20, stays=80 << 20, steps=1, code=2560 << 10, maps_weights=True
             ),
             switches_adapters=True,
             keeps_stored_dtype=True,

@@ -20,6 +20,7 @@ SOURCES = Path(__file__).parent / "kernels"
 # What each level may use; select.cc asks the CPU for the same, and takes the first that it has.
 LEVELS: dict[str, dict[str, list[str]]] = {
     "x86_64": {
+        "amx": ["-march=x86-64-v4", "-mavx512vnni", "-mamx-tile", "-mamx-int8", "-mprefer-vector-width=512"],
         "avx512vnni": ["-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512"],
         "avx2": ["-march=x86-64-v3"],
         "scalar": ["-march=x86-64"],

@@ -56,7 +56,7 @@ enum { ARRIERO_CODES = 6 }; /* of a key/value cache alone */
 enum { ARRIERO_INT8_F16 = 7, ARRIERO_INT4_F16 = 8, ARRIERO_GRID4_F16 = 9 };
 enum { ARRIERO_GRID3_F16 = 10, ARRIERO_GRID2_F16 = 11 };
 
-/* The instruction set in use: "avx512vnni", "avx2", "i8mm", "dotprod", "neon" or "scalar". */
+/* The instruction set in use: "amx", "avx512vnni", "avx2", "i8mm", "dotprod", "neon" or "scalar". */
 const char* arriero_level(void);
 
 /* Use the named instruction set from now on. Gives 0, or 1 (and changes nothing) if this CPU or build lacks it. For

@@ -4,6 +4,9 @@
 #include "block_scales.h"
 #include "codes.h"
 #include "rounded.h"
+#ifdef __AMX_INT8__
+#include "int_amx_tile.h"
+#endif
 #ifdef __ARM_FEATURE_MATMUL_INT8
 #include "int_pair_tile.h"
 #endif
@@ -96,13 +99,26 @@ inline void int_product(const Rounded& x, const int64_t* order, int64_t count, c
         const uint8_t* panel = weight + column * x.features * CODES::BITS / 8;
         const BlockScales scale = scales.from(column * x.blocks());
         for (int64_t i = 0; i < count;) {
+            // the first rows of these panels, when the next ones are to come from memory; they are read once
+            const int64_t next = i == 0 && column + 16 * P < columns.end ? P : 0;
+#ifdef __AMX_INT8__
+            if (count >= AMX_LEAST_ROWS) {
+                // as many rows as the other tiles of this group have
+                const int64_t tiles = (count + AMX_ROWS - 1) / AMX_ROWS, M = smaller((count + tiles - 1) / tiles, count - i);
+                int64_t rows[AMX_ROWS];
+                for (int64_t m = 0; m < M; ++m) rows[m] = order ? order[i + m] : i + m;
+                alignas(64) float tile[AMX_ROWS][16 * P];
+                int_amx_tile<CODES, P>(x, rows, M, panel, scale, next, tile);
+                for (int64_t m = 0; m < M; ++m) __builtin_memcpy(out[i + m] + column, tile[m], width * sizeof(float));
+                i += M;
+                continue;
+            }
+#endif
             i += with_rows<INT_ROWS>(count - i, [&](auto tall) {
                 constexpr int M = decltype(tall)::value;
                 int64_t rows[M];
                 for (int m = 0; m < M; ++m) rows[m] = order ? order[i + m] : i + m;
                 float tile[M][16 * P];
-                // the first rows of these panels, when the next ones are to come from memory; they are read once
-                const int64_t next = i == 0 && column + 16 * P < columns.end ? P : 0;
 #ifdef __ARM_FEATURE_MATMUL_INT8
                 if constexpr (M > 1) {
                     int_pair_tile<CODES, M, P>(x, rows, panel, scale, tile);

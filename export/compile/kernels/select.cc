@@ -6,6 +6,10 @@
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
+#ifdef __x86_64__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define LEVEL(name)               \
     namespace name {              \
@@ -13,6 +17,7 @@
     }
 
 #ifdef __x86_64__
+LEVEL(amx)
 LEVEL(avx512vnni)
 LEVEL(avx2)
 LEVEL(scalar)
@@ -25,6 +30,16 @@ LEVEL(neon)
 
 namespace {
 
+#ifdef __x86_64__
+bool has_avx512vnni() { return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni"); }
+
+// Linux saves tiles only for processes that ask for it, once for all threads (its documentation: x86/xstate).
+bool may_use_tiles() {
+    constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+#endif
+
 struct Level {
     const Kernels* kernels;
     bool (*runs)();
@@ -33,7 +48,12 @@ struct Level {
 // The best first; the last runs everywhere.
 const Level LEVELS[] = {
 #ifdef __x86_64__
-    {&avx512vnni::kernels, [] { return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni"); }},
+    {&amx::kernels,
+     [] {
+         return has_avx512vnni() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+                may_use_tiles();
+     }},
+    {&avx512vnni::kernels, has_avx512vnni},
     {&avx2::kernels, [] { return __builtin_cpu_supports("x86-64-v3") != 0; }},
     {&scalar::kernels, [] { return true; }},
 #endif

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -80,8 +81,10 @@ def test_every_e4m3_code_is_widened_exactly(kernels):
         assert_array_equal(found[-1], codes[:, 0].view(ml_dtypes.float8_e4m3fn).astype(np.float32))
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 3, 17])
-@pytest.mark.parametrize(("outputs", "features", "block"), [(5, 16, 16), (33, 96, 32), (70, 512, 512), (100, 512, 256)])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 17, 37])
+@pytest.mark.parametrize(
+    ("outputs", "features", "block"), [(5, 16, 16), (33, 96, 32), (50, 240, 80), (70, 512, 512), (100, 512, 256)]
+)
 @pytest.mark.parametrize("form", INTEGERS)
 def test_int_linear(kernels, draw, form, tokens, outputs, features, block):
     x = normal(draw, tokens, features)
@@ -93,8 +96,9 @@ def test_int_linear(kernels, draw, form, tokens, outputs, features, block):
     assert np.linalg.norm(found - exact) <= 0.02 * np.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("tokens", [7, 20])
 @pytest.mark.parametrize("form", INTEGERS)
-def test_integer_sums_are_exact_at_the_extremes(kernels, draw, form):
+def test_integer_sums_are_exact_at_the_extremes(kernels, draw, form, tokens):
     """Largest magnitudes and equal signs: where a 16-bit intermediate would saturate."""
     grid, block, outputs = GRIDS[form], 256, 40
     next_one = grid.low + 1 if grid.name == "even" else NORMAL_LEVELS[grid.bits][1]
@@ -104,7 +108,7 @@ def test_integer_sums_are_exact_at_the_extremes(kernels, draw, form):
     plain = pack(values, scales, bits=grid.bits, block=block, grid=grid.name)
     panels = pack_panels(plain)
     held = panels.scales.astype(np.float16) if form.endswith("f16") else panels.scales
-    x = draw.choice(np.float32([-127, 127]), (7, block))
+    x = draw.choice(np.float32([-127, 127]), (tokens, block))
     x[0], x[1] = 127, -127  # activation scales are then exactly 1
     found = kernels.linear(x, Weight(form, panels.packed, held, block), outputs)
     assert_array_equal(found, x.astype(np.float64) @ (values * scales).T.astype(np.float64))
@@ -159,6 +163,7 @@ ROUTES = {
     "one token": lambda draw, experts: np.array([[experts - 1]]),
     "all to one": lambda draw, experts: np.full((17, 1), 1),
     "spread": lambda draw, experts: draw.integers(0, experts, (9, 1)),
+    "many": lambda draw, experts: draw.integers(0, 2, (90, 1)),
     "two each": lambda draw, experts: draw.integers(0, experts, (13, 2)),
     "some to none": lambda draw, experts: np.array([[0], [-1], [experts], [2], [2]]),
 }
@@ -290,16 +295,18 @@ def test_a_missing_compiler_is_named_with_its_package(monkeypatch, machine, pack
 
 
 def test_code_of_one_level_is_in_no_other(library):
-    """Instructions of AVX-512 stand in the functions of its own level only."""
+    """Instructions of AVX-512 and of AMX stand in the functions of their own levels only."""
     if HERE != "x86_64" or shutil.which("objdump") is None:
         pytest.skip("needs an x86-64 machine with binutils")
     listing = subprocess.run(
         ["objdump", "-d", "-C", "--no-show-raw-insn", library], capture_output=True, text=True, check=True
     ).stdout
-    users = set()
+    users: dict[str, set[str]] = {"%zmm": set(), "%k1": set(), "%tmm": set()}
     for line in listing.splitlines():
         if line.endswith(">:"):
-            function = line.partition("<")[2]
-        elif "%zmm" in line or "%k1" in line:
-            users.add("avx512vnni" in function)
-    assert users == {True}
+            level = re.search(r"(\w+)::", line)
+        for register in users:
+            if register in line:
+                users[register].add(level[1] if level else line)
+    assert users["%zmm"] == {"amx", "avx512vnni"} >= users["%k1"]
+    assert users["%tmm"] == {"amx"}
