@@ -17,6 +17,10 @@ static inline Ints dot(Ints sum, Ints a, Ints b) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
 }
 #endif
+#ifdef __AMX_INT8__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #ifdef __aarch64__
 #define REGISTER "w"
 #else
@@ -47,8 +51,33 @@ extern "C" uint64_t read_sum(const uint64_t* p, int64_t bytes) {
     return total;
 }
 
+#ifdef __AMX_INT8__
+// Products of tiles of 16 rows of 64 bytes, four sums in turns.
+static int64_t tile_dots(int64_t rounds) {
+    struct alignas(64) {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16};
+    } shapes;
+    __asm__ volatile("" : : "r"(&shapes) : "memory");
+    _tile_loadconfig(&shapes);
+    for (int64_t i = 0; i < rounds; ++i) {
+        _tile_dpbsud(0, 4, 5);
+        _tile_dpbsud(1, 4, 5);
+        _tile_dpbsud(2, 4, 5);
+        _tile_dpbsud(3, 4, 5);
+    }
+    _tile_release();
+    return rounds * 4 * 16 * 16 * 64 * 2;
+}
+#endif
+
 // Gives the operations done (a multiply and an add are two).
 extern "C" int64_t int8_dots(int64_t rounds) {
+#ifdef __AMX_INT8__
+    constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0) return tile_dots(rounds);
+#endif
     Ints sums[12] = {}, a = {}, b = {};
     __asm__ volatile("" : "+" REGISTER(a), "+" REGISTER(b));
     for (int64_t i = 0; i < rounds; ++i) {
