@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import platform
 import shutil
-import subprocess
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,15 +14,11 @@ import pytest
 from arriero.errors import MachineLacks
 from arriero.export.compile import build_kernels
 from arriero.export.compile.build_kernels import FLAGS, LEVELS, SOURCES, find_compiler, link_shared
-from arriero.runtimes.cpu import cpu_features
 from tests.guarded_kernels import Guarded
 from tests.kernel_emulated import RUNNER, EmulatedKernels, link_runner
 from tests.shared import locked
 
-compile_kernels = build_kernels.build_kernels  # for other sources than the product's, which are compiled once for all
-
 HERE = platform.machine()
-TILES = Path(__file__).parents[2] / "tile_emulator.cc"
 
 
 @pytest.fixture(scope="session")
@@ -70,46 +63,14 @@ def runner(request):
     return path
 
 
-@pytest.fixture(scope="session")
-def tiles(request):
-    """The kernels with those of AMX, whose tile instructions are emulated, beside others that this CPU has.
-
-    The build is the product's, but for the question whether the CPU has what a level needs: it is always answered yes.
-    """
-    vectors = LEVELS["x86_64"]["amx"] if "avx512_vnni" in cpu_features() else ["-march=x86-64"]
-    flags = [*FLAGS, "-D__builtin_cpu_supports(feature)=true", "-Dsyscall=permit_tiles"]
-    others = {level: [*options, "-O0"] for level, options in LEVELS["x86_64"].items()}  # never called, so soon compiled
-    levels = {"x86_64": others | {"amx": [*vectors, "-mamx-tile", "-mamx-int8"]}}
-    path = cached(request, "tiles", TILES.read_bytes() + json.dumps([levels, flags]).encode())
-    with locked(path):
-        if not path.is_file():
-            kernels = path.with_suffix(".o")
-            with mock.patch.multiple(build_kernels, LEVELS=levels, FLAGS=flags):
-                compile_kernels("x86_64", kernels)
-            options = ["-std=c++17", "-O2", "-Wall", "-shared", "-fPIC", "-o", str(path)]
-            subprocess.run([find_compiler("x86_64"), *options, str(kernels), str(TILES)], check=True)
-    assert ctypes.CDLL(str(path)).emulate_tiles() == 0
-    return path
-
-
 # A CPU that has each level and nothing above it
 EMULATED = {"neon": "cortex-a53", "dotprod": "neoverse-n1", "i8mm": "max"}
 
 
-def levels():
-    """Those of this CPU's architecture, as it has them, and those that can be emulated on it."""
-    emulated = () if HERE == "aarch64" else (*EMULATED, *(["amx"] if HERE == "x86_64" else []))
-    return [*LEVELS.get(HERE, {}), *(f"emulated {level}" for level in emulated)]
-
-
-@pytest.fixture(params=levels())
+@pytest.fixture(params=[*LEVELS.get(HERE, {}), *(f"emulated {level}" for level in EMULATED if HERE != "aarch64")])
 def kernels_at_level(request, tmp_path):
     """The kernels at one level, with the work cut in three."""
     level = request.param.removeprefix("emulated ")
-    if request.param == "emulated amx":
-        kernels = Guarded(request.getfixturevalue("tiles"), 3)
-        assert kernels.use_level(level)
-        return kernels
     if level != request.param:
         emulator = ["qemu-aarch64-static", "-cpu", EMULATED[level]]
         return EmulatedKernels(emulator, request.getfixturevalue("runner"), level, 3, tmp_path)

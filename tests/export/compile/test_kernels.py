@@ -81,10 +81,8 @@ def test_every_e4m3_code_is_widened_exactly(kernels):
         assert_array_equal(found[-1], codes[:, 0].view(ml_dtypes.float8_e4m3fn).astype(np.float32))
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 3, 17, 37])
-@pytest.mark.parametrize(
-    ("outputs", "features", "block"), [(5, 16, 16), (33, 96, 32), (50, 240, 80), (70, 512, 512), (100, 512, 256)]
-)
+@pytest.mark.parametrize("tokens", [0, 1, 3, 17])
+@pytest.mark.parametrize(("outputs", "features", "block"), [(5, 16, 16), (33, 96, 32), (70, 512, 512), (100, 512, 256)])
 @pytest.mark.parametrize("form", INTEGERS)
 def test_int_linear(kernels, draw, form, tokens, outputs, features, block):
     x = normal(draw, tokens, features)
@@ -96,9 +94,8 @@ def test_int_linear(kernels, draw, form, tokens, outputs, features, block):
     assert np.linalg.norm(found - exact) <= 0.02 * np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("tokens", [7, 20])
 @pytest.mark.parametrize("form", INTEGERS)
-def test_integer_sums_are_exact_at_the_extremes(kernels, draw, form, tokens):
+def test_integer_sums_are_exact_at_the_extremes(kernels, draw, form):
     """Largest magnitudes and equal signs: where a 16-bit intermediate would saturate."""
     grid, block, outputs = GRIDS[form], 256, 40
     next_one = grid.low + 1 if grid.name == "even" else NORMAL_LEVELS[grid.bits][1]
@@ -108,7 +105,7 @@ def test_integer_sums_are_exact_at_the_extremes(kernels, draw, form, tokens):
     plain = pack(values, scales, bits=grid.bits, block=block, grid=grid.name)
     panels = pack_panels(plain)
     held = panels.scales.astype(np.float16) if form.endswith("f16") else panels.scales
-    x = draw.choice(np.float32([-127, 127]), (tokens, block))
+    x = draw.choice(np.float32([-127, 127]), (7, block))
     x[0], x[1] = 127, -127  # activation scales are then exactly 1
     found = kernels.linear(x, Weight(form, panels.packed, held, block), outputs)
     assert_array_equal(found, x.astype(np.float64) @ (values * scales).T.astype(np.float64))
@@ -163,7 +160,6 @@ ROUTES = {
     "one token": lambda draw, experts: np.array([[experts - 1]]),
     "all to one": lambda draw, experts: np.full((17, 1), 1),
     "spread": lambda draw, experts: draw.integers(0, experts, (9, 1)),
-    "many": lambda draw, experts: draw.integers(0, 2, (90, 1)),
     "two each": lambda draw, experts: draw.integers(0, experts, (13, 2)),
     "some to none": lambda draw, experts: np.array([[0], [-1], [experts], [2], [2]]),
 }
