@@ -227,7 +227,7 @@ class RtnKl:
 
 @dataclass(frozen=True)
 class ProofTerms:
-    """What a bundle is judged by, wherever it is proven.
+    """What a bundle is judged by, wherever it is proven; with `forced_routing` by a run with the reference's routing too.
 
     `rtn` is None for a profile that does not calibrate, and where it could not be measured for the reason `unmeasured`.
     """
@@ -235,6 +235,7 @@ class ProofTerms:
     thresholds: dict[str, float]
     rtn: RtnKl | None = None
     unmeasured: str | None = None
+    forced_routing: bool = False
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class TorchCache:
 class TorchBackend:
     """The reference in `graphs/model.py` behind the backend's methods. Weights keep the checkpoint's dtype."""
 
-    piece, few_rows, forces_routing = PREFILL_PIECE, 0, True
+    piece, few_rows = PREFILL_PIECE, 0
 
     def __init__(self, checkpoint: Checkpoint | str | Path, text_only: bool = False) -> None:
         """Take a checkpoint, or open its folder; weights are mapped or decoded layer by layer. Raises ArrieroError.
@@ -158,6 +158,7 @@ class TorchBackend:
     def _adopt(self, model: Llama4, weights: ResidentWeights | None) -> None:
         self.model, self._weights = model.requires_grad_(False).eval(), weights
         self.spec = model_spec(model.config)
+        self.forces_routing = bool(model.config.text.moe_layers)
 
     @torch.inference_mode()
     def vision(self, pixel_values: Floats) -> Floats:
