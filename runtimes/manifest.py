@@ -227,9 +227,10 @@ class RtnKl:
 
 @dataclass(frozen=True)
 class ProofTerms:
-    """What a bundle is judged by, wherever it is proven; with `forced_routing` by a run with the reference's routing too.
+    """What a bundle is judged by, wherever it is proven.
 
     `rtn` is None for a profile that does not calibrate, and where it could not be measured for the reason `unmeasured`.
+    With `forced_routing` the bundle runs with the reference's routing as well.
     """
 
     thresholds: dict[str, float]

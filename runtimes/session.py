@@ -254,9 +254,9 @@ class Session:
     def forced_logits(
         self, input_ids: Ints, pixel_values: Floats | None, expert_ids: Mapping[int, Ints]
     ) -> Iterator[Floats]:
-        """The logits of every position, piece by piece [S, V], each token sent to `expert_ids` [S, k] of each MoE layer.
+        """The logits of every position, piece by piece [S, V], tokens sent to `expert_ids` [S, k] of each MoE layer.
 
-        The backend must be able to: see `steps.forces_routing`.
+        The backend has to be one that `steps.forces_routing`.
         """
         prompt = self._fitting(Prompt(input_ids, pixel_values))
         cache, start = self._new_cache(1, prompt.input_ids.size, self.adapter), 0

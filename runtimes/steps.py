@@ -43,9 +43,7 @@ def read_piece(
     return backend.forward(embeds, positions, cache, logits_index, captures)
 
 
-def read_forced(
-    backend: Backend, ids: Ints, features: Floats, cache: Cache, expert_ids: Mapping[int, Ints]
-) -> Floats:
+def read_forced(backend: Backend, ids: Ints, features: Floats, cache: Cache, expert_ids: Mapping[int, Ints]) -> Floats:
     """Append `ids` [S] as `read_piece` does, sent to `expert_ids` [S, k] of each MoE layer; gives logits f32 [S, V]."""
     assert isinstance(backend, ForcesRouting)
     embeds = backend.embed(ids[None], features)

@@ -58,8 +58,8 @@ def parity(
     exact: Annotated[
         Path | None,
         typer.Option(
-            help="An exact bundle of the same checkpoint (profile fp32): it runs over the cases with each token sent to "
-            "the experts that the measured bundle chose, which tells what its routing alone costs."
+            help="An exact bundle of the same checkpoint (profile fp32), to run with each token sent to the experts "
+            "that the measured bundle chose: tells what that routing alone costs."
         ),
     ] = None,
     junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML here, one test case per judged row.")] = None,
@@ -100,8 +100,8 @@ def parity(
         remedy = "Leave out --record, --against, --forced-routing and --exact, or --recorded"
         raise ArrieroError("--recorded measures nothing", remedy=remedy)
     if exact and against:
-        what = "--against brings an exact model of its own"
-        raise ArrieroError(what, remedy="Leave out --exact: --forced-routing runs the reference with the bundle's routing")
+        remedy = "Leave out --exact: --forced-routing runs the reference with the bundle's routing"
+        raise ArrieroError("--against brings an exact model of its own", remedy=remedy)
     if other and against is None:
         what = "--set, --samples and --seed choose prompts that the reference record does not hold"
         raise ArrieroError(what, remedy="Add --against with the checkpoint")

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from arriero.errors import ArrieroError, Problems
 from arriero.export.build_file.schema import BuildConfig
+from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.samples.cases import modality
 from arriero.graphs.config import ModelConfig
-from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.profiles.recipe import Profile
 from arriero.runtimes.proof.given_routing import CANDIDATE_ROUTING_KL, FORCED_KL, ROUTING_SHARE
 from arriero.runtimes.proof.parity_case import ParityCase

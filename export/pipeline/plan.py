@@ -92,9 +92,7 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
         side_disk(checkpoint),
     )
     answered = sets.answered() if case_sizes and answer_mode(build) == "generated" else 0
-    work_to_do = Work(
-        seen, used, sizes, case_sizes, answered, calibrating(profiles), build.parity.forced_routing
-    )
+    work_to_do = Work(seen, used, sizes, case_sizes, answered, calibrating(profiles), build.parity.forced_routing)
     times = estimate_seconds(undone, work_to_do, targets, measure_speed()) if undone else {}
     plan = Plan(
         model=_describe(build, checkpoint, config),

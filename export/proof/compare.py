@@ -99,8 +99,8 @@ def to_json(lines: Sequence[Compared], settings: Mapping[str, Any]) -> dict[str,
 NOTES = (
     "Bits: per weight of the decoder layers' matrices, scales counted. KV cache: its type, and what one token takes in "
     "all layers together. Tokens/s: decoding one sequence, the best of three runs.",
-    "Routing forced: mean KL with each token sent to the reference's experts, as --forced-routing measures it. By routing: "
-    "the share of the KL that is gone then.",
+    "Routing forced: mean KL with each token sent to the reference's experts, which --forced-routing measures. By "
+    "routing: the share of the KL that is gone then.",
     "Of RTN: mean KL over that of the profile's own form without calibration, as the build measured it.",
     "Top token and Router: the share that agrees with the reference, its near ties apart.",
     "Accuracy: with Wilson's interval at 95 % confidence.",

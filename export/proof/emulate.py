@@ -18,8 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes.backend import Cache, Floats, Ints, ModelSpec, StepOutput
 from arriero.runtimes.cache_rows import CacheRows, RowStore

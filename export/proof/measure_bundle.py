@@ -45,7 +45,7 @@ def measure_bundle(
 ) -> ParityReport:
     """Measure the bundle, answering with `adapter`, against a reference, by `terms`.
 
-    `labels` name the reference in the report. `exact` is a session of the exact model, to run with the bundle's routing.
+    `labels` name the reference in the report; `exact` is a session of the exact model to run with the bundle's routing.
     """
     rtn = None if terms.rtn is None else KlSums(terms.rtn.mean, terms.rtn.error**2, terms.rtn.mean, 1)
     step = f"{Manifest.read(bundle).name}: prove parity" + ("" if adapter is None else f" with {adapter}")

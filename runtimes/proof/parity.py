@@ -1,9 +1,10 @@
 """Parity: a candidate session against what the reference says of the same cases, as rows with thresholds.
 
-Three looks per case, and where it is asked for a fourth at routing (`given_routing.py`). Teacher forcing: the forced ids of prompt and answer go through the candidate, with captures.
+Three looks per case. Teacher forcing: the forced ids of prompt and answer go through the candidate, with captures.
 Parts: vision tower and embeddings alone, the embeddings with seeded features in the pictures' places, so that an error
 shows where it arises. Answers: generated token by token, or, where the reference's are `forced`, read off the top
-tokens of the forced pass. The reference is a record (`record.py`), which needs no PyTorch, or a checkpoint's own model.
+tokens of the forced pass. Where it is asked for, they go through once more with given routing (`given_routing.py`).
+The reference is a record (`record.py`), which needs no PyTorch, or a checkpoint's own model.
 B=1, S prompt and answer tokens, H hidden, V vocabulary, M image placeholder tokens, k experts per token.
 """
 
@@ -47,9 +48,9 @@ def measure(
     `near_tie` is the margin below which a choice of the reference counts as open: in logits for tokens, in router
     logits for experts. `rtn_kl`: KL of the RTN baseline against the same reference, which only a build can measure;
     None for a profile that does not calibrate. With `forced_routing` the candidate runs once more with the reference's
-    routing, and `exact`, a session of the exact model, runs with the candidate's. A threshold on something that could not be measured fails. Raises
-    ArrieroError for unknown thresholds, no cases, models that are not alike, and outputs that are not of the
-    reference's shape.
+    routing, and `exact`, a session of the exact model, with the candidate's. A threshold on something that could not be
+    measured fails. Raises ArrieroError for unknown thresholds, no cases, models that are not alike, and outputs that
+    are not of the reference's shape.
     """
     check_thresholds(thresholds)
     if not len(reference):

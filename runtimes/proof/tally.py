@@ -90,7 +90,7 @@ class Tally:
 
     def _why_not(self, name: str, families: Sequence[FamilyScore]) -> str:
         if name in (FORCED_KL, ROUTING_SHARE):
-            return "nobody asked for forced routing: `parity: {forced_routing: true}`, `arriero parity --forced-routing`"
+            return "nothing ran with forced routing, as `forced_routing: true` under `parity` or --forced-routing asks"
         other = {**FORCED, **{forced: generated for generated, forced in FORCED.items()}}
         if name.partition(".")[0] not in self._names(FORCED):
             if name.partition(".")[0] in other:

@@ -97,9 +97,7 @@ def route(count: int) -> Callable[[te.Tensor, te.Tensor], list[te.Tensor]]:
             for name, tensor in (("logits", logits), ("forced", forced))
         ]
         inputs, dtypes = [logits, forced], ["float32", "int64"]
-        return te.extern(
-            [shape, shape], inputs, body, "route", dtype=dtypes, in_buffers=buffers, out_buffers=outs
-        )
+        return te.extern([shape, shape], inputs, body, "route", dtype=dtypes, in_buffers=buffers, out_buffers=outs)
 
     return compute
 
