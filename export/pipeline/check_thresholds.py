@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from arriero.errors import ArrieroError, Problems
 from arriero.export.build_file.schema import BuildConfig
-from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.samples.cases import modality
 from arriero.graphs.config import ModelConfig
 from arriero.profiles.recipe import Profile
@@ -49,7 +48,7 @@ def _unforced(build: BuildConfig, profiles: Mapping[str, Profile]) -> list[Arrie
     """A threshold on forced routing for each target that is not measured with it: it could only fail."""
     problems = []
     for target in build.targets:
-        limits = thresholds(build, target, profiles[target.profile])
+        limits = {**profiles[target.profile].thresholds, **build.parity.thresholds}
         name = next((name for name in (FORCED_KL, ROUTING_SHARE) if name in limits), None)
         if name is None:
             continue
