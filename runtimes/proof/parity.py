@@ -95,7 +95,9 @@ def _run_case(tally: Tally, candidate: Session, case: ReferenceCase) -> None:
     figures, tops, router_flips, routed = _force(tally, candidate, case, prompt.pixel_values)
     for run, expert_ids in ((tally.forced, case.expert_ids), (tally.rerouted, routed)):
         if run is not None and run.why_not is None and expert_ids.keys() == case.expert_ids.keys():
-            tally.count("logits with given routing", run.run(case, prompt.pixel_values, expert_ids))
+            bad = run.run(case, prompt.pixel_values, expert_ids)
+            if run is tally.forced:  # the other run's numbers are not the candidate's
+                tally.count("logits with forced routing", bad)
     answers = _forced_answers if tally.answers == "forced" else _generated_answers
     texts, rights, prefix = answers(tally, candidate, case, prompt, tops)
     tally.results.append(
