@@ -104,21 +104,27 @@ def open_exact(bundle: Path, beside: Manifest, adapter: str | None) -> Iterator[
 
     Raises ArrieroError for one that is of another checkpoint, rounded, or of graphs that take no expert ids.
     """
-    with open_candidate(bundle, adapter) as (manifest, session):
-        rounded = next((name for name, weight in manifest.weights.items() if weight.scheme != EXACT), None)
-        what = None
-        if manifest.chain.checkpoint != beside.chain.checkpoint:
-            what = "is made from another checkpoint than the bundle"
-        elif rounded is not None:
-            what = f"is not exact: {rounded} is stored as {manifest.weights[rounded].scheme}"
-        elif manifest.target.kv_cache != "float32":
-            what = f"keeps keys and values as {manifest.target.kv_cache}"
-        elif not forces_routing(session.backend):
-            what = "takes no expert ids, as those for GPUs, of older builds and of dense models do not"
-        if what is not None:
-            expected = "a bundle of the same checkpoint with profile fp32, for a CPU and of this version's builds"
-            raise ArrieroError(f"the bundle given as exact {what}", where=str(bundle), expected=expected)
+    manifest = Manifest.read(bundle)
+    rounded = next((name for name, weight in manifest.weights.items() if weight.scheme != EXACT), None)
+    if manifest.chain.checkpoint != beside.chain.checkpoint:
+        raise _not_exact(bundle, "is made from another checkpoint than the measured one")
+    if rounded is not None:
+        raise _not_exact(bundle, f"has {rounded} stored as {manifest.weights[rounded].scheme}")
+    if manifest.target.kv_cache != "float32":
+        raise _not_exact(bundle, f"keeps keys and values in {manifest.target.kv_cache}")
+    with open_candidate(bundle, adapter) as (_, session):
+        if not forces_routing(session.backend):
+            raise _not_exact(bundle, "takes no expert ids: those for GPUs, of older builds and of dense models do not")
         yield session
+
+
+def _not_exact(bundle: Path, what: str) -> ArrieroError:
+    return ArrieroError(
+        f"the bundle given as exact {what}",
+        where=str(bundle),
+        expected="an exact bundle of the same checkpoint, for a CPU",
+        remedy="Build one with `profile: fp32`",
+    )
 
 
 @contextmanager

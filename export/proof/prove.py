@@ -13,7 +13,7 @@ from pathlib import Path
 from arriero.errors import ArrieroError
 from arriero.export.proof.measure_bundle import Watch, measure_bundle, open_exact, own_terms
 from arriero.runtimes.integrity import open_manifest
-from arriero.runtimes.manifest import FILE, RECORD_FOLDER, REPORTS, Manifest, proof_path
+from arriero.runtimes.manifest import FILE, RECORD_FOLDER, REPORTS, Manifest, ProofTerms, proof_path
 from arriero.runtimes.proof.cases import Reference
 from arriero.runtimes.proof.complete import complete_proof
 from arriero.runtimes.proof.record import ReferenceRecord
@@ -85,9 +85,13 @@ def measure_own_cases(
     exact: Session | None = None,
 ) -> ParityReport:
     """Measure a bundle on the cases of its build; `forced_routing` and `exact` as for `measure`."""
-    terms = manifest.proof if adapter is None else own_terms(manifest.proof)
-    terms = replace(terms, forced_routing=terms.forced_routing or forced_routing)
+    terms = _forcing(manifest.proof if adapter is None else own_terms(manifest.proof), forced_routing)
     return measure_bundle(manifest.bundle, reference, terms, labels, watch, adapter, exact)
+
+
+def _forcing(terms: ProofTerms, too: bool) -> ProofTerms:
+    """The terms, with forced routing where the build asked for it or, `too`, somebody does now."""
+    return replace(terms, forced_routing=terms.forced_routing or too)
 
 
 def measure_other_cases(
@@ -103,8 +107,7 @@ def measure_other_cases(
 
     A bundle that is not proven yet has no such rows.
     """
-    terms = own_terms(manifest.proof)
-    terms = replace(terms, forced_routing=terms.forced_routing or forced_routing)
+    terms = _forcing(own_terms(manifest.proof), forced_routing)
     report = measure_bundle(manifest.bundle, reference, terms, labels, watch, adapter, exact)
     built: tuple[Row, ...] = ()
     if manifest.proven:

@@ -112,9 +112,12 @@ def test_a_threshold_on_forced_routing_is_judged_where_routing_is_forced(folder:
     assert make_plan(load_build(folder / "build.yaml")).problems == ()
     assert load_build(folder / "build.yaml").parity.forced_routing
     config = Checkpoint.open(folder / "model").model_config()
-    on_gpu = load_build_text(folder, text.replace("onnxruntime", "tensorrt").replace("PROFILE", "fp32"))
-    with pytest.raises(Problems, match="no routing can be forced on tensorrt"):
+    text = text.replace("backend: onnxruntime", "backend: tensorrt, gpu: sm_89").replace("PROFILE", "fp32")
+    on_gpu, said = load_build_text(folder, text), "no routing can be forced on tensorrt"
+    with pytest.raises(Problems, match=said):
         check_thresholds(on_gpu, config, {"fp32": load_profile("fp32")})
+    told = make_plan(load_build_text(folder, text.replace("thresholds: {logits_kl_forced_routing: 1}", "")))
+    assert any(f"target small: {said}" in warning for warning in told.warnings)
 
 
 def load_build_text(folder: Path, text: str) -> BuildConfig:
