@@ -43,6 +43,18 @@ METRICS: dict[str, Metric] = {
     "logits_kl_past_chunk": Metric(
         "Logits, mean KL past the first attention chunk", "max", "nat", "Over tokens that chunked layers see less of."
     ),
+    "logits_kl_forced_routing": Metric(
+        "Logits, mean KL, routing forced", "max", "nat", "Tokens sent to the reference's experts: what rounding costs."
+    ),
+    "logits_kl_routing_share": Metric(
+        "Logits, share of KL due to routing", "max", "share", "What of the mean KL is gone where routing is forced."
+    ),
+    "logits_kl_candidate_routing": Metric(
+        "Logits, mean KL, exact but for routing",
+        "max",
+        "nat",
+        "An exact model, its tokens sent to the candidate's experts.",
+    ),
     "rtn_kl_mean": Metric(
         "Logits, mean KL of the RTN baseline", "max", "nat", "The same for the profile's own form without calibration."
     ),

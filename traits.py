@@ -63,6 +63,7 @@ class BackendTraits:
     most_elements: int | None = None  # of one tensor, where there is a limit
     builds_anywhere: bool = True  # else only on the GPU that will run the engines
     switches_adapters: bool = False  # a bundle may answer with one LoRA adapter or another
+    forces_routing: bool = False  # its graphs take expert ids in the place of their routers' choice
     no_cap: str | None = None  # why it cannot keep to a cap on memory; None where it can
     keeps_stored_dtype: bool = False  # it reads exact matrices in the checkpoint's own dtype
     takes_half_scales: bool = False  # it reads scales of integers that are stored in float16
@@ -89,6 +90,7 @@ TRAITS: dict[str, BackendTraits] = {
             files=(".onnx",),
             footprint=Footprint(compiler=30 << 20, stays=70 << 20),
             switches_adapters=True,
+            forces_routing=True,
             no_cap="it copies every weight into memory of its own",
         ),
         BackendTraits(
@@ -107,6 +109,7 @@ TRAITS: dict[str, BackendTraits] = {
                 compiler=70 << 20, runtime=80 << 20, stays=80 << 20, steps=1, code=2560 << 10, maps_weights=True
             ),
             switches_adapters=True,
+            forces_routing=True,
             keeps_stored_dtype=True,
             takes_half_scales=True,
         ),

@@ -23,6 +23,7 @@ OPSET = 23
 EXPERT_DISPATCH = "ExpertDispatch"
 CACHED_ATTENTION = "CachedAttention"
 ADD_LORA = "AddLora"
+ROUTE_TOKENS = "RouteTokens"
 
 _CACHED_ATTENTION_BODY = """
 <domain: "ai.arriero", opset_import: ["" : 23]>
@@ -72,13 +73,28 @@ AddLora (x, y, adapter, a, b) => (sum)
 }
 """
 
+# Where nothing is forced, the one row of -1 that stands for all tokens is broadcast.
+_ROUTE_TOKENS_BODY = """
+<domain: "ai.arriero", opset_import: ["" : 23]>
+RouteTokens <k> (logits, forced) => (logit, expert_id)
+{
+    count = Constant <value_ints: ints = @k> ()
+    none = Constant <value_int: int = 0> ()
+    best, own = TopK (logits, count)
+    unforced = Less (forced, none)
+    expert_id = Where (unforced, own, forced)
+    logit = GatherElements <axis: int = -1> (logits, expert_id)
+}
+"""
+
 
 def bodies() -> list[ir.Function]:
     """The function bodies that a canonical model or a lowered one may call, a callee before its callers."""
     dispatch = dispatch_function(EXPERT_DISPATCH, ["w"], widened_product)
     linears = [linear_function(name) for name in LINEAR_FUNCTIONS]
     dispatches = [dispatch_over_linear(name) for name in LINEAR_FUNCTIONS]
-    return [_parse(text) for text in (_CACHED_ATTENTION_BODY, _ADD_LORA_BODY, dispatch, *linears, *dispatches)]
+    own = (_CACHED_ATTENTION_BODY, _ADD_LORA_BODY, _ROUTE_TOKENS_BODY)
+    return [_parse(text) for text in (*own, dispatch, *linears, *dispatches)]
 
 
 def add_functions(model: ir.Model) -> int:

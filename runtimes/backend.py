@@ -269,6 +269,23 @@ class PacksRows(Protocol):
         ...
 
 
+@runtime_checkable
+class ForcesRouting(Protocol):
+    """What a backend has besides that can send tokens to other experts than its routers choose."""
+
+    forces_routing: bool  # whether the graph takes expert ids: those of older bundles and of dense models do not
+
+    def forward_forced(
+        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, expert_ids: Mapping[int, Ints]
+    ) -> Floats:
+        """Run a step as `Backend.forward` does, each token sent to `expert_ids` [B, S, k] of every MoE layer.
+
+        The score of an expert stays what the token's own router gives it; an id of -1 leaves the choice to the router.
+        Gives logits f32 [B, L, V]. Raises ArrieroError for ids that the model does not have.
+        """
+        ...
+
+
 class Backend(Protocol):
     """The model behind one set of weights. One thread at a time calls its methods; a session's `Engine` sees to it."""
 

@@ -230,11 +230,13 @@ class ProofTerms:
     """What a bundle is judged by, wherever it is proven.
 
     `rtn` is None for a profile that does not calibrate, and where it could not be measured for the reason `unmeasured`.
+    With `forced_routing` the bundle runs with the reference's routing as well.
     """
 
     thresholds: dict[str, float]
     rtn: RtnKl | None = None
     unmeasured: str | None = None
+    forced_routing: bool = False
 
 
 @dataclass(frozen=True)

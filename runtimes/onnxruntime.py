@@ -6,7 +6,7 @@ k experts per token, M image placeholder tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ from arriero.runtimes.backend import (
 from arriero.runtimes.cache import KVCache, check_step, valid_slots
 from arriero.runtimes.cache_rows import CacheRows
 from arriero.runtimes.cpu import usable_cores
+from arriero.runtimes.forced_routing import forced_inputs, takes_routing
 from arriero.runtimes.load_onnxruntime import load_onnxruntime
 from arriero.runtimes.unchanged import Unchanged
 from arriero.traits import PREFILL_PIECE, install
@@ -91,6 +92,8 @@ class OrtBackend:
             )
         self._cache_type = CACHE_TYPES[types.pop()]
         self._has_adapters = ADAPTER in has
+        optional = [entry.name for entry in self._text.get_overridable_initializers()]
+        self.forces_routing = takes_routing(self.spec, optional)
         self._counters = [name for name in ("chunk", "global") if f"{name}_total" in has]
 
     def vision(self, pixel_values: Floats) -> Floats:
@@ -123,6 +126,24 @@ class OrtBackend:
         self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, captures: bool = False
     ) -> StepOutput:
         """Run `inputs_embeds` [B, S, H]; see `Backend.forward`. The cache must come from `new_cache`."""
+        return self._step(inputs_embeds, positions, cache, logits_index, {}, captures)
+
+    def forward_forced(
+        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, expert_ids: Mapping[int, Ints]
+    ) -> Floats:
+        """The same with each token's experts given: see `ForcesRouting.forward_forced`."""
+        forced = forced_inputs(self.spec, expert_ids, *positions.shape)
+        return self._step(inputs_embeds, positions, cache, logits_index, forced, captures=False).logits
+
+    def _step(
+        self,
+        inputs_embeds: Floats,
+        positions: Ints,
+        cache: Cache,
+        logits_index: Ints,
+        forced: Mapping[str, Ints],
+        captures: bool,
+    ) -> StepOutput:
         onnxruntime = load_onnxruntime()
         assert isinstance(cache, CacheRows)
         store = cache.store
@@ -131,7 +152,7 @@ class OrtBackend:
         check_step(positions, cache)
         store.reserve(int(cache.lengths.max()) + steps)
         tensor = onnxruntime.OrtValue.ortvalue_from_numpy
-        feeds = {"inputs_embeds": inputs_embeds, "positions": positions, "logits_index": logits_index}
+        feeds = {"inputs_embeds": inputs_embeds, "positions": positions, "logits_index": logits_index, **forced}
         if self._has_adapters:
             feeds[ADAPTER] = cache.adapters
         for name in self._counters:

@@ -14,6 +14,7 @@ import itertools
 import json
 import struct
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,10 +22,11 @@ import numpy as np
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.api import open_bundle_backend
-from arriero.runtimes.backend import Backend, BackendOptions, Cache, ModelSpec
+from arriero.runtimes.backend import Backend, BackendOptions, Cache, ForcesRouting, ModelSpec
 from arriero.runtimes.integrity import open_manifest
 from arriero.runtimes.machine_fit import check_machine
 from arriero.runtimes.snapshot import Snapshot
+from arriero.runtimes.steps import forces_routing
 
 Arrays = dict[str, np.ndarray]
 
@@ -49,10 +51,19 @@ def read_message(stream: IO[bytes]) -> tuple[Any, Arrays]:
     return json.loads(arrays.pop("call").tobytes()), arrays
 
 
+def layer_arrays(kind: str, arrays: Mapping[int, np.ndarray]) -> Arrays:
+    """An array for each layer as a message carries them, under `kind` and the layer's number."""
+    return {f"{kind}.{layer}": array for layer, array in arrays.items()}
+
+
+def read_layers(kind: str, arrays: Arrays) -> dict[int, np.ndarray]:
+    """The inverse of `layer_arrays`."""
+    return {int(name.partition(".")[2]): arrays[name] for name in arrays if name.startswith(f"{kind}.")}
+
+
 def snapshot_arrays(snapshot: Snapshot) -> Arrays:
     """The keys and values of a snapshot as a message carries them; the length goes beside them."""
-    keys, values = (dict(enumerate(buffers)) for buffers in (snapshot.keys, snapshot.values))
-    return {f"key.{layer}": key for layer, key in keys.items()} | {f"value.{layer}": v for layer, v in values.items()}
+    return layer_arrays("key", dict(enumerate(snapshot.keys))) | layer_arrays("value", dict(enumerate(snapshot.values)))
 
 
 def read_snapshot(spec: ModelSpec, length: int, arrays: Arrays) -> Snapshot:
@@ -96,16 +107,22 @@ class Server:
                 cache.restore(call["row"], read_snapshot(self.backend.spec, call["length"], arrays))
             case "forward":
                 return {}, self._forward(cache.rows(call["start"], call["stop"]), arrays, call["captures"])
+            case "forward_forced":
+                return {}, self._forward_forced(cache.rows(call["start"], call["stop"]), arrays)
         return {}, {}
 
     def _forward(self, cache: Cache, arrays: Arrays, captures: bool) -> Arrays:
         cache.adapters[:] = arrays["adapters"]
         embeds, positions = arrays["inputs_embeds"], arrays["positions"]
         step = self.backend.forward(embeds, positions, cache, arrays["logits_index"], captures)
-        outputs: Arrays = {"logits": step.logits}
-        outputs |= {f"expert_id.{layer}": ids for layer, ids in step.expert_ids.items()}
-        outputs |= {f"hidden.{layer}": hidden for layer, hidden in step.hiddens.items()}
-        return outputs
+        captured = layer_arrays("expert_id", step.expert_ids) | layer_arrays("hidden", step.hiddens)
+        return {"logits": step.logits, **captured}
+
+    def _forward_forced(self, cache: Cache, arrays: Arrays) -> Arrays:
+        assert isinstance(self.backend, ForcesRouting)
+        cache.adapters[:] = arrays["adapters"]
+        step = arrays["inputs_embeds"], arrays["positions"], cache, arrays["logits_index"]
+        return {"logits": self.backend.forward_forced(*step, read_layers("expert_id", arrays))}
 
 
 def main() -> None:
@@ -119,7 +136,7 @@ def main() -> None:
     except ArrieroError as error:
         write_message(answers, {"error": str(error)}, {})
         return
-    write_message(answers, {}, {})
+    write_message(answers, {"forces_routing": forces_routing(server.backend)}, {})
     while True:
         try:
             call, arrays = read_message(requests)

@@ -30,7 +30,7 @@ from arriero.runtimes.processor.processor import Processor, Prompt
 from arriero.runtimes.request import Request
 from arriero.runtimes.scheduler import EngineLimits, Stats
 from arriero.runtimes.settings import AnswerSettings, Settings, chat_options, read_settings
-from arriero.runtimes.steps import append_tokens, check_finite, logits_piece, piece_end, read_piece
+from arriero.runtimes.steps import append_tokens, check_finite, logits_piece, piece_end, read_forced, read_piece
 from arriero.runtimes.stream import Stream
 
 PromptLike = Prompt | str | Sequence[Message]
@@ -249,11 +249,25 @@ class Session:
         self, input_ids: Ints, pixel_values: Floats | None = None, captures: bool = False
     ) -> Iterator[StepOutput]:
         """The same piece by piece, of few enough tokens that the logits of one are no burden."""
-        return self._steps_of(check_prompt(Prompt(input_ids, pixel_values), self.spec), captures, every=True)
+        return self._steps_of(Prompt(input_ids, pixel_values), captures, every=True)
+
+    def forced_logits(
+        self, input_ids: Ints, pixel_values: Floats | None, expert_ids: Mapping[int, Ints]
+    ) -> Iterator[Floats]:
+        """The logits of every position, piece by piece [S, V], tokens sent to `expert_ids` [S, k] of each MoE layer.
+
+        The backend has to be one that `steps.forces_routing`.
+        """
+        prompt = self._fitting(Prompt(input_ids, pixel_values))
+        cache, start = self._new_cache(1, prompt.input_ids.size, self.adapter), 0
+        for ids, features in self._pieces_of(prompt, self._most(every=True)):
+            own = {layer: chosen[start : start + len(ids)] for layer, chosen in expert_ids.items()}
+            yield self.engine.run(partial(read_forced, ids=ids, features=features, cache=cache, expert_ids=own))
+            start += len(ids)
 
     def routes(self, prompt: Prompt) -> dict[int, Ints]:
         """The experts i64 [S, k] that each MoE layer routes the S tokens of `prompt` to, by the layer's number."""
-        steps = [step.expert_ids for step in self._steps_of(check_prompt(prompt, self.spec), True, every=False)]
+        steps = [step.expert_ids for step in self._steps_of(prompt, True, every=False)]
         return {n: np.concatenate([step[n][0] for step in steps]) for n in steps[0]}
 
     def embed(self, input_ids: Ints, image_features: Floats) -> Floats:
@@ -304,20 +318,29 @@ class Session:
 
     def _steps_of(self, prompt: Prompt, captures: bool, every: bool) -> Iterator[StepOutput]:
         """What each piece of a prompt gives, read from the start: logits of `every` position, or of its last."""
-        if prompt.input_ids.size > self.context:
-            raise self._too_long(prompt.input_ids.size, 0)
+        prompt = self._fitting(prompt)
         cache = self._new_cache(1, prompt.input_ids.size, self.adapter)
         return self._read_into(cache, prompt, captures, every)
 
+    def _fitting(self, prompt: Prompt) -> Prompt:
+        """The prompt as `check_prompt` gives it. Raises `ArrieroError` for one that the context does not hold."""
+        checked = check_prompt(prompt, self.spec)
+        if checked.input_ids.size > self.context:
+            raise self._too_long(checked.input_ids.size, 0)
+        return checked
+
     def _read_into(self, cache: Cache, prompt: Prompt, captures: bool, every: bool) -> Iterator[StepOutput]:
         """The same, into the one row of `cache`."""
-        piece = self.backend.piece
-        most = min(piece, logits_piece(self.spec.vocab_size)) if every else piece
-        for ids, features in self._pieces_of(prompt, most):
+        for ids, features in self._pieces_of(prompt, self._most(every)):
             index = np.arange(0 if every else len(ids) - 1, len(ids))
             yield self.engine.run(
                 partial(read_piece, ids=ids, features=features, cache=cache, logits_index=index, captures=captures)
             )
+
+    def _most(self, every: bool) -> int:
+        """Tokens of a piece, of which `every` one gets logits, or the last alone."""
+        piece = self.backend.piece
+        return min(piece, logits_piece(self.spec.vocab_size)) if every else piece
 
     def _pieces_of(self, prompt: Prompt, most: int) -> Iterator[tuple[Ints, Floats]]:
         """Give a prompt in pieces of about `most` tokens: ids [S] with their image features [M, H]; none crosses a

@@ -5,12 +5,12 @@ Shapes: B batch rows, S new tokens of a row, H hidden, V vocabulary, M image pla
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.backend import Backend, Cache, Floats, Ints, ModelSpec, PacksRows, StepOutput
+from arriero.runtimes.backend import Backend, Cache, Floats, ForcesRouting, Ints, ModelSpec, PacksRows, StepOutput
 
 LOGITS = 128 << 20  # bytes of logits at a time
 LEAST = 16  # tokens whose logits are there at a time, however large the vocabulary
@@ -41,6 +41,20 @@ def read_piece(
     embeds = backend.embed(ids[None], features)
     positions = cache.lengths[:, None] + np.arange(len(ids))
     return backend.forward(embeds, positions, cache, logits_index, captures)
+
+
+def read_forced(backend: Backend, ids: Ints, features: Floats, cache: Cache, expert_ids: Mapping[int, Ints]) -> Floats:
+    """Append `ids` [S] as `read_piece` does, sent to `expert_ids` [S, k] of each MoE layer; gives logits f32 [S, V]."""
+    assert isinstance(backend, ForcesRouting)
+    embeds = backend.embed(ids[None], features)
+    positions = cache.lengths[:, None] + np.arange(len(ids))
+    chosen = {layer: own[None] for layer, own in expert_ids.items()}
+    return backend.forward_forced(embeds, positions, cache, np.arange(len(ids)), chosen)[0]
+
+
+def forces_routing(backend: Backend) -> bool:
+    """Whether tokens of `backend` can be sent to other experts than its routers choose."""
+    return isinstance(backend, ForcesRouting) and backend.forces_routing
 
 
 def append_tokens(backend: Backend, tokens: Sequence[int], cache: Cache) -> Floats:

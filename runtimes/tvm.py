@@ -39,6 +39,7 @@ from arriero.runtimes.cache import KVCache, check_step
 from arriero.runtimes.cache_rows import CacheRows
 from arriero.runtimes.cpu import usable_cores
 from arriero.runtimes.expert_cache import ExpertCache
+from arriero.runtimes.forced_routing import PREFIX, forced_inputs, takes_routing
 from arriero.runtimes.memory import anonymous_memory
 from arriero.runtimes.memory_cap import MemoryShare, RecordSize, share_memory, step_bytes
 from arriero.runtimes.private_library import PrivateLibrary
@@ -87,7 +88,9 @@ class TvmBackend:
         for part in ("text", "embed"):
             self._graphs[part].open(POOLED if memory is None else NAIVE)
         self._memory = StepMemory(self._token_bytes(self.piece), _empty_pool) if memory is None else None
-        self.packs = text.packs
+        self.packs, self.forces_routing = text.packs, takes_routing(spec, text.inputs)
+        unforced = aligned(np.empty((0, spec.num_experts_per_tok), np.int64))
+        self._unforced = {name: unforced for name in text.inputs if name.startswith(PREFIX)}
         self._experts = (
             ExpertCache(bundle, text.library, text.experts, text.tables, share.slots) if share.slots else None
         )
@@ -131,12 +134,8 @@ class TvmBackend:
         self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, captures: bool = False
     ) -> StepOutput:
         """Run `inputs_embeds` [B, S, H]; see `Backend.forward`. The cache must come from `new_cache`."""
-        assert isinstance(cache, CacheRows)
         batch, steps = positions.shape
-        check_step(positions, cache)
-        index = (steps * np.arange(batch)[:, None] + logits_index).reshape(-1)
-        embeds, counts = inputs_embeds.reshape(batch * steps, -1), np.full(batch, steps)
-        feeds = self._feeds(embeds, counts, cache, index)
+        feeds = self._even_feeds(inputs_embeds, positions, cache, logits_index)
         if not captures:
             (logits,) = self._step(feeds, "step")
             cache.lengths += steps
@@ -154,11 +153,32 @@ class TvmBackend:
             hiddens={number: named[f"hidden.{number}"].reshape(batch, steps, -1) for number in layers},
         )
 
+    def forward_forced(
+        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, expert_ids: Mapping[int, Ints]
+    ) -> Floats:
+        """Run `inputs_embeds` [B, S, H], each token's experts given: see `ForcesRouting.forward_forced`."""
+        batch, steps = positions.shape
+        feeds = self._even_feeds(inputs_embeds, positions, cache, logits_index)
+        forced = forced_inputs(self.spec, expert_ids, batch, steps)
+        (logits,) = self._step(feeds | {name: aligned(ids) for name, ids in forced.items()}, "step")
+        cache.lengths += steps
+        return logits.reshape(batch, len(logits_index), -1)
+
     def forward_packed(self, inputs_embeds: Floats, counts: Ints, cache: Cache, logits_index: Ints) -> Floats:
         """Run `inputs_embeds` [T, H], of each row `counts` [B] tokens: see `PacksRows.forward_packed`."""
         (logits,) = self._step(self._feeds(inputs_embeds, counts, cache, logits_index), "step")
         cache.lengths += counts
         return logits[0]
+
+    def _even_feeds(
+        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints
+    ) -> dict[str, np.ndarray]:
+        """What the text graph takes for a step of S tokens of each row."""
+        assert isinstance(cache, CacheRows)
+        batch, steps = positions.shape
+        check_step(positions, cache)
+        index = (steps * np.arange(batch)[:, None] + logits_index).reshape(-1)
+        return self._feeds(inputs_embeds.reshape(batch * steps, -1), np.full(batch, steps), cache, index)
 
     def _feeds(self, embeds: Floats, counts: Ints, cache: Cache, logits_index: Ints) -> dict[str, np.ndarray]:
         """What the text graph takes for a step of `embeds` [T, H] after `cache`, of each row `counts` tokens."""
@@ -176,7 +196,7 @@ class TvmBackend:
         }
         if ADAPTER in self._graphs["text"].inputs:
             arguments[ADAPTER] = cache.adapters
-        feeds: dict[str, np.ndarray] = {name: aligned(np.asarray(array)) for name, array in arguments.items()}
+        feeds = self._unforced | {name: aligned(np.asarray(array)) for name, array in arguments.items()}
         for number in range(len(self.spec.layers)):
             for kind, buffer in zip(("key", "value"), store.layer(number, cache.start, cache.stop), strict=True):
                 feeds[f"past_{kind}.{number}"] = buffer

@@ -234,7 +234,7 @@ def test_paths_that_look_like_markup_do_no_harm(workshop: Path, tmp_path: Path) 
         asked = ["Hello", "--max-tokens", "1"] if words == ["run"] else []
         done = subprocess.run([*COMMAND, *words, str(bundle), *asked], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    compared = ["compare", str(bundle), "--against", str(workshop / "scout"), "--samples", "2"]
+    compared = ["compare", str(bundle), "--against", str(workshop / "scout"), "--samples", "2", "--forced-routing"]
     done = subprocess.run([*COMMAND, *compared], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

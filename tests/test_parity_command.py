@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
-from arriero.runtimes.manifest import link
+from arriero.runtimes.manifest import FileRecord, link, manifest_digest, parity_digest
 from tests.command import arriero, contents, write_build
 from tests.refusals import check
 from tests.small import edit_json, small_scout
@@ -67,7 +69,9 @@ def separate(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder `bundles` with `fp32`, whose record was published beside it, and the build file."""
     folder = tmp_path_factory.mktemp("separate")
     file = write_build(folder / "build.yaml", workshop / "scout", samples=8)
-    file.write_text(file.read_text().replace("parity: {", "parity: {record: separate, answers: forced, "))
+    file.write_text(
+        file.read_text().replace("parity: {", "parity: {record: separate, answers: forced, forced_routing: true, ")
+    )
     built = arriero("build", file)
     assert built.code == 0, built.err
     return folder
@@ -255,6 +259,96 @@ def test_what_a_device_lacks_is_said_in_one_sentence(workshop):
     assert refused.stderr.strip().endswith("Install what the command needs with `pip install 'arriero[export]'`.")
 
 
+# --- rounding and routing told apart
+
+
+def test_a_device_tells_rounding_and_routing_apart_by_record_and_exact_bundle_alone(workshop):
+    bundles = workshop / "bundles"
+    told = on_device("parity", bundles / "int8", "--forced-routing", "--exact", bundles / "fp32", "--json")
+    assert told.returncode == 0, told.stderr
+    found = rows(json.loads(told.stdout))
+    whole, forced = (found[f"logits_kl_{name}"]["value"] for name in ("mean", "forced_routing"))
+    assert 0 < forced <= whole * 1.01  # few tokens of these cases go elsewhere for int8
+    assert found["logits_kl_candidate_routing"]["value"] <= whole
+    assert found["logits_kl_routing_share"]["value"] == pytest.approx(1 - forced / whole)
+    assert "standard error over 8 cases" in found["logits_kl_forced_routing"]["detail"]
+
+
+def other_experts(folder: Path, data: dict[str, Any]) -> None:
+    for path in folder.glob("layer-*.expert_ids.npy"):
+        np.save(path, (np.load(path) + 1) % 4)
+
+
+def test_it_is_the_records_experts_that_a_device_forces_and_the_bundles_that_the_exact_one_takes(workshop, bundle):
+    record, exact = forge(bundle, other_experts), workshop / "bundles" / "fp32"
+    told = on_device("parity", bundle, "--record", record, "--forced-routing", "--exact", exact, "--json")
+    found = rows(json.loads(told.stdout))
+    assert found["router_agreement"]["value"] == 0.0
+    assert found["logits_kl_mean"]["value"] < 1e-9
+    assert found["logits_kl_forced_routing"]["value"] > 1e-3
+    assert found["logits_kl_candidate_routing"]["value"] < 1e-9
+    assert found["logits_kl_routing_share"]["value"] < -1
+
+
+def test_pytorch_stands_for_the_exact_bundle_where_it_is_there(workshop):
+    bundles = workshop / "bundles"
+    by_bundle = arriero("parity", bundles / "int8", "--forced-routing", "--exact", bundles / "fp32", "--json")
+    against = arriero("parity", bundles / "int8", "--forced-routing", "--against", workshop / "scout", "--json")
+    assert against.code == by_bundle.code == 0, against.err
+    for name in ("logits_kl_forced_routing", "logits_kl_candidate_routing"):
+        assert rows(against.json)[name]["value"] == pytest.approx(
+            rows(by_bundle.json)[name]["value"], rel=1e-3, abs=1e-9
+        )
+
+
+def test_a_build_that_asks_for_it_keeps_what_forced_routing_says(separate):
+    told = rows(arriero("parity", separate / "bundles" / "fp32", "--recorded", "--json").json)
+    assert told["logits_kl_forced_routing"]["value"] < 1e-9
+    assert "Logits, mean KL, routing forced" in (separate / "bundles" / "fp32" / "parity.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("made", "what"),
+    [
+        (lambda workshop, _: workshop / "bundles" / "int8", r"has \S+ stored as int8"),
+        (lambda _, bundle: before_routing(bundle), "takes no expert ids"),
+    ],
+)
+def test_what_is_given_as_exact_has_to_be(workshop, bundle, made, what):
+    given = made(workshop, bundle)
+    told = arriero("parity", workshop / "bundles" / "int8", "--exact", given)
+    assert re.search(what, told.err)
+    check(told, "the bundle given as exact", given.name, "Build one with `profile: fp32`")
+
+
+def test_a_bundle_from_before_loads_and_says_why_it_is_not_measured(bundle):
+    told = arriero("parity", before_routing(bundle), "--forced-routing", "--json")
+    assert told.code == 0, told.err
+    for name in ("logits_kl_forced_routing", "logits_kl_routing_share"):
+        assert rows(told.json)[name]["value"] is None
+        assert "the graphs take no expert ids" in rows(told.json)[name]["detail"]
+
+
+def before_routing(bundle: Path) -> Path:
+    """The bundle as builds made it that knew nothing of forced routing: its graph has no such input."""
+    model = onnx.load(bundle / "text.onnx", load_external_data=False)
+    ours = [value for value in model.graph.input if not value.name.startswith("forced_expert_id.")]
+    assert len(ours) < len(model.graph.input)
+    del model.graph.input[:]
+    model.graph.input.extend(ours)
+    (bundle / "text.onnx").unlink()  # a hard link
+    (bundle / "text.onnx").write_bytes(model.SerializeToString())
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    del manifest["proof"]["forced_routing"]
+    manifest["files"]["text.onnx"] = FileRecord.of(bundle / "text.onnx").entry()
+    chain, files = manifest["chain"], {name: FileRecord(**entry) for name, entry in manifest["files"].items()}
+    chain["artifact"] = link(chain["profile"], manifest_digest(manifest))
+    chain["record"] = link(chain["artifact"], manifest["record"])
+    chain["parity"] = link(chain["record"], parity_digest(files))
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    return bundle
+
+
 # --- options that do not go together
 
 
@@ -263,6 +357,8 @@ def test_what_a_device_lacks_is_said_in_one_sentence(workshop):
     [
         (("--recorded", "--against", "x"), "--recorded measures nothing", "Leave out"),
         (("--recorded", "--record", "x"), "--recorded measures nothing", "Leave out"),
+        (("--recorded", "--forced-routing"), "--recorded measures nothing", "Leave out"),
+        (("--against", "x", "--exact", "y"), "--against brings an exact model", "Leave out --exact"),
         (("--against", "x", "--record", "y", "--seed", "3"), "brings its own prompts", "Leave out --set"),
     ],
 )

@@ -42,6 +42,12 @@ def test_its_schemes_are_those_that_its_lowering_takes(name: str) -> None:
         assert lowering.lacks(kinds[label](kind=label, **fields)) is not None, label
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_routing_can_be_forced_where_its_lowering_adds_the_input(name: str) -> None:
+    lowering = import_module(f"arriero.graphs.lower.{TRAITS[name].module}")
+    assert hasattr(lowering, "add_forced_routing") == TRAITS[name].forces_routing
+
+
 @pytest.mark.parametrize("folder", ["export", "graphs", "runtimes"])
 def test_nobody_else_says_a_backends_name(folder: str) -> None:
     names = re.compile("|".join(rf"[\"']{name}[\"']" for name in BACKENDS))

@@ -11,6 +11,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StrictBool,
     StrictInt,
     ValidationInfo,
     WithJsonSchema,
@@ -209,6 +210,11 @@ class Parity(_Section):
         description="Where the reference record goes, which holds the prompts and pictures: into each bundle, so that "
         "any machine can prove it, or beside the bundles as `reference-<hash>`, for prompts and pictures that stay "
         "private. A bundle's parity report shows the answers in either case.",
+    )
+    forced_routing: StrictBool = Field(
+        default=False,
+        description="Whether each bundle runs over the cases once more, every token sent to the experts that the "
+        "reference chose: the report then says what part of the KL flipped routing causes.",
     )
     thresholds: Thresholds = Field(
         default={},

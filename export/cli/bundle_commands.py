@@ -15,6 +15,7 @@ from arriero.export.cli.options import (
     SEED,
     Adapters,
     BundleFolder,
+    ForcedRouting,
     Json,
     Memory,
     SampleCount,
@@ -53,6 +54,14 @@ def parity(
     data: Set = None,
     samples: SampleCount = None,
     seed: Annotated[int | None, typer.Option(help="Which held-out prompts, with --against.", min=0)] = None,
+    forced_routing: ForcedRouting = False,
+    exact: Annotated[
+        Path | None,
+        typer.Option(
+            help="An exact bundle of the same checkpoint (profile fp32), to run with each token sent to the experts "
+            "that the measured bundle chose: tells what that routing alone costs."
+        ),
+    ] = None,
     junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML here, one test case per judged row.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page here.")] = None,
     output: Annotated[
@@ -74,7 +83,11 @@ def parity(
     merged; --against with --adapter measures the bundle with the adapter of that folder alone.
 
     --against CHECKPOINT compares with the PyTorch reference itself, and refuses a record that says otherwise than the
-    checkpoint; --set, --samples or --seed then choose other prompts than the record's. In CI:
+    checkpoint; --set, --samples or --seed then choose other prompts than the record's.
+
+    --forced-routing tells rounded values and flipped routing apart: the bundle runs once more with the experts that the
+    reference chose. With --against, the reference also runs with those that the bundle chose; without PyTorch, an exact
+    bundle does, with --exact. In CI:
 
         arriero parity bundles/portable-int8 --junit parity.xml
     """
@@ -83,8 +96,12 @@ def parity(
     from arriero.runtimes.proof.pages import write_html
 
     other = (data, samples, seed) != (None, None, None)
-    if recorded and (record or against):
-        raise ArrieroError("--recorded measures nothing", remedy="Leave out --record and --against, or --recorded")
+    if recorded and (record or against or forced_routing or exact):
+        remedy = "Leave out --record, --against, --forced-routing and --exact, or --recorded"
+        raise ArrieroError("--recorded measures nothing", remedy=remedy)
+    if exact and against:
+        remedy = "Leave out --exact: --forced-routing runs the reference with the bundle's routing"
+        raise ArrieroError("--against brings an exact model of its own", remedy=remedy)
     if other and against is None:
         what = "--set, --samples and --seed choose prompts that the reference record does not hold"
         raise ArrieroError(what, remedy="Add --against with the checkpoint")
@@ -99,9 +116,12 @@ def parity(
     chosen = _held_out(data, samples, seed) if other else None
     start = time.monotonic()
     try:
-        proofs = (
-            _recorded(bundle) if recorded else _measure(bundle, record or [], against, adapter or [], chosen, output)
-        )
+        if recorded:
+            proofs = _recorded(bundle)
+        elif against is None:
+            proofs = _measure(bundle, record or [], output, forced_routing, exact)
+        else:
+            proofs = _measure_against(bundle, record or [], against, adapter or [], chosen, forced_routing)
     except ArrieroError as error:
         if junit:
             write_junit([Suite(bundle.name, seconds=time.monotonic() - start, error=str(error))], junit)
@@ -134,27 +154,27 @@ def _recorded(bundle: Path) -> Proofs:
 
 
 def _measure(
-    bundle: Path,
-    records: list[Path],
-    model: str | None,
-    adapters: list[Path],
-    other: Cases | None,
-    output: Path | None,
+    bundle: Path, records: list[Path], output: Path | None, forced_routing: bool, exact: Path | None
 ) -> Proofs:
     from arriero.export.cli.progress import Progress
+    from arriero.export.proof.prove import prove_bundle
 
     with Progress(err) as watch:
-        if model is None:
-            from arriero.export.proof.prove import prove_bundle
+        return prove_bundle(bundle, records, watch, output, forced_routing, exact)
 
-            return prove_bundle(bundle, records, watch, output)
-        from arriero.export.build_file.locate import resolve_model
-        from arriero.export.proof.against import prove_against
-        from arriero.graphs.checkpoint import Checkpoint
 
+def _measure_against(
+    bundle: Path, records: list[Path], model: str, adapters: list[Path], other: Cases | None, forced_routing: bool
+) -> Proofs:
+    from arriero.export.build_file.locate import resolve_model
+    from arriero.export.cli.progress import Progress
+    from arriero.export.proof.against import prove_against
+    from arriero.graphs.checkpoint import Checkpoint
+
+    with Progress(err) as watch:
         record = records[0] if records else None
         checkpoint = Checkpoint.open(resolve_model(model, Path.cwd()), adapters)
-        report = prove_against(bundle, checkpoint, record, other, watch)
+        report = prove_against(bundle, checkpoint, record, other, watch, forced_routing)
         return {report.labels.get("adapter"): report}
 
 
@@ -303,6 +323,7 @@ def compare(
     data: Set = None,
     samples: SampleCount = None,
     seed: Annotated[int, typer.Option(help="Which held-out prompts.", min=0)] = SEED,
+    forced_routing: ForcedRouting = False,
     html: Annotated[Path | None, typer.Option(help="Also write a page with a plot of quality against size.")] = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -317,7 +338,7 @@ def compare(
 
     cases, model = _held_out(data, samples, seed), resolve_model(against, Path.cwd())
     with Progress(err) as watch:
-        lines = comparison.compare_bundles(bundles, model, adapter or [], cases, threads, watch)
+        lines = comparison.compare_bundles(bundles, model, adapter or [], cases, threads, watch, forced_routing)
     asked = {"set": Path(cases.set).name, "samples": lines[0].cases, "seed": seed}
     if html:
         labels = {"checkpoint": against, "held-out prompts": asked["set"], "how many": asked["samples"], "seed": seed}

@@ -43,6 +43,14 @@ Adapters = Annotated[
     list[Path] | None,
     typer.Option(help="A LoRA adapter that the build merged into the checkpoint; several in their order."),
 ]
+ForcedRouting = Annotated[
+    bool,
+    typer.Option(
+        "--forced-routing",
+        help="Run over the prompts once more, each token sent to the experts that the reference chose: tells what part "
+        "of the KL flipped routing causes.",
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads to use; every core when left out.", min=1, max=MOST_THREADS)
 ]

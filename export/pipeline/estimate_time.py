@@ -42,6 +42,7 @@ class Work:
     cases: Sequence[Size]
     answered: int  # tokens of all answers that are generated
     profiles: Sequence[Profile]  # that calibrate
+    forced_routing: bool = False  # a target's cases run once more where its backend can
 
     @property
     def active(self) -> float:
@@ -86,7 +87,8 @@ def estimate_seconds(
             write += COMPILED_LAYER * layers
         seconds[f"lower-{target.name}"] = TOOLS + write
         each = target.weights_bytes / max(1, sum(math.prod(one.shape) for one in work.used))
-        seconds[f"parity-{target.name}"] = TOOLS + proof + work.answer_seconds(each, speed)
+        runs = 1 + (work.forced_routing and TRAITS[target.backend].forces_routing and bool(work.config.text.moe_layers))
+        seconds[f"parity-{target.name}"] = TOOLS + runs * proof + work.answer_seconds(each, speed)
         seconds[f"rtn-{target.name}"] = TOOLS + write + proof
     # with an adapter a stage takes as long as without
     return {name: KERNELS if name.startswith("kernels-") else seconds[split_stage(name)[0]] for name in names}

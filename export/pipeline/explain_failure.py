@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from arriero.export.pipeline.results import Failure
 from arriero.profiles.recipe import Profile
+from arriero.runtimes.proof.given_routing import ROUTING_SHARE
 from arriero.runtimes.proof.pages import show, show_limit
 from arriero.runtimes.proof.report import ParityReport
 from arriero.runtimes.proof.rows import Row
@@ -13,6 +14,7 @@ from arriero.thresholds import FORCED, OVER_RTN
 
 DROPS = ("task_accuracy_drop", FORCED["task_accuracy_drop"])
 REFERENCES = ("task_accuracy_reference", FORCED["task_accuracy_reference"])
+MOSTLY = 0.5  # of the KL
 FINER = "choose a finer profile, or lower the threshold knowingly"
 
 
@@ -65,6 +67,10 @@ def _cause(row: Row, report: ParityReport, profile: Profile, coverage: Mapping[s
         lost = max(report.families, key=lambda one: one.lost, default=None)
         if lost is not None and lost.lost:
             return f"most answers were lost in {lost.family} ({lost.lost} of {lost.count})", FINER
+    share = next((one.value for one in report.rows if one.metric == ROUTING_SHARE), None)
+    if name.startswith("logits_kl") and share is not None and share >= MOSTLY:
+        what = f"flipped routing causes {100 * share:.0f} % of the KL"
+        return what, f"keep what leads to the routers, attention and shared experts, in more bits; else {FINER}"
     layers = [layer for layer in report.layers if layer.relative_l2 is not None]
     if layers:
         worst = max(layers, key=lambda layer: layer.relative_l2 or 0.0)

@@ -34,6 +34,7 @@ from arriero.graphs.sources.runtime_adapters import RuntimeAdapters
 from arriero.profiles.recipe import Profile
 from arriero.runtimes.memory import available_memory
 from arriero.sizes import human_bytes
+from arriero.traits import TRAITS
 
 
 def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
@@ -91,7 +92,7 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
         side_disk(checkpoint),
     )
     answered = sets.answered() if case_sizes and answer_mode(build) == "generated" else 0
-    work_to_do = Work(seen, used, sizes, case_sizes, answered, calibrating(profiles))
+    work_to_do = Work(seen, used, sizes, case_sizes, answered, calibrating(profiles), build.parity.forced_routing)
     times = estimate_seconds(undone, work_to_do, targets, measure_speed()) if undone else {}
     plan = Plan(
         model=_describe(build, checkpoint, config),
@@ -127,6 +128,12 @@ def _warnings(build: BuildConfig, profiles: Mapping[str, Profile]) -> tuple[str,
     weak = [sentence for name, own in limits.items() for sentence in weak_thresholds(name, own, counts)]
     if "image" in build.modalities and not show_pictures(build.parity.cases):
         weak.append("the bundles take in images, and no parity case shows one: the vision tower is not proven")
+    if build.parity.forced_routing:
+        weak += [
+            f"target {target.name}: no routing can be forced on {target.backend}, and its report will say so"
+            for target in build.targets
+            if not TRAITS[target.backend].forces_routing
+        ]
     return tuple(weak)
 
 

@@ -80,12 +80,15 @@ def stage_inputs(
         source = source_hash(*PROVES, f"runtimes/{TRAITS[target.backend].module}.py")
         if profiles[target.profile].calibration is not None:
             stages[f"rtn-{target.name}"] = {**proven, "source": source}
-        limits = thresholds(build, target, profiles[target.profile])
-        stages[parity] = {**proven, "thresholds": limits, "source": source}
+        judged = {
+            "thresholds": thresholds(build, target, profiles[target.profile]),
+            "forced_routing": build.parity.forced_routing,
+            "source": source,
+        }
+        stages[parity] = {**proven, **judged}
         for adapter in adapted:
             record = subject_stage("reference", adapter)
-            judged = {**proven, "reference": key_of(record, stages[record])}
-            stages[subject_stage(parity, adapter)] = {**judged, "thresholds": limits, "source": source}
+            stages[subject_stage(parity, adapter)] = {**proven, "reference": key_of(record, stages[record]), **judged}
     return stages
 
 

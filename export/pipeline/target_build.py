@@ -331,13 +331,15 @@ class TargetBuild:
     def terms(self) -> ProofTerms:
         """What the bundle is judged by: its thresholds, and the RTN baseline's KL, which only a build can measure."""
         limits = thresholds(self.build.config, self.target, self.profile)
+        forced = self.build.config.parity.forced_routing
         if self.decided.calibration is None:
-            return ProofTerms(limits)
+            return ProofTerms(limits, forced_routing=forced)
         if self.device is not None and target_gpu(self.target) is not None:
             gone = {name: limit for name, limit in limits.items() if name != OVER_RTN}
-            return ProofTerms(gone, unmeasured="the RTN baseline's engines run on the target's GPU alone")
+            why = "the RTN baseline's engines run on the target's GPU alone"
+            return ProofTerms(gone, unmeasured=why, forced_routing=forced)
         _ = self.build.record, self.lowered, self.native_kernels
-        return ProofTerms(limits, read_part(RtnKl, self.stage("rtn", self.measure_rtn)))
+        return ProofTerms(limits, read_part(RtnKl, self.stage("rtn", self.measure_rtn)), forced_routing=forced)
 
     def measure_rtn(self, folder: Path) -> None:
         """Stage `rtn-*`: KL of the RTN baseline of the target's profile on the parity cases.

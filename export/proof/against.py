@@ -13,13 +13,13 @@ from arriero.errors import ArrieroError
 from arriero.export.build_file.hash_checkpoint import hash_checkpoint
 from arriero.export.proof.check_answers import check_answers
 from arriero.export.proof.live_reference import LiveReference
-from arriero.export.proof.measure_bundle import Watch, measure_bundle, own_terms
+from arriero.export.proof.measure_bundle import Watch, own_terms
 from arriero.export.proof.prove import (
     adapter_of,
     measure_other_cases,
+    measure_own_cases,
     open_own_record,
     open_records,
-    terms_of,
 )
 from arriero.export.proof.reference import open_reference
 from arriero.export.samples.cases import draw_cases, encoded_sizes, shortening
@@ -119,18 +119,25 @@ def find_differences(recorded: ReferenceCase, live: ReferenceCase) -> Iterator[s
 
 
 def prove_against(
-    bundle: Path, checkpoint: Checkpoint, folder: Path | None, other: Cases | None, watch: Watch
+    bundle: Path,
+    checkpoint: Checkpoint,
+    folder: Path | None,
+    other: Cases | None,
+    watch: Watch,
+    forced_routing: bool = False,
 ) -> ParityReport:
     """Measure a published bundle against the PyTorch reference, by the thresholds that it was published under.
 
     The cases are those of its record (or of that in `folder`), which is refused where it differs; or `other` ones. A
-    checkpoint with one of the bundle's adapters merged is what the bundle with that adapter is measured against.
+    checkpoint with one of the bundle's adapters merged is what the bundle with that adapter is measured against. With
+    `forced_routing` each side runs with the other's routing as well.
     Raises ArrieroError when the bundle was made from another checkpoint.
     """
     manifest = open_manifest(bundle)
     adapter = adapter_of(manifest, hash_checkpoint(checkpoint, watch), "this checkpoint", checkpoint.model)
     modalities = modalities_of(manifest)
     session = open_reference(checkpoint, "image" not in modalities)
+    exact = session if forced_routing else None
     if other is not None:
         cases = draw_cases(other, modalities)
         check_answers(cases, own_terms(manifest.proof).thresholds)
@@ -138,13 +145,13 @@ def prove_against(
         encoded_sizes(cases, session.processor, most, shortening(other))
         proven = manifest.bundle / proof_path(adapter, "parity.json")
         answers = read_json(proven).answers if manifest.proven else _record(manifest, folder, adapter).answers
-        return measure_other_cases(manifest, LiveReference(session, cases, answers), label_set(other), watch, adapter)
+        drawn, named = LiveReference(session, cases, answers), label_set(other)
+        return measure_other_cases(manifest, drawn, named, watch, adapter, forced_routing, exact)
     record = _record(manifest, folder, adapter)
     live = LiveReference(session, [record.case(number).case for number in range(len(record))], record.answers)
     checked = CheckedReference(live, record)
-    if record.hash == manifest.records[adapter]:
-        return measure_bundle(bundle, checked, terms_of(manifest, adapter), record.labels(), watch, adapter)
-    return measure_other_cases(manifest, checked, record.labels(), watch, adapter)
+    measure = measure_own_cases if record.hash == manifest.records[adapter] else measure_other_cases
+    return measure(manifest, checked, record.labels(), watch, adapter, forced_routing, exact)
 
 
 def _record(manifest: Manifest, folder: Path | None, adapter: str | None) -> ReferenceRecord:

@@ -51,6 +51,8 @@ class Compared:
     tokens_per_second: float
     logits_kl_mean: float | None
     logits_kl_standard_error: float | None
+    logits_kl_forced_routing: float | None
+    logits_kl_routing_share: float | None
     kl_over_rtn: float | None
     same_top_token: float | None
     router_agreement: float | None
@@ -67,8 +69,11 @@ def compare_bundles(
     wanted: Cases,
     threads: int | None,
     watch: Watch,
+    forced_routing: bool = False,
 ) -> list[Compared]:
     """Measure each bundle against the checkpoint `model`, with the adapters that the build merged.
+
+    With `forced_routing` once more with the reference's routing, where a bundle's graphs take it.
 
     Raises ArrieroError, before anything is measured, for a bundle of another checkpoint.
     """
@@ -80,7 +85,8 @@ def compare_bundles(
     for bundle, manifest in zip(bundles, manifests, strict=True):
         step = partial(watch, f"{manifest.name}: speed")
         speed = _tokens_per_second(bundle, threads, step)
-        measured = measure_bundle(bundle, reference(modalities_of(manifest)), ProofTerms({}), label_set(wanted), watch)
+        terms, sides = ProofTerms({}, forced_routing=forced_routing), reference(modalities_of(manifest))
+        measured = measure_bundle(bundle, sides, terms, label_set(wanted), watch)
         lines.append(_line(bundle, manifest, measured, speed))
     return lines
 
@@ -93,6 +99,8 @@ def to_json(lines: Sequence[Compared], settings: Mapping[str, Any]) -> dict[str,
 NOTES = (
     "Bits: per weight of the decoder layers' matrices, scales counted. KV cache: its type, and what one token takes in "
     "all layers together. Tokens/s: decoding one sequence, the best of three runs.",
+    "Routing forced: mean KL with each token sent to the reference's experts, which --forced-routing measures. By "
+    "routing: the share of the KL that is gone then.",
     "Of RTN: mean KL over that of the profile's own form without calibration, as the build measured it.",
     "Top token and Router: the share that agrees with the reference, its near ties apart.",
     "Accuracy: with Wilson's interval at 95 % confidence.",
@@ -106,6 +114,8 @@ HEADS = (
     "KV cache",
     "Tokens/s",
     "KL, nats",
+    "Routing forced",
+    "By routing",
     "Of RTN",
     "Top token",
     "Router",
@@ -136,6 +146,8 @@ def cells(line: Compared) -> tuple[str, ...]:
         f"{line.kv_cache}, {human_bytes(line.kv_bytes_per_token)}/token",
         f"{line.tokens_per_second:.1f}",
         kl,
+        "–" if line.logits_kl_forced_routing is None else f"{line.logits_kl_forced_routing:.3g}",
+        share(line.logits_kl_routing_share),
         share(line.kl_over_rtn),
         share(line.same_top_token),
         share(line.router_agreement),
@@ -204,6 +216,8 @@ def _line(bundle: Path, manifest: Manifest, measured: ParityReport, speed: float
         tokens_per_second=speed,
         logits_kl_mean=values["logits_kl_mean"],
         logits_kl_standard_error=values["logits_kl_standard_error"],
+        logits_kl_forced_routing=values.get("logits_kl_forced_routing"),
+        logits_kl_routing_share=values.get("logits_kl_routing_share"),
         kl_over_rtn=recorded.get("kl_over_rtn"),
         same_top_token=values["same_top_token"],
         router_agreement=values.get("router_agreement"),

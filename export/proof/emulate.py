@@ -13,18 +13,24 @@ import shutil
 import subprocess
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes.backend import Cache, Floats, Ints, ModelSpec, StepOutput
 from arriero.runtimes.cache_rows import CacheRows, RowStore
 from arriero.runtimes.cpu import architecture
-from arriero.runtimes.remote import Arrays, read_message, read_snapshot, snapshot_arrays, write_message
+from arriero.runtimes.remote import (
+    Arrays,
+    layer_arrays,
+    read_layers,
+    read_message,
+    read_snapshot,
+    snapshot_arrays,
+    write_message,
+)
 from arriero.runtimes.snapshot import Snapshot
 from arriero.traits import PREFILL_PIECE
 
@@ -111,7 +117,7 @@ class EmulatedBackend:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=folder)
         self._lock = threading.Lock()
         self._dropped: list[int] = []  # caches that nobody holds any more; the next call says so
-        self._receive()
+        self.forces_routing = bool(self._receive()[0]["forces_routing"])
 
     def ask(self, call: dict[str, Any], arrays: Arrays | None = None) -> tuple[dict[str, Any], Arrays]:
         """Send one call and give its answer. Raises ArrieroError with what the other side refuses."""
@@ -155,20 +161,26 @@ class EmulatedBackend:
         self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, captures: bool = False
     ) -> StepOutput:
         """See `Backend.forward`."""
+        arguments: Arrays = {"inputs_embeds": inputs_embeds, "positions": positions, "logits_index": logits_index}
+        outputs = self._forward({"do": "forward", "captures": captures}, arguments, cache)
+        return StepOutput(outputs["logits"], read_layers("expert_id", outputs), read_layers("hidden", outputs))
+
+    def forward_forced(
+        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, expert_ids: Mapping[int, Ints]
+    ) -> Floats:
+        """See `ForcesRouting.forward_forced`."""
+        arguments: Arrays = {"inputs_embeds": inputs_embeds, "positions": positions, "logits_index": logits_index}
+        arguments |= layer_arrays("expert_id", expert_ids)
+        return self._forward({"do": "forward_forced"}, arguments, cache)["logits"]
+
+    def _forward(self, call: dict[str, Any], arguments: Arrays, cache: Cache) -> Arrays:
         assert isinstance(cache, CacheRows)
         store = cache.store
         assert isinstance(store, EmulatedCache)
-        rows = {"start": cache.start, "stop": cache.stop}
-        call = {"do": "forward", "cache": store.number, "captures": captures, **rows}
-        arguments: Arrays = {"inputs_embeds": inputs_embeds, "positions": positions, "logits_index": logits_index}
-        arguments["adapters"] = cache.adapters
-        _, outputs = self.ask(call, arguments)
-        cache.lengths += positions.shape[1]
-
-        def layers(kind: str) -> dict[int, np.ndarray]:
-            return {int(name.partition(".")[2]): outputs[name] for name in outputs if name.startswith(f"{kind}.")}
-
-        return StepOutput(outputs["logits"], layers("expert_id"), layers("hidden"))
+        place = {"cache": store.number, "start": cache.start, "stop": cache.stop}
+        _, outputs = self.ask({**call, **place}, {**arguments, "adapters": cache.adapters})
+        cache.lengths += arguments["positions"].shape[1]
+        return outputs
 
     def close(self) -> None:
         """End the process."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from arriero.errors import ArrieroError
 from arriero.export.machine.versions import installed_versions
 from arriero.export.proof.emulate import EmulatedBackend
 from arriero.runtimes.api import open_session
@@ -22,10 +23,12 @@ from arriero.runtimes.proof.parity import measure
 from arriero.runtimes.proof.report import ParityReport
 from arriero.runtimes.proof.rows import judge
 from arriero.runtimes.session import Session
+from arriero.runtimes.steps import forces_routing
 from arriero.thresholds import OVER_RTN
 from arriero.traits import TRAITS
 from arriero.version import __version__
 
+EXACT = "exact"  # as a manifest's weight table says it of a scheme
 NAMED = 8  # experts that a report's header names; the rest it counts, and its heat map shows them
 
 Watch = Callable[[str, int, int, str], None]
@@ -38,10 +41,11 @@ def measure_bundle(
     labels: Mapping[str, str],
     watch: Watch,
     adapter: str | None = None,
+    exact: Session | None = None,
 ) -> ParityReport:
     """Measure the bundle, answering with `adapter`, against a reference, by `terms`.
 
-    `labels` name the reference in the report.
+    `labels` name the reference in the report; `exact` is a session of the exact model to run with the bundle's routing.
     """
     rtn = None if terms.rtn is None else KlSums(terms.rtn.mean, terms.rtn.error**2, terms.rtn.mean, 1)
     step = f"{Manifest.read(bundle).name}: prove parity" + ("" if adapter is None else f" with {adapter}")
@@ -54,6 +58,8 @@ def measure_bundle(
             terms.thresholds,
             lambda done, total, _case: watch(step, done, total, "samples"),
             rtn_kl=rtn,
+            forced_routing=terms.forced_routing,
+            exact=exact,
         )
     own = {"bundle": target.name, "profile": target.profile, "backend": target.backend, "KV cache": target.kv_cache}
     own |= {} if adapter is None else {"adapter": adapter}
@@ -88,7 +94,37 @@ def circumstances(backends: Collection[str], emulated: str | None = None) -> dic
 
 def own_terms(terms: ProofTerms) -> ProofTerms:
     """The terms without the RTN baseline, which was measured on the build's cases and the model itself alone."""
-    return ProofTerms({name: limit for name, limit in terms.thresholds.items() if name != OVER_RTN})
+    limits = {name: limit for name, limit in terms.thresholds.items() if name != OVER_RTN}
+    return ProofTerms(limits, forced_routing=terms.forced_routing)
+
+
+@contextmanager
+def open_exact(bundle: Path, beside: Manifest, adapter: str | None) -> Iterator[Session]:
+    """A session over the exact `bundle` of the checkpoint that the bundle `beside` was made from.
+
+    Raises ArrieroError for one that is of another checkpoint, rounded, or of graphs that take no expert ids.
+    """
+    manifest = Manifest.read(bundle)
+    rounded = next((name for name, weight in manifest.weights.items() if weight.scheme != EXACT), None)
+    if manifest.chain.checkpoint != beside.chain.checkpoint:
+        raise _not_exact(bundle, "is made from another checkpoint than the measured one")
+    if rounded is not None:
+        raise _not_exact(bundle, f"has {rounded} stored as {manifest.weights[rounded].scheme}")
+    if manifest.target.kv_cache != "float32":
+        raise _not_exact(bundle, f"keeps keys and values in {manifest.target.kv_cache}")
+    with open_candidate(bundle, adapter) as (_, session):
+        if not forces_routing(session.backend):
+            raise _not_exact(bundle, "takes no expert ids: those for GPUs, of older builds and of dense models do not")
+        yield session
+
+
+def _not_exact(bundle: Path, what: str) -> ArrieroError:
+    return ArrieroError(
+        f"the bundle given as exact {what}",
+        where=str(bundle),
+        expected="an exact bundle of the same checkpoint, for a CPU",
+        remedy="Build one with `profile: fp32`",
+    )
 
 
 @contextmanager

@@ -6,11 +6,12 @@ Nothing here needs PyTorch, the checkpoint, or more than the runtime's own packa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from arriero.errors import ArrieroError
-from arriero.export.proof.measure_bundle import Watch, measure_bundle, own_terms
+from arriero.export.proof.measure_bundle import Watch, measure_bundle, open_exact, own_terms
 from arriero.runtimes.integrity import open_manifest
 from arriero.runtimes.manifest import FILE, RECORD_FOLDER, REPORTS, Manifest, ProofTerms, proof_path
 from arriero.runtimes.proof.cases import Reference
@@ -19,34 +20,41 @@ from arriero.runtimes.proof.record import ReferenceRecord
 from arriero.runtimes.proof.report import ParityReport, read_json
 from arriero.runtimes.proof.rows import Row
 from arriero.runtimes.proof.rtn_baseline import recorded_rows
+from arriero.runtimes.session import Session
 
 Proofs = dict[str | None, ParityReport]  # of a bundle's model itself, None, and with each of its adapters
 
 
-def prove_bundle(bundle: Path, folders: Sequence[Path], watch: Watch, output: Path | None = None) -> Proofs:
+def prove_bundle(
+    bundle: Path,
+    folders: Sequence[Path],
+    watch: Watch,
+    output: Path | None = None,
+    forced_routing: bool = False,
+    exact: Path | None = None,
+) -> Proofs:
     """Measure a published bundle here, against its own records or those in `folders`, by the terms of its build.
 
+    With `forced_routing` it runs with the reference's routing too, whatever its build asked for, and the bundle `exact`
+    runs with its routing (see `runtimes/proof/given_routing.py`).
     A bundle that its build had no machine for is proven by this: where it passes against its own records, the proof is
     written into it, or into `output`. Against another record the RTN baseline's KL stands as the build found it, and
     judges nothing. Raises ArrieroError for a record of another checkpoint, and where a bundle brings none.
     """
     manifest = open_manifest(bundle)
     records = open_records(manifest, folders)
-    if {adapter: record.hash for adapter, record in records.items()} != manifest.records:
-        return {
-            adapter: measure_other_cases(manifest, record, record.labels(), watch, adapter)
-            for adapter, record in records.items()
-        }
-    if manifest.proven and output is not None:
+    own_cases = {adapter: record.hash for adapter, record in records.items()} == manifest.records
+    if own_cases and manifest.proven and output is not None:
         remedy = "Leave out --output; --html, --junit and --json write what was measured"
         raise ArrieroError("the bundle is proven already", where=str(bundle), remedy=remedy)
-    if output is not None:
+    if own_cases and output is not None:
         _check_output(output, manifest)
-    proofs = {
-        adapter: measure_bundle(bundle, record, terms_of(manifest, adapter), record.labels(), watch, adapter)
-        for adapter, record in records.items()
-    }
-    if not manifest.proven and not any(report.failed for report in proofs.values()):
+    proofs: Proofs = {}
+    for adapter, record in records.items():
+        measure = measure_own_cases if own_cases else measure_other_cases
+        with nullcontext() if exact is None else open_exact(exact, manifest, adapter) as model:
+            proofs[adapter] = measure(manifest, record, record.labels(), watch, adapter, forced_routing, model)
+    if own_cases and not manifest.proven and not any(report.failed for report in proofs.values()):
         complete_proof(manifest, proofs, output or bundle)
     return proofs
 
@@ -67,19 +75,40 @@ def _check_output(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def terms_of(manifest: Manifest, adapter: str | None) -> ProofTerms:
-    """The terms on the build's own cases, of the model with `adapter` or of the model itself."""
-    return manifest.proof if adapter is None else own_terms(manifest.proof)
+def measure_own_cases(
+    manifest: Manifest,
+    reference: Reference,
+    labels: Mapping[str, str],
+    watch: Watch,
+    adapter: str | None = None,
+    forced_routing: bool = False,
+    exact: Session | None = None,
+) -> ParityReport:
+    """Measure a bundle on the cases of its build; `forced_routing` and `exact` as for `measure`."""
+    terms = _forcing(manifest.proof if adapter is None else own_terms(manifest.proof), forced_routing)
+    return measure_bundle(manifest.bundle, reference, terms, labels, watch, adapter, exact)
+
+
+def _forcing(terms: ProofTerms, too: bool) -> ProofTerms:
+    """The terms, with forced routing where the build asked for it or, `too`, somebody does now."""
+    return replace(terms, forced_routing=terms.forced_routing or too)
 
 
 def measure_other_cases(
-    manifest: Manifest, reference: Reference, labels: Mapping[str, str], watch: Watch, adapter: str | None = None
+    manifest: Manifest,
+    reference: Reference,
+    labels: Mapping[str, str],
+    watch: Watch,
+    adapter: str | None = None,
+    forced_routing: bool = False,
+    exact: Session | None = None,
 ) -> ParityReport:
     """Measure a bundle on other cases than its build's, with the rows of the build's report that stand on its own.
 
     A bundle that is not proven yet has no such rows.
     """
-    report = measure_bundle(manifest.bundle, reference, own_terms(manifest.proof), labels, watch, adapter)
+    terms = _forcing(own_terms(manifest.proof), forced_routing)
+    report = measure_bundle(manifest.bundle, reference, terms, labels, watch, adapter, exact)
     built: tuple[Row, ...] = ()
     if manifest.proven:
         built = recorded_rows(read_json(manifest.bundle / proof_path(adapter, "parity.json")))

@@ -7,7 +7,7 @@ get logits, k experts per token, M image placeholder tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -158,6 +158,7 @@ class TorchBackend:
     def _adopt(self, model: Llama4, weights: ResidentWeights | None) -> None:
         self.model, self._weights = model.requires_grad_(False).eval(), weights
         self.spec = model_spec(model.config)
+        self.forces_routing = bool(model.config.text.moe_layers)
 
     @torch.inference_mode()
     def vision(self, pixel_values: Floats) -> Floats:
@@ -207,6 +208,26 @@ class TorchBackend:
             },
             hiddens={layer: hidden.numpy() for layer, hidden in enumerate(result.hiddens)},
         )
+
+    def forward_forced(
+        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, expert_ids: Mapping[int, Ints]
+    ) -> Floats:
+        """The same with each token's experts given: see `ForcesRouting.forward_forced`; here no id may be -1.
+
+        A router whose other logits are minus infinity chooses them, with the scores that it gives them.
+        """
+        layers: Any = self.model.language_model.model.layers
+        hooks = [
+            layers[layer].feed_forward.router.register_forward_hook(
+                partial(_hide_others, torch.from_numpy(ids.reshape(-1, ids.shape[-1]).astype(np.int64)))
+            )
+            for layer, ids in expert_ids.items()
+        ]
+        try:
+            return self.forward(inputs_embeds, positions, cache, logits_index).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def holding(self, layer: int) -> AbstractContextManager[None]:
         """Within the block, the weights of decoder `layer` but for its experts stay in memory."""
@@ -272,6 +293,11 @@ def _restored(held: Buffer, length: int) -> Tensor:
     past = torch.zeros((1, held.shape[0], length, held.shape[2]))
     past[0, :, length - held.shape[1] :] = torch.from_numpy(held)
     return past
+
+
+def _hide_others(ids: Tensor, router: torch.nn.Module, inputs: Any, logits: Tensor) -> Tensor:
+    """The router's logits [T, E] of the experts `ids` [T, k], minus infinity of all others."""
+    return torch.full_like(logits, -torch.inf).scatter(-1, ids, logits.gather(-1, ids))
 
 
 def _note_margin(

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from arriero.graphs.functions import ADD_LORA, CACHED_ATTENTION, EXPERT_DISPATCH, add_functions
+from arriero.graphs.functions import ADD_LORA, CACHED_ATTENTION, EXPERT_DISPATCH, ROUTE_TOKENS, add_functions
 from arriero.graphs.lower.part import Lowering, Phase, WeightTable, lower_part
 from arriero.graphs.names import expert_tensors
 from arriero.graphs.passes.add_adapters import add_adapters
+from arriero.graphs.passes.add_forced_routing import add_forced_routing
 from arriero.graphs.passes.expert_pairs import check_pair
 from arriero.graphs.passes.fuse_rotary import ROTARY, fuse_rotary
 from arriero.graphs.passes.quantize_cache import INT8_CACHE, quantize_cache
@@ -46,9 +47,9 @@ def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:
 
     Text has the inputs `inputs_embeds`, `positions`, `logits_index`, `past_key.{i}`, `past_value.{i}` f32 or i8
     [B, K, C, D], for the chunked and the global layers `{chunk,global}_seqlens_k` i32 [B] and `{chunk,global}_total`
-    i32 [1], and with runtime adapters `adapter` i64 [B]. Its outputs are as in the canonical graph; present buffers are
-    to be bound to the past buffers' memory. One step holds either one row within one chunk, or one token per row. The
-    other parts' signatures stay.
+    i32 [1], with runtime adapters `adapter` i64 [B], and on MoE layers `forced_expert_id.{i}` i64 [T, k], which may be
+    left out. Its outputs are as in the canonical graph; present buffers are to be bound to the past buffers' memory.
+    One step holds either one row within one chunk, or one token per row. The other parts' signatures stay.
     """
 
     text = lowering.config.text
@@ -65,12 +66,15 @@ def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:
             ROTARY: 2 * sum(layer.rope for layer in text.layers),
             CACHED_ATTENTION: len(text.layers),
             EXPERT_DISPATCH: len(text.moe_layers),
+            ROUTE_TOKENS: len(text.moe_layers),
         }
         if lowering.cache.dtype == "int8":
             scales = lowering.cache.scales
             phases.append(Phase("quantize_cache", lambda model, _: quantize_cache(model, scales), INT8_CACHE))
             expected[INT8_CACHE] = len(text.layers)
+        moe = text.moe_layers
         phases += [
+            Phase("add_forced_routing", lambda model, _: add_forced_routing(model, moe, optional=True), ROUTE_TOKENS),
             Phase("quantize_dispatch", quantize_dispatch, EXPERT_DISPATCH),
             Phase("replace_dispatch_with_moe", replace_dispatch_with_moe, EXPERT_DISPATCH),
         ]

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from arriero.graphs.functions import ADD_LORA, CACHED_ATTENTION, DOMAIN, EXPERT_DISPATCH, VERSION
+from arriero.graphs.functions import ADD_LORA, CACHED_ATTENTION, DOMAIN, EXPERT_DISPATCH, ROUTE_TOKENS, VERSION
 from arriero.graphs.lower.part import Lowering, Phase, WeightTable, lower_part
 from arriero.graphs.names import expert_tensors
 from arriero.graphs.passes.add_adapters import add_adapters
+from arriero.graphs.passes.add_forced_routing import add_forced_routing
 from arriero.graphs.passes.bind_experts import bind_experts
 from arriero.graphs.passes.cache_in_place import ROWS, cache_in_place
 from arriero.graphs.passes.fold_reshape_shapes import fold_reshape_shapes
@@ -42,24 +43,27 @@ def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:
 
     Text has the inputs `inputs_embeds` [1, T, H], `positions` [1, T], `logits_index`, `past_key.{i}`, `past_value.{i}`
     [R, K, C, D] of the cache's dtype, into which the step writes its keys and values, `row_starts` i64 [R+1], with
-    runtime adapters also `adapter` i64 [R], and the outputs `logits`, `hidden.{i}`, `expert_id.{i}` [1, T, k]. The T
-    tokens of a step are those of its rows, one row's after another's, each within one chunk; see `cache_in_place`. The
-    other parts' signatures stay.
+    runtime adapters also `adapter` i64 [R], on MoE layers `forced_expert_id.{i}` i64 [T, k] or [0, k], and the outputs
+    `logits`, `hidden.{i}`, `expert_id.{i}` [1, T, k]. The T tokens of a step are those of its rows, one row's after
+    another's, each within one chunk; see `cache_in_place`. The other parts' signatures stay.
     """
     text = lowering.config.text
     phases: list[Phase] = []
     expected: dict[str, int] = {}
     if part == "text":
+        moe = text.moe_layers
         phases += [
             Phase("fuse_rotary", lambda model, _: fuse_rotary(model), ROTARY),
             Phase("cache_in_place", lambda model, _: cache_in_place(model), CACHED_ATTENTION),
             Phase("narrow_cache", lambda model, _: narrow_cache(model, lowering.cache)),
+            Phase("add_forced_routing", lambda model, _: add_forced_routing(model, moe, optional=False), ROUTE_TOKENS),
             Phase("bind_experts", bind_experts, EXPERT_DISPATCH),
         ]
         expected = {
             ROTARY: 2 * sum(layer.rope for layer in text.layers),
             CACHED_ATTENTION: len(text.layers),
             EXPERT_DISPATCH: len(text.moe_layers),
+            ROUTE_TOKENS: len(text.moe_layers),
             TOKEN_RESHAPE: 2 * len(text.moe_layers),
         }
         if (adapters := lowering.adapters).names:

@@ -3,7 +3,8 @@
 Three looks per case. Teacher forcing: the forced ids of prompt and answer go through the candidate, with captures.
 Parts: vision tower and embeddings alone, the embeddings with seeded features in the pictures' places, so that an error
 shows where it arises. Answers: generated token by token, or, where the reference's are `forced`, read off the top
-tokens of the forced pass. The reference is a record (`record.py`), which needs no PyTorch, or a checkpoint's own model.
+tokens of the forced pass. Where it is asked for, they go through once more with given routing (`given_routing.py`).
+The reference is a record (`record.py`), which needs no PyTorch, or a checkpoint's own model.
 B=1, S prompt and answer tokens, H hidden, V vocabulary, M image placeholder tokens, k experts per token.
 """
 
@@ -17,6 +18,7 @@ import numpy as np
 from arriero.errors import ArrieroError
 from arriero.runtimes.proof import metrics
 from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS, Reference, ReferenceCase
+from arriero.runtimes.proof.given_routing import GivenRouting
 from arriero.runtimes.proof.logits import KlSums, LogitFigures
 from arriero.runtimes.proof.report import CaseResult, ParityReport
 from arriero.runtimes.proof.rtn_baseline import with_rtn_baseline
@@ -38,20 +40,25 @@ def measure(
     progress: Callable[[int, int, str], None] | None = None,
     near_tie: float = metrics.NEAR_TIE,
     rtn_kl: KlSums | None = None,
+    forced_routing: bool = False,
+    exact: Session | None = None,
 ) -> ParityReport:
     """Every row of the parity report; `progress(done, total, case name)` is called after each case.
 
     `near_tie` is the margin below which a choice of the reference counts as open: in logits for tokens, in router
     logits for experts. `rtn_kl`: KL of the RTN baseline against the same reference, which only a build can measure;
-    None for a profile that does not calibrate. A threshold on something that could not be measured fails. Raises
-    ArrieroError for unknown thresholds, no cases, models that are not alike, and outputs that are not of the
-    reference's shape.
+    None for a profile that does not calibrate. With `forced_routing` the candidate runs once more with the reference's
+    routing, and `exact`, a session of the exact model, with the candidate's. A threshold on something that could not be
+    measured fails. Raises ArrieroError for unknown thresholds, no cases, models that are not alike, and outputs that
+    are not of the reference's shape.
     """
     check_thresholds(thresholds)
     if not len(reference):
         raise ArrieroError("no parity cases", expected="at least one", remedy="Give the parity set some samples")
     _check_specs(reference.spec, candidate.backend.spec)
-    tally = Tally(reference.spec, reference.answers, near_tie)
+    forced = GivenRouting(candidate, near_tie) if forced_routing else None
+    rerouted = None if exact is None else GivenRouting(exact, near_tie)
+    tally = Tally(reference.spec, reference.answers, near_tie, forced, rerouted)
     for done, case in enumerate(reference, 1):
         try:
             _run_case(tally, candidate, case)
@@ -85,7 +92,12 @@ def _run_case(tally: Tally, candidate: Session, case: ReferenceCase) -> None:
     if not _same_prompt(prompt, case):
         tally.different_prompts.append(case.case.name)
     _measure_parts(tally, candidate, case, prompt.pixel_values)
-    figures, tops, router_flips = _force(tally, candidate, case, prompt.pixel_values)
+    figures, tops, router_flips, routed = _force(tally, candidate, case, prompt.pixel_values)
+    for run, expert_ids in ((tally.forced, case.expert_ids), (tally.rerouted, routed)):
+        if run is not None and run.why_not is None and expert_ids.keys() == case.expert_ids.keys():
+            bad = run.run(case, prompt.pixel_values, expert_ids)
+            if run is tally.forced:  # the other run's numbers are not the candidate's
+                tally.count("logits with forced routing", bad)
     answers = _forced_answers if tally.answers == "forced" else _generated_answers
     texts, rights, prefix = answers(tally, candidate, case, prompt, tops)
     tally.results.append(
@@ -111,8 +123,11 @@ def _run_case(tally: Tally, candidate: Session, case: ReferenceCase) -> None:
 
 def _force(
     tally: Tally, candidate: Session, case: ReferenceCase, pixels: Floats | None
-) -> tuple[LogitFigures, Ints, int | None]:
-    """Teacher forcing, piece by piece: figures of the logits, top tokens [S], choices of routers that changed."""
+) -> tuple[LogitFigures, Ints, int | None, dict[int, Ints]]:
+    """Teacher forcing, piece by piece: figures of the logits, top tokens [S], choices of routers that changed.
+
+    And the candidate's experts [S, k] of each MoE layer.
+    """
     logits, hiddens = case.logits.meter(tally.near_tie), {layer: one.meter() for layer, one in case.hiddens.items()}
     tops, routed = list[np.ndarray](), {layer: list[np.ndarray]() for layer in case.expert_ids}
     for step in candidate.steps(case.fed_ids, pixels, captures=True):
@@ -132,14 +147,15 @@ def _force(
         else:
             tally.uncaptured.add(f"hidden.{layer}")
     flips: int | None = None
+    chosen = {layer: np.concatenate(pieces) for layer, pieces in routed.items() if pieces}
     for layer, ids in case.expert_ids.items():
-        if layer not in step.expert_ids:
+        if layer not in chosen:
             tally.uncaptured.add(f"expert_id.{layer}")
             continue
-        agreed = metrics.router_agreement(ids, np.concatenate(routed[layer]), case.margins.get(layer), tally.near_tie)
+        agreed = metrics.router_agreement(ids, chosen[layer], case.margins.get(layer), tally.near_tie)
         tally.add_router(layer, agreed)
         flips = (flips or 0) + agreed.real_flips
-    return figures, np.concatenate(tops), flips
+    return figures, np.concatenate(tops), flips, chosen
 
 
 Answers = tuple[

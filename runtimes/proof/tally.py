@@ -11,42 +11,28 @@ from numpy.typing import NDArray
 
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.proof import metrics
+from arriero.runtimes.proof.given_routing import CANDIDATE_ROUTING_KL, FORCED_KL, ROUTING_SHARE, GivenRouting
 from arriero.runtimes.proof.logits import KlSums, LogitFigures
 from arriero.runtimes.proof.metrics import Agreement, ErrorSums
-from arriero.runtimes.proof.paired import Pairs
 from arriero.runtimes.proof.report import CaseResult, FamilyScore, LayerSeries, ParityReport
-from arriero.runtimes.proof.rows import Row, judge, judge_drop
 from arriero.runtimes.proof.sampling_error import mean_error, quantile_errors, ratio_error, told
+from arriero.runtimes.proof.value import Value
 from arriero.thresholds import ALWAYS, FORCED, PER_FAMILY, AnswerMode
-
-
-@dataclass(frozen=True)
-class Value:
-    """A row before it is judged: value (None: not measured), what stands beside it, its standard error.
-
-    `pairs` are what a drop of accuracy is judged by. What `applies` to no model of this shape is no row of the report.
-    """
-
-    value: float | None
-    detail: str
-    error: float = 0.0
-    pairs: Pairs | None = None
-    applies: bool = True
-
-    def row(self, metric: str, threshold: float | None) -> Row:
-        """The judged row."""
-        if self.pairs is not None:
-            return judge_drop(metric, self.pairs, threshold, self.detail)
-        return judge(metric, self.value, threshold, self.detail, self.error)
 
 
 @dataclass
 class Tally:
-    """Sums over the cases of a candidate of model `spec`, whose answers and those of the reference are `answers`."""
+    """Sums over the cases of a candidate of model `spec`, whose answers and those of the reference are `answers`.
+
+    `forced` is its run with the reference's routing, `rerouted` that of an exact model with the candidate's; None where
+    nobody asked for them.
+    """
 
     spec: ModelSpec
     answers: AnswerMode
     near_tie: float
+    forced: GivenRouting | None = None
+    rerouted: GivenRouting | None = None
     results: list[CaseResult] = field(default_factory=list)
     nonfinite: dict[str, int] = field(default_factory=dict)
     different_prompts: list[str] = field(default_factory=list)
@@ -63,7 +49,11 @@ class Tally:
 
     def watch(self, what: str, array: np.ndarray) -> None:
         """Count the values of the candidate's `array` that are not finite."""
-        if bad := int(array.size - np.isfinite(array).sum()):
+        self.count(what, int(array.size - np.isfinite(array).sum()))
+
+    def count(self, what: str, bad: int) -> None:
+        """Count so many values that are not finite."""
+        if bad:
             self.nonfinite[what] = self.nonfinite.get(what, 0) + bad
 
     def add_logits(self, figures: LogitFigures) -> None:
@@ -84,7 +74,7 @@ class Tally:
     def report(self, thresholds: Mapping[str, float]) -> ParityReport:
         """The report over everything added so far."""
         families = _families(self.results)
-        values = {**self._whole(), **self._parts(), **self._layers(), **self._tasks(families)}
+        values = {**self._whole(), **self._routing(), **self._parts(), **self._layers(), **self._tasks(families)}
         for name in thresholds:
             if name not in values:
                 values[name] = Value(None, self._why_not(name, families))
@@ -99,6 +89,8 @@ class Tally:
         )
 
     def _why_not(self, name: str, families: Sequence[FamilyScore]) -> str:
+        if name in (FORCED_KL, ROUTING_SHARE):
+            return "nothing ran with forced routing, as `forced_routing: true` under `parity` or --forced-routing asks"
         other = {**FORCED, **{forced: generated for generated, forced in FORCED.items()}}
         if name.partition(".")[0] not in self._names(FORCED):
             if name.partition(".")[0] in other:
@@ -140,6 +132,29 @@ class Tally:
             "same_top_token": _agreed(self.tops),
         }
 
+    def _routing(self) -> dict[str, Value]:
+        """What flipped routing costs, where that was asked for."""
+        values: dict[str, Value] = {}
+        if not self._moe:
+            return values
+        if self.forced is not None:
+            values[FORCED_KL] = self.forced.value()
+            values[ROUTING_SHARE] = self.forced.share_of(self.kl, self.token_kl)
+        if self.rerouted is not None:
+            missing = self._unrouted()
+            why = Value(None, f"no expert ids for layers {missing}")
+            values[CANDIDATE_ROUTING_KL] = why if missing else self.rerouted.value()
+        return values
+
+    @property
+    def _moe(self) -> list[int]:
+        """The layers that route."""
+        return [number for number, layer in enumerate(self.spec.layers) if layer.ffn == "moe"]
+
+    def _unrouted(self) -> list[int]:
+        """Those of which the candidate told no expert ids."""
+        return [n for n in self._moe if f"expert_id.{n}" in self.uncaptured or n not in self.routers]
+
     def _spread(self) -> dict[str, Value]:
         """How the tokens' KL is spread, and its mean where chunked layers no longer see the beginning."""
         every, chunk = np.concatenate(self.token_kl), self.spec.attention_chunk_size
@@ -170,8 +185,7 @@ class Tally:
         }
 
     def _layers(self) -> dict[str, Value]:
-        moe = [number for number, layer in enumerate(self.spec.layers) if layer.ffn == "moe"]
-        missing = [number for number in moe if f"expert_id.{number}" in self.uncaptured or number not in self.routers]
+        moe, missing = self._moe, self._unrouted()
         wholes = self._routed()
         shares = {layer: share for layer, one in wholes.items() if (share := one.fraction) is not None}
         if not moe or missing:

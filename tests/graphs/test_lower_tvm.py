@@ -107,13 +107,14 @@ def test_text_has_one_node_per_kernel_and_caches_as_inputs_only(built: Built, tm
     kinds = Counter(node.op_type for node in model.graph)
     dense = len(text.layers) - len(text.moe_layers)
     assert kinds["CachedAttention"] == len(text.layers)
-    for kind in ("ExpertTable", "ExpertRequest", "ExpertDispatch", "TopK"):
+    for kind in ("ExpertTable", "ExpertRequest", "ExpertDispatch", "RouteTokens"):
         assert kinds[kind] == len(text.moe_layers)
     assert kinds["Linear"] == 4 * len(text.layers) + 4 * len(text.moe_layers) + 3 * dense + 1
     assert not {"MatMul", "Gemm", "Transpose", "Scan", "Concat"} & set(kinds)
     inputs = [value.name for value in model.graph.inputs]
     caches = [f"past_{kind}.{i}" for i in range(len(text.layers)) for kind in ("key", "value")]
-    assert inputs == ["inputs_embeds", "positions", "logits_index", *caches, "row_starts"]
+    routing = [f"forced_expert_id.{layer}" for layer in text.moe_layers]
+    assert inputs == ["inputs_embeds", "positions", "logits_index", *caches, "row_starts", *routing]
     outputs = [str(value.name) for value in model.graph.outputs]
     assert outputs[0] == "logits"
     assert {name.partition(".")[0] for name in outputs[1:]} == {"hidden", "expert_id"}
@@ -197,7 +198,7 @@ def test_the_shared_expert_runs_while_records_are_read(built: Built, tmp_path: P
         (dispatch,) = (node for node, _ in request.outputs[0].uses())
         between = nodes[nodes.index(request) : nodes.index(dispatch)]
         assert [node.op_type for node in between].count("Linear") == 3
-        assert nodes[nodes.index(request) - 1].op_type in ("TopK", "ExpertTable")
+        assert nodes[nodes.index(request) - 1].op_type in ("RouteTokens", "ExpertTable")
 
 
 def test_a_rounded_profile_writes_what_it_needs_and_links_nothing(scout: Built, tmp_path: Path) -> None:

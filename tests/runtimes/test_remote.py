@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from arriero.errors import ArrieroError
+from arriero.export.proof.emulate import EmulatedBackend
+from arriero.export.proof.reference import TorchBackend
 from arriero.runtimes.onnxruntime import OrtBackend
 from arriero.runtimes.remote import Server, read_message, write_message
 from tests.runtimes.conftest import CHUNK
+from tests.toys import make_scout_toy
 
 
 def over_the_wire(server, call, arrays=None):
@@ -42,6 +45,26 @@ def test_steps_over_the_wire_equal_steps_in_the_process(toy):
     assert server.caches[number].lengths.tolist() == [0, 6]
     over_the_wire(server, {"do": "copy_row", "cache": number, "source": 1, "target": 0})
     assert server.caches[number].lengths.tolist() == [6, 6]
+
+
+def test_experts_are_forced_over_the_wire(tmp_path, monkeypatch):
+    """From the backend on this side to the one on the other; PyTorch's takes expert ids and needs no build."""
+    there = TorchBackend(make_scout_toy(tmp_path, 3, vision=False))
+    server, here = Server(there), EmulatedBackend.__new__(EmulatedBackend)
+    here.spec, here._dropped = there.spec, []
+    monkeypatch.setattr(here, "ask", lambda call, arrays=None: over_the_wire(server, call, arrays), raising=False)
+    ids, steps = np.arange(3, 9)[None], np.arange(6)
+    chosen = {layer: (steps[None, :, None] + layer) % 4 for layer in range(4)}
+    embeds = there.embed(ids, np.zeros((0, there.spec.hidden_size), np.float32))
+    caches = here.new_cache(1, 20), there.new_cache(1, 20)
+    got, expected = (
+        backend.forward_forced(embeds, steps[None], cache, steps, chosen)
+        for backend, cache in zip((here, there), caches, strict=True)
+    )
+    assert np.array_equal(got, expected)
+    assert caches[0].lengths.tolist() == [6]
+    free = there.forward(embeds, steps[None], there.new_cache(1, 20), steps).logits
+    assert not np.array_equal(got, free)
 
 
 def test_rows_are_cut_saved_and_restored_over_the_wire(bundle, toy):

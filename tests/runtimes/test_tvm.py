@@ -15,7 +15,9 @@ import pytest
 
 import arriero
 from arriero.errors import ArrieroError, MachineLacks
+from arriero.export.compile import no_watch
 from arriero.export.machine.memory_watch import MemoryWatch, release_memory
+from arriero.export.proof.prove import prove_bundle
 from arriero.runtimes import cache as kvcache
 from arriero.runtimes import cpu
 from arriero.runtimes import tvm as runtime
@@ -52,6 +54,16 @@ def test_the_exact_bundle_agrees_with_the_reference_in_text_and_images(bundles):
     rows = {row["metric"]: row["value"] for row in json.loads((bundles / "fp32" / "parity.json").read_text())["rows"]}
     assert rows["router_agreement"] == rows["same_top_token"] == 1.0
     assert rows["logits_max_abs_error"] < 1e-4
+
+
+def test_rounding_and_routing_are_told_apart_by_the_record_and_the_exact_bundle(bundles):
+    exact, rounded = (
+        {row.metric: row.value for row in prove_bundle(bundles / name, [], no_watch, None, True, other)[None].rows}
+        for name, other in (("fp32", None), ("int8", bundles / "fp32"))
+    )
+    assert exact["logits_kl_forced_routing"] < 1e-9
+    assert 0 < rounded["logits_kl_forced_routing"] <= rounded["logits_kl_mean"] * 1.01  # few tokens go elsewhere
+    assert 0 <= rounded["logits_kl_candidate_routing"] <= rounded["logits_kl_mean"]
 
 
 def test_closing_gives_the_memory_of_steps_back(backend):

@@ -21,7 +21,7 @@ from tvm.relax.frontend.onnx import from_onnx, onnx_frontend
 
 from arriero.export.compile.relax import kernels as kernels
 from arriero.export.compile.relax import ops as ops
-from arriero.graphs.functions import ADD_LORA, CACHED_ATTENTION, EXPERT_DISPATCH
+from arriero.graphs.functions import ADD_LORA, CACHED_ATTENTION, EXPERT_DISPATCH, ROUTE_TOKENS
 from arriero.graphs.passes.bind_experts import REQUEST, TABLE
 from arriero.graphs.passes.cache_in_place import ROW_STARTS
 from arriero.graphs.passes.replace_linear_with_kernel import LINEAR
@@ -157,9 +157,9 @@ def convert_rotary(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[
     return bb.emit_te(ops.rotate(attr["num_heads"]), *inputs, primfunc_name_hint="rotary")
 
 
-def convert_topk(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:
-    """TopK(x, k) over the last axis, largest first."""
-    return bb.emit_te(ops.top(int(inputs[1].value.numpy().item())), inputs[0], primfunc_name_hint="top")
+def convert_route(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:
+    """RouteTokens(logits, forced)."""
+    return bb.emit_te(ops.route(int(attr["k"][0])), *inputs, primfunc_name_hint="route")
 
 
 def convert_full(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:
@@ -182,7 +182,7 @@ CONVERTERS: dict[str, Convert] = {
     ADD_LORA: convert_add_lora,
     CACHED_ATTENTION: convert_attention,
     "RotaryEmbedding": convert_rotary,
-    "TopK": convert_topk,
+    ROUTE_TOKENS: convert_route,
     "Gather": convert_gather,
     "Attention": convert_full,
 }

@@ -58,32 +58,46 @@ def rotate(heads: int) -> Callable[..., te.Tensor]:
     return compute
 
 
-def top(count: int) -> Callable[[te.Tensor], list[te.Tensor]]:
-    """Give f(x [.., E]) -> the `count` largest values and their indices i64, the lower index first among equals."""
+def route(count: int) -> Callable[[te.Tensor, te.Tensor], list[te.Tensor]]:
+    """Give f(logits [.., E], forced [F, k]) -> the `count` chosen experts' logits [.., k] and their ids i64 [.., k].
 
-    def compute(x: te.Tensor) -> list[te.Tensor]:
-        shape = (*x.shape[:-1], count)
+    The largest are chosen, the lower id first among equals; but of a row in `forced` its ids, where they are not below
+    0. `forced` has as many rows as there are tokens, or none.
+    """
+
+    def compute(logits: te.Tensor, forced: te.Tensor) -> list[te.Tensor]:
+        shape = (*logits.shape[:-1], count)
 
         def body(ins: Any, outs: Any) -> Any:
             with IRBuilder() as builder:
-                (logits,), (values, ids) = map(T.buffer_proxy, ins), map(T.buffer_proxy, outs)
+                (given, own), (values, ids) = map(T.buffer_proxy, ins), map(T.buffer_proxy, outs)
                 with T.grid(*shape[:-1]) as row:
                     for rank in range(count):
                         at = (*row, rank)
                         values[at] = tvm.tirx.min_value("float32")
                         ids[at] = tvm.tirx.const(0, "int64")
-                        with T.serial(0, x.shape[-1]) as e:
+                        with T.serial(0, logits.shape[-1]) as e:
                             free = [ids[(*row, earlier)] != e for earlier in range(rank)]
-                            with T.If(tvm.tirx.all(logits[(*row, e)] > values[at], *free)), T.Then():
-                                values[at] = logits[(*row, e)]
+                            with T.If(tvm.tirx.all(given[(*row, e)] > values[at], *free)), T.Then():
+                                values[at] = given[(*row, e)]
                                 ids[at] = e
+                    token: Any = 0
+                    for index, size in zip(row, shape[:-1], strict=True):
+                        token = token * size + index
+                    with T.If(forced.shape[0] > 0), T.Then():
+                        for rank in range(count):
+                            with T.If(own[token, rank] >= 0), T.Then():
+                                ids[(*row, rank)] = own[token, rank]
+                                values[(*row, rank)] = given[(*row, own[token, rank])]
                 return builder.get()
 
-        outs = [tvm.tirx.decl_buffer(shape, dtype, "top") for dtype in ("float32", "int64")]
-        buffer = tvm.tirx.decl_buffer(x.shape, x.dtype, "given")
-        return te.extern(
-            [shape, shape], [x], body, "top", dtype=["float32", "int64"], in_buffers=[buffer], out_buffers=outs
-        )
+        outs = [tvm.tirx.decl_buffer(shape, dtype, "route") for dtype in ("float32", "int64")]
+        buffers = [
+            tvm.tirx.decl_buffer(tensor.shape, tensor.dtype, name)
+            for name, tensor in (("logits", logits), ("forced", forced))
+        ]
+        inputs, dtypes = [logits, forced], ["float32", "int64"]
+        return te.extern([shape, shape], inputs, body, "route", dtype=dtypes, in_buffers=buffers, out_buffers=outs)
 
     return compute
 

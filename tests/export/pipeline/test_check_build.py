@@ -8,10 +8,13 @@ import pytest
 
 from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.export.build_file.read import load_build
+from arriero.export.build_file.schema import BuildConfig
 from arriero.export.machine import doctor
 from arriero.export.pipeline import check_build
+from arriero.export.pipeline.check_thresholds import check_thresholds
 from arriero.export.pipeline.plan import make_plan
-from arriero.profiles.recipe import shipped
+from arriero.graphs.checkpoint import Checkpoint
+from arriero.profiles.recipe import load_profile, shipped
 from arriero.runtimes.cpu import architecture
 from tests.command import arriero
 from tests.small import small_scout
@@ -82,6 +85,13 @@ def test_heads_that_the_attention_of_a_backend_does_not_take(
         ("samples: 10}", "samples: 3}, thresholds: {vision_relative_l2: 0.1}", "no parity case shows a picture"),
         ("samples: 10}", "samples: 10}, thresholds: {kl_over_rtn: 0.5}", "no target's profile calibrates"),
         ("samples: 10}", "samples: 10}, thresholds: {rtn_kl_mean: 0.5}", "is told and not judged: kl_over_rtn is"),
+        ("samples: 10}", "samples: 10}, thresholds: {logits_kl_candidate_routing: 1}", "`arriero parity` with --exact"),
+        (
+            "samples: 10}",
+            "samples: 10}, thresholds: {logits_kl_routing_share: 0.5}",
+            "target small: thresholds.logits_kl_routing_share: nothing is measured with forced routing. Write "
+            "`forced_routing: true` under `parity`",
+        ),
     ],
 )
 def test_what_the_build_file_asks_for(folder: Path, old: str, new: str, words: str) -> None:
@@ -92,6 +102,27 @@ def test_what_the_build_file_asks_for(folder: Path, old: str, new: str, words: s
 def test_a_threshold_on_pictures_in_a_build_of_text(folder: Path) -> None:
     text = BUILD.replace(", image", "").replace("samples: 10}", "samples: 10}, thresholds: {vision_relative_l2: 0.1}")
     assert "vision_relative_l2: the build takes in text only" in problems(folder, text)
+
+
+def test_a_threshold_on_forced_routing_is_judged_where_routing_is_forced(folder: Path) -> None:
+    text = BUILD.replace(
+        "samples: 10}", "samples: 10}, forced_routing: true, thresholds: {logits_kl_forced_routing: 1}"
+    )
+    (folder / "build.yaml").write_text(text.replace("PROFILE", "int8"))
+    assert make_plan(load_build(folder / "build.yaml")).problems == ()
+    assert load_build(folder / "build.yaml").parity.forced_routing
+    config = Checkpoint.open(folder / "model").model_config()
+    text = text.replace("backend: onnxruntime", "backend: tensorrt, gpu: sm_89").replace("PROFILE", "fp32")
+    on_gpu, said = load_build_text(folder, text), "no routing can be forced on tensorrt"
+    with pytest.raises(Problems, match=said):
+        check_thresholds(on_gpu, config, {"fp32": load_profile("fp32")})
+    told = make_plan(load_build_text(folder, text.replace("thresholds: {logits_kl_forced_routing: 1}", "")))
+    assert any(f"target small: {said}" in warning for warning in told.warnings)
+
+
+def load_build_text(folder: Path, text: str) -> BuildConfig:
+    (folder / "build.yaml").write_text(text)
+    return load_build(folder / "build.yaml")
 
 
 @pytest.mark.parametrize(("samples", "warned"), [(3, True), (10, False)])

@@ -10,6 +10,7 @@ import pytest
 from arriero.export.build_file.read import load_build
 from arriero.export.machine.speed import MachineSpeed, measure_speed
 from arriero.export.pipeline import plan as planning
+from arriero.export.pipeline.estimate_time import TOOLS
 from arriero.export.pipeline.plan import make_plan
 from tests.toys import make_scout_toy
 
@@ -33,8 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def seconds(folder: Path, profile: str = "int8", cases: int = 10) -> dict[str, float]:
-    (folder / "build.yaml").write_text(BUILD.replace("PROFILE", profile).replace("CASES", str(cases)))
+def seconds(folder: Path, profile: str = "int8", cases: int = 10, parity: str = "") -> dict[str, float]:
+    text = BUILD.replace("PROFILE", profile).replace("CASES", str(cases)).replace("parity: {", f"parity: {{{parity}")
+    (folder / "build.yaml").write_text(text)
     plan = make_plan(load_build(folder / "build.yaml"))
     assert plan.seconds == pytest.approx(sum(stage.seconds or 0.0 for stage in plan.stages))
     assert plan.to_json()["seconds"] == plan.seconds
@@ -51,6 +53,15 @@ def test_more_cases_and_a_slower_machine_take_longer(folder: Path, monkeypatch: 
     slow, more = seconds(folder), seconds(folder, cases=40)
     assert all(slow[name] > fast[name] for name in fast if name != "graph")
     assert {name for name in slow if more[name] > slow[name]} == {"reference", "parity-small"}
+
+
+def test_a_proof_with_forced_routing_goes_over_its_cases_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "measure_speed", lambda: SLOW)
+    once, twice = seconds(folder), seconds(folder, parity="answers: forced, forced_routing: true, ")
+    plain = seconds(folder, parity="answers: forced, ")
+    assert {name for name in plain if twice[name] > plain[name]} == {"parity-small"}
+    assert plain["parity-small"] < once["parity-small"]  # no answers
+    assert twice["parity-small"] == pytest.approx(2 * plain["parity-small"], abs=TOOLS)
 
 
 def test_the_machine_is_measured_in_a_moment() -> None:

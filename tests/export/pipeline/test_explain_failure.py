@@ -54,6 +54,13 @@ def test_cause_and_remedy_of_each_kind(row: Row, layers: tuple[LayerSeries, ...]
         assert word in str(failure)
 
 
+@pytest.mark.parametrize(("share", "cause"), [(0.8, "flipped routing causes 80 % of the KL"), (0.2, "layer 3 is")])
+def test_routing_is_named_where_most_of_the_kl_is_its(share: float, cause: str) -> None:
+    rows = judge("logits_kl_mean", 0.2, 0.1, "d"), judge("logits_kl_routing_share", share, None, "d")
+    (failure,) = explain_failures(report(*rows, layers=(LAYER,)), load_profile("int4"), ENOUGH)
+    assert cause in str(failure)
+
+
 def test_who_has_enough_says_nothing() -> None:
     assert thin_experts(load_profile("int4"), ENOUGH) is None
     assert thin_experts(load_profile("int8"), THIN) is None  # it does not calibrate

@@ -193,6 +193,18 @@ def test_an_int8_cache_is_a_quarter_and_has_keys_and_thresholds_of_its_own(folde
     assert "(int8)" in console.file.getvalue()
 
 
+def test_forced_routing_is_asked_of_proofs_alone(folder):
+    plain, other = load(folder), load(folder, BUILD + "parity: {forced_routing: true}")
+    profiles = {target.profile: load_profile(target.profile) for target in plain.targets}
+    keys = [
+        {name: key_of(name, inputs) for name, inputs in stage_inputs(build, "content", profiles).items()}
+        for build in (plain, other)
+    ]
+    proofs = {f"parity-{target.name}" for target in plain.targets}
+    assert {name for name, key in keys[0].items() if keys[1][name] != key} == proofs
+    assert not any("no routing can be forced" in warning for warning in make_plan(other).warnings)
+
+
 def test_a_plan_says_how_answers_are_made_and_what_the_record_takes(folder, monkeypatch):
     told = make_plan(load(folder)).reference
     assert (told["answers"], told["record"]) == ("generated", "bundle")

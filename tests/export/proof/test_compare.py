@@ -19,7 +19,7 @@ LAYER = "language_model.model.layers.0"
 def line(name: str, size: int, kl: float) -> Compared:
     return Compared(
         *(name, name, "onnxruntime", "int4", size, size // 2, 4.5, "int8", 512, 31.4),
-        *(kl, kl / 10, 0.4, 0.99, 0.98, 0.5, 0.48, (0.385, 0.577), 100),
+        *(kl, kl / 10, kl / 2, 0.5, 0.4, 0.99, 0.98, 0.5, 0.48, (0.385, 0.577), 100),
     )
 
 
@@ -61,6 +61,8 @@ def test_the_page_stands_alone_and_shows_every_bundle(tmp_path: Path) -> None:
         "Below 1e-06 and drawn there: large",
         "onnxruntime 1.",
         "40.00 %",
+        "Routing forced",
+        "50.00 %",
         "int8, 512 B",
     ):
         assert wanted in page
