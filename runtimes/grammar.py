@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.runtimes.json_schema import MOST_PATTERN, MOST_TEXT, OPTIONS, check_text, enforceable
+from arriero.runtimes.json_schema import MOST_PATTERN, MOST_TEXT, OPTIONS, check_size, check_text, enforceable
+from arriero.runtimes.repetitions import check_grammar, check_regex, inline_schemas
 from arriero.strict_json import check_characters, parse_json
 from arriero.traits import install
 
@@ -63,6 +65,10 @@ class Form:
         check_text("choice", "".join(texts), MOST_TEXT)
         check_text("regex", self.regex or "", MOST_PATTERN)
         check_text("grammar", self.grammar or "", MOST_GRAMMAR)
+        check_regex("regex", self.regex or "")
+        check_grammar("grammar", self.grammar or "")
+        for schema in inline_schemas(self.grammar or ""):
+            check_size(schema)
 
     @property
     def is_free(self) -> bool:
@@ -97,24 +103,53 @@ class Grammars:
         self._file, self._vocabulary, self._closing = tokenizer, vocabulary, list(closing)
         self._tokenizer: LLTokenizer | None = None
         self._lock = threading.Lock()
+        self._latest: tuple[str, LLMatcher] | None = None  # one request's answers have one form
+
+    def prepare(self) -> None:
+        """Read the vocabulary now, where llguidance is installed.
+
+        Of 200,000 tokens that takes two seconds in which no other thread of Python runs; forms do not stop them.
+        """
+        with suppress(MachineLacks):
+            self._read_vocabulary()
 
     def constrain(self, form: Form) -> Constraint:
-        """What keeps one answer to `form`. Raises ArrieroError with the reason where it cannot be enforced."""
+        """What keeps one answer to `form`. Raises ArrieroError with the reason where it cannot be enforced.
+
+        The form is compiled, and what may come first computed, on the calling thread.
+        """
+        tokenizer = self._read_vocabulary()
+        from llguidance import LLMatcher
+
+        source, latest = form.source(LLMatcher), self._latest
+        if latest is None or latest[0] != source:
+            wrong, problems = LLMatcher.validate_grammar_with_warnings(source, tokenizer)
+            if wrong:
+                raise _not_enforceable(form, problems[0])
+            matcher = LLMatcher(tokenizer, source, log_level=0)
+            matcher.compute_bitmask()  # kept by the copies: their first step does not wait for it
+            if matcher.is_error():
+                raise _not_enforceable(form, matcher.get_error().partition("<state>")[0])
+            latest = self._latest = source, matcher
+        return Constraint(latest[1].deep_copy(), self._vocabulary)
+
+    def _read_vocabulary(self) -> LLTokenizer:
         try:
-            from llguidance import LLMatcher, LLTokenizer
+            from llguidance import LLTokenizer
         except ImportError:
             remedy = f"Install it with `{install('structured')}`"
             raise MachineLacks("the package llguidance is not installed", remedy=remedy) from None
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = LLTokenizer(str(self._file), n_vocab=self._vocabulary, eos_token=self._closing)
-        source = form.source(LLMatcher)
-        wrong, problems = LLMatcher.validate_grammar_with_warnings(source, self._tokenizer)
-        if wrong:
-            name = next(field.name for field in fields(form) if getattr(form, field.name) is not None)
-            reason = " ".join(problems[0].split())
-            raise ArrieroError(f"{name} cannot be enforced: {reason}", remedy="Change it, or ask without it")
-        return Constraint(LLMatcher(self._tokenizer, source, log_level=0), self._vocabulary)
+            return self._tokenizer
+
+
+def _not_enforceable(form: Form, reason: str) -> ArrieroError:
+    name = next(field.name for field in fields(form) if getattr(form, field.name) is not None)
+    return ArrieroError(
+        f"{name} cannot be enforced: {' '.join(reason.split())}", remedy="Change it, or ask without it"
+    )
 
 
 class Constraint:
