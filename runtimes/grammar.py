@@ -147,9 +147,7 @@ class Grammars:
 
 def _not_enforceable(form: Form, reason: str) -> ArrieroError:
     name = next(field.name for field in fields(form) if getattr(form, field.name) is not None)
-    return ArrieroError(
-        f"{name} cannot be enforced: {' '.join(reason.split())}", remedy="Change it, or ask without it"
-    )
+    return ArrieroError(f"{name} cannot be enforced: {' '.join(reason.split())}", remedy="Change it, or ask without it")
 
 
 class Constraint:

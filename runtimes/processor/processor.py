@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,6 +120,8 @@ class Processor:
         most = min(context or self._most, self._most)
         frames = self.most_pictures(most)
         wrapped = as_messages(prompt, len(pictures), placeholder)
+        _check_count("messages", wrapped, most)
+        _check_count("tools", tools, most)
         messages, shown = expand(wrapped, pictures, placeholder, knows_role, frames)
         if not messages:
             raise ArrieroError("the list of messages is empty", expected="at least one message")
@@ -253,3 +255,13 @@ class Processor:
     def decode(self, ids: Sequence[int] | Ints, skip_special_tokens: bool = True) -> str:
         """Give the text of `ids`."""
         return self._vocabulary.decode(ids, skip_special_tokens)
+
+
+def _check_count(name: str, entries: Records, most: int) -> None:
+    """Refuse more entries than tokens that there is room for, before a template shows them: each is one at least."""
+    if isinstance(entries, Sized) and len(entries) > most:
+        raise ArrieroError(
+            f"the prompt has {len(entries):,} {name}, each of a token at least",
+            expected=f"at most {most} tokens together",
+            remedy="Leave some out, or build the bundle with a larger `context`",
+        )

@@ -24,6 +24,7 @@ from arriero.runtimes.server.anthropic_messages import AnthropicMessage, anthrop
 from arriero.runtimes.server.bundles import Bundles
 from arriero.runtimes.server.chat_completions import ChatCompletion
 from arriero.runtimes.server.completions import Completion
+from arriero.runtimes.server.entry_limit import EntryLimit
 from arriero.runtimes.server.errors import RefusalError, refusal_of
 from arriero.runtimes.server.fields import Fields
 from arriero.runtimes.server.guard import Guard
@@ -93,7 +94,7 @@ class Server:
         fields.refuse_others()
         if (prompt is None) == (messages is None):
             raise fields.refusal("prompt", "or messages is expected, one of the two")
-        reader = MessageReader(self.options)
+        reader = MessageReader(self.options, EntryLimit(model.bundle.context))
         read = [] if messages is None else reader.read(messages)
         with self.bundles.using(model.bundle):
             async with asyncio.timeout(self.options.request_seconds):

@@ -50,4 +50,7 @@ def test_characters_of_a_grammar() -> None:
     assert sizes["start"] == 6 + 4 + 10 * (218 + 1)
     assert sizes["rule"] >= 2 + 5 * 218
     assert sizes["LOOP"] == 2
-    assert list(inline_schemas('start: %json {"a": [1]} x\nx: %json { "b": {} }\ny: %json {')) == [{"a": [1]}, {"b": {}}]
+    assert list(inline_schemas('start: %json {"a": [1]} x\nx: %json { "b": {} }\ny: %json {')) == [
+        {"a": [1]},
+        {"b": {}},
+    ]
