@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError, MachineLacks
+from arriero.runtimes.forced_calls import ForcedCalls
 from arriero.runtimes.json_schema import MOST_PATTERN, MOST_TEXT, OPTIONS, check_size, check_text, enforceable
+from arriero.runtimes.python_calls import python_grammar
 from arriero.runtimes.repetitions import check_grammar, check_regex, inline_schemas
 from arriero.strict_json import check_characters, parse_json
 from arriero.traits import install
@@ -37,14 +39,16 @@ class Form:
     - `regex`: text that a regular expression describes whole.
     - `choice`: one of some texts.
     - `grammar`: text that a grammar in Lark's notation describes.
+    - `calls`: calls of functions, in the dialect of the bundle's chat template.
 
-    Each has a size from which on reading it would hold up every other answer, and is refused.
+    Each has a size from which on compiling it would take too long, and is refused.
     """
 
     json_schema: Mapping[str, Any] | str | None = None
     regex: str | None = None
     choice: Sequence[str] | None = None
     grammar: str | None = None
+    calls: ForcedCalls | None = None
 
     def __post_init__(self) -> None:
         named = [field.name for field in fields(self) if getattr(self, field.name) is not None]
@@ -62,6 +66,8 @@ class Form:
             raise ArrieroError(f"choice is {choice!r:.60}", expected="a list of texts")
         if len(texts) > MOST_CHOICES:
             raise ArrieroError(f"choice has {len(texts):,} texts", expected=f"at most {MOST_CHOICES:,}")
+        if self.calls is not None and not isinstance(self.calls, ForcedCalls):
+            raise ArrieroError(f"calls is {self.calls!r:.60}", expected="a `ForcedCalls`")
         check_text("choice", "".join(texts), MOST_TEXT)
         check_text("regex", self.regex or "", MOST_PATTERN)
         check_text("grammar", self.grammar or "", MOST_GRAMMAR)
@@ -75,10 +81,16 @@ class Form:
         """Whether the answer may be anything."""
         return all(getattr(self, field.name) is None for field in fields(self))
 
-    def source(self, matcher: type[LLMatcher]) -> str:
-        """The form as llguidance takes it."""
-        if self.json_schema is not None:
-            schema, remedy = self.json_schema, "Write it as one JSON object"
+    def source(self, matcher: type[LLMatcher], calls_in_python: bool) -> str:
+        """The form as llguidance takes it, calls in Python's dialect or in JSON's."""
+        json_schema = self.json_schema
+        if self.calls is not None:
+            json_schema = self.calls.schema
+            check_size(json_schema)  # in both dialects
+            if calls_in_python and (grammar := python_grammar(self.calls)) is not None:
+                return matcher.grammar_from_lark(grammar)
+        if json_schema is not None:
+            schema, remedy = json_schema, "Write it as one JSON object"
             if isinstance(schema, str):
                 schema = parse_json(schema, "json_schema", remedy)
             if not isinstance(schema, Mapping):
@@ -98,8 +110,18 @@ class Form:
 class Grammars:
     """Turns forms into constraints over one vocabulary; made once, since it reads the whole vocabulary."""
 
-    def __init__(self, tokenizer: Path, vocabulary: int, closing: Sequence[int]) -> None:
-        """Read the file `tokenizer` at the first form; `closing` tokens end an answer whose form is complete."""
+    def __init__(
+        self,
+        tokenizer: Path,
+        vocabulary: int,
+        closing: Sequence[int],
+        calls_in_python: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Read the file `tokenizer` at the first form; `closing` tokens end an answer whose form is complete.
+
+        `calls_in_python` says in which dialect forced calls are written.
+        """
+        self._calls_in_python = calls_in_python
         self._file, self._vocabulary, self._closing = tokenizer, vocabulary, list(closing)
         self._tokenizer: LLTokenizer | None = None
         self._lock = threading.Lock()
@@ -121,7 +143,8 @@ class Grammars:
         tokenizer = self._read_vocabulary()
         from llguidance import LLMatcher
 
-        source, latest = form.source(LLMatcher), self._latest
+        source = form.source(LLMatcher, form.calls is not None and self._calls_in_python())
+        latest = self._latest
         if latest is None or latest[0] != source:
             wrong, problems = LLMatcher.validate_grammar_with_warnings(source, tokenizer)
             if wrong:

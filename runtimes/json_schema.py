@@ -24,7 +24,7 @@ MOST_PATTERN = 1 << 13  # characters of a regular expression, or of all those of
 MOST_PROPERTIES = 1000  # of one object
 MOST_ENTRIES = {"properties": 2000, "patternProperties": 64, "anyOf, oneOf and allOf": 1000}  # of a whole schema
 _BRANCHES = ("anyOf", "oneOf", "allOf")
-_REMARKS = {"title", "description", "default", "examples", "$comment"}
+REMARKS = {"title", "description", "default", "examples", "$comment"}
 
 # Between JSON's tokens: a space, or a line and its indentation. Any number would let a model write spaces to the end.
 SPACES = r"(?: |\n {0,20})?"
@@ -139,7 +139,7 @@ def _without_remarks(schema: Any) -> Any:
     for key, value in schema.items():
         if key in _SCHEMAS_BY_NAME and isinstance(value, Mapping):
             kept[key] = {name: _without_remarks(below) for name, below in value.items()}
-        elif key not in _REMARKS:
+        elif key not in REMARKS:
             kept[key] = value if key in _VALUES else _without_remarks(value)
     return kept
 

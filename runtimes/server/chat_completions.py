@@ -42,9 +42,9 @@ class ChatCompletion:
         if top is not None and not shows_logprobs:
             raise fields.refusal("top_logprobs", "goes with logprobs only")
         self.shown: Settings = {"logprobs": (top or 0) if shows_logprobs else None}
-        self.shown |= read_form(fields)  # type: ignore[typeddict-item]
+        form = read_form(fields)
         self.tools = _read_tools(fields, entries)
-        self.shown |= self.tools.form  # type: ignore[typeddict-item]
+        self.shown |= self.tools.form or form  # type: ignore[typeddict-item]
         fields.ignore(("modalities", "reasoning_effort"))
         fields.refuse_others()
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())

@@ -72,8 +72,8 @@ class ResponseRequest:
         entries = EntryLimit(model.bundle.context)
         self.tools, tool_fields = read_response_tools(fields, entries)
         self.shown: Settings = {"logprobs": _read_logprobs(fields)}
-        self.shown |= read_text_form(fields, text)  # type: ignore[typeddict-item]
-        self.shown |= self.tools.form  # type: ignore[typeddict-item]
+        form = read_text_form(fields, text)
+        self.shown |= self.tools.form or form  # type: ignore[typeddict-item]
         instructions = fields.text("instructions")
         items = ItemReader(options, entries)
         self.messages, self.pictures = items.read(instructions, fields.take("input")), items.pictures

@@ -67,7 +67,9 @@ def test_long_lists_are_refused_by_their_length(served: Served, path: str, body:
 
 def test_too_many_messages_or_tools_are_not_rendered(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ChatTemplate, "render", None)
-    with pytest.raises(ArrieroError, match="the prompt has 750,000 messages, each of a token at least; expected at most"):
+    with pytest.raises(
+        ArrieroError, match="the prompt has 750,000 messages, each of a token at least; expected at most"
+    ):
         processor.encode([USER] * 750_000)
     with pytest.raises(ArrieroError, match="the prompt has 51 tools, each of a token at least; expected at most 50"):
         processor.encode([USER], tools=[{}] * 51, context=50)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from arriero.runtimes.forced_calls import ForcedCalls
 from arriero.runtimes.grammar import Constraint, Form, Grammars
+from arriero.runtimes.processor.processor import Processor
+from arriero.runtimes.scheduler import EngineLimits
 from arriero.runtimes.session import Session
-from tests.runtimes.server.conftest import Served
+from tests.runtimes.server.conftest import Serve, Served
+from tests.runtimes.test_grammar import ADD
 
 pytest.importorskip("llguidance", reason="needs llguidance: pip install 'arriero[structured]'")
 
@@ -85,3 +93,26 @@ def test_all_answers_of_a_request_share_one_compiled_form(
         said = web.post(PATH, json={**FORMED, "n": 4, "seed": 1, "temperature": 3}).json()["choices"]
     assert [choice["text"] in ("ab", "cd") for choice in said] == [True] * 4
     assert len(validated) == 1
+
+
+def test_forced_calls_are_written_as_the_template_writes_calls(
+    serve: Serve, toy: Any, bundle: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(bundle / "tokenizer", folder)
+    with (folder / "chat_template.jinja").open("a") as file:
+        file.write("{% if tools %}Call as [name(argument=value)].{% endif %}")
+    session = Session(toy, Processor(folder, toy.spec), 400, 4, limits=EngineLimits(4, 400))
+    messages = [{"role": "user", "content": "x"}]
+    with serve({"toy": session}).web() as web:
+        for choice in ("required", {"type": "function", "function": {"name": "add"}}):
+            body = {"messages": messages, "tools": [ADD], "tool_choice": choice, "parallel_tool_calls": False}
+            body |= {"temperature": 2, "seed": 1}
+            (call,) = web.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["tool_calls"]
+            arguments = json.loads(call["function"]["arguments"])
+            assert (call["function"]["name"], {*arguments}) == ("add", {"a", "b"})
+        # and over a form that the answer would have without
+        body |= {"response_format": {"type": "json_object"}}
+        assert web.post("/v1/chat/completions", json=body).json()["choices"][0]["finish_reason"] == "tool_calls"
+    said = session.generate(messages, tools=[ADD], calls=ForcedCalls([ADD["function"]]), temperature=2.0, seed=1).text
+    assert re.fullmatch(r"\[add\(a=\d+, b=[12]\)\]", said)
