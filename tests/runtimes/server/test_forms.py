@@ -78,6 +78,11 @@ def test_few_forms_are_compiled_at_once_also_when_clients_leave(served: Served, 
         assert compiling.most <= 2
 
 
+def test_the_vocabulary_is_read_when_a_bundle_is_opened(served: Served, toy_session: Session) -> None:
+    """Nobody can run Python meanwhile."""
+    assert toy_session.processor.grammars._tokenizer is not None
+
+
 def test_all_answers_of_a_request_share_one_compiled_form(
     served: Served, toy_session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
