@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,8 +27,9 @@ from arriero.runtimes.processor.processor import Processor, Prompt
 from arriero.runtimes.prompt_lookup import PromptLookup
 from arriero.runtimes.scheduler import EngineLimits, Scheduler
 from arriero.runtimes.session import Session
+from arriero.runtimes.snapshot import check_truncation
 from tests.command import arriero as run_command
-from tests.runtimes.conftest import CHUNK, PackingToy, ToyBackend
+from tests.runtimes.conftest import CHUNK, PackingToy, ToyBackend, ToyCache
 from tests.runtimes.gate import Gate
 from tests.toys import load_reference
 
@@ -258,6 +260,51 @@ def test_all_that_the_same_model_drafts_is_right(drafting: Session, toy_session:
     assert stats.failed_drafts == 0
     assert drafting.engine._draft is not None
     assert drafting.engine._draft._cache is None  # given back with the last answer
+
+
+class CheckedCache(ToyCache):
+    """A cache that is cut back no further than one of attention chunks of four tokens."""
+
+    chunk = replace(ToyBackend().spec, attention_chunk_size=4)
+
+    def rows(self, start: int, stop: int) -> CheckedCache:
+        return CheckedCache(self.store[start:stop], self.lengths[start:stop], self.adapters[start:stop], self.capacity)
+
+    def truncate(self, row: int, length: int) -> None:
+        check_truncation(self.chunk, int(self.lengths[row]), length)
+        super().truncate(row, length)
+
+
+@pytest.mark.parametrize("every", [2, 3, 5])
+def test_what_follows_a_wrong_draft_is_right_again(
+    processor: Processor, toy_session: Session, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    """The draft's cache is cut back to what was chosen, which its own attention chunks allow."""
+    draft, toy_cache = ToyBackend(), ToyBackend().new_cache
+    draft.spec = CheckedCache.chunk
+    draft.new_cache = lambda batch, capacity: CheckedCache(*vars(toy_cache(batch, capacity)).values())  # type: ignore[method-assign]
+    likeliest, guess = DraftModel._likeliest, DraftModel._guess
+    number, said, right = count(1), list[bool](), list[int]()
+
+    def spoilt(model: DraftModel, logits: np.ndarray) -> int:
+        said.append(next(number) % every != 0)
+        return likeliest(model, logits) ^ (not said[-1])
+
+    def counted(model: DraftModel, *arguments: Any) -> dict[int, list[int]]:
+        said.clear()
+        guessed = guess(model, *arguments)
+        right.append([*said, False].index(False) if guessed else 0)
+        return guessed
+
+    monkeypatch.setattr(DraftModel, "_likeliest", spoilt)
+    monkeypatch.setattr(DraftModel, "_guess", counted)
+    limits = EngineLimits(3, 200, speculate=MOST)
+    with Session(ToyBackend(), processor, context=200, batch=3, limits=limits, draft=draft) as session:
+        answer = session.generate("a", max_tokens=120)
+        stats = session.stats()
+    assert answer.token_ids == toy_session.generate("a", max_tokens=120).token_ids
+    assert stats.failed_drafts == 0
+    assert 0 < stats.accepted_tokens == sum(right) < stats.drafted_tokens
 
 
 def test_a_cancelled_answer_leaves_the_drafts_of_others_as_they_are(drafting: Session, toy_session: Session) -> None:
