@@ -83,6 +83,20 @@ def test_the_vocabulary_is_read_when_a_bundle_is_opened(served: Served, toy_sess
     assert toy_session.processor.grammars._tokenizer is not None
 
 
+def test_a_form_that_fails_as_it_is_compiled_is_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does over large vocabularies: before anything runs, with the reason, and without the matcher's state."""
+    from llguidance import LLMatcher
+
+    monkeypatch.setattr(LLMatcher, "is_error", lambda _: True)
+    monkeypatch.setattr(LLMatcher, "get_error", lambda _: "lexer error:\ntoo many expressions\n<state>\nTokens: ..")
+    with served.web() as web:
+        answer = web.post(PATH, json=FORMED)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(
+        "choice cannot be enforced: lexer error: too many expressions. "
+    )
+
+
 def test_all_answers_of_a_request_share_one_compiled_form(
     served: Served, toy_session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
