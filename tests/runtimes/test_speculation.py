@@ -17,9 +17,10 @@ import pytest
 import arriero
 from arriero.errors import ArrieroError
 from arriero.export.proof.reference import TorchBackend
+from arriero.runtimes import api
 from arriero.runtimes.api import open_bundle_backend
 from arriero.runtimes.backend import BackendOptions
-from arriero.runtimes.bundle_memory import session_bytes
+from arriero.runtimes.bundle_memory import session_bytes, token_bytes
 from arriero.runtimes.draft_model import SHORT, DraftModel
 from arriero.runtimes.integrity import open_manifest
 from arriero.runtimes.pace import Pace
@@ -409,6 +410,24 @@ def test_a_draft_bundle_is_checked_and_used(workshop: Path, bundle: Path, tmp_pa
     manifest = open_manifest(target)
     alone, both = session_bytes(manifest, 0), session_bytes(manifest, 0, manifest)
     assert both == 2 * alone
+
+
+def test_memory_has_room_for_the_draft(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its keys and values count in the tokens that are admitted, its weights too under a cap."""
+    target = workshop / "bundles" / "fp32"
+    manifest = open_manifest(target)
+    monkeypatch.setattr(api, "available_memory", lambda: 1 << 40)
+    tokens = []
+    for settings in ({}, {"speculate": 2, "draft": target}):
+        with arriero.load(target, prefix_cache=0, **settings) as session:
+            tokens.append(session.engine._scheduler.limits.tokens)
+    assert tokens == [(1 << 40) // token_bytes(manifest), (1 << 40) // (2 * token_bytes(manifest))]
+    options: list[BackendOptions] = []
+    monkeypatch.setattr(api, "open_session", lambda _, given, *arguments, **named: options.append(given))
+    for settings in ({}, {"speculate": 2, "draft": target}):
+        arriero.load(target, memory="1GiB", **settings)
+    caps = [given.memory.nbytes for given in options if given.memory is not None]
+    assert caps == [1 << 30, (1 << 30) - session_bytes(manifest, 0)]
 
 
 def test_tokens_are_compared_by_their_ids_and_kinds(bundle: Path, tmp_path: Path, processor: Processor) -> None:
