@@ -3,6 +3,7 @@
 from arriero.errors import ArrieroError, BelowThreshold, MachineLacks, Problems
 from arriero.runtimes.api import load
 from arriero.runtimes.chat_session import Chat
+from arriero.runtimes.forced_calls import ForcedCalls
 from arriero.runtimes.generation import Generation, TokenLogprobs
 from arriero.runtimes.processor.tool_calls import ToolCall, parse_tool_calls
 from arriero.runtimes.sampling import Sampling
@@ -14,6 +15,7 @@ __all__ = [
     "ArrieroError",
     "BelowThreshold",
     "Chat",
+    "ForcedCalls",
     "Generation",
     "MachineLacks",
     "Problems",

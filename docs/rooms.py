@@ -46,6 +46,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "engine": (
             *("engine.py", "scheduler.py", "decode_step.py", "pace.py", "running_rows.py", "request.py", "stream.py"),
             *("prefix_cache.py", "place.py", "prompt_lookup.py"),
+            *("draft_length.py", "draft_model.py"),
             *("generation.py", "stop_text.py", "settings.py"),
         ),
         "processor": ("processor",),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Backend, BackendOptions, MemoryCap, ModelSpec
-from arriero.runtimes.bundle_memory import planned_tokens, token_bytes
+from arriero.runtimes.bundle_memory import bundle_bytes, planned_tokens, token_bytes
 from arriero.runtimes.integrity import check_proven, open_manifest
 from arriero.runtimes.machine_fit import check_machine
 from arriero.runtimes.manifest import Manifest
@@ -35,6 +35,7 @@ def load(
     prefix_cache: int | None = None,
     memory: int | str | None = None,
     speculate: int = 0,
+    draft: str | os.PathLike[str] | None = None,
 ) -> Session:
     """Open a bundle directory and give a `Session` that answers from it.
 
@@ -47,23 +48,30 @@ def load(
     0 for none, as under a cap. `memory`, a size such as "16GiB", is the most that the process may take: experts are
     then read as they are needed, and those used last are kept. With `speculate` up to so many tokens of an answer are
     drafted from what the prompt and it have said, and checked in one step: the tokens are those that would be chosen
-    without. Raises `ArrieroError` with what is wrong and what to do.
+    without. `draft`, a smaller bundle with the same tokenizer, drafts them instead; `memory` has room for both. Raises
+    `ArrieroError` with what is wrong and what to do.
     """
-    if not isinstance(bundle, str | os.PathLike):
-        raise ArrieroError(f"bundle is {bundle!r:.60}", expected="the path of a bundle directory")
+    for name, folder in (("bundle", bundle), ("draft", draft)):
+        if not isinstance(folder, str | os.PathLike) and (name, folder) != ("draft", None):
+            raise ArrieroError(f"{name} is {folder!r:.60}", expected="the path of a bundle directory")
     _check_whole("prefix_cache", prefix_cache)
     _check_whole("batch", batch)
     limit = None if memory is None else parse_bytes(memory)
     manifest = open_manifest(Path(bundle), verify or None)
+    drafting = None if draft is None else open_manifest(Path(draft), verify or None)
     if prefix_cache is None:
         most = 0 if limit is not None else MOST_PREFIXES
         prefix_cache = min((available_memory() or most) // 8, most)
     rows = batch or manifest.target.batch
-    cap = None if limit is None else MemoryCap(limit - prefix_cache, manifest.target.context, rows)
+    cap = None
+    if limit is not None:
+        beside = prefix_cache if drafting is None else prefix_cache + bundle_bytes(drafting, planned_tokens(manifest))
+        cap = MemoryCap(limit - beside, manifest.target.context, rows)
     options = BackendOptions(threads, memory=cap)
-    if not allow_unproven:
-        check_proven(manifest)
-    return open_session(manifest, options, adapter, batch, prefix_cache, speculate=speculate)
+    for one in (manifest, drafting):
+        if one is not None and not allow_unproven:
+            check_proven(one)
+    return open_session(manifest, options, adapter, batch, prefix_cache, speculate=speculate, draft=drafting)
 
 
 def open_session(
@@ -74,10 +82,12 @@ def open_session(
     prefix_cache: int = 0,
     tokens: int | None = None,
     speculate: int = 0,
+    draft: Manifest | None = None,
 ) -> Session:
     """Give a session over a bundle that is what its manifest says, proven or not yet. Raises as `check_machine`.
 
-    `tokens` are held at once at most; None is those whose keys and values the free memory has room for.
+    `tokens` are held at once at most; None is those whose keys and values the free memory has room for. The bundle
+    `draft` drafts the answers.
     """
     check_batch(manifest, batch)
     whole = isinstance(speculate, Integral) and not isinstance(speculate, bool)
@@ -85,10 +95,14 @@ def open_session(
         raise ArrieroError(f"speculate is {speculate!r:.60}", expected=f"0, or up to {MOST_DRAFTED} tokens")
     check_machine(manifest)
     processor = Processor(manifest.bundle / "tokenizer", manifest.model)
-    backend = open_bundle_backend(manifest, options)
     target = manifest.target
     per_token = token_bytes(manifest)
     rows = batch or target.batch
+    if draft is not None:
+        check_draft(draft, processor, speculate, rows)
+        per_token += token_bytes(draft)
+    backend = open_bundle_backend(manifest, options)
+    drafting = None if draft is None else _open_draft(draft, options, backend)
     if options.memory is not None:  # which has set them aside
         tokens = rows * target.context
     elif tokens is None:
@@ -97,8 +111,35 @@ def open_session(
         tokens = None if free is None or not per_token else max(free // per_token, planned_tokens(manifest))
     limits = EngineLimits(rows, target.context, tokens, prefix_cache, speculate)
     return Session(
-        backend, processor, target.context, rows, tuple(manifest.adapters), adapter, limits, manifest.chain.artifact
+        backend,
+        processor,
+        target.context,
+        rows,
+        tuple(manifest.adapters),
+        adapter,
+        limits,
+        manifest.chain.artifact,
+        drafting,
     )
+
+
+def check_draft(draft: Manifest, processor: Processor, speculate: int, rows: int) -> None:
+    """Refuse a bundle that cannot draft for `rows` answers to prompts of `processor`, or is not asked for a token."""
+    if not speculate:
+        what, remedy = "a draft bundle is given and speculate is 0", "Set speculate, to 4 for instance"
+        raise ArrieroError(what, expected=f"up to {MOST_DRAFTED} tokens to draft", remedy=remedy)
+    check_batch(draft, rows)
+    check_machine(draft)
+    processor.check_same_tokens(Processor(draft.bundle / "tokenizer", draft.model))
+
+
+def _open_draft(draft: Manifest, options: BackendOptions, backend: Backend) -> Backend:
+    """Give the backend of the bundle that drafts; `backend` is closed where it cannot be opened."""
+    try:
+        return open_bundle_backend(draft, replace(options, memory=None))
+    except BaseException:
+        backend.close()
+        raise
 
 
 def _check_whole(name: str, value: object) -> None:

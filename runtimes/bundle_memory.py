@@ -18,8 +18,18 @@ def planned_tokens(manifest: Manifest) -> int:
     return manifest.target.batch * manifest.target.context
 
 
-def session_bytes(manifest: Manifest, prefix_cache: int) -> int:
+def session_bytes(manifest: Manifest, prefix_cache: int, draft: Manifest | None = None) -> int:
     """An open session's weights, keys and values of its planned tokens, prefixes, and what its backend takes besides.
+
+    So does the bundle that drafts its answers, for the same tokens.
+    """
+    tokens = planned_tokens(manifest)
+    beside = 0 if draft is None else bundle_bytes(draft, tokens)
+    return bundle_bytes(manifest, tokens) + prefix_cache + beside
+
+
+def bundle_bytes(manifest: Manifest, tokens: int) -> int:
+    """A bundle's weights, keys and values of so many tokens, and what its backend takes besides.
 
     A backend that does not map its weights copies them, and quantised ones a second time, packed.
     """
@@ -28,5 +38,4 @@ def session_bytes(manifest: Manifest, prefix_cache: int) -> int:
     weights = sum(manifest.files[file].bytes for file in files)
     if not takes.maps_weights and any(weight.scheme != EXACT for weight in manifest.weights.values()):
         weights *= 2
-    beside = takes.runtime + takes.stays + prefix_cache
-    return weights + planned_tokens(manifest) * token_bytes(manifest) + beside
+    return weights + tokens * token_bytes(manifest) + takes.runtime + takes.stays

@@ -5,7 +5,7 @@ Shapes: B rows that decode, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from arriero.runtimes.backend import Backend, Cache, Floats
 from arriero.runtimes.request import Request
@@ -16,15 +16,18 @@ TOGETHER = MOST_DRAFTED + 1  # tokens of one step at most, where some of them ar
 Outcome = Floats | BaseException
 
 
-def draft_tokens(backend: Backend, requests: Sequence[Request], most: int) -> list[list[int]]:
+def draft_tokens(
+    backend: Backend, requests: Sequence[Request], most: int, draft: Callable[[Sequence[int]], list[list[int]]]
+) -> list[list[int]]:
     """For each of `requests` the tokens, at most `most`, that are guessed to follow its last one.
 
-    None where the backend could not check them in the step that the others share.
+    `draft` guesses at most as many of each as it is told. None where the backend could not check them in the step that
+    the others share.
     """
     if not most or (len(requests) > 1 and not packs_rows(backend)):
         return [[] for _ in requests]
     room = min(most, TOGETHER // len(requests) - 1)
-    return [request.draft(room, backend.spec.attention_chunk_size) for request in requests]
+    return draft([request.draft_room(room, backend.spec.attention_chunk_size) for request in requests])
 
 
 def decode_rows(

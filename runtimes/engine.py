@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Backend
+from arriero.runtimes.draft_model import DraftModel
 from arriero.runtimes.request import Request
 from arriero.runtimes.scheduler import EngineLimits, Scheduler, Stats
 
@@ -36,10 +37,14 @@ Task = tuple["Future[Any]", Context, Callable[[], Any]]
 class Engine:
     """A backend, the thread that owns it, and the requests that are answered there."""
 
-    def __init__(self, backend: Backend, limits: EngineLimits = NO_LIMITS) -> None:
-        """Start the thread; it ends with `close`, or when nobody holds the engine any more."""
+    def __init__(self, backend: Backend, limits: EngineLimits = NO_LIMITS, draft: Backend | None = None) -> None:
+        """Start the thread; it ends with `close`, or when nobody holds the engine any more.
+
+        The thread owns `draft` too, a smaller model of the same tokens, which drafts what `limits` let it.
+        """
         self._backend: Backend | None = backend
-        self._scheduler = Scheduler(backend.spec, limits)
+        self._draft = None if draft is None else DraftModel(draft, backend.spec, limits.rows, limits.context)
+        self._scheduler = Scheduler(backend.spec, limits, self._draft)
         self._closing = threading.Lock()
         self._process = os.getpid()
         self._owner = _Owner()
@@ -144,6 +149,8 @@ class Engine:
     def _end(self, backend: Backend) -> None:
         self._scheduler.fail(_closed())
         backend.close()
+        if self._draft is not None:
+            self._draft.close()
 
 
 class _Owner(threading.Thread):
@@ -211,6 +218,7 @@ def _keep_inherited() -> None:
     for engine in list(_engines):
         if engine._backend is not None:
             pythonapi.Py_IncRef(py_object(engine._backend))
+            pythonapi.Py_IncRef(py_object(engine._draft))
 
 
 atexit.register(_finish)

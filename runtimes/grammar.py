@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.runtimes.json_schema import MOST_PATTERN, MOST_TEXT, OPTIONS, check_text, enforceable
+from arriero.runtimes.forced_calls import ForcedCalls
+from arriero.runtimes.json_schema import MOST_PATTERN, MOST_TEXT, OPTIONS, check_size, check_text, enforceable
+from arriero.runtimes.python_calls import python_grammar
+from arriero.runtimes.repetitions import check_grammar, check_regex, inline_schemas
 from arriero.strict_json import check_characters, parse_json
 from arriero.traits import install
 
@@ -35,14 +39,16 @@ class Form:
     - `regex`: text that a regular expression describes whole.
     - `choice`: one of some texts.
     - `grammar`: text that a grammar in Lark's notation describes.
+    - `calls`: calls of functions, in the dialect of the bundle's chat template.
 
-    Each has a size from which on reading it would hold up every other answer, and is refused.
+    Each has a size from which on compiling it would take too long, and is refused.
     """
 
     json_schema: Mapping[str, Any] | str | None = None
     regex: str | None = None
     choice: Sequence[str] | None = None
     grammar: str | None = None
+    calls: ForcedCalls | None = None
 
     def __post_init__(self) -> None:
         named = [field.name for field in fields(self) if getattr(self, field.name) is not None]
@@ -60,19 +66,31 @@ class Form:
             raise ArrieroError(f"choice is {choice!r:.60}", expected="a list of texts")
         if len(texts) > MOST_CHOICES:
             raise ArrieroError(f"choice has {len(texts):,} texts", expected=f"at most {MOST_CHOICES:,}")
+        if self.calls is not None and not isinstance(self.calls, ForcedCalls):
+            raise ArrieroError(f"calls is {self.calls!r:.60}", expected="a `ForcedCalls`")
         check_text("choice", "".join(texts), MOST_TEXT)
         check_text("regex", self.regex or "", MOST_PATTERN)
         check_text("grammar", self.grammar or "", MOST_GRAMMAR)
+        check_regex("regex", self.regex or "")
+        check_grammar("grammar", self.grammar or "")
+        for schema in inline_schemas(self.grammar or ""):
+            check_size(schema)
 
     @property
     def is_free(self) -> bool:
         """Whether the answer may be anything."""
         return all(getattr(self, field.name) is None for field in fields(self))
 
-    def source(self, matcher: type[LLMatcher]) -> str:
-        """The form as llguidance takes it."""
-        if self.json_schema is not None:
-            schema, remedy = self.json_schema, "Write it as one JSON object"
+    def source(self, matcher: type[LLMatcher], calls_in_python: bool) -> str:
+        """The form as llguidance takes it, calls in Python's dialect or in JSON's."""
+        json_schema = self.json_schema
+        if self.calls is not None:
+            json_schema = self.calls.schema
+            check_size(json_schema)  # in both dialects
+            if calls_in_python and (grammar := python_grammar(self.calls)) is not None:
+                return matcher.grammar_from_lark(grammar)
+        if json_schema is not None:
+            schema, remedy = json_schema, "Write it as one JSON object"
             if isinstance(schema, str):
                 schema = parse_json(schema, "json_schema", remedy)
             if not isinstance(schema, Mapping):
@@ -92,29 +110,67 @@ class Form:
 class Grammars:
     """Turns forms into constraints over one vocabulary; made once, since it reads the whole vocabulary."""
 
-    def __init__(self, tokenizer: Path, vocabulary: int, closing: Sequence[int]) -> None:
-        """Read the file `tokenizer` at the first form; `closing` tokens end an answer whose form is complete."""
+    def __init__(
+        self,
+        tokenizer: Path,
+        vocabulary: int,
+        closing: Sequence[int],
+        calls_in_python: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Read the file `tokenizer` at the first form; `closing` tokens end an answer whose form is complete.
+
+        `calls_in_python` says in which dialect forced calls are written.
+        """
+        self._calls_in_python = calls_in_python
         self._file, self._vocabulary, self._closing = tokenizer, vocabulary, list(closing)
         self._tokenizer: LLTokenizer | None = None
         self._lock = threading.Lock()
+        self._latest: tuple[str, LLMatcher] | None = None  # one request's answers have one form
+
+    def prepare(self) -> None:
+        """Read the vocabulary now, where llguidance is installed and can.
+
+        Of 200,000 tokens that takes two seconds, in which no other thread runs Python; compiling forms stops none.
+        """
+        with suppress(Exception):  # what is wrong is said to whoever asks for a form
+            self._read_vocabulary()
 
     def constrain(self, form: Form) -> Constraint:
-        """What keeps one answer to `form`. Raises ArrieroError with the reason where it cannot be enforced."""
+        """What keeps one answer to `form`. Raises ArrieroError with the reason where it cannot be enforced.
+
+        The form is compiled, and what may come first computed, on the calling thread.
+        """
+        tokenizer = self._read_vocabulary()
+        from llguidance import LLMatcher
+
+        source = form.source(LLMatcher, form.calls is not None and self._calls_in_python())
+        latest = self._latest
+        if latest is None or latest[0] != source:
+            wrong, problems = LLMatcher.validate_grammar_with_warnings(source, tokenizer)
+            if wrong:
+                raise _not_enforceable(form, problems[0])
+            matcher = LLMatcher(tokenizer, source, log_level=0)
+            matcher.compute_bitmask()  # kept by the copies: their first step does not wait for it
+            if matcher.is_error():
+                raise _not_enforceable(form, matcher.get_error().partition("<state>")[0])
+            latest = self._latest = source, matcher
+        return Constraint(latest[1].deep_copy(), self._vocabulary)
+
+    def _read_vocabulary(self) -> LLTokenizer:
         try:
-            from llguidance import LLMatcher, LLTokenizer
+            from llguidance import LLTokenizer
         except ImportError:
             remedy = f"Install it with `{install('structured')}`"
             raise MachineLacks("the package llguidance is not installed", remedy=remedy) from None
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = LLTokenizer(str(self._file), n_vocab=self._vocabulary, eos_token=self._closing)
-        source = form.source(LLMatcher)
-        wrong, problems = LLMatcher.validate_grammar_with_warnings(source, self._tokenizer)
-        if wrong:
-            name = next(field.name for field in fields(form) if getattr(form, field.name) is not None)
-            reason = " ".join(problems[0].split())
-            raise ArrieroError(f"{name} cannot be enforced: {reason}", remedy="Change it, or ask without it")
-        return Constraint(LLMatcher(self._tokenizer, source, log_level=0), self._vocabulary)
+            return self._tokenizer
+
+
+def _not_enforceable(form: Form, reason: str) -> ArrieroError:
+    name = next(field.name for field in fields(form) if getattr(form, field.name) is not None)
+    return ArrieroError(f"{name} cannot be enforced: {' '.join(reason.split())}", remedy="Change it, or ask without it")
 
 
 class Constraint:

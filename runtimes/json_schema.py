@@ -13,18 +13,18 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from arriero.errors import ArrieroError
+from arriero.runtimes.repetitions import check_regex
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-# What llguidance reads in about a second, measured on two cores; its time grows with the square of most of these, and
-# no other answer of the process goes on meanwhile.
+# What llguidance compiles in about a second, measured on two cores; its time grows with the square of most of these.
 MOST_TEXT = 1 << 16  # characters of a schema without its remarks, or of choices together
 MOST_PATTERN = 1 << 13  # characters of a regular expression, or of all those of a schema
 MOST_PROPERTIES = 1000  # of one object
 MOST_ENTRIES = {"properties": 2000, "patternProperties": 64, "anyOf, oneOf and allOf": 1000}  # of a whole schema
 _BRANCHES = ("anyOf", "oneOf", "allOf")
-_REMARKS = {"title", "description", "default", "examples", "$comment"}
+REMARKS = {"title", "description", "default", "examples", "$comment"}
 
 # Between JSON's tokens: a space, or a line and its indentation. Any number would let a model write spaces to the end.
 SPACES = r"(?: |\n {0,20})?"
@@ -76,7 +76,7 @@ _VALUES = {"const", "enum", "default", "examples"}
 def enforceable(schema: Mapping[str, Any]) -> dict[str, Any]:
     """`schema` for llguidance. Raises ArrieroError with everything in it that an answer cannot be held to."""
     try:
-        _check_size(schema)
+        check_size(schema)
         problems = [*_problems(schema, "")]
         if problems:
             reason, remedy = "; ".join(problems), "Change it, or ask without it"
@@ -92,8 +92,8 @@ def check_text(name: str, text: str, most: int) -> None:
         raise ArrieroError(f"{name} has {len(text):,} characters", expected=f"at most {most:,}", remedy="Simplify it")
 
 
-def _check_size(schema: Mapping[str, Any]) -> None:
-    """Refuse a schema that would take too long to read."""
+def check_size(schema: Mapping[str, Any]) -> None:
+    """Refuse a schema that would take too long to compile."""
     check_text("json_schema", json.dumps(_without_remarks(schema), ensure_ascii=False), MOST_TEXT)
     counts, patterns = dict.fromkeys(MOST_ENTRIES, 0), [""]
     for one in _schemas(schema):
@@ -110,6 +110,7 @@ def _check_size(schema: Mapping[str, Any]) -> None:
         if counts[name] > most:
             raise _too_many(f"entries of {name}", counts[name], most)
     check_text("json_schema's patterns", "".join(patterns), MOST_PATTERN)
+    check_regex("json_schema's patterns", "|".join(patterns))
 
 
 def _members(value: Any) -> int:
@@ -138,7 +139,7 @@ def _without_remarks(schema: Any) -> Any:
     for key, value in schema.items():
         if key in _SCHEMAS_BY_NAME and isinstance(value, Mapping):
             kept[key] = {name: _without_remarks(below) for name, below in value.items()}
-        elif key not in _REMARKS:
+        elif key not in REMARKS:
             kept[key] = value if key in _VALUES else _without_remarks(value)
     return kept
 

@@ -11,29 +11,25 @@ from collections.abc import Sequence
 import numpy as np
 
 from arriero.runtimes.backend import Ints
+from arriero.runtimes.draft_length import DraftLength
 
 LEAST_SAME, MOST_SAME = 2, 4  # tokens that have to be the same, and that are looked at
-LONGEST_PAUSE = 32  # tokens without a draft, after drafts that were all wrong
 
 
-class PromptLookup:
+class PromptLookup(DraftLength):
     """The tokens of one prompt and its answer, and how well drafts from them did of late."""
 
     def __init__(self, prompt_ids: Ints, most: int, never: int | None) -> None:
         """Draft at most `most` tokens at a time, and nothing from the token `never` on."""
+        super().__init__(most)
         self._ids, self._count = prompt_ids.copy(), len(prompt_ids)
-        self._answered, self._most, self._never = 0, most, never
-        self._length = most
-        self._pause, self._paused = 1, 0  # tokens without a draft after a miss, and those still to come
+        self._answered, self._never = 0, never
 
     def draft(self, answer_ids: Sequence[int], room: int) -> list[int]:
         """At most `room` tokens that may follow the answer so far; none where nothing like its end was there before."""
         self._extend(answer_ids[self._answered :])
         self._answered = len(answer_ids)
-        if self._paused:
-            self._paused -= 1
-            return []
-        wanted = min(room, self._length)
+        wanted = min(room, self.next())
         after = self._place_like_the_end() if wanted > 0 else None
         if after is None:
             return []
@@ -54,18 +50,6 @@ class PromptLookup:
                 break
             found = longer
         return int(found[-1]) + 1
-
-    def learn(self, drafted: int, accepted: int) -> None:
-        """Of `drafted` tokens the first `accepted` were right: more are drafted after that, or fewer, or later."""
-        if accepted == drafted:
-            self._length = min(2 * self._length, self._most)
-        else:
-            self._length = max(accepted, 1)
-        if accepted:
-            self._pause = 1
-        else:
-            self._paused = self._pause
-            self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
     def _extend(self, tokens: Sequence[int]) -> None:
         end = self._count + len(tokens)

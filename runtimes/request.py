@@ -15,11 +15,11 @@ from queue import SimpleQueue
 import numpy as np
 
 from arriero.runtimes.backend import Backend, Floats, Ints, ModelSpec
+from arriero.runtimes.draft_length import DraftLength
 from arriero.runtimes.generation import Answer, TokenLogprobs
 from arriero.runtimes.place import Place
 from arriero.runtimes.prefix_cache import Tokens
 from arriero.runtimes.processor.processor import Prompt
-from arriero.runtimes.prompt_lookup import PromptLookup
 from arriero.runtimes.snapshot import Snapshot
 from arriero.runtimes.steps import piece_end
 
@@ -59,7 +59,7 @@ class Request:
         self._features: list[Floats] = []  # [M, H] of the tiles seen so far
         self.number = 0  # in the order of arrival
         self._context = copy_context()
-        self.lookup: PromptLookup | None = None  # where answers are drafted
+        self.drafts: DraftLength | None = None  # where answers are drafted
         self.place: Place | None = None  # of a conversation that the prompt goes on with
         self.keeps_place = False
         self.kept: Snapshot | None = None  # the row at the end, where the caller keeps its place
@@ -82,6 +82,13 @@ class Request:
         """The tokens that the cache holds of it."""
         answered = np.array(self.answer.token_ids[self._paused_at : -1], np.int64)
         return replace(self.tokens, ids=np.concatenate([self.ids[: self.position], answered]))
+
+    def tokens_from(self, start: int) -> Ints:
+        """The tokens of prompt and answer from the one of that number on, those included that the cache lacks."""
+        answered, prompt = self.answer.token_ids[self._paused_at :], len(self.ids)
+        if start >= prompt:
+            return np.array(answered[start - prompt :], np.int64)
+        return np.concatenate([self.ids[start:], np.array(answered, np.int64)])
 
     def tokens_soon(self, ahead: int) -> int:
         """Tokens of memory that it comes to within `ahead` more of its answer."""
@@ -132,15 +139,13 @@ class Request:
 
     # --- the answer
 
-    def draft(self, room: int, chunk: int) -> list[int]:
-        """At most `room` tokens that may follow the last one, to be checked in its step; none without `lookup`.
+    def draft_room(self, most: int, chunk: int) -> int:
+        """How many tokens behind the last one, at most `most`, may be checked in its step; may be less than none.
 
         They stay below the edge of the attention chunk, so that the cache can be cut back to those that were right.
         """
-        if self.lookup is None:
-            return []
         left = self.answer.max_tokens - len(self.answer.token_ids) - 1
-        return self.lookup.draft(self.answer.token_ids, min(room, left, chunk - self.length % chunk - 2))
+        return min(most, left, chunk - self.length % chunk - 2)
 
     @property
     def cancelled(self) -> bool:

@@ -17,6 +17,8 @@ import numpy as np
 
 from arriero.runtimes.backend import Backend, Cache, CacheStatistics, Floats, ModelSpec
 from arriero.runtimes.decode_step import Outcome, decode_rows, draft_tokens
+from arriero.runtimes.draft_length import DraftLength
+from arriero.runtimes.draft_model import DraftModel
 from arriero.runtimes.pace import Pace
 from arriero.runtimes.prefix_cache import PrefixCache
 from arriero.runtimes.prompt_lookup import PromptLookup
@@ -36,7 +38,7 @@ class EngineLimits:
     waits again and is read anew once there is room; its answer goes on where it was.
 
     `prefix_bytes` are for prefixes that were read before and features of pictures; 0 keeps none. `speculate` tokens of
-    an answer are drafted at most and checked in one step; 0 drafts none.
+    an answer are drafted at most, by a draft model or else from what was said, and checked in one step; 0 drafts none.
     """
 
     rows: int = 32
@@ -55,6 +57,7 @@ class Stats:
     generated_tokens: int = 0
     drafted_tokens: int = 0  # that were guessed, and those of them that were chosen
     accepted_tokens: int = 0
+    failed_drafts: int = 0  # times that the draft model raised an error; the answers went on without it
     steps: int = 0  # decode steps, each of all rows that decode
     finished: int = 0
     paused: int = 0  # times that a request gave its memory to elder ones, to be read again
@@ -66,8 +69,9 @@ class Stats:
 class Scheduler:
     """The requests of one backend."""
 
-    def __init__(self, spec: ModelSpec, limits: EngineLimits) -> None:
-        """Keep to `limits`; a request beyond the tokens runs alone."""
+    def __init__(self, spec: ModelSpec, limits: EngineLimits, draft: DraftModel | None = None) -> None:
+        """Keep to `limits`; a request beyond the tokens runs alone. `draft` drafts answers, else their own words do."""
+        self._draft_model = draft
         self.limits, self.stats, self._image_token = limits, Stats(), spec.image_token_id
         self._prefixes = PrefixCache(spec, limits.prefix_bytes) if limits.prefix_bytes else None
         self._rows = RunningRows(limits.rows, limits.context)
@@ -86,7 +90,8 @@ class Scheduler:
         self._added += 1
         request.number = self._added
         if self.limits.speculate:
-            request.lookup = PromptLookup(request.ids, self.limits.speculate, self._image_token)
+            most, looks_up = self.limits.speculate, self._draft_model is None
+            request.drafts = PromptLookup(request.ids, most, self._image_token) if looks_up else DraftLength(most)
         self._waiting.append(request)
 
     def turn(self, backend: Backend) -> None:
@@ -110,7 +115,7 @@ class Scheduler:
         everyone = [*self._rows.decoding, *([self._reading] if self._reading else []), *self._waiting]
         self._reading = None
         self._waiting.clear()
-        self._rows.drop()
+        self._drop_caches()
         self._tell([partial(request.fail, error) for request in everyone])
 
     def _tell(self, news: list[News]) -> None:
@@ -123,8 +128,15 @@ class Scheduler:
     def _tidy(self) -> None:
         self.stats.running = len(self._rows.decoding) + (self._reading is not None)
         self.stats.waiting = len(self._waiting)
+        if self._draft_model is not None:
+            self.stats.failed_drafts = self._draft_model.failures
         if self.idle:
-            self._rows.drop()
+            self._drop_caches()
+
+    def _drop_caches(self) -> None:
+        self._rows.drop()
+        if self._draft_model is not None:
+            self._draft_model.drop()
 
     def _end_cancelled(self) -> None:
         news: list[News] = []
@@ -314,20 +326,32 @@ class Scheduler:
         accepted = sum(map(operator.eq, drafted, request.answer.token_ids[-chosen:]))
         self.stats.drafted_tokens += len(drafted)
         self.stats.accepted_tokens += accepted
-        assert request.lookup is not None  # which drafted them
-        request.lookup.learn(len(drafted), accepted)
+        assert request.drafts is not None
+        request.drafts.learn(len(drafted), accepted)
 
     def _decode(self, backend: Backend) -> None:
         """Append one token to every row that decodes, and what is drafted to follow it, and choose the next."""
         requests = self._rows.decoding
         # a prompt that is being read has what time there is
-        drafts = draft_tokens(backend, requests, 0 if self._reading is not None else self.limits.speculate)
+        most = 0 if self._reading is not None else self.limits.speculate
+        drafts = draft_tokens(backend, requests, most, self._draft)
         started = time.perf_counter()
         outcomes = decode_rows(backend, requests, drafts, self._rows.cache)
         if not any(drafts):
             self._pace.decoded(time.perf_counter() - started)
         self.stats.steps += 1
         self._take_all(drafts, outcomes)
+
+    def _draft(self, rooms: Sequence[int]) -> list[list[int]]:
+        """What is guessed to follow each row that decodes, of each at most as many tokens as there is room for."""
+        requests, model = self._rows.decoding, self._draft_model
+        if model is not None:
+            return model.draft(requests, rooms, model.backend.piece if len(requests) == 1 else self._pace.piece())
+        drafts: list[list[int]] = []
+        for request, room in zip(requests, rooms, strict=True):
+            assert isinstance(request.drafts, PromptLookup)
+            drafts.append(request.drafts.draft(request.answer.token_ids, room))
+        return drafts
 
     def _take_all(self, drafts: Sequence[Sequence[int]], outcomes: list[Outcome]) -> None:
         """Choose and hand over each decoding row's next tokens by its logits, or end it by its error."""

@@ -57,19 +57,21 @@ class Session:
         adapter: str | None = None,
         limits: EngineLimits | None = None,
         identity: str = "",
+        draft: Backend | None = None,
     ) -> None:
         """Serve sequences of at most `context` tokens (the model's own limit when None), `batch` of them at once.
 
         `adapters` are the names of the backend's adapters; what does not say which it wants is read with `adapter`, or
         by the model itself. `limits` are the engine's; None is those of `context` and `batch` alone. A saved
-        conversation belongs to the bundle of that `identity`.
+        conversation belongs to the bundle of that `identity`. `draft` is a smaller model of the same tokens, which
+        drafts answers as far as `limits` let it; the session closes it too.
         """
         self.identity = identity
         self.processor = processor
         self.spec = backend.spec
         self.context = min(context or self.spec.max_position_embeddings, self.spec.max_position_embeddings)
         self.batch = batch
-        self.engine = Engine(backend, limits or EngineLimits(batch or EngineLimits.rows, self.context))
+        self.engine = Engine(backend, limits or EngineLimits(batch or EngineLimits.rows, self.context), draft)
         self.adapters = tuple(adapters)
         self.adapter = adapter
         self._number(adapter)
@@ -111,7 +113,7 @@ class Session:
         How tokens are chosen is `sampling=Sampling(...)`, or its fields as keyword arguments: `temperature` 0, the
         default, is greedy; `seed` makes draws repeatable. The answer ends at the model's closing token or one of
         `stop_token_ids`, before a `stop` text, at `max_tokens` (None fills the context), or soon after `cancel` is
-        set. `json_schema`, `regex`, `choice` or `grammar` say what the answer must be.
+        set. `json_schema`, `regex`, `choice`, `grammar` or `calls` say what the answer must be.
         `logprobs` n also gives each token's log-probability and the n likeliest; `skip_special_tokens=False`
         leaves control tokens in the text. `adapter` names the adapter of the bundle to answer with, None for the model
         itself. With `stream`, gives the text in pieces as it comes. A prompt or a setting

@@ -12,6 +12,7 @@ from numbers import Integral
 from typing import Any, cast
 
 from arriero.errors import ArrieroError
+from arriero.runtimes.forced_calls import ForcedCalls
 from arriero.runtimes.grammar import Form
 from arriero.runtimes.processor.chat import ChatOptions
 from arriero.runtimes.sampling import Sampling, SamplingSettings
@@ -22,8 +23,8 @@ class Settings(SamplingSettings, ChatOptions, total=False):
 
     `max_tokens` None fills the context. An answer ends at a token of `stop_token_ids`, before a `stop` text, and soon
     after `cancel` is set. `logprobs` and `skip_special_tokens` are those of `Output`. `json_schema`,
-    `regex`, `choice` and `grammar` are those of `Form`. `adapter` names one of the bundle's adapters, None the model
-    itself.
+    `regex`, `choice`, `grammar` and `calls` are those of `Form`. `adapter` names one of the bundle's adapters, None the
+    model itself.
     """
 
     sampling: Sampling
@@ -37,6 +38,7 @@ class Settings(SamplingSettings, ChatOptions, total=False):
     regex: str | None
     choice: Sequence[str] | None
     grammar: str | None
+    calls: ForcedCalls | None
     adapter: str | None
 
 

@@ -15,6 +15,7 @@ from arriero.export.cli.options import (
     SEED,
     Adapters,
     BundleFolder,
+    Draft,
     ForcedRouting,
     Json,
     Memory,
@@ -231,6 +232,7 @@ def run(
     threads: Threads = None,
     memory: Memory = None,
     speculate: Speculate = 0,
+    draft: Draft = None,
     as_json: Json = False,
 ) -> None:
     """Ask a bundle and stream its answer. Pictures come before the text.
@@ -256,7 +258,7 @@ def run(
         raise ArrieroError("--logprobs is shown as JSON only", remedy="Add --json")
     text = sys.stdin.read() if prompt == "-" else prompt
     pictures: list[ImageLike] = list(image or ())
-    with load(bundle, threads, adapter=adapter, memory=memory, speculate=speculate) as session:
+    with load(bundle, threads, adapter=adapter, memory=memory, speculate=speculate, draft=draft) as session:
         if (video or document) and session.spec.vision is None:
             raise no_vision()
         most = session.processor.most_pictures(session.context)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from arriero.errors import ArrieroError
-from arriero.export.cli.options import BundleFolder, Speculate, Threads, err
+from arriero.export.cli.options import BundleFolder, Draft, Speculate, Threads, err
 
 if TYPE_CHECKING:
     from arriero.runtimes.chat_session import Chat
@@ -37,6 +37,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
     adapter: Annotated[str | None, typer.Option(help="The bundle's adapter to answer with, by its name.")] = None,
     speculate: Speculate = 0,
+    draft: Draft = None,
     threads: Threads = None,
 ) -> None:
     """Talk with a bundle. A turn reads its own words alone, however long the conversation is.
@@ -50,7 +51,7 @@ def chat(
     from arriero.runtimes.api import load
 
     settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    with load(bundle, threads, adapter=adapter, speculate=speculate) as session:
+    with load(bundle, threads, adapter=adapter, speculate=speculate, draft=draft) as session:
         talk = _Talk(session, system, settings)
         if resume is not None:
             talk.load(str(resume))

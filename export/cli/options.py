@@ -71,6 +71,12 @@ Speculate = Annotated[
         max=MOST_DRAFTED,
     ),
 ]
+Draft = Annotated[
+    Path | None,
+    typer.Option(
+        help="A smaller bundle with the same tokenizer that drafts what --speculate checks, instead of what was said."
+    ),
+]
 
 
 def print_json(data: Any) -> None:

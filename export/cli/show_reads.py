@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 def describe_drafts(stats: Stats) -> str:
     """How many drafted tokens were right, to follow other counts; nothing where none was drafted."""
-    return f", {stats.accepted_tokens} of {stats.drafted_tokens} drafted" if stats.drafted_tokens else ""
+    failed = f", {stats.failed_drafts} drafts failed" if stats.failed_drafts else ""
+    return f", {stats.accepted_tokens} of {stats.drafted_tokens} drafted{failed}" if stats.drafted_tokens else failed
 
 
 def describe_reads(statistics: CacheStatistics) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import Floats, Ints, ModelSpec, no_vision
 from arriero.runtimes.grammar import Grammars
+from arriero.runtimes.processor.call_dialect import calls_in_python
 from arriero.runtimes.processor.chat import Message, Records, as_messages, as_records, expand
 from arriero.runtimes.processor.chat_template import DEFAULT, TOOL_USE
 from arriero.runtimes.processor.conversation import Conversation, Rendered
@@ -43,7 +45,6 @@ class Processor:
         """Read `folder` (tokenizer.json, its configs and templates) for the model `spec`."""
         self.spec = spec
         self._where = str(folder / "tokenizer.json")
-        self.grammars = Grammars(folder / "tokenizer.json", spec.vocab_size, spec.eos_token_ids)
         files = SideFiles.read(folder)
         self._vocabulary = Vocabulary(
             folder / "tokenizer.json", "".join(template.text for template in files.templates.values())
@@ -51,6 +52,10 @@ class Processor:
         files.check_added_tokens(self._vocabulary)
         self._bos = None if spec.bos_token_id is None else self._vocabulary.token(spec.bos_token_id)
         self._templates = files.chat_templates(self._bos)
+        with_tools = self._templates.get(TOOL_USE, self._templates.get(DEFAULT))
+        self.grammars = Grammars(
+            folder / "tokenizer.json", spec.vocab_size, spec.eos_token_ids, partial(calls_in_python, with_tools)
+        )
         self._starts_with_bos = files.starts_with_bos
         size = self._vocabulary.size
         if size > spec.vocab_size:
@@ -82,6 +87,22 @@ class Processor:
                 where=self._where,
                 expected=f"{self.spec.image_token_id}, the model's image token",
                 remedy=ORIGINAL,
+            )
+
+    def check_same_tokens(self, other: Processor) -> None:
+        """Refuse `other`, which is to draft tokens for this one, unless all ids stand for the same in both."""
+        ends = ("bos_token_id", "eos_token_ids", "image_token_id")
+        differing = [
+            f"its {name} is {getattr(other.spec, name)}"
+            for name in ends
+            if getattr(other.spec, name) != getattr(self.spec, name)
+        ]
+        if difference := self._vocabulary.difference(other._vocabulary) or next(iter(differing), None):
+            raise ArrieroError(
+                f"the draft has another tokenizer: {difference}",
+                where=other._where,
+                expected=f"the tokens of {self._where}",
+                remedy="Draft with a bundle of the same family of models, whose tokenizer is the same",
             )
 
     def encode(
@@ -120,6 +141,8 @@ class Processor:
         most = min(context or self._most, self._most)
         frames = self.most_pictures(most)
         wrapped = as_messages(prompt, len(pictures), placeholder)
+        _check_count("messages", wrapped, most)
+        _check_count("tools", tools, most)
         messages, shown = expand(wrapped, pictures, placeholder, knows_role, frames)
         if not messages:
             raise ArrieroError("the list of messages is empty", expected="at least one message")
@@ -253,3 +276,13 @@ class Processor:
     def decode(self, ids: Sequence[int] | Ints, skip_special_tokens: bool = True) -> str:
         """Give the text of `ids`."""
         return self._vocabulary.decode(ids, skip_special_tokens)
+
+
+def _check_count(name: str, entries: Records, most: int) -> None:
+    """Refuse more entries than tokens that there is room for, before a template shows them: each is one at least."""
+    if isinstance(entries, Sized) and len(entries) > most:
+        raise ArrieroError(
+            f"the prompt has {len(entries):,} {name}, each of a token at least",
+            expected=f"at most {most} tokens together",
+            remedy="Leave some out, or build the bundle with a larger `context`",
+        )

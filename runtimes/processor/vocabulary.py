@@ -66,6 +66,15 @@ class Vocabulary:
         text: str | None = self._tokenizer.id_to_token(number)
         return text
 
+    def difference(self, other: Vocabulary) -> str | None:
+        """The first token that `other` has otherwise, in words; None where both have the same by the same ids."""
+        own, others = self._tokenizer.get_vocab(), other._tokenizer.get_vocab()
+        if differing := {*own.items()} ^ {*others.items()}:
+            token, _ = min(differing, key=lambda entry: entry[1])
+            return f"{token!r:.60} has the id {others.get(token)}, and {own.get(token)} here"
+        special = sorted(self._skipped ^ other._skipped)
+        return f"{self.token(special[0])!r:.60} is special in one of them only" if special else None
+
     def control_tokens(self, text: str) -> Iterator[re.Match[str]]:
         """Where `text` spells control tokens."""
         return self._pattern.finditer(text)

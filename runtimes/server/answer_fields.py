@@ -13,7 +13,7 @@ from arriero.runtimes.settings import Settings
 
 # What clients send that says nothing of an answer's text.
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity")
-MOST_TOP_LOGPROBS, MOST_STOPS = 20, 16
+MOST_TOP_LOGPROBS, MOST_STOPS, MOST_BIASES = 20, 16, 10_000
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ def _bias(fields: Fields) -> dict[int, float] | None:
         return None
     if not isinstance(said, dict):
         raise fields.refusal("logit_bias", "is no object; expected numbers by token id")
+    if len(said) > MOST_BIASES:
+        raise fields.refusal("logit_bias", f"holds {len(said):,} entries; expected at most {MOST_BIASES:,}")
     bias: dict[int, float] = {}
     for token, value in said.items():
         if not token.isdecimal() or len(token) > 9 or isinstance(value, bool) or not isinstance(value, int | float):
@@ -111,8 +113,8 @@ def read_stops(fields: Fields, name: str) -> tuple[str, ...]:
     """The texts of the field `name` that end an answer."""
     said: Any = fields.take(name, ())
     stops = (said,) if isinstance(said, str) else said
+    if isinstance(stops, list) and len(stops) > MOST_STOPS:
+        raise fields.refusal(name, f"holds {len(stops):,} texts; expected at most {MOST_STOPS}")
     if not isinstance(stops, list | tuple) or not all(isinstance(text, str) and text for text in stops):
         raise fields.refusal(name, "is no text; expected a string or a list of strings")
-    if len(stops) > MOST_STOPS:
-        raise fields.refusal(name, f"holds {len(stops)} texts; expected at most {MOST_STOPS}")
     return tuple(stops)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,12 @@ from starlette.requests import Request as HttpRequest
 
 from arriero.runtimes.generation import Generation
 from arriero.runtimes.processor.processor import Prompt
-from arriero.runtimes.request import Delta
+from arriero.runtimes.request import Delta, Request
 from arriero.runtimes.server.answer_fields import AnswerFields
 from arriero.runtimes.server.errors import RefusalError, failure_of
 from arriero.runtimes.server.metrics import Metrics
-from arriero.runtimes.settings import Settings, read_settings
+from arriero.runtimes.server.models import Model
+from arriero.runtimes.settings import AnswerSettings
 from arriero.runtimes.stream import Stream
 
 CLIENT_GONE = 499  # as others' logs have it; nobody reads the answer
@@ -52,17 +53,9 @@ class Answers:
     failure: str | None = None  # what ended them before their end
 
     @classmethod
-    def begin(
-        cls, asked: AnswerFields, prompts: list[Prompt], shown: Settings, metrics: Metrics, deadline: float
-    ) -> Answers:
-        """Have `prompts` answered by the `deadline`, each as often as `asked`; `shown` are settings beside those."""
-        session = asked.model.session
-        requests = [
-            session.request(prompt, read_settings({**asked.settings_of(number), **shown}), asked.model.adapter)
-            for prompt in prompts
-            for number in range(asked.count)
-        ]
-        return cls([session.submit(request) for request in requests], asked.count, metrics, deadline)
+    def begin(cls, asked: AnswerFields, requests: Sequence[Request], metrics: Metrics, deadline: float) -> Answers:
+        """Have `requests` answered by the `deadline`."""
+        return cls([asked.model.session.submit(one) for one in requests], asked.count, metrics, deadline)
 
     async def wait(self) -> list[Generation]:
         """Wait for all of them."""
@@ -116,6 +109,11 @@ class Answers:
             "total_tokens": read + chosen,
             "prompt_tokens_details": {"cached_tokens": sum(stream.reused_tokens for stream in firsts)},
         }
+
+
+def engine_requests(model: Model, prompts: Sequence[Prompt], settings: Sequence[AnswerSettings]) -> list[Request]:
+    """What the engine is to answer: each of `prompts` once by each of `settings`."""
+    return [model.session.request(prompt, one, model.adapter) for prompt in prompts for one in settings]
 
 
 async def until_gone(http: HttpRequest, work: Callable[[], Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from arriero.runtimes.server.entry_limit import EntryLimit
 from arriero.runtimes.server.errors import RefusalError
 from arriero.runtimes.server.fields import Fields
 from arriero.runtimes.server.options import ServerOptions
@@ -13,14 +14,15 @@ from arriero.runtimes.server.pictures import PictureReader
 class BlockReader:
     """Reads the messages of one request."""
 
-    def __init__(self, options: ServerOptions) -> None:
-        """Keep to the limits of `options` over all messages together."""
-        self.pictures = PictureReader(options)
+    def __init__(self, options: ServerOptions, entries: EntryLimit) -> None:
+        """Keep to the limits of `options`, and to `entries`, over all messages together."""
+        self.pictures, self._entries = PictureReader(options), entries
 
     def read(self, system: Any, messages: list[Any] | None) -> list[dict[str, Any]]:
         """Give `system` and `messages` as the session takes them."""
         if not messages:
             raise RefusalError(400, "messages is empty; expected at least one message.", param="messages")
+        self._entries.take(messages, "messages")
         plain: list[dict[str, Any]] = []
         if system is not None:
             plain.append({"role": "system", "content": self._texts(system, "system")})
@@ -39,6 +41,7 @@ class BlockReader:
             return [{"role": role, "content": content}]
         if not isinstance(content, list) or not content:
             raise RefusalError(400, f"{where} is no text; expected a string or a list of blocks.", param=where)
+        self._entries.take(content, where)
         entries: list[dict[str, Any]] = []
         calls: list[dict[str, Any]] = []
         results: list[dict[str, Any]] = []
@@ -84,6 +87,7 @@ class BlockReader:
             return content
         if not isinstance(content, list):
             raise RefusalError(400, f"{where} is no text; expected a string or a list of texts.", param=where)
+        self._entries.take(content, where)
         texts = []
         for number, block in enumerate(content):
             fields = Fields(block, f"{where}[{number}]")

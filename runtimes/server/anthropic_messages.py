@@ -15,6 +15,7 @@ from arriero.runtimes.processor.tool_calls import ToolCall
 from arriero.runtimes.server.answer_fields import AnswerFields, read_stops
 from arriero.runtimes.server.answers import Answers
 from arriero.runtimes.server.anthropic_blocks import BlockReader
+from arriero.runtimes.server.entry_limit import EntryLimit
 from arriero.runtimes.server.errors import RefusalError, refusal_of
 from arriero.runtimes.server.fields import Fields
 from arriero.runtimes.server.models import Models
@@ -58,11 +59,12 @@ class AnthropicMessage:
             "stop": read_stops(fields, "stop_sequences"),
             "adapter": model.adapter,
         }
-        reader = BlockReader(options)
+        entries = EntryLimit(model.bundle.context)
+        reader = BlockReader(options, entries)
         self.messages = reader.read(fields.take("system"), fields.items("messages"))
         self.pictures = reader.pictures
         self.asked = AnswerFields(model, settings, 1, fields.flag("stream"), include_usage=True)
-        self.tools = _read_tools(fields)
+        self.tools = _read_tools(fields, entries)
         self.shown: Settings = {**self.tools.form}  # type: ignore[typeddict-item]
         thinking = fields.fields("thinking")
         if thinking is not None and thinking.text("type") != "disabled":
@@ -129,8 +131,9 @@ class AnthropicMessage:
         return {"stop_reason": "tool_use" if calls else reason, "stop_sequence": result.stop_text}
 
 
-def _read_tools(fields: Fields) -> Tools:
+def _read_tools(fields: Fields, entries: EntryLimit) -> Tools:
     tools, choice = fields.items("tools") or [], fields.fields("tool_choice")
+    entries.take(tools, "tools")
     functions = []
     for number, one in enumerate(tools):
         tool = Fields(one, f"tools[{number}]")

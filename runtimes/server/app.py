@@ -18,12 +18,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from arriero.runtimes.processor.processor import Prompt
-from arriero.runtimes.server.answers import Answers, Load, until_gone
+from arriero.runtimes.request import Request as EngineRequest
+from arriero.runtimes.server.answers import Answers, Load, engine_requests, until_gone
 from arriero.runtimes.server.anthropic_messages import AnthropicMessage, anthropic_response
 from arriero.runtimes.server.bundles import Bundles
 from arriero.runtimes.server.chat_completions import ChatCompletion
 from arriero.runtimes.server.completions import Completion
+from arriero.runtimes.server.entry_limit import EntryLimit
 from arriero.runtimes.server.errors import RefusalError, refusal_of
 from arriero.runtimes.server.fields import Fields
 from arriero.runtimes.server.guard import Guard
@@ -38,6 +39,8 @@ from arriero.runtimes.server.picture_fetcher import PictureFetcher
 from arriero.runtimes.server.responses import ResponseRequest
 from arriero.runtimes.server.spans import AnswerSpan
 from arriero.runtimes.server.sse import HEADERS
+from arriero.runtimes.server.workers import Workers
+from arriero.runtimes.settings import read_settings
 from arriero.strict_json import check_characters, parse_json
 
 log = logging.getLogger("arriero.server")
@@ -56,7 +59,8 @@ class Server:
         self.bundles, self.models, self.options = bundles, Models(bundles), options
         self.metrics, self.load = Metrics(bundles), Load(options.most_requests)
         self._fetcher = PictureFetcher(options)
-        self._encoding = asyncio.Semaphore(2)  # pictures take memory until the engine has them
+        self._encoding = Workers(2, "arriero-encode")  # pictures take memory until the engine has them
+        self._compiling = Workers(2, "arriero-forms")
 
     async def health(self, _: Request) -> Response:
         """Whether requests are answered."""
@@ -90,17 +94,16 @@ class Server:
         fields.refuse_others()
         if (prompt is None) == (messages is None):
             raise fields.refusal("prompt", "or messages is expected, one of the two")
-        reader = MessageReader(self.options)
+        reader = MessageReader(self.options, EntryLimit(model.bundle.context))
         read = [] if messages is None else reader.read(messages)
         with self.bundles.using(model.bundle):
             async with asyncio.timeout(self.options.request_seconds):
                 await self.bundles.open(model.bundle)
                 await reader.pictures.fetch(self._fetcher)
-                async with self._encoding:
-                    if prompt is not None:
-                        ids = await asyncio.to_thread(model.session.processor.tokenize, prompt)
-                    else:
-                        ids = (await asyncio.to_thread(model.session.encode, read)).input_ids
+                if prompt is not None:
+                    ids = await self._encoding.run(partial(model.session.processor.tokenize, prompt))
+                else:
+                    ids = (await self._encoding.run(partial(model.session.encode, read))).input_ids
         return JSONResponse({"tokens": ids.tolist(), "count": len(ids), "max_model_len": model.bundle.context})
 
     def answering(self, kind: type[Asked]) -> Handler:
@@ -115,8 +118,8 @@ class Server:
                 span = over.enter_context(AnswerSpan(request, asked.operation, asked.asked))
                 over.enter_context(self.bundles.using(asked.asked.model.bundle))
                 async with asyncio.timeout_at(deadline):
-                    prompts = await until_gone(request, partial(self._prepare, asked))
-                answers = Answers.begin(asked.asked, prompts, asked.shown, self.metrics, deadline)
+                    requests = await until_gone(request, partial(self._prepare, asked))
+                answers = Answers.begin(asked.asked, requests, self.metrics, deadline)
                 span.answers = answers
                 over.callback(answers.close)
                 if asked.asked.stream:
@@ -126,13 +129,18 @@ class Server:
 
         return handle
 
-    async def _prepare(self, asked: Asked) -> list[Prompt]:
-        """Have the bundle open and the prompts encoded, with the pictures that they show."""
+    async def _prepare(self, asked: Asked) -> list[EngineRequest]:
+        """Have the bundle open, the prompts encoded with the pictures that they show, and the answers' form compiled.
+
+        None of it on the event loop; who asks for a form waits for others' forms, and nobody else does.
+        """
         await self.bundles.open(asked.asked.model.bundle)
         if asked.pictures is not None:
             await asked.pictures.fetch(self._fetcher)
-        async with self._encoding:
-            return await asyncio.to_thread(asked.encode)
+        prompts = await self._encoding.run(asked.encode)
+        settings = [read_settings({**asked.asked.settings_of(n), **asked.shown}) for n in range(asked.asked.count)]
+        workers = self._encoding if settings[0].form.is_free else self._compiling
+        return await workers.run(partial(engine_requests, asked.asked.model, prompts, settings))
 
     async def _body(self, request: Request) -> Any:
         """The JSON that a request brings and says it is: pages of other origins may not send such a body unasked."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from arriero.errors import ArrieroError
 from arriero.runtimes.api import MOST_PREFIXES, check_batch, load, open_session
 from arriero.runtimes.backend import BackendOptions, MemoryCap
-from arriero.runtimes.bundle_memory import planned_tokens, session_bytes
+from arriero.runtimes.bundle_memory import bundle_bytes, planned_tokens, session_bytes
 from arriero.runtimes.integrity import check_proven, open_manifest
 from arriero.runtimes.machine_fit import check_machine
 from arriero.runtimes.manifest import Manifest
@@ -30,16 +30,24 @@ class BundleSource:
     prefix_cache: int | None
     memory: int | None
     speculate: int
+    draft: Path | None = None
 
     def at_once(self) -> Bundle:
         """The bundle, to be opened as `load` does."""
         manifest = Manifest.read(self.folder)
+        draft = None if self.draft is None else Manifest.read(self.draft)
         prefixes = MOST_PREFIXES if self.prefix_cache is None else self.prefix_cache
         rows = self._rows(manifest)
         opener = partial(
-            load, self.folder, self.threads, batch=rows, prefix_cache=self.prefix_cache, speculate=self.speculate
+            load,
+            self.folder,
+            self.threads,
+            batch=rows,
+            prefix_cache=self.prefix_cache,
+            speculate=self.speculate,
+            draft=self.draft,
         )
-        return self._bundle(manifest, session_bytes(manifest, prefixes), opener)
+        return self._bundle(manifest, session_bytes(manifest, prefixes, draft), opener)
 
     def on_demand(self, room: int) -> Bundle:
         """The bundle, checked now and opened later, within `room`.
@@ -50,8 +58,9 @@ class BundleSource:
         check_proven(manifest)
         check_batch(manifest, self.batch)
         check_machine(manifest)
+        draft = self._open_draft()
         prefixes = min(room // 8, MOST_PREFIXES) if self.prefix_cache is None else self.prefix_cache
-        nbytes, capped = session_bytes(manifest, prefixes), False
+        nbytes, capped = session_bytes(manifest, prefixes, draft), False
         if nbytes > room and TRAITS[manifest.target.backend].no_cap is None:
             nbytes, capped, prefixes = room, True, self.prefix_cache or 0
         return self._bundle(manifest, nbytes, partial(self._open, manifest.chain.artifact, prefixes, capped))
@@ -61,13 +70,21 @@ class BundleSource:
         if manifest.chain.artifact != identity:
             what = "the bundle was replaced since the server was started"
             raise ArrieroError(what, where=str(self.folder), remedy="Start the server again")
-        rows = self._rows(manifest)
+        rows, draft = self._rows(manifest), self._open_draft()
         cap = None
         if capped:
             assert self.memory is not None
-            cap = MemoryCap(self.memory - prefixes, manifest.target.context, rows or manifest.target.batch)
+            beside = prefixes if draft is None else prefixes + bundle_bytes(draft, planned_tokens(manifest))
+            cap = MemoryCap(self.memory - beside, manifest.target.context, rows or manifest.target.batch)
         options = BackendOptions(self.threads, memory=cap)
-        return open_session(manifest, options, None, rows, prefixes, planned_tokens(manifest), self.speculate)
+        return open_session(manifest, options, None, rows, prefixes, planned_tokens(manifest), self.speculate, draft)
+
+    def _open_draft(self) -> Manifest | None:
+        if self.draft is None:
+            return None
+        draft = open_manifest(self.draft)
+        check_proven(draft)
+        return draft
 
     def _rows(self, manifest: Manifest) -> int | None:
         target = manifest.target

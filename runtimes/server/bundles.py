@@ -40,7 +40,9 @@ class Bundle:
 
     def open(self) -> None:
         """Open its session, on whatever thread."""
-        self.session = self.opener()
+        session = self.opener()
+        session.processor.grammars.prepare()  # at once, not while others' answers stream
+        self.session = session
         self.opened += 1
 
     def detach(self) -> Session | None:

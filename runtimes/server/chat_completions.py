@@ -12,6 +12,7 @@ from arriero.runtimes.processor.processor import Prompt
 from arriero.runtimes.processor.tool_calls import ToolCall
 from arriero.runtimes.server.answer_fields import MOST_TOP_LOGPROBS, AnswerFields, read_answer_fields
 from arriero.runtimes.server.answers import Answers
+from arriero.runtimes.server.entry_limit import EntryLimit
 from arriero.runtimes.server.fields import Fields
 from arriero.runtimes.server.form_fields import read_form
 from arriero.runtimes.server.logprob_entries import logprob_entries
@@ -33,16 +34,17 @@ class ChatCompletion:
         """Read the body. Raises RefusalError for what cannot be answered."""
         fields = Fields(body)
         self.asked: AnswerFields = read_answer_fields(fields, models, options, None)
-        reader = MessageReader(options)
+        entries = EntryLimit(self.model.bundle.context)
+        reader = MessageReader(options, entries)
         self.messages, self.pictures = reader.read(fields.items("messages")), reader.pictures
         top = fields.integer("top_logprobs", least=0, most=MOST_TOP_LOGPROBS)
         shows_logprobs = fields.flag("logprobs")
         if top is not None and not shows_logprobs:
             raise fields.refusal("top_logprobs", "goes with logprobs only")
         self.shown: Settings = {"logprobs": (top or 0) if shows_logprobs else None}
-        self.shown |= read_form(fields)  # type: ignore[typeddict-item]
-        self.tools = _read_tools(fields)
-        self.shown |= self.tools.form  # type: ignore[typeddict-item]
+        form = read_form(fields)
+        self.tools = _read_tools(fields, entries)
+        self.shown |= self.tools.form or form  # type: ignore[typeddict-item]
         fields.ignore(("modalities", "reasoning_effort"))
         fields.refuse_others()
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
@@ -120,9 +122,10 @@ class ChatCompletion:
         return {"content": logprob_entries(self.model.session.processor, entries), "refusal": None}
 
 
-def _read_tools(fields: Fields) -> Tools:
+def _read_tools(fields: Fields, entries: EntryLimit) -> Tools:
     tools, choice = fields.items("tools") or [], fields.take("tool_choice", "auto")
     parallel = fields.flag("parallel_tool_calls", True)
+    entries.take(tools, "tools")
     for number, tool in enumerate(tools):
         if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
             raise fields.refusal(f"tools[{number}]", 'is no function; expected {"type": "function", "function": ..}')

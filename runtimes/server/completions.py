@@ -13,6 +13,7 @@ from arriero.runtimes.generation import Generation, TokenLogprobs
 from arriero.runtimes.processor.processor import Prompt
 from arriero.runtimes.server.answer_fields import AnswerFields, read_answer_fields
 from arriero.runtimes.server.answers import Answers
+from arriero.runtimes.server.entry_limit import EntryLimit
 from arriero.runtimes.server.fields import Fields
 from arriero.runtimes.server.form_fields import read_form
 from arriero.runtimes.server.models import Model, Models
@@ -33,7 +34,7 @@ class Completion:
         """Read the body. Raises RefusalError for what cannot be answered."""
         fields = Fields(body)
         self.asked: AnswerFields = read_answer_fields(fields, models, options, DEFAULT_TOKENS)
-        self._prompts = _read_prompts(fields, options.most_answers)
+        self._prompts = _read_prompts(fields, options.most_answers, self.model.bundle.context)
         self.shown: Settings = {"logprobs": fields.integer("logprobs", least=0, most=MOST_LOGPROBS)}
         self.shown |= read_form(fields)  # type: ignore[typeddict-item]
         for name, least in (("echo", False), ("suffix", ""), ("best_of", self.asked.count)):
@@ -108,14 +109,19 @@ class Completion:
         }
 
 
-def _read_prompts(fields: Fields, most: int) -> list[str | list[int]]:
+def _read_prompts(fields: Fields, most: int, context: int) -> list[str | list[int]]:
     said: Any = fields.take("prompt")
+    for one in [said, *said[: most + 1]] if isinstance(said, list) else ():
+        if isinstance(one, list):
+            EntryLimit(context).take(one, "prompt")
     if isinstance(said, str) or (isinstance(said, list) and said and all(map(_is_token, said))):
         said = [said]
-    good = isinstance(said, list) and all(
-        isinstance(one, str) or (isinstance(one, list) and all(map(_is_token, one))) for one in said
+    good = (
+        isinstance(said, list)
+        and 1 <= len(said) <= most
+        and all(isinstance(one, str) or (isinstance(one, list) and all(map(_is_token, one))) for one in said)
     )
-    if not good or not 1 <= len(said) <= most or not all(said):
+    if not good or not all(said):
         raise fields.refusal("prompt", f"cannot be read; expected a text, a list of tokens, or up to {most} of them")
     prompts: list[str | list[int]] = said
     return prompts

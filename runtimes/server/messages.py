@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from arriero.runtimes.server.entry_limit import EntryLimit
 from arriero.runtimes.server.errors import RefusalError
 from arriero.runtimes.server.fields import Fields
 from arriero.runtimes.server.options import ServerOptions
@@ -18,14 +19,15 @@ ROLES = {"developer": "system"}  # roles that are other names of ours
 class MessageReader:
     """Reads the messages of one request."""
 
-    def __init__(self, options: ServerOptions) -> None:
-        """Keep to the limits of `options` over all messages together."""
-        self.pictures = PictureReader(options)
+    def __init__(self, options: ServerOptions, entries: EntryLimit) -> None:
+        """Keep to the limits of `options`, and to `entries`, over all messages together."""
+        self.pictures, self._entries = PictureReader(options), entries
 
     def read(self, messages: list[Any] | None) -> list[dict[str, Any]]:
         """Give the messages as the session takes them."""
         if not messages:
             raise RefusalError(400, "messages is empty; expected at least one message.", param="messages")
+        self._entries.take(messages, "messages")
         return [self._message(Fields(message, f"messages[{n}]")) for n, message in enumerate(messages)]
 
     def _message(self, fields: Fields) -> dict[str, Any]:
@@ -36,9 +38,11 @@ class MessageReader:
         content = fields.take("content")
         calls = fields.items("tool_calls")
         if calls:
+            self._entries.take(calls, fields.path("tool_calls"))
             message["tool_calls"] = calls
         if isinstance(content, list):
             where = fields.path("content")
+            self._entries.take(content, where)
             message["content"] = [self._entry(Fields(entry, f"{where}[{n}]")) for n, entry in enumerate(content)]
         elif isinstance(content, str) or (content is None and calls):
             message["content"] = content

@@ -65,6 +65,7 @@ class _Engines(Collector):
             ("generated_tokens", "Tokens chosen."),
             ("drafted_tokens", "Tokens that were drafted to be checked in one step."),
             ("accepted_tokens", "Drafted tokens that were chosen."),
+            ("failed_drafts", "Errors of the draft model; the answers went on without it."),
             ("steps", "Decode steps."),
         ):
             counter = CounterMetricFamily(f"arriero_{field}", words, labels=("bundle",))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from arriero.runtimes.server.answer_fields import MOST_STOPS, MOST_TOP_LOGPROBS
+from arriero.runtimes.server.answer_fields import MOST_BIASES, MOST_STOPS, MOST_TOP_LOGPROBS
 
 Schema = dict[str, Any]
 TEXT: Schema = {"type": "string"}
@@ -58,7 +58,12 @@ SAMPLING: dict[str, Schema] = {
     "presence_penalty": {"type": "number", "minimum": -2, "maximum": 2},
     "frequency_penalty": {"type": "number", "minimum": -2, "maximum": 2},
     "seed": {"type": "integer"},
-    "logit_bias": {"type": "object", "patternProperties": {"^[0-9]{1,9}$": NUMBER}, "additionalProperties": False},
+    "logit_bias": {
+        "type": "object",
+        "patternProperties": {"^[0-9]{1,9}$": NUMBER},
+        "additionalProperties": False,
+        "maxProperties": MOST_BIASES,
+    },
     "stop": {"anyOf": [FULL, STOPS]},
 }
 STREAM: dict[str, Schema] = {"stream": FLAG, "stream_options": record(include_usage=FLAG, include_obfuscation=FLAG)}

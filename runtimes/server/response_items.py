@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from arriero.runtimes.server.entry_limit import EntryLimit
 from arriero.runtimes.server.errors import RefusalError
 from arriero.runtimes.server.fields import Fields
 from arriero.runtimes.server.messages import ROLES
@@ -17,9 +18,9 @@ MESSAGE_ROLES = ("user", "assistant", "system", "developer")
 class ItemReader:
     """Reads the items of one request."""
 
-    def __init__(self, options: ServerOptions) -> None:
-        """Keep to the limits of `options` over all items together."""
-        self.pictures = PictureReader(options)
+    def __init__(self, options: ServerOptions, entries: EntryLimit) -> None:
+        """Keep to the limits of `options`, and to `entries`, over all items together."""
+        self.pictures, self._entries = PictureReader(options), entries
 
     def read(self, instructions: str | None, said: Any) -> list[dict[str, Any]]:
         """Give `instructions` and what is `said`, a text or a list of items, as the session takes them."""
@@ -28,6 +29,7 @@ class ItemReader:
             return [*messages, {"role": "user", "content": said}]
         if not isinstance(said, list) or not said:
             raise RefusalError(400, "input is no text; expected a string or a list of items.", param="input")
+        self._entries.take(said, "input")
         for number, item in enumerate(said):
             fields = Fields(item, f"input[{number}]")
             kind = fields.text("type", "message")
@@ -37,7 +39,7 @@ class ItemReader:
             elif kind == "function_call":
                 _add_call(messages, fields)
             elif kind == "function_call_output":
-                messages.append(_result(fields))
+                messages.append(self._result(fields))
             else:
                 expected = "expected message, function_call or function_call_output"
                 raise fields.refusal("type", f"is {kind!r:.40}; {expected}, since this server keeps nothing")
@@ -51,6 +53,7 @@ class ItemReader:
         content = fields.take("content")
         if isinstance(content, list):
             where = fields.path("content")
+            self._entries.take(content, where)
             content = [self._part(Fields(part, f"{where}[{n}]")) for n, part in enumerate(content)]
         elif not isinstance(content, str):
             raise fields.refusal("content", "is no text; expected a string or a list of parts")
@@ -69,6 +72,20 @@ class ItemReader:
             raise fields.refusal("type", f"is {kind!r:.40}; expected input_text, input_image or output_text")
         return _text_entry(fields)
 
+    def _result(self, fields: Fields) -> dict[str, Any]:
+        output = fields.take("output")
+        if isinstance(output, list):
+            where = fields.path("output")
+            self._entries.take(output, where)
+            parts = [Fields(part, f"{where}[{n}]") for n, part in enumerate(output)]
+            for part in parts:
+                if (kind := part.text("type")) not in TEXTS:
+                    raise part.refusal("type", f"is {kind!r:.40}; expected input_text")
+            output = "\n".join(_text_entry(part)["text"] for part in parts)
+        elif not isinstance(output, str):
+            raise fields.refusal("output", "is no text; expected a string or a list of texts")
+        return {"role": "tool", "content": output, "tool_call_id": fields.text("call_id", "")}
+
 
 def _text_entry(fields: Fields) -> dict[str, Any]:
     text = fields.required_text("text")
@@ -85,17 +102,3 @@ def _add_call(messages: list[dict[str, Any]], fields: Fields) -> None:
         messages[-1].setdefault("tool_calls", []).append(call)
     else:
         messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
-
-
-def _result(fields: Fields) -> dict[str, Any]:
-    output = fields.take("output")
-    if isinstance(output, list):
-        where = fields.path("output")
-        parts = [Fields(part, f"{where}[{n}]") for n, part in enumerate(output)]
-        for part in parts:
-            if (kind := part.text("type")) not in TEXTS:
-                raise part.refusal("type", f"is {kind!r:.40}; expected input_text")
-        output = "\n".join(_text_entry(part)["text"] for part in parts)
-    elif not isinstance(output, str):
-        raise fields.refusal("output", "is no text; expected a string or a list of texts")
-    return {"role": "tool", "content": output, "tool_call_id": fields.text("call_id", "")}

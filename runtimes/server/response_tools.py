@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from arriero.runtimes.server.entry_limit import EntryLimit
 from arriero.runtimes.server.fields import Fields
 from arriero.runtimes.server.tools import Tools
 
 
-def read_response_tools(fields: Fields) -> tuple[Tools, dict[str, Any]]:
+def read_response_tools(fields: Fields, entries: EntryLimit) -> tuple[Tools, dict[str, Any]]:
     """Give the tools, and the fields of the response that say them again."""
     said, choice = fields.items("tools") or [], fields.take("tool_choice", "auto")
     parallel = fields.flag("parallel_tool_calls", True)
     repeated = {"tools": said, "tool_choice": choice, "parallel_tool_calls": parallel}
+    entries.take(said, "tools")
     functions = [_read_function(Fields(tool, f"tools[{number}]")) for number, tool in enumerate(said)]
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         allowed = choice.get("tools")
-        names = [one.get("name") for one in allowed if isinstance(one, dict)] if isinstance(allowed, list) else []
-        functions = [_named(fields, functions, name) for name in names]
+        allowed = allowed if isinstance(allowed, list) else []
+        entries.take(allowed, "tool_choice")
+        by_name = {function["name"]: [function] for function in functions}
+        names = [one.get("name") for one in allowed if isinstance(one, dict)]
+        functions = [_named(fields, by_name.get(str(name), []), name) for name in names]
         choice = choice.get("mode")
     records = [{"type": "function", "function": function} for function in functions]
     if isinstance(choice, dict):

@@ -15,6 +15,7 @@ from arriero.runtimes.server.answer_fields import (
     read_stream_options,
 )
 from arriero.runtimes.server.answers import Answers
+from arriero.runtimes.server.entry_limit import EntryLimit
 from arriero.runtimes.server.fields import Fields
 from arriero.runtimes.server.form_fields import read_text_form
 from arriero.runtimes.server.models import Models
@@ -68,12 +69,13 @@ class ResponseRequest:
         read_stream_options(fields, stream)
         self.asked = AnswerFields(model, settings, 1, stream, include_usage=True)
         text = fields.take("text")
-        self.tools, tool_fields = read_response_tools(fields)
+        entries = EntryLimit(model.bundle.context)
+        self.tools, tool_fields = read_response_tools(fields, entries)
         self.shown: Settings = {"logprobs": _read_logprobs(fields)}
-        self.shown |= read_text_form(fields, text)  # type: ignore[typeddict-item]
-        self.shown |= self.tools.form  # type: ignore[typeddict-item]
+        form = read_text_form(fields, text)
+        self.shown |= self.tools.form or form  # type: ignore[typeddict-item]
         instructions = fields.text("instructions")
-        items = ItemReader(options)
+        items = ItemReader(options, entries)
         self.messages, self.pictures = items.read(instructions, fields.take("input")), items.pictures
         metadata = fields.take("metadata", {})
         if not isinstance(metadata, dict):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from arriero.runtimes.forced_calls import ForcedCalls
 from arriero.runtimes.processor.chat import ChatOptions
 from arriero.runtimes.processor.tool_calls import ToolCall, parse_tool_calls
 
@@ -31,30 +32,12 @@ class Tools:
 
     @property
     def form(self) -> dict[str, Any]:
-        """The setting that forces a call, in Llama 4's JSON: one object, or a list of them where several may come."""
+        """The setting that forces a call."""
         if not self.forced:
             return {}
-        call = {"anyOf": [_call_schema(one.get("name"), one.get("parameters")) for one in self.forced]}
-        if not self.parallel:
-            return {"json_schema": call}
-        calls = {"type": "array", "items": call, "minItems": 1, "maxItems": MOST_FORCED_CALLS}
-        return {"json_schema": {"anyOf": [*call["anyOf"], calls]}}
+        return {"calls": ForcedCalls(self.forced, MOST_FORCED_CALLS if self.parallel else 1)}
 
     def calls(self, text: str) -> list[ToolCall]:
         """The calls that the answer `text` is made of; the first alone where it may not be several."""
         calls = parse_tool_calls(text) if self.records else []
         return calls if self.parallel else calls[:1]
-
-
-def _call_schema(name: Any, parameters: Any) -> dict[str, Any]:
-    """The schema of a call of the function `name`."""
-    return {
-        "type": "object",
-        "properties": {
-            "type": {"const": "function"},
-            "name": {"const": name},
-            "parameters": parameters or {"type": "object", "properties": {}, "additionalProperties": False},
-        },
-        "required": ["type", "name", "parameters"],
-        "additionalProperties": False,
-    }

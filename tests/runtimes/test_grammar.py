@@ -119,6 +119,11 @@ def test_the_same_seed_says_the_same_and_log_probabilities_are_the_models(sessio
             "has 65 entries of patternPro",
         ),
         ({"json_schema": {"items": {"pattern": "a?" * 5000}}}, "json_schema's patterns has 10,000 characters"),
+        ({"regex": "(a{1000}){1000}"}, "regex comes to 1,000,000 characters .*; expected at most 32,768"),
+        ({"json_schema": {"items": {"pattern": "(a{9}){9999}"}}}, "json_schema's patterns comes to 89,992 characters"),
+        ({"json_schema": {"patternProperties": {"(a{9}){9999}": {}}}}, "json_schema's patterns comes to 89,992 char"),
+        ({"grammar": 'start: A\nA: B~200\nB: "ab"~200'}, "grammar comes to 80,000 characters .*; expected at most 32"),
+        ({"grammar": 'start: %json {"pattern": "(a{200}){200}"}'}, "json_schema's patterns comes to 40,001 characters"),
     ],
 )
 def test_a_form_that_cannot_be_enforced_is_refused_before_anything_runs(
