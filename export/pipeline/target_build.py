@@ -304,7 +304,7 @@ class TargetBuild:
             build.watch(f"{target.name}: lower {part}", 0, 0, "")
             lowering = Lowering(
                 *(build.model, build.checkpoint, schemes, folder, progress, roundings, self.cache, capability),
-                *(dump, build.runtime_adapters, target.shard),
+                *(dump, build.runtime_adapters, target.shard, build.tell),
             )
             weights |= module.lower(part, ir.load(build.graph / f"{part}.onnx"), lowering)
         return weights
