@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError, MachineLacks
+from arriero.runtimes.broken_package import naming_broken_packages
 from arriero.runtimes.json_schema import MOST_PATTERN, MOST_TEXT, OPTIONS, check_text, enforceable
 from arriero.strict_json import check_characters, parse_json
 from arriero.traits import install
@@ -100,11 +101,12 @@ class Grammars:
 
     def constrain(self, form: Form) -> Constraint:
         """What keeps one answer to `form`. Raises ArrieroError with the reason where it cannot be enforced."""
-        try:
-            from llguidance import LLMatcher, LLTokenizer
-        except ImportError:
-            remedy = f"Install it with `{install('structured')}`"
-            raise MachineLacks("the package llguidance is not installed", remedy=remedy) from None
+        with naming_broken_packages():
+            try:
+                from llguidance import LLMatcher, LLTokenizer
+            except ModuleNotFoundError:
+                remedy = f"Install it with `{install('structured')}`"
+                raise MachineLacks("the package llguidance is not installed", remedy=remedy) from None
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = LLTokenizer(str(self._file), n_vocab=self._vocabulary, eos_token=self._closing)

@@ -152,9 +152,8 @@ def _onnxruntime_providers() -> tuple[Check, ...]:
     """Import ONNX Runtime for real: a library that is installed may still not load."""
     try:
         onnxruntime = load_onnxruntime()
-    except Exception as error:  # whatever a broken native library raises is the finding
-        remedy = f"Reinstall it: {reinstall('onnxruntime')}"
-        return (Check("onnxruntime loads", "missing", f"import fails: {error}", (BUILD, RUN), remedy),)
+    except MachineLacks as lack:
+        return (Check("onnxruntime loads", "missing", lack.what, (BUILD, RUN), lack.remedy),)
     providers = onnxruntime.get_available_providers()
     ok = "CPUExecutionProvider" in providers
     advice = None if ok else f"Install an ONNX Runtime with the CPU provider: {reinstall('onnxruntime')}"
@@ -167,9 +166,8 @@ def _tvm_tools() -> tuple[Check, ...]:
     try:
         load_runtime()
         checks.append(Check("tvm runtime loads", "ok", "yes", (BUILD, RUN)))
-    except Exception as error:  # whatever a broken native library raises is the finding
-        remedy = f"Reinstall it: {reinstall('tvm')}"
-        checks.append(Check("tvm runtime loads", "missing", f"fails: {error}", (BUILD, RUN), remedy))
+    except MachineLacks as lack:
+        checks.append(Check("tvm runtime loads", "missing", lack.what, (BUILD, RUN), lack.remedy))
     for arch in LEVELS:
         # without the cross compiler only targets of the other architecture cannot be built
         needed = (BUILD,) if arch == architecture() else ()

@@ -80,10 +80,12 @@ def test_a_machine_of_one_core_has_one_core(tmp_path, monkeypatch):
 
 
 def test_a_library_that_does_not_load(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    (tmp_path / "onnxruntime.py").write_text("raise OSError('bad build')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime")
     found = diagnose(tmp_path, "onnxruntime")
     check = found.backends["onnxruntime"][-1]
-    assert check.found.startswith("import fails")
+    assert check.found == "the package onnxruntime is installed and does not load: bad build"
     assert check.remedy.startswith("Reinstall it: pip install --force-reinstall 'onnxruntime")
     assert found.exit_code("onnxruntime") == 3
 
