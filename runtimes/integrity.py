@@ -74,8 +74,8 @@ def check_files(manifest: Manifest, full: bool | None = None) -> None:
     """Compare the files with their records; all differences are raised together.
 
     Sizes are always compared. Hashes, for a large file those of its chunks, are compared for all files when `full`, or
-    when `full` is None and the bundle has at most `FULL_HASH_BYTES`; otherwise for what is code (`CODE`) and files up to
-    `QUICK_HASH_BYTES`. A link that leads out of the bundle is refused before anything is read.
+    when `full` is None and the bundle has at most `FULL_HASH_BYTES`; otherwise for what is code (`CODE`) and files of
+    at most `QUICK_HASH_BYTES`. A link that leads out of the bundle is refused before anything is read.
     """
     if full is None:
         full = sum(record.bytes for record in manifest.files.values()) <= FULL_HASH_BYTES

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from arriero.export.proof.decoded_memory import LOGITS
+from arriero.export.proof.decoded_memory import logit_groups
 from arriero.export.proof.reference_answer import forced_ids, generate_answer
 from arriero.export.proof.walk_layers import ROUTER, Walk
 from arriero.profiles.journal import Region, Tell, keep_silent
@@ -190,19 +190,16 @@ class _Writer:
         self._keep(ANSWERED, [*saved, *(f"{name}.npy" for name in files)])
 
     def _read_logits(self, hidden: NDArray) -> Iterator[tuple[int, ParityCase, NDArray[np.float32]]]:
-        """Number, case and logits [S, V] of each case; those of `LOGITS` bytes of cases, or of one, go through the head
-        together, so that it is read once for them.
+        """Number, case and logits [S, V] of each case; those of a group of `logit_groups` go through the head together,
+        so that it is read once for them.
         """
-        bounds, most = self.walk.bounds, LOGITS // (4 * self.session.spec.vocab_size)
-        start = 0
-        while start < len(self.cases):
-            stop = max(start + 1, int(np.searchsorted(bounds, bounds[start] + most, side="right")) - 1)
-            logits = self.walk.logits(np.array(hidden[bounds[start] : bounds[stop]]))
-            for number in range(start, stop):
-                own = slice(*(bounds[number : number + 2] - bounds[start]))
+        bounds = self.walk.bounds
+        for group in logit_groups(np.diff(bounds).tolist(), self.session.spec.vocab_size):
+            logits = self.walk.logits(np.array(hidden[bounds[group.start] : bounds[group.stop]]))
+            for number in group:
+                own = slice(*(bounds[number : number + 2] - bounds[group.start]))
                 yield number, self.cases[number], logits[own]
             del logits  # gone before its successor is made
-            start = stop
 
     def _describe(self, pieces: Sequence[str]) -> set[str]:
         """Pictures, generated answers, and `record.json` over all of it and the arrays of `pieces`."""

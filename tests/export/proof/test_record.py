@@ -16,6 +16,7 @@ from PIL import Image
 
 from arriero.errors import ArrieroError, Problems
 from arriero.export.build_file.schema import Cases
+from arriero.export.proof import decoded_memory
 from arriero.export.proof import write_record as writing
 from arriero.export.proof.against import find_differences
 from arriero.export.proof.live_reference import LiveReference
@@ -227,7 +228,7 @@ def test_the_head_is_read_once_for_as_many_cases_as_fit(reference, cases, record
     longest = max(len(case.top_tokens) for case in record)
     for most, name in ((2 * longest, "pairs"), (0, "single")):
         heads.clear()
-        monkeypatch.setattr(writing, "LOGITS", most * 4 * reference.spec.vocab_size)
+        monkeypatch.setattr(decoded_memory, "LOGITS", most * 4 * reference.spec.vocab_size)
         write(reference, cases, tmp_path / name, "generated")
         assert (len(heads) == len(cases)) == (name == "single")
         again = ReferenceRecord.open(tmp_path / name)
