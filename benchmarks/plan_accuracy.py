@@ -54,7 +54,7 @@ output: bundles
 targets:
 {targets}
 calibration: {{set: calibration.jsonl}}
-parity: {{cases: {{set: cases.jsonl}}, answers: forced, thresholds: {{kl_over_rtn: 1.0}}}}
+parity: {{cases: {{set: cases.jsonl}}, answers: forced, thresholds: {thresholds}}}
 """
 
 
