@@ -175,9 +175,9 @@ def measure(folder: Path, shape: str, chosen: Collection[str]) -> list[Figure]:
     targets = "\n".join(
         f"  - {{name: {name}, {rest}, context: 4096, batch: 2}}" for name, rest in TARGETS.items() if name in chosen
     )
-    (folder / "build.yaml").write_text(
-        BUILD.format(targets=targets, modalities="[text, image]" if shape in TOWERS else "[text]")
-    )
+    modalities = "[text, image]" if shape in TOWERS else "[text]"
+    thresholds = "{kl_over_rtn: 1.0}" if "int4" in targets else "{}"  # which goes with calibration
+    (folder / "build.yaml").write_text(BUILD.format(targets=targets, modalities=modalities, thresholds=thresholds))
     before = json.loads(arriero(folder, "plan", "build.yaml", "--json"))
     watch = DiskWatch(folder / "bundles")
     watch.start()
