@@ -195,8 +195,22 @@ def reinstall(extra: str) -> str:
     return " ".join(["pip install --force-reinstall", *(f"'{name}'" for name in named)])
 
 
+def reinstall_package(module: str) -> tuple[str, str]:
+    """The distribution that brings a module of somebody else's, and the command that installs it anew."""
+    package = _package_of(module)
+    if package is None or package.extra is None:
+        name = module if package is None else package.name
+        return name, f"pip install --force-reinstall '{name}'"
+    return package.name, reinstall(package.extra)
+
+
 def extra_of(module: str) -> str | None:
     """The extra that brings a module of somebody else's, None for none; what no device needs is for building."""
+    package = _package_of(module)
+    return "export" if package is None else package.extra
+
+
+def _package_of(module: str) -> Package | None:
     backends = (package for traits in TRAITS.values() for package in traits.packages)
     packages = (*backends, *SHARED_PACKAGES, *COMMAND_PACKAGES)
-    return next((package.extra for package in packages if module in package.imports), "export")
+    return next((package for package in packages if module in package.imports), None)

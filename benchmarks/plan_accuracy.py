@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from random_model import write_model
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -35,7 +37,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "wide": {"num_hidden_layers": 2, "hidden_size": 1024, "num_local_experts": 2, "intermediate_size": 3072},
     "dense": {"num_hidden_layers": 4, "moe_layers": [], "intermediate_size_mlp": 4096},
     "large-vocabulary": {"num_hidden_layers": 2, "hidden_size": 512, "num_local_experts": 2, "vocab_size": 128000},
+    "pictures": {"num_hidden_layers": 2, "hidden_size": 512, "num_local_experts": 4, "vocab_size": 1024},
 }
+# Of the multimodal shapes, what of the embedded model's tower is changed; every prompt shows a picture.
+TOWERS = {"pictures": {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 2048}}
 TARGETS = {
     "ort-fp32": "backend: onnxruntime, profile: fp32",
     "ort-int8": "backend: onnxruntime, profile: int8",
@@ -44,7 +49,7 @@ TARGETS = {
 }
 BUILD = """version: 1
 model: model
-modalities: [text]
+modalities: {modalities}
 output: bundles
 targets:
 {targets}
@@ -146,16 +151,32 @@ def figures(plan: dict[str, Any], keys: dict[str, str], output: Path, disk: dict
         yield Figure(f"{target['name']}: cache", target["kv_bytes"], kv)
 
 
-def measure(folder: Path, changes: dict[str, Any], chosen: Collection[str]) -> list[Figure]:
+def prompts(folder: Path, pictures: bool) -> list[dict[str, Any]]:
+    """The lines of a set of long prompts, each with a picture in `folder` before it, or without."""
+    lines: list[dict[str, Any]] = []
+    draw = np.random.default_rng(0)
+    for n in range(24):
+        text, answer = f"What is {n} + {n + 7}? " + "word " * 120, str(2 * n + 7)
+        if not pictures:
+            lines.append({"prompt": text, "answer": answer})
+            continue
+        Image.fromarray(draw.integers(0, 256, (128, 128, 3), np.uint8)).save(folder / f"{n}.png")
+        content = [{"type": "image", "path": f"{n}.png"}, {"type": "text", "text": text}]
+        lines.append({"messages": [{"role": "user", "content": content}], "answer": answer})
+    return lines
+
+
+def measure(folder: Path, shape: str, chosen: Collection[str]) -> list[Figure]:
     """Write, plan and build one shape in `folder` for the `chosen` targets."""
-    write_model(folder / "model", 0, changes)
-    lines = [{"prompt": f"What is {n} + {n + 7}? " + "word " * 120, "answer": str(2 * n + 7)} for n in range(24)]
+    write_model(folder / "model", 0, SHAPES[shape], TOWERS.get(shape))
+    lines = prompts(folder, shape in TOWERS)
     for name, part in (("calibration", lines), ("cases", lines[:6])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
     targets = "\n".join(
         f"  - {{name: {name}, {rest}, context: 4096, batch: 2}}" for name, rest in TARGETS.items() if name in chosen
     )
-    (folder / "build.yaml").write_text(BUILD.format(targets=targets))
+    modalities = "[text, image]" if shape in TOWERS else "[text]"
+    (folder / "build.yaml").write_text(BUILD.format(targets=targets, modalities=modalities))
     before = json.loads(arriero(folder, "plan", "build.yaml", "--json"))
     watch = DiskWatch(folder / "bundles")
     watch.start()
@@ -175,7 +196,7 @@ def main() -> None:
     for name in arguments.shapes:
         folder = arguments.folder / name
         folder.mkdir(parents=True)
-        for figure in measure(folder, SHAPES[name], arguments.targets):
+        for figure in measure(folder, name, arguments.targets):
             print(f"{name:18} {figure}", flush=True)
         shutil.rmtree(folder)
 

@@ -26,6 +26,7 @@ from arriero.graphs.names import TEXT_PREFIX, expected_tensors
 CHASQUI = Path(__file__).parents[1] / "models" / "chasqui"
 TOKENIZER = "tokenizer.json"
 BESIDE = ("tokenizer_config.json", "chat_template.jinja")
+PICTURES = ("preprocessor_config.json", "processor_config.json")  # which a multimodal one has too
 CONFIG = {
     "architectures": ["Llama4ForCausalLM"],
     "model_type": "llama4_text",
@@ -56,28 +57,32 @@ CONFIG = {
 SPREAD = 0.02
 
 
-def write_model(folder: Path, seed: int, changes: Mapping[str, Any] | None = None) -> None:
+def write_model(
+    folder: Path, seed: int, changes: Mapping[str, Any] | None = None, tower: Mapping[str, Any] | None = None
+) -> None:
     """Write the checkpoint into the new `folder`, one file per layer and one for the rest.
 
-    `changes` are to `CONFIG`.
+    `changes` are to `CONFIG`. With `tower` it is multimodal: those are the changes to the embedded model's own.
     """
     folder.mkdir(parents=True)
-    for name in BESIDE:
+    for name in BESIDE if tower is None else (*BESIDE, *PICTURES):
         shutil.copy(CHASQUI / name, folder)
-    ids = json.loads((CHASQUI / "config.json").read_text())["text_config"]
-    config = CONFIG | dict(changes or {}) | {key: ids[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    embedded = json.loads((CHASQUI / "config.json").read_text())
+    ids = embedded["text_config"]
+    text = CONFIG | dict(changes or {}) | {key: ids[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = text if tower is None else _multimodal(embedded, text, tower)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     tokenizer = json.loads((CHASQUI / TOKENIZER).read_text())
     words = tokenizer["model"]["vocab"]
     words |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}  # else they get new ids
     # no merge leads to these words, so that no prompt has one
-    words |= {f"w{token}": token for token in range(1 + max(words.values()), config["vocab_size"])}
+    words |= {f"w{token}": token for token in range(1 + max(words.values()), text["vocab_size"])}
     (folder / TOKENIZER).write_text(json.dumps(tokenizer))
     draw, files, where = torch.Generator().manual_seed(seed), {}, {}
     for name, shape in expected_tensors(ModelConfig.from_dict(config, "config.json")).items():
         parts = name.split(".")
         file = f"layer-{parts[3]}.safetensors" if "layers" in parts else "rest.safetensors"
-        files.setdefault(file, {})[name.removeprefix(TEXT_PREFIX)] = shape
+        files.setdefault(file, {})[name.removeprefix(TEXT_PREFIX) if tower is None else name] = shape
     for file, shapes in track(files.items(), "writing", transient=True):
         values = {
             name: torch.ones(shape) if len(shape) == 1 else SPREAD * torch.randn(shape, generator=draw)
@@ -86,6 +91,11 @@ def write_model(folder: Path, seed: int, changes: Mapping[str, Any] | None = Non
         save_file({name: value.bfloat16() for name, value in values.items()}, folder / file, {"format": "pt"})
         where |= dict.fromkeys(shapes, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}, indent=1))
+
+
+def _multimodal(embedded: Mapping[str, Any], text: Mapping[str, Any], tower: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the embedded model with `text` and a changed tower in the place of its own."""
+    return {**embedded, "text_config": dict(text), "vision_config": embedded["vision_config"] | dict(tower)}
 
 
 def main() -> None:

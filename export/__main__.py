@@ -16,6 +16,7 @@ from types import FrameType
 from typing import NoReturn
 
 from arriero.errors import HOW_TO_GO_ON, STOPPED, UNEXPECTED, ArrieroError, MachineLacks, is_full
+from arriero.runtimes.broken_package import broken_package
 from arriero.runtimes.cpu import usable_cores
 from arriero.traits import extra_of, install
 
@@ -62,6 +63,9 @@ def main() -> None:
 
 def _what_lacks(error: BaseException) -> ArrieroError | None:
     """What the machine lacks when `error` says so; None for any other."""
+    broken = broken_package(error)
+    if broken is not None:
+        return broken
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("arriero"):
         name = (error.name or "").partition(".")[0]
         remedy = f"Install what the command needs with `{install(extra_of(name))}`"

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from arriero.profiles.journal import Journal, Region, Tell, keep_silent
 from arriero.profiles.quantize import Quantized
 from arriero.profiles.reserved_array import create_array
 from arriero.profiles.schemes import IntBlock
@@ -40,10 +41,13 @@ class RoundingRecord:
 
 
 class QuantizedWeights:
-    """The roundings in `folder`: integers of matrices [N, K] or stacks [E, N, K], or the scales of their inputs."""
+    """The roundings in `folder`: integers of matrices [N, K] or stacks [E, N, K], or the scales of their inputs.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Until they are settled, the folder's journal has a piece for each matrix; `tell` as in `Journal`.
+    """
+
+    def __init__(self, folder: Path, tell: Tell = keep_silent) -> None:
+        self.folder, self.journal = folder, Journal(folder, tell)
 
     def __contains__(self, name: str) -> bool:
         return any((self.folder / f"{name}.{kind}.npy").is_file() for kind in ("packed", "divisors"))
@@ -54,19 +58,40 @@ class QuantizedWeights:
         """Keep one matrix; `expert` is its place in a stack of `experts`. Writing one again replaces it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         kinds = ("packed", "scales") if isinstance(rounded, Quantized) else ("divisors", "largest")
+        self.journal.forget(_piece(name, expert))
+        regions: list[Region] = []
         for kind, values in ((kind, getattr(rounded, kind)) for kind in kinds):
-            path = self.folder / f"{name}.{kind}.npy"
+            file = f"{name}.{kind}.npy"
             if kind == "scales":
                 values = values.astype(np.float16)  # which holds each of them
             if expert is None:
-                np.save(path, values)
-                continue
-            shape = (experts, *values.shape)
-            there = path.is_file()
-            stack = np.lib.format.open_memmap(path, "r+") if there else create_array(path, values.dtype, shape)
-            stack[expert] = values
-            stack.flush()
-        self._note([note])
+                np.save(self.folder / file, values)
+                regions.append(Region.whole(self.folder, file))
+            else:
+                regions += self._write_expert(file, expert, experts, values)
+        self.journal.keep(_piece(name, expert), *regions, note=asdict(note))
+
+    def _write_expert(self, file: str, expert: int, experts: int, values: NDArray) -> list[Region]:
+        """Write one expert's `values` into the stack's file, and give its region after that of the file's header."""
+        path = self.folder / file
+        begun = file in self._stacks
+        shape = (experts, *values.shape)
+        stack = np.lib.format.open_memmap(path, "r+") if begun else create_array(path, values.dtype, shape)
+        self._stacks.add(file)
+        stack[expert] = values
+        stack.flush()
+        header = Region.holding(file, 0, np.fromfile(path, np.uint8, stack.offset))
+        return [header, Region.holding(file, stack.offset + expert * values.nbytes, values)]
+
+    @cached_property
+    def _stacks(self) -> set[str]:
+        """The files of stacks that hold something that is kept: any other is begun anew."""
+        return {region.file for entry in self.journal.entries.values() for region in entry.regions}
+
+    def check(self) -> set[tuple[str, int | None]]:
+        """The matrices (tensor, expert) that an unfinished run left as it wrote them; the others are kept no longer."""
+        notes = {piece: entry.note for piece, entry in self.journal.entries.items()}
+        return {(note["tensor"], note["expert"]) for piece, note in notes.items() if self.journal.holds(piece)}
 
     def read(self, name: str, scheme: IntBlock, start: int | None = None, stop: int | None = None) -> Quantized:
         """Rows of the matrix, or experts of the stack, `name` from `start` to `stop`; without them all."""
@@ -85,15 +110,16 @@ class QuantizedWeights:
         for source in (path for name in taken for path in other.folder.glob(f"{glob.escape(name)}.*.npy")):
             (self.folder / source.name).unlink(missing_ok=True)
             (self.folder / source.name).hardlink_to(source)
-        self._note([note for note in other.notes() if note.tensor in taken])
+        for piece, entry in other.journal.entries.items():
+            if entry.note["tensor"] in taken:
+                self.journal.keep(piece, *entry.regions, note=entry.note)
 
     def settle(self) -> None:
-        """Leave one record of each matrix, so that the file is the same whatever was written twice on the way."""
-        path = self.folder / NOTES
-        if path.is_file():
-            scratch = path.with_suffix(".partial")
+        """Write the records of all matrices, the same whatever was written twice on the way."""
+        if self.journal.entries:
+            scratch = (self.folder / NOTES).with_suffix(".partial")
             scratch.write_text("".join(map(_line, self.notes())), encoding="utf-8")
-            scratch.replace(path)
+            scratch.replace(self.folder / NOTES)
 
     def files(self) -> set[str]:
         """The names of the files that hold what was written and adopted; none where nothing was."""
@@ -102,27 +128,19 @@ class QuantizedWeights:
         return {name for name in (NOTES, *names) if (self.folder / name).is_file()}
 
     def notes(self) -> Sequence[RoundingRecord]:
-        """How each matrix was rounded, the last word on each."""
+        """How each matrix was rounded, in order of tensor and expert."""
+        records = [entry.note for entry in self.journal.entries.values()]
         path = self.folder / NOTES
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        records = [RoundingRecord(**record) for line in lines if (record := _record(line)) is not None]
-        return list({(note.tensor, note.expert): note for note in records}.values())
+        if not records and path.is_file():  # settled, and the journal is gone with the stage's other scraps
+            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return sorted(
+            (RoundingRecord(**record) for record in records), key=lambda note: _piece(note.tensor, note.expert)
+        )
 
-    def _note(self, records: Sequence[RoundingRecord]) -> None:
-        with (self.folder / NOTES).open("a+b") as notes:
-            notes.seek(max(0, notes.seek(0, os.SEEK_END) - 1))
-            torn = notes.read(1) not in (b"", b"\n")
-            notes.write(b"\n" * torn + "".join(map(_line, records)).encode())
+
+def _piece(tensor: str, expert: int | None) -> str:
+    return tensor if expert is None else f"{tensor}[{expert:05}]"
 
 
 def _line(record: RoundingRecord) -> str:
     return json.dumps(asdict(record)) + "\n"
-
-
-def _record(line: str) -> dict[str, Any] | None:
-    """What a line says; None for one that a full disk cut short, whose matrix is written again."""
-    try:
-        record: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return None
-    return record

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError, MachineLacks
+from arriero.runtimes.broken_package import naming_broken_packages
 from arriero.runtimes.forced_calls import ForcedCalls
 from arriero.runtimes.json_schema import MOST_PATTERN, MOST_TEXT, OPTIONS, check_size, check_text, enforceable
 from arriero.runtimes.python_calls import python_grammar
@@ -157,11 +158,12 @@ class Grammars:
         return Constraint(latest[1].deep_copy(), self._vocabulary)
 
     def _read_vocabulary(self) -> LLTokenizer:
-        try:
-            from llguidance import LLTokenizer
-        except ImportError:
-            remedy = f"Install it with `{install('structured')}`"
-            raise MachineLacks("the package llguidance is not installed", remedy=remedy) from None
+        with naming_broken_packages():
+            try:
+                from llguidance import LLTokenizer
+            except ModuleNotFoundError:
+                remedy = f"Install it with `{install('structured')}`"
+                raise MachineLacks("the package llguidance is not installed", remedy=remedy) from None
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = LLTokenizer(str(self._file), n_vocab=self._vocabulary, eos_token=self._closing)

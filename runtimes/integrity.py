@@ -20,7 +20,8 @@ from arriero.runtimes.manifest import (
 )
 
 FULL_HASH_BYTES = 1 << 30  # bundles up to here are hashed whole at every load: about a second
-QUICK_HASH_BYTES = 64 << 20  # in larger bundles, only files up to here are
+QUICK_HASH_BYTES = 64 << 20  # in larger bundles, only files up to here are, and those of code
+CODE = {".so", ".engine", ".plan"}  # suffixes of what runs once it is opened: libraries, and what TensorRT deserialises
 
 
 def open_manifest(bundle: Path, full: bool | None = None) -> Manifest:
@@ -73,8 +74,8 @@ def check_files(manifest: Manifest, full: bool | None = None) -> None:
     """Compare the files with their records; all differences are raised together.
 
     Sizes are always compared. Hashes, for a large file those of its chunks, are compared for all files when `full`, or
-    when `full` is None and the bundle has at most `FULL_HASH_BYTES`; otherwise for libraries, and for files up to
-    `QUICK_HASH_BYTES`. A link that leads out of the bundle is refused before anything is read.
+    when `full` is None and the bundle has at most `FULL_HASH_BYTES`; otherwise for what is code (`CODE`) and files of
+    at most `QUICK_HASH_BYTES`. A link that leads out of the bundle is refused before anything is read.
     """
     if full is None:
         full = sum(record.bytes for record in manifest.files.values()) <= FULL_HASH_BYTES
@@ -97,7 +98,7 @@ def check_files(manifest: Manifest, full: bool | None = None) -> None:
             what = f"the file has {size} bytes: it is incomplete or belongs to another build"
             expected = f"the {record.bytes} bytes that {FILE} records"
             problems.append(ArrieroError(what, where=name, expected=expected, remedy=COPY_AGAIN))
-        elif (full or size <= QUICK_HASH_BYTES or path.suffix == ".so") and (damage := record.damage(path)):
+        elif (full or size <= QUICK_HASH_BYTES or CODE & {*path.suffixes}) and (damage := record.damage(path)):
             what = f"the file's content was changed or damaged: {damage}"
             expected = f"sha256 {record.sha256[:12]}.. that {FILE} records"
             problems.append(ArrieroError(what, where=name, expected=expected, remedy=COPY_AGAIN))

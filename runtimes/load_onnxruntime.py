@@ -12,17 +12,30 @@ import warnings
 from importlib import import_module
 from typing import Any
 
+from arriero.errors import MachineLacks
+from arriero.runtimes.broken_package import naming_broken_packages
+from arriero.traits import install
+
 TELEMETRY = "ORT_DISABLE_TELEMETRY"
 
 
 def load_onnxruntime() -> Any:
-    """The module `onnxruntime`, telemetry off unless the environment already says otherwise. Raises ImportError.
+    """The module `onnxruntime`, telemetry off unless the environment already says otherwise.
 
+    Raises MachineLacks where the package is missing or does not load.
     Where an app imported it before, it notes nothing from here on, and a warning says what that leaves.
     """
     late = "onnxruntime" in sys.modules and TELEMETRY not in os.environ
     os.environ.setdefault(TELEMETRY, "1")
-    module = import_module("onnxruntime")
+    with naming_broken_packages():
+        try:
+            module = import_module("onnxruntime")
+        except ModuleNotFoundError as error:
+            if error.name != "onnxruntime":
+                raise
+            raise MachineLacks(
+                "the package onnxruntime is not installed", remedy=f"Install it with `{install('onnxruntime')}`"
+            ) from None
     if late:
         module.disable_telemetry_events()
         warnings.warn(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from arriero.errors import ArrieroError, MachineLacks
+from arriero.errors import ArrieroError
 from arriero.runtimes.backend import (
     ADAPTER,
     TILES_AT_ONCE,
@@ -30,7 +30,7 @@ from arriero.runtimes.cpu import usable_cores
 from arriero.runtimes.forced_routing import forced_inputs, takes_routing
 from arriero.runtimes.load_onnxruntime import load_onnxruntime
 from arriero.runtimes.unchanged import Unchanged
-from arriero.traits import PREFILL_PIECE, install
+from arriero.traits import PREFILL_PIECE
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -233,12 +233,7 @@ def session_options(threads: int, literal: bool = False) -> onnxruntime.SessionO
 
 def open_graph(path: Path, threads: int, literal: bool = False) -> onnxruntime.InferenceSession:
     """Load a graph with `session_options`. Raises ArrieroError with ONNX Runtime's reason where it refuses."""
-    try:
-        onnxruntime = load_onnxruntime()
-    except ImportError:
-        raise MachineLacks(
-            "the package onnxruntime is not installed", remedy=f"Install it with `{install('onnxruntime')}`"
-        ) from None
+    onnxruntime = load_onnxruntime()
     try:
         return onnxruntime.InferenceSession(path, session_options(threads, literal), providers=["CPUExecutionProvider"])
     except Exception as error:

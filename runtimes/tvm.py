@@ -35,6 +35,7 @@ from arriero.runtimes.backend import (
     StepOutput,
     no_vision,
 )
+from arriero.runtimes.broken_package import does_not_load, naming_broken_packages
 from arriero.runtimes.cache import KVCache, check_step
 from arriero.runtimes.cache_rows import CacheRows
 from arriero.runtimes.cpu import usable_cores
@@ -310,7 +311,10 @@ def use_threads(threads: int) -> None:
 
 
 def load_runtime() -> Any:
-    """The module `tvm_ffi` with TVM's runtime library loaded. Raises MachineLacks with the package that is missing."""
+    """The module `tvm_ffi` with TVM's runtime library loaded.
+
+    Raises MachineLacks with the package that is missing or does not load.
+    """
     package = find_spec("tvm")
     if package is None or find_spec("tvm_ffi") is None:
         missing = "apache-tvm" if package is None else "apache-tvm-ffi"
@@ -323,12 +327,15 @@ def load_runtime() -> Any:
     # TVM's own choice: a fifth of a second of every core after every answer, minutes where others compute, and as long
     # until the threads of a session that is closed have ended.
     os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "1000")
-    with _unseen("torch"):
+    with naming_broken_packages(), _unseen("torch"):
         import tvm_ffi
 
     if tvm_ffi.get_global_func("runtime.config_threadpool", allow_missing=True) is None:
         folders = [Path(place) / "lib" for place in package.submodule_search_locations or ()]
-        tvm_ffi.libinfo.load_lib_ctypes("tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=folders)
+        try:
+            tvm_ffi.libinfo.load_lib_ctypes("tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=folders)
+        except Exception as error:  # what it raises is no part of its interface
+            raise does_not_load("tvm", error) from error
     return tvm_ffi
 
 

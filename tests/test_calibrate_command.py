@@ -84,7 +84,7 @@ def test_a_calibrated_build_is_killed_goes_on_and_says_what_it_saw(build_file: P
     first = (left / "layer-000.json").stat().st_mtime_ns
     seen = arriero("calibrate", build_file, "--json")
     assert seen.code == 0, seen.err
-    assert "layer 0" not in seen.err  # what was done before the kill is not done again
+    assert "calibrate: layer 0" not in seen.err  # what was done before the kill is not done again
     (stage,) = output.glob(".work/calibrate-*")
     assert (stage / "layer-000.json").stat().st_mtime_ns == first
     _agrees_with_the_stage(seen.json, stage)

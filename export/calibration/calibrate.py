@@ -2,7 +2,8 @@
 
 Layer by layer: run all samples through it, count and measure the inputs of each matrix and each expert, round its
 matrices for every profile that calibrates (`round_matrices.py`), forget the inputs. A killed stage goes on after its
-last finished layer: the samples go through the next one again, and what was rounded of it stays.
+last finished layer: the samples go through the next one again, and what was rounded of it stays. What was changed since
+it was written is made again, from the embeddings on where nothing nearer is left.
 Legend: K input features, N output features.
 """
 
@@ -34,6 +35,7 @@ from arriero.export.machine.jobs import Submit, do_here
 from arriero.export.proof.walk_layers import LayerInputs, Routed, Walk
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.names import expert_tensors
+from arriero.profiles.journal import Region, Tell, keep_silent
 from arriero.profiles.quantize import dequantize
 from arriero.profiles.quantized_weights import QuantizedWeights, RoundingRecord
 from arriero.profiles.recipe import Profile
@@ -48,7 +50,7 @@ Watch = Callable[[str, int, int, str], None]
 class Calibration:
     """One calibration at work in `folder`; `profiles` are those that calibrate, by the name of their sub-folder.
 
-    `submit` has experts rounded.
+    `submit` has experts rounded. `tell` is given a sentence for what a killed run left and has to be made again.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Calibration:
         folder: Path,
         watch: Watch,
         submit: Submit = do_here,
+        tell: Tell = keep_silent,
     ) -> None:
         self.walk, self.checkpoint, self.folder, self.watch, self.submit = walk, checkpoint, folder, watch, submit
         self.choosing = {key: profile for key, profile in profiles.items() if profile.choose is not None}
@@ -70,9 +73,9 @@ class Calibration:
         self.forms = {
             key: Form(profile.calibration, profile.assign(checkpoint.tensors)) for key, profile in self.profiles.items()
         }
-        self.roundings = {key: QuantizedWeights(folder / key) for key in self.profiles}
+        self.roundings = {key: QuantizedWeights(folder / key, tell) for key in self.profiles}
         # by a killed run
-        self._rounded = {(key, note.tensor, note.expert) for key, one in self.roundings.items() for note in one.notes()}
+        self._rounded = {(key, *matrix) for key, one in self.roundings.items() for matrix in one.check()}
 
     def run(self) -> dict[str, tuple[int, ...]]:
         """Write roundings, `ranges.json` (tensor -> tokens, absmax) and `cache.json` (each layer's range of keys and
@@ -95,8 +98,8 @@ class Calibration:
             decide(profile, shapes, errors, self.folder / key)
         for key in self._folders:
             QuantizedWeights(self.folder / key).settle()
-        for left in (*self.folder.glob("hidden-*"), *self.folder.glob("routed.*")):
-            left.unlink()
+        self.walk.drop_hidden(len(layers))
+        self.walk.forget_routed()
         return {layer: tuple(counts) for layer, counts in coverage.items()}
 
     def files(self) -> set[str]:
@@ -113,17 +116,32 @@ class Calibration:
         return {key.partition("/")[0] for key in self.profiles}
 
     def _resume(self) -> int:
-        """The first layer to do: the one after the last that is done, or 0, the samples embedded."""
-        start = 0
-        while self._record(start).is_file():
-            start += 1
-        if start == len(self.walk.text.layers) or self.walk.hidden_file(start).is_file():
+        """The first layer to do: the first that is not done, or 0, the samples embedded."""
+        layers = len(self.walk.text.layers)
+        start = next((layer for layer in range(layers) if not self._is_done(layer)), layers)
+        if start == layers or self.walk.has_hidden(start):
             return start
         self.walk.embed(lambda done, total: self.watch("calibrate: embed samples", done, total, "samples"))
         return 0
 
+    def _is_done(self, layer: int) -> bool:
+        """Whether a killed run left the record of `layer` and all that was rounded of it as it wrote them."""
+        return self.walk.journal.holds(self._record(layer).name) and self._roundings_of(layer) <= self._rounded
+
+    def _roundings_of(self, layer: int) -> set[tuple[str, str, int | None]]:
+        """Form, tensor and expert of each matrix of `layer` that some form rounds, or fits its inputs of."""
+        stacks, experts = expert_tensors(layer), range(self.walk.text.experts)
+        prefix = f"language_model.model.layers.{layer}."
+        return {
+            (key, tensor, expert)
+            for key, form in self.forms.items()
+            for tensor, scheme in form.schemes.items()
+            if tensor.startswith(prefix) and isinstance(scheme, IntBlock | Static) and scheme.calibrates
+            for expert in (experts if tensor in stacks else (None,))
+        }
+
     def _record(self, layer: int) -> Path:
-        """What a finished layer leaves; the hidden states after it are there before it appears."""
+        """What a finished layer leaves; the hidden states after it are kept before it is."""
         return self.folder / f"layer-{layer:03}.json"
 
     def _step(self, layer: int) -> str:
@@ -131,6 +149,7 @@ class Calibration:
 
     def _layer(self, layer: int) -> None:
         step = self._step(layer)
+        self.walk.journal.forget(self._record(layer).name)
         inputs = self.walk.observe(layer, lambda at, total: self.watch(step, at, total, "samples and experts"))
         coverage = inputs.routed.counts(self.walk.text.experts) if inputs.routed else None
         self._refuse_thin(layer, coverage)
@@ -153,11 +172,10 @@ class Calibration:
         for key in self.profiles:
             self._widen_thin(key, layer, ranges)
         errors = {key: self._errors(key, profile, inputs) for key, profile in self.choosing.items()}
-        partial = self._record(layer).with_suffix(".partial")
-        record = {"coverage": coverage, "ranges": ranges, "cache": inputs.cache.to_json(), "errors": errors}
-        partial.write_text(json.dumps(record))
-        partial.replace(self._record(layer))
-        self.walk.hidden_file(layer).unlink()
+        file, record = self._record(layer), {"coverage": coverage, "ranges": ranges, "cache": inputs.cache.to_json()}
+        file.write_text(json.dumps(record | {"errors": errors}))
+        self.walk.journal.keep(file.name, Region.whole(self.folder, file.name))
+        self.walk.drop_hidden(layer)
 
     def _results(self, inputs: LayerInputs) -> Iterator[Rounded | Observed]:
         """What becomes of a layer's matrices: of those that all tokens read in this process, the experts' as jobs."""

@@ -1,14 +1,13 @@
 """Which candidate each group of matrices gets: errors measured layer by layer, then the best choice under the budget.
 
-A profile with a `choose` section is calibrated once per candidate, each in a sub-folder of its roundings; when the
-choice is made, what was chosen moves up and the rest is dropped.
+A profile with a `choose` section is calibrated once per candidate, each in a sub-folder of its roundings. What is
+chosen is linked from there; the sub-folders are none of the stage's files.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,38 +38,39 @@ def decide(profile: Profile, shapes: Shapes, errors: Mapping[str, Sequence[float
     """Choose by `errors` ("layer kind" -> error of each candidate), keep the choice and its roundings in `folder`."""
     assert profile.choose is not None
     candidates = profile.choose.candidates
-    if not (folder / CHOICE).is_file():
-        groups = open_groups(profile, list(shapes))
-        options = [
-            [
-                Option(sum(candidate.stored_bytes(shapes[tensor]) for tensor in tensors), error)
-                for candidate, error in zip(candidates, errors[f"{layer} {kind}"], strict=True)
-            ]
-            for (layer, kind), tensors in groups.items()
+    groups = open_groups(profile, list(shapes))
+    options = [
+        [
+            Option(sum(candidate.stored_bytes(shapes[tensor]) for tensor in tensors), error)
+            for candidate, error in zip(candidates, errors[f"{layer} {kind}"], strict=True)
         ]
-        whole = sum(2 * math.prod(shapes[tensor]) for tensors in groups.values() for tensor in tensors)
-        chosen = choose(options, int(profile.choose.budget * whole))
-        for tensors, number in zip(groups.values(), chosen, strict=True):
-            QuantizedWeights(folder).adopt(QuantizedWeights(folder / str(number)), tensors)
-        rows = tuple(
-            ChosenScheme(
-                layer=layer,
-                group=kind,
-                scheme=candidates[number].label,
-                candidate=number,
-                bytes=option[number].bytes,
-                errors={one.label: each.error for one, each in zip(candidates, option, strict=True)},
-                tensors=tuple(tensors),
-            )
-            for ((layer, kind), tensors), option, number in zip(groups.items(), options, chosen, strict=True)
+        for (layer, kind), tensors in groups.items()
+    ]
+    whole = sum(2 * math.prod(shapes[tensor]) for tensors in groups.values() for tensor in tensors)
+    chosen = choose(options, int(profile.choose.budget * whole))
+    kept, offered = (
+        QuantizedWeights(folder),
+        [QuantizedWeights(folder / str(number)) for number in range(len(candidates))],
+    )
+    for tensors, number in zip(groups.values(), chosen, strict=True):
+        kept.adopt(offered[number], tensors)
+    rows = tuple(
+        ChosenScheme(
+            layer=layer,
+            group=kind,
+            scheme=candidates[number].label,
+            candidate=number,
+            bytes=option[number].bytes,
+            errors={one.label: each.error for one, each in zip(candidates, option, strict=True)},
+            tensors=tuple(tensors),
         )
-        choice = Choice(profile.choose.budget, sum(row.bytes for row in rows) / whole, rows)
-        partial = folder / f"{CHOICE}.partial"
-        folder.mkdir(exist_ok=True)
-        partial.write_text(json.dumps(asdict(choice)))
-        partial.replace(folder / CHOICE)
-    for number in range(len(candidates)):
-        shutil.rmtree(folder / str(number), ignore_errors=True)
+        for ((layer, kind), tensors), option, number in zip(groups.items(), options, chosen, strict=True)
+    )
+    choice = Choice(profile.choose.budget, sum(row.bytes for row in rows) / whole, rows)
+    partial = folder / f"{CHOICE}.partial"
+    folder.mkdir(exist_ok=True)
+    partial.write_text(json.dumps(asdict(choice)))
+    partial.replace(folder / CHOICE)
 
 
 def read_choice(folder: Path) -> Choice | None:

@@ -167,7 +167,7 @@ def calibrate(build_file: BuildFile = Path("build.yaml"), workers: Workers = Non
 
     config = load_build(build_file)
     with submitting(workers, config) as submit, Progress(err) as watch:
-        described = Build(config, str(build_file), watch, submit=submit).run_calibration()
+        described = Build(config, str(build_file), watch, tell=watch.tell, submit=submit).run_calibration()
     if as_json:
         print_json(described)
     else:

@@ -65,7 +65,7 @@ def serve(
     try:
         from arriero.runtimes.server.serve import open_bundles
         from arriero.runtimes.server.serve import serve as serve_bundles
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise MachineLacks(
             f"the package {(error.name or 'starlette').partition('.')[0]} is not installed",
             remedy=f"Install it with `{install('server')}`",

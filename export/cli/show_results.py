@@ -78,7 +78,7 @@ class Outcome:
                 name=one.name,
                 reports=one.reports,
                 seconds=one.seconds,
-                causes={failure.metric: f"{failure.cause}: {failure.remedy}" for failure in one.failures},
+                causes={(why.adapter, why.metric): f"{why.cause}: {why.remedy}" for why in one.failures},
                 error=sentence_of(one.error) if one.error and not one.failures else None,
                 unproven=_advice(one) if one.state == "unproven" else None,
             )
@@ -130,7 +130,7 @@ def _advice(one: TargetResult) -> str:
 
 def _result(one: TargetResult) -> str:
     if one.failures:
-        return "; ".join(f"{failure.title} {failure.value}, limit {failure.limit}" for failure in one.failures)
+        return "; ".join(failure.measured for failure in one.failures)
     if isinstance(one.error, KeyboardInterrupt):
         return "stopped" if one.stages else "not begun"
     return one.state if one.error is None else f"{one.state}, exit code {one.exit_code}"

@@ -23,7 +23,7 @@ try:
     from distributed.scheduler import KilledWorker
 
     from arriero.export.cluster.do_job import Task, Terms, do_task, terms_of
-except ImportError as error:
+except ModuleNotFoundError as error:
     raise MachineLacks(
         f"the package {(error.name or 'distributed').partition('.')[0]} is not installed",
         remedy=f"Install it with `{install('cluster')}`, here and on every worker",

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 from arriero.errors import ArrieroError, MachineLacks
@@ -40,6 +41,17 @@ FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 ]
+
+GCC = "GCC 12 or newer"
+# As much of C++17 as an old compiler lacks.
+PROBE = """\
+#include <stdint.h>
+template <int n> constexpr int twice() { if constexpr (n > 0) return 2 * n; else return 0; }
+inline constexpr int held = twice<2>();
+#define NAMED(level) probe_##level
+#define NAME(level) NAMED(level)
+extern "C" int32_t NAME(ARRIERO_LEVEL)(int32_t x) { return x * held; }
+"""
 
 
 def build_kernels(architecture: str, out: Path) -> None:
@@ -85,6 +97,48 @@ def find_compiler(architecture: str) -> str:
     return compiler
 
 
+def check_compiler(architecture: str) -> str:
+    """Give the compiler for `architecture`, after it has compiled a few lines in C++17 for each level of instructions.
+
+    Raises MachineLacks where there is none, or with the reason why it is none for our kernels.
+    """
+    compiler = find_compiler(architecture)
+    reason = _refusal(compiler, architecture)
+    if reason is not None:
+        raise MachineLacks(
+            f"the C++ compiler for {architecture} cannot compile our kernels: {reason}",
+            where=compiler,
+            expected=GCC,
+            remedy="Update it, or put such a compiler first in PATH",
+        )
+    return compiler
+
+
+@cache
+def _refusal(compiler: str, architecture: str) -> str | None:
+    """Why a compiler, or what it calls, does not do with a few lines what `build_kernels` and linking ask of it."""
+    with tempfile.TemporaryDirectory(prefix="kernels-") as scratch:
+        source, joined = Path(scratch) / "probe.cc", str(Path(scratch) / "joined.o")
+        source.write_text(PROBE)
+        objects = {level: str(Path(scratch) / f"{level}.o") for level in LEVELS[architecture]}
+        commands = [
+            [compiler, *FLAGS, *flags, f"-DARRIERO_LEVEL={level}", str(source), "-c", "-o", objects[level]]
+            for level, flags in LEVELS[architecture].items()
+        ]
+        commands.append([compiler, "-r", "-nostdlib", "-o", joined, *objects.values()])
+        commands.append([compiler, "-shared", "-o", str(Path(scratch) / "probe.so"), joined])
+        for command in commands:
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+            except OSError as error:
+                return error.strerror or str(error)
+            if done.returncode:
+                return _reason(done.stderr)
+            if not Path(command[command.index("-o") + 1]).is_file():
+                return "it writes no file"
+    return None
+
+
 def link_shared(kernels: Path, library: Path) -> None:
     """Link the object that `build_kernels` made for this machine into a shared library of its own."""
     _run([find_compiler(platform.machine()), "-shared", "-o", str(library), str(kernels)])
@@ -93,11 +147,14 @@ def link_shared(kernels: Path, library: Path) -> None:
 def _run(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        lines = done.stderr.splitlines()
-        reason = next((line for line in lines if "error" in line), lines[0] if lines else "it gives no reason")
         raise ArrieroError(
-            f"the compiler refuses the kernels: {reason.strip()}",
+            f"the compiler refuses the kernels: {_reason(done.stderr)}",
             where=" ".join(command),
-            expected="GCC 12 or newer",
+            expected=GCC,
             remedy="Update the compiler",
         )
+
+
+def _reason(said: str) -> str:
+    lines = said.splitlines()
+    return next((line for line in lines if "error" in line), lines[0] if lines else "it gives no reason").strip()

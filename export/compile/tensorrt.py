@@ -22,6 +22,7 @@ from arriero.export.compile.nvidia.engine_shapes import settle_capacities, signa
 from arriero.export.compile.nvidia.gpus import Gpu
 from arriero.export.compile.nvidia.tensorrt_api import TENSORRT, Api, load
 from arriero.graphs.stored.expert_plugins import DOMAIN
+from arriero.profiles.journal import Journal, Region
 from arriero.runtimes.cpu import architecture
 from arriero.runtimes.manifest import Compiled
 from arriero.runtimes.nvidia.products import listen
@@ -53,6 +54,7 @@ def compile_graphs(
     product = api or load(TENSORRT)
     product.check_here(gpu)
     log = listen(product.module)
+    journal = Journal(folder)
     inside: Plugins | None = None
     for number, part in enumerate(parts):
         path = folder / f"{part}.onnx"
@@ -66,13 +68,14 @@ def compile_graphs(
         if part == STREAMED and memory is not None and memory.weights is not None:
             others = sum((folder / f"{other}.engine").stat().st_size for other in parts[:number])
             described["weights_on_gpu"] = max(0, memory.weights - others)
-        plan = build_engine(product, log, path, described, gpu, memory, folder / TIMINGS, step)
+        plan = build_engine(product, log, path, described, gpu, memory, journal, step)
         if inside is not None:
             described["plugins"] = inside.hashes
         _write(folder / f"{part}.engine", plan)
         (folder / f"{part}.json").write_text(json.dumps(described, indent=1) + "\n")
         path.unlink()
         _drop_weights(model, folder)
+    journal.forget(TIMINGS)
     (folder / TIMINGS).unlink(missing_ok=True)
     hashes = inside.hashes if inside else {}
     return Compiled({product.product: product.version}, arch=architecture(), gpu=str(gpu), plugins=hashes)
@@ -100,11 +103,14 @@ def build_engine(
     described: Mapping[str, Any],
     gpu: Gpu,
     memory: MemoryBudget | None,
-    timings: Path,
+    journal: Journal,
     step: Callable[[int, int], None],
 ) -> Any:
-    """The serialized engine of the graph at `path`, as `described`. Raises ArrieroError with what is wrong."""
-    trt = api.module
+    """The serialized engine of the graph at `path`, as `described`. Raises ArrieroError with what is wrong.
+
+    How fast kernels ran is kept in the journal's folder for further engines.
+    """
+    trt, timings = api.module, journal.folder / TIMINGS
     log.errors.clear()
     log.layers.clear()
     builder = trt.Builder(log)
@@ -122,7 +128,7 @@ def build_engine(
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     cache = None
     if api.keeps_timings:
-        cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
+        cache = config.create_timing_cache(timings.read_bytes() if journal.holds(TIMINGS) else b"")
         config.set_timing_cache(cache, False)
     for profile in described["profiles"]:
         shapes = builder.create_optimization_profile()
@@ -135,6 +141,7 @@ def build_engine(
         raise _unbuilt(api, path, gpu, memory, log.errors)
     if cache is not None:
         _write(timings, config.get_timing_cache().serialize())
+        journal.keep(TIMINGS, Region.whole(journal.folder, TIMINGS))
     return plan
 
 

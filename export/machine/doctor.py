@@ -5,13 +5,13 @@ from __future__ import annotations
 import platform
 import re
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.export.compile.build_kernels import LEVELS, find_compiler
+from arriero.export.compile.build_kernels import LEVELS, check_compiler
 from arriero.export.machine.budget import free_disk
 from arriero.export.machine.checks import Check, status
 from arriero.export.machine.gpu_checks import gpu_checks
@@ -25,6 +25,8 @@ from arriero.traits import BACKENDS, BUILD, RUN, SHARED_PACKAGES, TRAITS, Packag
 
 LEAST_MEMORY, LEAST_DISK = 2 << 30, 1 << 30
 PYTHON = (3, 11)
+# What loads the packages of a backend for processors, and says what of them does not load.
+LOADERS: dict[str, Callable[[], Any]] = {"onnxruntime": load_onnxruntime, "tvm": load_runtime}
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,8 @@ def _onnxruntime_providers() -> tuple[Check, ...]:
     """Import ONNX Runtime for real: a library that is installed may still not load."""
     try:
         onnxruntime = load_onnxruntime()
-    except Exception as error:  # whatever a broken native library raises is the finding
-        remedy = f"Reinstall it: {reinstall('onnxruntime')}"
-        return (Check("onnxruntime loads", "missing", f"import fails: {error}", (BUILD, RUN), remedy),)
+    except MachineLacks as lack:
+        return (Check("onnxruntime loads", "missing", lack.what, (BUILD, RUN), lack.remedy),)
     providers = onnxruntime.get_available_providers()
     ok = "CPUExecutionProvider" in providers
     advice = None if ok else f"Install an ONNX Runtime with the CPU provider: {reinstall('onnxruntime')}"
@@ -162,21 +163,20 @@ def _onnxruntime_providers() -> tuple[Check, ...]:
 
 
 def _tvm_tools() -> tuple[Check, ...]:
-    """Load TVM's runtime for real, and look for the compilers of our kernels."""
+    """Load TVM's runtime for real, and try the compilers of our kernels."""
     checks = []
     try:
         load_runtime()
         checks.append(Check("tvm runtime loads", "ok", "yes", (BUILD, RUN)))
-    except Exception as error:  # whatever a broken native library raises is the finding
-        remedy = f"Reinstall it: {reinstall('tvm')}"
-        checks.append(Check("tvm runtime loads", "missing", f"fails: {error}", (BUILD, RUN), remedy))
+    except MachineLacks as lack:
+        checks.append(Check("tvm runtime loads", "missing", lack.what, (BUILD, RUN), lack.remedy))
     for arch in LEVELS:
         # without the cross compiler only targets of the other architecture cannot be built
         needed = (BUILD,) if arch == architecture() else ()
         try:
-            checks.append(Check(f"compiler for {arch}", "ok", find_compiler(arch), needed))
+            checks.append(Check(f"compiler for {arch}", "ok", check_compiler(arch), needed))
         except MachineLacks as lack:
-            checks.append(Check(f"compiler for {arch}", "missing", "not installed", needed, lack.remedy))
+            checks.append(Check(f"compiler for {arch}", "missing", lack.what, needed, lack.remedy))
     return tuple(checks)
 
 

@@ -14,7 +14,7 @@ from arriero.export.machine.checks import Check, status
 from arriero.runtimes.nvidia.cuda import DRIVER
 from arriero.runtimes.nvidia.products import Product
 from arriero.sizes import human_bytes
-from arriero.traits import BUILD, RUN, TRAITS, install, reinstall
+from arriero.traits import BUILD, RUN, TRAITS, install
 
 # A driver names the newest CUDA that it runs; an older one of the same major runs it too.
 OLDEST_CUDA = 12
@@ -62,9 +62,6 @@ def _library(backend: str) -> Check:
         version = str(product.load().__version__)
     except MachineLacks as lack:
         return Check(name, "missing", lack.what, both, lack.remedy)
-    except Exception as error:  # whatever a broken native library raises is the finding
-        remedy = f"Reinstall it: {reinstall(product.extra)}"
-        return Check(name, "missing", f"fails: {error}", both, remedy)
     if product.supports(version):
         return Check(name, "ok", version, both)
     advice = f"Install {product.title} {product.releases}: {install(product.extra)}{product.elsewhere}"

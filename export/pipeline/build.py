@@ -7,7 +7,7 @@ does nothing. A bundle appears under its name only after its parity passed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -33,6 +33,7 @@ from arriero.export.samples.cases import describe_set, draw_cases
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.sources.runtime_adapters import RuntimeAdapters
+from arriero.profiles.journal import Tell, keep_silent
 from arriero.profiles.kv_cache import check_tokens
 from arriero.profiles.recipe import Profile
 from arriero.runtimes.manifest import CalibratedPart
@@ -41,12 +42,6 @@ from arriero.traits import SHARED_PACKAGES
 
 if TYPE_CHECKING:
     from arriero.graphs.check import Part
-
-Tell = Callable[[str], None]
-
-
-def _keep_silent(sentence: str) -> None:
-    """Tell nobody."""
 
 
 class Build:
@@ -58,7 +53,7 @@ class Build:
         file: str,
         watch: Watch,
         dump: Path | None = None,
-        tell: Tell = _keep_silent,
+        tell: Tell = keep_silent,
         submit: Submit = do_here,
     ) -> None:
         """Prepare to build `config`, read from `file`; `watch` sees its progress, `dump` is to keep its graphs.
@@ -231,10 +226,11 @@ class Build:
         samples = draw_cases(self.config.calibration, self.config.modalities)
         reference = open_reference(self.checkpoint, self.model.vision is None)
         profiles = {rounding_folder(profile): profile for profile in calibrating(self.profiles)}
-        walk = Walk(reference, samples, folder, second=any(profile.rounds_by_gptq for profile in profiles.values()))
+        second = any(profile.rounds_by_gptq for profile in profiles.values())
+        walk = Walk(reference, samples, folder, second, tell=self.tell)
         if any(target.kv_cache == "int8" for target in self.config.targets):
             check_tokens(walk.tokens)
-        calibration = Calibration(walk, self.checkpoint, profiles, folder, self.watch, self.submit)
+        calibration = Calibration(walk, self.checkpoint, profiles, folder, self.watch, self.submit, self.tell)
         part = CalibratedPart(describe_set(self.config.calibration, samples), calibration.run())
         return calibration.files() | {write_part(part, folder)}
 
@@ -258,4 +254,4 @@ class Build:
         )
         checkpoint = self.checkpoint if adapter is None else self.adapted[adapter]
         reference = open_reference(checkpoint, self.model.vision is None)
-        return write_record(reference, cases, origin, folder, self.watch)
+        return write_record(reference, cases, origin, folder, self.watch, self.tell)

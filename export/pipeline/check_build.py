@@ -15,11 +15,20 @@ from importlib import import_module
 from arriero.errors import ArrieroError, Problems, placed, raise_together
 from arriero.export.build_file.device import target_gpu
 from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Target
-from arriero.export.compile.build_kernels import find_compiler
+from arriero.export.compile.build_kernels import check_compiler
 from arriero.export.compile.cpus import NAMED, NATIVE, parse_cpu
-from arriero.export.compile.nvidia.tensorrt_api import load
-from arriero.export.machine.doctor import find_lacks
-from arriero.export.pipeline.check_fit import check_elements, check_experts, check_fit, check_schemes
+from arriero.export.compile.cuda.build_cuda_kernels import find_compilers, kernels_for
+from arriero.export.compile.nvidia.gpus import local_gpus
+from arriero.export.compile.nvidia.tensorrt_api import PRODUCTS, load
+from arriero.export.machine.doctor import LOADERS, find_lacks
+from arriero.export.pipeline.check_fit import (
+    check_elements,
+    check_experts,
+    check_fit,
+    check_plugins,
+    check_schemes,
+    plugin_layers,
+)
 from arriero.export.pipeline.check_thresholds import check_pictures, check_thresholds
 from arriero.export.pipeline.failure_page import FailurePage
 from arriero.export.pipeline.ownership import in_the_way, may_own
@@ -34,6 +43,7 @@ from arriero.graphs.names import expected_tensors
 from arriero.graphs.sources.ledger import check_ledger
 from arriero.profiles.kv_cache import check_tokens
 from arriero.profiles.recipe import Profile, check_shapes
+from arriero.runtimes.nvidia.cuda import load_cuda
 from arriero.traits import BUILD, SHARED_PACKAGES, TRAITS
 
 LARGEST_TOY = 50_000_000  # parameters; the embedded tasks teach nothing about a larger model
@@ -94,6 +104,7 @@ def check_asked(asked: Asked, found: Findings) -> None:
         if found.of(check_schemes, build, profiles):
             found.of(check_elements, build, profiles, shapes)
             found.of(check_experts, build, profiles, shapes, asked.config.text.moe_layers)
+            found.of(check_plugins, build, profiles, shapes, asked.config.text.moe_layers)
         for name, profile in profiles.items():
             users = ", ".join(f"targets[{n}]" for n, target in enumerate(build.targets) if target.profile == name)
             found.of(_check_shapes, profile, shapes, f"{users}, profile {profile.name}")
@@ -118,6 +129,9 @@ def check_ready(asked: Asked, sets: SampleSets, found: Findings) -> None:
     for target in build.targets:
         if f"lower-{target.name}" in undone:
             found.of(_check_compiler, target, kernel_archs(target, asked.profiles[target.profile]))
+            found.of(_check_cuda_compilers, target, asked)
+        if f"parity-{target.name}" in undone:
+            found.of(_check_bindings, target)
     if any(name.startswith("parity-") for name in undone):
         found.raised += _outputs(build, undone)
     found.of(_check_samples, asked, sets, found)
@@ -149,13 +163,31 @@ def _check_compiler(target: Target, archs: Collection[str]) -> None:
     gpu = target_gpu(target)
     if gpu is not None:
         load(target.backend).check_here(gpu)
+    elif not find_lacks(TRAITS[target.backend].packages):
+        LOADERS[target.backend]()
     for arch in sorted(archs):
-        find_compiler(arch)
+        check_compiler(arch)
     if archs and target.cpu not in (None, NATIVE, *NAMED) and not find_lacks(TRAITS[target.backend].packages):
         # Imported here: names of ours are known to be good, a triple only the compiler knows.
         import_module(f"arriero.export.compile.{TRAITS[target.backend].module}").llvm_target(
             parse_cpu(target.cpu or NATIVE)
         )
+
+
+def _check_cuda_compilers(target: Target, asked: Asked) -> None:
+    """Refuse engines with our own CUDA kernels inside where nothing compiles these."""
+    gpu = target_gpu(target)
+    layers = asked.config.text.moe_layers
+    if gpu is not None and plugin_layers(target, asked.profiles[target.profile], asked.checkpoint.tensors, layers):
+        kernels_for(str(gpu))
+        find_compilers()
+
+
+def _check_bindings(target: Target) -> None:
+    """Refuse to prove engines on this machine's GPU without what reaches it."""
+    gpu = target_gpu(target)
+    if gpu is not None and gpu in local_gpus():
+        load_cuda(PRODUCTS[target.backend].extra)
 
 
 def _outputs(build: BuildConfig, undone: Collection[str]) -> list[ArrieroError]:

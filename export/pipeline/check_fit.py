@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 
 from arriero.errors import ArrieroError, Problems, placed
 from arriero.export.build_file.device import target_gpu
 from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Samples, Target
+from arriero.export.compile.cuda.launch import OPS, check_sizes
 from arriero.export.compile.nvidia.gpus import check_product
 from arriero.export.samples.cases import draw_cases, show_pictures
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.names import expert_tensors
 from arriero.profiles.data import FAMILIES, TEXT_FAMILIES
 from arriero.profiles.recipe import Profile
-from arriero.profiles.schemes import Exact
+from arriero.profiles.schemes import Exact, IntBlock, Scheme
 from arriero.traits import TRAITS
+
+
+@dataclass(frozen=True)
+class PluginLayer:
+    """A MoE layer that becomes our own CUDA kernels: the forms of gate_up and down, under which assignment."""
+
+    layer: int
+    forms: tuple[str, str]
+    assignment: Mapping[str, Scheme]
 
 
 def check_fit(build: BuildConfig, config: ModelConfig) -> None:
@@ -96,6 +107,44 @@ def check_experts(
                     problems.append(placed(error, f"targets[{number}], profile {profiles[target.profile].name}"))
     if problems:
         raise Problems("the build asks for what its backends cannot do", problems)
+
+
+def plugin_layers(target: Target, profile: Profile, names: Collection[str], layers: Sequence[int]) -> list[PluginLayer]:
+    """Those of the MoE `layers` that become our own CUDA kernels on the target's GPU."""
+    lowering, gpu = import_module(f"arriero.graphs.lower.{TRAITS[target.backend].module}"), target_gpu(target)
+    if gpu is None or not hasattr(lowering, "plugin_forms"):  # it has no plugins
+        return []
+    return [
+        PluginLayer(layer, forms, assignment)
+        for assignment in (form.assign(names) for form in profile.forms)
+        for layer in layers
+        if set(expert_tensors(layer)) <= assignment.keys()  # others say what is missing
+        and (forms := lowering.plugin_forms(assignment, layer, gpu.capability)) is not None
+    ]
+
+
+def check_plugins(
+    build: BuildConfig,
+    profiles: Mapping[str, Profile],
+    shapes: Mapping[str, Sequence[int]],
+    layers: Sequence[int],
+) -> None:
+    """Refuse experts of sizes that our own CUDA kernels do not compute, where they are to."""
+    problems: dict[str, ArrieroError] = {}
+    for number, target in enumerate(build.targets):
+        profile = profiles[target.profile]
+        for one in plugin_layers(target, profile, shapes, layers):
+            names = expert_tensors(one.layer)
+            (experts, hidden, double), place = shapes[names[0]], f"targets[{number}], profile {profile.name}"
+            for op, form, name in zip(OPS, one.forms, names, strict=True):
+                scheme = one.assignment[name]
+                block = scheme.block if isinstance(scheme, IntBlock) else 0
+                try:
+                    check_sizes(op, form, experts, hidden, double // 2, block, name)
+                except ArrieroError as error:  # layers are alike: one stands for all
+                    problems.setdefault(f"{place} {error.what}", placed(error, place))
+    if problems:
+        raise Problems("the build asks for what its backends cannot do", list(problems.values()))
 
 
 def check_elements(build: BuildConfig, profiles: Mapping[str, Profile], shapes: Mapping[str, Sequence[int]]) -> None:

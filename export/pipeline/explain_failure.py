@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from arriero.export.pipeline.results import Failure
 from arriero.profiles.recipe import Profile
@@ -19,10 +20,16 @@ FINER = "choose a finer profile, or lower the threshold knowingly"
 
 
 def explain_failures(
-    report: ParityReport, profile: Profile, coverage: Mapping[str, Sequence[int]]
+    reports: Mapping[str | None, ParityReport], profile: Profile, coverage: Mapping[str, Sequence[int]]
 ) -> tuple[Failure, ...]:
-    """Each failed row of `report`; `coverage` are the calibration tokens of each expert, by MoE layer."""
-    return tuple(_explain(row, report, profile, coverage) for row in report.failed)
+    """Each failed row of `reports`, of the model itself (None) and with adapters; `coverage` are the calibration tokens
+    of each expert, by MoE layer.
+    """
+    return tuple(
+        replace(_explain(row, report, profile, coverage), adapter=adapter)
+        for adapter, report in reports.items()
+        for row in report.failed
+    )
 
 
 def thin_experts(profile: Profile, coverage: Mapping[str, Sequence[int]]) -> str | None:

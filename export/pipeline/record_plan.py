@@ -12,7 +12,7 @@ from arriero.export.build_file.schema import GENERATED_BYTES, BuildConfig
 from arriero.export.calibration import estimate
 from arriero.export.machine.versions import installed_versions
 from arriero.export.pipeline.sources import source_hash
-from arriero.export.proof.decoded_memory import LOGITS, VOCABULARY
+from arriero.export.proof.decoded_memory import VOCABULARY, logit_groups
 from arriero.graphs.config import ModelConfig, TextConfig
 from arriero.graphs.sources.open_layout import weight_bytes
 from arriero.graphs.sources.weight_source import WeightSource
@@ -75,8 +75,10 @@ def record_memory(
     """Bytes that making the record holds: a layer and a case's step, or logits with what is sorted of a case's."""
     text, lengths = config.text, [size[0] for size in sizes]
     largest = 4 * text.vocab_size * max(lengths, default=0)
-    together = min(max(1, LOGITS // max(1, largest)), len(sizes)) * largest
-    head = 2 * 4 * VOCABULARY * text.hidden_size + together * VOCABULARY // text.vocab_size
+    groups = logit_groups(lengths, text.vocab_size)
+    together = 4 * text.vocab_size * max((sum(lengths[number] for number in group) for group in groups), default=0)
+    rows = min(VOCABULARY, text.vocab_size)  # of the head at a time
+    head = 2 * 4 * rows * text.hidden_size + together * rows // text.vocab_size
     logits = together + max(head, largest)
     walked = estimate.calibration_memory(config, used, sizes, second=False, whole=answers == "generated")
     return max(walked, estimate.REFERENCE_MEMORY + LOGITS_BESIDE + logits)

@@ -18,7 +18,10 @@ State = Literal["published", "up to date", "unproven", "failed", "not built"]
 
 @dataclass(frozen=True)
 class Failure:
-    """A row below its threshold: value and limit as people read them, why, and what to do."""
+    """A row below its threshold: value and limit as people read them, why, and what to do.
+
+    It is of the model itself, or of it with `adapter`.
+    """
 
     metric: str
     title: str
@@ -26,9 +29,16 @@ class Failure:
     limit: str
     cause: str
     remedy: str
+    adapter: str | None = None
+
+    @property
+    def measured(self) -> str:
+        """What was measured, its value and its limit."""
+        worn = "" if self.adapter is None else f" with {self.adapter}"
+        return f"{self.title}{worn} {self.value}, limit {self.limit}"
 
     def __str__(self) -> str:
-        return f"{self.title} {self.value}, limit {self.limit}; {self.cause}: {self.remedy}"
+        return f"{self.measured}; {self.cause}: {self.remedy}"
 
 
 @dataclass(frozen=True)

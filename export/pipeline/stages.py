@@ -24,6 +24,7 @@ from arriero.export.compile import Watch, no_watch
 from arriero.export.machine.memory_watch import MemoryWatch, release_memory
 from arriero.export.pipeline.ownership import MARK, PARTIAL, is_owned, own, remove_owned
 from arriero.export.pipeline.publish import Publisher, sync
+from arriero.runtimes.broken_package import naming_broken_packages
 from arriero.runtimes.manifest import FileRecord, file_sha256
 
 RECORD = "stage.json"
@@ -237,10 +238,13 @@ def split_stage(name: str) -> tuple[str, str | None]:
 
 @contextlib.contextmanager
 def machine_limits(doing: str, output: Path) -> Iterator[None]:
-    """Within the block, a full disk or memory becomes `MachineLacks` that says it happened while `doing` something."""
+    """Within the block, a full disk or memory becomes `MachineLacks` that says it happened while `doing` something, and
+    so does a package that does not load.
+    """
     remedy = "Free some and run the same command again: the build goes on where it stopped"
     try:
-        yield
+        with naming_broken_packages():
+            yield
     except MemoryError as error:
         raise MachineLacks(f"the memory ran out {doing}", expected="more free memory", remedy=remedy) from error
     except OSError as error:

@@ -174,14 +174,14 @@ class TargetBuild:
         return self.stage("parity", partial(self.prove, adapter, bundle), adapter=adapter)
 
     def judge(self) -> None:
-        """Raise `BelowThreshold` for the first report with rows that failed, with its page kept beside the bundles."""
-        report = next((report for report in self.reports.values() if report.failed), None)
-        if report is None:
+        """Raise `BelowThreshold` where rows failed; the first report with some stays beside the bundles as a page."""
+        failed = {adapter: report for adapter, report in self.reports.items() if report.failed}
+        if not failed:
             return
-        self.failures = explain_failures(report, self.profile, self.calibrated.coverage)
-        self.failure_page.write(report, self.failures)
+        self.failures = explain_failures(failed, self.profile, self.calibrated.coverage)
+        self.failure_page.write(next(iter(failed.values())), self.failures)
         said = "\n".join(f"  {number}. {failure}" for number, failure in enumerate(self.failures, 1))
-        worn = f"with adapter {report.labels['adapter']} " if "adapter" in report.labels else ""
+        worn = "" if None in failed else f"with adapter {', '.join(map(str, failed))} "
         raise BelowThreshold(f"{worn}below its parity thresholds; page {self.failure_page.path} has more:\n{said}")
 
     @property
@@ -304,7 +304,7 @@ class TargetBuild:
             build.watch(f"{target.name}: lower {part}", 0, 0, "")
             lowering = Lowering(
                 *(build.model, build.checkpoint, schemes, folder, progress, roundings, self.cache, capability),
-                *(dump, build.runtime_adapters, target.shard),
+                *(dump, build.runtime_adapters, target.shard, build.tell),
             )
             weights |= module.lower(part, ir.load(build.graph / f"{part}.onnx"), lowering)
         return weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from arriero.graphs.names import EMBEDDING, HEAD, TEXT_PREFIX
 from arriero.graphs.sources.weight_source import WeightSource
@@ -56,3 +56,15 @@ def decoded_memory(used: Collection[WeightSource], whole: bool) -> tuple[int, in
         return outside + embedding, outside + sum(groups.values())
     groups.pop(group_of(EMBEDDING), None)
     return outside + embedding, outside + max(groups.values(), default=0)
+
+
+def logit_groups(lengths: Sequence[int], vocabulary: int) -> Iterator[range]:
+    """The cases, of these numbers of tokens, whose logits are made together: `LOGITS` bytes of them, or one case."""
+    most, start, tokens = LOGITS // (4 * vocabulary), 0, 0
+    for number, length in enumerate(lengths):
+        if number > start and tokens + length > most:
+            yield range(start, number)
+            start, tokens = number, 0
+        tokens += length
+    if start < len(lengths):
+        yield range(start, len(lengths))

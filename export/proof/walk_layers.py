@@ -25,6 +25,7 @@ from arriero.graphs.config import TextConfig
 from arriero.graphs.model import KeyValue, Linear, MoE
 from arriero.graphs.ops import run_expert
 from arriero.graphs.rotary import rotation_table
+from arriero.profiles.journal import Journal, Region, Tell, keep_silent
 from arriero.profiles.kv_cache import CacheRange
 from arriero.profiles.moments import ROWS, Moments, check_finite
 from arriero.profiles.reserved_array import create_array
@@ -127,14 +128,16 @@ class Walk:
         folder: Path,
         second: bool = True,
         what: str = "calibration sample",
+        tell: Tell = keep_silent,
     ) -> None:
         """Encode `samples`, prompt and answer, as the reference `session` does; its files will lie in `folder`.
 
         `second`: whether second moments are wanted, or counts and ranges only. `what` a sample is called in errors.
+        What is kept for a resume is in the folder's journal; `tell` as there.
         """
         self.second, self.what = second, what
         self.model: Any = session.backend.model.language_model  # type: ignore[attr-defined]
-        self.session, self.folder = session, folder
+        self.session, self.folder, self.journal = session, folder, Journal(folder, tell)
         self.text: TextConfig = self.model.config
         self.samples = samples
         self.routed: Routed | None = None
@@ -153,12 +156,21 @@ class Walk:
         """The hidden states f32 [T, H] that go into `layer`."""
         return self.folder / f"hidden-{layer:03}.npy"
 
+    def has_hidden(self, layer: int) -> bool:
+        """Whether the file of `layer` is there, as it was written."""
+        return self.journal.holds(self.hidden_file(layer).name)
+
+    def drop_hidden(self, layer: int) -> None:
+        """Delete the file of `layer`, which nobody needs any more."""
+        self.journal.forget(self.hidden_file(layer).name)
+        self.hidden_file(layer).unlink(missing_ok=True)
+
     def embed(self, progress: Progress | None = None, seen: Embedded | None = None) -> None:
         """Write the hidden states that go into layer 0: embedded ids, with images in their places.
 
         `seen(number, ids, pixels, features)` is called with what each sample shows.
         """
-        out = _create(self.hidden_file(0), self.tokens, self.text.hidden_size)
+        out = self._create_hidden(0)
         backend = self.session.backend
         tell = progress or _tell_nobody
         tell(0, len(self.prompts))
@@ -172,7 +184,7 @@ class Walk:
             if seen:
                 seen(number, ids, pixels, features)
             tell(number + 1, len(self.prompts))
-        _finish(out, self.hidden_file(0))
+        self._finish_hidden(out, 0)
 
     def ids(self, number: int) -> NDArray[np.int64]:
         """The ids [S] of a sample, prompt and answer."""
@@ -185,7 +197,7 @@ class Walk:
         """
         module = self.model.model.layers[layer]
         hidden = np.load(self.hidden_file(layer), mmap_mode="r")
-        out = _create(self.hidden_file(layer + 1), *hidden.shape)
+        out = self._create_hidden(layer + 1)
         moe = isinstance(module.feed_forward, MoE)
         self.routed = self._new_routed() if moe else None
         total = len(self.prompts) + (self.text.experts if moe else 0)
@@ -202,7 +214,18 @@ class Walk:
         if self.routed is not None:
             self.routed.rows.flush()  # for other machines that read them
             self._add_experts(layer, self.routed, out, lambda expert: tell(len(self.prompts) + expert + 1, total))
-        _finish(out, self.hidden_file(layer + 1))
+        self._finish_hidden(out, layer + 1)
+
+    def _create_hidden(self, layer: int) -> Any:
+        self.drop_hidden(layer)
+        return _create(self.hidden_file(layer), self.tokens, self.text.hidden_size)
+
+    def _finish_hidden(self, array: Any, layer: int) -> None:
+        """Flush what `_create_hidden` made and give it its name, so that a file of that name is whole; keep it."""
+        array.flush()
+        file = self.hidden_file(layer)
+        file.with_suffix(".partial").replace(file)
+        self.journal.keep(file.name, Region.whole(self.folder, file.name))
 
     def _new_routed(self) -> Routed:
         rows = self.tokens * self.text.experts_per_token
@@ -344,9 +367,3 @@ def _watched(module: nn.Module) -> Iterator[dict[str, tuple[Floats, Floats]]]:
 
 def _create(path: Path, rows: int, columns: int) -> Any:
     return create_array(path.with_suffix(".partial"), np.float32, (rows, columns))
-
-
-def _finish(array: Any, path: Path) -> None:
-    """Flush what `_create` made and give it its name, so that a file of that name is whole."""
-    array.flush()
-    path.with_suffix(".partial").replace(path)

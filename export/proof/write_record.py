@@ -1,7 +1,8 @@
 """Writes the reference record: the PyTorch reference runs once over all parity cases, layer by layer.
 
 All cases go through a layer before the next one is read, so that memory holds one layer and one case. What a layer
-gives is on disk before its successor begins, and a killed run goes on there.
+gives is on disk before its successor begins, and a killed run goes on there. What was changed since then is made again,
+from the embeddings on.
 Legend: C cases, T fed tokens of all cases, S of one, H hidden, V vocabulary.
 """
 
@@ -9,8 +10,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from arriero.export.proof.decoded_memory import LOGITS
+from arriero.export.proof.decoded_memory import logit_groups
 from arriero.export.proof.reference_answer import forced_ids, generate_answer
 from arriero.export.proof.walk_layers import ROUTER, Walk
+from arriero.profiles.journal import Region, Tell, keep_silent
 from arriero.profiles.moments import check_finite
 from arriero.profiles.reserved_array import create_array
 from arriero.runtimes.manifest import file_sha256
@@ -35,7 +38,7 @@ from arriero.thresholds import AnswerMode
 Watch = Callable[[str, int, int, str], None]
 SEED = 1  # of sketches, features and drawn ids; it names them, and hides nothing
 STEP = "reference record"
-SHOWN = "shown.partial.json"  # what each case shows, until `record.json` says it
+EMBEDDED, ANSWERED = "embeddings", "logits"  # the first and the last of the pieces that are kept
 DTYPES = dict(zip(SAMPLED, (np.int32, np.float32, np.int32, np.float32, np.float64, np.float64), strict=True))
 
 
@@ -51,13 +54,20 @@ class Origin:
 
 
 def write_record(
-    reference: Session, cases: Sequence[ParityCase], origin: Origin, folder: Path, watch: Watch
+    reference: Session,
+    cases: Sequence[ParityCase],
+    origin: Origin,
+    folder: Path,
+    watch: Watch,
+    tell: Tell = keep_silent,
 ) -> set[str]:
     """Fill `folder` with the record of `cases`, from where a killed run left it; give the names of its files.
 
+    `tell` is given a sentence for what that run left and has to be made again.
     Raises ArrieroError naming layer and case when the reference itself gives what is not finite.
     """
-    return _Writer(Walk(reference, cases, folder, second=False, what="parity case"), origin, folder, watch).run()
+    walk = Walk(reference, cases, folder, second=False, what="parity case", tell=tell)
+    return _Writer(walk, origin, folder, watch).run()
 
 
 class _Writer:
@@ -71,25 +81,28 @@ class _Writer:
 
     def run(self) -> set[str]:
         """Write everything that is not there yet, `record.json` last; give the names of all of the record's files."""
-        if not self._is_there("embeddings.sketch"):
-            self._embed()
-        for layer in range(self.layers):
-            if not self._is_there(f"{layer_name(layer)}.sketch"):
-                self._layer(layer)
-            self.walk.hidden_file(layer).unlink(missing_ok=True)
-        self.walk.forget_routed()
-        if not self._is_there("top_tokens"):
-            self._logits()
-        self.walk.hidden_file(self.layers).unlink(missing_ok=True)
-        return self._describe()
+        pieces: list[tuple[str, Callable[[], None]]] = [(EMBEDDED, self._embed)]
+        pieces += [(layer_name(layer), partial(self._layer, layer)) for layer in range(self.layers)]
+        pieces.append((ANSWERED, self._logits))
+        journal = self.walk.journal
+        start = next((number for number, (piece, _) in enumerate(pieces) if not journal.holds(piece)), len(pieces))
+        if 0 < start < len(pieces) and not self.walk.has_hidden(start - 1):
+            start = 0
+        for number, (piece, make) in enumerate(pieces):
+            if number >= start:
+                journal.forget(piece)
+                make()
+            if number:
+                self.walk.drop_hidden(number - 1)
+        return self._describe([piece for piece, _ in pieces])
 
-    def _is_there(self, name: str) -> bool:
-        return (self.folder / f"{name}.npy").is_file()
+    def _save(self, name: str, array: NDArray) -> str:
+        np.save(self.folder / f"{name}.npy", array)
+        return f"{name}.npy"
 
-    def _save(self, name: str, array: NDArray) -> None:
-        partial = self.folder / f"{name}.partial.npy"
-        np.save(partial, array)
-        partial.rename(self.folder / f"{name}.npy")
+    def _keep(self, piece: str, files: Iterable[str], note: Any = None) -> None:
+        """Note in the journal that `files` are all of `piece`."""
+        self.walk.journal.keep(piece, *(Region.whole(self.folder, file) for file in files), note=note)
 
     def _sketch(self, kind: str, number: int, array: NDArray) -> NDArray[np.float64]:
         """A row [BUCKETS + 1] of a sketch's file."""
@@ -114,9 +127,7 @@ class _Writer:
             shown.append({"tiles": [] if pixels is None else list(pixels.shape), "features": len(features)})
 
         self.walk.embed(lambda done, total: self.watch(f"{STEP}: embed cases", done, total, "cases"), seen)
-        (self.folder / SHOWN).write_text(json.dumps(shown))
-        for kind, rows in kept.items():  # the embeddings last: they say that all is there
-            self._save(f"{kind}.sketch", rows)
+        self._keep(EMBEDDED, [self._save(f"{kind}.sketch", rows) for kind, rows in kept.items()], shown)
 
     def _layer(self, layer: int) -> None:
         """One layer over all cases: expert ids and margins of a MoE layer, and a sketch of what follows."""
@@ -132,13 +143,17 @@ class _Writer:
             after = np.array(hidden[slice(*self.walk.bounds[number : number + 2])])
             check_finite(after, f"layer {layer}", case.name, self.walk.what)
             sketches[number] = self._sketch(layer_name(layer), number, after[None])
+        arrays: dict[str, NDArray] = {"sketch": sketches}
         for name, pieces in (("expert_ids", ids), ("margins", margins)):
-            if pieces:
-                self._save(f"{layer_name(layer)}.{name}", np.concatenate(pieces))
-        self._save(f"{layer_name(layer)}.sketch", sketches)
+            if pieces:  # a dense layer has no experts, and a router that takes all of them no margins
+                arrays[name] = np.concatenate(pieces)
+        self._keep(
+            layer_name(layer), [self._save(f"{layer_name(layer)}.{name}", array) for name, array in arrays.items()]
+        )
 
     def _logits(self) -> None:
         """The last norm and the head over all cases: what is kept of the logits, and greedy top tokens."""
+        self.walk.forget_routed()
         vocabulary, tokens = self.session.spec.vocab_size, self.walk.tokens
         widths = dict(zip(SAMPLED, (HEAD, HEAD, DRAWN, DRAWN, None, None), strict=True))
         shapes = {name: (tokens,) if width is None else (tokens, width) for name, width in widths.items()}
@@ -166,29 +181,30 @@ class _Writer:
             self.watch(f"{STEP}: logits", number + 1, len(self.cases), "cases")
         for file in files.values():
             file.flush()
-        self._save("logits.sketch", sketches)
-        self._save("forced_ids", np.concatenate(forced).astype(np.int32))
-        self._save("top_tokens", tops)
+        arrays: dict[str, NDArray] = {
+            "logits.sketch": sketches,
+            "forced_ids": np.concatenate(forced).astype(np.int32),
+            "top_tokens": tops,
+        }
+        saved = [self._save(name, array) for name, array in arrays.items()]
+        self._keep(ANSWERED, [*saved, *(f"{name}.npy" for name in files)])
 
     def _read_logits(self, hidden: NDArray) -> Iterator[tuple[int, ParityCase, NDArray[np.float32]]]:
-        """Number, case and logits [S, V] of each case; those of `LOGITS` bytes of cases, or of one, go through the head
-        together, so that it is read once for them.
+        """Number, case and logits [S, V] of each case; those of a group of `logit_groups` go through the head together,
+        so that it is read once for them.
         """
-        bounds, most = self.walk.bounds, LOGITS // (4 * self.session.spec.vocab_size)
-        start = 0
-        while start < len(self.cases):
-            stop = max(start + 1, int(np.searchsorted(bounds, bounds[start] + most, side="right")) - 1)
-            logits = self.walk.logits(np.array(hidden[bounds[start] : bounds[stop]]))
-            for number in range(start, stop):
-                own = slice(*(bounds[number : number + 2] - bounds[start]))
+        bounds = self.walk.bounds
+        for group in logit_groups(np.diff(bounds).tolist(), self.session.spec.vocab_size):
+            logits = self.walk.logits(np.array(hidden[bounds[group.start] : bounds[group.stop]]))
+            for number in group:
+                own = slice(*(bounds[number : number + 2] - bounds[group.start]))
                 yield number, self.cases[number], logits[own]
             del logits  # gone before its successor is made
-            start = stop
 
-    def _describe(self) -> set[str]:
-        """Pictures, generated answers, and `record.json` over all of it."""
-        closes = bool(self.session.spec.eos_token_ids)
-        shown = json.loads((self.folder / SHOWN).read_text())
+    def _describe(self, pieces: Sequence[str]) -> set[str]:
+        """Pictures, generated answers, and `record.json` over all of it and the arrays of `pieces`."""
+        closes, kept = bool(self.session.spec.eos_token_ids), self.walk.journal.entries
+        shown = kept[EMBEDDED].note
         entries = []
         self.watch(f"{STEP}: answers", 0, len(self.cases), "cases")
         for number, case in enumerate(self.cases):
@@ -210,7 +226,7 @@ class _Writer:
                 }
             )
             self.watch(f"{STEP}: answers", number + 1, len(self.cases), "cases")
-        names = sorted(self._arrays() | self.pictures)
+        names = sorted({region.file for piece in pieces for region in kept[piece].regions} | self.pictures)
         files = {}
         for number, name in enumerate(names):
             self.watch(f"{STEP}: hash files", number, len(names), "files")
@@ -225,16 +241,6 @@ class _Writer:
         }
         (self.folder / FILE).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return {FILE, *files}
-
-    def _arrays(self) -> set[str]:
-        """The names of the record's arrays."""
-        layers = [layer_name(layer) for layer in range(self.layers)]
-        sketches = ("embeddings", "pixels", "features", "logits", *layers)
-        names = {f"{name}.sketch" for name in sketches} | {"forced_ids", "top_tokens"}
-        # a dense layer has no experts, and a router that takes all of them no margins
-        optional = {f"{layer}.{kind}" for layer in layers for kind in ("expert_ids", "margins")}
-        optional |= {"logits", *SAMPLED}
-        return {f"{name}.npy" for name in names} | {f"{name}.npy" for name in optional if self._is_there(name)}
 
     def _answer(self, number: int) -> dict[str, Any]:
         """What the reference answers, where answers are generated."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from arriero.errors import ArrieroError, MachineLacks, is_full, sentence_of
+from arriero.runtimes.broken_package import naming_broken_packages
 from arriero.traits import install
 
 INCOMING = "incoming"  # of a folder, where objects are while they are being written
@@ -114,14 +115,15 @@ class UrlStore:
 
     def __init__(self, url: str) -> None:
         """Open `url`; credentials and options are those that the URL's own fsspec package finds."""
-        try:
-            import fsspec
-        except ImportError:
-            raise MachineLacks(
-                "the package fsspec is not installed",
-                where=url,
-                remedy=f"Install it with `{install('store')}`, or give a folder",
-            ) from None
+        with naming_broken_packages():
+            try:
+                import fsspec
+            except ModuleNotFoundError:
+                raise MachineLacks(
+                    "the package fsspec is not installed",
+                    where=url,
+                    remedy=f"Install it with `{install('store')}`, or give a folder",
+                ) from None
         self.url = url.rstrip("/")
         with _answers(url):
             try:

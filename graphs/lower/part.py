@@ -20,6 +20,7 @@ from arriero.graphs.rewrite.misses import describe_misses
 from arriero.graphs.sources.runtime_adapters import RuntimeAdapters
 from arriero.graphs.stored.safetensors_writer import Progress
 from arriero.graphs.stored.weight_store import WeightStore
+from arriero.profiles.journal import Tell, keep_silent
 from arriero.profiles.kv_cache import StoredCache
 from arriero.profiles.quantized_weights import QuantizedWeights
 from arriero.profiles.schemes import Scheme
@@ -38,7 +39,7 @@ class Lowering:
     round by gptq, `cache` how keys and values are kept. `capability` is that of the target's GPU (89 for 8.9; 0: none,
     or any). `dump` is shown the graph after each phase. `adapters` are those that the bundle switches between; without
     any its graphs have no input for them. No file of weights takes more than `shard` bytes, unless it is
-    that of one larger weight.
+    that of one larger weight. `tell` is given a sentence for what a killed run left and has to be made again.
     """
 
     config: ModelConfig
@@ -52,6 +53,7 @@ class Lowering:
     dump: Dump | None = None
     adapters: RuntimeAdapters = field(default_factory=RuntimeAdapters)
     shard: int = SHARD
+    tell: Tell = keep_silent
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def lower_part(
     model.opset_imports[opset[0]] = opset[1]
     passes = (tidy.RemoveUnusedNodesPass(), tidy.TopologicalSortPass(), tidy.RemoveUnusedOpsetsPass())
     Sequential(*passes)(model)
-    table = store.write(lowering.out_dir, f"weights/{part}", lowering.shard, lowering.progress, links)
+    table = store.write(lowering.out_dir, f"weights/{part}", lowering.shard, lowering.progress, links, lowering.tell)
     ir.save(model, lowering.out_dir / f"{part}.onnx")
     dump(part, "lowered", model)
     return table

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from arriero.errors import ArrieroError
 from arriero.graphs.functions import CACHED_ATTENTION, EXPERT_DISPATCH
 from arriero.graphs.lower.part import Lowering, Phase, WeightTable, lower_part
+from arriero.graphs.names import expert_tensors
 from arriero.graphs.passes.expand_attention import expand_attention
 from arriero.graphs.passes.fold_reshape_shapes import fold_reshape_shapes
 from arriero.graphs.passes.fuse_rotary import ROTARY, fuse_rotary
@@ -80,6 +81,16 @@ def stored_elements(shape: Sequence[int], scheme: Scheme, narrow: str, capabilit
         return math.prod(shape)
     experts, features, outputs = shape
     return experts * outputs * row_words(BITS[form], features)
+
+
+def plugin_forms(assignment: Mapping[str, Scheme], layer: int, capability: int) -> tuple[str, str] | None:
+    """The kernels' forms of gate_up and down of a MoE layer that becomes our plugins; None for one that does not."""
+    gate_up, down = (assignment[name] for name in expert_tensors(layer))
+    native = capability in NATIVE_MOE_ON and isinstance(gate_up, Half) and gate_up == down
+    if native or capability < PLUGINS_SINCE:
+        return None
+    first, second = (plugin_form(scheme, activations(assignment)) for scheme in (gate_up, down))
+    return None if first is None or second is None else (first, second)
 
 
 def lower(part: str, canonical: ir.Model, lowering: Lowering) -> WeightTable:

@@ -25,6 +25,7 @@ from arriero.graphs.passes.narrow_cache import narrow_cache
 from arriero.graphs.passes.replace_linear_with_kernel import replace_linear_with_kernel
 from arriero.graphs.passes.replace_lookup import LOOKUP, replace_lookup
 from arriero.graphs.stored.link_file import link_file
+from arriero.profiles.journal import Journal, Region
 from arriero.profiles.schemes import Exact, IntBlock, Scheme
 from arriero.traits import TRAITS
 
@@ -97,7 +98,13 @@ def _link_checkpoint(lowering: Lowering) -> dict[Path, str]:
             stays = isinstance(lowering.assignment.get(name), Exact) and name not in experts
             files[file] = files.get(file, file.stat().st_size <= lowering.shard) and stays
     places = {file: f"weights/{file.name}" for file, whole in files.items() if whole}
+    journal = Journal(lowering.out_dir, lowering.tell)
     for file, place in places.items():
-        if not (lowering.out_dir / place).exists():  # another part's lowering may have linked it
-            link_file(file.resolve(), lowering.out_dir / place)
+        stored, target = file.resolve(), lowering.out_dir / place
+        # another part's lowering may have linked it
+        if not (target.exists() and target.samefile(stored)) and not journal.holds(place):
+            target.unlink(missing_ok=True)
+            link_file(stored, target)
+            if not target.samefile(stored):
+                journal.keep(place, Region.whole(lowering.out_dir, place))
     return places

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+
+from arriero.profiles.journal import Journal, Region, Tell, keep_silent
 
 ALIGNMENT = 4096  # the data section starts on a page, so that a memory map of it is aligned
 CACHE_LINE = 64
@@ -101,80 +105,85 @@ def split(groups: Iterable[Group], most: int) -> list[list[Group]]:
 
 
 def write_all(
-    folder: Path, files: Mapping[str, Sequence[Group]], progress: Progress | None = None
+    folder: Path, files: Mapping[str, Sequence[Group]], progress: Progress | None = None, tell: Tell = keep_silent
 ) -> dict[str, Layout]:
-    """Write each of `files` by its path in `folder`, as `write` does; `progress` counts the bytes of all of them."""
+    """Write each of `files` by its path in `folder`; each appears whole or not at all. Give their layouts.
+
+    `progress(bytes_done, bytes_total)` is called after every piece and counts the bytes of all files. What a killed
+    call leaves is in the folder's journal with the hash of every group; the next call makes those again that are
+    missing, or were changed. Both take one layout at one path for one content, so `folder` must be keyed by content.
+    Raises ValueError when the pieces are not the bytes that were planned.
+    """
+    journal = Journal(folder, tell)
     total, done, layouts = sum(group.nbytes for groups in files.values() for group in groups), 0, {}
     for name, groups in files.items():
 
-        def count(written: int, _: int, before: int = done) -> None:
+        def count(written: int, before: int = done) -> None:
             if progress:
                 progress(before + written, total)
 
-        layouts[name] = write(folder / name, groups, count)
+        layouts[name] = _write(folder, name, groups, count, journal)
         done += sum(group.nbytes for group in groups)
     return layouts
 
 
-def write(path: Path, groups: Sequence[Group], progress: Progress | None = None) -> Layout:
-    """Write all tensors of `groups` to `path` and say where they lie; the file appears whole or not at all.
-
-    `progress(bytes_done, bytes_total)` is called after every piece. A killed call leaves `<path>.partial` and its
-    journal; the next call goes on after the last finished group, and one after a finished call does nothing. Both take
-    one layout at one path for one content, so `path` must lie in a folder that is keyed by content. Raises ValueError
-    when the pieces are not the bytes that were planned.
-    """
+def _write(
+    folder: Path, name: str, groups: Sequence[Group], progress: Callable[[int], None], journal: Journal
+) -> Layout:
     layout = plan_layout(groups)
-    total = layout.size - len(layout.head)
-    if _is_whole(path, layout):
-        return layout
-    partial, journal = path.with_name(path.name + ".partial"), path.with_name(path.name + ".journal")
+    path, unfinished = folder / name, f"{name}.partial"
+    partial = folder / unfinished
     path.parent.mkdir(parents=True, exist_ok=True)
-    finished = _finished_groups(partial, journal, layout.head)
-    with open(partial, "r+b" if finished is not None else "w+b") as file, open(journal, "ab") as log:
-        if finished is None:
-            log.truncate(0)
+    if path.is_file():
+        os.replace(path, partial)
+    pieces = [f"group {number} of {name}" for number in range(len(groups))]
+    resumed = _begins_with(partial, layout.head)
+    with open(partial, "r+b" if resumed else "w+b") as file:
+        if not resumed:
+            for piece in pieces:
+                journal.forget(piece)
             file.write(layout.head)
-        done = sum(group.nbytes for group in groups[: finished or 0])
-        for group in groups[finished or 0 :]:
-            cursors = [layout.offsets[spec.name] for spec in group.specs]
-            for arrays in group.pieces():
-                for number, array in enumerate(arrays):
-                    file.seek(cursors[number])
-                    cursors[number] += file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-                    done += array.nbytes
-                if progress:
-                    progress(done, total)
-            for spec, cursor in zip(group.specs, cursors, strict=True):
-                if cursor != layout.offsets[spec.name] + spec.nbytes:
-                    came = cursor - layout.offsets[spec.name]
-                    raise ValueError(f"{spec.name}: {came} bytes came where {spec.nbytes} were planned")
-            _flush(file.fileno(), file.flush)
-            log.write(b"\n")
-            _flush(log.fileno(), log.flush)
+        done = 0
+        for piece, group in zip(pieces, groups, strict=True):
+            if not journal.holds(piece):
+                regions = _write_group(file, unfinished, layout, group, progress, done)
+                file.flush()
+                os.fsync(file.fileno())
+                journal.keep(piece, *regions)
+            done += group.nbytes
     os.replace(partial, path)
-    journal.unlink()
     return layout
 
 
-def _is_whole(path: Path, layout: Layout) -> bool:
-    if not path.is_file() or path.stat().st_size != layout.size:
+def _write_group(
+    file: BinaryIO, name: str, layout: Layout, group: Group, progress: Callable[[int], None], before: int
+) -> list[Region]:
+    """Write the pieces of a group into the file called `name`, and give the region of each of its tensors.
+
+    `before`: the bytes of the groups before it.
+    """
+    written, digests = [0] * len(group.specs), [hashlib.sha256() for _ in group.specs]
+    for arrays in group.pieces():
+        for number, (spec, array) in enumerate(zip(group.specs, arrays, strict=True)):
+            content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            file.seek(layout.offsets[spec.name] + written[number])
+            written[number] += file.write(content)
+            digests[number].update(content)
+        progress(before + sum(written))
+    for spec, count in zip(group.specs, written, strict=True):
+        if count != spec.nbytes:
+            raise ValueError(f"{spec.name}: {count} bytes came where {spec.nbytes} were planned")
+    return [
+        Region(name, layout.offsets[spec.name], spec.nbytes, digest.hexdigest())
+        for spec, digest in zip(group.specs, digests, strict=True)
+    ]
+
+
+def _begins_with(partial: Path, head: bytes) -> bool:
+    if not partial.is_file():
         return False
-    with open(path, "rb") as file:
-        return file.read(len(layout.head)) == layout.head
-
-
-def _flush(descriptor: int, flush: Callable[[], None]) -> None:
-    flush()
-    os.fsync(descriptor)
-
-
-def _finished_groups(partial: Path, journal: Path, head: bytes) -> int | None:
-    """How many groups an interrupted `write` of the same layout has finished; None when there is nothing to go on."""
-    if not (partial.is_file() and journal.is_file()):
-        return None
     with open(partial, "rb") as file:
-        return journal.stat().st_size if file.read(len(head)) == head else None
+        return file.read(len(head)) == head
 
 
 def row_slices(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:

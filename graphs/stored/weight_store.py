@@ -18,6 +18,7 @@ from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.graphs.stored import safetensors_writer as weights
 from arriero.graphs.stored.safetensors_writer import Group, Progress, Spec
+from arriero.profiles.journal import Tell, keep_silent
 from arriero.profiles.quantized_weights import QuantizedWeights
 from arriero.profiles.schemes import Exact, Half, Scheme
 
@@ -104,12 +105,13 @@ class WeightStore:
         shard: int,
         progress: Progress | None = None,
         links: Mapping[Path, str] | None = None,
+        tell: Tell = keep_silent,
     ) -> dict[str, dict[str, Any]]:
         """Write everything promised, bind the initialisers to it, and give the weight table.
 
         It goes to `folder/<stem>-<number>.safetensors`, records to `<stem>-experts-<number>.safetensors`, none of more
         than `shard` bytes but those of one weight that is larger. A tensor kept byte for byte whose checkpoint file is
-        in `links` is bound to the location given there instead.
+        in `links` is bound to the location given there instead. `progress` and `tell` as in `write_all`.
         """
         places = {
             name: (links[place.file], place.offset)
@@ -122,7 +124,7 @@ class WeightStore:
             for prefix, promised in ((stem, own), (f"{stem}-experts", self._records))
             for number, groups in enumerate(weights.split(promised, shard), 1)
         }
-        for location, layout in weights.write_all(folder, files, progress).items():
+        for location, layout in weights.write_all(folder, files, progress, tell).items():
             places |= {name: (location, offset) for name, offset in layout.offsets.items()}
         for group in (*self._groups, *self._records):
             for spec in group.specs:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from arriero.errors import ArrieroError, MachineLacks
+from arriero.runtimes.broken_package import does_not_load
 from arriero.runtimes.manifest import Manifest
 from arriero.runtimes.nvidia.cuda import Device, load_cuda
 from arriero.strict_json import read_json_object
-from arriero.traits import install, reinstall
+from arriero.traits import install
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,9 @@ class Product:
                 return import_module(name)
             except ModuleNotFoundError as error:
                 failure = failure or error
-            except (ImportError, OSError, RuntimeError) as error:
-                # installed, but its own libraries are missing or do not load
-                raise MachineLacks(
-                    f"{self.title} does not load: {str(error).splitlines()[0]}",
-                    remedy=f"Reinstall it: {reinstall(self.extra)}{self.elsewhere}",
-                ) from error
+            except Exception as error:  # installed, but its own libraries are missing or do not load
+                lack = does_not_load(name, error, self.extra)
+                raise MachineLacks(lack.what, remedy=f"{lack.remedy}{self.elsewhere}") from error
         raise MachineLacks(
             f"{self.title} is not installed ({failure})",
             remedy=f"Install it with `{install(self.extra)}`{self.elsewhere}",

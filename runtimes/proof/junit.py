@@ -1,4 +1,7 @@
-"""Parity reports as JUnit XML: one suite per bundle, one test case per judged row."""
+"""Parity reports as JUnit XML: one suite per bundle, one test case per judged row.
+
+A suite has the time that its bundle took, a test case none: all rows come of the same passes over the cases.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ class Suite:
     """One bundle: its reports, of the model, None, and of it with each adapter; seconds that all of it took.
 
     `error`: why there is no report, or none that counts; `unproven`: the device that has to make it. `causes`: why rows
-    failed and what to do, by metric, where somebody knows.
+    failed and what to do, by the key of `reports` and the metric, where somebody knows.
     """
 
     name: str
     reports: Mapping[str | None, ParityReport] = field(default_factory=dict)
     seconds: float = 0.0
-    causes: Mapping[str, str] = field(default_factory=dict)
+    causes: Mapping[tuple[str | None, str], str] = field(default_factory=dict)
     error: str | None = None
     unproven: str | None = None
 
@@ -55,7 +58,7 @@ def _suite(suite: Suite) -> ET.Element:
         limit = show_limit(row)
         sentence = clean(f"{row.title}: {show(row)}{limit and f', {limit}'}. {row.detail}".rstrip(" ."))
         if row.status == "fail":
-            why = suite.causes.get(row.metric, row.about.meaning)
+            why = suite.causes.get((adapter, row.metric), row.about.meaning)
             ET.SubElement(case, "failure", type="BelowThreshold", message=sentence).text = clean(why)
         else:
             ET.SubElement(case, "system-out").text = sentence

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from arriero.errors import ArrieroError
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
+from arriero.graphs.lower import tvm as lowering_for_tvm
 from arriero.graphs.lower.part import Lowering
 from arriero.graphs.lower.tvm import lower
 from arriero.graphs.passes.fold_reshape_shapes import fold_reshape_shapes
@@ -25,9 +26,11 @@ from arriero.graphs.passes.keep_token_axes import keep_token_axes
 from arriero.graphs.trace import trace_embed, trace_text, trace_vision
 from arriero.profiles.float8 import dequantize_float8, quantize_float8
 from arriero.profiles.grids import Grid
+from arriero.profiles.journal import FILE
 from arriero.profiles.recipe import load_profile
 from arriero.profiles.schemes import IntBlock
 from arriero.profiles.stored_values import stored_values
+from tests.flip import flip
 from tests.toys import make_maverick_toy, make_scout_toy
 
 EXPERTS = "language_model.model.layers.1.feed_forward.experts"
@@ -150,6 +153,36 @@ def test_an_exact_profile_reads_the_matrices_in_the_checkpoints_own_file(built: 
         file.stat().st_size for file in (out / "weights").iterdir() if file != link and "experts" not in file.name
     )
     assert own < 100_000  # norms and biases, widened
+
+
+@pytest.mark.parametrize("how", ["changed", "cut short by a kill"])
+def test_a_copy_of_a_checkpoints_file_that_a_killed_build_left_is_used_as_it_was_made_only(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Where the file system has no links; the copy of a finished lowering is not made twice."""
+    copies: list[Path] = []
+
+    def copy(source: Path, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+        copies.append(target)
+
+    monkeypatch.setattr(lowering_for_tvm, "link_file", copy)
+    checkpoint, told = split_toy(built, tmp_path / "split"), list[str]()
+    schemes = load_profile("fp32").assign(checkpoint.tensors)
+    lowering = Lowering(built.config, checkpoint, schemes, tmp_path / "out", tell=told.append)
+    (place,) = lowering_for_tvm._link_checkpoint(lowering).values()
+    lowering_for_tvm._link_checkpoint(lowering)
+    assert copies == [tmp_path / "out" / place]
+    if how == "changed":
+        flip(copies[0], -1)
+    else:
+        copies[0].write_bytes(copies[0].read_bytes()[:100])
+        (tmp_path / "out" / FILE).unlink()
+    lowering_for_tvm._link_checkpoint(lowering)
+    assert len(copies) == 2
+    assert copies[0].read_bytes() == (tmp_path / "split" / "rest.safetensors").read_bytes()
+    assert len(told) == (how == "changed")
 
 
 def test_each_expert_is_one_record_on_pages_of_its_own(built: Built, tmp_path: Path) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from arriero.profiles.journal import FILE
 from arriero.profiles.quantize import Quantized, dequantize, quantize
 from arriero.profiles.quantized_weights import NOTES, QuantizedWeights, RoundingRecord
 from arriero.profiles.schemes import IntBlock
+from tests.flip import flip
 
 SCHEME = IntBlock(kind="int_block", bits=4, block=16, accuracy_level=4, rounding="gptq")
 
@@ -50,9 +53,32 @@ def test_settled_notes_do_not_tell_how_often_a_run_was_cut_short(tmp_path: Path)
                 note = RoundingRecord(f"w{number}", None, "gptq", number, 1.0, None)
                 store.write(note.tensor, None, 0, rounded(number), note)
             if store is torn:
-                with (store.folder / NOTES).open("a") as notes:
-                    notes.write('{"tensor": "w9", "exp')
+                with (store.folder / FILE).open("a") as journal:
+                    journal.write('{"tensor": "w9", "exp')
         store.settle()
     assert (once.folder / NOTES).read_bytes() == (torn.folder / NOTES).read_bytes()
     assert [note.tensor for note in torn.notes()] == ["w1", "w2", "w3"]
-    assert sorted(path.name for path in torn.folder.iterdir()) == sorted(once.files())
+    assert sorted(path.name for path in torn.folder.iterdir()) == sorted({*once.files(), FILE})
+    (torn.folder / FILE).unlink()  # as the stage does that is finished
+    assert QuantizedWeights(torn.folder).notes() == once.notes()
+
+
+@pytest.mark.parametrize("at", [64, -1])
+def test_an_expert_that_was_changed_since_is_written_again(tmp_path: Path, at: int) -> None:
+    """In the header of its stack's file, on which all of them depend, or in the last one's integers."""
+    once, store, told = QuantizedWeights(tmp_path / "once"), QuantizedWeights(tmp_path / "store"), list[str]()
+    notes = [RoundingRecord("e", expert, "gptq", expert, 1.0, None) for expert in range(3)]
+    for made in (once, store):
+        for expert in range(3):
+            made.write("e", expert, 3, rounded(expert), notes[expert])
+    flip(store.folder / "e.packed.npy", at)
+    again = QuantizedWeights(store.folder, told.append)
+    left = again.check()
+    assert left == ({("e", 0), ("e", 1)} if at < 0 else set())
+    assert len(told) == 3 - len(left)
+    for expert in {0, 1, 2} - {number for _, number in left}:
+        again.write("e", expert, 3, rounded(expert), notes[expert])
+    for made in (once, again):
+        made.settle()
+    for file in once.files():
+        assert (once.folder / file).read_bytes() == (again.folder / file).read_bytes()

@@ -78,9 +78,7 @@ def build_kernel(kernel: Kernel, gpu: str) -> Blob:
 
 def compile_ptx(source: str, gpu: str) -> str:
     """PTX of `source` for `gpu`, readable by any driver that knows the architecture."""
-    nvcc = find_nvcc()
-    if shutil.which("g++") is None:
-        raise MachineLacks("nvcc needs a C++ compiler (`g++`)", remedy="Install it: `apt-get install g++`")
+    nvcc = find_compilers()
     with tempfile.TemporaryDirectory(prefix="cuda-") as scratch:
         # a name that does not change, as it may end up in what is compiled
         (Path(scratch) / "kernels.cu").write_text(source)
@@ -112,6 +110,14 @@ def sources_hash() -> str:
 def nvcc_version() -> str:
     """What nvcc says of itself, in its last line."""
     return _run([str(find_nvcc()), "--version"], "").strip().splitlines()[-1]
+
+
+def find_compilers() -> Path:
+    """Give CUDA's compiler, which has the C++ compiler beside it that it needs. Raises MachineLacks without both."""
+    nvcc = find_nvcc()
+    if shutil.which("g++") is None:
+        raise MachineLacks("nvcc needs a C++ compiler (`g++`)", remedy="Install it: `apt-get install g++`")
+    return nvcc
 
 
 def find_nvcc() -> Path:

@@ -23,6 +23,8 @@ from arriero.export.compile.cuda.build_cuda_kernels import Blob, build_kernel
 from arriero.export.compile.cuda.launch import SHAPES, Kernel, Op, activations_of, check_sizes
 from arriero.graphs.stored.expert_plugins import BITS, DOMAIN, DOWN, GATE_UP
 from arriero.graphs.stored.mma_layout import row_words
+from arriero.runtimes.broken_package import naming_broken_packages
+from arriero.traits import install
 
 TACTICS = dict(enumerate(SHAPES, 1))  # TensorRT wants them positive
 TYPES = {"f16": "FP16", "bf16": "BF16"}  # activation types, as TensorRT's combinations name them
@@ -70,13 +72,13 @@ def register_plugins(gpu: str) -> Plugins:
 
 
 def _import_tensorrt() -> tuple[ModuleType, ModuleType]:
-    try:
-        import tensorrt
-        import tensorrt.plugin
-    except ImportError as error:
-        raise MachineLacks(
-            f"TensorRT cannot be imported: {error}", remedy="Install it: `pip install tensorrt`"
-        ) from None
+    with naming_broken_packages():
+        try:
+            import tensorrt
+            import tensorrt.plugin
+        except ModuleNotFoundError as error:
+            what, remedy = f"TensorRT cannot be imported: {error}", f"Install it: `{install('tensorrt')}`"
+            raise MachineLacks(what, remedy=remedy) from None
     if not hasattr(tensorrt, "QuickPluginCreationRequest"):
         raise MachineLacks(
             f"TensorRT {tensorrt.__version__} has no plugins compiled ahead of time",

@@ -17,12 +17,17 @@ from arriero.export.calibration.estimate import (
     walk_disk,
 )
 from arriero.export.machine.memory_watch import MemoryWatch
+from arriero.export.pipeline import record_plan
+from arriero.export.pipeline.record_plan import record_memory
+from arriero.export.proof import decoded_memory
+from arriero.export.proof.decoded_memory import logit_groups
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from tests.export.proof.test_walk_layers import LENGTH, SAMPLES, profile, walk_over
 from tests.toys import load_reference, make_scout_toy
 
 HIDDEN = 512
+CHASQUI = Path(__file__).parents[3] / "models" / "chasqui"
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +82,23 @@ def test_embedded_samples_are_never_larger_than_said(tmp_path: Path) -> None:
     tokens, tiles = embedded_size(config.vision)
     assert max(size[0] for size in sizes) <= tokens
     assert max(size[1] for size in sizes) <= tiles
+
+
+def test_the_records_logits_are_those_of_the_cases_that_go_through_the_head_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint = Checkpoint.open(CHASQUI)
+    config, used = checkpoint.model_config(), [*checkpoint.tensors.values()]
+    vocabulary, hidden = config.text.vocab_size, config.text.hidden_size
+    lengths = [400, *[100] * 99]
+    sizes = [(length, 0) for length in lengths]
+    beside = REFERENCE_MEMORY + record_plan.LOGITS_BESIDE
+    # what the head makes of its rows, all of them, before it is put where the group's logits are
+    together = 4 * vocabulary * sum(lengths)
+    assert record_memory(config, used, sizes, "forced") == beside + 2 * together + 8 * vocabulary * hidden
+    monkeypatch.setattr(decoded_memory, "LOGITS", 4 * vocabulary * 1000)
+    assert [(group.start, group.stop) for group in logit_groups(lengths, vocabulary)][:2] == [(0, 7), (7, 17)]
+    together = 4 * vocabulary * 1000
+    assert record_memory(config, used, sizes, "forced") == beside + 2 * together + 8 * vocabulary * hidden
+    assert [*logit_groups([5, 2000, 5], vocabulary)] == [range(1), range(1, 2), range(2, 3)]
+    assert [*logit_groups([], vocabulary)] == []

@@ -201,7 +201,7 @@ def test_without_tensorrt_the_remedy_is_told(monkeypatch):
     from arriero.export.compile.cuda.plugin import register_plugins
 
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(MachineLacks, match=r"TensorRT cannot be imported.*pip install tensorrt"):
+    with pytest.raises(MachineLacks, match=r"TensorRT cannot be imported.*pip install 'arriero\[tensorrt\]'"):
         register_plugins("sm_89")
 
 

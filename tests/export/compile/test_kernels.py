@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.export.compile.build_kernels import build_kernels, find_compiler
+from arriero.export.compile.build_kernels import build_kernels, check_compiler, find_compiler
 from arriero.export.compile.relax.kernels import FEW_OUTPUTS
 from arriero.graphs.stored.packed_panels import (
     pack_e4m3_panels,
@@ -306,3 +307,32 @@ def test_code_of_one_level_is_in_no_other(library):
                 users[register].add(level[1] if level else line)
     assert users["%zmm"] == {"amx", "avx512vnni"} >= users["%k1"]
     assert users["%tmm"] == {"amx"}
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("#!/bin/sh\necho 'g++: error: unrecognized -std=c++17' >&2; exit 1", "error: unrecognized -std=c++17"),
+        (
+            "#!/bin/sh\ncase \"$*\" in *avx512vnni*|*i8mm*) echo 'error: bad -march' >&2; exit 1;; esac\nexit 0",
+            "error: bad -march",
+        ),
+        ("#!/bin/sh\nexit 0", "it writes no file"),
+        ("no program", "Exec format error"),
+    ],
+)
+def test_a_compiler_that_is_none_for_the_kernels_is_refused_before_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
+) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text(script)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(MachineLacks, match=rf"g\+\+: the C\+\+ compiler .*: {re.escape(reason)}.*expected GCC 12"):
+        check_compiler(platform.machine())
+
+
+def test_a_compiler_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_compiler(platform.machine()) == find_compiler(platform.machine())
+    monkeypatch.setattr(subprocess, "run", None)
+    check_compiler(platform.machine())

@@ -2,6 +2,7 @@
 
 import io
 import json
+import platform
 import re
 import sys
 import tomllib
@@ -80,10 +81,12 @@ def test_a_machine_of_one_core_has_one_core(tmp_path, monkeypatch):
 
 
 def test_a_library_that_does_not_load(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    (tmp_path / "onnxruntime.py").write_text("raise OSError('bad build')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime")
     found = diagnose(tmp_path, "onnxruntime")
     check = found.backends["onnxruntime"][-1]
-    assert check.found.startswith("import fails")
+    assert check.found == "the package onnxruntime is installed and does not load: bad build"
     assert check.remedy.startswith("Reinstall it: pip install --force-reinstall 'onnxruntime")
     assert found.exit_code("onnxruntime") == 3
 
@@ -99,6 +102,18 @@ def test_a_cross_compiler_is_optional_and_the_machines_own_is_not(tmp_path, monk
     assert sorted(len(check.needed_for) for check in compilers.values()) == [0, 1]
     assert all("apt-get install g++" in str(check.remedy) for check in compilers.values())
     assert (bare.can("build", "tvm"), bare.can("run", "tvm")) == (False, True)
+
+
+def test_a_compiler_that_is_there_and_too_old_is_none(tmp_path, monkeypatch):
+    pytest.importorskip("tvm_ffi", reason="needs apache-tvm: pip install 'arriero[tvm]'")
+    (tmp_path / "g++").write_text("#!/bin/sh\necho 'error: unrecognized option -std=c++17' >&2; exit 1")
+    (tmp_path / "g++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = diagnose(tmp_path, "tvm")
+    (check,) = (one for one in found.backends["tvm"] if one.name == f"compiler for {platform.machine()}")
+    assert "cannot compile our kernels: error: unrecognized option" in check.found
+    assert check.remedy.startswith("Update it")
+    assert not found.can("build", "tvm")
 
 
 @pytest.mark.parametrize(

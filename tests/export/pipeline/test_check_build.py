@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -274,3 +275,19 @@ def test_a_compiler_for_the_baseline_of_a_foreign_target(folder: Path, monkeypat
         )
         found = make_plan(load_build(folder / "build.yaml")).problems
         assert [f"there is no C++ compiler for {architecture()}" in str(one) for one in found] == [True] * lacks
+
+
+def test_a_compiler_that_cannot_compile_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_scout(tmp_path / "model", vision=False)
+    (tmp_path / "g++").write_text("#!/bin/sh\necho 'error: unrecognized option -std=c++17' >&2; exit 1")
+    (tmp_path / "g++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    text = BUILD.replace("text, image", "text").replace("backend: onnxruntime", "backend: tvm")
+    assert "cannot compile our kernels: error: unrecognized option -std=c++17" in problems(tmp_path, text)
+
+
+def test_a_backend_that_is_installed_and_does_not_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "onnxruntime.py").write_text("raise OSError('bad build')\n")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    assert "the package onnxruntime is installed and does not load: bad build" in problems(folder, BUILD)

@@ -24,7 +24,7 @@ def report(*rows: Row, layers: tuple[LayerSeries, ...] = ()) -> ParityReport:
 
 def test_calibration_that_too_few_tokens_reached() -> None:
     failed = report(judge("kl_over_rtn", 0.502, 0.5, "of 200 cases"))
-    (failure,) = explain_failures(failed, load_profile("int4"), THIN)
+    (failure,) = explain_failures({None: failed}, load_profile("int4"), THIN)
     assert str(failure) == (
         "KL 50.20 % of the RTN baseline's, limit at most 50 %; 40 of 96 experts had fewer than "
         "64 calibration tokens, most in layer 1 (30): add samples to `calibration`, or others that reach them"
@@ -49,7 +49,7 @@ def test_calibration_that_too_few_tokens_reached() -> None:
 )
 def test_cause_and_remedy_of_each_kind(row: Row, layers: tuple[LayerSeries, ...], words: tuple[str, ...]) -> None:
     assert row.status == "fail"
-    (failure,) = explain_failures(report(row, layers=layers), load_profile("int4"), ENOUGH)
+    (failure,) = explain_failures({None: report(row, layers=layers)}, load_profile("int4"), ENOUGH)
     for word in words:
         assert word in str(failure)
 
@@ -64,7 +64,7 @@ def test_routing_is_named_where_most_of_the_kl_is_its(share: float, cause: str) 
 def test_who_has_enough_says_nothing() -> None:
     assert thin_experts(load_profile("int4"), ENOUGH) is None
     assert thin_experts(load_profile("int8"), THIN) is None  # it does not calibrate
-    assert explain_failures(report(judge("router_agreement", 1.0, 0.99, "d")), load_profile("int4"), THIN) == ()
+    assert explain_failures({None: report(judge("router_agreement", 1.0, 0.99, "d"))}, load_profile("int4"), THIN) == ()
 
 
 def test_the_code_of_a_build_is_the_highest_of_its_targets(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -81,3 +81,14 @@ def test_the_code_of_a_build_is_the_highest_of_its_targets(tmp_path_factory: pyt
     ]
     assert worst_code([failed, lacking, faulty, good]) == UNEXPECTED
     assert worst_code([good, unproven], require_proof=True) == 3
+
+
+def test_what_failed_with_an_adapter_is_told_beside_what_failed_without() -> None:
+    bad = report(judge("router_agreement", 0.9, 0.99, "the detail"), layers=(LAYER,))
+    other = report(judge("router_agreement", 0.8, 0.99, "another detail"))
+    good = report(judge("router_agreement", 1.0, 0.99, "d"))
+    reports = {None: bad, "german": other, "french": good}
+    first, second = explain_failures(reports, load_profile("int8"), ENOUGH)
+    assert (first.adapter, first.cause) == (None, "layer 3 is furthest off, relative error 0.25")
+    assert (second.adapter, second.cause) == ("german", "another detail")
+    assert str(second).startswith("Router agreement with german 80.00 %, limit at least 99 %; another detail: ")

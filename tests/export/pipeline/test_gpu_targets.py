@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from arriero.export.build_file.read import load_build
 from arriero.export.build_file.schema import BuildConfig
 from arriero.export.cli.show_plan import show_plan
 from arriero.export.compile import MemoryBudget, tensorrt_rtx
+from arriero.export.compile.cuda import build_cuda_kernels
 from arriero.export.compile.nvidia import gpus, tensorrt_api
 from arriero.export.compile.nvidia.gpus import Gpu
 from arriero.export.machine import versions
 from arriero.export.pipeline import build as building
 from arriero.export.pipeline import check_build, target_build
-from arriero.export.pipeline.check_fit import check_elements
+from arriero.export.pipeline.check_fit import check_elements, check_plugins
 from arriero.export.pipeline.plan import make_plan
 from arriero.export.pipeline.stage_keys import stage_inputs
 from arriero.graphs.checkpoint import Checkpoint
@@ -136,6 +138,61 @@ def test_a_stack_of_more_elements_than_a_tensor_may_have_is_refused(
     what = rf"targets\[0\]: {name} would be a tensor of {elements:,} elements in profile {profile}"
     with pytest.raises(Problems, match=what):
         check_elements(build, profiles, too_large)
+
+
+@pytest.mark.parametrize(
+    ("backend", "gpu", "profile", "refused"),
+    [
+        ("tensorrt", "sm_89", "fp16", True),
+        ("tensorrt", "sm_100", "fp16", False),  # which has TensorRT's own mixture of experts
+        ("tensorrt", "sm_100", "gpu-int8", True),
+        ("tensorrt", "sm_75", "fp16", False),
+        ("tensorrt", "sm_89", "fp32", False),  # tiles, as there is no kernel
+        ("tensorrt-rtx", "sm_89", "fp16", False),
+    ],
+)
+def test_experts_of_a_width_that_the_cuda_kernels_do_not_compute_are_refused(
+    folder: Path, backend: str, gpu: str, profile: str, refused: bool
+) -> None:
+    build = load(folder, f"name: x, backend: {backend}, profile: {profile}, context: 128, gpu: {gpu}")
+    profiles = {profile: load_profile(profile)}
+    shapes = {name: info.shape for name, info in Checkpoint.open(build.model).tensors.items()}
+    layers = range(4)
+    check_plugins(build, profiles, shapes, layers)  # 64 wide
+    narrow = {"experts.gate_up_proj": (4, 64, 48), "experts.down_proj": (4, 24, 64)}
+    shapes = {name: narrow.get(".".join(name.split(".")[-2:]), shape) for name, shape in shapes.items()}
+    if not refused:
+        check_plugins(build, profiles, shapes, layers)
+        return
+    what = r"targets\[0\], profile \S+: .*experts.gate_up_proj: the expert width is 24; expected a multiple of 16"
+    with pytest.raises(Problems, match=what) as caught:
+        check_plugins(build, profiles, shapes, layers)
+    assert len(caught.value.problems) == 1  # for all layers
+
+
+def test_a_plan_misses_the_tools_that_only_the_build_would_ask_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent() -> None:
+        raise MachineLacks("there is no CUDA compiler (`nvcc`)")
+
+    monkeypatch.setattr(build_cuda_kernels, "find_nvcc", absent)
+    monkeypatch.setattr(check_build, "local_gpus", lambda: (Gpu(89),))
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    for module in [name for name in sys.modules if name.startswith("cuda.")]:
+        monkeypatch.delitem(sys.modules, module)
+    for backend, profile, compiles in (
+        ("tensorrt", "fp16", True),
+        ("tensorrt", "fp32", False),
+        ("tensorrt-rtx", "fp16", False),
+    ):
+        plan = make_plan(load(folder, f"name: x, backend: {backend}, profile: {profile}, context: 128, gpu: sm_89"))
+        told = "\n".join(map(str, plan.problems))
+        assert ("there is no CUDA compiler" in told) == compiles, told
+        assert "the package cuda-bindings is not installed" in told
+    monkeypatch.setattr(check_build, "local_gpus", lambda: ())  # the proof is another machine's
+    plan = make_plan(load(folder, f"{RTX}, gpu: sm_89"))
+    assert "cuda-bindings" not in "".join(map(str, plan.problems))
 
 
 @pytest.mark.parametrize("profile", ["fp32", "fp16", "bf16", "int8-static", "gpu-int8", "gpu-fp8"])

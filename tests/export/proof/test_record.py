@@ -16,13 +16,15 @@ from PIL import Image
 
 from arriero.errors import ArrieroError, Problems
 from arriero.export.build_file.schema import Cases
+from arriero.export.proof import decoded_memory
 from arriero.export.proof import write_record as writing
 from arriero.export.proof.against import find_differences
 from arriero.export.proof.live_reference import LiveReference
 from arriero.export.proof.reference import TorchBackend, open_reference
-from arriero.export.proof.write_record import SHOWN, Origin, write_record
+from arriero.export.proof.write_record import Origin, write_record
 from arriero.export.samples.cases import draw_cases
 from arriero.graphs.checkpoint import Checkpoint
+from arriero.profiles.journal import Tell, keep_silent
 from arriero.runtimes.backend import StepOutput
 from arriero.runtimes.manifest import file_sha256
 from arriero.runtimes.proof import logits as kept_logits
@@ -34,6 +36,7 @@ from arriero.runtimes.proof.record import KEYS, ReferenceRecord
 from arriero.runtimes.proof.report import ParityReport
 from arriero.runtimes.session import Session
 from arriero.thresholds import FORCED, AnswerMode
+from tests.flip import flip
 from tests.small import small_scout
 
 BOTH = ("text", "image")
@@ -56,10 +59,17 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[ParityCase]:
     return [*draw_cases(Cases(samples=10, seed=29), BOTH), own, ParityCase("open", "text", "Hello")]
 
 
-def write(reference: Session, cases: list[ParityCase], folder: Path, answers: AnswerMode, watch: Any = None) -> None:
+def write(
+    reference: Session,
+    cases: list[ParityCase],
+    folder: Path,
+    answers: AnswerMode,
+    watch: Any = None,
+    tell: Tell = keep_silent,
+) -> None:
     folder.mkdir(exist_ok=True)
     origin = Origin("c0ffee", BOTH, answers, {"set": "embedded", "seed": 29}, {"numpy": np.__version__})
-    write_record(reference, cases, origin, folder, watch or (lambda *_: None))
+    write_record(reference, cases, origin, folder, watch or (lambda *_: None), tell)
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +173,33 @@ def test_a_killed_run_goes_on_at_the_layer(reference, cases, record, tmp_path, s
     order = ["embed cases", *(f"layer {n} ({n + 1} of 4)" for n in range(4)), "logits", "answers", "hash files"]
     assert list(dict.fromkeys(steps)) == order[order.index(stop) :]
     assert ReferenceRecord.open(tmp_path).hash == record.hash
-    left = {path.name for path in tmp_path.rglob("*") if "partial" in path.name or "hidden" in path.name}
-    assert left <= {SHOWN}  # no part of the record, so the stage drops it
+    assert not [path.name for path in tmp_path.rglob("*") if "partial" in path.name or "hidden" in path.name]
+
+
+FLIPS = {  # what is changed after a kill in `stop`, and where a resumed run begins
+    "hidden states": ("layer 2 (3 of 4)", "hidden-002.npy", "embed cases"),
+    "embeddings": ("layer 2 (3 of 4)", "embeddings.sketch.npy", "embed cases"),
+    "routing": ("layer 2 (3 of 4)", "layer-001.expert_ids.npy", "embed cases"),
+    "logits": ("answers", "logits.npy", "embed cases"),
+}
+
+
+@pytest.mark.parametrize("what", FLIPS)
+def test_nothing_that_was_changed_since_the_kill_is_used(reference, cases, record, tmp_path, what):
+    stop, file, first = FLIPS[what]
+    steps, told = list[str](), list[str]()
+
+    def killed(step: str, done: int, total: int, unit: str) -> None:
+        if step == f"reference record: {stop}" and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(reference, cases, tmp_path, "generated", killed)
+    flip(tmp_path / file, -1)
+    write(reference, cases, tmp_path, "generated", lambda step, *_: steps.append(step), told.append)
+    assert steps[0] == f"reference record: {first}"
+    assert [line.startswith(f"{tmp_path / file}: ") and line.endswith("it is made again") for line in told] == [True]
+    assert ReferenceRecord.open(tmp_path).hash == record.hash
 
 
 def test_a_candidate_fares_as_against_the_reference_itself(reference, cases, record):
@@ -193,7 +228,7 @@ def test_the_head_is_read_once_for_as_many_cases_as_fit(reference, cases, record
     longest = max(len(case.top_tokens) for case in record)
     for most, name in ((2 * longest, "pairs"), (0, "single")):
         heads.clear()
-        monkeypatch.setattr(writing, "LOGITS", most * 4 * reference.spec.vocab_size)
+        monkeypatch.setattr(decoded_memory, "LOGITS", most * 4 * reference.spec.vocab_size)
         write(reference, cases, tmp_path / name, "generated")
         assert (len(heads) == len(cases)) == (name == "single")
         again = ReferenceRecord.open(tmp_path / name)

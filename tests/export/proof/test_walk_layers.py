@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.model import Llama4
 from arriero.graphs.sources.made_weight import MadeWeight
 from arriero.graphs.sources.weight_source import WeightSource
+from arriero.profiles.journal import Tell, keep_silent
 from arriero.profiles.quantize import dequantize, quantize
 from arriero.profiles.quantized_weights import QuantizedWeights, RoundingRecord
 from arriero.profiles.recipe import Profile
 from arriero.runtimes.processor.processor import Prompt
+from tests.flip import flip
 from tests.toys import VOCABULARY, load_reference, make_guard_toy, make_maverick_toy, make_scout_toy
 
 LAYER = "language_model.model.layers"
@@ -65,11 +68,11 @@ class FakeSample:
         self.images: list[Any] = []
 
 
-def walk_over(model: Llama4, folder: Path, second: bool = True) -> Walk:
+def walk_over(model: Llama4, folder: Path, second: bool = True, tell: Tell = keep_silent) -> Walk:
     folder.mkdir(exist_ok=True)
     samples: Any = [FakeSample(number) for number in range(SAMPLES)]
     session: Any = FakeSession(model)
-    return Walk(session, samples, folder, second)
+    return Walk(session, samples, folder, second, tell=tell)
 
 
 def profile(below: str = "nearest", minimum: int = 8) -> Profile:
@@ -388,3 +391,50 @@ def _decoded(source: WeightSource, read: list[tuple[str, int, int]]) -> MadeWeig
         return source.float32(start, stop)
 
     return MadeWeight(source.name, source.shape, "F32", source.stored, "decoded", make)
+
+
+FLIPS = {
+    "hidden states": ("hidden-002.npy", 300, 0),
+    "a layer's record": ("layer-000.json", 20, 0),
+    "an expert of a layer that was done": (f"p/{LAYER}.0.feed_forward.experts.down_proj.packed.npy", -1, 0),
+    "an expert of the layer that was not": (f"p/{LAYER}.2.feed_forward.experts.down_proj.packed.npy", 130, 2),
+}
+
+
+@pytest.fixture(scope="module")
+def killed_folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A toy, the stage of a calibration that was left alone, and what one leaves that is killed in layer 2."""
+    folder = TOYS["scout"](tmp_path_factory.mktemp("toy"))
+    checkpoint, model = Checkpoint.open(folder), load_reference(folder)
+    whole, parts = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("parts")
+    Calibration(walk_over(model, whole), checkpoint, {"p": profile()}, whole, lambda *_: None).run()
+
+    def killed(step: str, done: int, total: int, unit: str) -> None:
+        if step == "calibrate: layer 2 (3 of 4), matrices" and done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Calibration(walk_over(model, parts), checkpoint, {"p": profile()}, parts, killed).run()
+    return folder, whole, parts
+
+
+@pytest.mark.parametrize("what", FLIPS)
+def test_nothing_that_was_changed_since_the_kill_is_used(
+    tmp_path: Path, killed_folders: tuple[Path, Path, Path], what: str
+) -> None:
+    folder, whole, left = killed_folders
+    parts = shutil.copytree(left, tmp_path / "parts")
+    file, at, first = FLIPS[what]
+    flip(parts / file, at)
+    steps, told = list[str](), list[str]()
+    walk, checkpoint = walk_over(load_reference(folder), parts, tell=told.append), Checkpoint.open(folder)
+    again = Calibration(
+        walk, checkpoint, {"p": profile()}, parts, lambda step, *_: steps.append(step), tell=told.append
+    )
+    again.run()
+    assert [line.startswith(f"{parts / file}: ") and line.endswith("it is made again") for line in told] == [True]
+    layers = list(dict.fromkeys(step.split(",")[0] for step in steps if ": layer " in step))
+    assert layers == [f"calibrate: layer {n} ({n + 1} of 4)" for n in range(first, 4)]
+    assert len(again.files()) > 30
+    for name in again.files():
+        assert (whole / name).read_bytes() == (parts / name).read_bytes(), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from arriero.graphs.sources.safetensors_header import read_header
-from arriero.graphs.stored.safetensors_writer import ALIGNMENT, Group, Spec, plan_layout, row_slices, write
+from arriero.graphs.stored.safetensors_writer import ALIGNMENT, Group, Layout, Spec, plan_layout, row_slices, write_all
+from arriero.profiles.journal import FILE, Journal, Region
+from tests.flip import flip
 
 
 def group(name: str, array: np.ndarray, dtype: str, rows: int = 1) -> Group:
@@ -19,6 +22,10 @@ def group(name: str, array: np.ndarray, dtype: str, rows: int = 1) -> Group:
         (Spec(name, dtype, array.shape),),
         lambda: ((array[start : start + rows],) for start in range(0, len(array), rows)),
     )
+
+
+def write(path: Path, groups: list[Group], *watchers: Callable[..., None]) -> Layout:
+    return write_all(path.parent, {path.name: groups}, *watchers)[path.name]
 
 
 @pytest.fixture
@@ -50,7 +57,7 @@ def test_the_file_is_sound_safetensors_with_aligned_data(tmp_path: Path, arrays:
     total = sum(array.nbytes for array in arrays.values())
     assert calls[-1] == (total, total)
     assert calls == sorted(calls)
-    assert [entry.name for entry in path.parent.iterdir()] == ["w.safetensors"]
+    assert sorted(entry.name for entry in path.parent.iterdir()) == [FILE, "w.safetensors"]
 
 
 def test_tensors_made_together_land_apart(tmp_path: Path) -> None:
@@ -89,10 +96,40 @@ def test_a_killed_write_goes_on_where_it_stopped(tmp_path: Path, arrays: dict[st
         np.testing.assert_array_equal(load_file(path)[name], array)
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_group_that_was_changed_since_is_made_again(
+    tmp_path: Path, arrays: dict[str, np.ndarray], finished: bool
+) -> None:
+    path, made, told = tmp_path / "w.safetensors", list[str](), list[str]()
+
+    def watched(name: str, inner: Group, fail: bool) -> Group:
+        def pieces() -> Iterator[tuple[np.ndarray, ...]]:
+            if fail:
+                raise KeyboardInterrupt
+            made.append(name)
+            yield from inner.pieces()
+
+        return Group(inner.specs, pieces)
+
+    def groups(fail: bool) -> list[Group]:
+        return [watched(n, g, fail and n == "half") for n, g in zip(arrays, groups_of(arrays), strict=True)]
+
+    with contextlib.suppress(KeyboardInterrupt):
+        write(path, groups(not finished))
+    left = path if finished else tmp_path / "w.safetensors.partial"
+    flip(left, plan_layout(groups_of(arrays)).offsets["floats"] + 2)
+    made.clear()
+    write(path, groups(False), lambda *_: None, told.append)
+    assert made == (["floats"] if finished else ["floats", "half"])
+    assert [str(tmp_path) in line and "group 1 of w.safetensors" in line for line in told] == [True]
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(load_file(path)[name], array)
+
+
 def test_a_partial_of_another_layout_is_not_continued(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
     path = tmp_path / "w.safetensors"
     path.with_name("w.safetensors.partial").write_bytes(b"x" * 9000)
-    path.with_name("w.safetensors.journal").write_bytes(b"\n\n")
+    Journal(tmp_path).keep("group 0 of w.safetensors", Region.whole(tmp_path, "w.safetensors.partial"))
     write(path, groups_of(arrays))
     np.testing.assert_array_equal(load_file(path)["bytes"], arrays["bytes"])
 

@@ -22,6 +22,6 @@ def test_a_missing_library_is_named_with_the_way_to_get_it(chosen, monkeypatch):
         raise ImportError("libnvinfer.so.11: cannot open shared object file\nmore")
 
     monkeypatch.setattr(products, "import_module", broken)
-    command = r"Reinstall it: pip install --force-reinstall '(?!arriero)"
+    command = r"Install the library libnvinfer\.so\.11 .*reinstall that: pip install --force-reinstall '(?!arriero)"
     with pytest.raises(MachineLacks, match=rf"does not load: libnvinfer\.so\.11: cannot open.*{command}"):
         chosen.load()

@@ -17,7 +17,7 @@ def written(path: Path, *suites: Suite) -> ET.Element:
 
 def test_a_case_per_judged_row_and_a_failure_per_failed_row(tmp_path: Path) -> None:
     report = make_report()
-    causes = {"vision_relative_l2": "because: mend it"}
+    causes = {(None, "vision_relative_l2"): "because: mend it"}
     (suite,) = written(tmp_path / "out" / "parity.xml", Suite("int8", {None: report}, 2.5, causes))
     cases = {case.get("name"): case for case in suite.iter("testcase")}
     assert list(cases) == [row.metric for row in report.rows if row.status != "info"]
@@ -29,7 +29,7 @@ def test_a_case_per_judged_row_and_a_failure_per_failed_row(tmp_path: Path) -> N
     assert failure is not None
     told = "Router agreement, lowest layer: 99.51 %, at least 99.8 %. layer 7 <script>"
     assert str(failure.get("message")).startswith(told)
-    assert cases["vision_relative_l2"].findtext("failure") == causes["vision_relative_l2"]
+    assert cases["vision_relative_l2"].findtext("failure") == "because: mend it"
     assert failure.text == METRICS["router_agreement_lowest"].meaning
 
 
@@ -40,6 +40,18 @@ def test_rows_of_adapters_stand_in_the_bundles_suite(tmp_path: Path) -> None:
     names = [case.get("name") for case in suite.iter("testcase")]
     assert names == [*judged, *(f"{name} with german" for name in judged)]
     assert (suite.get("tests"), suite.get("failures")) == (str(len(names)), "4")
+
+
+def test_a_cause_is_that_of_its_own_row(tmp_path: Path) -> None:
+    """The model and each adapter have rows of the same metrics, and they fail for reasons of their own."""
+    metric, reports = "vision_relative_l2", {None: make_report(), "german": make_report()}
+    causes = {(None, metric): "the model's", ("german", "router_agreement_lowest"): "the adapter's"}
+    (suite,) = written(tmp_path / "parity.xml", Suite("int8", reports, 2.5, causes))
+    told = {case.get("name"): case.findtext("failure") for case in suite.iter("testcase")}
+    assert (told[metric], told["router_agreement_lowest with german"]) == ("the model's", "the adapter's")
+    assert told[f"{metric} with german"] == METRICS[metric].meaning
+    assert told["router_agreement_lowest"] == METRICS["router_agreement_lowest"].meaning
+    assert all(case.get("time") is None for case in suite.iter("testcase"))  # nobody measured it
 
 
 def test_one_suite_per_bundle_and_sums_over_them(tmp_path: Path) -> None:
