@@ -54,7 +54,7 @@ output: bundles
 targets:
 {targets}
 calibration: {{set: calibration.jsonl}}
-parity: {{cases: {{set: cases.jsonl}}, answers: forced}}
+parity: {{cases: {{set: cases.jsonl}}, answers: forced, thresholds: {thresholds}}}
 """
 
 
@@ -176,7 +176,8 @@ def measure(folder: Path, shape: str, chosen: Collection[str]) -> list[Figure]:
         f"  - {{name: {name}, {rest}, context: 4096, batch: 2}}" for name, rest in TARGETS.items() if name in chosen
     )
     modalities = "[text, image]" if shape in TOWERS else "[text]"
-    (folder / "build.yaml").write_text(BUILD.format(targets=targets, modalities=modalities))
+    thresholds = "{kl_over_rtn: 1.0}" if "int4" in targets else "{}"  # which goes with calibration
+    (folder / "build.yaml").write_text(BUILD.format(targets=targets, modalities=modalities, thresholds=thresholds))
     before = json.loads(arriero(folder, "plan", "build.yaml", "--json"))
     watch = DiskWatch(folder / "bundles")
     watch.start()
