@@ -232,21 +232,23 @@ def test_int8_differs_by_the_rounding_of_activations_only(built: Built, tmp_path
 
 def test_int8_nodes_carry_what_their_kernels_need(built: Built) -> None:
     model = ir.load(built.lower(load_profile("int8")) / "text.onnx")
-    nodes = list(model.graph)
-    assert {node.domain for node in nodes} == {"", "com.microsoft", "ai.arriero"}
-    assert [name for _, name, _ in model.functions] == ["RouteTokens"]
+    nodes, moe = list(model.graph), built.config.text.moe_layers
+    assert {node.domain for node in nodes} == {"", "com.microsoft", *(["ai.arriero"] if moe else [])}
+    assert [name for _, name, _ in model.functions] == (["RouteTokens"] if moe else [])
     linear = [node for node in nodes if node.op_type == "MatMulNBits"]
     assert linear
     assert all(node.attributes["accuracy_level"].as_int() == 4 for node in linear)
     experts = [node for node in nodes if node.op_type == "QMoE"]
-    assert len(experts) == len(built.config.text.moe_layers)
+    assert len(experts) == len(moe)
     for node in experts:
         found = {name: attribute.value for name, attribute in node.attributes.items()}
         wanted = {"k": 1, "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0, "block_size": 32}
         assert {name: found[name] for name in wanted} == wanted
     names = [value.name for value in model.graph.inputs]
     assert names[:3] == ["inputs_embeds", "positions", "logits_index"]
-    assert names[-4:] == ["chunk_seqlens_k", "chunk_total", "global_seqlens_k", "global_total"]
+    counters = ["chunk_seqlens_k", "chunk_total", "global_seqlens_k", "global_total"]
+    wanted = [*counters, *(f"forced_expert_id.{layer}" for layer in moe)]
+    assert names[-len(wanted) :] == wanted
 
 
 @pytest.mark.parametrize("name", ["fp32", "int8"])

@@ -57,7 +57,7 @@ def test_cause_and_remedy_of_each_kind(row: Row, layers: tuple[LayerSeries, ...]
 @pytest.mark.parametrize(("share", "cause"), [(0.8, "flipped routing causes 80 % of the KL"), (0.2, "layer 3 is")])
 def test_routing_is_named_where_most_of_the_kl_is_its(share: float, cause: str) -> None:
     rows = judge("logits_kl_mean", 0.2, 0.1, "d"), judge("logits_kl_routing_share", share, None, "d")
-    (failure,) = explain_failures(report(*rows, layers=(LAYER,)), load_profile("int4"), ENOUGH)
+    (failure,) = explain_failures({None: report(*rows, layers=(LAYER,))}, load_profile("int4"), ENOUGH)
     assert cause in str(failure)
 
 
