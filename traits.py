@@ -42,7 +42,7 @@ class Footprint:
     compiler: int = 0  # the first time; half of it later
     runtime: int = 0
     stays: int = 0  # in the process once it was used, of its packages and of what it keeps for its next use
-    steps: int = 0  # how many times what a step of a prompt computes in
+    keeps_steps: bool = False  # what steps computed in, for steps of the same size: see `StepMemory`
     code: int = 0  # on disk, of each part that is compiled
     maps_weights: bool = False  # read where the file is mapped; else each is copied, a quantised one packed besides
 
@@ -106,7 +106,12 @@ TRAITS: dict[str, BackendTraits] = {
             ),
             files=(".so", ".json"),
             footprint=Footprint(
-                compiler=70 << 20, runtime=80 << 20, stays=80 << 20, steps=1, code=2560 << 10, maps_weights=True
+                compiler=70 << 20,
+                runtime=80 << 20,
+                stays=80 << 20,
+                keeps_steps=True,
+                code=2560 << 10,
+                maps_weights=True,
             ),
             switches_adapters=True,
             forces_routing=True,

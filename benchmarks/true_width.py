@@ -79,6 +79,7 @@ def measure(folder: Path, model: str, layers: int, profile: str, options: argpar
             "stage": stage["name"],
             "planned": stage["memory"],
             "measured": record["peak_memory_bytes"],
+            "start": record["start_memory_bytes"],
             "seconds": record["seconds"],
             "processor_seconds": record["processor_seconds"],
             "disk": record["disk"],

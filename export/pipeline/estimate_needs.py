@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 from arriero.export.build_file.device import device_of
-from arriero.export.build_file.model_spec import model_spec
 from arriero.export.build_file.schema import BuildConfig, Target
 from arriero.export.calibration import estimate
 from arriero.export.calibration.estimate import REFERENCE_MEMORY
+from arriero.export.pipeline.cache_plan import cache_bytes, cache_type, kv_bytes
 from arriero.export.pipeline.disk_plan import KERNELS_DISK, graphs_disk, parts_of, report_disk
+from arriero.export.pipeline.parity_plan import parity_memory
 from arriero.export.pipeline.planned import PlannedTarget
 from arriero.export.pipeline.record_plan import record_disk, record_memory
 from arriero.export.pipeline.stages import split_stage
 from arriero.graphs.checkpoint import Checkpoint
-from arriero.graphs.config import ModelConfig, TextConfig
+from arriero.graphs.config import ModelConfig
 from arriero.graphs.names import EMBEDDING, HEAD, TEXT_PREFIX
 from arriero.graphs.sources.stored_codes import scale_type
 from arriero.graphs.sources.weight_source import WeightSource
-from arriero.profiles.kv_cache import ITEM_BYTES
 from arriero.profiles.recipe import Profile, check_shapes
-from arriero.profiles.schemes import HALF_BYTES, Chosen, Exact, Fp8, Half, IntBlock, Scheme
+from arriero.profiles.schemes import HALF_BYTES, Chosen, Exact, Fp8, IntBlock, Scheme
 from arriero.runtimes.cpu import usable_cores
-from arriero.runtimes.memory_cap import step_bytes
-from arriero.runtimes.steps import logits_piece
 from arriero.thresholds import AnswerMode
-from arriero.traits import PREFILL_PIECE, TRAITS, BackendTraits
-
-CONTEXTS = {"8k": 1 << 13, "128k": 1 << 17, "1M": 1 << 20, "10M": 10 << 20}
-CACHE_BYTES = {**ITEM_BYTES, "bfloat16": 2}  # of a number in a cache of keys and values
+from arriero.traits import TRAITS, BackendTraits
 
 # The estimates' constants, from runs on small models as `benchmarks/plan_accuracy.py` makes them.
 TRACE_MEMORY, TRACE_LAYER = 320 << 20, 4 << 20  # Python with torch and onnx, and the graph of a layer
@@ -40,9 +34,7 @@ ENGINE_DISK = 64 << 20  # the code in three engines
 LARGEST_PIECE = 128 << 20  # pieces of a matrix on their way through; an expert is rounded whole
 PIECE_COPIES = 2.8  # of an expert: in float32, over its scales, rounded, and packed
 PACKED_SHARE = 0.18  # of float32's bytes, of quantised matrices but the head
-LOGIT_COPIES = 2  # of a piece's logits while they are measured
 RTN_LEFT = 30 << 20  # that lowering the RTN baseline leaves behind while it is measured
-FLOATS = ("f32", "bf16", "f16")  # labels of weights that are not quantised
 
 Need = tuple[int, int]  # of a stage: peak memory and disk, in bytes
 
@@ -80,7 +72,7 @@ def estimate_needs(
     }
     held, used_before = REFERENCE_MEMORY, set[str]()  # what stays in the process, and which backends left it there
     compilers = min(COMPILERS, usable_cores()) * COMPILER_MEMORY
-    longest = max((size[0] for size in case_sizes), default=0)
+    lengths = [size[0] for size in case_sizes]
     first_waiting = next((target.name for target in targets if target.name in waiting), None)
     for target in targets:
         takes = TRAITS[target.backend].footprint
@@ -100,18 +92,12 @@ def estimate_needs(
         if first and not target.done:
             held += takes.stays
             used_before.add(target.backend)
-        parity = held + _parity_memory(used, target, seen, longest)
+        parity = held + parity_memory(used, target, seen, lengths)
         proof = (parity, report_disk(seen, len(case_sizes), calibrated=target.name in waiting))
         needs |= {name: proof for name in names if split_stage(name)[0] == f"parity-{target.name}"}
         # the baseline's weights lie beside the bundle's own while it is measured
         needs[f"rtn-{target.name}"] = (max(lowering[0], parity + RTN_LEFT), written + proof[1])
     return needs
-
-
-def kv_bytes(text: TextConfig, tokens: int, item_bytes: int) -> int:
-    """Bytes of the KV cache of one sequence of `tokens`; a chunked layer never holds more than its chunk."""
-    slots = sum(min(tokens, text.chunk) if layer.chunked else tokens for layer in text.layers)
-    return 2 * text.kv_heads * text.head_dim * item_bytes * slots
 
 
 def is_used(info: WeightSource, build: BuildConfig, checkpoint: Checkpoint) -> bool:
@@ -185,17 +171,6 @@ def _what_becomes_of(quantised: Iterable[str], schemes: Mapping[str, Scheme]) ->
     return counts
 
 
-def cache_type(target: Target, profile: Profile) -> str:
-    """The type of the target's keys and values: as it asks, on GPUs as the profile computes."""
-    formats = [rule.scheme.format for rule in profile.rules if isinstance(rule.scheme, Half)]
-    return formats[0] if TRAITS[target.backend].compiles_for == "gpu" and formats else target.kv_cache
-
-
-def cache_bytes(target: Target, profile: Profile) -> int:
-    """Bytes of one number in the target's cache of keys and values."""
-    return CACHE_BYTES[cache_type(target, profile)]
-
-
 def _lower_memory(used: Iterable[WeightSource], target: PlannedTarget) -> int:
     """Estimate lowering: one piece of a matrix is written after another, and one expert rounded; then it is loaded.
 
@@ -206,7 +181,7 @@ def _lower_memory(used: Iterable[WeightSource], target: PlannedTarget) -> int:
     matrices = [4 * math.prod(info.shape[-2:]) for info in used]
     experts = [4 * math.prod(info.shape[-2:]) for info in used if len(info.shape) > 2]
     pieces = int(max(min(max(matrices, default=0), LARGEST_PIECE), PIECE_COPIES * max(experts, default=0)))
-    exact = _is_exact(target)
+    exact = target.is_exact
     if takes.maps_weights:
         linked = exact and TRAITS[target.backend].keeps_stored_dtype
         return 0 if linked else pieces
@@ -214,37 +189,3 @@ def _lower_memory(used: Iterable[WeightSource], target: PlannedTarget) -> int:
     head = sum(4 * math.prod(info.shape) for info in used if info.name == HEAD)
     packed = every if exact else head + PACKED_SHARE * (every - head)
     return int(max(pieces, packed))
-
-
-def _is_exact(target: PlannedTarget) -> bool:
-    """Whether nothing in the bundle is quantised."""
-    return set(target.weights) <= set(FLOATS)
-
-
-def _parity_memory(used: Iterable[WeightSource], target: PlannedTarget, seen: ModelConfig, longest: int) -> int:
-    """Estimate parity: a case of `longest` tokens with its cache, a step of it, and the backend's copy of weights.
-
-    A backend that does not map weights keeps a copy of what it packs to multiply by, neither of the embedding's table
-    nor of experts that are exact, and of quantised matrices the packed form beside what it was packed from.
-    """
-    takes, text = TRAITS[target.backend].footprint, seen.text
-    piece = min(longest, PREFILL_PIECE, logits_piece(text.vocab_size))
-    width = 2 * max(text.expert_ffn if layer.moe else text.dense_ffn for layer in text.layers)
-    held = takes.runtime + LOGIT_COPIES * 4 * piece * text.vocab_size
-    held += takes.steps * step_bytes(model_spec(seen), width, piece)
-    held += kv_bytes(text, longest, CACHE_BYTES[target.kv_cache])
-    if not takes.maps_weights:
-        exact = _is_exact(target)
-        held += sum(size * (1 if label in FLOATS else 2) for label, size in target.weights.items())
-        for info in used:
-            if info.name == EMBEDDING:
-                held -= info.nbytes
-            elif exact and len(info.shape) > 2:
-                held -= 4 * math.prod(info.shape)
-    return held
-
-
-def price_context(text: TextConfig, label: str, tokens: int) -> dict[str, Any]:
-    """What a context of so many tokens costs: bytes of one sequence's cache, in each type of cache."""
-    prices = {dtype: kv_bytes(text, tokens, size) for dtype, size in ITEM_BYTES.items()}
-    return {"context": label, "tokens": tokens, **prices, "within_model": tokens <= text.max_positions}

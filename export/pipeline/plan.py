@@ -14,9 +14,10 @@ from arriero.errors import ArrieroError
 from arriero.export.build_file.schema import BuildConfig
 from arriero.export.machine.budget import free_disk
 from arriero.export.machine.speed import measure_speed
+from arriero.export.pipeline.cache_plan import CONTEXTS, price_context
 from arriero.export.pipeline.check_build import Asked, Findings, check_asked, check_ready
 from arriero.export.pipeline.disk_plan import side_disk
-from arriero.export.pipeline.estimate_needs import CONTEXTS, estimate_needs, is_used, plan_target, price_context
+from arriero.export.pipeline.estimate_needs import estimate_needs, is_used, plan_target
 from arriero.export.pipeline.estimate_time import Work, estimate_seconds
 from arriero.export.pipeline.fitted_profiles import fitted_profiles
 from arriero.export.pipeline.ignored_files import ignored_files

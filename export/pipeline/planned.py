@@ -11,6 +11,7 @@ from arriero.export.machine.budget import check_budget
 from arriero.traits import TRAITS
 
 UNDOABLE = "the build cannot be done"
+FLOATS = ("f32", "bf16", "f16")  # labels of weights that are not quantised
 SCRATCH_SHARE = 8  # of a GPU's budget beside the cache, one in this many bytes is left to compute in at least
 
 
@@ -55,6 +56,11 @@ class PlannedTarget:
     def on_gpu(self) -> bool:
         """Whether it is compiled for a GPU."""
         return TRAITS[self.backend].compiles_for == "gpu"
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing in the bundle is quantised."""
+        return set(self.weights) <= set(FLOATS)
 
     @property
     def bytes(self) -> int:

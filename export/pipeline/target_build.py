@@ -24,7 +24,7 @@ from arriero.export.compile.cpus import NATIVE
 from arriero.export.compile.nvidia.engine_shapes import Limits
 from arriero.export.compile.nvidia.gpus import local_gpus
 from arriero.export.pipeline.bundle import Parts, assemble, copy_licenses, copy_tokenizer, is_current, write_manifest
-from arriero.export.pipeline.estimate_needs import cache_bytes
+from arriero.export.pipeline.cache_plan import cache_bytes
 from arriero.export.pipeline.explain_failure import explain_failures
 from arriero.export.pipeline.failure_page import FailurePage
 from arriero.export.pipeline.parts import read_part, write_part

@@ -15,8 +15,8 @@ from arriero.errors import ArrieroError, MachineLacks, Problems
 from arriero.export.build_file.read import load_build
 from arriero.export.build_file.schema import BuildConfig
 from arriero.export.cli.show_plan import show_plan
+from arriero.export.pipeline.cache_plan import kv_bytes
 from arriero.export.pipeline.disk_plan import graphs_disk, report_disk, side_disk
-from arriero.export.pipeline.estimate_needs import kv_bytes
 from arriero.export.pipeline.plan import make_plan
 from arriero.export.pipeline.planned import Plan
 from arriero.export.pipeline.stage_keys import stage_inputs

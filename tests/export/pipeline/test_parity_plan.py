@@ -1,0 +1,32 @@
+"""What parity is planned to hold; how near that is to a build's, `benchmarks/plan_accuracy.py` measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from arriero.export.pipeline.parity_plan import parity_memory
+from arriero.export.pipeline.planned import PlannedTarget
+from arriero.graphs.config import ModelConfig
+from tests.toys import make_scout_toy
+
+
+def planned(folder: Path, backend: str, lengths: list[int]) -> int:
+    target = PlannedTarget(backend, backend, "any", "fp32", 256, 1, "float32", {"f32": 1000}, 1000, 0, {}, False)
+    return parity_memory([], target, ModelConfig.load(folder), lengths)
+
+
+def test_steps_of_other_sizes_are_kept_on_tvm_up_to_two_of_the_largest(tmp_path: Path) -> None:
+    folder = make_scout_toy(tmp_path / "toy", seed=1)
+    once, again, two = (planned(folder, "tvm", lengths) for lengths in ([40], [40] * 5, [40, 39, 40, 39]))
+    assert once == again < two
+    each = two - once
+    assert planned(folder, "tvm", [40, 39, 38, 37]) - once in range(int(2.8 * each), 3 * each)
+    # a thousand sizes: as those that fit two steps of 512 tokens, which are twice what they compute in
+    most = planned(folder, "tvm", [*range(1, 513), *range(512, 0, -1)])
+    long = planned(folder, "tvm", [512])
+    assert long < most < long + 2 * 512 * each / 39
+
+
+def test_a_backend_without_a_pool_holds_the_largest_step_alone(tmp_path: Path) -> None:
+    folder = make_scout_toy(tmp_path / "toy", seed=1)
+    assert planned(folder, "onnxruntime", [40]) == planned(folder, "onnxruntime", [40, 39, 12])
