@@ -16,6 +16,7 @@ from arriero.export.machine.budget import free_disk
 from arriero.export.machine.checks import Check, status
 from arriero.export.machine.gpu_checks import gpu_checks
 from arriero.export.machine.versions import version_of
+from arriero.runtimes.broken_package import does_not_load
 from arriero.runtimes.cpu import MACHINE_CLASSES, architecture, cpu_features, describe_processor
 from arriero.runtimes.load_onnxruntime import load_onnxruntime
 from arriero.runtimes.memory import available_memory, total_memory
@@ -150,13 +151,23 @@ def _backend(name: str) -> tuple[Check, ...]:
     return (*checks, *{"onnxruntime": _onnxruntime_providers, "tvm": _tvm_tools}[name]())
 
 
+def _lack_of(backend: str) -> MachineLacks | None:
+    """Why the packages of a backend do not load; whatever a broken library raises is the finding."""
+    try:
+        LOADERS[backend]()
+    except MachineLacks as lack:
+        return lack
+    except Exception as error:
+        return does_not_load(backend, error)
+    return None
+
+
 def _onnxruntime_providers() -> tuple[Check, ...]:
     """Import ONNX Runtime for real: a library that is installed may still not load."""
-    try:
-        onnxruntime = load_onnxruntime()
-    except MachineLacks as lack:
+    lack = _lack_of("onnxruntime")
+    if lack is not None:
         return (Check("onnxruntime loads", "missing", lack.what, (BUILD, RUN), lack.remedy),)
-    providers = onnxruntime.get_available_providers()
+    providers = load_onnxruntime().get_available_providers()
     ok = "CPUExecutionProvider" in providers
     advice = None if ok else f"Install an ONNX Runtime with the CPU provider: {reinstall('onnxruntime')}"
     return (Check("providers", status(ok), ", ".join(providers), (BUILD, RUN), advice),)
@@ -164,12 +175,9 @@ def _onnxruntime_providers() -> tuple[Check, ...]:
 
 def _tvm_tools() -> tuple[Check, ...]:
     """Load TVM's runtime for real, and try the compilers of our kernels."""
-    checks = []
-    try:
-        load_runtime()
-        checks.append(Check("tvm runtime loads", "ok", "yes", (BUILD, RUN)))
-    except MachineLacks as lack:
-        checks.append(Check("tvm runtime loads", "missing", lack.what, (BUILD, RUN), lack.remedy))
+    lack = _lack_of("tvm")
+    found, remedy = ("yes", None) if lack is None else (lack.what, lack.remedy)
+    checks = [Check("tvm runtime loads", status(lack is None), found, (BUILD, RUN), remedy)]
     for arch in LEVELS:
         # without the cross compiler only targets of the other architecture cannot be built
         needed = (BUILD,) if arch == architecture() else ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import EpsImagePlugin
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import arriero
+from arriero.export.proof.reference import TorchBackend
 from arriero.runtimes.backend import Floats, Ints, ModelSpec, StepOutput
 from arriero.runtimes.manifest import FORMAT, REPORTS, FileRecord, file_sha256, link, manifest_digest, parity_digest
 from arriero.runtimes.processor.processor import IMAGE_TOKENS, PATCH, Processor
+from arriero.runtimes.session import Session
 from arriero.runtimes.snapshot import Snapshot
 from arriero.traits import PREFILL_PIECE
+from tests.toys import load_reference
 
 HIDDEN, HEADS, KV_HEADS, DIM, EXPERTS, CHUNK, CONTEXT = 16, 4, 2, 8, 4, 8, 64
 IMAGE_SIZE, PATCH_SIZE, TILE_TOKENS = 28, 7, 4
@@ -432,3 +437,28 @@ def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     return trace
+
+
+@pytest.fixture(params=[ToyBackend, PackingToy])
+def toy_session(request: pytest.FixtureRequest, processor: Processor) -> Iterator[Session]:
+    with Session(request.param(), processor, context=200, batch=3) as opened:
+        yield opened
+
+
+@pytest.fixture(params=["onnxruntime", "tvm", "reference"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def whole(request: pytest.FixtureRequest, kind: str) -> Iterator[Session]:
+    """A session of each backend over the same small model, which drafts nothing yet."""
+    workshop = request.getfixturevalue("tvm_workshop" if kind == "tvm" else "workshop")
+    bundle = workshop / "bundles" / "fp32"
+    if kind != "reference":
+        with arriero.load(bundle, threads=2, batch=4) as session:
+            yield session
+        return
+    backend = TorchBackend.of(load_reference(workshop / "scout"))
+    with Session(backend, Processor(bundle / "tokenizer", backend.spec), 400, 4) as reference:
+        yield reference
