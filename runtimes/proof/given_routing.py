@@ -46,7 +46,7 @@ class GivenRouting:
         """Why the session cannot be given any experts; None where it can."""
         if forces_routing(self.session.backend):
             return None
-        return "the graphs take no expert ids: those for GPUs and those of older builds do not"
+        return "the graphs take no expert ids: those of dense models, for GPUs and of older builds do not"
 
     def run(self, case: ReferenceCase, pixels: Floats | None, expert_ids: Mapping[int, Ints]) -> int:
         """Add a case, its tokens sent to `expert_ids` [S, k] of each MoE layer; give how many logits are not finite."""
