@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import stat
 import subprocess
@@ -113,7 +114,9 @@ class DiskWatch(threading.Thread):
         while not self.stopped.wait(0.05):
             for stage in (self.output / ".work").glob("*-*"):
                 name = stage.name.removesuffix(".partial")
-                self.most[name] = max(self.most.get(name, 0), sum(map(blocks, stage.rglob("*"))))
+                # `os.walk` goes on where a folder is gone by the time it is looked into
+                taken = sum(blocks(Path(folder) / file) for folder, _, files in os.walk(stage) for file in files)
+                self.most[name] = max(self.most.get(name, 0), taken)
 
 
 def blocks(path: Path) -> int:
