@@ -32,7 +32,7 @@ def parity_memory(
     longest, most = max(lengths, default=0), min(PREFILL_PIECE, logits_piece(text.vocab_size))
     logits = 4 * min(longest, most) * text.vocab_size
     held = takes.runtime + kv_bytes(text, longest, CACHE_BYTES[target.kv_cache])
-    held += logits + _steps_memory(seen, lengths, most) if takes.keeps_steps else LOGIT_COPIES * logits
+    held += _steps_memory(seen, lengths, most) if takes.keeps_steps else LOGIT_COPIES * logits
     if not takes.maps_weights:
         exact = target.is_exact
         held += sum(size * (1 if label in FLOATS else 2) for label, size in target.weights.items())
@@ -45,17 +45,21 @@ def parity_memory(
 
 
 def _steps_memory(seen: ModelConfig, lengths: Sequence[int], most: int) -> int:
-    """Bytes that are kept of the steps, of at most so many tokens, in which cases of these lengths are read."""
+    """Bytes that are kept of the steps, of at most so many tokens, in which cases of these lengths are read.
+
+    What a step gave is held until the next one has ended: two of the same size in turn have logits of their own.
+    """
     text, spec = seen.text, model_spec(seen)
     width = 2 * max(text.expert_ffn if layer.moe else text.dense_ffn for layer in text.layers)
     fixed, logits = step_bytes(spec, width, 0), 4 * text.vocab_size
     token = step_bytes(spec, width, 1) - fixed
-    kept, peak = dict[int, float](), 0.0
+    kept, peak, before = dict[int, float](), 0.0, 0
     memory = StepMemory(token * PREFILL_PIECE, kept.clear)
     for length in lengths:
         for start in range(0, length, most):
             tokens = min(most, length - start)
             memory.before(tokens, tokens * (token + logits))
-            kept[tokens] = tokens * (COMPUTED_IN * token + logits)
-            peak = max(peak, sum(kept.values()))
+            needed = tokens * (COMPUTED_IN * token + logits * (2 if tokens == before else 1))
+            kept[tokens] = max(kept.get(tokens, 0.0), needed)
+            peak, before = max(peak, sum(kept.values())), tokens
     return fixed + int(peak)
