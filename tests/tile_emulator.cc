@@ -2,7 +2,7 @@
 //
 // Once `emulate_tiles` was called, a SIGILL at one of them is answered in the processor's place, from its very bytes, and
 // what the processor would refuse ends the process. Any other SIGILL goes to the handler that stood before. Tiles are
-// each thread's own.
+// each thread's own. A processor that has tiles computes them itself, once the system lets it.
 #include <signal.h>
 #include <stdint.h>
 #include <string.h>
@@ -171,8 +171,12 @@ void answer(int number, siginfo_t* info, void* context) {
 
 }  // namespace
 
-// What select.cc asks the system for, in the place of syscall(2).
-extern "C" long permit_tiles(long, ...) { return 0; }
+// What select.cc asks the system for, in the place of syscall(2): refused only where nothing could be emulated, since a
+// processor with tiles takes their shapes without it.
+extern "C" long permit_tiles(long number, long code, long feature) {
+    const long refused = syscall(number, code, feature);
+    return __builtin_cpu_supports("amx-tile") ? refused : 0;
+}
 
 extern "C" int emulate_tiles() {
     struct sigaction ours {};

@@ -1,6 +1,6 @@
-"""Integer products with AMX against the same products without: every bit, over tile instructions that are emulated.
+"""Integer products with AMX against the same products without: every bit.
 
-Where the processor has AMX, `test_kernels.py` runs its level too.
+Where the processor has no tiles, their instructions are emulated; where it has, `test_kernels.py` runs its level too.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def both(library):
     def call(function, *arguments):
         kernels, results = Guarded(library, 3), []
         for level in ("amx", WITHOUT):
-            assert kernels.use_level(level)
+            if not kernels.use_level(level):
+                pytest.skip("needs a system that lets a process use its processor's AMX")
             results.append(getattr(kernels, function)(*arguments))
         return results
 
