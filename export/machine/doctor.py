@@ -151,33 +151,36 @@ def _backend(name: str) -> tuple[Check, ...]:
     return (*checks, *{"onnxruntime": _onnxruntime_providers, "tvm": _tvm_tools}[name]())
 
 
-def _lack_of(backend: str) -> MachineLacks | None:
-    """Why the packages of a backend do not load; whatever a broken library raises is the finding."""
+def load_packages(backend: str) -> Any:
+    """Import what a backend for processors runs on, for real: a library that is installed may still not load.
+
+    Gives its module. Raises MachineLacks, whatever a broken library raises.
+    """
     try:
-        LOADERS[backend]()
-    except MachineLacks as lack:
-        return lack
+        return LOADERS[backend]()
+    except MachineLacks:
+        raise
     except Exception as error:
-        return does_not_load(backend, error)
-    return None
+        raise does_not_load(backend, error) from error
 
 
 def _onnxruntime_providers() -> tuple[Check, ...]:
-    """Import ONNX Runtime for real: a library that is installed may still not load."""
-    lack = _lack_of("onnxruntime")
-    if lack is not None:
+    try:
+        providers = load_packages("onnxruntime").get_available_providers()
+    except MachineLacks as lack:
         return (Check("onnxruntime loads", "missing", lack.what, (BUILD, RUN), lack.remedy),)
-    providers = load_onnxruntime().get_available_providers()
     ok = "CPUExecutionProvider" in providers
     advice = None if ok else f"Install an ONNX Runtime with the CPU provider: {reinstall('onnxruntime')}"
     return (Check("providers", status(ok), ", ".join(providers), (BUILD, RUN), advice),)
 
 
 def _tvm_tools() -> tuple[Check, ...]:
-    """Load TVM's runtime for real, and try the compilers of our kernels."""
-    lack = _lack_of("tvm")
-    found, remedy = ("yes", None) if lack is None else (lack.what, lack.remedy)
-    checks = [Check("tvm runtime loads", status(lack is None), found, (BUILD, RUN), remedy)]
+    """TVM's runtime, and the compilers of our kernels, each tried."""
+    try:
+        load_packages("tvm")
+        checks = [Check("tvm runtime loads", "ok", "yes", (BUILD, RUN))]
+    except MachineLacks as lack:
+        checks = [Check("tvm runtime loads", "missing", lack.what, (BUILD, RUN), lack.remedy)]
     for arch in LEVELS:
         # without the cross compiler only targets of the other architecture cannot be built
         needed = (BUILD,) if arch == architecture() else ()

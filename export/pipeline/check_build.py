@@ -20,7 +20,7 @@ from arriero.export.compile.cpus import NAMED, NATIVE, parse_cpu
 from arriero.export.compile.cuda.build_cuda_kernels import find_compilers, kernels_for
 from arriero.export.compile.nvidia.gpus import local_gpus
 from arriero.export.compile.nvidia.tensorrt_api import PRODUCTS, load
-from arriero.export.machine.doctor import LOADERS, find_lacks
+from arriero.export.machine.doctor import find_lacks, load_packages
 from arriero.export.pipeline.check_fit import (
     check_elements,
     check_experts,
@@ -164,7 +164,7 @@ def _check_compiler(target: Target, archs: Collection[str]) -> None:
     if gpu is not None:
         load(target.backend).check_here(gpu)
     elif not find_lacks(TRAITS[target.backend].packages):
-        LOADERS[target.backend]()
+        load_packages(target.backend)
     for arch in sorted(archs):
         check_compiler(arch)
     if archs and target.cpu not in (None, NATIVE, *NAMED) and not find_lacks(TRAITS[target.backend].packages):

@@ -66,7 +66,7 @@ def both(library):
         kernels, results = Guarded(library, 3), []
         for level in ("amx", WITHOUT):
             if not kernels.use_level(level):
-                pytest.skip("needs a system that lets a process use its processor's AMX")
+                pytest.skip("needs Linux 5.16 or newer, which lets a process use its processor's AMX")
             results.append(getattr(kernels, function)(*arguments))
         return results
 

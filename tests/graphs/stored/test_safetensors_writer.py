@@ -72,26 +72,31 @@ def test_tensors_made_together_land_apart(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded["s"], second)
 
 
+def watched(made: list[str], name: str, inner: Group, fail: bool) -> Group:
+    """The group `inner`, which notes in `made` that it is made, or instead is as if killed there."""
+
+    def pieces() -> Iterator[tuple[np.ndarray, ...]]:
+        if fail:
+            raise KeyboardInterrupt
+        made.append(name)
+        yield from inner.pieces()
+
+    return Group(inner.specs, pieces)
+
+
 def test_a_killed_write_goes_on_where_it_stopped(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
-    path, made = tmp_path / "w.safetensors", []
-
-    def watched(name: str, inner: Group, fail: bool) -> Group:
-        def pieces() -> Iterator[tuple[np.ndarray, ...]]:
-            if fail:
-                raise KeyboardInterrupt
-            made.append(name)
-            yield from inner.pieces()
-
-        return Group(inner.specs, pieces)
+    path, made = tmp_path / "w.safetensors", list[str]()
 
     names = list(arrays)
     with pytest.raises(KeyboardInterrupt):
-        write(path, [watched(n, g, n == names[2]) for n, g in zip(names, groups_of(arrays), strict=True)])
+        write(path, [watched(made, n, g, n == names[2]) for n, g in zip(names, groups_of(arrays), strict=True)])
     assert not path.exists()
     assert made == names[:2]
-    write(path, [watched(n, g, False) for n, g in zip(names, groups_of(arrays), strict=True)])
+    write(path, [watched(made, n, g, False) for n, g in zip(names, groups_of(arrays), strict=True)])
     assert made == names  # the first two were not made again
-    write(path, [watched(n, g, True) for n, g in zip(names, groups_of(arrays), strict=True)])  # nothing left to make
+    write(
+        path, [watched(made, n, g, True) for n, g in zip(names, groups_of(arrays), strict=True)]
+    )  # nothing left to make
     for name, array in arrays.items():
         np.testing.assert_array_equal(load_file(path)[name], array)
 
@@ -102,17 +107,8 @@ def test_a_group_that_was_changed_since_is_made_again(
 ) -> None:
     path, made, told = tmp_path / "w.safetensors", list[str](), list[str]()
 
-    def watched(name: str, inner: Group, fail: bool) -> Group:
-        def pieces() -> Iterator[tuple[np.ndarray, ...]]:
-            if fail:
-                raise KeyboardInterrupt
-            made.append(name)
-            yield from inner.pieces()
-
-        return Group(inner.specs, pieces)
-
     def groups(fail: bool) -> list[Group]:
-        return [watched(n, g, fail and n == "half") for n, g in zip(arrays, groups_of(arrays), strict=True)]
+        return [watched(made, n, g, fail and n == "half") for n, g in zip(arrays, groups_of(arrays), strict=True)]
 
     with contextlib.suppress(KeyboardInterrupt):
         write(path, groups(not finished))
