@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +54,7 @@ class Processor:
         self._templates = files.chat_templates(self._bos)
         with_tools = self._templates.get(TOOL_USE, self._templates.get(DEFAULT))
         self.grammars = Grammars(
-            folder / "tokenizer.json", spec.vocab_size, spec.eos_token_ids, partial(calls_in_python, with_tools)
+            folder / "tokenizer.json", spec.vocab_size, spec.eos_token_ids, cache(partial(calls_in_python, with_tools))
         )
         self._starts_with_bos = files.starts_with_bos
         size = self._vocabulary.size
