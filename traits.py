@@ -73,6 +73,11 @@ class BackendTraits:
         """The backend's module within each of the packages that has one."""
         return self.name.replace("-", "_")
 
+    @property
+    def is_onnx(self) -> bool:
+        """Whether its bundles are ONNX files, which other tools open too; `onnx.checker` refuses hard-linked weights."""
+        return ".onnx" in self.files
+
 
 TENSORRT_ELEMENTS = 2**31 - 1  # "The volume of a tensor cannot exceed 2^31-1", it says
 CUDA_BINDINGS = ("cuda-bindings", "12.9", (RUN,))

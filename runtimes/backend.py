@@ -6,7 +6,7 @@ M image placeholder tokens, n image tiles.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from numbers import Integral
 from typing import Any, Literal, Protocol, Self, cast, runtime_checkable
@@ -265,6 +265,23 @@ class PacksRows(Protocol):
 
         Gives logits f32 [L, V] of the tokens `logits_index` [L] of T. A row may have no token; all of a row's lie
         inside one attention chunk. The rows' `cache.lengths` grow by `counts`.
+        """
+        ...
+
+
+@runtime_checkable
+class Preemptible(Protocol):
+    """What a backend has besides whose steps can be left between two layers, for steps of other rows."""
+
+    preemptible: bool  # whether these weights' graph, as it was opened, can be
+
+    def forward_preempted(
+        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, between: Callable[[], None]
+    ) -> Floats:
+        """Run a step as `Backend.forward` does, and call `between` before every layer; gives logits f32 [B, L, V].
+
+        `between` may take steps of other rows of the cache's store, which change no bit of this one, and must raise
+        nothing. It is not called where a step of others would move the store's buffers.
         """
         ...
 

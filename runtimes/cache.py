@@ -39,10 +39,12 @@ class KVCache(RowStore):
         super().__init__(spec, batch, capacity)
         self.dtype = np.dtype(dtype)
         self.chunked_limit = min(spec.attention_chunk_size, capacity)
+        self.has_all_slots = at_once  # no step moves a buffer
         if at_once:
             with suppress(OSError, OverflowError):  # `ulimit -v`, or a system that promises no more than it has
                 self.keys, self.values = (self._buffers(capacity) for _ in range(2))
                 return
+            self.has_all_slots = False
         self.keys, self.values = (self._buffers(FIRST_SLOTS) for _ in range(2))
 
     def _buffers(self, slots: int) -> list[Buffer]:

@@ -19,12 +19,21 @@ from arriero.runtimes.backend import Backend, Cache, CacheStatistics, Floats, Mo
 from arriero.runtimes.decode_step import Outcome, decode_rows, draft_tokens
 from arriero.runtimes.draft_length import DraftLength
 from arriero.runtimes.draft_model import DraftModel
+from arriero.runtimes.interlude import Interlude
 from arriero.runtimes.pace import Pace
 from arriero.runtimes.prefix_cache import PrefixCache
 from arriero.runtimes.prompt_lookup import PromptLookup
 from arriero.runtimes.request import Delta, Request, joined
 from arriero.runtimes.running_rows import RunningRows
-from arriero.runtimes.steps import append_beside, check_finite, least_piece, packs_rows, read_piece
+from arriero.runtimes.steps import (
+    append_beside,
+    check_finite,
+    is_preemptible,
+    least_piece,
+    packs_rows,
+    read_piece,
+    read_preempted,
+)
 
 News = Callable[[], None]  # hands a caller what a step brought
 AHEAD = 256  # tokens of an answer that there is room for when its request is admitted
@@ -95,9 +104,10 @@ class Scheduler:
         self._waiting.append(request)
 
     def turn(self, backend: Backend) -> None:
-        """Take the next steps: at most one piece of a prompt, and one token for every row that decodes.
+        """Take the next steps: at most one piece of a prompt, and one token for every row that decodes, or some.
 
-        Both are one step where the backend packs rows: weights are then read once for all of them.
+        Both are one step where the backend packs rows and the piece is the prompt's last: weights are then read once
+        for all of them.
         """
         self._end_cancelled()
         self._admit(backend)
@@ -146,6 +156,11 @@ class Scheduler:
         if (reading := self._reading) is not None and reading.cancelled:
             self._stop_reading()
             news.append(partial(reading.deliver, reading.cancel()))
+        self._tell(news)
+        self._end_cancelled_rows()
+
+    def _end_cancelled_rows(self) -> None:
+        news: list[News] = []
         for row in reversed(range(len(self._rows.decoding))):
             if (request := self._rows.decoding[row]).cancelled:
                 try:
@@ -174,14 +189,8 @@ class Scheduler:
 
     def _make_room(self) -> None:
         """Pause the newest requests where the next tokens of all would not fit; the eldest always goes on."""
-        if self.limits.tokens is None:
-            return
-        while self._rows.decoding:
-            running = [*self._rows.decoding, *([self._reading] if self._reading else [])]
-            soon = sum(request.tokens_soon(1 + self.limits.speculate) for request in running)
-            if len(running) == 1 or soon <= self.limits.tokens:
-                return
-            newest = self._reading or max(running, key=lambda request: request.number)
+        while self._lacks_room():
+            newest = self._reading or max(self._rows.decoding, key=lambda request: request.number)
             if newest is self._reading:
                 self._stop_reading()
             else:
@@ -191,6 +200,13 @@ class Scheduler:
             newest.pause()
             self._waiting.appendleft(newest)
             self.stats.paused += 1
+
+    def _lacks_room(self) -> bool:
+        """Whether the next tokens of all that run would not fit."""
+        running = [*self._rows.decoding, *([self._reading] if self._reading else [])]
+        if self.limits.tokens is None or not self._rows.decoding or len(running) == 1:
+            return False
+        return sum(request.tokens_soon(1 + self.limits.speculate) for request in running) > self.limits.tokens
 
     def _stop_reading(self) -> None:
         self._reading = None
@@ -202,34 +218,58 @@ class Scheduler:
 
     def _read(self, backend: Backend, request: Request) -> None:
         """Read one piece of the prompt, or let the vision tower see some of its tiles."""
-        others = bool(self._rows.decoding)
         try:
             if request.tiles_left:
                 request.see_tile(partial(self._see, backend))
                 return
-            most = min(max(self._pace.piece(), least_piece(backend)), backend.piece) if others else backend.piece
-            ids, features = request.next_piece(backend, most)
-            started = time.perf_counter()
-            last = np.array([len(ids) - 1])
-            logits = read_piece(backend, ids, features, self._rows.reading, last).logits[0, 0]
-            self._pace.read(len(ids), time.perf_counter() - started)
+            ids, features = request.next_piece(backend, self._most(backend))
+        except BaseException as error:
+            self._fail_reading(request, error)
+            return
+        layers, last, row = len(backend.spec.layers), np.array([len(ids) - 1]), self._rows.reading
+        interlude = Interlude(self._pace, len(ids), partial(self._decode_between, backend))
+        started = time.perf_counter()
+        try:
+            if self._rows.decoding and is_preemptible(backend):
+                logits = read_preempted(backend, ids, features, row, last, interlude)[0]
+            else:
+                logits = read_piece(backend, ids, features, row, last).logits[0, 0]
+                self._pace.read(len(ids), time.perf_counter() - started)
+            self._pace.read_layers(len(ids), layers, time.perf_counter() - started - interlude.seconds)
         except BaseException as error:
             self._fail_reading(request, error)
         else:
             self._read_on(request, len(ids), logits)
+        interlude.check()
+
+    def _most(self, backend: Backend) -> int:
+        """Tokens of the next piece of a prompt at most."""
+        if not self._rows.decoding:
+            return backend.piece
+        paced = self._pace.layered_piece() if is_preemptible(backend) else self._pace.piece()
+        return min(max(paced, least_piece(backend)), backend.piece)
+
+    def _decode_between(self, backend: Backend) -> None:
+        """Take a decode step between two layers of a piece of the prompt."""
+        self._end_cancelled_rows()
+        if self._rows.decoding and not self._lacks_room():
+            self._decode(backend)
 
     def _read_beside(self, backend: Backend, request: Request) -> bool:
-        """Read one piece of the prompt in the same step in which all others decode, where backend and piece allow it.
+        """Read one piece of the prompt in the same step in which all others decode, where backend and prompt allow it.
 
         Gives False, with nothing changed, where it is not to be or fails: steps of their own then show whose fault it
         is.
         """
         if not self._rows.decoding or request.tiles_left or not packs_rows(backend):
             return False
+        most = min(self._pace.piece(), backend.piece)
+        if is_preemptible(backend) and len(request.ids) - request.position > most:
+            return False  # in so small a piece most experts would be read for a few tokens each, again and again
         tokens, cache = [other.answer.token_ids[-1] for other in self._rows.decoding], self._rows.together
         started = time.perf_counter()
         try:
-            ids, features = request.next_piece(backend, min(self._pace.piece(), backend.piece))
+            ids, features = request.next_piece(backend, most)
             logits = append_beside(backend, tokens, ids, features, cache)
         except Exception:
             return False

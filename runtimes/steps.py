@@ -5,12 +5,22 @@ Shapes: B batch rows, S new tokens of a row, H hidden, V vocabulary, M image pla
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.backend import Backend, Cache, Floats, ForcesRouting, Ints, ModelSpec, PacksRows, StepOutput
+from arriero.runtimes.backend import (
+    Backend,
+    Cache,
+    Floats,
+    ForcesRouting,
+    Ints,
+    ModelSpec,
+    PacksRows,
+    Preemptible,
+    StepOutput,
+)
 
 LOGITS = 128 << 20  # bytes of logits at a time
 LEAST = 16  # tokens whose logits are there at a time, however large the vocabulary
@@ -41,6 +51,21 @@ def read_piece(
     embeds = backend.embed(ids[None], features)
     positions = cache.lengths[:, None] + np.arange(len(ids))
     return backend.forward(embeds, positions, cache, logits_index, captures)
+
+
+def read_preempted(
+    backend: Backend, ids: Ints, features: Floats, cache: Cache, logits_index: Ints, between: Callable[[], None]
+) -> Floats:
+    """Append `ids` [S] as `read_piece` does, and call `between` before every layer; gives logits f32 [L, V]."""
+    assert isinstance(backend, Preemptible)
+    embeds = backend.embed(ids[None], features)
+    positions = cache.lengths[:, None] + np.arange(len(ids))
+    return backend.forward_preempted(embeds, positions, cache, logits_index, between)[0]
+
+
+def is_preemptible(backend: Backend) -> bool:
+    """Whether a step of `backend` can be left between two layers for steps of other rows."""
+    return isinstance(backend, Preemptible) and backend.preemptible
 
 
 def read_forced(backend: Backend, ids: Ints, features: Floats, cache: Cache, expert_ids: Mapping[int, Ints]) -> Floats:

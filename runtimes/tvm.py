@@ -9,11 +9,12 @@ dimension, L slots that get logits, k experts per token, M image placeholder tok
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,6 +51,7 @@ from arriero.traits import PREFILL_PIECE, install
 
 PANEL = 16  # output features in each row of a packed matrix
 CPU = 1, 0  # DLPack's device type and number
+BETWEEN_LAYERS = "arriero_between_layers"  # of the library: takes the address of what is called there
 NAIVE, POOLED = 1, 2  # allocators: what keeps the memory of every size that was asked for is not for a cap
 
 
@@ -90,6 +92,8 @@ class TvmBackend:
             self._graphs[part].open(POOLED if memory is None else NAIVE)
         self._memory = StepMemory(self._token_bytes(self.piece), _empty_pool) if memory is None else None
         self.packs, self.forces_routing = text.packs, takes_routing(spec, text.inputs)
+        # a cap has room for one step, and bundles from before lack the function
+        self.preemptible = memory is None and text.library.implements_function(BETWEEN_LAYERS, True)
         unforced = aligned(np.empty((0, spec.num_experts_per_tok), np.int64))
         self._unforced = {name: unforced for name in text.inputs if name.startswith(PREFIX)}
         self._experts = (
@@ -164,6 +168,17 @@ class TvmBackend:
         (logits,) = self._step(feeds | {name: aligned(ids) for name, ids in forced.items()}, "step")
         cache.lengths += steps
         return logits.reshape(batch, len(logits_index), -1)
+
+    def forward_preempted(
+        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, between: Callable[[], None]
+    ) -> Floats:
+        """Run `inputs_embeds` [B, S, H] and call `between` before each layer: see `Preemptible.forward_preempted`."""
+        assert isinstance(cache, CacheRows)
+        assert isinstance(cache.store, KVCache)
+        if not cache.store.has_all_slots:
+            return self.forward(inputs_embeds, positions, cache, logits_index).logits
+        with self._graphs["text"].left_between_layers(between):
+            return self.forward(inputs_embeds, positions, cache, logits_index).logits
 
     def forward_packed(self, inputs_embeds: Floats, counts: Ints, cache: Cache, logits_index: Ints) -> Floats:
         """Run `inputs_embeds` [T, H], of each row `counts` [B] tokens: see `PacksRows.forward_packed`."""
@@ -248,6 +263,8 @@ class _Graph:
             self.cache = np.dtype(signature.get("cache") or "float32")
         self.library: Any = None
         self._machine: Any = None
+        self._meanwhile: Any = None  # a second machine, for a step while one of the first is left: it can run but one
+        self._is_left = False
 
     def sizes(self) -> list[RecordSize]:
         """The layers' experts."""
@@ -269,19 +286,45 @@ class _Graph:
             # TVM's own `load_module` would keep it for as long as the process runs
             load = ffi.get_global_func("ffi.Module.load_from_file.so")
             self.library = self._code.open(lambda path: load(path, "so"))
-            machine = self.library["vm_load_executable"]()
-            machine["vm_initialization"](*CPU, allocator)
+            machine = self._new_machine(allocator)
         self._parts = ffi.from_dlpack(np.zeros(self._threads, np.uint8))
         self._operands = [ffi.from_dlpack(array) for array in (*self.tables, *self._arrays)]
         self._machine = machine
+
+    def _new_machine(self, allocator: int) -> Any:
+        machine = self.library["vm_load_executable"]()
+        machine["vm_initialization"](*CPU, allocator)
+        return machine
 
     def run(self, feeds: Mapping[str, np.ndarray], function: str = "main") -> list[np.ndarray]:
         """Give the outputs of `function` over `feeds` (by input name), in order."""
         ffi = self._ffi
         use_threads(self._threads)
         arguments = [self._parts if name == "threads" else ffi.from_dlpack(feeds[name]) for name in self.inputs]
-        results = self._machine[function](*arguments, *self._operands)
+        machine = self._meanwhile if self._is_left else self._machine
+        results = machine[function](*arguments, *self._operands)
         return [np.from_dlpack(item) for item in (results if isinstance(results, ffi.Array) else [results])]
+
+    @contextmanager
+    def left_between_layers(self, between: Callable[[], None]) -> Iterator[None]:
+        """Have a step in the block call `between` before every layer; those that it takes itself call nothing."""
+        if self._meanwhile is None:
+            self._meanwhile = self._new_machine(POOLED)
+
+        def leave() -> None:
+            self._is_left = True
+            try:
+                between()
+            finally:
+                self._is_left = False
+
+        tell = self.library.get_function(BETWEEN_LAYERS, True)
+        function = ctypes.CFUNCTYPE(None)(leave)
+        tell(ctypes.cast(function, ctypes.c_void_p).value)
+        try:
+            yield
+        finally:
+            tell(0)
 
     @contextmanager
     def _refusal(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import typer
 from PIL import Image
@@ -60,6 +61,15 @@ def test_the_fp32_bundle_equals_the_reference(workshop):
     assert any(case["image_tiles"] > 1 for case in told.json["cases"])
 
 
+def test_other_tools_take_the_onnx_files(workshop):
+    """`onnx.checker` refuses weights with a second name, so a bundle shares none with the stage that made them."""
+    for name in ("fp32", "int8"):
+        graphs = sorted((workshop / "bundles" / name).glob("*.onnx"))
+        assert [graph.name for graph in graphs] == ["text.onnx", "vision.onnx"]
+        for graph in graphs:
+            onnx.checker.check_model(graph)
+
+
 def test_an_unchanged_build_does_nothing_and_loads_little(workshop):
     """No library that computes is imported, and each file of a bundle is read once, for its hash."""
     before, finished = contents(workshop / "bundles" / "int8"), stages(workshop / "bundles")
@@ -100,7 +110,7 @@ def test_the_plan_of_a_finished_build_says_so(workshop):
 
 @pytest.mark.parametrize("file", ["weights/text-00001.safetensors", "text.onnx", "manifest.json", "parity.json"])
 def test_a_damaged_bundle_is_built_again(copy, file):
-    """Damage in place reaches the stage that shares the file by a hard link, so that one is built again as well."""
+    """Where the stage shares the file by a hard link, damage in place reaches it, so that it is built again as well."""
     bundle = copy / "bundles" / "fp32"
     shared = next((copy / "bundles" / ".work").glob(f"lower-fp32-*/{file}"), None)
     if shared:

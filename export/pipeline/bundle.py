@@ -65,15 +65,19 @@ def copy_licenses(files: Sequence[Path], folder: Path) -> list[str]:
     return [file.name for file in files]
 
 
-def assemble(stage: Path, folder: Path) -> dict[str, FileRecord]:
-    """Put the files that a finished stage says it wrote into `folder`: hard links where possible, else copies.
+def assemble(stage: Path, folder: Path, *, copied: bool = False) -> dict[str, FileRecord]:
+    """Put the files that a finished stage says it wrote into `folder`: `copied`, or hard links where possible.
 
     Gives what the stage recorded of each, by its path in `folder`.
     """
     recorded = {name: record for name, record in read_record(stage)["files"].items() if name != PART}
     files = decode(dict[str, FileRecord], recorded, str(stage), "Build it again")
     for name in files:
-        link_file(stage / name, folder / name)
+        if copied:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(stage / name, folder / name)
+        else:
+            link_file(stage / name, folder / name)
     return files
 
 

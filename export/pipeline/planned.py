@@ -67,6 +67,11 @@ class PlannedTarget:
         """Weights and cache together: what a device holds, beside scratch space."""
         return self.weights_bytes + self.kv_bytes
 
+    @property
+    def copied(self) -> int:
+        """Bytes that publishing takes on disk: weights in ONNX files are a bundle's own, others are linked."""
+        return self.weights_bytes if TRAITS[self.backend].is_onnx and not self.done else 0
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -102,8 +107,10 @@ class Plan:
 
     @property
     def disk(self) -> int:
-        """Bytes of disk that all stages still to be done take together."""
-        return sum(stage.disk for stage in self.stages if not stage.done)
+        """Bytes of disk that all stages still to be done take together, and the bundles that they are for."""
+        names = {stage.name for stage in self.stages}
+        copied = sum(target.copied for target in self.targets if f"lower-{target.name}" in names)
+        return sum(stage.disk for stage in self.stages if not stage.done) + copied
 
     @property
     def seconds(self) -> float:

@@ -149,7 +149,7 @@ class TargetBuild:
                 return TargetResult(self.target.name, self.bundle, "up to date", reports=self.reports)
         lowered = self.lowered
         prepared = self.build.work.bundles.prepare(self.bundle)
-        files = assemble(lowered, prepared)
+        files = assemble(lowered, prepared, copied=TRAITS[self.target.backend].is_onnx)
         for adapter in self.subjects:
             record, place = self.build.record_of(adapter), self.build.config.parity.record
             files |= place_record(record, adapter, place, prepared, self.build.work)

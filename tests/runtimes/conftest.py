@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +240,19 @@ class PackingToy(ToyBackend):
         assert start == len(inputs_embeds)
         cache.lengths += counts
         return np.concatenate(hiddens)[logits_index] @ self.weights.head
+
+
+class PreemptibleToy(PackingToy):
+    """The toy as a backend whose steps are left before each of its layers."""
+
+    preemptible = True
+
+    def forward_preempted(
+        self, inputs_embeds: Floats, positions: Ints, cache: Any, logits_index: Ints, between: Callable[[], None]
+    ) -> Floats:
+        for _ in self.spec.layers:
+            between()
+        return self.forward(inputs_embeds, positions, cache, logits_index).logits
 
 
 def _value(name: str, shape: list[Any], kind: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:

@@ -1,5 +1,6 @@
 // The cache of experts that expert_cache.h tells, and the functions by which the runtime opens one.
 #include "expert_cache.h"
+#include "tagged_value.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -276,22 +277,10 @@ ExpertWave next_experts(ExpertLayer* layer) {
     }
 }
 
-// The runtime's functions, as TVM calls those of a library: over tagged values, of which these take and give integers.
-namespace {
-
-struct TaggedValue {
-    int32_t type;
-    uint32_t unused;
-    int64_t integer;
-};
-constexpr int32_t INTEGER = 1;
-
-}  // namespace
-
 // (address of a description) -> the cache, 0 where there is no memory or no thread for it.
 extern "C" int __tvm_ffi_arriero_open_experts(void*, const TaggedValue* arguments, int32_t, TaggedValue* result) {
     ExpertCache* cache = open_cache(reinterpret_cast<const int64_t*>(arguments[0].integer));
-    *result = {INTEGER, 0, reinterpret_cast<int64_t>(cache)};
+    *result = {TAGGED_INTEGER, 0, reinterpret_cast<int64_t>(cache)};
     return 0;
 }
 
@@ -301,13 +290,13 @@ extern "C" int __tvm_ffi_arriero_count_experts(void*, const TaggedValue* argumen
     auto* out = reinterpret_cast<Statistics*>(arguments[1].integer);
     Lock held(cache->mutex);
     for (int64_t i = 0; i < cache->layer_count; ++i) out[i] = cache->layers[i].statistics;
-    *result = {INTEGER, 0, 0};
+    *result = {TAGGED_INTEGER, 0, 0};
     return 0;
 }
 
 // (cache): no graph runs any more.
 extern "C" int __tvm_ffi_arriero_close_experts(void*, const TaggedValue* arguments, int32_t, TaggedValue* result) {
     close_cache(reinterpret_cast<ExpertCache*>(arguments[0].integer));
-    *result = {INTEGER, 0, 0};
+    *result = {TAGGED_INTEGER, 0, 0};
     return 0;
 }

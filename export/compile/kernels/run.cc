@@ -3,6 +3,7 @@
 #include "arriero_kernels.h"
 #include "common.h"
 #include "expert_cache.h"
+#include "tagged_value.h"
 
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -103,7 +104,25 @@ int32_t run(int64_t bytes, int64_t parts, const Steps&... steps) {
 // The cache of a table of experts; null where all of them are mapped.
 ExpertLayer* cache_of(const int64_t* experts) { return reinterpret_cast<ExpertLayer*>(experts[0]); }
 
+// What a step is left for before each layer's attention, where nothing of its own is under way; null: nothing.
+void (*between_layers)() = nullptr;
+
+void leave_step() {
+    if (auto* const call = between_layers) {
+        between_layers = nullptr;  // a step that is taken meanwhile is not left in its turn
+        call();
+        between_layers = call;
+    }
+}
+
 }  // namespace
+
+// (address of a function without arguments, or 0)
+extern "C" int __tvm_ffi_arriero_between_layers(void*, const TaggedValue* arguments, int32_t, TaggedValue* result) {
+    between_layers = reinterpret_cast<void (*)()>(arguments[0].integer);
+    *result = {TAGGED_INTEGER, 0, 0};
+    return 0;
+}
 
 extern "C" int32_t arriero_run_linear(int64_t format, int64_t block, const float* x, const void* weight,
                                       const void* scales, float* y, int64_t T, int64_t N, int64_t K, int64_t parts) {
@@ -164,6 +183,7 @@ extern "C" int32_t arriero_run_attention(int64_t format, const float* q, const f
                                          void* value_cache, const float* key_steps, const float* value_steps,
                                          float* out, int64_t B, int64_t T, int64_t Q, int64_t G, int64_t C, int64_t D,
                                          int64_t chunk, int64_t parts) {
+    leave_step();
     const auto write = [&](void*, int64_t part) {
         arriero_cache_write(format, k, v, positions, starts, key_steps, value_steps, key_cache, value_cache, B, G, C, D,
                             chunk, part, parts);

@@ -1,0 +1,215 @@
+"""Pieces of a prompt that are read a layer at a time, with decode steps of others between the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from arriero.errors import ArrieroError
+from arriero.runtimes import pace as pace_module
+from arriero.runtimes.integrity import open_manifest
+from arriero.runtimes.interlude import Interlude
+from arriero.runtimes.pace import Pace
+from arriero.runtimes.processor.processor import Processor, Prompt
+from arriero.runtimes.scheduler import EngineLimits, Scheduler
+from arriero.runtimes.session import Session
+from arriero.runtimes.steps import append_tokens, read_piece, read_preempted
+from arriero.runtimes.tvm import TvmBackend
+from arriero.traits import PREFILL_PIECE
+from tests.runtimes.conftest import PreemptibleToy
+from tests.runtimes.gate import Gate
+
+LONG = Prompt(np.arange(70) + 3)  # eight pieces, for the toy's chunk has 8 tokens, and a rest
+
+
+@pytest.fixture
+def session(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
+    """A session of the toy, whose rows take a decode step whenever they may."""
+    monkeypatch.setattr(Pace, "is_due", lambda *_: True)
+    with Session(PreemptibleToy(), processor, context=200, batch=3) as opened:
+        yield opened
+
+
+def start(session: Session, most: int) -> tuple[Any, Any]:
+    """A stream that decodes, and one whose prompt is read then."""
+    gate = Gate(session.backend)
+    first = session.stream("a", max_tokens=most)
+    pieces = range(0, len(session.encode("a").input_ids), session.spec.attention_chunk_size)
+    gate.open(len(pieces) + 3)
+    next(first)
+    second = session.stream(LONG, max_tokens=5)
+    gate.open(10_000)
+    return first, second
+
+
+def test_others_decode_between_the_layers_of_a_long_prompt(session: Session) -> None:
+    toy = session.backend
+    alone = [session.generate("a", max_tokens=60), session.generate(LONG, max_tokens=5)]
+    toy.steps.clear()
+    for stream, expected in zip(start(session, 60), alone, strict=True):
+        assert (stream.wait().text, stream.wait().token_ids) == (expected.text, expected.token_ids)
+    pieces = [number for number, (_, count) in enumerate(toy.steps) if count > 1][-8:]
+    assert [toy.steps[number] for number in pieces] == [(1, 8)] * 8
+    for one, following in pairwise(pieces):
+        assert toy.steps[one + 1 : following] == [(1, 1)] * 3  # after a piece, and before each layer of the next
+    assert [1, 6] in toy.packed or [1, 0, 6] in toy.packed  # the rest, with the others' step: it is small
+
+
+def test_a_row_whose_decode_step_fails_between_layers_ends_alone(session: Session) -> None:
+    expected, forward, toy = session.generate(LONG, max_tokens=5).token_ids, session.backend.forward, session.backend
+    failing = len(session.encode("a").input_ids) + 8
+
+    def broken(embeds: Any, positions: Any, *arguments: Any) -> Any:
+        if positions.shape[1] == 1 and positions[0, 0] == failing:
+            raise ArrieroError("this row cannot be stepped")
+        return forward(embeds, positions, *arguments)
+
+    toy.forward = broken
+    first, second = start(session, 60)
+    assert second.wait().token_ids == expected
+    with pytest.raises(ArrieroError, match="cannot be stepped"):
+        first.wait()
+
+
+def test_an_error_of_no_row_ends_all_and_later_requests_are_answered(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = session.generate("a", max_tokens=5).token_ids
+    calls = []
+
+    def broken(*_: Any) -> None:
+        calls.append(1)
+        raise RuntimeError("of nobody")
+
+    monkeypatch.setattr(Scheduler, "_decode_between", broken)
+    for stream in start(session, 60):
+        with pytest.raises(RuntimeError, match="of nobody"):
+            stream.wait()
+    assert len(calls) == 1  # nothing else is tried between the layers that were left
+    assert session.generate("a", max_tokens=5).token_ids == expected
+
+
+def test_who_leaves_meanwhile_is_ended_between_layers(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, streams, seen = session.generate(LONG, max_tokens=5).token_ids, list[Any](), list[int]()
+
+    def leave(*_: Any) -> bool:
+        seen.append(session.stats().generated_tokens)
+        if len(seen) == 4:
+            streams[0].close()
+        return True
+
+    monkeypatch.setattr(Pace, "is_due", leave)
+    gate = Gate(session.backend)
+    streams.append(session.stream("a", max_tokens=150))
+    gate.open(8)
+    next(streams[0])
+    second = session.stream(LONG, max_tokens=5)
+    gate.open(10_000)
+    assert streams[0].wait().finish_reason == "cancelled"
+    assert second.wait().token_ids == expected
+    assert len(streams[0].wait().token_ids) == seen[3] - len(expected)  # none came after it left
+
+
+def test_no_step_between_layers_takes_what_is_not_there(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers pause between pieces where tokens run out, not within one."""
+    monkeypatch.setattr(Pace, "is_due", lambda *_: True)
+    toy = PreemptibleToy()
+    with Session(toy, processor, context=200, batch=3) as session:
+        alone = [session.generate("a", max_tokens=60).token_ids, session.generate(LONG, max_tokens=5).token_ids]
+        held = len(session.encode("a").input_ids) + 12 + len(LONG.input_ids)
+        session.engine._scheduler = scheduler = Scheduler(session.spec, EngineLimits(3, 200, held))
+        monkeypatch.setattr("arriero.runtimes.scheduler.AHEAD", 1)
+        between = Scheduler._decode_between
+
+        def counted(self: Scheduler, backend: Any) -> None:
+            between(self, backend)
+            running = [*self._rows.decoding, *([self._reading] if self._reading else [])]
+            assert sum(request.length for request in running) <= held
+
+        monkeypatch.setattr(Scheduler, "_decode_between", counted)
+        assert [stream.wait().token_ids for stream in start(session, 60)] == alone
+        assert scheduler.stats.paused > 0
+
+
+def test_tvm_leaves_a_step_before_every_layer_and_computes_the_same_bits(tvm_workshop: Path) -> None:
+    folder = tvm_workshop / "bundles" / "int8"
+    backend = TvmBackend(folder, open_manifest(folder).model, threads=2)
+    assert backend.preemptible
+    draw = np.random.default_rng(1)
+    prompts = [draw.integers(0, 500, count) for count in (21, 5, 9)]
+    none, last = np.zeros((0, backend.spec.hidden_size), np.float32), np.array([0, 11, 20])
+
+    def read(cache: Any, row: int, index: Any) -> np.ndarray:
+        return read_piece(backend, prompts[row], none, cache.rows(row, row + 1), index).logits[0]
+
+    cache = backend.new_cache(3, 64)
+    alone = read(cache, 0, last)
+    for row in (1, 2):
+        read(cache, row, np.array([0]))
+    decoded = [append_tokens(backend, [7 + step, 11], cache.rows(1, 3)) for step in range(len(backend.spec.layers))]
+    following = append_tokens(backend, [3], cache.rows(0, 1))
+
+    cache, steps = backend.new_cache(3, 64), list[np.ndarray]()
+    for row in (1, 2):
+        read(cache, row, np.array([0]))
+
+    def between() -> None:
+        steps.append(append_tokens(backend, [7 + len(steps), 11], cache.rows(1, 3)))
+
+    logits = read_preempted(backend, prompts[0], none, cache.rows(0, 1), last, between)
+    assert len(steps) == len(backend.spec.layers)
+    assert np.array_equal(logits, alone)
+    assert all(map(np.array_equal, steps, decoded))
+    assert np.array_equal(append_tokens(backend, [3], cache.rows(0, 1)), following)
+    assert cache.lengths.tolist() == [22, 5 + len(steps), 9 + len(steps)]
+    assert len(steps) == len(backend.spec.layers)  # an ordinary step is not left
+
+
+def test_tvm_leaves_no_step_where_another_would_move_the_cache(
+    tvm_workshop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tvm_workshop / "bundles" / "int8"
+    backend = TvmBackend(folder, open_manifest(folder).model, threads=1)
+    cache = backend.new_cache(2, 64)
+    monkeypatch.setattr(cache.store, "has_all_slots", False)
+    none = np.zeros((0, backend.spec.hidden_size), np.float32)
+    calls = []
+    ids = np.arange(9) + 5
+    logits = read_preempted(backend, ids, none, cache.rows(0, 1), np.array([8]), lambda: calls.append(1))
+    assert not calls
+    assert np.array_equal(logits, read_piece(backend, ids, none, cache.rows(1, 2), np.array([8])).logits[0])
+
+
+def test_a_piece_is_as_large_as_the_wait_for_one_layer_allows() -> None:
+    pace = Pace()
+    assert pace.layered_piece() == pace_module.LEAST_LAYERED
+    assert pace.is_due(1)  # nothing is known
+    pace.decoded(0.1)
+    pace.read_layers(100, 10, 1.0)  # a thousandth of a second for a token in a layer
+    assert pace.layered_piece() == 125
+    assert not pace.is_due(60)
+    assert pace.is_due(125)
+    for _ in range(40):
+        pace.read_layers(100, 10, 1e-6)
+    assert pace.layered_piece() == PREFILL_PIECE
+    for _ in range(40):
+        pace.read_layers(100, 10, 100.0)
+    assert pace.layered_piece() == pace_module.LEAST_LAYERED
+
+
+def test_a_step_is_left_only_when_those_that_decode_have_waited() -> None:
+    pace, steps = Pace(), []
+    pace.decoded(1000.0)
+    pace.read_layers(1, 1, 0.001)
+    interlude = Interlude(pace, 10, lambda: steps.append(1))
+    interlude()
+    assert not steps
+    pace.read_layers(1, 1, 1e7)
+    interlude()
+    assert len(steps) == 1
+    interlude.check()
