@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from arriero.errors import ArrieroError
 from arriero.profiles.grids import Grid, GridName
 
+SLICE_BYTES = 16 << 20  # of a large matrix f32 that are rounded at once
+
 
 @dataclass(frozen=True)
 class Quantized:

@@ -11,10 +11,10 @@ import time
 
 from arriero.traits import PREFILL_PIECE
 
-# A piece, or what is read of one between two decode steps, may take so many times as long as a decode step of the
-# others: the gap between their tokens is then 2.25 steps, and a prompt whose pieces are as quick as large ones takes
-# 1.8 times as long as alone.
+# A piece may take so many times as long as a decode step of the others: the gap between their tokens is then 2.25
+# steps, and a prompt whose pieces are as quick as large ones takes 1.8 times as long as alone.
 STEPS_PER_PIECE = 1.25
+STEPS_OF_LAYERS = 1.0  # the same of the layers between two decode steps, which are a fifth slower there than elsewhere
 LEAST = 8  # tokens of a piece: below it the weights are read for too few of them
 GRAIN = 2  # what a piece grows by: in coarser steps it would fall short of what it may take by up to half
 LEAST_LAYERED = 64  # tokens of a piece that is read a layer at a time
@@ -58,7 +58,7 @@ class Pace:
         """Tokens of the next piece while others decode, one layer of which takes as long as they may wait."""
         if self._layer_s is None or self._step_s is None:
             return LEAST_LAYERED
-        tokens = int(STEPS_PER_PIECE * self._step_s / max(self._layer_s, 1e-9))
+        tokens = int(STEPS_OF_LAYERS * self._step_s / max(self._layer_s, 1e-9))
         return min(max(tokens, LEAST_LAYERED), PREFILL_PIECE)
 
     def is_due(self, tokens: int) -> bool:
@@ -66,7 +66,7 @@ class Pace:
         if self._layer_s is None or self._step_s is None:
             return True
         waited = time.perf_counter() - self._decoded
-        return waited + tokens * self._layer_s > STEPS_PER_PIECE * self._step_s
+        return waited + tokens * self._layer_s > STEPS_OF_LAYERS * self._step_s
 
 
 def _expected(before: float | None, measured: float) -> float:

@@ -56,6 +56,20 @@ class Stream(Iterator[str], AsyncIterator[str]):
         self._engine.check_waiting()
         return self._opened(await self._arrival())
 
+    def follow(self, notify: Callable[[], None]) -> None:
+        """Have the engine's thread call `notify` whenever something comes; it must raise nothing."""
+        self._engine.check_waiting()
+        self._request.notify = notify
+
+    def arrived(self) -> Iterator[Delta | None]:
+        """What has come and was not taken yet, without waiting: deltas, and None behind the last; raises its error."""
+        while not self._ended:
+            try:
+                entry = self._request.outbox.get_nowait()
+            except Empty:
+                return
+            yield self._opened(entry)
+
     async def _arrival(self) -> Delta | BaseException | None:
         """The outbox's next entry."""
         loop, outbox = asyncio.get_running_loop(), self._request.outbox

@@ -20,6 +20,7 @@ from arriero.graphs.config import ModelConfig
 from arriero.graphs.names import EMBEDDING, HEAD, TEXT_PREFIX
 from arriero.graphs.sources.stored_codes import scale_type
 from arriero.graphs.sources.weight_source import WeightSource
+from arriero.profiles.quantize import SLICE_BYTES
 from arriero.profiles.recipe import Profile, check_shapes
 from arriero.profiles.schemes import HALF_BYTES, Chosen, Exact, Fp8, IntBlock, Scheme
 from arriero.runtimes.cpu import usable_cores
@@ -31,8 +32,10 @@ TRACE_MEMORY, TRACE_LAYER = 320 << 20, 4 << 20  # Python with torch and onnx, an
 COMPILER_MEMORY, COMPILERS = 306 << 20, 5  # one at work on our kernels, and how many there are to run
 ENGINE_MEMORY, ENGINE_COPIES = 1 << 30, 3  # a builder, and the weights: mapped, in its network, serialized
 ENGINE_DISK = 64 << 20  # the code in three engines
-LARGEST_PIECE = 128 << 20  # pieces of a matrix on their way through; an expert is rounded whole
-PIECE_COPIES = 2.8  # of an expert: in float32, over its scales, rounded, and packed
+LARGEST_PIECE = 128 << 20  # pieces of a matrix on their way through
+EXPERT_COPIES = 1.25  # of an expert's float32: itself, and its codes
+SLICE_COPIES = 4.25  # of what is rounded of it at a time: turned, its magnitudes, over its scales, rounded, clipped
+CODE_COPIES = 2.5  # of an expert's codes that were chosen before, a byte each: taken apart, in order, packed
 PACKED_SHARE = 0.18  # of float32's bytes, of quantised matrices but the head
 RTN_LEFT = 30 << 20  # that lowering the RTN baseline leaves behind while it is measured
 
@@ -45,6 +48,7 @@ def estimate_needs(
     seen: ModelConfig,
     used: Sequence[WeightSource],
     targets: Sequence[PlannedTarget],
+    schemes: Mapping[str, Mapping[str, Scheme]],
     calibrates: Sequence[Profile],
     waiting: Collection[str],
     sizes: Sequence[estimate.Size],
@@ -54,8 +58,8 @@ def estimate_needs(
 ) -> dict[str, Need]:
     """Peak memory and disk of each of the stages `names`; `seen` is the model as far as the modalities need it.
 
-    `waiting` are the names of the targets that wait for calibration, `side` the bytes of what bundles take from the
-    checkpoint beside weights.
+    `schemes` are each target's of every tensor, `waiting` the names of the targets that wait for calibration, `side`
+    the bytes of what bundles take from the checkpoint beside weights.
     """
     second = any(profile.rounds_by_gptq for profile in calibrates)
     chooses = any(profile.choose is not None for profile in calibrates)
@@ -81,7 +85,7 @@ def estimate_needs(
         first = target.backend not in used_before
         compiling = takes.compiler if first else takes.compiler // 2
         written = target.weights_bytes + graphs_disk(seen) + parts_of(seen) * takes.code + side
-        lowering = (held + compiling + _lower_memory(used, target), written)
+        lowering = (held + compiling + _lower_memory(used, target, schemes[target.name]), written)
         if target.on_gpu:  # an engine beside the weights that it is made of
             engine = ENGINE_MEMORY + ENGINE_COPIES * target.weights_bytes
             lowering = (max(lowering[0], engine), written + target.weights_bytes + ENGINE_DISK)
@@ -96,7 +100,8 @@ def estimate_needs(
         proof = (parity, report_disk(seen, len(case_sizes), calibrated=target.name in waiting))
         needs |= {name: proof for name in names if split_stage(name)[0] == f"parity-{target.name}"}
         # the baseline's weights lie beside the bundle's own while it is measured
-        needs[f"rtn-{target.name}"] = (max(lowering[0], parity + RTN_LEFT), written + proof[1])
+        baseline = held + compiling + _lower_memory(used, target, {})
+        needs[f"rtn-{target.name}"] = (max(baseline, parity + RTN_LEFT), written + proof[1])
     return needs
 
 
@@ -110,6 +115,7 @@ def is_used(info: WeightSource, build: BuildConfig, checkpoint: Checkpoint) -> b
 def plan_target(
     target: Target,
     profile: Profile,
+    schemes: Mapping[str, Scheme],
     checkpoint: Checkpoint,
     used: Iterable[WeightSource],
     config: ModelConfig,
@@ -118,10 +124,9 @@ def plan_target(
 ) -> PlannedTarget:
     """The bundle of one target: bytes of its weights by scheme and of its cache; `used` are the tensors in it.
 
-    `adapters` are the bytes of what it switches between.
+    `schemes` are what `profile` assigns, `adapters` the bytes of what it switches between.
     """
     check_shapes(profile, {name: info.shape for name, info in checkpoint.tensors.items()})
-    schemes = profile.assign(checkpoint.tensors)
     sizes: dict[str, int] = {"f32": adapters}
     for info in used:
         scheme = schemes[info.name]
@@ -171,16 +176,15 @@ def _what_becomes_of(quantised: Iterable[str], schemes: Mapping[str, Scheme]) ->
     return counts
 
 
-def _lower_memory(used: Iterable[WeightSource], target: PlannedTarget) -> int:
-    """Estimate lowering: one piece of a matrix is written after another, and one expert rounded; then it is loaded.
+def _lower_memory(used: Iterable[WeightSource], target: PlannedTarget, schemes: Mapping[str, Scheme]) -> int:
+    """Estimate lowering: one piece of a matrix is written after another, and one expert; then it is loaded.
 
-    A backend that does not map weights packs what every token is multiplied by as it is loaded, in float32 or for what
-    is quantised in about as much for the head and in less for the rest.
+    What `schemes` do not name is rounded to nearest. A backend that does not map weights packs what every token is
+    multiplied by as it is loaded, in float32 or for what is quantised in about as much for the head and in less for the
+    rest.
     """
     takes = TRAITS[target.backend].footprint
-    matrices = [4 * math.prod(info.shape[-2:]) for info in used]
-    experts = [4 * math.prod(info.shape[-2:]) for info in used if len(info.shape) > 2]
-    pieces = int(max(min(max(matrices, default=0), LARGEST_PIECE), PIECE_COPIES * max(experts, default=0)))
+    pieces = int(max((_piece(info, schemes.get(info.name)) for info in used), default=0))
     exact = target.is_exact
     if takes.maps_weights:
         linked = exact and TRAITS[target.backend].keeps_stored_dtype
@@ -189,3 +193,13 @@ def _lower_memory(used: Iterable[WeightSource], target: PlannedTarget) -> int:
     head = sum(4 * math.prod(info.shape) for info in used if info.name == HEAD)
     packed = every if exact else head + PACKED_SHARE * (every - head)
     return int(max(pieces, packed))
+
+
+def _piece(info: WeightSource, scheme: Scheme | None) -> float:
+    """Bytes that the largest piece of a tensor takes on its way into a bundle."""
+    numbers = math.prod(info.shape[-2:])
+    if len(info.shape) <= 2:
+        return min(4 * numbers, LARGEST_PIECE)
+    if isinstance(scheme, Chosen) or (isinstance(scheme, IntBlock | Fp8) and scheme.rounding != "nearest"):
+        return CODE_COPIES * numbers
+    return EXPERT_COPIES * 4 * numbers + SLICE_COPIES * min(4 * numbers, SLICE_BYTES)

@@ -75,8 +75,18 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
         ready.raise_all()
         raise
     used = [info for info in checkpoint.tensors.values() if is_used(info, build, checkpoint)]
+    schemes = {target.name: profiles[target.profile].assign(checkpoint.tensors) for target in build.targets}
     targets = tuple(
-        plan_target(target, profiles[target.profile], checkpoint, used, config, state, switched[-1].nbytes)
+        plan_target(
+            target,
+            profiles[target.profile],
+            schemes[target.name],
+            checkpoint,
+            used,
+            config,
+            state,
+            switched[-1].nbytes,
+        )
         for target in build.targets
     )
     needs = estimate_needs(
@@ -85,6 +95,7 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
         seen,
         used,
         targets,
+        schemes,
         calibrating(profiles),
         waiting,
         sizes,

@@ -7,6 +7,7 @@ Legend: n rows or experts, N output features, K input features.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +17,7 @@ from arriero.graphs.sources.stored_codes import Codes
 from arriero.graphs.stored.safetensors_writer import Spec
 from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.float8 import Float8, quantize_float8
-from arriero.profiles.quantize import Quantized, check_block
+from arriero.profiles.quantize import SLICE_BYTES, Quantized, check_block
 from arriero.profiles.schemes import Fp8, IntBlock
 from arriero.profiles.stored_values import nearest
 
@@ -29,7 +30,9 @@ def quantized(store: WeightStore, name: str, scheme: IntBlock, start: int, stop:
         return codes
     if scheme.rounding == "gptq":  # case 2
         return store.calibrated(name).read(name, scheme, start, stop)
-    return nearest(_rows(store, name, start, stop), scheme, name=name)  # case 3
+    parts = [nearest(rows, scheme, name=name) for rows in _rows(store, name, start, stop)]  # case 3
+    packed, scales = _joined([part.packed for part in parts]), _joined([part.scales for part in parts])
+    return replace(parts[0], packed=packed, scales=scales)
 
 
 def float8(store: WeightStore, name: str, scheme: Fp8, start: int, stop: int) -> Float8:
@@ -38,7 +41,8 @@ def float8(store: WeightStore, name: str, scheme: Fp8, start: int, stop: int) ->
         codes = _stored(store, name, (8, 0), start, stop)
         assert isinstance(codes, Float8)
         return codes
-    return quantize_float8(_rows(store, name, start, stop), name=name)  # case 3
+    parts = [quantize_float8(rows, name=name) for rows in _rows(store, name, start, stop)]  # case 3
+    return Float8(_joined([part.bits for part in parts]), _joined([part.scales for part in parts]))
 
 
 def store_rows(
@@ -83,7 +87,17 @@ def _stored(store: WeightStore, name: str, form: tuple[int, int], start: int, st
     return codes.read(start, stop)
 
 
-def _rows(store: WeightStore, name: str, start: int, stop: int) -> np.ndarray:
-    """Rows of a matrix f32 [n, K], or experts turned [n, N, K]."""
+def _rows(store: WeightStore, name: str, start: int, stop: int) -> Iterator[np.ndarray]:
+    """Rows of a matrix f32 [n, K], or experts turned [n, N, K], some of the N at a time: rounding takes four copies."""
     values = store.checkpoint.read_float32(name, start, stop)
-    return values if values.ndim == 2 else np.ascontiguousarray(values.transpose(0, 2, 1))
+    if values.ndim == 2:
+        yield values
+        return
+    outputs = max(1, SLICE_BYTES // values[..., 0].nbytes)
+    for first in range(0, values.shape[2], outputs):
+        yield np.ascontiguousarray(values[..., first : first + outputs].transpose(0, 2, 1))
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Parts of a matrix's rows, or of experts' [n, N, ..], as one."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)

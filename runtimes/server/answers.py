@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -65,27 +67,27 @@ class Answers:
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta | None]]:
         """Every answer's deltas as they come, with its number, and None at its end; TimeoutError after the deadline."""
-        waiting = {asyncio.ensure_future(stream.next_delta_async()): n for n, stream in enumerate(self.streams)}
+        loop, news = asyncio.get_running_loop(), asyncio.Queue[int | None]()
+        late = loop.call_at(self.deadline, news.put_nowait, None)
         try:
-            while waiting:
-                left = self.deadline - asyncio.get_running_loop().time()
-                done, _ = await asyncio.wait(waiting, timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED)
-                if left <= 0 or not done:
+            for number, stream in enumerate(self.streams):
+                stream.follow(partial(_tell, loop, news, number))
+                news.put_nowait(number)  # for what came before
+            left = len(self.streams)
+            while left:
+                told = await news.get()
+                if told is None:
                     raise TimeoutError
-                for task in done:
-                    number = waiting.pop(task)
-                    delta = task.result()
-                    if delta is not None:
-                        waiting[asyncio.ensure_future(self.streams[number].next_delta_async())] = number
-                    else:
-                        self.metrics.answered(self.streams[number].result)
-                    yield number, delta
+                for delta in self.streams[told].arrived():
+                    if delta is None:
+                        left -= 1
+                        self.metrics.answered(self.streams[told].result)
+                    yield told, delta
         except BaseException as error:
             self.failure = failure_of(error)
             raise
         finally:
-            for task in waiting:
-                task.cancel()
+            late.cancel()
             self.close()
 
     @property
@@ -109,6 +111,12 @@ class Answers:
             "total_tokens": read + chosen,
             "prompt_tokens_details": {"cached_tokens": sum(stream.reused_tokens for stream in firsts)},
         }
+
+
+def _tell(loop: asyncio.AbstractEventLoop, news: asyncio.Queue[int | None], number: int) -> None:
+    """Say on `loop` that something came of the answer of that number; for the engine's thread."""
+    with suppress(RuntimeError):  # a loop that is closed has no reader any more
+        loop.call_soon_threadsafe(news.put_nowait, number)
 
 
 def engine_requests(model: Model, prompts: Sequence[Prompt], settings: Sequence[AnswerSettings]) -> list[Request]:

@@ -191,9 +191,9 @@ def test_a_piece_is_as_large_as_the_wait_for_one_layer_allows() -> None:
     assert pace.is_due(1)  # nothing is known
     pace.decoded(0.1)
     pace.read_layers(100, 10, 1.0)  # a thousandth of a second for a token in a layer
-    assert pace.layered_piece() == 125
-    assert not pace.is_due(60)
-    assert pace.is_due(125)
+    assert pace.layered_piece() == 100 * pace_module.STEPS_OF_LAYERS
+    assert not pace.is_due(50)
+    assert pace.is_due(101)
     for _ in range(40):
         pace.read_layers(100, 10, 1e-6)
     assert pace.layered_piece() == PREFILL_PIECE
