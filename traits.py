@@ -75,7 +75,7 @@ class BackendTraits:
 
     @property
     def is_onnx(self) -> bool:
-        """Whether its bundles are ONNX files, which other tools open too; `onnx.checker` refuses hard-linked weights."""
+        """Whether its bundles are ONNX files, for other tools too: `onnx.checker` refuses hard-linked weights."""
         return ".onnx" in self.files
 
 

@@ -79,9 +79,12 @@ extern "C" int64_t int8_dots(int64_t rounds) {
     if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0) return tile_dots(rounds);
 #endif
     Ints sums[12] = {}, a = {}, b = {};
-    __asm__ volatile("" : "+" REGISTER(a), "+" REGISTER(b));
     for (int64_t i = 0; i < rounds; ++i) {
-        for (int j = 0; j < 12; ++j) sums[j] = dot(sums[j], a, b);
+        for (int j = 0; j < 12; ++j) {
+            // to the compiler new operands, or it would multiply once for all
+            __asm__ volatile("" : "+" REGISTER(a), "+" REGISTER(b));
+            sums[j] = dot(sums[j], a, b);
+        }
         for (int j = 0; j < 12; ++j) __asm__ volatile("" : "+" REGISTER(sums[j]));
     }
     return rounds * 12 * sizeof(Ints) * 2;
@@ -89,9 +92,11 @@ extern "C" int64_t int8_dots(int64_t rounds) {
 
 extern "C" int64_t float_multiply_adds(int64_t rounds) {
     Floats sums[12] = {}, a = {}, b = {};
-    __asm__ volatile("" : "+" REGISTER(a), "+" REGISTER(b));
     for (int64_t i = 0; i < rounds; ++i) {
-        for (int j = 0; j < 12; ++j) sums[j] += a * b;
+        for (int j = 0; j < 12; ++j) {
+            __asm__ volatile("" : "+" REGISTER(a), "+" REGISTER(b));
+            sums[j] += a * b;
+        }
         for (int j = 0; j < 12; ++j) __asm__ volatile("" : "+" REGISTER(sums[j]));
     }
     return rounds * 12 * sizeof(Floats) / 4 * 2;

@@ -65,7 +65,7 @@ def test_other_tools_take_the_onnx_files(workshop):
     """`onnx.checker` refuses weights with a second name, so a bundle shares none with the stage that made them."""
     for name in ("fp32", "int8"):
         graphs = sorted((workshop / "bundles" / name).glob("*.onnx"))
-        assert [graph.name for graph in graphs] == ["text.onnx", "vision.onnx"]
+        assert [graph.name for graph in graphs] == ["embed.onnx", "text.onnx", "vision.onnx"]
         for graph in graphs:
             onnx.checker.check_model(graph)
 
