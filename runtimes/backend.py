@@ -271,17 +271,17 @@ class PacksRows(Protocol):
 
 @runtime_checkable
 class Preemptible(Protocol):
-    """What a backend has besides whose steps can be left between two layers, for steps of other rows."""
+    """What a backend has besides whose steps can be left between parts of layers, for steps of other rows."""
 
     preemptible: bool  # whether these weights' graph, as it was opened, can be
 
     def forward_preempted(
         self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, between: Callable[[], None]
     ) -> Floats:
-        """Run a step as `Backend.forward` does, and call `between` before every layer; gives logits f32 [B, L, V].
+        """Run a step as `Backend.forward` does, and call `between` before every attention and expert dispatch.
 
-        `between` may take steps of other rows of the cache's store, which change no bit of this one, and must raise
-        nothing. It is not called where a step of others would move the store's buffers.
+        Gives logits f32 [B, L, V]. `between` may take steps of other rows of the cache's store, which change no bit of
+        this one, and must raise nothing. It is not called where a step of others would move the store's buffers.
         """
         ...
 

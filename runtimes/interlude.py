@@ -1,4 +1,4 @@
-"""What comes between the layers of a piece that is read: decode steps of the others, once they have waited enough."""
+"""What comes between the parts of a piece that is read: decode steps of the others, once they have waited enough."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from arriero.runtimes.pace import Pace
 
 
 class Interlude:
-    """Takes decode steps when it is called, before each layer of a piece of `tokens`; raises nothing there."""
+    """Takes decode steps when it is called, before each part of a piece of `tokens`; raises nothing there."""
 
     def __init__(self, pace: Pace, tokens: int, decode: Callable[[], object]) -> None:
         """Keep to `pace`; `decode` takes one step of all that decode."""
         self._pace, self._tokens, self._decode = pace, tokens, decode
         self._error: BaseException | None = None
-        self.seconds = 0.0  # that the decode steps took
+        self.seconds, self.parts = 0.0, 0  # that the decode steps took; of the piece, so far
 
     def __call__(self) -> None:
-        """A layer is done, or none yet."""
+        """The next part of the piece is about to begin."""
+        self.parts += 1
         if self._error is not None or not self._pace.is_due(self._tokens):
             return
         started = time.perf_counter()

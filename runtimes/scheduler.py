@@ -104,10 +104,10 @@ class Scheduler:
         self._waiting.append(request)
 
     def turn(self, backend: Backend) -> None:
-        """Take the next steps: at most one piece of a prompt, and one token for every row that decodes, or some.
+        """Take the next steps: at most one piece of a prompt, and a token for every row that decodes.
 
-        Both are one step where the backend packs rows and the piece is the prompt's last: weights are then read once
-        for all of them.
+        Both are one step where the backend packs rows and the prompt has no more: weights are then read once for all
+        of them. Where a piece can be left between its parts, rows get a token there too when they have waited enough.
         """
         self._end_cancelled()
         self._admit(backend)
@@ -226,16 +226,17 @@ class Scheduler:
         except BaseException as error:
             self._fail_reading(request, error)
             return
-        layers, last, row = len(backend.spec.layers), np.array([len(ids) - 1]), self._rows.reading
+        last, row = np.array([len(ids) - 1]), self._rows.reading
         interlude = Interlude(self._pace, len(ids), partial(self._decode_between, backend))
         started = time.perf_counter()
         try:
             if self._rows.decoding and is_preemptible(backend):
                 logits = read_preempted(backend, ids, features, row, last, interlude)[0]
+                seconds = time.perf_counter() - started - interlude.seconds
+                self._pace.read_parts(len(ids), max(interlude.parts, 1), seconds)
             else:
                 logits = read_piece(backend, ids, features, row, last).logits[0, 0]
                 self._pace.read(len(ids), time.perf_counter() - started)
-            self._pace.read_layers(len(ids), layers, time.perf_counter() - started - interlude.seconds)
         except BaseException as error:
             self._fail_reading(request, error)
         else:
@@ -246,11 +247,11 @@ class Scheduler:
         """Tokens of the next piece of a prompt at most."""
         if not self._rows.decoding:
             return backend.piece
-        paced = self._pace.layered_piece() if is_preemptible(backend) else self._pace.piece()
+        paced = self._pace.piece_in_parts() if is_preemptible(backend) else self._pace.piece()
         return min(max(paced, least_piece(backend)), backend.piece)
 
     def _decode_between(self, backend: Backend) -> None:
-        """Take a decode step between two layers of a piece of the prompt."""
+        """Take a decode step between two parts of a piece of the prompt."""
         self._end_cancelled_rows()
         if self._rows.decoding and not self._lacks_room():
             self._decode(backend)

@@ -56,7 +56,7 @@ def read_piece(
 def read_preempted(
     backend: Backend, ids: Ints, features: Floats, cache: Cache, logits_index: Ints, between: Callable[[], None]
 ) -> Floats:
-    """Append `ids` [S] as `read_piece` does, and call `between` before every layer; gives logits f32 [L, V]."""
+    """Append `ids` [S] as `read_piece` does, and call `between` between parts of layers; gives logits f32 [L, V]."""
     assert isinstance(backend, Preemptible)
     embeds = backend.embed(ids[None], features)
     positions = cache.lengths[:, None] + np.arange(len(ids))
@@ -64,7 +64,7 @@ def read_preempted(
 
 
 def is_preemptible(backend: Backend) -> bool:
-    """Whether a step of `backend` can be left between two layers for steps of other rows."""
+    """Whether a step of `backend` can be left between parts of its layers for steps of other rows."""
     return isinstance(backend, Preemptible) and backend.preemptible
 
 

@@ -51,7 +51,7 @@ from arriero.traits import PREFILL_PIECE, install
 
 PANEL = 16  # output features in each row of a packed matrix
 CPU = 1, 0  # DLPack's device type and number
-BETWEEN_LAYERS = "arriero_between_layers"  # of the library: takes the address of what is called there
+BETWEEN_PARTS = "arriero_between_parts"  # of the library: takes the address of what is called there
 NAIVE, POOLED = 1, 2  # allocators: what keeps the memory of every size that was asked for is not for a cap
 
 
@@ -93,7 +93,7 @@ class TvmBackend:
         self._memory = StepMemory(self._token_bytes(self.piece), _empty_pool) if memory is None else None
         self.packs, self.forces_routing = text.packs, takes_routing(spec, text.inputs)
         # a cap has room for one step, and bundles from before lack the function
-        self.preemptible = memory is None and text.library.implements_function(BETWEEN_LAYERS, True)
+        self.preemptible = memory is None and text.library.implements_function(BETWEEN_PARTS, True)
         unforced = aligned(np.empty((0, spec.num_experts_per_tok), np.int64))
         self._unforced = {name: unforced for name in text.inputs if name.startswith(PREFIX)}
         self._experts = (
@@ -172,12 +172,12 @@ class TvmBackend:
     def forward_preempted(
         self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, between: Callable[[], None]
     ) -> Floats:
-        """Run `inputs_embeds` [B, S, H] and call `between` before each layer: see `Preemptible.forward_preempted`."""
+        """Run `inputs_embeds` [B, S, H] and call `between` in it: see `Preemptible.forward_preempted`."""
         assert isinstance(cache, CacheRows)
         assert isinstance(cache.store, KVCache)
         if not cache.store.has_all_slots:
             return self.forward(inputs_embeds, positions, cache, logits_index).logits
-        with self._graphs["text"].left_between_layers(between):
+        with self._graphs["text"].left_between_parts(between):
             return self.forward(inputs_embeds, positions, cache, logits_index).logits
 
     def forward_packed(self, inputs_embeds: Floats, counts: Ints, cache: Cache, logits_index: Ints) -> Floats:
@@ -306,8 +306,8 @@ class _Graph:
         return [np.from_dlpack(item) for item in (results if isinstance(results, ffi.Array) else [results])]
 
     @contextmanager
-    def left_between_layers(self, between: Callable[[], None]) -> Iterator[None]:
-        """Have a step in the block call `between` before every layer; those that it takes itself call nothing."""
+    def left_between_parts(self, between: Callable[[], None]) -> Iterator[None]:
+        """Have a step in the block call `between` before attention and experts; those that it takes call nothing."""
         if self._meanwhile is None:
             self._meanwhile = self._new_machine(POOLED)
 
@@ -318,7 +318,7 @@ class _Graph:
             finally:
                 self._is_left = False
 
-        tell = self.library.get_function(BETWEEN_LAYERS, True)
+        tell = self.library.get_function(BETWEEN_PARTS, True)
         function = ctypes.CFUNCTYPE(None)(leave)
         tell(ctypes.cast(function, ctypes.c_void_p).value)
         try:

@@ -1,4 +1,4 @@
-"""Pieces of a prompt that are read a layer at a time, with decode steps of others between the layers."""
+"""Pieces of a prompt that are read in parts, with decode steps of others between attention and experts."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_no_step_between_layers_takes_what_is_not_there(processor: Processor, mo
         assert scheduler.stats.paused > 0
 
 
-def test_tvm_leaves_a_step_before_every_layer_and_computes_the_same_bits(tvm_workshop: Path) -> None:
+def test_tvm_leaves_a_step_before_attention_and_experts_and_computes_the_same_bits(tvm_workshop: Path) -> None:
     folder = tvm_workshop / "bundles" / "int8"
     backend = TvmBackend(folder, open_manifest(folder).model, threads=2)
     assert backend.preemptible
@@ -151,7 +151,8 @@ def test_tvm_leaves_a_step_before_every_layer_and_computes_the_same_bits(tvm_wor
     alone = read(cache, 0, last)
     for row in (1, 2):
         read(cache, row, np.array([0]))
-    decoded = [append_tokens(backend, [7 + step, 11], cache.rows(1, 3)) for step in range(len(backend.spec.layers))]
+    parts = sum(2 if layer.ffn == "moe" else 1 for layer in backend.spec.layers)
+    decoded = [append_tokens(backend, [7 + step, 11], cache.rows(1, 3)) for step in range(parts)]
     following = append_tokens(backend, [3], cache.rows(0, 1))
 
     cache, steps = backend.new_cache(3, 64), list[np.ndarray]()
@@ -162,12 +163,12 @@ def test_tvm_leaves_a_step_before_every_layer_and_computes_the_same_bits(tvm_wor
         steps.append(append_tokens(backend, [7 + len(steps), 11], cache.rows(1, 3)))
 
     logits = read_preempted(backend, prompts[0], none, cache.rows(0, 1), last, between)
-    assert len(steps) == len(backend.spec.layers)
+    assert len(steps) == parts
     assert np.array_equal(logits, alone)
     assert all(map(np.array_equal, steps, decoded))
     assert np.array_equal(append_tokens(backend, [3], cache.rows(0, 1)), following)
     assert cache.lengths.tolist() == [22, 5 + len(steps), 9 + len(steps)]
-    assert len(steps) == len(backend.spec.layers)  # an ordinary step is not left
+    assert len(steps) == parts  # an ordinary step is not left
 
 
 def test_tvm_leaves_no_step_where_another_would_move_the_cache(
@@ -185,31 +186,31 @@ def test_tvm_leaves_no_step_where_another_would_move_the_cache(
     assert np.array_equal(logits, read_piece(backend, ids, none, cache.rows(1, 2), np.array([8])).logits[0])
 
 
-def test_a_piece_is_as_large_as_the_wait_for_one_layer_allows() -> None:
+def test_a_piece_is_as_large_as_the_wait_for_two_parts_allows() -> None:
     pace = Pace()
-    assert pace.layered_piece() == pace_module.LEAST_LAYERED
+    assert pace.piece_in_parts() == pace_module.LEAST_IN_PARTS
     assert pace.is_due(1)  # nothing is known
     pace.decoded(0.1)
-    pace.read_layers(100, 10, 1.0)  # a thousandth of a second for a token in a layer
-    assert pace.layered_piece() == 100 * pace_module.STEPS_OF_LAYERS
-    assert not pace.is_due(50)
-    assert pace.is_due(101)
+    pace.read_parts(100, 20, 1.0)  # half a thousandth of a second for a token in a part, two of which a layer has
+    assert pace.piece_in_parts() == 100 * pace_module.STEPS_PER_PIECE
+    assert not pace.is_due(100)
+    assert pace.is_due(251)
     for _ in range(40):
-        pace.read_layers(100, 10, 1e-6)
-    assert pace.layered_piece() == PREFILL_PIECE
+        pace.read_parts(100, 10, 1e-6)
+    assert pace.piece_in_parts() == PREFILL_PIECE
     for _ in range(40):
-        pace.read_layers(100, 10, 100.0)
-    assert pace.layered_piece() == pace_module.LEAST_LAYERED
+        pace.read_parts(100, 10, 100.0)
+    assert pace.piece_in_parts() == pace_module.LEAST_IN_PARTS
 
 
 def test_a_step_is_left_only_when_those_that_decode_have_waited() -> None:
     pace, steps = Pace(), []
     pace.decoded(1000.0)
-    pace.read_layers(1, 1, 0.001)
+    pace.read_parts(1, 1, 0.001)
     interlude = Interlude(pace, 10, lambda: steps.append(1))
     interlude()
     assert not steps
-    pace.read_layers(1, 1, 1e7)
+    pace.read_parts(1, 1, 1e7)
     interlude()
     assert len(steps) == 1
     interlude.check()

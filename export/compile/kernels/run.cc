@@ -104,22 +104,23 @@ int32_t run(int64_t bytes, int64_t parts, const Steps&... steps) {
 // The cache of a table of experts; null where all of them are mapped.
 ExpertLayer* cache_of(const int64_t* experts) { return reinterpret_cast<ExpertLayer*>(experts[0]); }
 
-// What a step is left for before each layer's attention, where nothing of its own is under way; null: nothing.
-void (*between_layers)() = nullptr;
+// What a step is left for before each attention and each dispatch to experts, where nothing of its own is under way;
+// null: nothing.
+void (*between_parts)() = nullptr;
 
 void leave_step() {
-    if (auto* const call = between_layers) {
-        between_layers = nullptr;  // a step that is taken meanwhile is not left in its turn
+    if (auto* const call = between_parts) {
+        between_parts = nullptr;  // a step that is taken meanwhile is not left in its turn
         call();
-        between_layers = call;
+        between_parts = call;
     }
 }
 
 }  // namespace
 
 // (address of a function without arguments, or 0)
-extern "C" int __tvm_ffi_arriero_between_layers(void*, const TaggedValue* arguments, int32_t, TaggedValue* result) {
-    between_layers = reinterpret_cast<void (*)()>(arguments[0].integer);
+extern "C" int __tvm_ffi_arriero_between_parts(void*, const TaggedValue* arguments, int32_t, TaggedValue* result) {
+    between_parts = reinterpret_cast<void (*)()>(arguments[0].integer);
     *result = {TAGGED_INTEGER, 0, 0};
     return 0;
 }
@@ -148,6 +149,7 @@ extern "C" int32_t arriero_run_dispatch(int64_t gate_up_format, int64_t gate_up_
                                         int64_t down_at, int64_t down_scales_at, const float* x,
                                         const int64_t* expert_id, const float* score, const int64_t* experts, float* y,
                                         int64_t T, int64_t R, int64_t E, int64_t H, int64_t F, int64_t parts) {
+    leave_step();
     const auto compute = [&](void* space) {
         ExpertLayer* cache = cache_of(experts);
         ExpertWave wave{reinterpret_cast<const void* const*>(experts + 1), true};
