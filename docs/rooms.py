@@ -44,7 +44,8 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "server": ("server",),
         "session": ("api.py", "session.py", "chat_session.py", "check_prompt.py", "routing_trace.py"),
         "engine": (
-            *("engine.py", "scheduler.py", "decode_step.py", "pace.py", "running_rows.py", "request.py", "stream.py"),
+            *("engine.py", "scheduler.py", "decode_step.py", "pace.py", "interlude.py", "running_rows.py"),
+            *("request.py", "stream.py"),
             *("prefix_cache.py", "place.py", "prompt_lookup.py"),
             *("draft_length.py", "draft_model.py"),
             *("generation.py", "stop_text.py", "settings.py"),
