@@ -28,9 +28,18 @@ LONG = Prompt(np.arange(70) + 3)  # eight pieces, for the toy's chunk has 8 toke
 
 
 @pytest.fixture
-def session(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
-    """A session of the toy, whose rows take a decode step whenever they may."""
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows take a decode step whenever they may, and the rest of a prompt goes with one where it is short.
+
+    What gates and a busy machine add to the times of steps says nothing then.
+    """
     monkeypatch.setattr(Pace, "is_due", lambda *_: True)
+    monkeypatch.setattr(Pace, "piece", lambda _: pace_module.LEAST)
+
+
+@pytest.fixture
+def session(processor: Processor, steady: None) -> Iterator[Session]:
+    """A session of the toy."""
     with Session(PreemptibleToy(), processor, context=200, batch=3) as opened:
         yield opened
 
@@ -115,9 +124,10 @@ def test_who_leaves_meanwhile_is_ended_between_layers(session: Session, monkeypa
     assert len(streams[0].wait().token_ids) == seen[3] - len(expected)  # none came after it left
 
 
-def test_no_step_between_layers_takes_what_is_not_there(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_between_layers_takes_what_is_not_there(
+    processor: Processor, steady: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Answers pause between pieces where tokens run out, not within one."""
-    monkeypatch.setattr(Pace, "is_due", lambda *_: True)
     toy = PreemptibleToy()
     with Session(toy, processor, context=200, batch=3) as session:
         alone = [session.generate("a", max_tokens=60).token_ids, session.generate(LONG, max_tokens=5).token_ids]
