@@ -51,14 +51,17 @@ class Stream(Iterator[str], AsyncIterator[str]):
 
     async def next_delta_async(self) -> Delta | None:
         """`next_delta` for `asyncio`: waiting holds up no other task, and a task that is cancelled ends its answer."""
-        if self._ended:
-            return None
-        self._engine.check_waiting()
-        return self._opened(await self._arrival())
+        return None if self._ended else self._opened(await self._arrival())
 
-    def follow(self, notify: Callable[[], None]) -> None:
-        """Have the engine's thread call `notify` whenever something comes; it must raise nothing."""
+    def follow(self, told: Callable[[], object]) -> None:
+        """Have the running event loop call `told` whenever something comes from now on."""
         self._engine.check_waiting()
+        loop = asyncio.get_running_loop()
+
+        def notify() -> None:
+            with suppress(RuntimeError):  # a loop that is closed has no reader any more
+                loop.call_soon_threadsafe(told)
+
         self._request.notify = notify
 
     def arrived(self) -> Iterator[Delta | None]:
@@ -72,18 +75,12 @@ class Stream(Iterator[str], AsyncIterator[str]):
 
     async def _arrival(self) -> Delta | BaseException | None:
         """The outbox's next entry."""
-        loop, outbox = asyncio.get_running_loop(), self._request.outbox
         try:
             while True:
                 arrived = asyncio.Event()
-
-                def notify(arrived: asyncio.Event = arrived) -> None:
-                    with suppress(RuntimeError):  # a loop that is closed has no reader any more
-                        loop.call_soon_threadsafe(arrived.set)
-
-                self._request.notify = notify
+                self.follow(arrived.set)
                 with suppress(Empty):  # looked for once the engine knows whom to tell, so that none is missed
-                    return outbox.get_nowait()
+                    return self._request.outbox.get_nowait()
                 await arrived.wait()
         except asyncio.CancelledError:
             self.close()

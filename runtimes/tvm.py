@@ -264,7 +264,6 @@ class _Graph:
         self.library: Any = None
         self._machine: Any = None
         self._meanwhile: Any = None  # a second machine, for a step while one of the first is left: it can run but one
-        self._is_left = False
 
     def sizes(self) -> list[RecordSize]:
         """The layers' experts."""
@@ -301,8 +300,7 @@ class _Graph:
         ffi = self._ffi
         use_threads(self._threads)
         arguments = [self._parts if name == "threads" else ffi.from_dlpack(feeds[name]) for name in self.inputs]
-        machine = self._meanwhile if self._is_left else self._machine
-        results = machine[function](*arguments, *self._operands)
+        results = self._machine[function](*arguments, *self._operands)
         return [np.from_dlpack(item) for item in (results if isinstance(results, ffi.Array) else [results])]
 
     @contextmanager
@@ -312,11 +310,11 @@ class _Graph:
             self._meanwhile = self._new_machine(POOLED)
 
         def leave() -> None:
-            self._is_left = True
+            self._machine, self._meanwhile = self._meanwhile, self._machine
             try:
                 between()
             finally:
-                self._is_left = False
+                self._machine, self._meanwhile = self._meanwhile, self._machine
 
         tell = self.library.get_function(BETWEEN_PARTS, True)
         function = ctypes.CFUNCTYPE(None)(leave)

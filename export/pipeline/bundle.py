@@ -14,7 +14,7 @@ from arriero.errors import ArrieroError
 from arriero.export.pipeline.parts import PART
 from arriero.export.pipeline.stages import read_record
 from arriero.graphs.sources.layout import side_files
-from arriero.graphs.stored.link_file import link_file
+from arriero.graphs.stored.link_file import copy_file, link_file
 from arriero.runtimes.backend import ModelSpec
 from arriero.runtimes.integrity import open_manifest
 from arriero.runtimes.manifest import (
@@ -72,12 +72,9 @@ def assemble(stage: Path, folder: Path, *, copied: bool = False) -> dict[str, Fi
     """
     recorded = {name: record for name, record in read_record(stage)["files"].items() if name != PART}
     files = decode(dict[str, FileRecord], recorded, str(stage), "Build it again")
+    put = copy_file if copied else link_file
     for name in files:
-        if copied:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(stage / name, folder / name)
-        else:
-            link_file(stage / name, folder / name)
+        put(stage / name, folder / name)
     return files
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -71,7 +70,7 @@ class Answers:
         late = loop.call_at(self.deadline, news.put_nowait, None)
         try:
             for number, stream in enumerate(self.streams):
-                stream.follow(partial(_tell, loop, news, number))
+                stream.follow(partial(news.put_nowait, number))
                 news.put_nowait(number)  # for what came before
             left = len(self.streams)
             while left:
@@ -111,12 +110,6 @@ class Answers:
             "total_tokens": read + chosen,
             "prompt_tokens_details": {"cached_tokens": sum(stream.reused_tokens for stream in firsts)},
         }
-
-
-def _tell(loop: asyncio.AbstractEventLoop, news: asyncio.Queue[int | None], number: int) -> None:
-    """Say on `loop` that something came of the answer of that number; for the engine's thread."""
-    with suppress(RuntimeError):  # a loop that is closed has no reader any more
-        loop.call_soon_threadsafe(news.put_nowait, number)
 
 
 def engine_requests(model: Model, prompts: Sequence[Prompt], settings: Sequence[AnswerSettings]) -> list[Request]:
