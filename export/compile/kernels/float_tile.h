@@ -42,6 +42,25 @@ inline void float_edge_tile(const float* const* a, const float* b, int64_t b_str
     for (int m = 0; m < M; ++m) __builtin_memcpy(out[m], edge[m], width * sizeof(float));
 }
 
+// `width` columns from `column` on of out, which is `piece` times the features from `k` on of `count` rows of x, added
+// to what is there but for k = 0.
+TILE void piece_product(const float* piece, Rows<const float> x, int64_t count, int64_t k, int64_t depth,
+                        int64_t column, int64_t width, Rows<float> out) {
+    for (int64_t i = 0; i < count;) {
+        i += with_rows<FLOAT_ROWS>(count - i, [&](auto tall) {
+            constexpr int M = decltype(tall)::value;
+            const float* a[M];
+            float* to[M];
+            for (int m = 0; m < M; ++m) a[m] = x[i + m] + k, to[m] = out[i + m] + column;
+            if (width == TILE_COLUMNS) {
+                float_tile<M>(a, piece, TILE_COLUMNS, depth, to, k > 0);
+            } else {
+                float_edge_tile<M>(a, piece, TILE_COLUMNS, depth, to, k > 0, width);
+            }
+        });
+    }
+}
+
 // Columns [columns.begin, columns.end) of out = x W^T for `count` rows of x [.., K]. unpack(piece, column, width, k,
 // depth) writes W's columns from `column` and features from `k` as float32 [depth, TILE_COLUMNS], zero from `width` on.
 template <class Unpack>
@@ -52,19 +71,7 @@ inline void unpacked_product(Unpack unpack, Rows<const float> x, int64_t count, 
         for (int64_t k = 0; k < features; k += PIECE_DEPTH) {
             const int64_t depth = smaller(PIECE_DEPTH, features - k);
             unpack(piece, column, width, k, depth);
-            for (int64_t i = 0; i < count;) {
-                i += with_rows<FLOAT_ROWS>(count - i, [&](auto tall) {
-                    constexpr int M = decltype(tall)::value;
-                    const float* a[M];
-                    float* to[M];
-                    for (int m = 0; m < M; ++m) a[m] = x[i + m] + k, to[m] = out[i + m] + column;
-                    if (width == TILE_COLUMNS) {
-                        float_tile<M>(a, piece, TILE_COLUMNS, depth, to, k > 0);
-                    } else {
-                        float_edge_tile<M>(a, piece, TILE_COLUMNS, depth, to, k > 0, width);
-                    }
-                });
-            }
+            piece_product(piece, x, count, k, depth, column, width, out);
         }
     }
 }

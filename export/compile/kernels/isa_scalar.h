@@ -1,4 +1,5 @@
-// The vector vocabulary of isa_avx512vnni.h in plain C++: what the others are tested against, and what any CPU can run.
+// The vector vocabulary of isa_avx512vnni.h in portable C++: what the others are tested against, and what any CPU can
+// run. The compiler's own vectors become instructions at once; arrays of the same length took it twice as long.
 #pragma once
 
 #include <stdint.h>
@@ -14,12 +15,9 @@ constexpr int INT_PANELS = 1;
 constexpr int INT8_OFFSET = 0;
 constexpr bool DOTS_ARE_UNSIGNED = false;
 
-struct Float {
-    float at[LANES];
-};
-struct Int {
-    int32_t at[LANES];
-};
+typedef float Float __attribute__((vector_size(4 * LANES)));
+typedef int32_t Int __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 struct Weights {
     int8_t at[LANES][4];
 };
@@ -33,7 +31,7 @@ struct Quad {
 template <class Out, class Function>
 inline Out each(Function function) {
     Out out;
-    for (int i = 0; i < LANES; ++i) out.at[i] = function(i);
+    for (int i = 0; i < LANES; ++i) out[i] = function(i);
     return out;
 }
 inline float from_bits(uint32_t bits) {
@@ -43,91 +41,58 @@ inline float from_bits(uint32_t bits) {
 }
 
 inline Float load(const float* p) {
-    return each<Float>([&](int i) { return p[i]; });
+    Float a;
+    __builtin_memcpy(&a, p, sizeof a);
+    return a;
 }
-inline void store(float* p, Float a) { __builtin_memcpy(p, a.at, sizeof a.at); }
-inline Float all(float a) {
-    return each<Float>([&](int) { return a; });
-}
-inline Float add(Float a, Float b) {
-    return each<Float>([&](int i) { return a.at[i] + b.at[i]; });
-}
-inline Float sub(Float a, Float b) {
-    return each<Float>([&](int i) { return a.at[i] - b.at[i]; });
-}
-inline Float mul(Float a, Float b) {
-    return each<Float>([&](int i) { return a.at[i] * b.at[i]; });
-}
-inline Float div(Float a, Float b) {
-    return each<Float>([&](int i) { return a.at[i] / b.at[i]; });
-}
-inline Float fma(Float a, Float b, Float c) {
-    return each<Float>([&](int i) { return a.at[i] * b.at[i] + c.at[i]; });
-}
-inline float sum(Float a) { return (a.at[0] + a.at[1]) + (a.at[2] + a.at[3]); }
+inline void store(float* p, Float a) { __builtin_memcpy(p, &a, sizeof a); }
+inline Float all(float a) { return Float{a, a, a, a}; }
+inline Float add(Float a, Float b) { return a + b; }
+inline Float sub(Float a, Float b) { return a - b; }
+inline Float mul(Float a, Float b) { return a * b; }
+inline Float div(Float a, Float b) { return a / b; }
+inline Float fma(Float a, Float b, Float c) { return a * b + c; }
+inline float sum(Float a) { return (a[0] + a[1]) + (a[2] + a[3]); }
 inline void store_sums(float* p, Float a, Float b, Float c, Float d) {
     p[0] = sum(a), p[1] = sum(b), p[2] = sum(c), p[3] = sum(d);
 }
-inline Float at_most(Float bound, Float a) {
-    return each<Float>([&](int i) { return a.at[i] > bound.at[i] ? bound.at[i] : a.at[i]; });
-}
-inline Float at_least(Float bound, Float a) {
-    return each<Float>([&](int i) { return a.at[i] < bound.at[i] ? bound.at[i] : a.at[i]; });
-}
+inline Float at_most(Float bound, Float a) { return a > bound ? bound : a; }
+inline Float at_least(Float bound, Float a) { return a < bound ? bound : a; }
 inline float most_of(Float a) {
-    float most = a.at[0];
-    for (int i = 1; i < LANES; ++i) most = a.at[i] > most ? a.at[i] : most;
+    float most = a[0];
+    for (int i = 1; i < LANES; ++i) most = a[i] > most ? a[i] : most;
     return most;
 }
 inline Float nearest_whole(Float a) {
-    return each<Float>([&](int i) { return __builtin_rintf(a.at[i]); });
+    return each<Float>([&](int i) { return __builtin_rintf(a[i]); });
 }
 
-inline Int all_int(int32_t a) {
-    return each<Int>([&](int) { return a; });
-}
-inline Int add_int(Int a, Int b) {
-    return each<Int>([&](int i) { return a.at[i] + b.at[i]; });
-}
-inline int32_t sum_int(Int a) { return a.at[0] + a.at[1] + a.at[2] + a.at[3]; }
-inline Float to_float(Int a) {
-    return each<Float>([&](int i) { return static_cast<float>(a.at[i]); });
-}
+inline Int all_int(int32_t a) { return Int{a, a, a, a}; }
+inline Int add_int(Int a, Int b) { return a + b; }
+inline int32_t sum_int(Int a) { return a[0] + a[1] + a[2] + a[3]; }
+inline Float to_float(Int a) { return __builtin_convertvector(a, Float); }
 inline Int nearest(Float a) {
     // beyond int32, and for NaN, C++ leaves the conversion open
     return each<Int>(
-        [&](int i) { return a.at[i] > -1e9f && a.at[i] < 1e9f ? static_cast<int32_t>(__builtin_rintf(a.at[i])) : 0; });
+        [&](int i) { return a[i] > -1e9f && a[i] < 1e9f ? static_cast<int32_t>(__builtin_rintf(a[i])) : 0; });
 }
-inline Float power_of_two(Int a) {
-    return each<Float>([&](int i) { return from_bits(static_cast<uint32_t>(a.at[i] + 127) << 23); });
-}
-inline Int magnitude(Float a) {
-    Int out;
-    __builtin_memcpy(out.at, a.at, sizeof out.at);
-    return each<Int>([&](int i) { return out.at[i] & 0x7fffffff; });
-}
-inline Int larger(Int a, Int b) {
-    return each<Int>([&](int i) { return a.at[i] > b.at[i] ? a.at[i] : b.at[i]; });
-}
+inline Float power_of_two(Int a) { return (Float)((a + 127) << 23); }
+inline Int magnitude(Float a) { return (Int)a & 0x7fffffff; }
+inline Int larger(Int a, Int b) { return a > b ? a : b; }
 inline int32_t largest(Int a) {
-    int32_t most = a.at[0];
-    for (int i = 1; i < LANES; ++i) most = a.at[i] > most ? a.at[i] : most;
+    int32_t most = a[0];
+    for (int i = 1; i < LANES; ++i) most = a[i] > most ? a[i] : most;
     return most;
 }
 inline void store_bytes(int8_t* p, Int a) {
-    for (int i = 0; i < LANES; ++i) {
-        p[i] = static_cast<int8_t>(a.at[i] > 127 ? 127 : a.at[i] < -128 ? -128 : a.at[i]);
-    }
+    for (int i = 0; i < LANES; ++i) p[i] = static_cast<int8_t>(a[i] > 127 ? 127 : a[i] < -128 ? -128 : a[i]);
 }
 
-inline float widen_f16(uint16_t half) {
-    const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, exponent = half >> 10 & 31,
-                   mantissa = half & 1023;
-    if (exponent == 0) {
-        const float value = static_cast<float>(mantissa) * 0x1p-24f;
-        return sign ? -value : value;
-    }
-    return from_bits(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | mantissa << 13);
+inline Float widen_f16(Halves halves) {
+    const Int bits = __builtin_convertvector(halves, Int);
+    // as if the exponent's bias were float32's; numbers below float16's normal ones come right too
+    const Int size = (Int)((Float)((bits & 0x7fff) << 13) * 0x1p112f);
+    return (Float)(size | (size >= 0x47800000 ? all_int(0x7f800000) : all_int(0)) | (bits & 0x8000) << 16);
 }
 // To the nearest, halves to even; what is beyond float16 becomes infinite, NaN stays.
 inline uint16_t narrow_f16(float value) {
@@ -144,19 +109,19 @@ inline uint16_t narrow_f16(float value) {
     return static_cast<uint16_t>(sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
 }
 inline void store_f16(uint16_t* p, Float a) {
-    for (int i = 0; i < LANES; ++i) p[i] = narrow_f16(a.at[i]);
+    for (int i = 0; i < LANES; ++i) p[i] = narrow_f16(a[i]);
 }
-inline Float load_codes(const int8_t* p) {
-    return each<Float>([&](int i) { return static_cast<float>(p[i]); });
+inline Halves load_halves(const uint16_t* p) {
+    Halves halves;
+    __builtin_memcpy(&halves, p, sizeof halves);
+    return halves;
 }
-inline Float load_bf16(const uint16_t* p) {
-    return each<Float>([&](int i) { return from_bits(static_cast<uint32_t>(p[i]) << 16); });
-}
-inline Float load_f16(const uint16_t* p) {
-    return each<Float>([&](int i) { return widen_f16(p[i]); });
-}
+inline Float load_codes(const int8_t* p) { return Float{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+inline Float load_bf16(const uint16_t* p) { return (Float)(__builtin_convertvector(load_halves(p), Int) << 16); }
+inline Float load_f16(const uint16_t* p) { return widen_f16(load_halves(p)); }
 inline Float load_e4m3(const uint8_t* p) {
-    return each<Float>([&](int i) { return widen_f16(static_cast<uint16_t>((p[i] & 128) << 8 | (p[i] & 127) << 7)); });
+    const Halves bytes = {p[0], p[1], p[2], p[3]};
+    return widen_f16((bytes & 128) << 8 | (bytes & 127) << 7);
 }
 
 inline Quad quad(const int8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
@@ -200,7 +165,7 @@ inline Weights nibble_weights(Bytes nibbles) {
 }
 inline Int dot8(Int sums, Weights w, Quad x) {
     return each<Int>([&](int i) {
-        int32_t total = sums.at[i];
+        int32_t total = sums[i];
         for (int k = 0; k < 4; ++k) total += w.at[i][k] * x.at[k];
         return total;
     });
@@ -217,7 +182,7 @@ inline Int load_int(const int32_t* p) {
 }
 inline void store_words(int16_t* p, Int a) {
     for (int i = 0; i < LANES; ++i) {
-        p[i] = static_cast<int16_t>(a.at[i] > 32767 ? 32767 : a.at[i] < -32768 ? -32768 : a.at[i]);
+        p[i] = static_cast<int16_t>(a[i] > 32767 ? 32767 : a[i] < -32768 ? -32768 : a[i]);
     }
 }
 inline void store_int_sums(int32_t* p, Int a, Int b, Int c, Int d) {
@@ -243,7 +208,7 @@ inline Pairs widen_codes(const int8_t* p) {
     return pairs;
 }
 inline Int dot_pairs(Int sums, Pairs a, Pairs b) {
-    return each<Int>([&](int i) { return sums.at[i] + a.at[i][0] * b.at[i][0] + a.at[i][1] * b.at[i][1]; });
+    return each<Int>([&](int i) { return sums[i] + a.at[i][0] * b.at[i][0] + a.at[i][1] * b.at[i][1]; });
 }
 template <int V>
 inline void pair_rows(const int8_t* first, const int8_t* second, Pairs* pairs) {

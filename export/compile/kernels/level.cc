@@ -9,17 +9,35 @@
 #else
 #include "isa_scalar.h"
 #endif
-#include "attention.h"
 #include "dispatch.h"
 #include "linear.h"
+#ifdef __AMX_INT8__  // tiles do nothing for attention
 
+namespace avx512vnni {
+extern const AttentionKernels attention_kernels;
+}
+namespace ARRIERO_LEVEL {
+using avx512vnni::attention_kernels;
+}
+
+#else
+#include "attention.h"
+
+namespace ARRIERO_LEVEL {
+
+extern const AttentionKernels attention_kernels;
+const AttentionKernels attention_kernels{cache_write, attention, attention_merge};
+
+}  // namespace ARRIERO_LEVEL
+
+#endif
 #define NAME_OF(level) #level
 #define NAME(level) NAME_OF(level)
 
 namespace ARRIERO_LEVEL {
 
 extern const Kernels kernels;
-const Kernels kernels{NAME(ARRIERO_LEVEL), linear_prepare, linear,      dispatch_prepare, dispatch_gate_up,
-                      dispatch_down,       dispatch_sum,   cache_write, attention,        attention_merge};
+const Kernels kernels{NAME(ARRIERO_LEVEL), linear_prepare, linear,       dispatch_prepare, dispatch_gate_up,
+                      dispatch_down,       dispatch_sum,   &attention_kernels};
 
 }  // namespace ARRIERO_LEVEL

@@ -98,10 +98,10 @@ inline void row_product(Rows<const float> x, int64_t count, const void* weights,
     if (count == 0) return;
     for (int64_t column = columns.begin; column < columns.end;) {
         const int64_t left = columns.end - column;
-        const auto multiply = [&](auto wide) {
+        const auto multiply = [&](auto most, auto wide) {
             constexpr int N = decltype(wide)::value;
             for (int64_t i = 0; i < count;) {
-                i += with_rows<4>(count - i, [&](auto tall) {
+                i += with_rows<decltype(most)::value>(count - i, [&](auto tall) {
                     constexpr int M = decltype(tall)::value;
                     const float* a[M];
                     float tile[M][N];
@@ -113,10 +113,10 @@ inline void row_product(Rows<const float> x, int64_t count, const void* weights,
         };
         // four columns are summed in one order and one in another, so which are one does not depend on the rows
         if (count == 1 && left >= 8) {
-            multiply(Constant<8>{});
+            multiply(Constant<1>{}, Constant<8>{});
             column += 8;
         } else {
-            column += with_rows_or_one<4>(left, multiply);
+            column += with_rows_or_one<4>(left, [&](auto wide) { multiply(Constant<4>{}, wide); });
         }
     }
 }

@@ -158,8 +158,8 @@ extern "C" int32_t arriero_cache_write(int64_t format, const float* k, const flo
                                        const int64_t* starts, const float* key_steps, const float* value_steps,
                                        void* key_cache, void* value_cache, int64_t B, int64_t G, int64_t C, int64_t D,
                                        int64_t chunk, int64_t part, int64_t parts) {
-    return kernels().cache_write(format, k, v, positions, starts, key_steps, value_steps, key_cache, value_cache, B, G,
-                                 C, D, chunk, part, parts);
+    return kernels().attention->cache_write(format, k, v, positions, starts, key_steps, value_steps, key_cache,
+                                            value_cache, B, G, C, D, chunk, part, parts);
 }
 
 extern "C" int32_t arriero_attention(int64_t format, const float* q, const int64_t* positions, const int64_t* starts,
@@ -167,12 +167,13 @@ extern "C" int32_t arriero_attention(int64_t format, const float* q, const int64
                                      const float* value_steps, float* out, int64_t B, int64_t T, int64_t Q, int64_t G,
                                      int64_t C, int64_t D, int64_t chunk, void* workspace, int64_t part,
                                      int64_t parts) {
-    return kernels().attention(format, q, positions, starts, key_cache, value_cache, key_steps, value_steps, out, B, T,
-                               Q, G, C, D, chunk, workspace, part, parts);
+    return kernels().attention->attention(format, q, positions, starts, key_cache, value_cache, key_steps, value_steps,
+                                          out, B, T, Q, G, C, D, chunk, workspace, part, parts);
 }
 
 extern "C" int32_t arriero_attention_merge(const int64_t* positions, const int64_t* starts, const float* value_steps,
                                            float* out, int64_t B, int64_t Q, int64_t G, int64_t C, int64_t D,
                                            int64_t chunk, void* workspace, int64_t part, int64_t parts) {
-    return kernels().attention_merge(positions, starts, value_steps, out, B, Q, G, C, D, chunk, workspace, part, parts);
+    return kernels().attention->merge(positions, starts, value_steps, out, B, Q, G, C, D, chunk, workspace, part,
+                                      parts);
 }

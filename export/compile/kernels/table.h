@@ -3,6 +3,12 @@
 
 #include "arriero_kernels.h"
 
+struct AttentionKernels {
+    decltype(&arriero_cache_write) cache_write;
+    decltype(&arriero_attention) attention;
+    decltype(&arriero_attention_merge) merge;
+};
+
 struct Kernels {
     const char* name;
     decltype(&arriero_linear_prepare) linear_prepare;
@@ -11,7 +17,5 @@ struct Kernels {
     decltype(&arriero_dispatch_gate_up) dispatch_gate_up;
     decltype(&arriero_dispatch_down) dispatch_down;
     decltype(&arriero_dispatch_sum) dispatch_sum;
-    decltype(&arriero_cache_write) cache_write;
-    decltype(&arriero_attention) attention;
-    decltype(&arriero_attention_merge) attention_merge;
+    const AttentionKernels* attention;
 };
