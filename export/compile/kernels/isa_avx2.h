@@ -105,9 +105,15 @@ inline Weights load_int8(const uint8_t* p) {
     const __m256i value = _mm256_xor_si256(stored, _mm256_set1_epi8(-128));
     return {value, _mm256_abs_epi8(value)};
 }
+// sums + madd(pairs, 1), in the register of the sums: left alone, GCC regroups the sums of several dots, and there are
+// not enough registers for that.
+inline Int add_pairs(Int sums, __m256i pairs) {
+    const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    __asm__("vpaddd %1, %0, %0" : "+x"(sums) : "x"(fours));
+    return sums;
+}
 inline Int dot8(Int sums, Weights w, Quad x) {
-    const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.value));
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    return add_pairs(sums, _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.value)));
 }
 inline Bytes load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline Bytes load_nibbles(const uint8_t* p, int v) {
@@ -128,15 +134,16 @@ inline Weights look_up(const int8_t* table, Bytes nibbles) {
     return nibble_weights(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), nibbles));
 }
 // Two products of 0 .. 124 and -127 .. 127 fit 16 bits.
-inline Int dot7(Int sums, Weights w, Quad x) {
-    const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, x);
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
+inline Int dot7(Int sums, Weights w, Quad x) { return add_pairs(sums, _mm256_maddubs_epi16(w.magnitude, x)); }
 // Two products of 0 .. 15 and -127 .. 127 are at most 3,810, so that 16 bits hold eight times as much.
 using Few = __m256i;
 constexpr int64_t FEW_FEATURES = 32;
 inline Few begin_few(Int) { return _mm256_setzero_si256(); }
-inline Few dot4(Few sums, Weights w, Quad x) { return _mm256_add_epi16(sums, _mm256_maddubs_epi16(w.magnitude, x)); }
+inline Few dot4(Few sums, Weights w, Quad x) {
+    const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, x);
+    __asm__("vpaddw %1, %0, %0" : "+x"(sums) : "x"(pairs));  // as in `add_pairs`
+    return sums;
+}
 inline Int end_few(Int sums, Few few) {
     return _mm256_add_epi32(sums, _mm256_madd_epi16(few, _mm256_set1_epi16(1)));
 }
