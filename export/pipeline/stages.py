@@ -76,7 +76,7 @@ class WorkDir:
     @property
     def hash_memo(self) -> Path:
         """Where `Checkpoint.content_hash` remembers the hashes of unchanged files."""
-        return self.root / "hashes.json"
+        return self.root / "hashes.jsonl"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

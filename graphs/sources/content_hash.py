@@ -175,22 +175,34 @@ def _combine(hashes: Sequence[tuple[str, str]], texts: Mapping[str, str]) -> str
 
 
 def _read_memo(memo: Path | None) -> dict[str, KnownFile]:
-    """The memo's files by absolute path; a broken one is as good as none, it only costs hashing again."""
+    """The memo's files by absolute path; a broken or changed one is as good as none, it only costs hashing again.
+
+    It is the sha256 of its entries, a space, and the entries as JSON.
+    """
+    if memo is None:
+        return {}
     try:
-        held = json.loads(memo.read_text()) if memo else {}
+        checksum, entries = memo.read_bytes().split(b" ", 1)
+        if checksum != _checksum(entries):
+            return {}
         return {
             path: KnownFile(FileState(*entry["state"]), entry["sha256"], frozenset(entry["checked"]))
-            for path, entry in held.items()
+            for path, entry in json.loads(entries).items()
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 
 def _write_memo(memo: Path, known: Mapping[str, KnownFile]) -> None:
-    entries = {
+    held = {
         path: {"state": astuple(last.state), "sha256": last.sha256, "checked": sorted(last.checked)}
         for path, last in known.items()
     }
+    entries = json.dumps(held).encode()
     memo.parent.mkdir(parents=True, exist_ok=True)
     # in place: half of it is as good as none, and nothing lies beside it
-    memo.write_text(json.dumps(entries))
+    memo.write_bytes(_checksum(entries) + b" " + entries)
+
+
+def _checksum(entries: bytes) -> bytes:
+    return hashlib.sha256(entries).hexdigest().encode()

@@ -1,5 +1,6 @@
 """Checkpoints read rightly, and each kind of corruption refused with where, what and the remedy."""
 
+import hashlib
 import json
 import os
 import re
@@ -339,7 +340,7 @@ def test_layers_share_a_line():
 
 
 def test_content_hash_follows_every_file(tmp_path):
-    memo = tmp_path / "work" / "hashes.json"
+    memo = tmp_path / "work" / "hashes.jsonl"
     folder = make_sharded(tmp_path / "c")
     hashes = [Checkpoint.open(folder).content_hash(memo)]
     (folder / "tokenizer.json").write_text("{}")
@@ -357,7 +358,7 @@ def test_content_hash_follows_every_file(tmp_path):
 
 
 def test_a_content_hash_tells_of_every_byte_that_it_reads(tmp_path):
-    memo, told = tmp_path / "hashes.json", []
+    memo, told = tmp_path / "hashes.jsonl", []
     checkpoint = Checkpoint.open(make_sharded(tmp_path / "c"))
     sizes = {file.name: file.stat().st_size for file in checkpoint.files}
 
@@ -379,7 +380,7 @@ def test_a_content_hash_tells_of_every_byte_that_it_reads(tmp_path):
 
 def test_a_file_replaced_by_one_of_its_size_and_time_is_hashed_anew(tmp_path):
     """As in images of containers, which give every file one time."""
-    memo, folder = tmp_path / "hashes.json", make_single(tmp_path / "c")
+    memo, folder = tmp_path / "hashes.jsonl", make_single(tmp_path / "c")
     files, file = sorted(folder.iterdir()), folder / "config.json"
     before = content_hash(files, memo)
     times = file.stat().st_mtime_ns
@@ -392,7 +393,7 @@ def test_a_file_replaced_by_one_of_its_size_and_time_is_hashed_anew(tmp_path):
 
 
 def test_a_file_changed_in_place_with_its_time_set_back_is_hashed_anew(tmp_path):
-    memo, folder = tmp_path / "hashes.json", make_single(tmp_path / "c")
+    memo, folder = tmp_path / "hashes.jsonl", make_single(tmp_path / "c")
     before = Checkpoint.open(folder).content_hash(memo)
     write_in_place(folder / "model.safetensors")
     assert Checkpoint.open(folder).known_content_hash(memo) is None
@@ -401,7 +402,7 @@ def test_a_file_changed_in_place_with_its_time_set_back_is_hashed_anew(tmp_path)
 
 def test_a_link_to_a_file_costs_no_second_reading_and_hides_no_change(tmp_path, monkeypatch):
     """Bundles link the files of which they take every tensor as it is."""
-    memo, folder = tmp_path / "hashes.json", make_single(tmp_path / "c")
+    memo, folder = tmp_path / "hashes.jsonl", make_single(tmp_path / "c")
     checkpoint, file = Checkpoint.open(folder), folder / "model.safetensors"
     before = checkpoint.content_hash(memo)
     (tmp_path / "link").hardlink_to(file)
@@ -427,15 +428,30 @@ def write_in_place(file):
 
 
 def test_a_memo_of_another_form_is_as_good_as_none(tmp_path):
-    memo, checkpoint = tmp_path / "hashes.json", Checkpoint.open(make_single(tmp_path / "c"))
+    memo, checkpoint = tmp_path / "hashes.jsonl", Checkpoint.open(make_single(tmp_path / "c"))
     for text in ("[]", '{"a|1|2|3": "hash"}', '{"a": {"state": [1], "sha256": "", "checked": []}}', '{"a": null}'):
-        memo.write_text(text)
-        assert checkpoint.known_content_hash(memo) is None
-        assert checkpoint.content_hash(memo) == checkpoint.known_content_hash(memo)
+        for held in (text, f"{hashlib.sha256(text.encode()).hexdigest()} {text}"):
+            memo.write_text(held)
+            assert checkpoint.known_content_hash(memo) is None
+            assert checkpoint.content_hash(memo) == checkpoint.known_content_hash(memo)
+
+
+@pytest.mark.parametrize("kind", ["sha256", "checked"])
+def test_a_changed_memo_is_not_believed(tmp_path, kind):
+    """Neither another hash of a file, nor that weights were looked at which were not."""
+    memo, checkpoint = tmp_path / "hashes.jsonl", Checkpoint.open(make_single(tmp_path / "c"))
+    right = checkpoint.content_hash(memo)
+    checksum, entries = memo.read_text().split(" ", 1)
+    held = json.loads(entries)
+    for entry in held.values():
+        entry[kind] = {"sha256": "0" * 64, "checked": [*entry["checked"], 8]}[kind]
+    memo.write_text(f"{checksum} {json.dumps(held)}")
+    assert checkpoint.known_content_hash(memo) is None
+    assert checkpoint.content_hash(memo) == checkpoint.known_content_hash(memo) == right
 
 
 def test_known_hash_needs_a_fresh_memo_and_writes_nothing(tmp_path):
-    memo = tmp_path / "hashes.json"
+    memo = tmp_path / "hashes.jsonl"
     checkpoint = Checkpoint.open(make_single(tmp_path / "c"))
     assert checkpoint.known_content_hash(memo) is None
     assert not memo.exists()

@@ -95,7 +95,7 @@ def result(output: Path) -> dict[str, Any]:
     """All that lies in an output folder, published or not, without what tells times."""
     made: dict[str, Any] = contents(output)
     for name in [*made]:
-        if name.endswith((f"/{PAGE}", "/stage.json")) or name in (".work/lock", ".work/hashes.json"):
+        if name.endswith((f"/{PAGE}", "/stage.json")) or name in (".work/lock", ".work/hashes.jsonl"):
             made[name] = "there"
         elif name.endswith(f"/{REPORT}"):
             report = json.loads((output / name).read_text())

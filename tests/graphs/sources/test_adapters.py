@@ -120,7 +120,7 @@ def test_several_adapters_are_added_and_each_changes_the_hash(tmp_path: Path) ->
 def test_a_tensor_that_only_the_model_itself_has_as_it_is_is_checked_after_a_merged_build(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    source, memo = make_scout_toy(tmp_path / "model", 3, vision=False), tmp_path / "hashes.json"
+    source, memo = make_scout_toy(tmp_path / "model", 3, vision=False), tmp_path / "hashes.jsonl"
     train(source, tmp_path / "adapter", **KINDS["attention alone"])
     tensors = load_file(source / "model.safetensors")
     name = "language_model.model.layers.0.self_attn.q_proj.weight"
