@@ -21,6 +21,7 @@ from arriero.traits import reinstall
 
 BINDINGS, LIBRARIES = "tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx"
 HEAD = 1 << 20  # bytes of a plan that tell it from others
+CHECKSUM_BYTES = hashlib.sha256().digest_size
 FILES = ("libtensorrt_rtx.so.*", "libtensorrt_onnxparser_rtx.so.*")  # the parser needs the first
 
 
@@ -64,9 +65,11 @@ class RtxProduct(Product):
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE)
         cache = config.create_runtime_cache()
         with suppress(OSError):
-            kernels = os.open(_kept(plan), os.O_RDONLY | os.O_NOFOLLOW)  # a link there is not what was kept
-            with open(kernels, "rb") as file:
-                cache.deserialize(file.read())  # False for those of another driver or GPU: compiled anew
+            place = os.open(_kept(plan), os.O_RDONLY | os.O_NOFOLLOW)  # a link there is not what was kept
+            with open(place, "rb") as file:
+                checksum, kernels = file.read(CHECKSUM_BYTES), file.read()
+            if checksum == hashlib.sha256(kernels).digest():  # else compiled anew, and kept again
+                cache.deserialize(kernels)  # False for those of another driver or GPU: compiled anew
         config.set_runtime_cache(cache)
         # graphs are recorded by us, over copies and step together
         config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
@@ -74,14 +77,18 @@ class RtxProduct(Product):
 
     def put_away(self, config: Any, plan: Path) -> None:
         """Keep the kernels that were compiled for this GPU, so that the next process need not wait for them."""
-        kernels = config.get_runtime_cache().serialize() if config is not None else None
-        place = _kept(plan)
-        if kernels is None or (place.is_file() and place.stat().st_size == len(memoryview(kernels))):
+        serialized = config.get_runtime_cache().serialize() if config is not None else None
+        if serialized is None:
             return
+        place, kernels = _kept(plan), bytes(memoryview(serialized))
+        content = hashlib.sha256(kernels).digest() + kernels
+        with suppress(OSError):
+            if place.read_bytes() == content:
+                return
         with suppress(OSError):  # it is a cache: where nothing can be written, kernels are compiled each time
             place.parent.mkdir(parents=True, exist_ok=True)
             with NamedTemporaryFile(dir=place.parent, delete=False) as file:
-                file.write(memoryview(kernels))
+                file.write(content)
             Path(file.name).replace(place)
 
     def new_context(self, trt: Any, engine: Any, config: Any) -> Any:
@@ -104,7 +111,9 @@ def _libraries() -> list[Path]:
 
 
 def _kept(plan: Path) -> Path:
-    """Where the kernels of a plan are kept: in the user's cache folder, under the hash of the plan's beginning."""
+    """Where the kernels of a plan are kept, behind their sha256: in the user's cache folder, under the hash of the
+    plan's beginning.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     with plan.open("rb") as file:
         head = file.read(HEAD)

@@ -6,6 +6,7 @@ memory that the backend bound, so its results must be the reference's, and nothi
 
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -295,11 +296,25 @@ def test_rtx_kernels_are_kept_for_the_next_process(bench, tmp_path, monkeypatch)
     one.open().close()
     assert not one.trt.recorder.named("IRuntimeCache.deserialize")
     kept = sorted((tmp_path / "cache" / "arriero").iterdir())
-    assert [path.read_bytes() for path in kept] == [b"kernels for this GPU"] * 2  # embed and text
+    kernels = b"kernels for this GPU"
+    assert [path.read_bytes() for path in kept] == [hashlib.sha256(kernels).digest() + kernels] * 2  # embed and text
     one.open().close()
     calls = one.trt.recorder.named("IRuntimeCache.deserialize")
-    assert [call.arguments["blob"] for call in calls] == [b"kernels for this GPU"] * 2
+    assert [call.arguments["blob"] for call in calls] == [kernels] * 2
     assert sorted((tmp_path / "cache" / "arriero").iterdir()) == kept
+
+
+def test_rtx_kernels_that_were_changed_are_compiled_and_kept_anew(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    one = bench("tensorrt_rtx_1")
+    one.open().close()
+    kept = sorted((tmp_path / "cache" / "arriero").iterdir())
+    sound = [path.read_bytes() for path in kept]
+    kept[0].write_bytes(sound[0][:-1] + b"!")
+    kept[1].write_bytes(b"cut")
+    one.open().close()
+    assert not one.trt.recorder.named("IRuntimeCache.deserialize")
+    assert [path.read_bytes() for path in kept] == sound
 
 
 def test_rtx_kernels_behind_a_link_are_not_those_that_were_kept(bench, tmp_path, monkeypatch):
