@@ -14,6 +14,14 @@ J = TypeVar("J")
 R = TypeVar("R")
 
 
+class Told(list[str]):
+    """What a job told where nobody listens: sentences for whoever asked for it."""
+
+    def __call__(self, sentence: str) -> None:
+        """Keep a sentence."""
+        self.append(sentence)
+
+
 class Submit(Protocol):
     """Gives a job to whoever does it; what is given back waits for its results, or raises what went wrong."""
 

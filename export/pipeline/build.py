@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from arriero.export.build_file.hash_checkpoint import hash_checkpoint
 from arriero.export.build_file.schema import BuildConfig
 from arriero.export.compile import Watch, no_watch
-from arriero.export.machine.jobs import Submit, do_here
+from arriero.export.machine.jobs import Submit, Told, do_here
 from arriero.export.machine.versions import installed_versions
 from arriero.export.pipeline.explain_failure import thin_experts
 from arriero.export.pipeline.fitted_profiles import fitted_profiles
@@ -70,7 +70,8 @@ class Build:
 
     def __getstate__(self) -> dict[str, Any]:
         """The build for a worker: what was decided and finished, without those who watch."""
-        silent = Build(self.config, self.file, no_watch, None if self.dump is None else self.dump.absolute())
+        dump = None if self.dump is None else self.dump.absolute()
+        silent = Build(self.config, self.file, no_watch, dump, Told())
         known = ("plan", "content", "contents", "inputs", "profiles", "graph", "calibrated")
         return vars(silent) | {name: vars(self)[name] for name in known if name in vars(self)}
 

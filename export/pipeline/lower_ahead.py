@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arriero.export.machine.jobs import do_here
+from arriero.export.machine.jobs import Told, do_here
 from arriero.traits import TRAITS
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from arriero.export.pipeline.target_build import TargetBuild
 
 BUSY = "busy"  # a file that whoever writes into a stage's folder holds
-Files = Callable[[], Iterator[set[str]]]
 
 
 @dataclass(frozen=True)
@@ -30,14 +29,24 @@ class LowerJob:
     folder: Path
 
 
-def lower_target(job: LowerJob) -> Iterator[set[str]]:
-    """Lower a target; yields the names of its files.
+@dataclass(frozen=True)
+class Lowered:
+    """The names of the files of a lowered target, and what the build was not told meanwhile."""
+
+    files: set[str]
+    told: Sequence[str]
+
+
+def lower_target(job: LowerJob) -> Iterator[Lowered]:
+    """Lower a target.
 
     Whoever does it holds the folder: a worker that is taken for dead may still be writing when its successor begins.
     """
     with (job.folder / BUSY).open("a") as busy:
         fcntl.flock(busy, fcntl.LOCK_EX)
-        yield job.target.lower(job.folder)
+        files = job.target.lower(job.folder)
+        tell = job.target.build.tell
+        yield Lowered(files, tell if isinstance(tell, Told) else ())
 
 
 class Lowerings:
@@ -45,7 +54,7 @@ class Lowerings:
 
     def __init__(self, submit: Submit) -> None:
         self.submit = submit
-        self._asked: dict[str, Files] = {}
+        self._asked: dict[str, Callable[[], Iterator[Lowered]]] = {}
 
     def ask_ahead(self, targets: Sequence[TargetBuild]) -> None:
         """Have those of `targets` lowered by others for which nothing else is to be done before."""
@@ -59,8 +68,10 @@ class Lowerings:
     def files(self, target: TargetBuild, folder: Path) -> set[str]:
         """The names of the files of a target that is lowered now, or was asked for ahead, in its stage's `folder`."""
         self._ask(target, folder)
-        (names,) = self._asked.pop(target.target.name)()
-        return names
+        (lowered,) = self._asked.pop(target.target.name)()
+        for sentence in lowered.told:
+            target.build.tell(sentence)
+        return lowered.files
 
     def _ask(self, target: TargetBuild, folder: Path) -> None:
         name = target.target.name
