@@ -41,11 +41,6 @@ class Conversation:
     documents: list[PlainMessage] | None = None
     continued: bool = False
 
-    @property
-    def characters(self) -> int:
-        """How many its texts have, those that a template need not show included."""
-        return sum(map(len, _texts([self.messages, self.tools, self.documents])))
-
     def render(self, template: ChatTemplate, special_tokens: bool, vocabulary: Vocabulary) -> Rendered:
         """Give the text of `template`. With `special_tokens`, control tokens that users typed count like its own.
 

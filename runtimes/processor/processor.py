@@ -149,7 +149,6 @@ class Processor:
         chat = Conversation(
             messages, as_records(tools, "tools"), as_records(documents, "documents"), continue_final_message
         )
-        self._vocabulary.refuse_many(chat.characters, most)
         if template is not None:
             rendered = chat.render(template, special_tokens, self._vocabulary)
         elif isinstance(prompt, str) and chat.tools is chat.documents is None:
@@ -189,7 +188,6 @@ class Processor:
         before, _ = expand(messages[: last + 1], [], None, template.knows_role, frames)
         added, shown = expand(messages[last + 1 :], as_list(images), None, template.knows_role, frames)
         shows = as_records(tools, "tools"), as_records(documents, "documents")
-        self._vocabulary.refuse_many(Conversation(added, *shows).characters, most)
         whole = Conversation([*before, *added], *shows, continue_final_message).render(
             template, False, self._vocabulary
         )
@@ -271,12 +269,9 @@ class Processor:
             assert number is not None  # checked when the processor was made
             yield number
 
-    def tokenize(self, text: str, special_tokens: bool = False, most: int | None = None) -> Ints:
-        """Give the ids of `text` as it stands [S]; control tokens in it are text unless `special_tokens`.
-
-        More than `most` are refused before all are made.
-        """
-        return np.asarray(self._vocabulary.encode(text, text if special_tokens else "", most), np.int64)
+    def tokenize(self, text: str, special_tokens: bool = False) -> Ints:
+        """Give the ids of `text` as it stands [S]; control tokens in it are text unless `special_tokens`."""
+        return np.asarray(self._vocabulary.encode(text, text if special_tokens else ""), np.int64)
 
     def decode(self, ids: Sequence[int] | Ints, skip_special_tokens: bool = True) -> str:
         """Give the text of `ids`."""

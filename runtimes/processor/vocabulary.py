@@ -55,7 +55,6 @@ class Vocabulary:
         self.control_letters = frozenset().union(*self._control)
         self.own_letters = OwnLetters(self._control)
         self.size = tokenizer.get_vocab_size()
-        self._longest = max(map(len, tokenizer.get_vocab()), default=1)
 
     def id(self, token: str) -> int | None:
         """The id of `token`, None if there is none."""
@@ -96,11 +95,6 @@ class Vocabulary:
         ids += self._words(text[start:], boundary)
         return ids
 
-    def refuse_many(self, characters: int, most: int) -> None:
-        """Refuse so many characters if they are more than `most` tokens whatever they are, as no token is that long."""
-        if characters > most * self._longest:
-            raise too_long(characters, most)
-
     def _words(self, text: str, boundary: str) -> list[int]:
         return [number for part in (text.split(boundary) if boundary else [text]) for number in self._plain(part)]
 
@@ -109,7 +103,11 @@ class Vocabulary:
         size = (most or 0) * CHARACTERS_PER_TOKEN
         while most is not None and size < len(text):
             if len(self._encoded(text[:size])) > most + 1:  # the cut may have split one token in two
-                raise too_long(len(text), most)
+                raise ArrieroError(
+                    f"the prompt's {len(text):,} characters are more than {most} tokens, the context",
+                    expected=f"at most {most} tokens together",
+                    remedy="Shorten the prompt, or build the bundle with a larger `context`",
+                )
             size *= 2
 
     def _plain(self, text: str) -> list[int]:
@@ -139,15 +137,6 @@ class Vocabulary:
         kept = [int(number) for number in numbers if not (skip_special_tokens and int(number) in self._skipped)]
         text: str = self._tokenizer.decode(kept, skip_special_tokens=False)
         return text
-
-
-def too_long(characters: int, most: int) -> ArrieroError:
-    """What is said of a text that no context of `most` tokens holds."""
-    return ArrieroError(
-        f"the prompt's {characters:,} characters are more than {most} tokens, the context",
-        expected=f"at most {most} tokens together",
-        remedy="Shorten the prompt, or build the bundle with a larger `context`",
-    )
 
 
 def no_character() -> ArrieroError:

@@ -101,8 +101,7 @@ class Server:
                 await self.bundles.open(model.bundle)
                 await reader.pictures.fetch(self._fetcher)
                 if prompt is not None:
-                    tokens = partial(model.session.processor.tokenize, prompt, most=model.session.context)
-                    ids = await self._encoding.run(tokens)
+                    ids = await self._encoding.run(partial(model.session.processor.tokenize, prompt))
                 else:
                     ids = (await self._encoding.run(partial(model.session.encode, read))).input_ids
         return JSONResponse({"tokens": ids.tolist(), "count": len(ids), "max_model_len": model.bundle.context})

@@ -59,10 +59,7 @@ class Completion:
         bos = [] if session.spec.bos_token_id is None else [session.spec.bos_token_id]
         prompts = []
         for said in self._prompts:
-            if isinstance(said, str):
-                ids = [*bos, *session.processor.tokenize(said, most=session.context).tolist()]
-            else:
-                ids = said
+            ids = [*bos, *session.processor.tokenize(said).tolist()] if isinstance(said, str) else said
             prompts.append(session.encode(Prompt(np.asarray(ids))))
         return prompts
 

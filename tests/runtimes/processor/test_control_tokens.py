@@ -9,7 +9,6 @@ from tokenizers import AddedToken, Tokenizer
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import ModelSpec
-from arriero.runtimes.processor.chat_template import ChatTemplate
 from arriero.runtimes.processor.processor import Processor
 from tests.runtimes.conftest import model_entry, write_tokenizer
 from tests.runtimes.processor.test_processor import END, ONE, START, text_of
@@ -147,26 +146,6 @@ def test_a_long_prompt_is_refused_by_its_beginning(processor, monkeypatch):
     with pytest.raises(ArrieroError, match=r"1,000,\d* characters are more than 64 tokens"):
         processor.encode("x" * 1_000_000, context=64)
     assert sum(seen) < 5000
-
-
-@pytest.mark.parametrize("field", ["messages", "tools", "documents", "turn"])
-def test_what_no_context_holds_is_not_even_rendered(tmp_path, monkeypatch, field):
-    """64 tokens are at most 64 times the longest one's characters."""
-    processor = with_template(tmp_path, "{{ messages }}{{ tools }}{{ documents }}")
-    monkeypatch.setattr(ChatTemplate, "render", lambda *_, **__: pytest.fail("rendered"))
-    most = max(map(len, processor._vocabulary._tokenizer.get_vocab())) * 64
-    said = [{"role": "user", "content": "hi"}]
-    answered = [*said, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "x" * most}]
-    ask = {
-        "messages": lambda: processor.encode("x" * (most + 1), context=64),
-        "tools": lambda: processor.encode(said, tools=[{"text": "x" * most}], context=64),
-        "documents": lambda: processor.encode(said, documents=[{"text": "x" * most, "title": ""}], context=64),
-        "turn": lambda: processor.encode_turn(answered, context=64),
-    }[field]
-    with pytest.raises(ArrieroError, match=r"1,\d+ characters are more than 64 tokens, the context"):
-        ask()
-    with pytest.raises(pytest.fail.Exception, match="rendered"):
-        processor.encode("x" * (most - 100), context=64)
 
 
 def with_template(tmp_path, template):

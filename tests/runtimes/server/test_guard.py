@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.processor.vocabulary import Vocabulary
 from arriero.runtimes.server.options import ServerOptions
 from arriero.runtimes.session import Session
 from tests.runtimes.conftest import EPS
@@ -300,17 +299,3 @@ def test_metrics_and_tokens_are_counted(served: Served, toy_session: Session) ->
         assert messages["tokens"] == toy_session.encode(ASK["messages"]).input_ids.tolist()
         for body in ({}, {"prompt": "a", "messages": []}, {"prompt": 3}, {"prompt": "a", "model": "x"}):
             assert web.post("/tokenize", json=body).status_code in (400, 404)
-
-
-@pytest.mark.parametrize("path", ["/tokenize", "/v1/completions"])
-def test_a_text_beyond_the_context_is_refused_by_its_beginning(
-    served: Served, toy_session: Session, monkeypatch: pytest.MonkeyPatch, path: str
-) -> None:
-    seen: list[int] = []
-    encoded = Vocabulary._encoded
-    monkeypatch.setattr(Vocabulary, "_encoded", lambda self, text: seen.append(len(text)) or encoded(self, text))
-    with served.web() as web:
-        refused = web.post(path, json={"prompt": "x" * 1_000_000})
-    assert refused.status_code == 400
-    assert "1,000,000 characters are more than 400 tokens" in refused.text
-    assert sum(seen) < 10_000
