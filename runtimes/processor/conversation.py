@@ -4,7 +4,8 @@ that users typed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import chain
@@ -18,6 +19,7 @@ from arriero.runtimes.processor.vocabulary import Vocabulary, no_character
 PlainMessage = dict[str, Any]
 # Characters that may stand for others: first those that JSON leaves alone, then those that mean nothing.
 _LETTERS, _PRIVATE = "~^`@$", range(0xE000, 0xF8FF)
+_HALF = re.compile(f"[{chr(HALVES[0])}-{chr(HALVES[-1])}]")
 
 
 @dataclass(frozen=True)
@@ -41,27 +43,37 @@ class Conversation:
     documents: list[PlainMessage] | None = None
     continued: bool = False
 
-    def render(self, template: ChatTemplate, special_tokens: bool, vocabulary: Vocabulary) -> Rendered:
+    def render(
+        self,
+        template: ChatTemplate,
+        special_tokens: bool,
+        vocabulary: Vocabulary,
+        most: int | None = None,
+        read: int = 0,
+    ) -> Rendered:
         """Give the text of `template`. With `special_tokens`, control tokens that users typed count like its own.
 
         Otherwise control tokens are those that the template wrote, every letter of them. Raises ArrieroError where
-        that cannot be told of one.
+        that cannot be told of one, and where the text behind its first `read` characters is surely more than `most`
+        tokens: only a template says what of the messages it shows, so it is asked once, and nothing else is done.
         """
         for name in ("tools", "documents"):
             if getattr(self, name) is not None and name not in template.source.text:
                 what, remedy = f"the chat template takes no {name}", f"Leave {name} out, or write them into a message"
                 raise ArrieroError(what, where=template.source.where, remedy=remedy)
-        written = set().union(*_texts([self.messages, self.tools, self.documents]))
-        if any(ord(letter) in HALVES for letter in written):
+        texts = {*_texts([self.messages, self.tools, self.documents])}
+        if any(not text.isascii() and _HALF.search(text) for text in texts):
             raise no_character()
-        used = written | set(template.source.text) | vocabulary.control_letters
+        used = [*texts, template.source.text, *vocabulary.control_letters]
         end = next(_unused(_LETTERS, used))
-        boundary = next(_unused("", used | {end}))
+        boundary = next(_unused("", [*used, end]))
         now = datetime.now()
         whole = self._text(template, boundary, end, now)
         text = _up_to_end(whole, end, self.messages, template.source.where) if self.continued else whole
+        vocabulary.refuse_long(text[read:] if read else text, most, boundary)
         if special_tokens:
             return Rendered(text, text, boundary)
+        written = set().union(*texts)
         letters, control, thorough = vocabulary.own_letters, boundary * len(text), False
         for marking in MARKINGS:
             asked = self if not marking.roles else replace(self, messages=_with_roles(self.messages, letters.mark))
@@ -111,9 +123,9 @@ def _with_roles(messages: Sequence[PlainMessage], change: Callable[[str], str]) 
     return [{**message, "role": change(message["role"])} for message in messages]
 
 
-def _unused(letters: str, used: set[str]) -> Iterator[str]:
-    """Those of `letters`, and of those that mean nothing, that are not `used`."""
-    return (letter for letter in chain(letters, map(chr, _PRIVATE)) if letter not in used)
+def _unused(letters: str, used: Collection[str]) -> Iterator[str]:
+    """Those of `letters`, and of those that mean nothing, that none of the texts `used` holds."""
+    return (letter for letter in chain(letters, map(chr, _PRIVATE)) if not any(letter in text for text in used))
 
 
 def _texts(value: Any) -> Iterator[str]:

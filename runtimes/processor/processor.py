@@ -150,7 +150,7 @@ class Processor:
             messages, as_records(tools, "tools"), as_records(documents, "documents"), continue_final_message
         )
         if template is not None:
-            rendered = chat.render(template, special_tokens, self._vocabulary)
+            rendered = chat.render(template, special_tokens, self._vocabulary, most)
         elif isinstance(prompt, str) and chat.tools is chat.documents is None:
             rendered = self._plain_text(prompt, len(shown), special_tokens)
         else:
@@ -188,10 +188,10 @@ class Processor:
         before, _ = expand(messages[: last + 1], [], None, template.knows_role, frames)
         added, shown = expand(messages[last + 1 :], as_list(images), None, template.knows_role, frames)
         shows = as_records(tools, "tools"), as_records(documents, "documents")
-        whole = Conversation([*before, *added], *shows, continue_final_message).render(
-            template, False, self._vocabulary
-        )
         said = Conversation(before, *shows, continued=True).render(template, False, self._vocabulary)
+        whole = Conversation([*before, *added], *shows, continue_final_message).render(
+            template, False, self._vocabulary, most, len(said.text)
+        )
         if not whole.text.startswith(said.text.replace(said.boundary, whole.boundary)):
             raise ArrieroError(
                 "the chat template shows what was said before in another way once something follows",
@@ -225,6 +225,8 @@ class Processor:
                 expected="as many of one as of the other",
                 remedy=f"Give one image per image entry ({IMAGE} in a text is one with special_tokens only)",
             )
+
+        self._vocabulary.refuse_long(rendered.text, most, rendered.boundary)  # before any picture is read
 
         def encode(part: slice) -> list[int]:
             return self._vocabulary.encode(rendered.text[part], rendered.control[part], most, rendered.boundary)
@@ -269,9 +271,12 @@ class Processor:
             assert number is not None  # checked when the processor was made
             yield number
 
-    def tokenize(self, text: str, special_tokens: bool = False) -> Ints:
-        """Give the ids of `text` as it stands [S]; control tokens in it are text unless `special_tokens`."""
-        return np.asarray(self._vocabulary.encode(text, text if special_tokens else ""), np.int64)
+    def tokenize(self, text: str, special_tokens: bool = False, context: int | None = None) -> Ints:
+        """Give the ids of `text` as it stands [S]; control tokens in it are text unless `special_tokens`.
+
+        A text of far more than `context` tokens is refused before all of it is read; None takes any.
+        """
+        return np.asarray(self._vocabulary.encode(text, text if special_tokens else "", context), np.int64)
 
     def decode(self, ids: Sequence[int] | Ints, skip_special_tokens: bool = True) -> str:
         """Give the text of `ids`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from tokenizers import AddedToken, Tokenizer
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.processor.images import ORIGINAL
+from arriero.runtimes.processor.longest_token import longest_token
 from arriero.runtimes.processor.own_letters import OwnLetters
 
 CHARACTERS_PER_TOKEN = 16  # more than any ordinary text has
+MOST_BYTES = 4  # of a character in UTF-8
 
 
 class Vocabulary:
@@ -85,7 +88,11 @@ class Vocabulary:
         No token reaches across a `boundary`, a character that is not encoded itself. Raises ArrieroError for what is no
         text, and for more than `most` tokens before all are made.
         """
-        self._refuse_long(text.replace(boundary, "") if boundary else text, most)
+        self.refuse_long(text, most, boundary)
+        self._refuse_by_beginning(text, control, most, boundary)
+        return self._ids(text, control, boundary)
+
+    def _ids(self, text: str, control: str, boundary: str) -> list[int]:
         ids: list[int] = []
         start = 0
         for match in self.control_tokens(control):
@@ -98,16 +105,28 @@ class Vocabulary:
     def _words(self, text: str, boundary: str) -> list[int]:
         return [number for part in (text.split(boundary) if boundary else [text]) for number in self._plain(part)]
 
-    def _refuse_long(self, text: str, most: int | None) -> None:
-        """Refuse a text by its beginning, in time that grows with `most` and not with the text."""
+    @cached_property
+    def _longest(self) -> int | None:
+        return longest_token(self._tokenizer, self._tokenizer.get_added_tokens_decoder())
+
+    def refuse_long(self, text: str, most: int | None, boundary: str = "") -> None:
+        """Refuse a text of more bytes than `most` tokens can stand for, before one is made; see `encode`."""
+        if most is None or len(text) <= most or self._longest is None:
+            return
+        size = len(text) - (text.count(boundary) if boundary else 0)
+        room = most * self._longest
+        if size <= room < size * MOST_BYTES:
+            size = len((text.replace(boundary, "") if boundary else text).encode(errors="surrogatepass"))
+        if size > room:
+            raise _too_long(text, most)
+
+    def _refuse_by_beginning(self, text: str, control: str, most: int | None, boundary: str) -> None:
+        """The same by the tokens of its beginning, in time that grows with `most` and not with the text."""
         size = (most or 0) * CHARACTERS_PER_TOKEN
         while most is not None and size < len(text):
-            if len(self._encoded(text[:size])) > most + 1:  # the cut may have split one token in two
-                raise ArrieroError(
-                    f"the prompt's {len(text):,} characters are more than {most} tokens, the context",
-                    expected=f"at most {most} tokens together",
-                    remedy="Shorten the prompt, or build the bundle with a larger `context`",
-                )
+            # the cut may have split one token into all of its letters
+            if len(self._ids(text[:size], control[:size], boundary)) > most + (self._longest or CHARACTERS_PER_TOKEN):
+                raise _too_long(text, most)
             size *= 2
 
     def _plain(self, text: str) -> list[int]:
@@ -137,6 +156,14 @@ class Vocabulary:
         kept = [int(number) for number in numbers if not (skip_special_tokens and int(number) in self._skipped)]
         text: str = self._tokenizer.decode(kept, skip_special_tokens=False)
         return text
+
+
+def _too_long(text: str, most: int) -> ArrieroError:
+    return ArrieroError(
+        f"the prompt's {len(text):,} characters are more than {most} tokens, the context",
+        expected=f"at most {most} tokens together",
+        remedy="Shorten the prompt, or build the bundle with a larger `context`",
+    )
 
 
 def no_character() -> ArrieroError:

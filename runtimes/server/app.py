@@ -101,7 +101,8 @@ class Server:
                 await self.bundles.open(model.bundle)
                 await reader.pictures.fetch(self._fetcher)
                 if prompt is not None:
-                    ids = await self._encoding.run(partial(model.session.processor.tokenize, prompt))
+                    tokenize = partial(model.session.processor.tokenize, prompt, context=model.bundle.context)
+                    ids = await self._encoding.run(tokenize)
                 else:
                     ids = (await self._encoding.run(partial(model.session.encode, read))).input_ids
         return JSONResponse({"tokens": ids.tolist(), "count": len(ids), "max_model_len": model.bundle.context})

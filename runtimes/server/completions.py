@@ -59,7 +59,10 @@ class Completion:
         bos = [] if session.spec.bos_token_id is None else [session.spec.bos_token_id]
         prompts = []
         for said in self._prompts:
-            ids = [*bos, *session.processor.tokenize(said).tolist()] if isinstance(said, str) else said
+            if isinstance(said, str):
+                ids = [*bos, *session.processor.tokenize(said, context=session.context).tolist()]
+            else:
+                ids = said
             prompts.append(session.encode(Prompt(np.asarray(ids))))
         return prompts
 

@@ -22,7 +22,7 @@ POSTS = {
     "/v1/completions": "Goes on with texts as they stand",
     "/v1/responses": "Answers items as OpenAI's newer API has it; nothing is kept",
     "/v1/messages": "Answers messages as Anthropic's API has it",
-    "/tokenize": "The tokens of a text, or of messages in the chat template",
+    "/tokenize": "The tokens of a text, or of messages in the chat template, unless they are far beyond the context",
 }
 GETS: dict[str, tuple[str, str, Schema]] = {
     "/": ("A page to chat with", "text/html", TEXT),

@@ -1,4 +1,4 @@
-"""Lists of more entries than the context has tokens are refused before one of their entries is looked at."""
+"""Lists of more entries than the context has tokens, and texts of more bytes, are refused by their length alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from arriero.errors import ArrieroError
 from arriero.runtimes.processor.chat_template import ChatTemplate
 from arriero.runtimes.processor.processor import Processor
+from arriero.runtimes.session import Session
 from tests.runtimes.server.conftest import Served
 
 CHAT, RESPONSES, MESSAGES, COMPLETIONS = "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/completions"
@@ -73,3 +74,36 @@ def test_too_many_messages_or_tools_are_not_rendered(processor: Processor, monke
         processor.encode([USER] * 750_000)
     with pytest.raises(ArrieroError, match="the prompt has 51 tools, each of a token at least; expected at most 50"):
         processor.encode([USER], tools=[{}] * 51, context=50)
+
+
+TEXT = "x" * 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": TEXT}]}),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": TEXT}]}]}),
+        (RESPONSES, {"input": TEXT}),
+        (RESPONSES, {"input": "x", "instructions": TEXT}),
+        (MESSAGES, block(messages=[{"role": "user", "content": TEXT}])),
+        (MESSAGES, block(system=TEXT)),
+        (COMPLETIONS, {"prompt": TEXT}),
+        (COMPLETIONS, {"prompt": ["x", TEXT]}),
+        ("/tokenize", {"prompt": TEXT}),
+        ("/tokenize", {"messages": [{"role": "user", "content": TEXT}]}),
+    ],
+)
+def test_a_huge_text_is_refused_before_its_tokens_are_made(
+    served: Served, toy_session: Session, path: str, body: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, vocabulary = list[int](), toy_session.processor._vocabulary
+    words = vocabulary._encoded
+    monkeypatch.setattr(vocabulary, "_encoded", lambda text: seen.append(len(text)) or words(text))
+    with served.web() as web:
+        answer = web.post(path, json=body)
+        short = web.post("/tokenize", json={"prompt": "hello"})
+    assert answer.status_code == 400
+    assert "characters are more than 400 tokens, the context" in answer.json()["error"]["message"]
+    assert short.json()["count"] == 5
+    assert max(seen) == 5
