@@ -16,6 +16,8 @@ from jinja2.visitor import NodeTransformer
 
 HALVES = range(0xD800, 0xE000)  # of surrogate pairs: no text that can be written as UTF-8 has them
 _OWN, _OTHERS = re.compile("[\ud800-\udfff]+"), re.compile("[^\ud800-\udfff]+")
+# What `%` and the filter `format` put something in the place of.
+_CONVERSION = re.compile(r"(%)((?:\([^()]*\))?)([-#0 +]*(?:\*|\d*)(?:\.(?:\*|\d*))?[a-zA-Z])")
 
 
 class OwnLetters:
@@ -32,8 +34,13 @@ class OwnLetters:
         self._tokens = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def mark(self, text: str) -> str:
-        """`text` with stand-ins for all letters, but for spaces outside of control tokens, which templates trim."""
-        return self.mark_tokens(text).translate(self._visible)
+        """`text` with stand-ins for all letters, but for spaces outside of control tokens, which templates trim.
+
+        Those of a format's `%s` mean what they say; the key in its `%(key)s` is a word like any other.
+        """
+        parts = _CONVERSION.split(self.mark_tokens(text))  # text, "%", key, the rest, text, ..
+        parts[::2] = [part.translate(self._visible) for part in parts[::2]]
+        return "".join(parts)
 
     def mark_tokens(self, text: str) -> str:
         """`text` with stand-ins for the letters of whole control tokens."""

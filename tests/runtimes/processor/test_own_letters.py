@@ -109,6 +109,9 @@ OWN = {
     "put_together_of_parts": "{{ '<|' }}{{ {'user': 'user', 'assistant': 'assistant'}[m.role] }}{{ '|>' }}",
     "chosen": "{{ '<|user|>' if m.role == 'user' else '<|assistant|>' }}",
     "formatted": "{{ '<|{}|>'.format(m.role) }}",
+    "formatted_by_the_filter": "{{ '<|%s|>' | format(m.role) }}",
+    "formatted_by_percent": "{{ '<|%s|>' % m.role }}",
+    "formatted_by_key": "{{ '<|%(role)s|>' % {'role': m.role} }}",
     "trimmed": "{{ (' <|' + m.role + '|> ') | trim }}",
 }
 
