@@ -161,7 +161,9 @@ class Grammars:
         with naming_broken_packages():
             try:
                 from llguidance import LLTokenizer
-            except ModuleNotFoundError:
+            except ModuleNotFoundError as error:
+                if error.name != "llguidance":
+                    raise
                 remedy = f"Install it with `{install('structured')}`"
                 raise MachineLacks("the package llguidance is not installed", remedy=remedy) from None
         with self._lock:

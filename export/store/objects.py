@@ -118,7 +118,9 @@ class UrlStore:
         with naming_broken_packages():
             try:
                 import fsspec
-            except ModuleNotFoundError:
+            except ModuleNotFoundError as error:
+                if error.name != "fsspec":
+                    raise
                 raise MachineLacks(
                     "the package fsspec is not installed",
                     where=url,

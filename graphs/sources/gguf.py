@@ -56,7 +56,9 @@ class GgufFile:
         """Read the header. Raises ArrieroError for what is no GGUF, MachineLacks without the package."""
         try:
             from gguf import GGUFReader
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if error.name != "gguf":
+                raise
             remedy = f"Install it with `{install('gguf')}`"
             raise MachineLacks("reading GGUF needs the package gguf", where=str(path), remedy=remedy) from None
         try:

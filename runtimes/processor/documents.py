@@ -55,7 +55,9 @@ def _opened(path: Any) -> Iterator[PdfDocument]:
     with naming_broken_packages():
         try:
             import pypdfium2
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if error.name != "pypdfium2":
+                raise
             raise MachineLacks(
                 "reading a PDF needs the package pypdfium2",
                 where=str(path),

@@ -38,7 +38,9 @@ def read_video(path: str | os.PathLike[str], num_frames: int, most: int = MOST_F
     with naming_broken_packages():
         try:
             import av
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if error.name != "av":
+                raise
             raise MachineLacks(
                 "reading a video file needs the package av",
                 where=str(path),

@@ -11,7 +11,12 @@ import pytest
 from arriero.errors import UNEXPECTED, MachineLacks
 from arriero.export import __main__ as command
 from arriero.export.pipeline.stages import machine_limits
+from arriero.export.store.objects import UrlStore
+from arriero.graphs.sources.gguf import GgufFile
+from arriero.runtimes.broken_package import naming_broken_packages
 from arriero.runtimes.load_onnxruntime import load_onnxruntime
+from arriero.runtimes.processor.documents import read_document
+from arriero.runtimes.processor.video import read_video
 
 GONE = "cannot open shared object file: No such file or directory"
 AGAIN = "Reinstall it: pip install --force-reinstall 'onnxruntime"
@@ -57,6 +62,24 @@ def test_one_that_is_not_there_is_to_be_installed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MachineLacks, match=r"onnxruntime is not installed.*pip install 'arriero\[onnxruntime\]'"):
         load_onnxruntime()
+
+
+READERS = {  # what asks for the package -> of whose parts one is missing
+    "av": lambda path: read_video(path, 1),
+    "pypdfium2": read_document,
+    "fsspec": lambda path: UrlStore(f"file://{path}"),
+    "gguf": GgufFile.open,
+}
+
+
+@pytest.mark.parametrize("package", READERS)
+def test_one_of_which_a_part_is_missing_is_not_one_to_be_installed(replace, tmp_path: Path, package: str) -> None:
+    replace(package, f"import {package}.absent_part")
+    with (
+        pytest.raises(MachineLacks, match=rf"installed and does not load: No module named '{package}\.absent_part'"),
+        naming_broken_packages(),
+    ):
+        READERS[package](tmp_path / "file")
 
 
 OURS = ("arriero.export.compile.tvm", "arriero.export.compile.relax.import_graph")
