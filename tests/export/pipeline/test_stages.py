@@ -228,7 +228,7 @@ def test_prune_keeps_the_plan_s_stages_and_foreign_files(tmp_path):
         mine.mkdir()
         (mine / "chapter.txt").write_text("years of work")
         work.prune([("a", stages[1].key)])
-    kept = [".arriero", f"a-{stages[1].key}", "hashes.json", "lock", mine.name]
+    kept = [".arriero", f"a-{stages[1].key}", "hashes.jsonl", "lock", mine.name]
     assert sorted(p.name for p in work.root.iterdir()) == kept
     assert (mine / "chapter.txt").read_text() == "years of work"
 
