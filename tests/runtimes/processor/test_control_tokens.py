@@ -142,8 +142,8 @@ def test_a_long_prompt_is_refused_by_its_beginning(processor, monkeypatch):
             seen.append(len(text))
             return encode(text, **named)
 
-    monkeypatch.setattr(processor._vocabulary, "_tokenizer", Counting())
     monkeypatch.setattr(processor._vocabulary, "_longest", None)  # else no token would be made at all
+    monkeypatch.setattr(processor._vocabulary, "_tokenizer", Counting())
     with pytest.raises(ArrieroError, match=r"1,000,\d* characters are more than 64 tokens"):
         processor.encode("x" * 1_000_000, context=64)
     assert sum(seen) < 5000
