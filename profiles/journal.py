@@ -1,7 +1,7 @@
 """What an unfinished stage has finished, piece by piece, with the hashes of its bytes: a resumed one uses nothing else.
 
-A line of `kept.jsonl` is the sha256 of the rest of it, a space, and JSON: a piece's name, the regions of the folder's
-files that hold it, and a note; or its name alone for one that is no longer kept. A torn or changed line says nothing.
+A line of `kept.jsonl` is sealed and holds JSON: a piece's name, the regions of the folder's files that hold it, and a
+note; or its name alone for one that is no longer kept. A torn or changed line says nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from arriero.profiles.sealed_line import opened, sealed
 
 FILE = "kept.jsonl"
 CHUNK = 1 << 20  # bytes that are hashed at a time
@@ -114,14 +116,13 @@ class Journal:
         with (self.folder / FILE).open("a+b") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
             torn = file.read(1) not in (b"", b"\n")
-            file.write(b"\n" * torn + hashlib.sha256(text).hexdigest().encode() + b" " + text + b"\n")
+            file.write(b"\n" * torn + sealed(text) + b"\n")
 
 
 def _lines(path: Path) -> Iterator[list[Any]]:
     """The lines that are as they were written."""
     for line in path.read_bytes().splitlines() if path.is_file() else ():
-        digest, _, text = line.partition(b" ")
-        if hashlib.sha256(text).hexdigest().encode() == digest:
+        if (text := opened(line)) is not None:
             yield json.loads(text)
 
 

@@ -35,6 +35,22 @@ def naming_broken_packages() -> Iterator[None]:
         raise lack from error
 
 
+@contextmanager
+def importing(*names: str, absent: MachineLacks) -> Iterator[None]:
+    """Within the block, which imports a package, `absent` is raised where one of the modules `names` is not there.
+
+    Other packages may have modules around a package's own, so that there may be several. One that is there and does not
+    load, or lacks a part, becomes the MachineLacks of `broken_package`.
+    """
+    with naming_broken_packages():
+        try:
+            yield
+        except ModuleNotFoundError as error:
+            if error.name not in names:
+                raise
+            raise absent from None
+
+
 def broken_package(error: BaseException) -> MachineLacks | None:
     """What the machine lacks where an `import` of ours met a package that is there and raised `error`, else None.
 

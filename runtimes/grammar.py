@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.runtimes.broken_package import naming_broken_packages
+from arriero.runtimes.broken_package import importing
 from arriero.runtimes.forced_calls import ForcedCalls
 from arriero.runtimes.json_schema import MOST_PATTERN, MOST_TEXT, OPTIONS, check_size, check_text, enforceable
 from arriero.runtimes.python_calls import python_grammar
@@ -158,14 +158,9 @@ class Grammars:
         return Constraint(latest[1].deep_copy(), self._vocabulary)
 
     def _read_vocabulary(self) -> LLTokenizer:
-        with naming_broken_packages():
-            try:
-                from llguidance import LLTokenizer
-            except ModuleNotFoundError as error:
-                if error.name != "llguidance":
-                    raise
-                remedy = f"Install it with `{install('structured')}`"
-                raise MachineLacks("the package llguidance is not installed", remedy=remedy) from None
+        remedy = f"Install it with `{install('structured')}`"
+        with importing("llguidance", absent=MachineLacks("the package llguidance is not installed", remedy=remedy)):
+            from llguidance import LLTokenizer
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = LLTokenizer(str(self._file), n_vocab=self._vocabulary, eos_token=self._closing)

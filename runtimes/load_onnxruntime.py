@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from arriero.errors import MachineLacks
-from arriero.runtimes.broken_package import naming_broken_packages
+from arriero.runtimes.broken_package import importing
 from arriero.traits import install
 
 TELEMETRY = "ORT_DISABLE_TELEMETRY"
@@ -27,15 +27,9 @@ def load_onnxruntime() -> Any:
     """
     late = "onnxruntime" in sys.modules and TELEMETRY not in os.environ
     os.environ.setdefault(TELEMETRY, "1")
-    with naming_broken_packages():
-        try:
-            module = import_module("onnxruntime")
-        except ModuleNotFoundError as error:
-            if error.name != "onnxruntime":
-                raise
-            raise MachineLacks(
-                "the package onnxruntime is not installed", remedy=f"Install it with `{install('onnxruntime')}`"
-            ) from None
+    remedy = f"Install it with `{install('onnxruntime')}`"
+    with importing("onnxruntime", absent=MachineLacks("the package onnxruntime is not installed", remedy=remedy)):
+        module = import_module("onnxruntime")
     if late:
         module.disable_telemetry_events()
         warnings.warn(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from arriero.errors import ArrieroError, MachineLacks, is_full, sentence_of
-from arriero.runtimes.broken_package import naming_broken_packages
+from arriero.runtimes.broken_package import importing
 from arriero.traits import install
 
 INCOMING = "incoming"  # of a folder, where objects are while they are being written
@@ -115,17 +115,9 @@ class UrlStore:
 
     def __init__(self, url: str) -> None:
         """Open `url`; credentials and options are those that the URL's own fsspec package finds."""
-        with naming_broken_packages():
-            try:
-                import fsspec
-            except ModuleNotFoundError as error:
-                if error.name != "fsspec":
-                    raise
-                raise MachineLacks(
-                    "the package fsspec is not installed",
-                    where=url,
-                    remedy=f"Install it with `{install('store')}`, or give a folder",
-                ) from None
+        remedy = f"Install it with `{install('store')}`, or give a folder"
+        with importing("fsspec", absent=MachineLacks("the package fsspec is not installed", where=url, remedy=remedy)):
+            import fsspec
         self.url = url.rstrip("/")
         with _answers(url):
             try:

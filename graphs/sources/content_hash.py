@@ -17,6 +17,7 @@ from typing import IO
 from arriero.errors import ArrieroError, Problems
 from arriero.graphs.sources.finite import first_nonfinite, not_finite
 from arriero.graphs.sources.weight_source import WeightSource
+from arriero.profiles.sealed_line import opened, sealed
 
 BLOCK = 1 << 24  # bytes, a multiple of every dtype's size
 
@@ -177,13 +178,13 @@ def _combine(hashes: Sequence[tuple[str, str]], texts: Mapping[str, str]) -> str
 def _read_memo(memo: Path | None) -> dict[str, KnownFile]:
     """The memo's files by absolute path; a broken or changed one is as good as none, it only costs hashing again.
 
-    It is the sha256 of its entries, a space, and the entries as JSON.
+    It is one sealed line.
     """
     if memo is None:
         return {}
     try:
-        checksum, entries = memo.read_bytes().split(b" ", 1)
-        if checksum != _checksum(entries):
+        entries = opened(memo.read_bytes())
+        if entries is None:
             return {}
         return {
             path: KnownFile(FileState(*entry["state"]), entry["sha256"], frozenset(entry["checked"]))
@@ -198,11 +199,6 @@ def _write_memo(memo: Path, known: Mapping[str, KnownFile]) -> None:
         path: {"state": astuple(last.state), "sha256": last.sha256, "checked": sorted(last.checked)}
         for path, last in known.items()
     }
-    entries = json.dumps(held).encode()
     memo.parent.mkdir(parents=True, exist_ok=True)
     # in place: half of it is as good as none, and nothing lies beside it
-    memo.write_bytes(_checksum(entries) + b" " + entries)
-
-
-def _checksum(entries: bytes) -> bytes:
-    return hashlib.sha256(entries).hexdigest().encode()
+    memo.write_bytes(sealed(json.dumps(held).encode()))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.runtimes.broken_package import naming_broken_packages
+from arriero.runtimes.broken_package import importing
 from arriero.traits import install
 
 DRIVER = "Install NVIDIA's driver for this GPU (on a Jetson it comes with JetPack), or pass the GPU into the container"
@@ -33,15 +33,9 @@ BLOCK = 512  # bytes that an allocation is rounded up to; an empty tensor needs 
 
 def load_cuda(extra: str = "tensorrt") -> Any:
     """The module `cuda.bindings.runtime`. Raises MachineLacks with the package that is missing or does not load."""
-    with naming_broken_packages():
-        try:
-            from cuda.bindings import runtime
-        except ModuleNotFoundError as error:  # other packages put modules into `cuda` too
-            if error.name not in ("cuda", "cuda.bindings"):
-                raise
-            raise MachineLacks(
-                "the package cuda-bindings is not installed", remedy=f"Install it with `{install(extra)}`"
-            ) from None
+    absent = MachineLacks("the package cuda-bindings is not installed", remedy=f"Install it with `{install(extra)}`")
+    with importing("cuda", "cuda.bindings", absent=absent):
+        from cuda.bindings import runtime
     return runtime
 
 

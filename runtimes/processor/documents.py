@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.runtimes.broken_package import naming_broken_packages
+from arriero.runtimes.broken_package import importing
 from arriero.runtimes.processor.images import Tiler
 from arriero.traits import install
 
@@ -52,17 +52,10 @@ def _checked(pages: Any, count: int, name: str) -> Sequence[int]:
 
 @contextmanager
 def _opened(path: Any) -> Iterator[PdfDocument]:
-    with naming_broken_packages():
-        try:
-            import pypdfium2
-        except ModuleNotFoundError as error:
-            if error.name != "pypdfium2":
-                raise
-            raise MachineLacks(
-                "reading a PDF needs the package pypdfium2",
-                where=str(path),
-                remedy=f"Install it with `{install('documents')}`, or pass the pages as images",
-            ) from None
+    remedy = f"Install it with `{install('documents')}`, or pass the pages as images"
+    absent = MachineLacks("reading a PDF needs the package pypdfium2", where=str(path), remedy=remedy)
+    with importing("pypdfium2", absent=absent):
+        import pypdfium2
     if not (isinstance(path, str | os.PathLike) and Path(path).is_file()):
         raise ArrieroError("there is no such document", where=str(path), remedy="Check the path")
     # For a document without pages PDFium gives no reason, and the last one stays: that there is no file called "".

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.runtimes.broken_package import naming_broken_packages
+from arriero.runtimes.broken_package import importing
 from arriero.runtimes.processor.high_range import check_range
 from arriero.runtimes.processor.pictures import check_pixels, on_white
 from arriero.traits import install
@@ -35,17 +35,10 @@ def read_video(path: str | os.PathLike[str], num_frames: int, most: int = MOST_F
         raise ArrieroError(
             f"num_frames is {num_frames:,}", where=str(path), expected=f"at most {most:,}", remedy="Take fewer frames"
         )
-    with naming_broken_packages():
-        try:
-            import av
-        except ModuleNotFoundError as error:
-            if error.name != "av":
-                raise
-            raise MachineLacks(
-                "reading a video file needs the package av",
-                where=str(path),
-                remedy=f"Install it with `{install('video')}`, or pass the frames as images",
-            ) from None
+    remedy = f"Install it with `{install('video')}`, or pass the frames as images"
+    absent = MachineLacks("reading a video file needs the package av", where=str(path), remedy=remedy)
+    with importing("av", absent=absent):
+        import av
     if not (isinstance(path, str | os.PathLike) and Path(path).is_file()):
         raise ArrieroError("there is no such video file", where=str(path), remedy="Check the path")
     try:
