@@ -115,7 +115,7 @@ TRAITS: dict[str, BackendTraits] = {
                 runtime=80 << 20,
                 stays=80 << 20,
                 keeps_steps=True,
-                code=2560 << 10,
+                code=1536 << 10,
                 maps_weights=True,
             ),
             switches_adapters=True,

@@ -7,7 +7,7 @@ from arriero.graphs.config import ModelConfig
 from arriero.graphs.sources.layout import side_files
 
 # Bytes, from runs on small models as `benchmarks/plan_accuracy.py` makes them.
-KERNELS_DISK = 1_600_000
+KERNELS_DISK = 1560 << 10
 PART_DISK, LAYER_DISK = 64 << 10, 20 << 10  # of the graph of a part, without weights, and of each layer in it
 REPORT_DISK, CASE_DISK = 36 << 10, 1500  # both forms of a report, and what is in them of a case
 EXPERT_DISK, COVERED_DISK = 137, 117  # of an expert, and of what calibration saw of it
