@@ -1,18 +1,27 @@
 // Kinds of integer codes: how many bits each has, what a dot reads of them, and what it is summed in.
 //
 // QUADS times 4 features of a panel's 16 outputs lie in STEP_BYTES; `read` gets those of LANES outputs, the v-th, and
-// `weights` the quad Q of them. OFFSET is what the weights that a dot sees are above the stored numbers.
+// `weights` the quad Q of them. OFFSET is what the weights that a dot sees are above the stored numbers. A sum is begun
+// from the correction of the activations that its dots see, of RUN features at most, and ended.
 #pragma once
 
-#include "common.h"
 #include "grids.h"
+#include "rounded.h"
 
 namespace ARRIERO_LEVEL {
 
-struct EightBits {
-    static constexpr int BITS = 8, QUADS = 1, OFFSET = INT8_OFFSET;
-    static constexpr int64_t FEATURES = INT64_MAX;  // whose dots `Sums` holds
-    using Sums = Int;
+// Whose sums are of 32 bits all along.
+template <int AHEAD>
+struct WideSums {
+    static constexpr int OFFSET = AHEAD;
+    static constexpr int64_t RUN = INT64_MAX;
+
+    static int32_t correction(Int values) { return -OFFSET * sum_int(values); }
+    static Int end(Int sums) { return sums; }
+};
+
+struct EightBits : WideSums<INT8_OFFSET> {
+    static constexpr int BITS = 8, QUADS = 1;
     using Raw = Weights;
 
     static Raw read(const uint8_t* step, int v) { return load_int8(step + v * (4 * LANES)); }
@@ -20,16 +29,14 @@ struct EightBits {
     static Weights weights(Raw raw) {
         return raw;
     }
-    static Sums begin(Int sums) { return sums; }
-    static Sums dot(Sums sums, Weights w, Quad x) { return dot8(sums, w, x); }
-    static Int end(Int, Sums sums) { return sums; }
+    static Int dot(Int sums, Weights w, Quad x) { return dot8(sums, w, x); }
 };
 
 // Offset binary: 0 .. 15 for -8 .. 7. The low nibbles of bytes are of quad 0, the high ones of quad 1.
 struct FourBits {
     static constexpr int BITS = 4, QUADS = 2, OFFSET = 8;
-    static constexpr int64_t FEATURES = FEW_FEATURES;
-    using Sums = Few;
+    static constexpr int64_t RUN = RUN4;
+    static_assert(RUN >= SHORTEST_RUN);
     using Raw = Bytes;
 
     static Raw read(const uint8_t* step, int v) { return load_bytes(step + v * (4 * LANES)); }
@@ -37,9 +44,9 @@ struct FourBits {
     static Weights weights(Raw raw) {
         return nibble_weights(Q == 0 ? low_nibbles(raw) : high_nibbles(raw));
     }
-    static Sums begin(Int sums) { return begin_few(sums); }
-    static Sums dot(Sums sums, Weights w, Quad x) { return dot4(sums, w, x); }
-    static Int end(Int before, Sums sums) { return end_few(before, sums); }
+    static int32_t correction(Int values) { return correction4(values, OFFSET); }
+    static Int dot(Int sums, Weights w, Quad x) { return dot4(sums, w, x); }
+    static Int end(Int sums) { return end4(sums); }
 };
 
 // Levels as a dot reads them, which are integers of seven bits, by a nibble that numbers them.
@@ -47,18 +54,15 @@ struct Table {
     int8_t at[16];
 };
 
-struct GridBits {
-    static constexpr int64_t FEATURES = INT64_MAX;
-    using Sums = Int;
-
-    static Sums begin(Int sums) { return sums; }
-    static Sums dot(Sums sums, Weights w, Quad x) { return dot7(sums, w, x); }
-    static Int end(Int, Sums sums) { return sums; }
+// LOWEST is the least level, which dots of unsigned weights see as 0.
+template <int LOWEST>
+struct GridBits : WideSums<DOTS_ARE_UNSIGNED ? -LOWEST : 0> {
+    static Int dot(Int sums, Weights w, Quad x) { return dot7(sums, w, x); }
 };
 
 // Numbers of the levels of GRID4, which lie as those of FourBits.
-struct Grid4Bits : GridBits {
-    static constexpr int BITS = 4, QUADS = 2, OFFSET = DOTS_ARE_UNSIGNED ? -GRID4[0] : 0;
+struct Grid4Bits : GridBits<GRID4[0]> {
+    static constexpr int BITS = 4, QUADS = 2;
     using Raw = Bytes;
 
     static constexpr Table table() {
@@ -77,9 +81,9 @@ struct Grid4Bits : GridBits {
 // Numbers of the levels of GRID3 or GRID2, whose low two bits lie apart from the third. The nibble that numbers a level
 // of quad Q has the third bit in place Q, and the two in the half that Q is not in, so that hardly a bit is moved.
 template <int N>
-struct SmallGridBits : GridBits {
+struct SmallGridBits : GridBits<N == 3 ? GRID3[0] : GRID2[0]> {
     static constexpr const int8_t* LEVELS = N == 3 ? GRID3 : GRID2;
-    static constexpr int BITS = N, QUADS = 4, OFFSET = DOTS_ARE_UNSIGNED ? -LEVELS[0] : 0;
+    static constexpr int BITS = N, QUADS = 4;
     struct Raw {
         Bytes twos, thirds;
     };
@@ -88,7 +92,7 @@ struct SmallGridBits : GridBits {
         Table levels{};
         for (int i = 0; i < 16; ++i) {
             const int two = q < 2 ? i >> 2 : i & 3, third = N == 3 ? i >> q & 1 : 0;
-            levels.at[i] = static_cast<int8_t>(LEVELS[two | third << 2] + OFFSET);
+            levels.at[i] = static_cast<int8_t>(LEVELS[two | third << 2] + SmallGridBits::OFFSET);
         }
         return levels;
     }

@@ -27,13 +27,13 @@ TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, 
     for (int m = 0; m < M; ++m) {
         values[m] = x.values + rows[m] * features;
         row_scales[m] = x.scales + rows[m] * blocks;
-        corrections[m] = x.corrections + rows[m] * blocks;
+        corrections[m] = x.corrections + rows[m] * blocks * x.runs(CODES::RUN);
     }
     Float sums[M][PV];
     UNROLL for (int m = 0; m < M; ++m) { UNROLL for (int v = 0; v < PV; ++v) sums[m][v] = all(0.0f); }
     const uint8_t* at = panel;
     const int64_t ahead = next * panel_bytes, scales_ahead = next * panel_scales;
-    const auto ask = [&] {
+    const auto ask = [&]() __attribute__((always_inline)) {
         if constexpr (P == 1) {
             fetch(at + FETCH_AHEAD);
             if constexpr (STEP_BYTES<CODES> > 64) fetch(at + FETCH_AHEAD + 64);
@@ -41,37 +41,46 @@ TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, 
             UNROLL for (int p = 0; p < P; ++p) fetch(at + p * panel_bytes + ahead);
         }
     };
+    // the products with the next run of `count` features from k on
+    const auto sum_run = [&](int64_t& k, int64_t count, Int (&totals)[M][PV]) __attribute__((always_inline)) {
+        Int run[M][PV];
+        UNROLL for (int m = 0; m < M; ++m) {
+            const Int correction = all_int(*corrections[m]++);
+            UNROLL for (int v = 0; v < PV; ++v) run[m][v] = correction;
+        }
+        for (const int64_t stop = k + count; k < stop; k += 4 * CODES::QUADS, at += STEP_BYTES<CODES>) {
+            ask();
+            typename CODES::Raw raw[PV];
+            UNROLL for (int v = 0; v < PV; ++v) raw[v] = CODES::read(at + v / V * panel_bytes, v % V);
+            each_of<CODES::QUADS>([&](auto number) {
+                constexpr int Q = decltype(number)::value;
+                Weights w[PV];
+                UNROLL for (int v = 0; v < PV; ++v) w[v] = CODES::template weights<Q>(raw[v]);
+                UNROLL for (int m = 0; m < M; ++m) {
+                    const Quad a = quad(values[m] + k + 4 * Q);
+                    UNROLL for (int v = 0; v < PV; ++v) run[m][v] = CODES::dot(run[m][v], w[v], a);
+                }
+            });
+        }
+        UNROLL for (int m = 0; m < M; ++m) {
+            UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = CODES::end(run[m][v]);
+        }
+    };
     for (int64_t j = 0; j < blocks; ++j) {
         if constexpr (P > 1) {
             UNROLL for (int p = 0; p < P; ++p) fetch(scale.at(p * panel_scales + j * 16 + scales_ahead));
         }
         Int totals[M][PV];
-        UNROLL for (int m = 0; m < M; ++m) {
-            UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = all_int(corrections[m][j]);
-        }
-        const int64_t end = (j + 1) * block;
-        for (int64_t k = j * block; k < end;) {
-            typename CODES::Sums few[M][PV];
-            UNROLL for (int m = 0; m < M; ++m) {
-                UNROLL for (int v = 0; v < PV; ++v) few[m][v] = CODES::begin(totals[m][v]);
-            }
-            const int64_t stop = CODES::FEATURES == INT64_MAX ? end : smaller(end, k + CODES::FEATURES);
-            for (; k < stop; k += 4 * CODES::QUADS, at += STEP_BYTES<CODES>) {
-                ask();
-                typename CODES::Raw raw[PV];
-                UNROLL for (int v = 0; v < PV; ++v) raw[v] = CODES::read(at + v / V * panel_bytes, v % V);
-                each_of<CODES::QUADS>([&](auto number) {
-                    constexpr int Q = decltype(number)::value;
-                    Weights w[PV];
-                    UNROLL for (int v = 0; v < PV; ++v) w[v] = CODES::template weights<Q>(raw[v]);
-                    UNROLL for (int m = 0; m < M; ++m) {
-                        const Quad a = quad(values[m] + k + 4 * Q);
-                        UNROLL for (int v = 0; v < PV; ++v) few[m][v] = CODES::dot(few[m][v], w[v], a);
-                    }
-                });
-            }
-            UNROLL for (int m = 0; m < M; ++m) {
-                UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = CODES::end(totals[m][v], few[m][v]);
+        int64_t k = j * block;
+        const int64_t end = k + block;
+        sum_run(k, smaller(end - k, CODES::RUN), totals);
+        if constexpr (CODES::RUN < INT64_MAX) {
+            while (k < end) {
+                Int more[M][PV];
+                sum_run(k, smaller(end - k, CODES::RUN), more);
+                UNROLL for (int m = 0; m < M; ++m) {
+                    UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = add_int(totals[m][v], more[m][v]);
+                }
             }
         }
         Float scales[PV];
@@ -134,8 +143,8 @@ inline void int_product(const Rounded& x, const int64_t* order, int64_t count, c
     };
     int64_t column = columns.begin;
     // few rows read panel after panel, a single stream from memory; with more there is time for two
-    if (INT_PANELS == 2 && count > 4) {
-        for (; column + 16 < columns.end; column += 32) panels(column, Constant<2>{});
+    if constexpr (INT_PANELS == 2) {
+        for (; count > 4 && column + 16 < columns.end; column += 32) panels(column, Constant<2>{});
     }
     for (; column < columns.end; column += 16) panels(column, Constant<1>{});
 }

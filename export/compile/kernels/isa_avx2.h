@@ -135,18 +135,21 @@ inline Weights look_up(const int8_t* table, Bytes nibbles) {
 }
 // Two products of 0 .. 124 and -127 .. 127 fit 16 bits.
 inline Int dot7(Int sums, Weights w, Quad x) { return add_pairs(sums, _mm256_maddubs_epi16(w.magnitude, x)); }
-// Two products of 0 .. 15 and -127 .. 127 are at most 3,810, so that 16 bits hold eight times as much.
-using Few = __m256i;
-constexpr int64_t FEW_FEATURES = 32;
-inline Few begin_few(Int) { return _mm256_setzero_si256(); }
-inline Few dot4(Few sums, Weights w, Quad x) {
+// Of 64 features, half a quad of each, 32 products of -8 .. 7 and -127 .. 127 are 32,512 at most. What is summed is
+// products of 0 .. 15, which may wrap in between: begun from the correction, the sum ends in those 16 bits.
+constexpr int64_t RUN4 = 64;
+inline int32_t correction4(Int values, int32_t offset) {
+    const __m256i halves = _mm256_hadd_epi32(values, values);
+    const __m128i both = _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+    const __m128i words = _mm_mullo_epi16(both, _mm_set1_epi16(static_cast<short>(-offset)));
+    return _mm_cvtsi128_si32(_mm_shufflelo_epi16(words, 0x08));
+}
+inline Int dot4(Int sums, Weights w, Quad x) {
     const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, x);
     __asm__("vpaddw %1, %0, %0" : "+x"(sums) : "x"(pairs));  // as in `add_pairs`
     return sums;
 }
-inline Int end_few(Int sums, Few few) {
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(few, _mm256_set1_epi16(1)));
-}
+inline Int end4(Int sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
 
 inline Int load_int(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline void store_words(int16_t* p, Int a) {

@@ -109,12 +109,12 @@ inline Weights look_up(const int8_t* table, Bytes nibbles) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(levels), nibbles);
 }
 inline Int dot7(Int sums, Weights w, Quad x) { return _mm512_dpbusd_epi32(sums, w, x); }
-// Sums of dots of 4-bit weights with at most FEW_FEATURES features, begun from and ended in those of a block.
-using Few = Int;
-constexpr int64_t FEW_FEATURES = INT64_MAX;
-inline Few begin_few(Int sums) { return sums; }
-inline Few dot4(Few sums, Weights w, Quad x) { return _mm512_dpbusd_epi32(sums, w, x); }
-inline Int end_few(Int, Few few) { return few; }
+// Sums of dots of 4-bit weights, of RUN4 features at most: begun from a correction, which takes `offset` off each weight
+// (`values` are the activations, LANES at a time added up), and ended.
+constexpr int64_t RUN4 = INT64_MAX;
+inline int32_t correction4(Int values, int32_t offset) { return -offset * sum_int(values); }
+inline Int dot4(Int sums, Weights w, Quad x) { return _mm512_dpbusd_epi32(sums, w, x); }
+inline Int end4(Int sums) { return sums; }
 
 inline Int load_int(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline void store_words(int16_t* p, Int a) {

@@ -101,11 +101,10 @@ inline Int dot8(Int sums, Weights w, Quad x) {
 }
 #endif
 inline Int dot7(Int sums, Weights w, Quad x) { return dot8(sums, w, x); }
-using Few = Int;
-constexpr int64_t FEW_FEATURES = INT64_MAX;
-inline Few begin_few(Int sums) { return sums; }
-inline Few dot4(Few sums, Weights w, Quad x) { return dot8(sums, w, x); }
-inline Int end_few(Int, Few few) { return few; }
+constexpr int64_t RUN4 = INT64_MAX;
+inline int32_t correction4(Int values, int32_t offset) { return -offset * sum_int(values); }
+inline Int dot4(Int sums, Weights w, Quad x) { return dot8(sums, w, x); }
+inline Int end4(Int sums) { return sums; }
 
 inline Int load_int(const int32_t* p) { return vld1q_s32(p); }
 inline void store_words(int16_t* p, Int a) { vst1_s16(p, vqmovn_s32(a)); }

@@ -24,7 +24,7 @@ class Carver {
         Rounded out{nullptr, nullptr, nullptr, features, block};
         out.values = take<int8_t>(rows * features);
         out.scales = take<float>(rows * out.blocks());
-        out.corrections = take<int32_t>(rows * out.blocks());
+        out.corrections = take<int32_t>(rows * out.blocks() * out.runs(SHORTEST_RUN));
         return out;
     }
 

@@ -95,10 +95,11 @@ def test_int_linear(kernels, draw, form, tokens, outputs, features, block):
     assert np.linalg.norm(found - exact) <= 0.02 * np.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("block", [32, 64, 96, 256])
 @pytest.mark.parametrize("form", INTEGERS)
-def test_integer_sums_are_exact_at_the_extremes(kernels, draw, form):
+def test_integer_sums_are_exact_at_the_extremes(kernels, draw, form, block):
     """Largest magnitudes and equal signs: where a 16-bit intermediate would saturate."""
-    grid, block, outputs = GRIDS[form], 256, 40
+    grid, outputs = GRIDS[form], 40
     next_one = grid.low + 1 if grid.name == "even" else NORMAL_LEVELS[grid.bits][1]
     values = draw.choice([grid.low, next_one, grid.high], (outputs, block)).astype(np.float32)
     values[0], values[1] = grid.low, grid.high
