@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import sys
 import threading
@@ -142,7 +143,7 @@ class TvmBackend:
         batch, steps = positions.shape
         feeds = self._even_feeds(inputs_embeds, positions, cache, logits_index)
         if not captures:
-            (logits,) = self._step(feeds, "step")
+            (logits,) = self._step(feeds)
             cache.lengths += steps
             return StepOutput(logits.reshape(batch, len(logits_index), -1))
         named = dict(zip(self._graphs["text"].outputs, self._step(feeds, "main"), strict=True))
@@ -165,7 +166,7 @@ class TvmBackend:
         batch, steps = positions.shape
         feeds = self._even_feeds(inputs_embeds, positions, cache, logits_index)
         forced = forced_inputs(self.spec, expert_ids, batch, steps)
-        (logits,) = self._step(feeds | {name: aligned(ids) for name, ids in forced.items()}, "step")
+        (logits,) = self._step(feeds | {name: aligned(ids) for name, ids in forced.items()})
         cache.lengths += steps
         return logits.reshape(batch, len(logits_index), -1)
 
@@ -182,7 +183,7 @@ class TvmBackend:
 
     def forward_packed(self, inputs_embeds: Floats, counts: Ints, cache: Cache, logits_index: Ints) -> Floats:
         """Run `inputs_embeds` [T, H], of each row `counts` [B] tokens: see `PacksRows.forward_packed`."""
-        (logits,) = self._step(self._feeds(inputs_embeds, counts, cache, logits_index), "step")
+        (logits,) = self._step(self._feeds(inputs_embeds, counts, cache, logits_index))
         cache.lengths += counts
         return logits[0]
 
@@ -225,9 +226,12 @@ class TvmBackend:
         self._graphs.clear()
         _empty_pool()
 
-    def _step(self, feeds: Mapping[str, np.ndarray], function: str) -> list[np.ndarray]:
+    def _step(self, feeds: Mapping[str, np.ndarray], function: str | None = None) -> list[np.ndarray]:
+        """The outputs of `function` of the text graph; without one the logits alone, by that for so many tokens."""
+        tokens = feeds["inputs_embeds"].shape[1]
+        function = function or ("prompt" if tokens >= self._graphs["text"].many else "step")
         if self._memory is not None:
-            tokens, logits = feeds["inputs_embeds"].shape[1], len(feeds["logits_index"])
+            logits = len(feeds["logits_index"])
             nbytes = self._token_bytes(tokens) + 4 * self.spec.vocab_size * logits
             self._memory.before((function, tokens, logits, len(feeds["row_starts"])), nbytes)
         try:
@@ -259,6 +263,8 @@ class _Graph:
             self.inputs, self.outputs = signature["inputs"], signature["outputs"]
             self.weights, self.experts = signature["weights"], signature["experts"]
             self.packs: bool = signature["packs"]
+            # the tokens from which on `prompt` is there for a step; bundles from before it do not say it
+            self.many: float = signature.get("many") or math.inf
             # of keys and values; bundles from before they could be narrower do not say it
             self.cache = np.dtype(signature.get("cache") or "float32")
         self.library: Any = None

@@ -19,6 +19,7 @@ from arriero.export.compile.build_kernels import find_compiler
 from arriero.export.compile.cpus import LINUX_NAMES, NATIVE, Cpu, parse_cpu
 from arriero.export.compile.relax.import_graph import ANY_ALIGNMENT, Imported, import_graph
 from arriero.export.compile.relax.kernels import FEW_OUTPUTS
+from arriero.export.compile.relax.share_rows import MANY, share_rows
 from arriero.graphs.functions import ADD_LORA
 from arriero.graphs.passes.replace_linear_with_kernel import LINEAR
 from arriero.graphs.stored.panels import EXACT
@@ -29,7 +30,8 @@ def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Wa
     """Compile `<part>.onnx` of each of `parts` in `folder` for the device's processor, with its kernels linked in.
 
     Leaves `<part>.so` and `<part>.json` (the order of inputs, outputs, tables of experts and weights, the dtype of the
-    caches, and whether a row's sums are the same beside any others) in the place of each graph. Raises ArrieroError for
+    caches, the tokens from which on a step is `prompt`'s, and whether a row's sums are the same beside any others) in
+    the place of each graph. Raises ArrieroError for
     a processor that LLVM does not know, MachineLacks without a linker for its architecture.
     """
     assert device.kernels is not None
@@ -61,13 +63,18 @@ def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Wa
 
 
 def fuse(module: tvm.IRModule) -> tvm.IRModule:
-    """The module with its two entries, `main` and `step`, and their operators fused into functions.
+    """The module with its entries, `main` and of text also `step` and `prompt`, and their operators fused.
 
-    Functions that are equal become one, so that layers of one class share all of theirs: what is left to generate does
-    not grow with the number of layers.
+    `step` gives the first output alone, so that no step pays for what only a proof looks at; `prompt` is the same for
+    steps of many tokens. Functions that are equal become one, so that layers of one class share all of theirs: what is
+    left to generate does not grow with the number of layers.
     """
-    fused: tvm.IRModule = relax.get_pipeline("zero")(_with_step(module))
-    return fused
+    fused = relax.get_pipeline("zero")(_with_step(module))
+    entries = ["main"]
+    if "step" in fused:
+        fused["prompt"] = relax.utils.copy_with_new_vars(fused["step"]).with_attr("global_symbol", "prompt")
+        entries.append("prompt")
+    return share_rows(fused, entries)
 
 
 def llvm_target(cpu: Cpu) -> tvm.target.Target:
@@ -87,7 +94,7 @@ def llvm_target(cpu: Cpu) -> tvm.target.Target:
 
 
 def _with_step(module: tvm.IRModule) -> tvm.IRModule:
-    """Add `step`: `main` with its first output alone, so that no step pays for what only a proof looks at."""
+    """Add `step`: `main` with its first output alone."""
     main = module["main"]
     *before, last = main.body.blocks
     *bindings, output = last.bindings
@@ -119,6 +126,7 @@ def _signature(imported: Imported) -> dict[str, object]:
         "inputs": imported.inputs,
         "cache": next((dtype.numpy().name for dtype in caches), None),
         "outputs": [value.name for value in imported.graph.outputs],
+        "many": MANY if len(imported.graph.outputs) > 1 else None,
         "packs": all(_sums_alike(node) for node in imported.graph if node.op_type in (LINEAR, ADD_LORA)),
         "experts": [
             {

@@ -51,6 +51,17 @@ struct Rows {
     T* operator[](int64_t i) const { return base + (order ? order[i] : i) * stride; }
 };
 
+// to[0 .. count) = from, N numbers but at an edge. Of a length that it does not know, GCC copies 64 bytes with
+// instructions that take as long as a short product.
+template <int N>
+inline void copy_numbers(float* to, const float* from, int64_t count) {
+    if (count == N) {
+        __builtin_memcpy(to, from, N * sizeof(float));
+    } else {
+        for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+    }
+}
+
 template <int N>
 struct Constant {
     static constexpr int value = N;

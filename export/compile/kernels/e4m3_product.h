@@ -66,7 +66,7 @@ inline void e4m3_product(Rows<const float> x, int64_t count, const uint8_t* weig
                 float tile[M][16 * P];
                 e4m3_tile<M, P>(a, weight + column * features, scales + column, features, tile);
                 const int64_t width = smaller<int64_t>(16 * P, columns.end - column);
-                for (int m = 0; m < M; ++m) __builtin_memcpy(out[m] + column, tile[m], width * sizeof(float));
+                for (int m = 0; m < M; ++m) copy_numbers<16 * P>(out[m] + column, tile[m], width);
             });
         }
     });

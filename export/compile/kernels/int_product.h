@@ -118,7 +118,7 @@ inline void int_product(const Rounded& x, const int64_t* order, int64_t count, c
                 for (int64_t m = 0; m < M; ++m) rows[m] = order ? order[i + m] : i + m;
                 alignas(64) float tile[AMX_ROWS][16 * P];
                 int_amx_tile<CODES, P>(x, rows, M, panel, scale, next, tile);
-                for (int64_t m = 0; m < M; ++m) __builtin_memcpy(out[i + m] + column, tile[m], width * sizeof(float));
+                for (int64_t m = 0; m < M; ++m) copy_numbers<16 * P>(out[i + m] + column, tile[m], width);
                 i += M;
                 continue;
             }
@@ -137,7 +137,7 @@ inline void int_product(const Rounded& x, const int64_t* order, int64_t count, c
 #else
                 int_tile<CODES, M, P>(x, rows, panel, scale, next, tile);
 #endif
-                for (int m = 0; m < M; ++m) __builtin_memcpy(out[i + m] + column, tile[m], width * sizeof(float));
+                for (int m = 0; m < M; ++m) copy_numbers<16 * P>(out[i + m] + column, tile[m], width);
             });
         }
     };

@@ -109,7 +109,7 @@ inline Weights look_up(const int8_t* table, Bytes nibbles) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(levels), nibbles);
 }
 inline Int dot7(Int sums, Weights w, Quad x) { return _mm512_dpbusd_epi32(sums, w, x); }
-// Sums of dots of 4-bit weights, of RUN4 features at most: begun from a correction, which takes `offset` off each weight
+// Sums of dots of 4-bit weights, of RUN4 features at most: begun from a correction, which takes `offset` off weights
 // (`values` are the activations, LANES at a time added up), and ended.
 constexpr int64_t RUN4 = INT64_MAX;
 inline int32_t correction4(Int values, int32_t offset) { return -offset * sum_int(values); }

@@ -169,6 +169,11 @@ def convert_full(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[st
     return bb.emit_te(ops.full_attention, q, transposed, v, primfunc_name_hint="attention")
 
 
+def convert_sigmoid(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:
+    """Sigmoid(x)."""
+    return bb.emit_te(ops.sigmoid, *inputs, primfunc_name_hint="sigmoid")
+
+
 def convert_gather(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:
     """Gather(x, indices) along an axis; TVM's own form trusts the indices, and warns that it does."""
     return bb.emit(relax.op.take(*inputs, axis=attr.get("axis", 0), mode="clip"))
@@ -183,6 +188,7 @@ CONVERTERS: dict[str, Convert] = {
     CACHED_ATTENTION: convert_attention,
     "RotaryEmbedding": convert_rotary,
     ROUTE_TOKENS: convert_route,
+    "Sigmoid": convert_sigmoid,
     "Gather": convert_gather,
     "Attention": convert_full,
 }

@@ -1,0 +1,102 @@
+"""Elementwise functions whose rows threads share: which, for which steps, and that no bit depends on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'")
+
+import tvm
+from tvm import relax
+from tvm.ir import GlobalVar
+
+from arriero.export.build_file.model_spec import model_spec
+from arriero.export.compile import Device
+from arriero.export.compile.cpus import NATIVE, parse_cpu
+from arriero.export.compile.relax import ops
+from arriero.export.compile.relax.import_graph import import_graph
+from arriero.export.compile.relax.share_rows import MANY
+from arriero.export.compile.tvm import compile_graphs, fuse, llvm_target
+from arriero.graphs.config import ModelConfig
+from arriero.runtimes.tvm import TvmBackend
+from tests.export.compile.test_compile_tvm import lower
+from tests.toys import make_scout_toy
+
+WIDTHS = {"hidden_size": 128, "intermediate_size": 192, "intermediate_size_mlp": 192}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_scout_toy(tmp_path_factory.mktemp("rows") / "toy", 4, vision=False, **WIDTHS)
+
+
+def called(module: tvm.IRModule, entry: str) -> list[str]:
+    """The functions that `entry` calls, in order."""
+    names = []
+    for block in module[entry].body.blocks:
+        for binding in block.bindings:
+            arguments = getattr(binding.value, "args", None)
+            if arguments and isinstance(arguments[0], GlobalVar):
+                names.append(arguments[0].name_hint)
+    return names
+
+
+def test_prompts_share_the_rows_of_norms_gates_sums_and_rotary(toy: Path, tmp_path: Path) -> None:
+    lower(toy, tmp_path / "out")
+    module = fuse(import_graph(tmp_path / "out" / "text.onnx").module)
+    step, prompt = called(module, "step"), called(module, "prompt")
+    assert not [name for name in step if name.endswith("_rows")]
+    assert [name.removesuffix("_rows") for name in prompt] == step
+    shared = {name for name in prompt if name.endswith("_rows")}
+    for part in ("rms_norm", "sigmoid", "multiply", "add", "mean", "rotary"):
+        assert any(part in name for name in shared), part
+    alone = {name for name in prompt if name not in shared}
+    assert not [name for name in alone if "rms_norm" in name or "sigmoid1_" in name]
+    assert not [name for name in shared if "reshape" in name]  # which would be copied, where it is only looked at anew
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_prompt_has_the_bits_of_steps_whose_rows_are_not_shared(
+    toy: Path, tmp_path: Path, kernels: Path, threads: int
+) -> None:
+    lower(toy, tmp_path / "out")
+    compile_graphs(tmp_path / "out", ["text", "embed"], Device(kernels=kernels))
+    backend = TvmBackend(tmp_path / "out", model_spec(ModelConfig.load(toy)), threads)
+    tokens = MANY
+    hidden = np.random.default_rng(threads).standard_normal((1, tokens, backend.spec.hidden_size), np.float32)
+    positions, index = np.arange(tokens)[None], np.arange(tokens)
+    taken: list[str] = []
+    graph = backend._graphs["text"]
+    run = graph.run
+
+    def note(feeds: dict[str, np.ndarray], function: str = "main") -> list[np.ndarray]:
+        taken.append(function)
+        return run(feeds, function)
+
+    graph.run = note  # type: ignore[method-assign]
+    many = backend.forward(hidden, positions, backend.new_cache(1, tokens), index).logits
+    graph.many = tokens + 1
+    few = backend.forward(hidden, positions, backend.new_cache(1, tokens), index).logits
+    assert taken == ["prompt", "step"]
+    np.testing.assert_array_equal(many, few)
+
+
+def test_a_sigmoid_is_exact_to_a_few_parts_of_ten_million_and_keeps_nan() -> None:
+    x = np.float32([-np.inf, -200, -87.5, -1e-30, 0, 1e-30, 88.5, 300, np.inf, np.nan])
+    x = np.concatenate([x, np.linspace(-87, 87, 100_001, dtype=np.float32)])
+    target = llvm_target(parse_cpu(NATIVE))
+    builder = relax.BlockBuilder()
+    value = relax.Var("x", relax.TensorType(x.shape, "float32"))
+    with builder.function("main", [value]):
+        builder.emit_func_output(builder.emit_te(ops.sigmoid, value))
+    machine = relax.VirtualMachine(relax.build(builder.get(), target), tvm.cpu())
+    found = machine["main"](tvm.runtime.tensor(x)).numpy()
+    with np.errstate(over="ignore"):
+        right = 1 / (1 + np.exp(-x.astype(np.float64)))
+    assert np.isnan(found[9])
+    ordinary = np.abs(x) <= 87
+    np.testing.assert_allclose(found[ordinary], right[ordinary], rtol=3e-7)
+    np.testing.assert_allclose(found[[0, 1, 2, 6, 7, 8]], right[[0, 1, 2, 6, 7, 8]], atol=1e-37)
