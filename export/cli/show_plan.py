@@ -35,7 +35,8 @@ def show_plan(plan: Plan, console: Console) -> None:
         show(plan, console)
         console.print()
     made, place = plan.reference, {"bundle": "in each bundle", "separate": "beside the bundles"}
-    kept = f"at most about {human_bytes(made['record_bytes'])}, {place[made['record']]}"
+    size = f"at most about {human_bytes(made['record_bytes'])}, " if made["record_bytes"] else ""  # unknown once made
+    kept = f"{size}{place[made['record']]}"
     print_wrapped(console, f"answers are {made['answers']}; reference record {kept}", 8, "parity:")
     if not plan.done:
         print_wrapped(

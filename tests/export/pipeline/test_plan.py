@@ -1,5 +1,6 @@
 """Plans: right sizes, nothing touched, stages known as done, and misfits refused before any work."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -216,6 +217,9 @@ def test_a_plan_says_how_answers_are_made_and_what_the_record_takes(folder, monk
     console = Console(file=io.StringIO(), width=140)
     show_plan(large, console)
     assert "answers are forced; reference record at most about" in console.file.getvalue()
+    # once it is made its cases are not drawn again, and nobody knows what it takes
+    show_plan(dataclasses.replace(large, reference=large.reference | {"record_bytes": 0}), console)
+    assert "answers are forced; reference record in each bundle" in console.file.getvalue()
     assert make_plan(load(folder, BUILD + "parity: {answers: generated}")).reference["answers"] == "generated"
 
 
