@@ -174,6 +174,12 @@ def convert_sigmoid(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict
     return bb.emit_te(ops.sigmoid, *inputs, primfunc_name_hint="sigmoid")
 
 
+def convert_gelu(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:
+    """Gelu(x), exact: the reference's towers have no other."""
+    assert attr.get("approximate", b"none") == b"none"
+    return bb.emit_te(ops.gelu, *inputs, primfunc_name_hint="gelu")
+
+
 def convert_gather(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:
     """Gather(x, indices) along an axis; TVM's own form trusts the indices, and warns that it does."""
     return bb.emit(relax.op.take(*inputs, axis=attr.get("axis", 0), mode="clip"))
@@ -189,6 +195,7 @@ CONVERTERS: dict[str, Convert] = {
     "RotaryEmbedding": convert_rotary,
     ROUTE_TOKENS: convert_route,
     "Sigmoid": convert_sigmoid,
+    "Gelu": convert_gelu,
     "Gather": convert_gather,
     "Attention": convert_full,
 }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,19 +87,34 @@ def test_a_prompt_has_the_bits_of_steps_whose_rows_are_not_shared(
     np.testing.assert_array_equal(many, few)
 
 
-def test_a_sigmoid_is_exact_to_a_few_parts_of_ten_million_and_keeps_nan() -> None:
-    x = np.float32([-np.inf, -200, -87.5, -1e-30, 0, 1e-30, 88.5, 300, np.inf, np.nan])
-    x = np.concatenate([x, np.linspace(-87, 87, 100_001, dtype=np.float32)])
-    target = llvm_target(parse_cpu(NATIVE))
+def computed(compute: Callable[[Any], Any], x: np.ndarray) -> np.ndarray:
+    """What a tensor expression makes of `x`, compiled for this processor."""
     builder = relax.BlockBuilder()
     value = relax.Var("x", relax.TensorType(x.shape, "float32"))
     with builder.function("main", [value]):
-        builder.emit_func_output(builder.emit_te(ops.sigmoid, value))
-    machine = relax.VirtualMachine(relax.build(builder.get(), target), tvm.cpu())
-    found = machine["main"](tvm.runtime.tensor(x)).numpy()
+        builder.emit_func_output(builder.emit_te(compute, value))
+    library = relax.build(builder.get(), llvm_target(parse_cpu(NATIVE)))
+    found: np.ndarray = relax.VirtualMachine(library, tvm.cpu())["main"](tvm.runtime.tensor(x)).numpy()
+    return found
+
+
+def test_a_sigmoid_is_exact_to_a_few_parts_of_ten_million_and_keeps_nan() -> None:
+    x = np.float32([-np.inf, -200, -87.5, -1e-30, 0, 1e-30, 88.5, 300, np.inf, np.nan])
+    x = np.concatenate([x, np.linspace(-87, 87, 100_001, dtype=np.float32)])
+    found = computed(ops.sigmoid, x)
     with np.errstate(over="ignore"):
         right = 1 / (1 + np.exp(-x.astype(np.float64)))
     assert np.isnan(found[9])
     ordinary = np.abs(x) <= 87
     np.testing.assert_allclose(found[ordinary], right[ordinary], rtol=3e-7)
     np.testing.assert_allclose(found[[0, 1, 2, 6, 7, 8]], right[[0, 1, 2, 6, 7, 8]], atol=1e-37)
+
+
+def test_gelu_is_exact_to_a_few_parts_of_ten_million_and_keeps_nan() -> None:
+    x = np.concatenate(
+        [np.float32([0, 1e-30, -1e-30, 100, -100, np.nan]), np.linspace(-9, 9, 100_001, dtype=np.float32)]
+    )
+    found = computed(ops.gelu, x)
+    right = np.array([value * (1 + math.erf(value / math.sqrt(2))) / 2 for value in x.astype(np.float64)])
+    assert np.isnan(found[5])
+    np.testing.assert_allclose(np.delete(found, 5), np.delete(right, 5), rtol=3e-7, atol=3e-7)
