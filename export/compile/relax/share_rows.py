@@ -1,7 +1,7 @@
 """Shares the rows of elementwise functions out among threads, for steps of many tokens.
 
-What TVM generates runs its blocks one after the other on the calling thread, each over all rows: norms, rotary, gates
-and sums are a tenth of a prompt's time on two threads, and what is left of it on many. A shared function goes over the
+What TVM generates runs its blocks one after the other on the calling thread, each over all rows; norms, rotary, gates
+and sums so take the more of a prompt the more threads there are for its products. A shared function goes over the
 rows once, block after block within a row, so that what lies between blocks stays in cache. A row's numbers are
 computed as before, bit for bit.
 """
