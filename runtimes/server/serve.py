@@ -79,6 +79,9 @@ class HttpServer(uvicorn.Server):
             access_log=False,  # the guard's lines say more, and nothing of the query
             lifespan="off",
             server_header=False,
+            # by name: else other parsers, which nothing here was tried with, would take over where they are installed
+            http="h11",
+            ws="none",
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=round(options.stop_seconds),
         )

@@ -1,9 +1,9 @@
-"""Shares the rows of elementwise functions out among threads, for steps of many tokens.
+"""Has elementwise functions go over rows, and shares the rows out among threads for steps of many tokens.
 
 What TVM generates runs its blocks one after the other on the calling thread, each over all rows; norms, rotary, gates
-and sums so take the more of a prompt the more threads there are for its products. A shared function goes over the
-rows once, block after block within a row, so that what lies between blocks stays in cache. A row's numbers are
-computed as before, bit for bit.
+and sums so take the more of a prompt the more threads there are for its products. Here a function goes over the rows
+once, block after block within a row, so that what lies between blocks stays in cache. Alone or shared out, a row is the
+same code, and so has the same bits: LLVM contracts products and sums where it sees both at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MANY = 16  # rows; with fewer, threads would wait for each other longer than the
 
 
 def share_rows(module: tvm.IRModule, entries: Sequence[str]) -> tvm.IRModule:
-    """The module in which the functions that `entries` call have their rows shared; what others call stays as it is."""
+    """The module whose functions go over rows, those that `entries` call with their rows shared out."""
     kept = [name.name_hint for name, function in module.functions.items() if isinstance(function, relax.Function)]
     shared = _Shared(module)
     for entry in entries:
@@ -31,21 +31,26 @@ def share_rows(module: tvm.IRModule, entries: Sequence[str]) -> tvm.IRModule:
 
 @relax.expr_functor.mutator
 class _Shared(relax.PyExprMutator):
-    """Replaces the functions that are called by those with shared rows, where there are any."""
+    """Replaces the functions that are called by those whose rows are shared out, where there are any."""
 
     def __init__(self, module: tvm.IRModule) -> None:
         super().__init__(module)
         self.instead: dict[str, GlobalVar] = {}
         for name, function in module.functions.items():
-            if isinstance(function, tirx.PrimFunc) and (rows := _over_rows(function)) is not None:
-                self.instead[name.name_hint] = self.builder_.add_func(rows, f"{name.name_hint}_rows")
+            if isinstance(function, tirx.PrimFunc) and (both := _over_rows(function)) is not None:
+                alone, shared = both
+                self.builder_.update_func(name, alone)
+                self.instead[name.name_hint] = self.builder_.add_func(shared, f"{name.name_hint}_rows")
 
     def visit_global_var_(self, name: GlobalVar) -> GlobalVar:
         return self.instead.get(name.name_hint, name)
 
 
-def _over_rows(function: tirx.PrimFunc) -> tirx.PrimFunc | None:
-    """The function with one parallel loop over the rows of what it gives; None where it has none, or only views it."""
+def _over_rows(function: tirx.PrimFunc) -> tuple[tirx.PrimFunc, tirx.PrimFunc] | None:
+    """The function as one loop over the rows of what it gives, and with that shared out among threads.
+
+    None where there are no such rows, or they are only looked at anew.
+    """
     if relax.analysis.has_reshape_pattern(function):
         return None
     *_, out = function.params
@@ -60,7 +65,8 @@ def _over_rows(function: tirx.PrimFunc) -> tirx.PrimFunc | None:
         row = schedule.fuse(*schedule.get_loops(last)[: len(rows)])
         for block in reversed(blocks[:-1]):
             schedule.compute_at(block, row)
+        alone = schedule.mod["main"]
         schedule.parallel(row)
     except s_tir.ScheduleError:  # one of our kernels, or blocks over other axes
         return None
-    return schedule.mod["main"]
+    return alone, schedule.mod["main"]

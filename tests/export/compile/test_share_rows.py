@@ -61,10 +61,11 @@ def test_prompts_share_the_rows_of_norms_gates_sums_and_rotary(toy: Path, tmp_pa
     assert not [name for name in shared if "reshape" in name]  # which would be copied, where it is only looked at anew
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("threads", "size"), [(1, 16), (2, 32), (3, 64), (2, 128)])
 def test_a_prompt_has_the_bits_of_steps_whose_rows_are_not_shared(
-    toy: Path, tmp_path: Path, kernels: Path, threads: int
+    tmp_path: Path, kernels: Path, threads: int, size: int
 ) -> None:
+    toy = make_scout_toy(tmp_path / "toy", 4, vision=False, **WIDTHS, head_dim=size)
     lower(toy, tmp_path / "out")
     compile_graphs(tmp_path / "out", ["text", "embed"], Device(kernels=kernels))
     backend = TvmBackend(tmp_path / "out", model_spec(ModelConfig.load(toy)), threads)

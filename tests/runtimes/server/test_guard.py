@@ -16,6 +16,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.server.options import ServerOptions
@@ -76,6 +77,13 @@ def test_pages_of_other_origins_and_names_are_kept_out(served: Served) -> None:
         assert answer.status_code == 415
         answer = web.options("/v1/chat/completions", headers={"Origin": "http://evil.example"})
         assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_requests_are_parsed_alike_whatever_else_is_installed(served: Served) -> None:
+    assert served.http.config.http_protocol_class is H11Protocol
+    assert served.http.config.ws_protocol_class is None
+    with served.web(connection="Upgrade", upgrade="websocket") as web:  # which would go past the guard
+        assert web.get("/health").status_code == 200
 
 
 def test_what_is_no_request_is_refused_in_the_same_form(served: Served) -> None:
