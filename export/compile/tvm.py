@@ -31,8 +31,8 @@ def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Wa
 
     Leaves `<part>.so` and `<part>.json` (the order of inputs, outputs, tables of experts and weights, the dtype of the
     caches, the tokens from which on a step is `prompt`'s, and whether a row's sums are the same beside any others) in
-    the place of each graph. Raises ArrieroError for
-    a processor that LLVM does not know, MachineLacks without a linker for its architecture.
+    the place of each graph. Raises ArrieroError for a processor that LLVM does not know, MachineLacks without a linker
+    for its architecture.
     """
     assert device.kernels is not None
     chosen = parse_cpu(device.cpu or NATIVE)

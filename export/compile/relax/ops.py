@@ -163,20 +163,20 @@ def full_attention(q: te.Tensor, k: te.Tensor, v: te.Tensor) -> te.Tensor:
                 scores = T.buffer_proxy(T.alloc_buffer((length,), "float32"))
                 running = T.buffer_proxy(T.alloc_buffer((2,), "float32"))  # the largest score, the sum of the weights
                 running[0] = tvm.tirx.min_value("float32")
-                running[1] = tvm.tirx.const(0.0, "float32")
+                running[1] = _f32(0.0)
                 with T.serial(0, length) as j:
-                    scores[j] = tvm.tirx.const(0.0, "float32")
+                    scores[j] = _f32(0.0)
                 with T.serial(0, size) as d, T.serial(0, length) as j:
                     scores[j] = scores[j] + queries[n, h, i, d] * keys[n, h, d, j]
                 with T.serial(0, length) as j:
                     running[0] = tvm.tirx.max(running[0], scores[j])
-                scale = tvm.tirx.const(int(size) ** -0.5, "float32")
+                scale = _f32(int(size) ** -0.5)
                 with T.serial(0, length) as j:
                     scores[j] = exponential((scores[j] - running[0]) * scale)
                 with T.serial(0, length) as j:
                     running[1] = running[1] + scores[j]
                 with T.serial(0, size) as d:
-                    out[n, h, i, d] = tvm.tirx.const(0.0, "float32")
+                    out[n, h, i, d] = _f32(0.0)
                 with T.serial(0, length) as j, T.serial(0, size) as d:
                     out[n, h, i, d] = out[n, h, i, d] + scores[j] / running[1] * values[n, h, j, d]
             return builder.get()

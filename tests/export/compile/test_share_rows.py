@@ -14,37 +14,25 @@ pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'"
 
 import tvm
 from tvm import relax
-from tvm.ir import GlobalVar
 
 from arriero.export.build_file.model_spec import model_spec
 from arriero.export.compile import Device
 from arriero.export.compile.cpus import NATIVE, parse_cpu
 from arriero.export.compile.relax import ops
 from arriero.export.compile.relax.import_graph import import_graph
-from arriero.export.compile.relax.share_rows import MANY
 from arriero.export.compile.tvm import compile_graphs, fuse, llvm_target
 from arriero.graphs.config import ModelConfig
 from arriero.runtimes.tvm import TvmBackend
-from tests.export.compile.test_compile_tvm import lower
+from tests.export.compile.test_compile_tvm import called, lower
 from tests.toys import make_scout_toy
 
-WIDTHS = {"hidden_size": 128, "intermediate_size": 192, "intermediate_size_mlp": 192}
+LONG = 64  # tokens: what depends on positions takes many values, and is rounded in many ways
+WIDTHS = {"hidden_size": 128, "intermediate_size": 192, "intermediate_size_mlp": 192, "attention_chunk_size": LONG}
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_scout_toy(tmp_path_factory.mktemp("rows") / "toy", 4, vision=False, **WIDTHS)
-
-
-def called(module: tvm.IRModule, entry: str) -> list[str]:
-    """The functions that `entry` calls, in order."""
-    names = []
-    for block in module[entry].body.blocks:
-        for binding in block.bindings:
-            arguments = getattr(binding.value, "args", None)
-            if arguments and isinstance(arguments[0], GlobalVar):
-                names.append(arguments[0].name_hint)
-    return names
 
 
 def test_prompts_share_the_rows_of_norms_gates_sums_and_rotary(toy: Path, tmp_path: Path) -> None:
@@ -69,9 +57,8 @@ def test_a_prompt_has_the_bits_of_steps_whose_rows_are_not_shared(
     lower(toy, tmp_path / "out")
     compile_graphs(tmp_path / "out", ["text", "embed"], Device(kernels=kernels))
     backend = TvmBackend(tmp_path / "out", model_spec(ModelConfig.load(toy)), threads)
-    tokens = MANY
-    hidden = np.random.default_rng(threads).standard_normal((1, tokens, backend.spec.hidden_size), np.float32)
-    positions, index = np.arange(tokens)[None], np.arange(tokens)
+    hidden = np.random.default_rng(threads).standard_normal((1, LONG, backend.spec.hidden_size), np.float32)
+    positions, index = np.arange(LONG)[None], np.arange(LONG)
     taken: list[str] = []
     graph = backend._graphs["text"]
     run = graph.run
@@ -81,9 +68,9 @@ def test_a_prompt_has_the_bits_of_steps_whose_rows_are_not_shared(
         return run(feeds, function)
 
     graph.run = note  # type: ignore[method-assign]
-    many = backend.forward(hidden, positions, backend.new_cache(1, tokens), index).logits
-    graph.many = tokens + 1
-    few = backend.forward(hidden, positions, backend.new_cache(1, tokens), index).logits
+    many = backend.forward(hidden, positions, backend.new_cache(1, LONG), index).logits
+    graph.many = LONG + 1
+    few = backend.forward(hidden, positions, backend.new_cache(1, LONG), index).logits
     assert taken == ["prompt", "step"]
     np.testing.assert_array_equal(many, few)
 
