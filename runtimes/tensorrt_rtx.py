@@ -17,6 +17,7 @@ from arriero.runtimes.backend import BackendOptions, ModelSpec
 from arriero.runtimes.manifest import Manifest
 from arriero.runtimes.nvidia.products import Product, check_product
 from arriero.runtimes.tensorrt import TensorRtBackend
+from arriero.runtimes.user_cache import user_cache
 from arriero.traits import reinstall
 
 BINDINGS, LIBRARIES = "tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx"
@@ -64,12 +65,11 @@ class RtxProduct(Product):
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE)
         cache = config.create_runtime_cache()
-        with suppress(OSError):
-            place = os.open(_kept(plan), os.O_RDONLY | os.O_NOFOLLOW)  # a link there is not what was kept
-            with open(place, "rb") as file:
+        if (kept := _kept(plan)) is not None:
+            with suppress(OSError), open(kept, "rb", opener=_no_link) as file:
                 checksum, kernels = file.read(CHECKSUM_BYTES), file.read()
-            if checksum == hashlib.sha256(kernels).digest():  # else compiled anew, and kept again
-                cache.deserialize(kernels)  # False for those of another driver or GPU: compiled anew
+                if checksum == hashlib.sha256(kernels).digest():  # else compiled anew, and kept again
+                    cache.deserialize(kernels)  # False for those of another driver or GPU: compiled anew
         config.set_runtime_cache(cache)
         # graphs are recorded by us, over copies and step together
         config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
@@ -78,9 +78,10 @@ class RtxProduct(Product):
     def put_away(self, config: Any, plan: Path) -> None:
         """Keep the kernels that were compiled for this GPU, so that the next process need not wait for them."""
         serialized = config.get_runtime_cache().serialize() if config is not None else None
-        if serialized is None:
+        place = _kept(plan)
+        if serialized is None or place is None:
             return
-        place, kernels = _kept(plan), bytes(memoryview(serialized))
+        kernels = bytes(memoryview(serialized))
         content = hashlib.sha256(kernels).digest() + kernels
         with suppress(OSError):
             if place.read_bytes() == content:
@@ -110,15 +111,21 @@ def _libraries() -> list[Path]:
     return [library for folder in folders for pattern in FILES for library in sorted(folder.glob(pattern))]
 
 
-def _kept(plan: Path) -> Path:
+def _no_link(path: str, flags: int) -> int:
+    """Opens a file, not what a link in its place leads to: that is not what was kept."""
+    return os.open(path, flags | os.O_NOFOLLOW)
+
+
+def _kept(plan: Path) -> Path | None:
     """Where the kernels of a plan are kept, behind their sha256: in the user's cache folder, under the hash of the
-    plan's beginning.
+    plan's beginning. None where the user wants nothing kept.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    if (cache := user_cache()) is None:
+        return None
     with plan.open("rb") as file:
         head = file.read(HEAD)
     name = hashlib.sha256(f"{plan.stat().st_size} ".encode() + head).hexdigest()[:32]
-    return Path(home) / "arriero" / f"{name}.rtx-kernels"
+    return cache / f"{name}.rtx-kernels"
 
 
 def open_backend(bundle: Path, spec: ModelSpec, options: BackendOptions) -> TensorRtBackend:

@@ -11,8 +11,12 @@ from unittest import mock
 
 import pytest
 
+from arriero.export.machine.versions import installed_versions
 from arriero.export.pipeline.sources import source_hash
+from arriero.export.pipeline.stages import key_of
 from arriero.profiles.recipe import shipped
+from arriero.runtimes.user_cache import VARIABLE
+from arriero.traits import SHARED_PACKAGES
 from tests.command import arriero, write_build
 from tests.machines.machine_class import describe_machine
 from tests.shared import WORKER, locked, made_once
@@ -33,21 +37,41 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def each_model_traced_once() -> Iterator[None]:
-    """What the exporter makes of a model is remembered by its configuration and dtypes: ten seconds of each build.
+def what_builds_keep(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """The user's cache: graphs and kernels are made once for all processes of the tests, a minute for each build."""
+    folder = request.config.cache.mkdir("kept")
+    with mock.patch.dict(os.environ, {VARIABLE: str(folder)}):
+        yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def each_model_traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What the exporter makes of a model is kept by its configuration and dtypes: ten seconds or more of each trace.
 
     It knows nothing of weights, and nothing else of a checkpoint.
     """
+    import onnx_ir as ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
     from arriero.graphs import trace
 
-    export, known = trace._export, dict[Any, Any]()
+    export = trace._export
+    version = key_of(source_hash("graphs/trace.py"), installed_versions(SHARED_PACKAGES))
+    kept = request.config.cache.mkdir(f"traces-{version}")
 
-    def remembered(module: Any, arguments: Any, shapes: Any, names: Any) -> Any:
-        parameters = [(name, one.dtype, one.shape) for name, one in module.named_parameters()]
-        key = repr((type(module), module.model.config, parameters, names))
-        if key not in known:
-            known[key] = export(module, arguments, shapes, names)
-        return known[key].clone()
+    def remembered(module: Any, arguments: Any, shapes: Any, names: Any) -> ir.Model:
+        parameters = [(name, str(one.dtype), list(one.shape)) for name, one in module.named_parameters()]
+        described = repr((type(module).__name__, module.model.config, names))
+        file = kept / f"{key_of(described, {'parameters': parameters})}.onnx"
+        with locked(file):
+            if not file.exists():
+                model = export(module, arguments, shapes, names)
+                for name, value in model.graph.initializers.items():  # none of them has a value: it is a meta tensor
+                    value.const_value = ir.ExternalTensor("none", 0, 0, value.dtype, shape=value.shape, name=name)
+                ClearMetadataAndDocStringPass()(model)
+                ir.save(model, file.with_suffix(".partial"))
+                file.with_suffix(".partial").rename(file)
+        return ir.load(file)
 
     with mock.patch.object(trace, "_export", remembered):
         yield

@@ -114,6 +114,20 @@ def check_compiler(architecture: str) -> str:
     return compiler
 
 
+def describe_compiler(architecture: str) -> str | None:
+    """What the compiler for `architecture` says of itself in a line; None where there is none that says anything."""
+    try:
+        return _version(find_compiler(architecture))
+    except (MachineLacks, OSError):
+        return None
+
+
+@cache
+def _version(compiler: str) -> str | None:
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, errors="replace")
+    return next(iter(said.stdout.splitlines()), None)
+
+
 @cache
 def _refusal(compiler: str, architecture: str) -> str | None:
     """Why a compiler, or what it calls, does not do with a few lines what `build_kernels` and linking ask of it."""

@@ -26,7 +26,7 @@ from arriero.export.pipeline.parts import read_part, write_part
 from arriero.export.pipeline.plan import make_plan
 from arriero.export.pipeline.record_plan import answer_mode
 from arriero.export.pipeline.results import TargetResult
-from arriero.export.pipeline.stage_keys import calibrating, rounding_folder, stage_inputs
+from arriero.export.pipeline.stage_keys import calibrating, is_shared, rounding_folder, stage_inputs
 from arriero.export.pipeline.stages import Run, Stage, WorkDir, key_of, machine_limits, read_record, subject_stage
 from arriero.export.pipeline.target_build import TargetBuild
 from arriero.export.samples.cases import describe_set, draw_cases
@@ -173,7 +173,7 @@ class Build:
             self.contents = {
                 adapter: hash_checkpoint(one, self.watch, memo, adapter) for adapter, one in self.adapted.items()
             }
-            self.inputs = stage_inputs(self.config, self.content, self.profiles, self.contents)
+            self.inputs = stage_inputs(self.config, self.checkpoint, self.content, self.profiles, self.contents)
             yield
             self.checkpoint.remember_links(memo)
 
@@ -190,7 +190,7 @@ class Build:
         if name in self._failed:
             raise self._failed[name]
         try:
-            return self.work.run_stage(Stage(name, self.inputs[name], run, resumes))
+            return self.work.run_stage(Stage(name, self.inputs[name], run, resumes, is_shared(name)))
         except Exception as error:
             self._failed[name] = error
             raise

@@ -25,7 +25,7 @@ from arriero.export.pipeline.planned import Plan, PlannedStage
 from arriero.export.pipeline.record_plan import answer_mode, record_bytes
 from arriero.export.pipeline.resolution import weak_thresholds
 from arriero.export.pipeline.sample_sets import SampleSets
-from arriero.export.pipeline.stage_keys import KeyInputs, calibrating, reads_calibration, stage_inputs
+from arriero.export.pipeline.stage_keys import KeyInputs, calibrating, is_shared, reads_calibration, stage_inputs
 from arriero.export.pipeline.stages import WorkDir, key_of
 from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.samples.cases import scored_counts, show_pictures
@@ -54,7 +54,7 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
     if refused.of(lambda: switched.append(RuntimeAdapters.read(checkpoint.tensors, build.runtime_adapters))):
         for name, folder in build.runtime_adapters.items():
             hashes[name] = checkpoint.merged([folder]).known_content_hash(work.hash_memo) or ""
-    refused.of(lambda: inputs.update(stage_inputs(build, content or "", profiles, hashes)))
+    refused.of(lambda: inputs.update(stage_inputs(build, checkpoint, content or "", profiles, hashes)))
     hashed = bool(content) and all(hashes.values())
     waiting = {target.name for target in build.targets if reads_calibration(target, profiles)}
     needless = only is None and not waiting
@@ -105,7 +105,9 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
     )
     answered = sets.answered() if case_sizes and answer_mode(build) == "generated" else 0
     work_to_do = Work(seen, used, sizes, case_sizes, answered, calibrating(profiles), build.parity.forced_routing)
-    times = estimate_seconds(undone, work_to_do, targets, measure_speed()) if undone else {}
+    kept = {name for name in undone if is_shared(name) and work.kept.holds(name, keys[name])}
+    times = estimate_seconds(undone - kept, work_to_do, targets, measure_speed()) if undone - kept else {}
+    times |= dict.fromkeys(kept, 0.0)
     plan = Plan(
         model=_describe(build, checkpoint, config),
         reference={

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from types import MappingProxyType
@@ -9,6 +11,7 @@ from typing import Any
 
 from arriero.export.build_file.device import kernel_arch, target_gpu
 from arriero.export.build_file.schema import EMBEDDED, BuildConfig, Samples, Target
+from arriero.export.compile.build_kernels import describe_compiler
 from arriero.export.compile.cpus import NATIVE, parse_cpu
 from arriero.export.machine.versions import installed_versions
 from arriero.export.pipeline.record_plan import LAYOUTS, record_inputs
@@ -16,6 +19,7 @@ from arriero.export.pipeline.sources import source_hash
 from arriero.export.pipeline.stages import key_of, subject_stage
 from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.export.samples.cases import describe_set, draw_cases
+from arriero.graphs.checkpoint import Checkpoint
 from arriero.profiles.recipe import Profile
 from arriero.runtimes.cpu import architecture
 from arriero.traits import SHARED_PACKAGES, TRAITS
@@ -30,18 +34,27 @@ NO_ADAPTERS: Mapping[str, str] = MappingProxyType({})
 
 
 def stage_inputs(
-    build: BuildConfig, content_hash: str, profiles: Mapping[str, Profile], adapted: Mapping[str, str] = NO_ADAPTERS
+    build: BuildConfig,
+    checkpoint: Checkpoint,
+    content_hash: str,
+    profiles: Mapping[str, Profile],
+    adapted: Mapping[str, str] = NO_ADAPTERS,
 ) -> dict[str, KeyInputs]:
     """Give every stage of `build` in order, by name, with what its result depends on.
 
     The stage `calibrate` is among them whether or not a target reads it: it may be asked for alone.
-    A later stage names the keys of the earlier ones that it reads, so that a change runs through. `adapted` are the
-    content hashes of the checkpoint with each of the runtime adapters merged.
+    A later stage names the keys of the earlier ones that it reads, so that a change runs through. `content_hash` is that
+    of `checkpoint`, and `adapted` are those of the checkpoint with each of the runtime adapters merged.
     """
     tools = installed_versions(SHARED_PACKAGES)
     seen: KeyInputs = {"checkpoint": content_hash, "modalities": list(build.modalities), "tools": tools}
     stages: dict[str, KeyInputs] = {
-        "graph": {**seen, "source": source_hash(*TRACES)},
+        "graph": {
+            "shape": _shape(build, checkpoint),
+            "modalities": list(build.modalities),
+            "tools": tools,
+            "source": source_hash(*TRACES),
+        },
         "calibrate": {
             **seen,
             "set": _set_inputs(build.calibration, build.modalities),
@@ -58,13 +71,15 @@ def stage_inputs(
     for target in build.targets:
         for arch in kernel_archs(target, profiles[target.profile]):
             stages[f"kernels-{arch}"] = {
-                "source": source_hash("export/compile/kernels", "export/compile/build_kernels.py")
+                "compiler": describe_compiler(arch),
+                "source": source_hash("export/compile/kernels", "export/compile/build_kernels.py"),
             }
     graph = key_of("graph", stages["graph"])
     calibration = key_of("calibrate", stages["calibrate"])
     for target in build.targets:
         lower, parity = f"lower-{target.name}", f"parity-{target.name}"
         stages[lower] = {
+            "checkpoint": content_hash,
             "graph": graph,
             "calibrate": calibration if reads_calibration(target, profiles) else None,
             "target": target.model_dump(),
@@ -90,6 +105,18 @@ def stage_inputs(
             record = subject_stage("reference", adapter)
             stages[subject_stage(parity, adapter)] = {**proven, "reference": key_of(record, stages[record]), **judged}
     return stages
+
+
+def is_shared(stage: str) -> bool:
+    """Whether a stage's key holds nothing of the user's weights, cases or folders, so that other builds can use it."""
+    return stage == "graph" or stage.startswith("kernels-")
+
+
+def _shape(build: BuildConfig, checkpoint: Checkpoint) -> str:
+    """The sha256 of all that graphs know of a checkpoint: the model, and each tensor's dtype, shape and size."""
+    tensors = [[one.name, one.dtype, one.shape, one.nbytes] for _, one in sorted(checkpoint.tensors.items())]
+    known = repr(checkpoint.model_config().taking(build.modalities)), tensors
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def _lowers(target: Target) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 A finished stage is the folder `<output>/.work/<name>-<key>`, which appears by one rename from `<name>-<key>.partial`.
 Its key is a hash of everything the stage depends on. What it wrote is hashed when it is done, and again before use.
+Stages that other output folders can use as they are, are taken from and put into the user's cache (`kept_stages.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from arriero.errors import ArrieroError, MachineLacks, is_full
 from arriero.export.compile import Watch, no_watch
 from arriero.export.machine.memory_watch import MemoryWatch, release_memory
+from arriero.export.pipeline.kept_stages import KeptStages
 from arriero.export.pipeline.ownership import MARK, PARTIAL, is_owned, own, remove_owned
 from arriero.export.pipeline.publish import Publisher, sync
 from arriero.runtimes.broken_package import naming_broken_packages
@@ -41,13 +43,14 @@ class Stage:
 
     `run` gives the names of the files that it wrote, relative to the folder; whatever else lies there is dropped. None
     stands for all of them, for a stage that starts from an empty folder. One that `resumes` is handed the folder of a
-    killed run as it was left.
+    killed run as it was left. One that is `shared` says nothing of where it was made, so that any build may use it.
     """
 
     name: str
     key_inputs: Mapping[str, Any]
     run: Run
     resumes: bool = False
+    shared: bool = False
 
     @property
     def key(self) -> str:
@@ -70,7 +73,8 @@ class WorkDir:
         """
         self.output, self.memory, self.watch = output, memory, watch
         self.root = output / ".work"
-        self.ran: dict[str, float] = {}  # the seconds of each stage that this process ran
+        self.ran: dict[str, float] = {}  # the seconds of each stage that this process ran or took from another build
+        self.kept = KeptStages.of_user()
         self.bundles = Publisher(output, self.root / "published.json")
 
     @property
@@ -143,14 +147,30 @@ class WorkDir:
         remove_owned(final, RECORD)
         with machine_limits(f"in stage {stage.name}", self.output):
             # With its record a stage is complete: what a kill leaves after that is only cleaned and named.
+            start, borrowed = time.monotonic(), False
             if not (is_owned(partial) and self._is_intact(stage.name, partial)):
-                self._write_stage(stage, partial)
+                borrowed = self._borrow(stage, partial)
+                if not borrowed:
+                    self._write_stage(stage, partial)
             record = read_record(partial)
             _drop_others(partial, record["files"])
             partial.rename(final)
         sync(self.root)
-        self.ran[stage.name] = record["seconds"]
+        self.ran[stage.name] = round(time.monotonic() - start, 3) if borrowed else record["seconds"]
+        if stage.shared and not borrowed:
+            self.kept.keep(final)
         return final
+
+    def _borrow(self, stage: Stage, partial: Path) -> bool:
+        """Take over what another build made of a shared stage; whether there is such, whole."""
+        if not (stage.shared and self.kept.holds(stage.name, stage.key)):
+            return False
+        remove_owned(partial)
+        own(partial)
+        if not (self.kept.lend(stage.name, stage.key, partial) and self._is_intact(stage.name, partial)):
+            return False
+        self.watch(f"{stage.name}: as an earlier build made it", 1, 1, "stages")
+        return True
 
     def _write_stage(self, stage: Stage, partial: Path) -> None:
         """Run the stage in its partial folder and write its record there, over the files that it says it wrote."""
