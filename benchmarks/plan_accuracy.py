@@ -27,6 +27,8 @@ import numpy as np
 from PIL import Image
 from random_model import write_model
 
+from arriero.runtimes.user_cache import VARIABLE
+
 SHAPES: dict[str, dict[str, Any]] = {
     "many-experts": {
         "num_hidden_layers": 4,
@@ -82,7 +84,8 @@ class Figure:
 def arriero(folder: Path, *arguments: str, allowed: Collection[int] = (0,)) -> str:
     """Run the command in `folder`; gives its standard output. Raises RuntimeError for other exit codes."""
     command = [sys.executable, "-m", "arriero.export", *arguments]
-    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+    alone = {**os.environ, VARIABLE: ""}  # every stage is made here, where it is measured
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, env=alone)
     if done.returncode not in allowed:
         raise RuntimeError(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}")
     return done.stdout

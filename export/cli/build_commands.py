@@ -106,6 +106,9 @@ def build(
     otherwise the report stays beside it as an HTML page. A target that fails does not stop the others: a table at the
     end says what became of each and why, and the exit code is the highest of theirs. A bundle for a device that this
     machine is not is published unproven, and `arriero parity` on the device completes it.
+
+    Graphs and compiled kernels, which know nothing of weights, are kept for other output folders too: in ARRIERO_CACHE,
+    by default ~/.cache/arriero; set the variable to nothing to keep none.
     """
     from arriero.export.build_file.read import load_build
     from arriero.export.cli.progress import Progress

@@ -43,8 +43,8 @@ def stage_inputs(
     """Give every stage of `build` in order, by name, with what its result depends on.
 
     The stage `calibrate` is among them whether or not a target reads it: it may be asked for alone.
-    A later stage names the keys of the earlier ones that it reads, so that a change runs through. `content_hash` is that
-    of `checkpoint`, and `adapted` are those of the checkpoint with each of the runtime adapters merged.
+    A later stage names the keys of the earlier ones that it reads, so that a change runs through. `content_hash` is
+    that of `checkpoint`, and `adapted` are those of the checkpoint with each of the runtime adapters merged.
     """
     tools = installed_versions(SHARED_PACKAGES)
     seen: KeyInputs = {"checkpoint": content_hash, "modalities": list(build.modalities), "tools": tools}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import signal
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.profiles.recipe import shipped
+from arriero.runtimes.user_cache import VARIABLE
 from tests.command import contents, write_build
 from tests.small import small_scout
 
@@ -167,6 +169,7 @@ def main() -> None:
     parser.add_argument("--model", help="what to build in place of a small model that is written")
     options = parser.parse_args()
     options.folder.mkdir(parents=True)
+    os.environ[VARIABLE] = ""  # so that every stage is run, and struck
     struck = run(options.folder.absolute(), options.kills, options.seed, options.per_output, options.model)
     for stage, count in sorted(struck.items()):
         print(f"{count:4} in {stage}")

@@ -211,7 +211,7 @@ def test_the_gpu_and_the_products_version_decide_what_is_done_again(
 ) -> None:
     def lowering(target: str) -> object:
         build = load(folder, target)
-        return stage_inputs(build, "", {"fp16": load_profile("fp16")})["lower-card"]
+        return stage_inputs(build, Checkpoint.open(build.model), "", {"fp16": load_profile("fp16")})["lower-card"]
 
     first = lowering(f"{RTX}, gpu: rtx-4090")
     assert first != lowering(f"{RTX}, gpu: rtx-5090")

@@ -20,7 +20,7 @@ from arriero.export.pipeline.cache_plan import kv_bytes
 from arriero.export.pipeline.disk_plan import graphs_disk, report_disk, side_disk
 from arriero.export.pipeline.plan import make_plan
 from arriero.export.pipeline.planned import Plan
-from arriero.export.pipeline.stage_keys import stage_inputs
+from arriero.export.pipeline.stage_keys import KeyInputs, stage_inputs
 from arriero.export.pipeline.stages import Stage, WorkDir, key_of
 from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.graphs.checkpoint import Checkpoint
@@ -55,13 +55,18 @@ def load(folder: Path, text: str = BUILD) -> BuildConfig:
     return load_build(folder / "build.yaml")
 
 
+def inputs_of(build: BuildConfig, content: str = "content") -> dict[str, KeyInputs]:
+    """What each stage of a build depends on."""
+    profiles = {target.profile: load_profile(target.profile) for target in build.targets}
+    return stage_inputs(build, Checkpoint.open(build.model), content, profiles)
+
+
 def finish(build: BuildConfig, names: list[str] | None = None) -> None:
     """Do every stage (or those named) of a build, with empty results."""
     work = WorkDir(build.output)
     with work.locked():
         content = Checkpoint.open(build.model).content_hash(work.hash_memo)
-        profiles = {target.profile: load_profile(target.profile) for target in build.targets}
-        for name, inputs in stage_inputs(build, content, profiles).items():
+        for name, inputs in inputs_of(build, content).items():
             if names is None or name in names:
                 work.run_stage(Stage(name, inputs, lambda folder: None))
 
@@ -175,10 +180,7 @@ def test_an_int8_cache_is_a_quarter_and_has_keys_and_thresholds_of_its_own(folde
     assert proofs[1].memory < proofs[0].memory
     assert {one.name for one in after.stages} - {one.name for one in before.stages} == {"calibrate"}
     profiles = {target.profile: load_profile(target.profile) for target in plain.targets}
-    keys = [
-        {name: key_of(name, inputs) for name, inputs in stage_inputs(build, "content", profiles).items()}
-        for build in (plain, other)
-    ]
+    keys = [{name: key_of(name, inputs) for name, inputs in inputs_of(build).items()} for build in (plain, other)]
     changed = {name for name, key in keys[0].items() if keys[1][name] != key}
     assert changed == {"lower-exact", "parity-exact"}
     own = thresholds(other, other.targets[1], profiles["fp32"])
@@ -196,11 +198,7 @@ def test_an_int8_cache_is_a_quarter_and_has_keys_and_thresholds_of_its_own(folde
 
 def test_forced_routing_is_asked_of_proofs_alone(folder):
     plain, other = load(folder), load(folder, BUILD + "parity: {forced_routing: true}")
-    profiles = {target.profile: load_profile(target.profile) for target in plain.targets}
-    keys = [
-        {name: key_of(name, inputs) for name, inputs in stage_inputs(build, "content", profiles).items()}
-        for build in (plain, other)
-    ]
+    keys = [{name: key_of(name, inputs) for name, inputs in inputs_of(build).items()} for build in (plain, other)]
     proofs = {f"parity-{target.name}" for target in plain.targets}
     assert {name for name, key in keys[0].items() if keys[1][name] != key} == proofs
     assert not any("no routing can be forced" in warning for warning in make_plan(other).warnings)
@@ -394,11 +392,12 @@ def test_keys_do_not_depend_on_the_process(folder):
     code = (
         "import sys, hashlib; from arriero.export.build_file.read import load_build;"
         "from arriero.export.pipeline.stage_keys import stage_inputs; from arriero.profiles.recipe import load_profile;"
+        "from arriero.graphs.checkpoint import Checkpoint;"
         "b = load_build(sys.argv[1]); p = {t.profile: load_profile(t.profile) for t in b.targets};"
-        "print(hashlib.sha256(repr(stage_inputs(b, 'x', p)).encode()).hexdigest())"
+        "inputs = stage_inputs(b, Checkpoint.open(b.model), 'x', p);"
+        "print(hashlib.sha256(repr(inputs).encode()).hexdigest())"
     )
-    profiles = {target.profile: load_profile(target.profile) for target in build.targets}
-    mine = hashlib.sha256(repr(stage_inputs(build, "x", profiles)).encode()).hexdigest()
+    mine = hashlib.sha256(repr(inputs_of(build, "x")).encode()).hexdigest()
     command = [sys.executable, "-c", code, str(folder / "build.yaml")]
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     assert subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.strip() == mine
@@ -417,8 +416,7 @@ def test_a_set_from_a_file_decides_by_its_content(folder):
 
     def key(text: str) -> str:
         build = load(folder, BUILD.replace("[text, image]", "[text]") + text)
-        profiles = {target.profile: load_profile(target.profile) for target in build.targets}
-        return key_of("calibrate", stage_inputs(build, "x", profiles)["calibrate"])
+        return key_of("calibrate", inputs_of(build)["calibrate"])
 
     first = key("calibration: {set: a/seen.jsonl}\n")
     (folder / "a").rename(folder / "b")
@@ -446,8 +444,7 @@ def test_a_profile_that_calibrates_is_part_of_the_calibration_and_of_its_costs(f
     plain, changed = load(folder), load(folder, BUILD.replace("profile: int8", "profile: small4.yaml"))
     keys = []
     for build in (plain, changed):
-        profiles = {target.profile: load_profile(target.profile) for target in build.targets}
-        keys.append(key_of("calibrate", stage_inputs(build, "content", profiles)["calibrate"]))
+        keys.append(key_of("calibrate", inputs_of(build)["calibrate"]))
     assert keys[0] != keys[1]
     plan = make_plan(changed)
     assert plan.targets[0].weights["int4"] > 0

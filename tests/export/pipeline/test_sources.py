@@ -12,8 +12,10 @@ from arriero.export.pipeline import sources
 from arriero.export.pipeline.sources import PACKAGE, closure, source_hash
 from arriero.export.pipeline.stage_keys import stage_inputs
 from arriero.export.pipeline.stages import key_of
+from arriero.graphs.checkpoint import Checkpoint
 from arriero.profiles.recipe import load_profile
 from tests.command import write_build
+from tests.small import small_scout
 
 Keys = Callable[..., dict[str, str]]
 TARGETS = ("fp32", "int4")
@@ -26,7 +28,7 @@ def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keys]:
     copy.mkdir()
     for folder in ("export", "graphs", "profiles", "runtimes", "errors.py", "version.py"):
         (copy / folder).symlink_to(PACKAGE / folder)
-    (tmp_path / "scout").mkdir()
+    checkpoint = Checkpoint.open(small_scout(tmp_path / "scout"))
     file = write_build(tmp_path / "build.yaml", Path("scout"), profiles=TARGETS, backend="tvm")
     file.write_text(file.read_text().replace("parity: {", "parity: {answers: generated, "))
     build = load_build(file)
@@ -36,7 +38,8 @@ def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keys]:
     def keys(edited: str | None = None) -> dict[str, str]:
         source_hash.cache_clear()
         monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path == PACKAGE / (edited or "")))
-        return {name: key_of(name, values) for name, values in stage_inputs(build, "content", profiles).items()}
+        inputs = stage_inputs(build, checkpoint, "content", profiles)
+        return {name: key_of(name, values) for name, values in inputs.items()}
 
     yield keys
     source_hash.cache_clear()
