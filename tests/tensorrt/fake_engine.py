@@ -133,7 +133,7 @@ class FakeTensorRt:
     def install(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> products.Product:
         """Let the backends find this module and its GPU, and keep kernels in `cache`; gives the product."""
         product = tensorrt_rtx.PRODUCT if "rtx" in self.recorder.title else tensorrt.PRODUCT
-        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        monkeypatch.setenv("ARRIERO_CACHE", str(cache))
         monkeypatch.setattr(products, "import_module", dict.fromkeys(product.modules, self.module).__getitem__)
         for module in (products, tensorrt):
             monkeypatch.setattr(module, "load_cuda", lambda extra: self.cuda.runtime)

@@ -291,24 +291,24 @@ def test_rtx_records_once_its_kernels_are_there(bench):
 
 
 def test_rtx_kernels_are_kept_for_the_next_process(bench, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("ARRIERO_CACHE", str(tmp_path / "cache"))
     one = bench("tensorrt_rtx_1")
     one.open().close()
     assert not one.trt.recorder.named("IRuntimeCache.deserialize")
-    kept = sorted((tmp_path / "cache" / "arriero").iterdir())
+    kept = sorted((tmp_path / "cache").iterdir())
     kernels = b"kernels for this GPU"
     assert [path.read_bytes() for path in kept] == [hashlib.sha256(kernels).digest() + kernels] * 2  # embed and text
     one.open().close()
     calls = one.trt.recorder.named("IRuntimeCache.deserialize")
     assert [call.arguments["blob"] for call in calls] == [kernels] * 2
-    assert sorted((tmp_path / "cache" / "arriero").iterdir()) == kept
+    assert sorted((tmp_path / "cache").iterdir()) == kept
 
 
 def test_rtx_kernels_that_were_changed_are_compiled_and_kept_anew(bench, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("ARRIERO_CACHE", str(tmp_path / "cache"))
     one = bench("tensorrt_rtx_1")
     one.open().close()
-    kept = sorted((tmp_path / "cache" / "arriero").iterdir())
+    kept = sorted((tmp_path / "cache").iterdir())
     sound = [path.read_bytes() for path in kept]
     kept[0].write_bytes(sound[0][:-1] + b"!")
     kept[1].write_bytes(b"cut")
@@ -318,10 +318,10 @@ def test_rtx_kernels_that_were_changed_are_compiled_and_kept_anew(bench, tmp_pat
 
 
 def test_rtx_kernels_behind_a_link_are_not_those_that_were_kept(bench, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("ARRIERO_CACHE", str(tmp_path / "cache"))
     one = bench("tensorrt_rtx_1")
     one.open().close()
-    for number, path in enumerate(sorted((tmp_path / "cache" / "arriero").iterdir())):
+    for number, path in enumerate(sorted((tmp_path / "cache").iterdir())):
         path.rename(tmp_path / f"elsewhere{number}")
         path.symlink_to(tmp_path / f"elsewhere{number}")
     one.open().close()
@@ -330,7 +330,7 @@ def test_rtx_kernels_behind_a_link_are_not_those_that_were_kept(bench, tmp_path,
 
 def test_a_cache_folder_that_cannot_be_written_is_done_without(bench, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("ARRIERO_CACHE", str(tmp_path / "file"))
     bench("tensorrt_rtx_1").open().close()
 
 
