@@ -121,7 +121,9 @@ def make_workshop(folder: Path) -> None:
     # The shipped profile but for its thresholds: random routers are undecided, and rounding turns their choices.
     rounded = shipped()["int8"].read_text().replace("router_agreement: 0.99", "router_agreement: 0.8")
     (folder / "int8.yaml").write_text(rounded)
-    write_build(folder / "build.yaml", Path("scout"), profiles=workshop_profiles(folder), samples=8)
+    write_build(
+        folder / "build.yaml", Path("scout"), profiles=workshop_profiles(folder), samples=8, answers="generated"
+    )
     built = arriero("build", folder / "build.yaml")
     assert built.code == 0, built.err
 

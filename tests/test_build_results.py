@@ -31,7 +31,7 @@ def copy(workshop: Path, tmp_path: Path) -> Path:
     assert strict != exact.read_text()
     (tmp_path / "fp32.yaml").write_text(strict)
     profiles = (str(tmp_path / "fp32.yaml"), workshop_profiles(workshop)[1])
-    write_build(tmp_path / "build.yaml", workshop / "scout", profiles=profiles, samples=8)
+    write_build(tmp_path / "build.yaml", workshop / "scout", profiles=profiles, samples=8, answers="generated")
     return tmp_path
 
 

@@ -35,7 +35,13 @@ PROVEN = {"router_agreement": 1.0, "same_top_token": 1.0, "logits_max_abs_error"
 def copy(workshop: Path, tmp_path: Path) -> Path:
     """The workshop with bundles and finished stages, to change. The checkpoint keeps its place, and so its stages."""
     shutil.copytree(workshop / "bundles", tmp_path / "bundles")
-    write_build(tmp_path / "build.yaml", workshop / "scout", profiles=workshop_profiles(workshop), samples=8)
+    write_build(
+        tmp_path / "build.yaml",
+        workshop / "scout",
+        profiles=workshop_profiles(workshop),
+        samples=8,
+        answers="generated",
+    )
     return tmp_path
 
 
@@ -129,7 +135,7 @@ def test_a_damaged_bundle_is_built_again(copy, file):
 def test_a_build_below_its_threshold_publishes_nothing(copy):
     before, finished = contents(copy / "bundles" / "fp32"), stages(copy / "bundles")
     thresholds = "{logits_max_abs_error: 0.0}"
-    write_build(copy / "build.yaml", finished_model(copy), "text, image", ("fp32",), 8, thresholds)
+    write_build(copy / "build.yaml", finished_model(copy), "text, image", ("fp32",), 8, thresholds, answers="generated")
     failed = arriero("build", copy / "build.yaml")
     assert failed.code == 1
     page = copy / "bundles" / "fp32.failed-parity.html"
@@ -145,7 +151,15 @@ def test_a_build_below_its_threshold_publishes_nothing(copy):
     kept = {name: at for name, at in stages(copy / "bundles").items() if not name.startswith("parity-")}
     assert kept.items() <= finished.items()
     # A threshold that can be met publishes the same weights anew, and the page of the failure goes.
-    write_build(copy / "build.yaml", finished_model(copy), "text, image", ("fp32",), 8, "{logits_max_abs_error: 0.01}")
+    write_build(
+        copy / "build.yaml",
+        finished_model(copy),
+        "text, image",
+        ("fp32",),
+        8,
+        "{logits_max_abs_error: 0.01}",
+        answers="generated",
+    )
     assert arriero("build", copy / "build.yaml").code == 0
     assert not page.exists()
     assert contents(copy / "bundles" / "fp32")["text.onnx"] == before["text.onnx"]
@@ -240,7 +254,9 @@ def test_a_model_without_experts_is_proven_and_published(tmp_path, backend):
         pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'")
     small_guard(tmp_path / "guard")
     profiles = ("int8",) if backend == "onnxruntime" else ("int4",)
-    build_file = write_build(tmp_path / "build.yaml", Path("guard"), "text", profiles, 6, backend=backend)
+    build_file = write_build(
+        tmp_path / "build.yaml", Path("guard"), "text", profiles, 6, backend=backend, answers="generated"
+    )
     built = arriero("build", build_file)
     assert built.code == 0, built.err
     for name in profiles:

@@ -16,7 +16,7 @@ from tests.conftest import workshop_profiles
 from tests.small import CHUNK, small_scout
 
 # Random routers are undecided, so that any rounding turns choices: what is asked for is that nothing breaks.
-THRESHOLDS = "{router_agreement: 0.7, same_top_token: 0.7, task_accuracy_drop: 1.0}"
+THRESHOLDS = "{router_agreement: 0.7, same_top_token: 0.7, task_accuracy_forced_drop: 1.0}"
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_a_bundle_says_how_it_keeps_keys_and_values(built: Path, name: str) -> N
     rows = {row["metric"]: row for row in report["rows"]}
     assert "logits_max_abs_error" in rows
     assert rows["logits_max_abs_error"]["threshold"] is None
-    assert rows["task_accuracy_drop"]["threshold"] == 1.0  # the build file has the last word
+    assert rows["task_accuracy_forced_drop"]["threshold"] == 1.0  # the build file has the last word
     assert rows["logits_kl_mean"]["value"] > 1e-9  # the reference keeps its own keys and values in float32
 
 

@@ -69,9 +69,7 @@ def separate(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder `bundles` with `fp32`, whose record was published beside it, and the build file."""
     folder = tmp_path_factory.mktemp("separate")
     file = write_build(folder / "build.yaml", workshop / "scout", samples=8)
-    file.write_text(
-        file.read_text().replace("parity: {", "parity: {record: separate, answers: forced, forced_routing: true, ")
-    )
+    file.write_text(file.read_text().replace("parity: {", "parity: {record: separate, forced_routing: true, "))
     built = arriero("build", file)
     assert built.code == 0, built.err
     return folder

@@ -54,7 +54,8 @@ def test_figures_of_other_shapes(tmp_path, shape):
     else:
         small_scout(tmp_path / "model", vision=False, moe_layers=[])
     profiles = ("fp32", "int8-all")
-    thresholds = "{task_accuracy_drop: 1.0}" if shape == "dense" else "{router_agreement: 0.5, task_accuracy_drop: 1.0}"
+    drop = "task_accuracy_forced_drop: 1.0"
+    thresholds = f"{{{drop}}}" if shape == "dense" else f"{{router_agreement: 0.5, {drop}}}"
     build_file = write_build(
         tmp_path / "build.yaml", Path("model"), "text", profiles=profiles, samples=3, thresholds=thresholds
     )
