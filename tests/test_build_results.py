@@ -13,6 +13,7 @@ import pytest
 
 from arriero.errors import HOW_TO_GO_ON, STOPPED, MachineLacks
 from arriero.export.pipeline.target_build import TargetBuild
+from arriero.runtimes.user_cache import VARIABLE
 from tests.command import Result, arriero, write_build
 from tests.conftest import workshop_profiles
 from tests.stopping import COMMAND
@@ -118,6 +119,7 @@ def test_a_shared_stage_that_fails_is_tried_once_and_told_once(copy: Path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("arriero.graphs.trace.trace_text", full)
+    monkeypatch.setenv(VARIABLE, "")  # so that graphs are traced
     shutil.rmtree(copy / "bundles" / ".work")
     done, told, _ = build(copy)
     assert (done.code, len(tried)) == (MachineLacks.exit_code, 1)

@@ -14,6 +14,7 @@ from PIL import Image
 from arriero.export.pipeline import stages as stage_files
 from arriero.profiles.recipe import shipped
 from arriero.runtimes.manifest import FILE
+from arriero.runtimes.user_cache import VARIABLE
 from tests.command import arriero, write_build
 from tests.refusals import check
 from tests.small import small_maverick, small_scout
@@ -59,6 +60,7 @@ def test_a_build_tells_of_each_step_once_under_its_own_name_and_of_every_byte_th
     build_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stage_files, "WORTH_TELLING", 1)
+    monkeypatch.setenv(VARIABLE, "")  # so that graphs are traced
     built = arriero("build", build_file)
     assert built.code == 0, built.err
     lines = re.findall(r"^\[\d\d:\d\d\] (.+): (.*)in [\d.]+ s$", built.err, re.M)
@@ -201,7 +203,9 @@ def test_too_few_samples_and_one_set_for_both(build_file: Path) -> None:
 def test_answers_that_are_judged_must_be_there(build_file: Path) -> None:
     (build_file.parent / "data" / "asked.jsonl").write_text('{"prompt": "What is 2 + 2?"}\n')
     use_other(build_file, "cases: {samples: 8", "cases: {set: data/asked.jsonl")
-    use_other(build_file, "thresholds: {}", "thresholds: {task_accuracy_drop: 0.5}")
+    use_other(
+        build_file, "answers: forced, thresholds: {}", "answers: generated, thresholds: {task_accuracy_drop: 0.5}"
+    )
     check(arriero("build", build_file), "no parity case has an answer", "thresholds.task_accuracy_drop", "Give answers")
 
 
