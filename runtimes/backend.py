@@ -285,6 +285,14 @@ class Preemptible(Protocol):
         """
         ...
 
+    def vision_preempted(self, pixel_values: Floats, between: Callable[[], None]) -> Floats:
+        """Turn one tile f32 [1, 3, h, w] into its features f32 [M, H] as `Backend.vision` does, bit for bit.
+
+        `between`, which may take steps and must raise nothing, is called before every product where the tower can be
+        left.
+        """
+        ...
+
 
 @runtime_checkable
 class ForcesRouting(Protocol):

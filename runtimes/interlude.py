@@ -1,4 +1,4 @@
-"""What comes between the parts of a piece that is read: decode steps of the others, once they have waited enough."""
+"""What comes between the parts of what is read: decode steps of the others, once they have waited enough."""
 
 from __future__ import annotations
 
@@ -9,25 +9,30 @@ from arriero.runtimes.pace import Pace
 
 
 class Interlude:
-    """Takes decode steps when it is called, before each part of a piece of `tokens`; raises nothing there."""
+    """Takes decode steps when it is called, before each part of a piece or a tile; raises nothing there."""
 
-    def __init__(self, pace: Pace, tokens: int, decode: Callable[[], object]) -> None:
-        """Keep to `pace`; `decode` takes one step of all that decode."""
-        self._pace, self._tokens, self._decode = pace, tokens, decode
+    def __init__(self, pace: Pace, part_s: float | None, decode: Callable[[], object]) -> None:
+        """Keep to `pace`; `decode` takes one step of all that decode.
+
+        A part is expected to take `part_s` seconds; None: as long as the longest so far.
+        """
+        self._pace, self._part_s, self._decode = pace, part_s, decode
         self._error: BaseException | None = None
+        self._longest, self._left = 0.0, time.perf_counter()
         self.seconds, self.parts = 0.0, 0  # that the decode steps took; of the piece, so far
 
     def __call__(self) -> None:
-        """The next part of the piece is about to begin."""
-        self.parts += 1
-        if self._error is not None or not self._pace.is_due(self._tokens):
-            return
+        """The next part is about to begin."""
         started = time.perf_counter()
-        try:
-            self._decode()
-        except BaseException as error:  # through the library that calls there is no way for it
-            self._error = error
-        self.seconds += time.perf_counter() - started
+        self.parts += 1
+        self._longest = max(self._longest, started - self._left)
+        if self._error is None and self._pace.is_due(self._longest if self._part_s is None else self._part_s):
+            try:
+                self._decode()
+            except BaseException as error:  # through the library that calls there is no way for it
+                self._error = error
+        self._left = time.perf_counter()
+        self.seconds += self._left - started
 
     def check(self) -> None:
         """Raise what a decode step raised."""

@@ -62,12 +62,15 @@ class Pace:
         tokens = int(STEPS_PER_PIECE * self._step_s / max(PARTS * self._part_s, 1e-9))
         return min(max(tokens, LEAST_IN_PARTS), PREFILL_PIECE)
 
-    def is_due(self, tokens: int) -> bool:
-        """Whether the next decode step would come too late after one more part of a piece of `tokens`."""
-        if self._part_s is None or self._step_s is None:
+    def part_seconds(self, tokens: int) -> float | None:
+        """How long a part of a piece of `tokens` takes; None while that is not known."""
+        return None if self._part_s is None else tokens * self._part_s
+
+    def is_due(self, seconds: float) -> bool:
+        """Whether the next decode step would come too late after so many `seconds` more of something else."""
+        if self._step_s is None:
             return True
-        waited = time.perf_counter() - self._decoded
-        return waited + tokens * self._part_s > STEPS_PER_PIECE * self._step_s
+        return time.perf_counter() - self._decoded + seconds > STEPS_PER_PIECE * self._step_s
 
 
 def _expected(before: float | None, measured: float) -> float:

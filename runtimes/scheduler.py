@@ -30,6 +30,7 @@ from arriero.runtimes.steps import (
     check_finite,
     is_preemptible,
     least_piece,
+    look_preempted,
     packs_rows,
     read_piece,
     read_preempted,
@@ -217,17 +218,17 @@ class Scheduler:
         self._tell([partial(request.fail, error)])
 
     def _read(self, backend: Backend, request: Request) -> None:
-        """Read one piece of the prompt, or let the vision tower see some of its tiles."""
+        """Read one piece of the prompt, or let the vision tower see one of its tiles."""
+        if request.tiles_left:
+            self._read_tile(backend, request)
+            return
         try:
-            if request.tiles_left:
-                request.see_tile(partial(self._see, backend))
-                return
             ids, features = request.next_piece(backend, self._most(backend))
         except BaseException as error:
             self._fail_reading(request, error)
             return
         last, row = np.array([len(ids) - 1]), self._rows.reading
-        interlude = Interlude(self._pace, len(ids), partial(self._decode_between, backend))
+        interlude = Interlude(self._pace, self._pace.part_seconds(len(ids)), partial(self._decode_between, backend))
         started = time.perf_counter()
         try:
             if self._rows.decoding and is_preemptible(backend):
@@ -241,6 +242,18 @@ class Scheduler:
             self._fail_reading(request, error)
         else:
             self._read_on(request, len(ids), logits)
+        interlude.check()
+
+    def _read_tile(self, backend: Backend, request: Request) -> None:
+        """Let the vision tower see the next tile of the prompt; where it can be left, rows get tokens meanwhile."""
+        interlude = Interlude(self._pace, None, partial(self._decode_between, backend))
+        look = backend.vision
+        if self._rows.decoding and is_preemptible(backend):
+            look = partial(look_preempted, backend, between=interlude)
+        try:
+            request.see_tile(partial(self._see, look))
+        except BaseException as error:
+            self._fail_reading(request, error)
         interlude.check()
 
     def _most(self, backend: Backend) -> int:
@@ -333,11 +346,11 @@ class Scheduler:
         else:
             self._keep(request, row)
 
-    def _see(self, backend: Backend, name: bytes, tile: Floats) -> Floats:
-        """The features [M, H] of a tile f32 [1, 3, h, w], which is computed where nobody has shown it lately."""
+    def _see(self, look: Callable[[Floats], Floats], name: bytes, tile: Floats) -> Floats:
+        """The features [M, H] of a tile f32 [1, 3, h, w]: those that `look` gives, where nobody has shown it lately."""
         features = self._prefixes.features(name) if self._prefixes is not None else None
         if features is None:
-            features = backend.vision(tile)
+            features = look(tile)
             if self._prefixes is not None:
                 self._prefixes.save_features(name, features)
         return features

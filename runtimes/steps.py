@@ -63,6 +63,12 @@ def read_preempted(
     return backend.forward_preempted(embeds, positions, cache, logits_index, between)[0]
 
 
+def look_preempted(backend: Backend, tile: Floats, between: Callable[[], None]) -> Floats:
+    """The features [M, H] of a tile f32 [1, 3, h, w], with `between` called between products of the tower."""
+    assert isinstance(backend, Preemptible)
+    return backend.vision_preempted(tile, between)
+
+
 def is_preemptible(backend: Backend) -> bool:
     """Whether a step of `backend` can be left between parts of its layers for steps of other rows."""
     return isinstance(backend, Preemptible) and backend.preemptible

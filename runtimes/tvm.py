@@ -52,7 +52,8 @@ from arriero.traits import PREFILL_PIECE, install
 
 PANEL = 16  # output features in each row of a packed matrix
 CPU = 1, 0  # DLPack's device type and number
-BETWEEN_PARTS = "arriero_between_parts"  # of the library: takes the address of what is called there
+# Of libraries: each takes the address of what is called before attention and experts, or before each product.
+BETWEEN_PARTS, BETWEEN_PRODUCTS = "arriero_between_parts", "arriero_between_products"
 NAIVE, POOLED = 1, 2  # allocators: what keeps the memory of every size that was asked for is not for a cap
 
 
@@ -126,6 +127,15 @@ class TvmBackend:
         vision.open(POOLED)
         groups = (pixel_values[i : i + TILES_AT_ONCE] for i in range(0, len(pixel_values), TILES_AT_ONCE))
         return np.concatenate([vision.run({"pixel_values": aligned(group)})[0] for group in groups])
+
+    def vision_preempted(self, pixel_values: Floats, between: Callable[[], None]) -> Floats:
+        """Turn one tile f32 [1, 3, h, w] into features f32 [M, H]: see `Preemptible.vision_preempted`."""
+        if self.spec.vision is None:
+            raise no_vision()
+        vision = self._graphs["vision"]
+        vision.open(POOLED)
+        with vision.left_for(BETWEEN_PRODUCTS, between):
+            return self.vision(pixel_values)
 
     def embed(self, input_ids: Ints, image_features: Floats) -> Floats:
         """Embed ids i64 [B, S], image placeholders taking `image_features` f32 [M, H] in order: f32 [B, S, H]."""
@@ -322,8 +332,17 @@ class _Graph:
             finally:
                 self._machine, self._meanwhile = self._meanwhile, self._machine
 
-        tell = self.library.get_function(BETWEEN_PARTS, True)
-        function = ctypes.CFUNCTYPE(None)(leave)
+        with self.left_for(BETWEEN_PARTS, leave):
+            yield
+
+    @contextmanager
+    def left_for(self, where: str, between: Callable[[], None]) -> Iterator[None]:
+        """Have the library call `between` at the places `where` in the block; bundles from before may have none."""
+        if not self.library.implements_function(where, True):
+            yield
+            return
+        tell = self.library.get_function(where, True)
+        function = ctypes.CFUNCTYPE(None)(between)
         tell(ctypes.cast(function, ctypes.c_void_p).value)
         try:
             yield

@@ -242,10 +242,24 @@ class PackingToy(ToyBackend):
         return np.concatenate(hiddens)[logits_index] @ self.weights.head
 
 
+TOY_PRODUCTS = 3
+
+
 class PreemptibleToy(PackingToy):
-    """The toy as a backend whose steps are left before each of its layers."""
+    """The toy as a backend whose steps are left before each of its layers, and whose tower is left before products."""
 
     preemptible = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks: list[int] = []  # steps of others while a tile was seen
+
+    def vision_preempted(self, pixel_values: Floats, between: Callable[[], None]) -> Floats:
+        before = len(self.steps)
+        for _ in range(TOY_PRODUCTS):
+            between()
+        self.looks.append(len(self.steps) - before)
+        return self.vision(pixel_values)
 
     def forward_preempted(
         self, inputs_embeds: Floats, positions: Ints, cache: Any, logits_index: Ints, between: Callable[[], None]

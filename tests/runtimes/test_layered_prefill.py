@@ -18,12 +18,14 @@ from arriero.runtimes.pace import Pace
 from arriero.runtimes.processor.processor import Processor, Prompt
 from arriero.runtimes.scheduler import EngineLimits, Scheduler
 from arriero.runtimes.session import Session
-from arriero.runtimes.steps import append_tokens, read_piece, read_preempted
+from arriero.runtimes.steps import append_tokens, look_preempted, read_piece, read_preempted
 from arriero.runtimes.tvm import TvmBackend
 from arriero.traits import PREFILL_PIECE
-from tests.runtimes.conftest import PreemptibleToy
+from tests.runtimes.conftest import TOY_PRODUCTS, PreemptibleToy
 from tests.runtimes.gate import Gate
 
+TOWER_LAYERS = 2  # of the workshop's checkpoint, each with products for q, k, v, the output and two of its MLP
+TOWER_OTHERS = 4  # patches, two of the adapter, and the projector
 LONG = Prompt(np.arange(70) + 3)  # eight pieces, for the toy's chunk has 8 tokens, and a rest
 
 
@@ -181,6 +183,76 @@ def test_tvm_leaves_a_step_before_attention_and_experts_and_computes_the_same_bi
     assert len(steps) == parts  # an ordinary step is not left
 
 
+def test_others_decode_while_the_tower_sees_a_tile(session: Session) -> None:
+    toy = session.backend
+    images = [np.random.default_rng(seed).integers(0, 255, (8, 8, 3), np.uint8) for seed in (1, 2)]
+    alone = [session.generate("a", max_tokens=60), session.generate("b", images, max_tokens=5)]
+    gate = Gate(toy)
+    first = session.stream("a", max_tokens=60)
+    gate.open(8)
+    next(first)
+    toy.looks.clear()
+    toy.steps.clear()
+    images = [image + 1 for image in images]  # which nobody has shown before
+    expected_tiles = session.encode("b", images).pixel_values
+    second = session.stream("b", images, max_tokens=5)
+    gate.open(10_000)
+    assert first.wait().token_ids == alone[0].token_ids
+    second.wait()
+    assert len(toy.looks) == len(expected_tiles) > 1
+    assert all(steps == TOY_PRODUCTS for steps in toy.looks)  # a step of the other before each product
+
+
+def test_an_error_of_a_decode_step_within_a_tile_is_not_the_tiles(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = np.random.default_rng(3).integers(0, 255, (8, 8, 3), np.uint8)
+    expected = session.generate("b", image, max_tokens=5).token_ids
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("of nobody")
+
+    gate = Gate(session.backend)
+    first = session.stream("a", max_tokens=60)
+    gate.open(8)
+    next(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(Scheduler, "_decode_between", broken)
+        second = session.stream("b", image + 1, max_tokens=5)
+        gate.open(10_000)
+        for stream in (first, second):
+            with pytest.raises(RuntimeError, match="of nobody"):
+                stream.wait()
+    assert session.generate("b", image, max_tokens=5).token_ids == expected
+
+
+def test_tvm_leaves_a_tile_before_each_product_and_computes_the_same_bits(tvm_workshop: Path) -> None:
+    folder = tvm_workshop / "bundles" / "int8"
+    backend = TvmBackend(folder, open_manifest(folder).model, threads=2)
+    spec = backend.spec
+    assert spec.vision is not None
+    draw = np.random.default_rng(5)
+    tile = draw.normal(size=(1, 3, spec.vision.image_size, spec.vision.image_size)).astype(np.float32)
+    none, cache = np.zeros((0, spec.hidden_size), np.float32), backend.new_cache(1, 400)
+    ids = draw.integers(0, 500, 5)
+
+    def begin() -> None:
+        cache.truncate(0, 0)
+        read_piece(backend, ids, none, cache, np.array([4]))
+
+    alone = backend.vision(tile)
+    begin()
+    calls: list[np.ndarray] = []
+    features = look_preempted(backend, tile, lambda: calls.append(append_tokens(backend, [len(calls)], cache)))
+    assert np.array_equal(features, alone)
+    assert len(calls) == 6 * TOWER_LAYERS + TOWER_OTHERS
+    begin()
+    assert all(np.array_equal(append_tokens(backend, [number], cache), call) for number, call in enumerate(calls))
+    before = len(calls)
+    assert np.array_equal(backend.vision(tile), alone)
+    assert len(calls) == before  # an ordinary tile is not left
+
+
 def test_tvm_leaves_no_step_where_another_would_move_the_cache(
     tvm_workshop: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,12 +271,11 @@ def test_tvm_leaves_no_step_where_another_would_move_the_cache(
 def test_a_piece_is_as_large_as_the_wait_for_two_parts_allows() -> None:
     pace = Pace()
     assert pace.piece_in_parts() == pace_module.LEAST_IN_PARTS
-    assert pace.is_due(1)  # nothing is known
+    assert pace.part_seconds(1) is None
     pace.decoded(0.1)
     pace.read_parts(100, 20, 1.0)  # half a thousandth of a second for a token in a part, two of which a layer has
     assert pace.piece_in_parts() == 100 * pace_module.STEPS_PER_PIECE
-    assert not pace.is_due(100)
-    assert pace.is_due(251)
+    assert pace.part_seconds(100) == pytest.approx(0.05)
     for _ in range(40):
         pace.read_parts(100, 10, 1e-6)
     assert pace.piece_in_parts() == PREFILL_PIECE
@@ -215,12 +286,36 @@ def test_a_piece_is_as_large_as_the_wait_for_two_parts_allows() -> None:
 
 def test_a_step_is_left_only_when_those_that_decode_have_waited() -> None:
     pace, steps = Pace(), []
+    assert pace.is_due(0.0)  # nothing is known
     pace.decoded(1000.0)
-    pace.read_parts(1, 1, 0.001)
-    interlude = Interlude(pace, 10, lambda: steps.append(1))
+
+    def decode() -> None:
+        steps.append(1)
+
+    interlude = Interlude(pace, 1200.0, decode)
     interlude()
     assert not steps
-    pace.read_parts(1, 1, 1e7)
+    interlude = Interlude(pace, 1251.0, decode)
     interlude()
-    assert len(steps) == 1
     interlude.check()
+    assert len(steps) == 1
+
+
+def test_a_part_is_expected_to_take_as_long_as_the_longest_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked = [0.0], []
+    monkeypatch.setattr("arriero.runtimes.interlude.time.perf_counter", lambda: now[0])
+
+    def is_due(self: Pace, seconds: float) -> bool:
+        asked.append(seconds)
+        return len(asked) == 2
+
+    def decode() -> None:
+        now[0] += 100
+
+    monkeypatch.setattr(Pace, "is_due", is_due)
+    interlude = Interlude(Pace(), None, decode)
+    for seconds in (1, 5, 2, 7):
+        now[0] += seconds
+        interlude()
+    assert asked == [1, 5, 5, 7]  # and not the hundred that the decode step took
+    assert (interlude.parts, interlude.seconds) == (4, 100)

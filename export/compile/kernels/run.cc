@@ -104,29 +104,39 @@ int32_t run(int64_t bytes, int64_t parts, const Steps&... steps) {
 // The cache of a table of experts; null where all of them are mapped.
 ExpertLayer* cache_of(const int64_t* experts) { return reinterpret_cast<ExpertLayer*>(experts[0]); }
 
-// What a step is left for before each attention and each dispatch to experts, where nothing of its own is under way;
-// null: nothing.
+// What a step is left for, where nothing of its own is under way: before each attention and each dispatch to experts, and
+// before each product of a matrix. Null: nothing.
 void (*between_parts)() = nullptr;
+void (*between_products)() = nullptr;
 
-void leave_step() {
-    if (auto* const call = between_parts) {
-        between_parts = nullptr;  // a step that is taken meanwhile is not left in its turn
+void leave_for(void (*&between)()) {
+    if (auto* const call = between) {
+        between = nullptr;  // a step that is taken meanwhile is not left in its turn
         call();
-        between_parts = call;
+        between = call;
     }
+}
+
+int32_t set_between(void (*&between)(), const TaggedValue* arguments, TaggedValue* result) {
+    between = reinterpret_cast<void (*)()>(arguments[0].integer);
+    *result = {TAGGED_INTEGER, 0, 0};
+    return 0;
 }
 
 }  // namespace
 
 // (address of a function without arguments, or 0)
 extern "C" int __tvm_ffi_arriero_between_parts(void*, const TaggedValue* arguments, int32_t, TaggedValue* result) {
-    between_parts = reinterpret_cast<void (*)()>(arguments[0].integer);
-    *result = {TAGGED_INTEGER, 0, 0};
-    return 0;
+    return set_between(between_parts, arguments, result);
+}
+
+extern "C" int __tvm_ffi_arriero_between_products(void*, const TaggedValue* arguments, int32_t, TaggedValue* result) {
+    return set_between(between_products, arguments, result);
 }
 
 extern "C" int32_t arriero_run_linear(int64_t format, int64_t block, const float* x, const void* weight,
                                       const void* scales, float* y, int64_t T, int64_t N, int64_t K, int64_t parts) {
+    leave_for(between_products);
     const auto prepare = [&](void* space, int64_t part) {
         arriero_linear_prepare(format, block, x, T, K, space, part, parts);
     };
@@ -149,7 +159,7 @@ extern "C" int32_t arriero_run_dispatch(int64_t gate_up_format, int64_t gate_up_
                                         int64_t down_at, int64_t down_scales_at, const float* x,
                                         const int64_t* expert_id, const float* score, const int64_t* experts, float* y,
                                         int64_t T, int64_t R, int64_t E, int64_t H, int64_t F, int64_t parts) {
-    leave_step();
+    leave_for(between_parts);
     const auto compute = [&](void* space) {
         ExpertLayer* cache = cache_of(experts);
         ExpertWave wave{reinterpret_cast<const void* const*>(experts + 1), true};
@@ -185,7 +195,7 @@ extern "C" int32_t arriero_run_attention(int64_t format, const float* q, const f
                                          void* value_cache, const float* key_steps, const float* value_steps,
                                          float* out, int64_t B, int64_t T, int64_t Q, int64_t G, int64_t C, int64_t D,
                                          int64_t chunk, int64_t parts) {
-    leave_step();
+    leave_for(between_parts);
     const auto write = [&](void*, int64_t part) {
         arriero_cache_write(format, k, v, positions, starts, key_steps, value_steps, key_cache, value_cache, B, G, C, D,
                             chunk, part, parts);
