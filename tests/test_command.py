@@ -21,6 +21,7 @@ from PIL import Image
 import arriero as package
 from arriero.export.cli.app import app
 from arriero.runtimes.integrity import open_manifest
+from arriero.runtimes.user_cache import VARIABLE
 from tests.command import arriero, contents, write_build
 from tests.conftest import workshop_profiles
 from tests.small import small_guard, small_maverick, small_scout
@@ -199,8 +200,9 @@ def test_what_users_keep_beside_and_in_bundles_survives_every_build(copy):
     } == mine
 
 
-def test_a_text_only_checkpoint_survives_being_killed_anywhere(tmp_path):
+def test_a_text_only_checkpoint_survives_being_killed_anywhere(tmp_path, monkeypatch):
     """`Llama4ForCausalLM`: killed while tracing, lowering and proving; then built, with every finished stage reused."""
+    monkeypatch.setenv(VARIABLE, "")  # so that graphs are traced
     small_scout(tmp_path / "text", vision=False)
     build_file = write_build(tmp_path / "build.yaml", Path("text"), "text", samples=6)
     output, finished = tmp_path / "bundles", {}

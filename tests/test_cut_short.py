@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from arriero.runtimes.user_cache import VARIABLE
 from tests.command import write_build
 from tests.stopping import COMMAND, interruptible
 
@@ -59,7 +60,8 @@ __main__.main()
     assert stopped.stderr.count("\n") == 1
 
 
-def test_ctrl_c_in_a_build_says_that_it_goes_on(workshop, tmp_path):
+def test_ctrl_c_in_a_build_says_that_it_goes_on(workshop, tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "")  # so that graphs are traced
     build_file = write_build(tmp_path / "build.yaml", workshop / "scout", "text")
     with interruptible():
         process = subprocess.Popen([*COMMAND, "build", str(build_file)], stderr=subprocess.PIPE, text=True)
