@@ -74,6 +74,7 @@ def stage_inputs(
                 "compiler": describe_compiler(arch),
                 "source": source_hash("export/compile/kernels", "export/compile/build_kernels.py"),
             }
+    kernels = {name: key_of(name, inputs) for name, inputs in stages.items() if name.startswith("kernels-")}
     graph = key_of("graph", stages["graph"])
     calibration = key_of("calibrate", stages["calibrate"])
     for target in build.targets:
@@ -84,6 +85,7 @@ def stage_inputs(
             "calibrate": calibration if reads_calibration(target, profiles) else None,
             "target": target.model_dump(),
             "cpu": asdict(parse_cpu(target.cpu or NATIVE)) if kernel_arch(target) else None,
+            "kernels": kernels.get(f"kernels-{kernel_arch(target)}"),
             "gpu": gpu_inputs(target, build.budgets.gpu_memory),
             "tools": installed_versions(TRAITS[target.backend].packages),
             "profile": profiles[target.profile].model_dump(exclude={"thresholds", "description"}),
@@ -94,7 +96,8 @@ def stage_inputs(
         proven = {"lower": key_of(lower, stages[lower]), "reference": key_of("reference", stages["reference"])}
         source = source_hash(*PROVES, f"runtimes/{TRAITS[target.backend].module}.py")
         if profiles[target.profile].calibration is not None:
-            stages[f"rtn-{target.name}"] = {**proven, "source": source}
+            own = kernels.get(f"kernels-{architecture()}")  # the baseline is measured here
+            stages[f"rtn-{target.name}"] = {**proven, "kernels": own, "source": source}
         judged = {
             "thresholds": thresholds(build, target, profiles[target.profile]),
             "forced_routing": build.parity.forced_routing,

@@ -104,8 +104,8 @@ int32_t run(int64_t bytes, int64_t parts, const Steps&... steps) {
 // The cache of a table of experts; null where all of them are mapped.
 ExpertLayer* cache_of(const int64_t* experts) { return reinterpret_cast<ExpertLayer*>(experts[0]); }
 
-// What a step is left for, where nothing of its own is under way: before each attention and each dispatch to experts, and
-// before each product of a matrix. Null: nothing.
+// What a step is left for, where nothing of its own is under way: before each attention and each dispatch to experts,
+// and before each product of a matrix. Null: nothing.
 void (*between_parts)() = nullptr;
 void (*between_products)() = nullptr;
 
