@@ -14,19 +14,19 @@ class Interlude:
     def __init__(self, pace: Pace, part_s: float | None, decode: Callable[[], object]) -> None:
         """Keep to `pace`; `decode` takes one step of all that decode.
 
-        A part is expected to take `part_s` seconds; None: as long as the longest so far.
+        A part is expected to take `part_s` seconds; None: as long as those so far did on average.
         """
         self._pace, self._part_s, self._decode = pace, part_s, decode
         self._error: BaseException | None = None
-        self._longest, self._left = 0.0, time.perf_counter()
+        self._own, self._left = 0.0, time.perf_counter()  # what the parts so far took; when the last one began
         self.seconds, self.parts = 0.0, 0  # that the decode steps took; of the piece, so far
 
     def __call__(self) -> None:
         """The next part is about to begin."""
         started = time.perf_counter()
         self.parts += 1
-        self._longest = max(self._longest, started - self._left)
-        if self._error is None and self._pace.is_due(self._longest if self._part_s is None else self._part_s):
+        self._own += started - self._left
+        if self._error is None and self._pace.is_due(self._own / self.parts if self._part_s is None else self._part_s):
             try:
                 self._decode()
             except BaseException as error:  # through the library that calls there is no way for it
