@@ -121,21 +121,22 @@ class TvmBackend:
 
     def vision(self, pixel_values: Floats) -> Floats:
         """Turn tiles f32 [n, 3, h, w] into features f32 [n * tokens_per_tile, H]."""
-        if self.spec.vision is None:
-            raise no_vision()
-        vision = self._graphs["vision"]
-        vision.open(POOLED)
+        vision = self._tower()
         groups = (pixel_values[i : i + TILES_AT_ONCE] for i in range(0, len(pixel_values), TILES_AT_ONCE))
         return np.concatenate([vision.run({"pixel_values": aligned(group)})[0] for group in groups])
 
     def vision_preempted(self, pixel_values: Floats, between: Callable[[], None]) -> Floats:
         """Turn one tile f32 [1, 3, h, w] into features f32 [M, H]: see `Preemptible.vision_preempted`."""
+        with self._tower().left_for(BETWEEN_PRODUCTS, between):
+            return self.vision(pixel_values)
+
+    def _tower(self) -> _Graph:
+        """The graph of the vision tower, opened. Raises ArrieroError for a model without one."""
         if self.spec.vision is None:
             raise no_vision()
-        vision = self._graphs["vision"]
-        vision.open(POOLED)
-        with vision.left_for(BETWEEN_PRODUCTS, between):
-            return self.vision(pixel_values)
+        tower = self._graphs["vision"]
+        tower.open(POOLED)
+        return tower
 
     def embed(self, input_ids: Ints, image_features: Floats) -> Floats:
         """Embed ids i64 [B, S], image placeholders taking `image_features` f32 [M, H] in order: f32 [B, S, H]."""

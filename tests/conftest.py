@@ -41,11 +41,11 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def what_builds_keep(request: pytest.FixtureRequest) -> Iterator[Path]:
+def what_builds_keep(request: pytest.FixtureRequest) -> Iterator[None]:
     """The user's cache: graphs and kernels are made once for all processes of the tests, a minute for each build."""
     folder = request.config.cache.mkdir("kept")
     with mock.patch.dict(os.environ, {VARIABLE: str(folder)}):
-        yield folder
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
