@@ -79,6 +79,7 @@ def measure(folder: Path, model: str, layers: int, profile: str, options: argpar
             "stage": stage["name"],
             "planned": stage["memory"],
             "measured": record["peak_memory_bytes"],
+            "planned_seconds": stage["seconds"],
             "start": record["start_memory_bytes"],
             "seconds": record["seconds"],
             "processor_seconds": record["processor_seconds"],

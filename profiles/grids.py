@@ -74,6 +74,13 @@ class Grid:
         numbers = (np.clip(halves, first, last, out=out) - first).astype(np.uint8)
         return np.take(normal.rounded, numbers, out=out)
 
+    def for_loops(self) -> tuple[np.float32, np.float32, NDArray[np.float32]]:
+        """What `compiled_loops.py` takes: its ends, as half integers where the levels of these follow."""
+        if self.name == "even":
+            return np.float32(self.low), np.float32(self.high), np.empty(0, np.float32)
+        normal = _NORMAL[self.bits]
+        return np.float32(normal.halves[0]), np.float32(normal.halves[-1]), normal.rounded
+
     def codes(self, levels: NDArray[np.float32]) -> NDArray[np.uint8]:
         """The codes of levels."""
         if self.name == "even":

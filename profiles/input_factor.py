@@ -1,88 +1,185 @@
-"""What GPTQ needs of a matrix's inputs: the triangular factor of their inverse second moments.
+"""What GPTQ needs of a matrix's inputs: their inverse second moments, as a triangular factor, whole or in panels.
 
 Matrices that read the same inputs share one.
-Legend: K input features, H [K, K] = sum over inputs of x xᵀ.
+Legend: n rows of a matrix, K its input features, C columns of a panel, t tokens, H [K, K] = sum over inputs of x xᵀ,
+D = H + `added` on its diagonal, features in `order`; U upper triangular with UᵀU = D⁻¹.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from arriero.profiles.moments import Moments
 from arriero.profiles.piecewise import Each, piecewise
+from arriero.profiles.triangular import SMALL, inverse_factor
 
-SMALL = 256  # triangular matrices up to here are factored, inverted and multiplied as they are
+PANEL = 256  # columns whose errors are passed on to the rest of a matrix at once
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+
+
+class Columns(Protocol):
+    """A piece of a matrix, whose columns are rounded panel by panel."""
+
+    def reach(self, panel: slice) -> Floats:
+        """Its columns [C, n] of that panel after all errors before it were passed on; they may be written over."""
+
+    def leave(self, panel: slice, rounded: Floats, errors: Floats) -> None:
+        """Pass on that they are `rounded` [C, n] now, `errors` [C, n] by their factor; both may be written over."""
+
+    def error(self) -> float:
+        """Squared error of the outputs, when all panels were left."""
 
 
 @dataclass(frozen=True)
-class InputFactor:
-    """`upper` f32 [K, K]: the upper triangular U with UᵀU = (H + `added` on its diagonal)⁻¹, features in `order`."""
+class InputFactor(ABC):
+    """D, and what rounding a panel of columns changes in the columns after it."""
 
     order: NDArray[np.int64]  # [K], falling by the moment ("act-order")
-    importance: NDArray[np.float64]  # [K], the damped diagonal, features in their own order
+    importance: NDArray[np.float64]  # [K], the diagonal of D, features in their own order
     added: float
-    upper: NDArray[np.float32]
 
-    @classmethod
-    def of(cls, moment: NDArray[np.float64], damping: float) -> InputFactor:
+    @staticmethod
+    def of(seen: Moments, damping: float) -> InputFactor:
         """Factor the second moments H; `damping` is the share of their mean diagonal that is added to the diagonal."""
-        diagonal = np.diagonal(moment)
+        diagonal = seen.diagonal
         mean = float(np.mean(diagonal))
         # never active features count as barely active; without any input all are alike
         added = damping * mean if mean > 0 else 1.0
         order = np.argsort(-diagonal, kind="stable")
-        return cls(order, diagonal + added, added, _inverse_factor(moment, order, added))
+        rows = seen.rows
+        if rows is None:
+            return _whole_factor(order, diagonal + added, added, seen.moment)
+        return _panel_factors(order, diagonal + added, added, rows)
+
+    @abstractmethod
+    def upper(self, panel: slice) -> Floats:
+        """U's square [C, C] of a panel of columns, whose `start` is a multiple of `PANEL`."""
+
+    @abstractmethod
+    def columns(self, weight: Floats) -> Columns:
+        """The way through `weight` [K, n], a piece of a matrix with its features in `order`."""
 
 
-def _inverse_factor(moment: NDArray[np.float64], order: NDArray[np.int64], added: float) -> NDArray[np.float32]:
-    """The upper triangular U [K, K] with UᵀU the inverse of `moment` + `added` on its diagonal, features in `order`.
+@dataclass(frozen=True)
+class WholeFactor(InputFactor):
+    """U as a whole: the errors of a panel change all columns after it."""
 
-    The Cholesky factor L of that matrix turned about both axes, inverted and turned back, is one: neither the inverse
-    of the matrix nor L as a whole is ever made. In float64 but for what is given.
+    factor: Floats  # U [K, K]
+
+    def upper(self, panel: slice) -> Floats:
+        """See the base."""
+        return self.factor[panel, panel]
+
+    def columns(self, weight: Floats) -> Columns:
+        """See the base."""
+        return _PassedOn(self, weight)
+
+
+class _PassedOn:
+    """With weight - rounded = errors U and U D Uᵀ = 1, the errors' squares sum to what the outputs lose under D."""
+
+    def __init__(self, inputs: WholeFactor, weight: Floats) -> None:
+        self.inputs, self.weight, self.rest, self.sum = inputs, weight, weight.copy(), 0.0
+
+    def reach(self, panel: slice) -> Floats:
+        return self.rest[panel]
+
+    def leave(self, panel: slice, rounded: Floats, errors: Floats) -> None:
+        self.rest[panel.stop :] -= self.inputs.factor[panel, panel.stop :].T @ errors
+        lost = np.subtract(self.weight[panel], rounded, out=rounded)
+        for squares, times in ((errors, 1.0), (lost, -self.inputs.added)):
+            self.sum += times * float(np.sum(np.square(squares, out=squares), dtype=np.float64))
+
+    def error(self) -> float:
+        return self.sum
+
+
+@dataclass(frozen=True)
+class PanelFactors(InputFactor):
+    """Of few tokens X [t, K], D = XᵀX + added: what a panel's errors change in later columns goes by way of the tokens.
+
+    Where the columns before a panel P are rounded, and R is P with all columns after it, the weights of R that lose
+    least are w + Xᵣᵀ G⁻¹ e, with e [t] what the tokens' outputs have lost so far and G = added + Xᵣ Xᵣᵀ [t, t]: the
+    minimum of |e - Xᵣ d|² + added |d|² over changes d. GPTQ's recurrence arrives at the same.
     """
+
+    inputs: Floats  # Xᵀ [K, t]
+    onto: Floats  # of each panel Xₚᵀ G⁻¹, together [K, t]
+    uppers: tuple[Floats, ...]  # of each panel U's square
+
+    def upper(self, panel: slice) -> Floats:
+        """See the base."""
+        return self.uppers[panel.start // PANEL]
+
+    def columns(self, weight: Floats) -> Columns:
+        """See the base."""
+        return _ThroughTokens(self, weight)
+
+
+class _ThroughTokens:
+    def __init__(self, inputs: PanelFactors, weight: Floats) -> None:
+        self.inputs, self.weight = inputs, weight
+        self.lost = np.zeros((inputs.inputs.shape[1], weight.shape[1]), np.float32)  # of the outputs, by token
+
+    def reach(self, panel: slice) -> Floats:
+        return np.asarray(self.weight[panel] + self.inputs.onto[panel] @ self.lost)
+
+    def leave(self, panel: slice, rounded: Floats, errors: Floats) -> None:
+        self.lost += self.inputs.inputs[panel].T @ np.subtract(self.weight[panel], rounded, out=rounded)
+
+    def error(self) -> float:
+        return float(np.sum(np.square(self.lost), dtype=np.float64))
+
+
+def _whole_factor(
+    order: NDArray[np.int64], importance: NDArray[np.float64], added: float, moment: NDArray[np.float64]
+) -> WholeFactor:
     turned = order[::-1]
     matrix = moment[np.ix_(turned, turned)]
     matrix[np.diag_indices(len(matrix))] += added
     with piecewise() as each:
-        return np.ascontiguousarray(_inverse_cholesky(matrix, each)[::-1, ::-1], np.float32)
+        return WholeFactor(order, importance, added, inverse_factor(matrix, each))
 
 
-def _inverse_cholesky(matrix: NDArray[np.float64], each: Each) -> NDArray[np.float64]:
-    """The inverse of the Cholesky factor of `matrix`, by halves, so that nearly all of it is products of matrices.
+def _panel_factors(
+    order: NDArray[np.int64], importance: NDArray[np.float64], added: float, rows: Floats
+) -> PanelFactors:
+    inputs = np.ascontiguousarray(rows.T[order])
+    onto, uppers = np.empty_like(inputs), list[Floats]()
+    inverse = np.eye(len(rows)) / added
+    with piecewise() as each:
+        for start in reversed(range(0, len(inputs), PANEL)):
+            panel = slice(start, start + PANEL)
+            onto[panel], square = _add_panel(inputs[panel].astype(np.float64), inverse, each)
+            # of the inverse of D over R, the part that P sees of itself
+            uppers.append(inverse_factor(added * square[::-1, ::-1], each))
+    return PanelFactors(order, importance, added, inputs, onto, tuple(reversed(uppers)))
 
-    Only the lower triangle is read, and its second half written over.
+
+def _add_panel(panel: Doubles, inverse: Doubles, each: Each) -> tuple[Doubles, Doubles]:
+    """Add `panel` Xₚᵀ [C, t] to G, of which `inverse` is held, by Woodbury's identity: G + Xₚ Xₚᵀ is held then.
+
+    Gives Xₚᵀ G⁻¹ after it [C, t], and 1 + Xₚᵀ G⁻¹ Xₚ before it [C, C].
     """
-    size = len(matrix)
-    if size <= SMALL:
-        return np.tril(np.linalg.inv(np.linalg.cholesky(matrix)))
-    half = size // 2
-    inverse = np.zeros((size, size))
-    first = inverse[:half, :half] = _inverse_cholesky(matrix[:half, :half], each)
-    below = _times_lower(matrix[half:, :half], first, each, transposed=True)  # the factor's own
-    rest = matrix[half:, half:]
+    before, after = np.empty((2, *panel.shape))
 
-    def subtract(columns: slice) -> None:
-        rest[columns.start :, columns] -= below[columns.start :] @ below[columns].T
+    def reach(tokens: slice) -> None:
+        np.matmul(panel, inverse[:, tokens], out=before[:, tokens])
 
-    each(subtract, len(rest), SMALL)
-    last = inverse[half:, half:] = _inverse_cholesky(rest, each)
-    inverse[half:, :half] = -_times_lower(_times_lower(below, first, each).T, last, each, transposed=True).T
-    return inverse
+    each(reach, len(inverse), SMALL)
+    square = before @ panel.T
+    square[np.diag_indices(len(square))] += 1
+    solved = np.linalg.inv(square)
 
+    def add(tokens: slice) -> None:
+        np.matmul(solved, before[:, tokens], out=after[:, tokens])
+        inverse[:, tokens] -= before.T @ after[:, tokens]
 
-def _times_lower(
-    matrix: NDArray[np.float64], lower: NDArray[np.float64], each: Each, transposed: bool = False
-) -> NDArray[np.float64]:
-    """`matrix` [n, K] times the lower triangular `lower` [K, K] or its transpose, without most of its zeros."""
-    product = np.empty(matrix.shape)
-
-    def multiply(columns: slice) -> None:
-        if transposed:
-            np.matmul(matrix[:, : columns.stop], lower[columns, : columns.stop].T, out=product[:, columns])
-        else:
-            np.matmul(matrix[:, columns.start :], lower[columns.start :, columns], out=product[:, columns])
-
-    each(multiply, len(lower), SMALL)
-    return product
+    each(add, len(inverse), SMALL)
+    return after, square

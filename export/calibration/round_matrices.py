@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from arriero.export.proof.walk_layers import ExpertRows, expert_activation
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.names import expert_tensors
-from arriero.profiles.gptq import gptq, output_error
+from arriero.profiles.gptq import gptq
 from arriero.profiles.grids import Grid
 from arriero.profiles.input_factor import InputFactor
 from arriero.profiles.moments import Moments, check_finite
@@ -155,7 +155,7 @@ class Rounder:
             calibrated, error = gptq(weight, self._factor(seen, form.rule.damping), grid=grid, block=block, name=tensor)
             some = weight[:: -(-len(weight) // JUDGED)]  # of a large matrix evenly spread rows, for all of them
             plain = dequantize(nearest(some, scheme, name=tensor))
-            without = output_error(some, plain, seen.moment) * len(weight) / len(some)
+            without = seen.output_error(some - plain) * len(weight) / len(some)
             gain = error / without if without > 0 else None
             if error <= without:  # a matrix whose rounding was better left alone is left alone
                 rounded, rounding = calibrated, "gptq"
@@ -168,7 +168,7 @@ class Rounder:
         """The factor of the moments `seen`; the last one is kept for other matrices and forms that ask for it."""
         if self._factored is None or self._factored[0]() is not seen or self._factored[1] != damping:
             self._factored = None  # gone before its successor is made
-            self._factored = ref(seen), damping, InputFactor.of(seen.moment, damping)
+            self._factored = ref(seen), damping, InputFactor.of(seen, damping)
         return self._factored[2]
 
 

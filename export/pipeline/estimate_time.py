@@ -18,6 +18,7 @@ from arriero.graphs.config import ModelConfig
 from arriero.graphs.names import TEXT_PREFIX
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.groups import is_layer_matrix
+from arriero.profiles.moments import FEW
 from arriero.profiles.recipe import Profile
 from arriero.traits import TRAITS
 
@@ -29,6 +30,8 @@ COMPILED_LAYER = 1.5  # by TVM
 KERNELS = 40.0  # a file of C++ for each level of instructions, two at a time
 STEP = 0.002  # of Python and PyTorch for a layer and a sample
 EFFICIENCY = 0.4  # of the measured product that small and ragged ones reach
+LARGE = 0.8  # and that of whole matrices, a panel at a time
+SEARCH = 2500  # operations for each number whose scale is searched and that is rounded by itself
 ROUNDED = 4  # times that a matrix is gone over while it is rounded and packed
 
 
@@ -95,7 +98,7 @@ def estimate_seconds(
 
 
 def _rounding(work: Work, speed: MachineSpeed) -> float:
-    """Second moments of every matrix's inputs, their inverse, and the sweep over its columns, for each profile."""
+    """What is factored of every matrix's inputs, and the sweep over its columns, for each profile."""
     gptq = [profile for profile in work.profiles if profile.rounds_by_gptq]
     if not gptq:
         return 0.0
@@ -105,8 +108,11 @@ def _rounding(work: Work, speed: MachineSpeed) -> float:
         if is_layer_matrix(one.name):
             experts = one.shape[0] if len(one.shape) == 3 else 1
             inputs, outputs = (one.shape[1], one.shape[2]) if len(one.shape) == 3 else (one.shape[1], one.shape[0])
-            share = work.config.text.experts_per_token / experts if experts > 1 else 1
-            # the factor of the moments is made in float64, which counts twice
-            moments, factor = 2.0 * tokens * share * inputs**2, 4 / 3 * inputs**3
-            flops += experts * (moments + factor + len(gptq) * outputs * inputs**2)
-    return 2 * flops / (speed.flops * EFFICIENCY)  # as much again for scales and columns, element by element
+            rows = tokens * (work.config.text.experts_per_token / experts if experts > 1 else 1)
+            # factors are made in float64, which counts twice
+            if rows * FEW <= inputs:
+                factor, passed_on = 8 * rows**2 * inputs, 4 * rows * inputs * outputs
+            else:
+                factor, passed_on = rows * inputs**2 + 4 / 3 * inputs**3, outputs * inputs**2
+            flops += experts * (factor + len(gptq) * (passed_on + SEARCH * inputs * outputs))
+    return flops / (speed.flops * LARGE)

@@ -18,6 +18,7 @@ from arriero.profiles.gptq import gptq
 from arriero.profiles.grids import Grid
 from arriero.profiles.groups import is_layer_matrix
 from arriero.profiles.input_factor import InputFactor
+from arriero.profiles.moments import Moments
 from arriero.profiles.quantize import dequantize
 from arriero.profiles.quantized_weights import QuantizedWeights, RoundingRecord
 from arriero.profiles.schemes import Exact, IntBlock, Scheme
@@ -47,9 +48,10 @@ def round_all(
         stack = weight.swapaxes(-1, -2) if weight.ndim == 3 else weight[None]
         made = []
         for number, matrix in enumerate(stack):
-            x = rng.standard_normal((40, matrix.shape[1]))
+            seen = Moments(matrix.shape[1])
+            seen.add(rng.standard_normal((40, matrix.shape[1])).astype(np.float32))
             shape = {"grid": Grid(scheme.bits, scheme.grid), "block": scheme.block}
-            rounded, _ = gptq(np.ascontiguousarray(matrix), InputFactor.of(x.T @ x, 0.03), **shape, name=name)
+            rounded, _ = gptq(np.ascontiguousarray(matrix), InputFactor.of(seen, 0.03), **shape, name=name)
             expert = number if weight.ndim == 3 else None
             store.write(name, expert, len(stack), rounded, RoundingRecord(name, expert, "gptq", 40, 1.0, 0.5))
             made.append(dequantize(rounded))

@@ -10,8 +10,10 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from arriero.profiles.gptq import ROWS, gptq
 from arriero.profiles.grids import Grid
-from arriero.profiles.input_factor import SMALL, InputFactor
+from arriero.profiles.input_factor import InputFactor
+from arriero.profiles.moments import FEW, Moments
 from arriero.profiles.piecewise import piecewise
+from arriero.profiles.triangular import SMALL
 
 
 def threads_of_numpy() -> set[int]:
@@ -44,14 +46,18 @@ def test_what_a_piece_raises_is_raised_and_numpy_has_its_threads_again() -> None
         assert threads_of_numpy() == {2}
 
 
-def test_calibrated_rounding_has_the_same_bits_on_any_number_of_threads() -> None:
+@pytest.mark.parametrize("tokens", [900, 2 * SMALL // FEW])
+def test_calibrated_rounding_has_the_same_bits_on_any_number_of_threads(tokens: int) -> None:
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((2 * ROWS + 7, 2 * SMALL + 32)).astype(np.float32)
-    inputs = rng.standard_normal((900, weight.shape[1]))
+    seen = Moments(weight.shape[1])
+    seen.add(rng.standard_normal((tokens, weight.shape[1])).astype(np.float32))
     results = []
     for threads in (1, 2, 3):
         with threadpool_limits(threads, "blas"):
-            factor = InputFactor.of(inputs.T @ inputs, 0.01)
+            factor = InputFactor.of(seen, 0.01)
             rounded, error = gptq(weight, factor, grid=Grid(4), block=32, name="w")
-        results.append((factor.upper.tobytes(), rounded.packed.tobytes(), rounded.scales.tobytes(), error))
+        made = [value.tobytes() for value in vars(factor).values() if isinstance(value, np.ndarray)]
+        results.append((*made, rounded.packed.tobytes(), rounded.scales.tobytes(), error))
+    assert len(results[0]) >= 6
     assert results[0] == results[1] == results[2]
