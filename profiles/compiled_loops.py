@@ -31,13 +31,14 @@ def compiled(*signature: Any) -> Callable[[Loop], Loop]:
     def compile_loop(loop: Loop) -> Loop:
         try:  # "numpy": a division by zero is infinite
             made: Any = njit(takes, nogil=True, error_model="numpy", cache=True)(loop)
-        except RuntimeError:  # no folder that it may be kept in
+        except (RuntimeError, OSError):  # nowhere to keep it, or no room there
             made = njit(takes, nogil=True, error_model="numpy")(loop)
         return cast(Loop, made)
 
     return compile_loop
 
 
+# What is no number becomes the lowest level, so that no index leaves its table: max(low, x) is low then.
 # What stands in a function of its own is seen to touch nothing else, and becomes vector arithmetic.
 @compiled(LINE, LINE, LINE, LINE, LINE, *GRID)
 def _add_errors(
@@ -47,16 +48,16 @@ def _add_errors(
     if len(levels):
         for m in range(len(values)):
             half = values[m] / step[m] * np.float32(2)
-            off = values[m] - levels[np.int32(min(max(half, low), high) + ROUNDER - ROUNDER - low)] * step[m]
+            off = values[m] - levels[np.int32(min(high, max(low, half)) + ROUNDER - ROUNDER - low)] * step[m]
             plus[m] += off * off * weight[m]
-            off = values[m] + levels[np.int32(min(max(-half, low), high) + ROUNDER - ROUNDER - low)] * step[m]
+            off = values[m] + levels[np.int32(min(high, max(low, -half)) + ROUNDER - ROUNDER - low)] * step[m]
             minus[m] += off * off * weight[m]
     else:
         for m in range(len(values)):
             ratio = values[m] / step[m]
-            off = values[m] - (min(max(ratio, low), high) + ROUNDER - ROUNDER) * step[m]
+            off = values[m] - (min(high, max(low, ratio)) + ROUNDER - ROUNDER) * step[m]
             plus[m] += off * off * weight[m]
-            off = values[m] - (min(max(ratio, -high), -low) + ROUNDER - ROUNDER) * step[m]
+            off = values[m] - (min(-low, max(-high, ratio)) + ROUNDER - ROUNDER) * step[m]
             minus[m] += off * off * weight[m]
 
 
@@ -106,10 +107,10 @@ def _round_column(
     for n in range(len(values)):
         ratio = values[n] / (step[n] if step[n] != 0 else np.float32(1))
         if len(levels):
-            half = min(max(ratio * np.float32(2), low), high) + ROUNDER - ROUNDER
+            half = min(high, max(low, ratio * np.float32(2))) + ROUNDER - ROUNDER
             level[n] = levels[np.int32(half - low)]
         else:
-            level[n] = min(max(ratio, low), high) + ROUNDER - ROUNDER
+            level[n] = min(high, max(low, ratio)) + ROUNDER - ROUNDER
         rounded[n] = level[n] * step[n]
         error[n] = (values[n] - rounded[n]) / own
 

@@ -20,7 +20,8 @@ sys.meta_path.insert(0, Absent())
 from arriero.export.__main__ import main
 main()
 """
-BUILD_ONLY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "yaml", "ml_dtypes", "tensorrt", "cuda")
+BUILD_ONLY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "yaml", "ml_dtypes", "numba", "llvmlite")
+BUILD_ONLY += ("tensorrt", "cuda")
 
 
 def without(packages: tuple[str, ...], *arguments: object) -> subprocess.CompletedProcess[str]:

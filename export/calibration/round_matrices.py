@@ -11,6 +11,7 @@ from functools import partial
 from weakref import ReferenceType, ref
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from arriero.export.proof.walk_layers import ExpertRows, expert_activation
@@ -112,7 +113,8 @@ def expert_matrices(job: ExpertJob) -> Iterator[Matrix]:
 
 def read_expert(checkpoint: Checkpoint, tensor: str, expert: int) -> Floats:
     """The matrix [N, K] of one expert of the stack `tensor`."""
-    return np.ascontiguousarray(checkpoint.read_float32(tensor, expert, expert + 1)[0].T)
+    stored = torch.from_numpy(checkpoint.read_float32(tensor, expert, expert + 1)[0])
+    return np.asarray(stored.T.contiguous())  # turned about in blocks, where numpy goes line by line
 
 
 class Rounder:
