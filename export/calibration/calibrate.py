@@ -32,7 +32,8 @@ from arriero.export.calibration.round_matrices import (
 )
 from arriero.export.calibration.sensitivity import expert_errors, linear_error
 from arriero.export.machine.jobs import Submit, do_here
-from arriero.export.proof.walk_layers import LayerInputs, Routed, Walk
+from arriero.export.proof.routed_rows import Routed
+from arriero.export.proof.walk_layers import LayerInputs, Walk
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.names import expert_tensors
 from arriero.profiles.journal import Region, Tell, keep_silent

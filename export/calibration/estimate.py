@@ -73,10 +73,14 @@ def _rounding_memory(outputs: int, inputs: int) -> int:
     return int(max(8 * FACTORING * inputs**2 + 4 * numbers, rounding))
 
 
-def walk_disk(config: ModelConfig, sizes: Sequence[Size]) -> int:
-    """Bytes of the hidden states before and after a layer, and of the rows that its experts read."""
-    rows = 2 + (config.text.experts_per_token if config.text.moe_layers else 0)
-    return 4 * sum(size[0] for size in sizes) * config.text.hidden_size * rows
+def walk_disk(config: ModelConfig, sizes: Sequence[Size], calibrates: bool) -> int:
+    """Bytes of the hidden states before and after a layer, and of what its experts read.
+
+    Calibration keeps what their down_proj reads, too.
+    """
+    text = config.text
+    routed = (text.hidden_size + calibrates * text.expert_ffn) * text.experts_per_token if text.moe_layers else 0
+    return 4 * sum(size[0] for size in sizes) * (2 * text.hidden_size + routed)
 
 
 def roundings_disk(profiles: Iterable[Profile], used: Iterable[WeightSource]) -> int:

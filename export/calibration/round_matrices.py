@@ -1,6 +1,6 @@
 """Rounds matrices for every profile that calibrates, by what their inputs were seen to be; an expert's are one job.
 
-Legend: n tokens of one expert, H hidden, F expert width, K input features, N output features.
+Legend: K input features, N output features.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from arriero.export.proof.walk_layers import ExpertRows, expert_activation
+from arriero.export.proof.routed_rows import ExpertRows
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.names import expert_tensors
 from arriero.profiles.gptq import gptq
@@ -96,19 +96,14 @@ def round_expert(job: ExpertJob) -> Iterator[Rounded | Observed]:
 
 def expert_matrices(job: ExpertJob) -> Iterator[Matrix]:
     """Both matrices of an expert, with the moments of what really goes into them."""
-    layer, expert, (gate_up, down) = job.layer, job.expert, expert_tensors(job.layer)
-    first = read_expert(job.checkpoint, gate_up, expert)
-    inputs = Moments(first.shape[1], job.is_left(gate_up))
-    inners = Moments(first.shape[0] // 2, job.is_left(down))
-    for rows, samples in job.rows.pieces():
-        check_finite(rows, f"layer {layer}, expert {expert}, input", samples)
-        inputs.add(rows)
-        inner = expert_activation(rows, first)
-        check_finite(inner, f"layer {layer}, expert {expert}, input of down_proj", samples)
-        inners.add(inner)
-    yield gate_up, expert, partial(_same, first), inputs
-    del first, inputs
-    yield down, expert, partial(read_expert, job.checkpoint, down, expert), inners
+    both = ("input", job.rows.pieces), ("input of down_proj", job.rows.inner_pieces)
+    for tensor, (name, pieces) in zip(expert_tensors(job.layer), both, strict=True):
+        seen = Moments(job.checkpoint.tensors[tensor].shape[1], job.is_left(tensor))
+        for rows, samples in pieces():
+            check_finite(rows, f"layer {job.layer}, expert {job.expert}, {name}", samples)
+            seen.add(rows)
+        yield tensor, job.expert, partial(read_expert, job.checkpoint, tensor, job.expert), seen
+        del seen  # of no use while the next one is made
 
 
 def read_expert(checkpoint: Checkpoint, tensor: str, expert: int) -> Floats:
@@ -172,7 +167,3 @@ class Rounder:
             self._factored = None  # gone before its successor is made
             self._factored = ref(seen), damping, InputFactor.of(seen, damping)
         return self._factored[2]
-
-
-def _same(weight: Floats) -> Floats:
-    return weight

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from arriero.export.proof.walk_layers import Routed, Walk, expert_output
+from arriero.export.proof.routed_rows import Routed, expert_output
+from arriero.export.proof.walk_layers import Walk
 from arriero.graphs.names import expert_tensors
 
 Floats = NDArray[np.float32]

@@ -63,7 +63,7 @@ def estimate_needs(
     """
     second = any(profile.rounds_by_gptq for profile in calibrates)
     chooses = any(profile.choose is not None for profile in calibrates)
-    calibrated = estimate.walk_disk(config, sizes) + estimate.roundings_disk(calibrates, used)
+    calibrated = estimate.walk_disk(config, sizes, calibrates=True) + estimate.roundings_disk(calibrates, used)
     walk = estimate.calibration_memory(config, used, sizes, second, chooses)
     needs = {
         "graph": (TRACE_MEMORY + TRACE_LAYER * len(seen.text.layers), graphs_disk(seen)),

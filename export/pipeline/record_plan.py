@@ -51,7 +51,7 @@ def record_disk(config: ModelConfig, sizes: Sequence[estimate.Size]) -> int:
     """The most bytes that the stage's folder takes: while the walk goes through a layer, or with all logits."""
     text, tokens = config.text, sum(size[0] for size in sizes)
     record = record_bytes(config, sizes)
-    walking = record - _logits_bytes(text, tokens) + estimate.walk_disk(config, sizes)
+    walking = record - _logits_bytes(text, tokens) + estimate.walk_disk(config, sizes, calibrates=False)
     return max(walking, record + 4 * text.hidden_size * tokens)
 
 

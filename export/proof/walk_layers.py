@@ -1,10 +1,10 @@
 """Walks samples through the reference's decoder, one layer at a time: what calibration sees and the record keeps.
 
-Between two layers the hidden states of all samples lie in a memory-mapped file, and so do the rows that were routed to
-experts. All samples go through a layer up to its router, then the experts follow one by one, each over all rows that
-were routed to it: every weight is read and widened once. In memory there is one sample's step and a layer without its
-experts, or one expert, and for calibration the moments of a layer's matrices. Experts and the head are multiplied by
-numpy's library, which on processors of AMD is half as fast again as PyTorch's.
+Between two layers the hidden states of all samples lie in a memory-mapped file, and so does what was routed to experts.
+All samples go through a layer up to its router, then the experts follow one by one, each over all rows that were routed
+to it: every weight is read and widened once. In memory there is one sample's step and a layer without its experts, or
+one expert, and for calibration the moments of a layer's matrices. Matrices are multiplied by numpy's library, which on
+processors of AMD is half as fast again as PyTorch's.
 Legend: S tokens of a sample, T tokens of all samples, H hidden, F expert width, E experts, k experts per token.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from arriero.export.proof.decoded_memory import VOCABULARY
+from arriero.export.proof.routed_rows import ROUTED, Routed, expert_activation
 from arriero.graphs.config import TextConfig
 from arriero.graphs.model import KeyValue, Linear, MoE
 from arriero.graphs.rotary import rotation_table
@@ -50,42 +52,6 @@ WATCHED = {
         for site, names in DENSE.items()
     },
 }
-
-
-@dataclass(frozen=True)
-class ExpertRows:
-    """The rows of a file that one expert reads, by number, and the name of each one's sample."""
-
-    file: Path
-    numbers: NDArray[np.int64]
-    samples: Sequence[str]
-
-    def pieces(self) -> Iterator[tuple[Floats, Sequence[str]]]:
-        """The rows [n, H], at most `ROWS` at a time, and the names of their samples."""
-        rows = np.load(self.file, mmap_mode="r")
-        for start in range(0, len(self.numbers), ROWS):
-            piece = slice(start, start + ROWS)
-            yield np.asarray(rows[self.numbers[piece]]), self.samples[piece]
-
-
-@dataclass
-class Routed:
-    """What the router of one layer sent to its experts: rows f32 [T*k, H] of `file`, already scaled by the score."""
-
-    file: Path
-    rows: Any
-    expert: NDArray[np.int64]  # [T*k]
-    sample: NDArray[np.int64]  # [T*k]
-    names: Sequence[str]  # of the samples
-
-    def counts(self, experts: int) -> list[int]:
-        """Tokens per expert [E]."""
-        return [int(count) for count in np.bincount(self.expert, minlength=experts)]
-
-    def of(self, expert: int) -> ExpertRows:
-        """What `expert` reads."""
-        numbers = np.flatnonzero(self.expert == expert)
-        return ExpertRows(self.file, numbers, [self.names[number] for number in self.sample[numbers]])
 
 
 @dataclass
@@ -190,16 +156,17 @@ class Walk:
         """The ids [S] of a sample, prompt and answer."""
         return np.concatenate([self.prompts[number].input_ids, self.answers[number]])
 
-    def steps(self, layer: int, progress: Progress | None = None) -> Iterator[Step]:
+    def steps(self, layer: int, progress: Progress | None = None, inner: bool = False) -> Iterator[Step]:
         """Run `layer` over all samples in turn, and write the hidden states after it when the last is taken.
 
-        What a MoE layer sends to its experts is in `routed` then. Progress counts samples, and experts after them.
+        What a MoE layer sends to its experts is in `routed` then, of which `inner` is kept if it is asked for. Progress
+        counts samples, and experts after them.
         """
         module = self.model.model.layers[layer]
         hidden = np.load(self.hidden_file(layer), mmap_mode="r")
         out = self._create_hidden(layer + 1)
         moe = isinstance(module.feed_forward, MoE)
-        self.routed = self._new_routed() if moe else None
+        self.routed = self._new_routed(inner) if moe else None
         total = len(self.prompts) + (self.text.experts if moe else 0)
         tell = progress or _tell_nobody
         tell(0, total)
@@ -212,8 +179,9 @@ class Walk:
                 out[rows] = after
                 tell(number + 1, total)
         if self.routed is not None:
-            self.routed.rows.flush()  # for other machines that read them
             self._add_experts(layer, self.routed, out, lambda expert: tell(len(self.prompts) + expert + 1, total))
+            for written in (self.routed.rows, *([self.routed.inner] if inner else [])):
+                written.flush()  # for other machines that read them
         self._finish_hidden(out, layer + 1)
 
     def _create_hidden(self, layer: int) -> Any:
@@ -227,12 +195,15 @@ class Walk:
         file.with_suffix(".partial").replace(file)
         self.journal.keep(file.name, Region.whole(self.folder, file.name))
 
-    def _new_routed(self) -> Routed:
+    def _new_routed(self, inner: bool) -> Routed:
+        self.forget_routed()
         rows = self.tokens * self.text.experts_per_token
         samples = np.repeat(np.arange(len(self.prompts)), np.diff(self.bounds) * self.text.experts_per_token)
-        file = self.folder / "routed.partial"
+        file, inner_file = (self.folder / name for name in ROUTED)
         made = _create(file, rows, self.text.hidden_size)
-        return Routed(file, made, np.zeros(rows, np.int64), samples, [sample.name for sample in self.samples])
+        kept = _create(inner_file, rows, self.text.expert_ffn) if inner else None
+        names = [sample.name for sample in self.samples]
+        return Routed(file, made, inner_file, kept, np.zeros(rows, np.int64), samples, names)
 
     @torch.inference_mode()
     def _reach_router(self, layer: int, hidden: Floats, rows: slice) -> tuple[Floats, KeyValue]:
@@ -257,8 +228,10 @@ class Walk:
                 gate_up, down = self.session.backend.expert(layer, expert)  # type: ignore[attr-defined]
                 for start in range(0, len(every), ROWS):
                     rows = every[start : start + ROWS]
-                    made = expert_output(np.asarray(routed.rows[rows]), gate_up.numpy().T, down.numpy().T)
-                    out[rows // self.text.experts_per_token] += made
+                    inner = expert_activation(np.asarray(routed.rows[rows]), gate_up.numpy().T)
+                    if routed.inner is not None:
+                        routed.inner[rows] = inner
+                    out[rows // self.text.experts_per_token] += inner @ down.numpy()
             tell(expert)
 
     def observe(self, layer: int, progress: Progress | None = None) -> LayerInputs:
@@ -268,7 +241,7 @@ class Walk:
         """
         moments: dict[str, Moments] = {}
         cache = CacheRange(self.text.kv_heads, self.text.head_dim, self.text.layers[layer].rope)
-        for step in self.steps(layer, progress):
+        for step in self.steps(layer, progress, inner=True):
             cache.add(*(one[0].transpose(0, 1).numpy() for one in step.present))
             for site, (x, _) in step.seen.items():
                 if site == ROUTER:
@@ -295,7 +268,8 @@ class Walk:
     def forget_routed(self) -> None:
         """Delete what the last layer sent to its experts."""
         self.routed = None
-        (self.folder / "routed.partial").unlink(missing_ok=True)
+        for name in ROUTED:
+            (self.folder / name).unlink(missing_ok=True)
 
     def _shared(self, layer: int, site: str) -> str:
         return f"language_model.model.layers.{layer}.{WATCHED[site][0]}.weight"
@@ -319,30 +293,27 @@ def _tell_nobody(done: int, total: int) -> None:
     """Keep silent."""
 
 
-def expert_activation(rows: Floats, gate_up: Floats) -> Floats:
-    """What an expert's down_proj reads: silu(gate) * up [n, F] of [n, H]; `gate_up` [2F, H] has halves gate|up."""
-    gate, up = np.split(rows @ gate_up.T, 2, -1)
-    with np.errstate(over="ignore"):  # exp(-gate) may overflow to inf, which makes the quotient the 0 it should be
-        return np.asarray(gate / (1 + np.exp(-gate)) * up)
-
-
-def expert_output(rows: Floats, gate_up: Floats, down: Floats) -> Floats:
-    """What an expert adds to the residual stream [n, H] for its input [n, H]; `down` is [H, F]."""
-    return expert_activation(rows, gate_up) @ down.T
-
-
 @contextmanager
 def _widened(module: nn.Module) -> Iterator[None]:
-    """Within the block, the module's matrices are float32; experts, whose weights no `Linear` holds, stay as stored."""
+    """Within the block, the module's matrices are float32 and multiplied by numpy; experts, whose weights no `Linear`
+    holds, stay as stored.
+    """
     linears = [part for part in module.modules() if isinstance(part, Linear)]
     stored = [part.weight for part in linears]
     try:
         for part in linears:
             part.weight = nn.Parameter(part.weight.float(), requires_grad=False)
+            part.forward = partial(_multiply, part.weight.numpy())  # type: ignore[method-assign]
         yield
     finally:
         for part, weight in zip(linears, stored, strict=True):
             part.weight = weight
+            vars(part).pop("forward", None)
+
+
+def _multiply(weight: Floats, x: Tensor) -> Tensor:
+    """What `Linear` gives: [..., in] -> [..., out]."""
+    return torch.from_numpy(x.numpy() @ weight.T)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from arriero.export.pipeline import record_plan
 from arriero.export.pipeline.record_plan import record_memory
 from arriero.export.proof import decoded_memory
 from arriero.export.proof.decoded_memory import logit_groups
+from arriero.export.proof.routed_rows import ROUTED
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
 from tests.export.proof.test_walk_layers import LENGTH, SAMPLES, profile, walk_over
@@ -64,9 +65,9 @@ def test_disk_is_what_lies_there_while_a_layer_is_seen(layer: Path, tmp_path: Pa
     walk = walk_over(load_reference(layer), tmp_path / "stage")
     walk.embed()
     walk.observe(0)
-    lying = sum(np.load(file, mmap_mode="r").nbytes for file in (tmp_path / "stage").glob("hidden-*.npy"))
-    lying += (tmp_path / "stage" / "routed.partial").stat().st_size - 128  # its header
-    assert walk_disk(ModelConfig.load(layer), [(LENGTH, 0)] * SAMPLES) == lying
+    files = [*(tmp_path / "stage").glob("hidden-*.npy"), *(tmp_path / "stage" / name for name in ROUTED)]
+    lying = sum(np.load(file, mmap_mode="r").nbytes for file in files)
+    assert walk_disk(ModelConfig.load(layer), [(LENGTH, 0)] * SAMPLES, calibrates=True) == lying
 
 
 def test_embedded_samples_are_never_larger_than_said(tmp_path: Path) -> None:

@@ -333,7 +333,7 @@ def test_an_expert_whose_inner_activation_overflows_is_named(tmp_path: Path) -> 
     routed = walk.observe(0).routed
     assert routed is not None
     expert = int(routed.expert[90])
-    routed.rows[90] = 3e38
+    routed.inner[90] = np.inf
     calibration = Calibration(walk, Checkpoint.open(folder), {}, tmp_path, lambda *_: None)
     told = rf"layer 0, expert {expert}, input of down_proj, calibration sample set.jsonl:2: "
     with np.errstate(all="ignore"), pytest.raises(ArrieroError, match=told):
