@@ -91,15 +91,15 @@ def measure(folder: Path, model: str, layers: int, profile: str, options: argpar
 def report(rows: list[dict[str, Any]]) -> None:
     """Print the rows, and per model, profile and stage the slope over layers with what the whole model would take."""
     head = f"{'model':9} {'layers':>6} {'profile':8} {'stage':22} {'planned':>8} {'peak GiB':>8} {'ratio':>6}"
-    print(f"{head} {'CPU-s':>8} {'seconds':>8} {'disk GB':>8} {'MB/s':>7}")
+    print(f"{head} {'CPU-s':>8} {'seconds':>8} {'planned':>8} {'disk GB':>8} {'MB/s':>7}")
     for row in rows:
         memory = [row.get(name, 0) / 2**30 for name in ("planned", "measured")]
         ratio = f"{memory[0] / memory[1]:6.2f}" if memory[1] else f"{'':6}"
-        disk = row.get("disk", 0) / 1e9
+        disk, seconds = row.get("disk", 0) / 1e9, [row["seconds"], row.get("planned_seconds", 0)]
         print(
             f"{row['model']:9} {row['layers']:6} {row['profile']:8} {row['stage']:22} {memory[0]:8.2f} "
-            f"{memory[1]:8.2f} {ratio} {row['processor_seconds']:8.0f} {row['seconds']:8.0f} {disk:8.2f} "
-            f"{1000 * disk / max(row['seconds'], 0.001):7.0f}"
+            f"{memory[1]:8.2f} {ratio} {row['processor_seconds']:8.0f} {seconds[0]:8.0f} {seconds[1]:8.0f} "
+            f"{disk:8.2f} {1000 * disk / max(seconds[0], 0.001):7.0f}"
         )
     kinds = dict.fromkeys((row["model"], row["profile"], row["stage"]) for row in rows)
     for model, profile, stage in kinds:

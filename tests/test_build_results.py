@@ -16,7 +16,6 @@ from arriero.export.pipeline.target_build import TargetBuild
 from arriero.runtimes.user_cache import VARIABLE
 from tests.command import Result, arriero, write_build
 from tests.conftest import workshop_profiles
-from tests.stopping import COMMAND
 
 
 @pytest.fixture
@@ -227,18 +226,15 @@ def test_paths_that_look_like_markup_do_no_harm(workshop: Path, tmp_path: Path) 
     folder = tmp_path / "a[/x] [red]b"
     folder.mkdir(parents=True)
     write_build(folder / "build.yaml", workshop / "scout", "text", samples=3)
-    for words in (["plan"], ["calibrate"], ["build"], ["build"]):
-        done = subprocess.run([*COMMAND, *words, "build.yaml"], cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    for word in ("plan", "calibrate", "build", "build"):
+        done = arriero(word, folder / "build.yaml")
+        assert done.code == 0, done.err
     bundle = folder / "bundles" / "fp32"
-    assert f"published {bundle}" in done.stdout
-    for words in (["inspect"], ["parity"], ["run"]):
-        asked = ["Hello", "--max-tokens", "1"] if words == ["run"] else []
-        done = subprocess.run([*COMMAND, *words, str(bundle), *asked], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    compared = ["compare", str(bundle), "--against", str(workshop / "scout"), "--samples", "2", "--forced-routing"]
-    done = subprocess.run([*COMMAND, *compared], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert f"published {bundle}" in done.out
+    compared = ("compare", bundle, "--against", workshop / "scout", "--samples", "2", "--forced-routing")
+    for words in (("inspect", bundle), ("parity", bundle), ("run", bundle, "Hello", "--max-tokens", "1"), compared):
+        done = arriero(*words)
+        assert done.code == 0, done.err
 
 
 def test_files_and_folders_that_cannot_be_written_are_told_before_anything_is_built(

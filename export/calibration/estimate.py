@@ -20,6 +20,7 @@ from arriero.runtimes.cpu import usable_cores
 # From runs on small models, as `benchmarks/plan_accuracy.py` makes them.
 REFERENCE_MEMORY = 345 << 20  # Python with torch and its mapped weights, after a graph was traced
 LINEAR_MEMORY, LINEAR_BYTES = 96 << 20, 32  # what the libraries of linear algebra keep: at most, and of a moment
+LOOPS = 64 << 20  # what compiles the loops of rounding, and they
 FACTORING = 3.3  # of second moments in float64, beside themselves: in GPTQ's order, inverted, halves on their way
 ROUND_BYTES = 14  # of a number in a matrix: read, in float32, rounded, packed
 PIECE_BYTES = 10  # of a number in the rows that one thread rounds at a time
@@ -58,11 +59,16 @@ def calibration_memory(
         own = 8 * (text.hidden_size**2 + text.expert_ffn**2) if text.moe_layers else 0
         alone = max((_rounding_memory(*_features(info)) for info in layers if len(info.shape) == 2), default=0)
         stacked = max((_rounding_memory(*_features(info)) for info in layers if len(info.shape) > 2), default=0)
-        linear = min(LINEAR_MEMORY, LINEAR_BYTES * max((_features(info)[1] for info in layers), default=0) ** 2)
-        walk = max(moments + walk, moments + alone, own + rows, own + stacked) + linear
+        walk = max(moments + walk, moments + alone, own + rows, own + stacked) + rounding_leaves(used)
     tower = _tower(config.vision, tiles) if config.vision else 0
     embedding, afterwards = decoded_memory(used, whole)
     return REFERENCE_MEMORY + max(embedding + tower, afterwards + walk)
+
+
+def rounding_leaves(used: Iterable[WeightSource]) -> int:
+    """Bytes that stay in a process which rounded by gptq, until it ends."""
+    widest = max((_features(info)[1] for info in used if is_layer_matrix(info.name)), default=0)
+    return LOOPS + min(LINEAR_MEMORY, LINEAR_BYTES * widest**2)
 
 
 def _rounding_memory(outputs: int, inputs: int) -> int:

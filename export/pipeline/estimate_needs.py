@@ -65,11 +65,12 @@ def estimate_needs(
     chooses = any(profile.choose is not None for profile in calibrates)
     calibrated = estimate.walk_disk(config, sizes, calibrates=True) + estimate.roundings_disk(calibrates, used)
     walk = estimate.calibration_memory(config, used, sizes, second, chooses)
+    left = estimate.rounding_leaves(used) if second else 0
     needs = {
         "graph": (TRACE_MEMORY + TRACE_LAYER * len(seen.text.layers), graphs_disk(seen)),
         "calibrate": (walk, calibrated),
         **{
-            name: (record_memory(seen, used, case_sizes, answers), record_disk(seen, case_sizes))
+            name: (left + record_memory(seen, used, case_sizes, answers), record_disk(seen, case_sizes))
             for name in names
             if split_stage(name)[0] == "reference"
         },
@@ -82,6 +83,7 @@ def estimate_needs(
         takes = TRAITS[target.backend].footprint
         if target.name == first_waiting:
             needs["calibrate"] = (held - REFERENCE_MEMORY + walk, calibrated)
+            held += left
         first = target.backend not in used_before
         compiling = takes.compiler if first else takes.compiler // 2
         written = target.weights_bytes + graphs_disk(seen) + parts_of(seen) * takes.code + side

@@ -48,19 +48,24 @@ class Work:
     forced_routing: bool = False  # a target's cases run once more where its backend can
 
     @property
-    def active(self) -> float:
-        """Parameters of the text decoder that one token reads."""
+    def layers(self) -> float:
+        """Parameters of the decoder's layers that one token is multiplied by."""
         text = self.config.text
         share = text.experts_per_token / text.experts if text.moe_layers else 1.0
         return sum(
             math.prod(one.shape) * (share if len(one.shape) == 3 else 1)
             for one in self.used
-            if one.name.startswith(TEXT_PREFIX) or self.config.vision is None
+            if is_layer_matrix(one.name)
         )
 
-    def pass_seconds(self, sizes: Sequence[Size], speed: MachineSpeed) -> float:
-        """The samples once through the decoder, and their pictures through the tower."""
-        flops = 2.0 * self.active * sum(size[0] for size in sizes)
+    @property
+    def head(self) -> float:
+        """Those of the head; an embedding is looked up."""
+        return self.config.text.vocab_size * self.config.text.hidden_size
+
+    def pass_seconds(self, sizes: Sequence[Size], parameters: float, speed: MachineSpeed) -> float:
+        """The samples once through so many `parameters` of the decoder, and their pictures through the tower."""
+        flops = 2.0 * parameters * sum(size[0] for size in sizes)
         vision = self.config.vision
         if vision is not None:
             tower = sum(math.prod(one.shape) for one in self.used if not one.name.startswith(TEXT_PREFIX))
@@ -69,7 +74,8 @@ class Work:
 
     def answer_seconds(self, bytes_per_weight: float, speed: MachineSpeed) -> float:
         """The cases answered token by token, each of which reads the active weights."""
-        return self.answered * (self.active * bytes_per_weight / speed.copied + STEP * len(self.config.text.layers))
+        read = (self.layers + self.head) * bytes_per_weight
+        return self.answered * (read / speed.copied + STEP * len(self.config.text.layers))
 
 
 def estimate_seconds(
@@ -78,10 +84,11 @@ def estimate_seconds(
     """Seconds of each of the stages `names`."""
     vision, stored = work.config.vision, sum(one.nbytes for one in work.used)
     layers = len(work.config.text.layers) + (0 if vision is None else vision.layers)
-    proof = work.pass_seconds(work.cases, speed)
+    proof = work.pass_seconds(work.cases, work.layers + work.head, speed)
+    observed = work.pass_seconds(work.samples, work.layers, speed)
     seconds = {
         "graph": TRACER + TRACED_LAYER * layers,
-        "calibrate": TOOLS + work.pass_seconds(work.samples, speed) + _rounding(work, speed) + stored / speed.copied,
+        "calibrate": TOOLS + observed + _rounding(work, speed) + stored / speed.copied,
         "reference": TOOLS + proof + stored / speed.copied + work.answer_seconds(2, speed),
     }
     for target in targets:

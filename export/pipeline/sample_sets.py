@@ -56,7 +56,7 @@ class SampleSets:
     def answered(self) -> int:
         """The tokens of all generated answers, roughly: a token for three characters of what is expected, and one."""
         unknown = MAX_ANSWER_TOKENS // 2  # most end early
-        return sum(min(MAX_ANSWER_TOKENS, len(case.answer) // 3 + 2) if case.answer else unknown for case in self.cases)
+        return sum(len(case.answer) // 3 + 2 if case.answer else unknown for case in self.cases)
 
     def planned_sizes(self, state: Mapping[str, bool]) -> tuple[list[Size], list[Size]]:
         """The sizes of the samples and of the cases whose stages are still to be done, by `state`; none of others.

@@ -59,7 +59,7 @@ class LiveReference:
         placeholders = 0 if spec.image_token_id is None else int(np.sum(fed == spec.image_token_id))
         seed = SEED, label("seeded features", number)
         embeds = session.embed(fed[None], seeded_features(*seed, placeholders, spec.hidden_size))
-        ids, text = ([], "") if self.answers == "forced" else generate_answer(session, prompt)
+        ids, text = ([], "") if self.answers == "forced" else generate_answer(session, prompt, len(answer))
         return ReferenceCase(
             case=case,
             prompt_tokens=len(prompt.input_ids),

@@ -9,7 +9,7 @@ import numpy as np
 
 from arriero.runtimes.backend import Floats, Ints, ModelSpec
 from arriero.runtimes.processor.processor import Prompt
-from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS
+from arriero.runtimes.proof.cases import answer_limit
 from arriero.runtimes.session import Session
 
 
@@ -20,8 +20,11 @@ def forced_ids(fed: Ints, answer: Ints, last: Floats, spec: ModelSpec) -> Ints:
     return np.append(fed, max(spec.eos_token_ids, key=lambda token: float(last[token])))
 
 
-def generate_answer(session: Session, prompt: Prompt) -> tuple[list[int], str]:
-    """Ids and text of the session's own answer, of at most `MAX_ANSWER_TOKENS` where the context has room for them."""
+def generate_answer(session: Session, prompt: Prompt, expected: int) -> tuple[list[int], str]:
+    """Ids and text of the session's own answer where one of `expected` tokens is right: see `answer_limit`.
+
+    It is shorter where the context has no room for so many.
+    """
     room = session.context - len(prompt.input_ids)
-    said = session.generate(prompt, max_tokens=max(1, min(MAX_ANSWER_TOKENS, room)))
+    said = session.generate(prompt, max_tokens=max(1, min(answer_limit(expected), room)))
     return list(map(int, said.token_ids)), said.text

@@ -247,7 +247,8 @@ class _Writer:
         if self.origin.answers == "forced":
             return {}
         case = self.cases[number]
-        ids, text = generate_answer(self.session, self.session.encode(case.prompt, list(case.images)))
+        prompt = self.session.encode(case.prompt, list(case.images))
+        ids, text = generate_answer(self.session, prompt, len(self.walk.answers[number]))
         return {"generated_ids": ids, "generated_text": text}
 
     def _picture(self, picture: Any) -> str:

@@ -18,7 +18,12 @@ from arriero.runtimes.proof.metrics import ErrorSums
 from arriero.runtimes.proof.parity_case import ParityCase
 from arriero.thresholds import AnswerMode
 
-MAX_ANSWER_TOKENS = 64  # of a generated answer
+MAX_ANSWER_TOKENS = 64  # of a generated answer, where a short one is expected or none is known
+
+
+def answer_limit(expected: int) -> int:
+    """The most tokens that are generated where an answer of `expected` tokens is right: room for it, and for more."""
+    return max(MAX_ANSWER_TOKENS, 2 * expected)
 
 
 class ErrorMeter(Protocol):

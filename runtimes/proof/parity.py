@@ -17,7 +17,7 @@ import numpy as np
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.proof import metrics
-from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS, Reference, ReferenceCase
+from arriero.runtimes.proof.cases import Reference, ReferenceCase, answer_limit
 from arriero.runtimes.proof.given_routing import GivenRouting
 from arriero.runtimes.proof.logits import KlSums, LogitFigures
 from arriero.runtimes.proof.report import CaseResult, ParityReport
@@ -165,7 +165,8 @@ Answers = tuple[
 
 def _generated_answers(tally: Tally, candidate: Session, case: ReferenceCase, prompt: Prompt, tops: Ints) -> Answers:
     """What both sides say, each on its own. A context too short for the reference's answer cuts both to its room."""
-    room = max(1, min(MAX_ANSWER_TOKENS, candidate.context - len(prompt.input_ids)))
+    limit = answer_limit(len(candidate.processor.tokenize(case.case.answer)))
+    room = max(1, min(limit, candidate.context - len(prompt.input_ids)))
     text, ids = "", list[int]()
     try:
         said = candidate.generate(prompt, max_tokens=room)

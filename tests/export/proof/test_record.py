@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from arriero.graphs.checkpoint import Checkpoint
 from arriero.profiles.journal import Tell, keep_silent
 from arriero.runtimes.backend import StepOutput
 from arriero.runtimes.manifest import file_sha256
+from arriero.runtimes.proof import cases as kept_cases
 from arriero.runtimes.proof import logits as kept_logits
 from arriero.runtimes.proof.cases import Reference
 from arriero.runtimes.proof.logits import SampledLogits
@@ -41,7 +43,16 @@ from tests.small import small_scout
 
 BOTH = ("text", "image")
 CHASQUI = Path(__file__).parents[3] / "models" / "chasqui"
+LONG = "a mule that walks over the pass with two sacks of salt, a bell and a red ribbon"
 ANSWERS = {"task_accuracy_reference", "task_accuracy_candidate", "task_accuracy_drop", "greedy_prefix_length"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_answer_tokens() -> Iterator[None]:
+    """A random model never ends an answer; all but the embedded one's would be as long as they may be."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept_cases, "MAX_ANSWER_TOKENS", 24)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +66,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[ParityCase]:
     folder = tmp_path_factory.mktemp("pictures")
     Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8)).save(folder / "own.jpg")
     entries = [{"type": "image", "path": str(folder / "own.jpg")}, {"type": "text", "text": "What is it?"}]
-    own = ParityCase("own", "image", [{"role": "user", "content": entries}], (), "a mule", "same_answer")
+    own = ParityCase("own", "image", [{"role": "user", "content": entries}], (), LONG, "same_answer")
     return [*draw_cases(Cases(samples=10, seed=29), BOTH), own, ParityCase("open", "text", "Hello")]
 
 
@@ -121,7 +132,10 @@ def test_it_says_what_the_whole_model_says(reference, cases, record):
             assert len(kept.forced_ids) == len(fed) + 1
         else:
             np.testing.assert_array_equal(kept.forced_ids, fed)
-        said = reference.generate(prompt, max_tokens=64)
+        expected = len(reference.processor.tokenize(case.answer))
+        said = reference.generate(prompt, max_tokens=max(24, 2 * expected))
+        assert len(kept.generated_ids) == max(24, 2 * expected)  # a random model never ends
+        assert (expected > 12) == (case.answer == LONG)
         assert (list(kept.generated_ids), kept.generated_text) == (said.token_ids, said.text)
 
 
