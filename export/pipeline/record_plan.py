@@ -75,7 +75,7 @@ def record_memory(
     """Bytes that making the record holds: a layer and a case's step, or logits with what is sorted of a case's."""
     text, lengths = config.text, [size[0] for size in sizes]
     largest = 4 * text.vocab_size * max(lengths, default=0)
-    groups = logit_groups(lengths, text.vocab_size)
+    groups = logit_groups(lengths, text)
     together = 4 * text.vocab_size * max((sum(lengths[number] for number in group) for group in groups), default=0)
     rows = min(VOCABULARY, text.vocab_size)  # of the head at a time
     head = 2 * 4 * rows * text.hidden_size + together * rows // text.vocab_size

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+from arriero.graphs.config import TextConfig
 from arriero.graphs.names import EMBEDDING, HEAD, TEXT_PREFIX
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.groups import LAYER
 
 ROOM = 2 << 30  # bytes of decoded weights that may stay
-LOGITS = 256 << 20  # bytes of the logits of cases that go through the head together
+LOGITS = 256 << 20  # bytes of the logits of cases that go through the head together, where a layer is no larger
 VOCABULARY = 4096  # rows of the head at a time
 LAYERS = f"{TEXT_PREFIX}model.layers"  # the module that holds the decoder's layers
 
@@ -58,9 +59,14 @@ def decoded_memory(used: Collection[WeightSource], whole: bool) -> tuple[int, in
     return outside + embedding, outside + max(groups.values(), default=0)
 
 
-def logit_groups(lengths: Sequence[int], vocabulary: int) -> Iterator[range]:
-    """The cases, of these numbers of tokens, whose logits are made together: `LOGITS` bytes of them, or one case."""
-    most, start, tokens = LOGITS // (4 * vocabulary), 0, 0
+def logit_groups(lengths: Sequence[int], text: TextConfig) -> Iterator[range]:
+    """The cases, of these numbers of tokens, whose logits are made together, or one case.
+
+    They take `LOGITS` bytes, or as many as a layer's matrices did before them. The head is read for each group.
+    """
+    width = text.expert_ffn if len(text.moe_layers) == len(text.layers) else max(text.dense_ffn, text.expert_ffn)
+    layer = 4 * text.hidden_size * (2 * (text.heads + text.kv_heads) * text.head_dim + 3 * width)
+    most, start, tokens = max(LOGITS, layer) // (4 * text.vocab_size), 0, 0
     for number, length in enumerate(lengths):
         if number > start and tokens + length > most:
             yield range(start, number)

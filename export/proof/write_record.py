@@ -194,7 +194,7 @@ class _Writer:
         so that it is read once for them.
         """
         bounds = self.walk.bounds
-        for group in logit_groups(np.diff(bounds).tolist(), self.session.spec.vocab_size):
+        for group in logit_groups(np.diff(bounds).tolist(), self.walk.text):
             logits = self.walk.logits(np.array(hidden[bounds[group.start] : bounds[group.stop]]))
             for number in group:
                 own = slice(*(bounds[number : number + 2] - bounds[group.start]))

@@ -24,6 +24,7 @@ from arriero.export.proof.decoded_memory import logit_groups
 from arriero.export.proof.routed_rows import ROUTED
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
+from arriero.graphs.sources.released_configs import released_config
 from tests.export.proof.test_walk_layers import LENGTH, SAMPLES, profile, walk_over
 from tests.toys import load_reference, make_scout_toy
 
@@ -98,8 +99,11 @@ def test_the_records_logits_are_those_of_the_cases_that_go_through_the_head_toge
     together = 4 * vocabulary * sum(lengths)
     assert record_memory(config, used, sizes, "forced") == beside + 2 * together + 8 * vocabulary * hidden
     monkeypatch.setattr(decoded_memory, "LOGITS", 4 * vocabulary * 1000)
-    assert [(group.start, group.stop) for group in logit_groups(lengths, vocabulary)][:2] == [(0, 7), (7, 17)]
+    assert [(group.start, group.stop) for group in logit_groups(lengths, config.text)][:2] == [(0, 7), (7, 17)]
     together = 4 * vocabulary * 1000
     assert record_memory(config, used, sizes, "forced") == beside + 2 * together + 8 * vocabulary * hidden
-    assert [*logit_groups([5, 2000, 5], vocabulary)] == [range(1), range(1, 2), range(2, 3)]
-    assert [*logit_groups([], vocabulary)] == []
+    assert [*logit_groups([5, 2000, 5], config.text)] == [range(1), range(1, 2), range(2, 3)]
+    assert [*logit_groups([], config.text)] == []
+    scout = ModelConfig.from_dict(released_config("scout"), "scout").text
+    # 4 bytes of 5,120 x (2 x 40 + 2 x 8) x 128 of attention and of 3 x 5,120 x 8,192 of the shared expert: 934 tokens
+    assert [*logit_groups([130] * 32, scout)] == [range(start, min(start + 7, 32)) for start in range(0, 32, 7)]

@@ -135,7 +135,7 @@ def test_it_says_what_the_whole_model_says(reference, cases, record):
         expected = len(reference.processor.tokenize(case.answer))
         said = reference.generate(prompt, max_tokens=max(24, 2 * expected))
         assert len(kept.generated_ids) == max(24, 2 * expected)  # a random model never ends
-        assert (expected > 12) == (case.answer == LONG)
+        assert expected > 12 or case.answer != LONG
         assert (list(kept.generated_ids), kept.generated_text) == (said.token_ids, said.text)
 
 
