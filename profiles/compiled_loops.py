@@ -21,7 +21,7 @@ AT_ONCE = 256  # blocks, or rows, whose numbers stay in the cache nearest to a p
 LINES = 16  # rows whose columns are gathered at a time: what a line of a processor's cache holds
 ROUNDER = np.float32(3 << 22)  # added and taken away again, it leaves the nearest integer, of two the even one
 LINE, MATRIX, ANY_MATRIX = float32[::1], float32[:, ::1], float32[:, :]
-GRID = (float32, float32, LINE)  # what a grid's levels are, as `Grid.loop_levels` gives them
+GRID = (float32, float32, LINE)  # what a grid's levels are, as `Grid.for_loops` gives them
 
 
 def compiled(*signature: Any) -> Callable[[Loop], Loop]:
