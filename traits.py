@@ -177,6 +177,7 @@ SHARED_PACKAGES = (
     Package("onnx", "1.23", (BUILD,), "export"),
     Package("onnx-ir", "1.1", (BUILD,), "export"),
     Package("onnxscript", "0.7.2", (BUILD,), "export"),
+    Package("numba", "0.65", (BUILD,), "export"),
     Package("av", "14", (), "video", imports=("av",)),
 )
 # What the command is shown with.
