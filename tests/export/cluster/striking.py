@@ -86,8 +86,8 @@ def read(file: Path) -> Iterator[str]:
 
 
 def count_threads(job: int) -> Iterator[int]:
-    """The threads that linear algebra has within a job."""
-    yield from (one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas")
+    """The threads that linear algebra has within a job, in whatever libraries were loaded."""
+    yield from {one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"}
 
 
 def take_memory(job: int) -> Iterator[int]:

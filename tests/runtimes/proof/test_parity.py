@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from types import MethodType
 
@@ -14,11 +15,13 @@ import pytest
 import torch
 
 from arriero.errors import ArrieroError, Problems
+from arriero.export.proof import reference_answer
 from arriero.export.proof.live_reference import LiveReference
 from arriero.export.proof.reference import TorchBackend
 from arriero.graphs.ops import expert_dispatch
 from arriero.runtimes.backend import StepOutput
 from arriero.runtimes.processor.processor import Prompt
+from arriero.runtimes.proof import parity
 from arriero.runtimes.proof.cases import MAX_ANSWER_TOKENS
 from arriero.runtimes.proof.metrics import kl_per_token
 from arriero.runtimes.proof.parity import measure
@@ -60,6 +63,15 @@ class Wrapped:
 
 def session(backend, processor=None) -> Session:
     return Session(backend, processor or ToyProcessor())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known_length() -> Iterator[None]:
+    """A toy never ends an answer: what it says in so many tokens is right, and nobody may say more."""
+    with pytest.MonkeyPatch.context() as patch:
+        for reads in (reference_answer, parity):
+            patch.setattr(reads, "answer_limit", lambda _: MAX_ANSWER_TOKENS)
+        yield
 
 
 @pytest.fixture(scope="module")
