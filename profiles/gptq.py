@@ -58,9 +58,10 @@ def _round_columns(
     levels: NDArray[np.float32],
 ) -> float:
     """The `levels` [n, K] of rows `weight` [n, K] at `scales` [n, J], and the error of their outputs."""
+    # here, because Numba takes half a second to load, and a plan reads this file for its constants
     from arriero.profiles.compiled_loops import put_columns, round_strip, take_columns
 
-    order, block = factor.order, weight.shape[1] // scales.shape[1]
+    order, block, levels_of = factor.order, weight.shape[1] // scales.shape[1], grid.for_loops()
     # as all below: a column lies together
     steps_of, in_order = np.ascontiguousarray(scales.T), np.empty(weight.T.shape, np.float32)
     take_columns(weight, order, in_order)
@@ -72,7 +73,7 @@ def _round_columns(
         for first in range(0, len(rest), STRIP):
             strip, later = slice(first, first + STRIP), slice(first + STRIP, None)
             made = level[strip], rounded[strip], errors[strip]
-            round_strip(rest[strip], steps_of, of[strip], upper[strip, strip], *grid.for_loops(), *made)
+            round_strip(rest[strip], steps_of, of[strip], upper[strip, strip], *levels_of, *made)
             rest[later] -= upper[strip, later].T @ errors[strip]
         put_columns(level, order[panel], levels)
         columns.leave(panel, rounded, errors)
