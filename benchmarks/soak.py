@@ -7,6 +7,10 @@ Each bundle is soaked in a process of its own: loaded, asked and closed again an
 thread after another. Memory (anonymous and shared), threads, open files and mappings are read along the way. What is
 there after the first fifth may be caches that fill once; the exit code is 1 where anything grows from there to the end
 by more than its limit.
+
+The C library's allocator runs with one arena and gives blocks of 64 KiB and more back when they are freed. Left to its
+own ways it keeps free memory in an arena per thread, more after one load and less after another: with portable-int8 and
+ONNX Runtime 42 to 58 MiB over 600 loads, while what is in use (`malloc_info`) stays at 18.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ from arriero.export.machine.memory_watch import release_memory
 # Growth from the first fifth to the end. At any time one caller and its like may be ending.
 LIMITS = {"memory_mib": 3.0, "threads": 0, "most_threads": 2, "files": 0, "mappings": 24}
 PROMPT = "What is 17 + 25?"
+# glibc's: what it keeps free for later would hide a leak of its size, and look like one.
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 SETTLE_S = 20.0  # how long threads that are done may take to end, on a machine that is busy
 
 
@@ -118,7 +124,8 @@ def main() -> int:
         command = [sys.executable, __file__, "--worker", str(bundle)]
         for name in ("reloads", "callers", "threads"):
             command += [f"--{name}", str(getattr(options, name))]
-        parts = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **ALLOCATOR})
+        parts = json.loads(done.stdout)
         for name, part in parts.items():
             told = ", ".join(f"{key} {part['early'][key]:.1f} -> {part['end'][key]:.1f}" for key in LIMITS)
             print(f"{bundle.name}, {name}: {told}", flush=True)

@@ -6,12 +6,13 @@ its turn: threads that share nothing do not.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-from threadpoolctl import threadpool_info, threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 T = TypeVar("T")
 
@@ -23,10 +24,18 @@ class Each(Protocol):
         """What `work` makes of each `size` of so many `rows`, in their order; what it raises is raised here."""
 
 
+@functools.cache
+def _libraries() -> ThreadpoolController:
+    """The libraries that numpy multiplies with; looking through all that a process has loaded takes milliseconds."""
+    loaded = ThreadpoolController().select(user_api="blas")
+    own = [one["filepath"] for one in loaded.info() if "numpy" in one["filepath"]]
+    return loaded.select(filepath=own) if own else loaded  # others may be there for other ends
+
+
 def linear_algebra() -> list[dict[str, Any]]:
-    """The libraries that numpy multiplies with, as `threadpool_info` describes them."""
-    loaded = [one for one in threadpool_info() if one["user_api"] == "blas"]
-    return [one for one in loaded if "numpy" in one["filepath"]] or loaded  # others may be there for other ends
+    """The libraries that numpy multiplies with, as `threadpoolctl` describes them now."""
+    described: list[dict[str, Any]] = _libraries().info()
+    return described
 
 
 def linear_algebra_threads() -> int:
@@ -38,7 +47,7 @@ def linear_algebra_threads() -> int:
 def piecewise() -> Iterator[Each]:
     """Within, numpy multiplies on one thread, and what is given runs pieces on as many threads as it had before."""
     threads = linear_algebra_threads()
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
+    with _libraries().limit(limits=1), ThreadPoolExecutor(threads) as pool:
 
         def each(work: Callable[[slice], T], rows: int, size: int) -> list[T]:
             pieces = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

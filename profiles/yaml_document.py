@@ -166,6 +166,9 @@ class Document:
         text: str = node.value
         try:
             text.encode()
+            if "\0" in text:  # which no path of a system may have
+                self.problems.append(ArrieroError("holds the character U+0000", where=self.where(key), expected="text"))
+                return text.replace("\0", "?")
             return self._value(text, str(node.tag), key)
         except UnicodeEncodeError:
             self.problems.append(ArrieroError("holds half of a surrogate pair", where=self.where(key), expected="text"))

@@ -10,13 +10,14 @@ from arriero.runtimes.cgroup import cgroup_folders, read_text
 
 def anonymous_memory(process: Path = Path("/proc/self")) -> int:
     """Bytes of a process that no file stands behind, by its folder in /proc; 0 where it has ended."""
-    return status_bytes(process, "RssAnon")
+    return status_bytes(process, "RssAnon")[0]
 
 
-def status_bytes(process: Path, field: str) -> int:
-    """A size that /proc says of a process, in bytes; 0 where it says none."""
-    match = re.search(rf"^{field}:\s+(\d+) kB$", read_text(process / "status"), re.M)
-    return int(match.group(1)) * 1024 if match else 0
+def status_bytes(process: Path, *fields: str) -> list[int]:
+    """Sizes that /proc says of a process at one moment, in bytes; 0 for one that it does not say."""
+    said = read_text(process / "status")
+    found = [re.search(rf"^{field}:\s+(\d+) kB$", said, re.M) for field in fields]
+    return [0 if match is None else int(match.group(1)) * 1024 for match in found]
 
 
 def available_memory(root: Path = Path("/")) -> int | None:

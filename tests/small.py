@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from arriero.models.chasqui import VOCABULARY, write_skeleton
 from tests.toys import make_guard_toy, make_maverick_toy, make_scout_toy
 
+CHASQUI, WEIGHTS = Path(__file__).parents[1] / "models" / "chasqui", "model.safetensors"
 TILE = 32
 CHUNK = 64  # held-out recall prompts cross it several times
 CONTEXT = 1024
@@ -43,6 +45,28 @@ def small_guard(folder: Path, seed: int = 7, **changes: Any) -> Path:
     """Llama Guard 4's shape, text only: dense layers, all rotary and global; `changes` override keys of the config."""
     sizes = _sizes(_copy_skeleton(folder, vision=False)) | {"attention_chunk_size": None}
     return make_guard_toy(folder, seed, **sizes | changes)
+
+
+def cut_chasqui(folder: Path, layers: int, experts: int) -> Path:
+    """The embedded model's first `layers` with their first `experts`, and its whole vision tower: trained weights."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(CHASQUI, folder, ignore=shutil.ignore_patterns(WEIGHTS))
+    config = json.loads((CHASQUI / "config.json").read_text())
+    config["text_config"] |= {
+        "num_hidden_layers": layers,
+        "no_rope_layers": config["text_config"]["no_rope_layers"][:layers],
+        "num_local_experts": experts,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    kept = {}
+    for name, value in load_file(CHASQUI / WEIGHTS).items():
+        layer = re.search(r"language_model\.model\.layers\.(\d+)\.", name)
+        if layer is None or int(layer[1]) < layers:
+            per_expert = ".experts." in name or ".router." in name
+            kept[name] = value[:experts].contiguous() if per_expert else value
+    save_file(kept, folder / WEIGHTS, {"format": "pt"})
+    return folder
 
 
 def edit_json(path: Path, **changes: Any) -> None:

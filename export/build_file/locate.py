@@ -10,6 +10,7 @@ from pathlib import Path
 
 from arriero.errors import ArrieroError, MachineLacks
 from arriero.graphs.sources.synthetic import SyntheticModel
+from arriero.runtimes.home import expand_home
 from arriero.runtimes.inside import leads_out
 
 MODELS = "a folder, hf://organisation/name or synthetic://name"
@@ -26,7 +27,7 @@ def resolve_model(model: str, folder: Path) -> Path | SyntheticModel:
         return SyntheticModel.parse(model)
     if model.startswith("hf:"):
         return _in_cache(model)
-    path = (folder / Path(model).expanduser()).absolute()
+    path = (folder / expand_home(model)).absolute()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists():
@@ -43,10 +44,10 @@ def resolve_model(model: str, folder: Path) -> Path | SyntheticModel:
 def hub_cache() -> Path:
     """The folder in which Hugging Face tools keep downloaded models, by their own rules."""
     if cache := os.environ.get("HF_HUB_CACHE"):
-        return Path(cache).expanduser()
+        return expand_home(cache, "HF_HUB_CACHE")
     if home := os.environ.get("HF_HOME"):
-        return Path(home).expanduser() / "hub"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
+        return expand_home(home, "HF_HOME") / "hub"
+    return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "huggingface" / "hub"
 
 
 def _in_cache(model: str) -> Path:

@@ -28,6 +28,7 @@ from arriero.graphs.sources.synthetic import SyntheticModel
 from arriero.profiles.kv_cache import CacheType
 from arriero.profiles.recipe import Thresholds, shipped
 from arriero.profiles.validate import refusal
+from arriero.runtimes.home import expand_home
 from arriero.sizes import human_bytes, parse_bytes
 from arriero.thresholds import PER_FAMILY, SETTABLE, AnswerMode
 from arriero.traits import BACKENDS, SHARD
@@ -331,7 +332,10 @@ def json_schema() -> dict[str, Any]:
 
 def _absolute(text: str, info: ValidationInfo) -> Path:
     """Resolve a path of the build file; an absolute one stays itself."""
-    return (_folder(info) / Path(text).expanduser()).absolute()
+    try:
+        return (_folder(info) / expand_home(text)).absolute()
+    except ArrieroError as error:
+        raise refusal(error) from None
 
 
 def _adapter(text: str, info: ValidationInfo) -> Path:

@@ -18,6 +18,9 @@ from arriero.sizes import human_bytes
 SPARE = 1.25  # a budget is proposed with this much above what was reached
 
 
+LOOKS = 5  # samples between two looks for programs that this one runs, which cost more than their memory
+
+
 class _Stopped(BaseException):
     """What ends a stage that passes its limit; no handler of ordinary errors takes it for one."""
 
@@ -42,6 +45,7 @@ class MemoryWatch:
         self.start = self.peak = self.resident = 0
         self._limit, self._doing, self._interval = limit, doing, interval
         self._worker = threading.get_ident()
+        self._samples, self._programs = 0, list[Path]()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory-watch", daemon=True)
 
@@ -81,11 +85,14 @@ class MemoryWatch:
 
     def _sample(self) -> None:
         own = Path("/proc/self")
-        # a child that has not become another program yet shares this one's memory
-        name = read_text(own / "cmdline")
-        programs = (folder for folder in _descendants(own) if read_text(folder / "cmdline") != name)
-        self.peak = max(self.peak, anonymous_memory(own) + sum(map(anonymous_memory, programs)))
-        self.resident = max(self.resident, status_bytes(own, "VmHWM"))
+        if self._samples % LOOKS == 0:
+            # a child that has not become another program yet shares this one's memory
+            name = read_text(own / "cmdline")
+            self._programs = [folder for folder in _descendants(own) if read_text(folder / "cmdline") != name]
+        self._samples += 1
+        held, resident = status_bytes(own, "RssAnon", "VmHWM")
+        self.peak = max(self.peak, held + sum(map(anonymous_memory, self._programs)))
+        self.resident = max(self.resident, resident)
 
     def _refusal(self) -> ArrieroError:
         assert self._limit is not None

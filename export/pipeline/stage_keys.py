@@ -51,7 +51,6 @@ def stage_inputs(
     stages: dict[str, KeyInputs] = {
         "graph": {
             "shape": _shape(build, checkpoint),
-            "modalities": list(build.modalities),
             "tools": tools,
             "source": source_hash(*TRACES),
         },

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -280,13 +280,19 @@ class Walk:
         after, present, _ = self.model.model.layers[layer](*self._step_inputs(hidden))
         return after[0].numpy(), present
 
-    def _step_inputs(self, hidden: Floats) -> tuple[Tensor, KeyValue, KeyValue, Tensor, Tensor]:
+    def _step_inputs(self, hidden: Floats) -> tuple[Tensor, tuple[Tensor, Tensor], KeyValue, Tensor, Tensor]:
         """What a decoder layer takes for a sample [S, H] from its first position on."""
         x = torch.from_numpy(hidden)[None]
         positions = torch.arange(x.shape[1])[None]
         empty = torch.zeros(1, self.text.kv_heads, 0, self.text.head_dim)
         no_past = torch.zeros(1, 0, dtype=torch.int64)
-        return x, rotation_table(positions, self.text), (empty, empty), positions, no_past
+        cos, sin = self._rotation
+        return x, (cos[:, : x.shape[1]], sin[:, : x.shape[1]]), (empty, empty), positions, no_past
+
+    @cached_property
+    def _rotation(self) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [1, S, D/2] for the longest sample."""
+        return rotation_table(torch.arange(int(np.diff(self.bounds).max(initial=0)))[None], self.text)
 
 
 def _tell_nobody(done: int, total: int) -> None:

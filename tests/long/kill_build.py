@@ -1,8 +1,9 @@
 """Kills a build at many seeded moments over all of its stages, goes on, and compares the final bytes but for times.
 
-A moment is the n-th time that the build opens, renames or deletes something under its output, so that short stages and
-publishing are struck as often as long ones; of a named model it is a time, so that long work is struck where it is.
-Several kills strike one output before it is built to the end.
+A moment is the n-th time that the build opens, renames or deletes something under its output or in the user's cache, so
+that short stages and publishing are struck as often as long ones; of a named model it is a time, so that long work is
+struck where it is. Several kills strike one output before it is built to the end; every fourth output begins with an
+empty cache, the others take from it what earlier ones made.
 
     python -m tests.long.kill_build FOLDER --kills 100
     python -m tests.long.kill_build FOLDER --kills 20 --model 'synthetic://scout?layers=1'
@@ -11,6 +12,7 @@ Several kills strike one output before it is built to the end.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -25,19 +27,19 @@ from pathlib import Path
 from typing import Any
 
 from arriero.profiles.recipe import shipped
-from arriero.runtimes.user_cache import VARIABLE
+from arriero.runtimes.user_cache import VARIABLE, user_cache
 from tests.command import contents, write_build
 from tests.small import small_scout
 
-# Runs the command and kills it at event number argv[2] under the folder argv[1]; otherwise prints how many there were.
+# Runs the command and kills it at event number argv[2] under the folders argv[1]; otherwise prints how many there were.
 CHILD = """
 import os, signal, sys
-output, last, count = sys.argv[1], int(sys.argv[2]), 0
+folders, last, count = tuple(sys.argv[1].split(os.pathsep)), int(sys.argv[2]), 0
 
 def struck(event, values):
     global count
     if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "shutil.rmtree"):
-        if any(isinstance(value, (str, os.PathLike)) and os.fspath(value).startswith(output) for value in values):
+        if any(isinstance(value, (str, os.PathLike)) and os.fspath(value).startswith(folders) for value in values):
             count += 1
             if count == last:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -51,6 +53,7 @@ finally:
     print("events", count)
 """
 TIMED = ("measured", "chain")  # of a manifest: what times go into
+EMPTIED = 4  # outputs until the cache is emptied again
 PAGE, REPORT = "parity.html", "parity.json"  # say when they were made
 
 
@@ -77,7 +80,8 @@ def prepare_named(folder: Path, model: str) -> Path:
 
 def build(file: Path, last: int = 0, seconds: float | None = None) -> subprocess.CompletedProcess[str]:
     """Run the build until event number `last`, 0 for to its end, or for so many seconds."""
-    command = [sys.executable, "-c", CHILD, file.parent / "bundles", str(last), file]
+    folders = f"{file.parent / 'bundles'}{os.pathsep}{user_cache()}"
+    command = [sys.executable, "-c", CHILD, folders, str(last), file]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired as late:  # `run` has killed it
@@ -124,8 +128,12 @@ def run(
     per_output: int,
     model: str | None = None,
     tell: Callable[[str], None] = print,
+    own_cache: Path | None = None,
 ) -> Counter[str]:
-    """Kill `kills` times and give how often each stage was struck. Raises KillingFailed where anything differs."""
+    """Kill `kills` times and give how often each stage was struck. Raises KillingFailed where anything differs.
+
+    `own_cache` is the user's cache for it alone, which is emptied on the way.
+    """
     file = prepare(folder) if model is None else prepare_named(folder, model)
     drawn, struck = random.Random(seed), Counter[str]()
     output = file.parent / "bundles"
@@ -134,8 +142,11 @@ def run(
     seconds = time.monotonic() - started
     expected = result(output)
     tell(f"an undisturbed build has {events} events, {len(expected)} files and takes {seconds:.0f} s")
+    outputs = itertools.count()
     while sum(struck.values()) < kills:
         shutil.rmtree(output)
+        if own_cache is not None and next(outputs) % EMPTIED == 0:
+            shutil.rmtree(own_cache)
         moments = list[float]()
         for _ in range(min(per_output, kills - sum(struck.values()))):
             if model is None:
@@ -167,8 +178,9 @@ def main() -> None:
     parser.add_argument("--model", help="what to build in place of a small model that is written")
     options = parser.parse_args()
     options.folder.mkdir(parents=True)
-    os.environ[VARIABLE] = ""  # so that every stage is run, and struck
-    struck = run(options.folder.absolute(), options.kills, options.seed, options.per_output, options.model)
+    folder = options.folder.absolute()
+    os.environ[VARIABLE] = str(folder / "cache")
+    struck = run(folder, options.kills, options.seed, options.per_output, options.model, own_cache=folder / "cache")
     for stage, count in sorted(struck.items()):
         print(f"{count:4} in {stage}")
 

@@ -115,6 +115,18 @@ BAD = {
     "model number": ("model: model", "model: 7", r":2: model: 7 names no model; expected a folder, hf://"),
     "model none": ("model: model", "model:", r":2: model: has no value; expected a folder, hf://"),
     "model half a character": ("model: model", 'model: "\\ud800"', r":2: model: holds half of a surrogate pair"),
+    "model a zero": ("model: model", 'model: "mo\\0del"', r":2: model: holds the character U\+0000; expected text"),
+    "output a zero": ("output: out", 'output: "o\\0ut"', r":4: output: holds the character U\+0000; expected text"),
+    "model of nobody": (
+        "model: model",
+        "model: ~nobody-has-this-name/model",
+        r":2: model: ~nobody-has-this-name/model begins with a home folder that is not known; .* Write the path in ful",
+    ),
+    "output of nobody": (
+        "output: out",
+        "output: ~nobody-has-this-name/out",
+        r":4: output: ~nobody-has-this-name/out begins with a home folder that is not known",
+    ),
     "model hub climbs": ("model: model", "model: hf://a/b@../../c", r"'hf://a/b@\.\./\.\./c' is malformed"),
     "model hub": ("model: model", "model: hf://scout", r"'hf://scout' is malformed; .*For example hf://meta-llama"),
     "model synthetic": (

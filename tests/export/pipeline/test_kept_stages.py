@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from arriero.errors import ArrieroError
 from arriero.export.build_file.read import load_build
 from arriero.export.compile import build_kernels
 from arriero.export.pipeline import kept_stages, stage_keys
@@ -104,6 +105,12 @@ def test_an_empty_variable_keeps_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
     monkeypatch.delenv(VARIABLE)
     assert user_cache() == tmp_path / "xdg" / "arriero"
+
+
+def test_a_cache_in_the_home_of_nobody_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "~nobody-has-this-name/cache")
+    with pytest.raises(ArrieroError, match=r"ARRIERO_CACHE: ~nobody-has-this-name/cache begins with a home folder"):
+        user_cache()
 
 
 def test_a_cache_that_cannot_be_written_is_none(cache: Path, run: Run) -> None:
