@@ -1,0 +1,96 @@
+"""What llama.cpp's files lose against the checkpoint that they were made of, beside what our bundles lose.
+
+    python benchmarks/peer_quality.py models/chasqui chasqui-Q4_0.gguf chasqui-Q8_0.gguf
+
+The files are those of llama.cpp's own converter and `llama-quantize`. Their weights are read with the values that its
+library gives them (docs/checkpoints.md) and put into the checkpoint's model, because the format has no keys for all
+that a Llama 4 is; the PyTorch reference multiplies them in float32. The cases are those of a build with `modalities:
+[text]` and `parity: {cases: {samples: 200}}`, so that the mean KL stands beside that of its bundles. What llama.cpp
+loses by rounding activations is left out, in its favour; ours round them, and that is in their KL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from arriero.export.build_file.schema import Cases
+from arriero.export.proof.live_reference import LiveReference
+from arriero.export.proof.reference import TorchBackend
+from arriero.export.samples.cases import draw_cases
+from arriero.graphs.checkpoint import Checkpoint
+from arriero.graphs.names import expected_tensors
+from arriero.runtimes.processor.processor import Processor
+from arriero.runtimes.proof.metrics import NEAR_TIE
+from arriero.runtimes.proof.sampling_error import mean_error
+from arriero.runtimes.session import Session
+
+CONTEXT = 1024
+Kl = NDArray[np.float64]  # of a case's tokens [S], in nats
+
+
+def put_weights(checkpoint: Path, file: Path, folder: Path) -> Path:
+    """The text model of `checkpoint` in `folder`, with the weights that the GGUF `file` holds in place of its own.
+
+    Raises ValueError for a file that holds other tensors.
+    """
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    own, held = Checkpoint.open(checkpoint), Checkpoint.open(file)
+    names = expected_tensors(own.model_config().without_vision())
+    read = {name if name in held.tensors else name.removeprefix("language_model."): name for name in names}
+    if read.keys() != held.tensors.keys():
+        different = sorted(read.keys() ^ held.tensors.keys())
+        raise ValueError(f"{file} holds other tensors than {checkpoint}: {', '.join(different[:4])}")
+    weights = {name: torch.from_numpy(held.read_float32(theirs).copy()) for theirs, name in read.items()}
+    for name in own.tensors.keys() - weights.keys():
+        weights[name] = torch.from_numpy(own.read_float32(name).copy())
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def open_model(checkpoint: Path) -> Session:
+    """A session over the PyTorch reference of a checkpoint's text model."""
+    backend = TorchBackend(checkpoint, text_only=True)
+    return Session(backend, Processor(checkpoint, backend.spec), CONTEXT)
+
+
+def measure(checkpoint: Path, files: Sequence[Path], samples: int) -> dict[str, list[Kl]]:
+    """KL(checkpoint || model with the file's weights) in nats of each case's tokens, by the file's name."""
+    cases = draw_cases(Cases(samples=samples), ("text",))
+    reference = LiveReference(open_model(checkpoint), cases, "forced")
+    found: dict[str, list[Kl]] = {file.name: [] for file in files}
+    with tempfile.TemporaryDirectory() as place:
+        sessions = {file.name: open_model(put_weights(checkpoint, file, Path(place) / file.name)) for file in files}
+        for case in reference:
+            for name, session in sessions.items():
+                meter = case.logits.meter(NEAR_TIE)
+                for step in session.steps(case.fed_ids):
+                    meter.add(step.logits[0])
+                found[name].append(meter.figures().token_kl)
+    return found
+
+
+def main() -> None:
+    """Measure the files and print a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="what the files were made of")
+    parser.add_argument("files", nargs="+", type=Path, help="GGUF files of its text model")
+    parser.add_argument("--samples", type=int, default=200, help="parity cases")
+    options = parser.parse_args()
+    found = measure(options.checkpoint, options.files, options.samples)
+    for file in options.files:
+        kl = np.concatenate(found[file.name])
+        told = f"mean KL {kl.mean():.5f} ± {mean_error(found[file.name]):.5f} over {len(kl):,} tokens"
+        print(f"{file.name}: {file.stat().st_size / 2**20:.2f} MiB, {told}")
+
+
+if __name__ == "__main__":
+    main()
