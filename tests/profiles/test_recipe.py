@@ -14,7 +14,7 @@ from arriero.profiles.schemes import Exact, Fp8, Fp8Static, Half, Int8Dynamic, I
 from tests.toys import make_maverick_toy, make_scout_toy
 
 LAYER = "language_model.model.layers.0"
-BIG_BLOCKS = ("int4", "int4-nl", "int4-b128", "int3", "int2.5", "mixed", "gpu-int4")  # blocks of 64 and 128
+BIG_BLOCKS = ("int4", "int4-nl", "int4-b128", "int3", "int2.5", "int2.5-head4", "mixed", "gpu-int4")  # blocks of 64 and 128
 START = "name: p\nversion: 1\ndescription: d\nthresholds: {}\n"
 MINIMAL = {"name": "p", "version": 1, "description": "d", "thresholds": {}}
 
@@ -137,6 +137,7 @@ def everywhere(label: str, *groups: str) -> dict[str, str]:
         ("int4-nl", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL4, "head": "int8 block 32"}),
         ("int3", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL3, "head": "int8 block 32"}),
         ("int2.5", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL2, "head": "int8 block 32"}),
+        ("int2.5-head4", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL2, "head": "nl4 block 32"}),
         ("int4-b128", {**everywhere("int4 block 128 gptq", *GROUPS), **KEPT, "head": "int8 block 32"}),
         ("gpu-fp8", {**ON_GPU, **everywhere("fp8 per channel static observed")}),
         ("gpu-int8", {**ON_GPU, **everywhere("int8 per channel static observed smooth 0.95")}),
