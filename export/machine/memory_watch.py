@@ -16,8 +16,6 @@ from arriero.runtimes.memory import anonymous_memory, status_bytes
 from arriero.sizes import human_bytes
 
 SPARE = 1.25  # a budget is proposed with this much above what was reached
-
-
 LOOKS = 5  # samples between two looks for programs that this one runs, which cost more than their memory
 
 
