@@ -24,16 +24,14 @@ from safetensors.torch import save_file
 
 from arriero.export.build_file.schema import Cases
 from arriero.export.proof.live_reference import LiveReference
-from arriero.export.proof.reference import TorchBackend
+from arriero.export.proof.reference import open_reference
 from arriero.export.samples.cases import draw_cases
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.names import expected_tensors
-from arriero.runtimes.processor.processor import Processor
-from arriero.runtimes.proof.metrics import NEAR_TIE
+from arriero.runtimes.proof.parity import compare_logits
 from arriero.runtimes.proof.sampling_error import mean_error
 from arriero.runtimes.session import Session
 
-CONTEXT = 1024
 Kl = NDArray[np.float64]  # of a case's tokens [S], in nats
 
 
@@ -58,8 +56,7 @@ def put_weights(checkpoint: Path, file: Path, folder: Path) -> Path:
 
 def open_model(checkpoint: Path) -> Session:
     """A session over the PyTorch reference of a checkpoint's text model."""
-    backend = TorchBackend(checkpoint, text_only=True)
-    return Session(backend, Processor(checkpoint, backend.spec), CONTEXT)
+    return open_reference(Checkpoint.open(checkpoint), text_only=True)
 
 
 def measure(checkpoint: Path, files: Sequence[Path], samples: int) -> dict[str, list[Kl]]:
@@ -71,10 +68,7 @@ def measure(checkpoint: Path, files: Sequence[Path], samples: int) -> dict[str, 
         sessions = {file.name: open_model(put_weights(checkpoint, file, Path(place) / file.name)) for file in files}
         for case in reference:
             for name, session in sessions.items():
-                meter = case.logits.meter(NEAR_TIE)
-                for step in session.steps(case.fed_ids):
-                    meter.add(step.logits[0])
-                found[name].append(meter.figures().token_kl)
+                found[name].append(compare_logits(session, case).token_kl)
     return found
 
 

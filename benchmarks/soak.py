@@ -9,8 +9,8 @@ there after the first fifth may be caches that fill once; the exit code is 1 whe
 by more than its limit.
 
 The C library's allocator runs with one arena and gives blocks of 64 KiB and more back when they are freed. Left to its
-own ways it keeps free memory in an arena per thread, more after one load and less after another: with portable-int8 and
-ONNX Runtime 42 to 58 MiB over 600 loads, while what is in use (`malloc_info`) stays at 18.
+own ways it keeps free memory in an arena per thread, more after one load and less after another, while what is in use
+(`malloc_info`) stays the same.
 """
 
 from __future__ import annotations

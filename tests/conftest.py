@@ -45,7 +45,7 @@ def pytest_report_header() -> str:
 def libraries_are_no_garbage() -> Iterator[None]:
     """A build collects garbage before each stage; what was loaded before the first test is left out of that.
 
-    It takes half a second to look through in a process of the tests, a fifth of all that they took.
+    To look through it each time took a fifth of the processor time of the processes that run the tests.
     """
     gc.collect()
     gc.freeze()

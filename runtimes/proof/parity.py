@@ -78,13 +78,19 @@ def measure_kl(candidate: Session, reference: Reference, progress: Callable[[int
     """KL(reference || candidate) in nats over every fed token of the cases, and nothing else. Raises NotFinite."""
     total = KlSums()
     for done, case in enumerate(reference, 1):
-        prompt = candidate.encode(case.case.prompt, list(case.case.images))
-        meter = case.logits.meter(metrics.NEAR_TIE)
-        for step in candidate.steps(case.fed_ids, prompt.pixel_values):
-            meter.add(check_finite(step.logits[0]))
-        total += meter.figures().kl
+        total += compare_logits(candidate, case).kl
         progress(done, len(reference))
     return total
+
+
+def compare_logits(candidate: Session, case: ReferenceCase) -> LogitFigures:
+    """Figures of the candidate's logits over the tokens that are fed for a case. Raises NotFinite."""
+    prompt = candidate.encode(case.case.prompt, list(case.case.images))
+    meter = case.logits.meter(metrics.NEAR_TIE)
+    for step in candidate.steps(case.fed_ids, prompt.pixel_values):
+        meter.add(check_finite(step.logits[0]))
+    figures: LogitFigures = meter.figures()
+    return figures
 
 
 def _run_case(tally: Tally, candidate: Session, case: ReferenceCase) -> None:

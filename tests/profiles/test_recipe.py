@@ -165,6 +165,18 @@ def test_a_profile_stores_each_group_so(name: str | Path, stored: dict[str, str]
     assert {group: assigned[tensor].label for group, tensor in one_of_each.items()} == stored
 
 
+@pytest.mark.parametrize("name", ["int4-experts", "int4-nl", "int2.5-head4"])
+def test_what_is_timed_on_random_weights_is_the_shipped_profile_to_nearest(name: str) -> None:
+    layers = [f"language_model.model.layers.{number}" for number in (0, 1)]
+    matrices = ["self_attn.k_proj.weight", "self_attn.o_proj.weight", "feed_forward.router.weight"]
+    matrices += ["feed_forward.shared_expert.up_proj.weight", "feed_forward.down_proj.weight"]
+    matrices += ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj", "input_layernorm.weight"]
+    tensors = [f"{layer}.{matrix}" for layer in layers for matrix in matrices]
+    tensors += ["language_model.model.embed_tokens.weight", "language_model.lm_head.weight"]
+    timed = load_profile(NEAREST.with_name(f"{name}-nearest.yaml"))
+    assert timed.assign(tensors) == load_profile(name).rtn_baseline().assign(tensors)
+
+
 def test_int4_nl_has_eight_bits_for_the_first_layer_and_for_keys_and_values_but_for_experts() -> None:
     layers = [f"language_model.model.layers.{number}" for number in (0, 1, 10, 20)]
     matrices = ["self_attn.q_proj.weight", "self_attn.v_proj.weight", "feed_forward.down_proj.weight"]
