@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Where Python may not keep what it compiles, each of the hundreds of processes that tests start compiles PyTorch anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check docs clean
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from tests.command import arriero, write_build
 from tests.machines.machine_class import describe_machine
 from tests.shared import WORKER, locked, made_once
 from tests.small import small_scout
+
+UNUSED = 7 * 24 * 3600  # seconds
 
 if WORKER:  # the workers share the cores; threads of linear algebra beyond that would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -61,6 +65,17 @@ def what_builds_keep(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+def kept_folder(cache: pytest.Cache, what: str, version: str) -> Path:
+    """The folder of what is kept for later runs too, of one version of its sources; those long unused are removed."""
+    folder = cache.mkdir(f"{what}-{version}")
+    folder.touch()
+    for other in folder.parent.glob(f"{what}-*"):
+        with contextlib.suppress(FileNotFoundError):  # the other processes of this run do so too
+            if time.time() - other.stat().st_mtime > UNUSED:
+                shutil.rmtree(other, ignore_errors=True)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def each_model_traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
     """What the exporter makes of a model is kept by its configuration and dtypes: ten seconds or more of each trace.
@@ -74,7 +89,7 @@ def each_model_traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
 
     export = trace._export
     version = key_of(source_hash("graphs/trace.py"), installed_versions(SHARED_PACKAGES))
-    kept = request.config.cache.mkdir(f"traces-{version}")
+    kept = kept_folder(request.config.cache, "traces", version)
 
     def remembered(module: Any, arguments: Any, shapes: Any, names: Any) -> ir.Model:
         parameters = [(name, str(one.dtype), list(one.shape)) for name, one in module.named_parameters()]
@@ -101,10 +116,11 @@ def kernels_compiled_once(request: pytest.FixtureRequest) -> Iterator[None]:
 
     compiled = build_kernels.build_kernels
     version = source_hash("export/compile/kernels", "export/compile/build_kernels.py")
-    kept = request.config.cache.mkdir(f"objects-{version[:12]}")
+    kept = kept_folder(request.config.cache, "objects", version[:12])
 
     def copied(architecture: str, out: Path) -> None:
-        file = kept / f"{architecture}.o"
+        compiler = key_of(architecture, build_kernels.describe_compiler(architecture))
+        file = kept / f"{architecture}-{compiler}.o"
         with locked(file):
             if not file.exists():
                 compiled(architecture, file)

@@ -203,7 +203,7 @@ def test_what_users_keep_beside_and_in_bundles_survives_every_build(copy):
 def test_a_text_only_checkpoint_survives_being_killed_anywhere(tmp_path, monkeypatch):
     """`Llama4ForCausalLM`: killed while tracing, lowering and proving; then built, with every finished stage reused."""
     monkeypatch.setenv(VARIABLE, "")  # so that graphs are traced
-    small_scout(tmp_path / "text", vision=False)
+    small_guard(tmp_path / "text", num_hidden_layers=1)
     build_file = write_build(tmp_path / "build.yaml", Path("text"), "text", samples=6)
     output, finished = tmp_path / "bundles", {}
     for started, stage in (("graph-*.partial/*.onnx", ""), ("lower-*.partial", "graph"), ("parity-*.partial", "lower")):

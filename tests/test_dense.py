@@ -15,5 +15,4 @@ pytest.importorskip("transformers")
 def test_a_dense_model_is_built_run_and_equals_transformers(tmp_path: Path, backend: str) -> None:
     if backend == "tvm":
         pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'")
-    sizes = {"hidden": 128, "heads": 4, "kv_heads": 2, "ffn": 256, "layers": 2}
-    assert run(tmp_path, sizes, (backend,))[backend] <= TOLERANCE
+    assert run(tmp_path, (backend,))[backend] <= TOLERANCE

@@ -94,7 +94,9 @@ DENSE: dict[str, Any] = {
     "no_rope_layer_interval": 80,  # beyond the last layer
     "attention_chunk_size": None,
     "attn_temperature_tuning": False,
+    "intermediate_size": 96,
     "intermediate_size_mlp": 96,
+    "num_hidden_layers": 2,  # all are alike
 }
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2]
 NAME = "arriero"
+STATEMENTS = ("body", "orelse", "finalbody", "handlers", "cases")  # where statements hold others
 DATA = (".cc", ".cu", ".h")  # what modules compile, found by its folder rather than imported
 
 
@@ -58,7 +59,8 @@ def _imports(name: str, typing: bool) -> Iterator[str]:
         node = pending.pop()
         if not typing and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue
-        pending += ast.iter_child_nodes(node)
+        for part in STATEMENTS:  # an import is never inside an expression, and most of a module's nodes are
+            pending += getattr(node, part, ())
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

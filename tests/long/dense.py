@@ -33,18 +33,17 @@ class DenseDiffers(Exception):
     """A bundle that was not built, or that does not compute what transformers does."""
 
 
-def prepare(folder: Path, hidden: int, heads: int, kv_heads: int, ffn: int, layers: int) -> Path:
-    """Write the checkpoint and give its folder."""
-    return small_guard(
-        folder / "guard",
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=hidden // heads,
-        intermediate_size=ffn,
-        intermediate_size_mlp=ffn,
-        num_hidden_layers=layers,
-    )
+def text_config(hidden: int, heads: int, kv_heads: int, ffn: int, layers: int) -> dict[str, int]:
+    """The keys of a text config of these sizes."""
+    return {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "intermediate_size": ffn,
+        "intermediate_size_mlp": ffn,
+        "num_hidden_layers": layers,
+    }
 
 
 @torch.no_grad()
@@ -61,9 +60,12 @@ def judge(model: Path, ids: np.ndarray) -> np.ndarray:
     return logits
 
 
-def run(folder: Path, sizes: dict[str, Any], backends: tuple[str, ...] = BACKENDS) -> dict[str, float]:
-    """The largest difference of each backend's logits, relative to the largest logit. Raises DenseDiffers."""
-    model = prepare(folder, **sizes)
+def run(folder: Path, backends: tuple[str, ...] = BACKENDS, **changes: Any) -> dict[str, float]:
+    """The largest difference of each backend's logits, relative to the largest logit. Raises DenseDiffers.
+
+    `changes` override keys of the small model's config.
+    """
+    model = small_guard(folder / "guard", **changes)
     draw = np.random.default_rng(3)
     errors = {}
     for backend in backends:
@@ -94,7 +96,7 @@ def main() -> None:
     sizes = vars(parser.parse_args())
     folder = sizes.pop("folder").absolute()
     folder.mkdir(parents=True)
-    for backend, error in run(folder, sizes).items():
+    for backend, error in run(folder, **text_config(**sizes)).items():
         print(f"{backend}: built, proven and run; logits within {error:.2g} of transformers'")
 
 
