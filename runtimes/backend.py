@@ -278,7 +278,7 @@ class Preemptible(Protocol):
     def forward_preempted(
         self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, between: Callable[[], None]
     ) -> Floats:
-        """Run a step as `Backend.forward` does, and call `between` before every attention and expert dispatch.
+        """Run a step as `Backend.forward` does, and call `between` between its parts, some milliseconds of work each.
 
         Gives logits f32 [B, L, V]. `between` may take steps of other rows of the cache's store, which change no bit of
         this one, and must raise nothing. It is not called where a step of others would move the store's buffers.
@@ -288,8 +288,7 @@ class Preemptible(Protocol):
     def vision_preempted(self, pixel_values: Floats, between: Callable[[], None]) -> Floats:
         """Turn one tile f32 [1, 3, h, w] into its features f32 [M, H] as `Backend.vision` does, bit for bit.
 
-        `between`, which may take steps and must raise nothing, is called before every product where the tower can be
-        left.
+        `between`, which may take steps and must raise nothing, is called between parts where the tower can be left.
         """
         ...
 

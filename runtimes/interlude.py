@@ -11,28 +11,23 @@ from arriero.runtimes.pace import Pace
 class Interlude:
     """Takes decode steps when it is called, before each part of a piece or a tile; raises nothing there."""
 
-    def __init__(self, pace: Pace, part_s: float | None, decode: Callable[[], object]) -> None:
-        """Keep to `pace`; `decode` takes one step of all that decode.
-
-        A part is expected to take `part_s` seconds; None: as long as those so far did on average.
-        """
-        self._pace, self._part_s, self._decode = pace, part_s, decode
+    def __init__(self, pace: Pace, decode: Callable[[], object]) -> None:
+        """Keep to `pace`; `decode` takes one step of all that decode."""
+        self._pace, self._decode = pace, decode
         self._error: BaseException | None = None
         self._own, self._left = 0.0, time.perf_counter()  # what the parts so far took; when the last one began
-        self.seconds, self.parts = 0.0, 0  # that the decode steps took; of the piece, so far
+        self._parts = 0
 
     def __call__(self) -> None:
-        """The next part is about to begin."""
-        started = time.perf_counter()
-        self.parts += 1
-        self._own += started - self._left
-        if self._error is None and self._pace.is_due(self._own / self.parts if self._part_s is None else self._part_s):
+        """The next part is about to begin, and is expected to take as long as those so far did on average."""
+        self._parts += 1
+        self._own += time.perf_counter() - self._left
+        if self._error is None and self._pace.is_due(self._own / self._parts):
             try:
                 self._decode()
             except BaseException as error:  # through the library that calls there is no way for it
                 self._error = error
         self._left = time.perf_counter()
-        self.seconds += self._left - started
 
     def check(self) -> None:
         """Raise what a decode step raised."""

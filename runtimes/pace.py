@@ -1,8 +1,8 @@
 """How many tokens of a prompt are read between two decode steps, so that whoever decodes meanwhile hardly waits.
 
 A piece of a prompt is read between two decode steps, beside the rows of one, or in parts: where a step can be left
-before attention and experts of its layers, decode steps are taken there ("layered prefill": Lee et al. 2025, "From
-Tokens to Layers"). Small pieces of a prompt read most experts for a few tokens each; a large one reads them once.
+between parts of its layers, decode steps are taken there ("layered prefill": Lee et al. 2025, "From Tokens to Layers").
+Small pieces of a prompt read most experts for a few tokens each; a large one reads them once.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from arriero.traits import PREFILL_PIECE
 # the others' tokens is then 2.25 steps, and a prompt whose pieces are as quick as large ones takes 1.8 times as long as
 # alone.
 STEPS_PER_PIECE = 1.25
-PARTS = 2  # of a piece between two decode steps: attention and experts of a layer
 LEAST = 8  # tokens of a piece: below it the weights are read for too few of them
 GRAIN = 2  # what a piece grows by: in coarser steps it would fall short of what it may take by up to half
-LEAST_IN_PARTS = 64  # tokens of a piece that is read in parts
 NEWEST = 0.25  # the newest measurement's share of what is expected
 
 
@@ -28,7 +26,6 @@ class Pace:
     def __init__(self) -> None:
         self._token_s: float | None = None
         self._step_s: float | None = None
-        self._part_s: float | None = None  # of one token in one part of a piece that is read in parts
         self._decoded = time.perf_counter()  # when the last decode step ended
 
     def read(self, tokens: int, seconds: float) -> None:
@@ -38,10 +35,6 @@ class Pace:
     def read_beside(self, tokens: int, seconds: float) -> None:
         """A piece of `tokens` and one token of each row that decodes, in one step, took `seconds`."""
         self.read(tokens, max(seconds - (self._step_s or 0.0), 0.0))
-
-    def read_parts(self, tokens: int, parts: int, seconds: float) -> None:
-        """A piece of `tokens` took `seconds` of its own in so many `parts`."""
-        self._part_s = _expected(self._part_s, seconds / tokens / parts)
 
     def decoded(self, seconds: float) -> None:
         """A decode step took `seconds`, and ended now."""
@@ -54,17 +47,6 @@ class Pace:
             return LEAST
         tokens = int(STEPS_PER_PIECE * self._step_s / max(self._token_s, 1e-9))
         return min(max(tokens // GRAIN * GRAIN, LEAST), PREFILL_PIECE)
-
-    def piece_in_parts(self) -> int:
-        """Tokens of the next piece while others decode, of which PARTS take as long as they may wait."""
-        if self._part_s is None or self._step_s is None:
-            return LEAST_IN_PARTS
-        tokens = int(STEPS_PER_PIECE * self._step_s / max(PARTS * self._part_s, 1e-9))
-        return min(max(tokens, LEAST_IN_PARTS), PREFILL_PIECE)
-
-    def part_seconds(self, tokens: int) -> float | None:
-        """How long a part of a piece of `tokens` takes; None while that is not known."""
-        return None if self._part_s is None else tokens * self._part_s
 
     def is_due(self, seconds: float) -> bool:
         """Whether the next decode step would come too late after so many `seconds` more of something else."""

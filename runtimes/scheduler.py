@@ -228,13 +228,11 @@ class Scheduler:
             self._fail_reading(request, error)
             return
         last, row = np.array([len(ids) - 1]), self._rows.reading
-        interlude = Interlude(self._pace, self._pace.part_seconds(len(ids)), partial(self._decode_between, backend))
+        interlude = Interlude(self._pace, partial(self._decode_between, backend))
         started = time.perf_counter()
         try:
             if self._rows.decoding and is_preemptible(backend):
                 logits = read_preempted(backend, ids, features, row, last, interlude)[0]
-                seconds = time.perf_counter() - started - interlude.seconds
-                self._pace.read_parts(len(ids), max(interlude.parts, 1), seconds)
             else:
                 logits = read_piece(backend, ids, features, row, last).logits[0, 0]
                 self._pace.read(len(ids), time.perf_counter() - started)
@@ -246,7 +244,7 @@ class Scheduler:
 
     def _read_tile(self, backend: Backend, request: Request) -> None:
         """Let the vision tower see the next tile of the prompt; where it can be left, rows get tokens meanwhile."""
-        interlude = Interlude(self._pace, None, partial(self._decode_between, backend))
+        interlude = Interlude(self._pace, partial(self._decode_between, backend))
         look = backend.vision
         if self._rows.decoding and is_preemptible(backend):
             look = partial(look_preempted, backend, between=interlude)
@@ -258,10 +256,9 @@ class Scheduler:
 
     def _most(self, backend: Backend) -> int:
         """Tokens of the next piece of a prompt at most."""
-        if not self._rows.decoding:
+        if not self._rows.decoding or is_preemptible(backend):
             return backend.piece
-        paced = self._pace.piece_in_parts() if is_preemptible(backend) else self._pace.piece()
-        return min(max(paced, least_piece(backend)), backend.piece)
+        return min(max(self._pace.piece(), least_piece(backend)), backend.piece)
 
     def _decode_between(self, backend: Backend) -> None:
         """Take a decode step between two parts of a piece of the prompt."""

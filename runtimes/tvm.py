@@ -52,8 +52,8 @@ from arriero.traits import PREFILL_PIECE, install
 
 PANEL = 16  # output features in each row of a packed matrix
 CPU = 1, 0  # DLPack's device type and number
-# Of libraries: each takes the address of what is called before attention and experts, or before each product.
-BETWEEN_PARTS, BETWEEN_PRODUCTS = "arriero_between_parts", "arriero_between_products"
+# Of libraries: takes the address of what is called between parts of a step, some milliseconds of work each.
+BETWEEN_PARTS = "arriero_between_parts"
 NAIVE, POOLED = 1, 2  # allocators: what keeps the memory of every size that was asked for is not for a cap
 
 
@@ -127,7 +127,7 @@ class TvmBackend:
 
     def vision_preempted(self, pixel_values: Floats, between: Callable[[], None]) -> Floats:
         """Turn one tile f32 [1, 3, h, w] into features f32 [M, H]: see `Preemptible.vision_preempted`."""
-        with self._tower().left_for(BETWEEN_PRODUCTS, between):
+        with self._tower().left_for(between):
             return self.vision(pixel_values)
 
     def _tower(self) -> _Graph:
@@ -322,7 +322,7 @@ class _Graph:
 
     @contextmanager
     def left_between_parts(self, between: Callable[[], None]) -> Iterator[None]:
-        """Have a step in the block call `between` before attention and experts; those that it takes call nothing."""
+        """Have a step in the block call `between` between its parts; the steps that it takes call nothing."""
         if self._meanwhile is None:
             self._meanwhile = self._new_machine(POOLED)
 
@@ -333,16 +333,16 @@ class _Graph:
             finally:
                 self._machine, self._meanwhile = self._meanwhile, self._machine
 
-        with self.left_for(BETWEEN_PARTS, leave):
+        with self.left_for(leave):
             yield
 
     @contextmanager
-    def left_for(self, where: str, between: Callable[[], None]) -> Iterator[None]:
-        """Have the library call `between` at the places `where` in the block; bundles from before may have none."""
-        if not self.library.implements_function(where, True):
+    def left_for(self, between: Callable[[], None]) -> Iterator[None]:
+        """Have the library call `between` between parts of its steps in the block; those from before may not do so."""
+        if not self.library.implements_function(BETWEEN_PARTS, True):
             yield
             return
-        tell = self.library.get_function(where, True)
+        tell = self.library.get_function(BETWEEN_PARTS, True)
         function = ctypes.CFUNCTYPE(None)(between)
         tell(ctypes.cast(function, ctypes.c_void_p).value)
         try:

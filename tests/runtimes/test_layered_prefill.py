@@ -1,4 +1,4 @@
-"""Pieces of a prompt that are read in parts, with decode steps of others between attention and experts."""
+"""Pieces of a prompt that are read in parts, with decode steps of others between them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from arriero.runtimes.scheduler import EngineLimits, Scheduler
 from arriero.runtimes.session import Session
 from arriero.runtimes.steps import append_tokens, look_preempted, read_piece, read_preempted
 from arriero.runtimes.tvm import TvmBackend
-from arriero.traits import PREFILL_PIECE
 from tests.runtimes.conftest import TOY_PRODUCTS, PreemptibleToy
 from tests.runtimes.gate import Gate
 
@@ -148,7 +147,7 @@ def test_no_step_between_layers_takes_what_is_not_there(
         assert scheduler.stats.paused > 0
 
 
-def test_tvm_leaves_a_step_before_attention_and_experts_and_computes_the_same_bits(tvm_workshop: Path) -> None:
+def test_tvm_leaves_a_step_between_its_parts_and_computes_the_same_bits(tvm_workshop: Path) -> None:
     folder = tvm_workshop / "bundles" / "int8"
     backend = TvmBackend(folder, open_manifest(folder).model, threads=2)
     assert backend.preemptible
@@ -163,7 +162,10 @@ def test_tvm_leaves_a_step_before_attention_and_experts_and_computes_the_same_bi
     alone = read(cache, 0, last)
     for row in (1, 2):
         read(cache, row, np.array([0]))
-    parts = sum(2 if layer.ffn == "moe" else 1 for layer in backend.spec.layers)
+    left: list[int] = []
+    read_preempted(backend, prompts[0], none, backend.new_cache(1, 64), last, lambda: left.append(1))
+    parts = len(left)
+    assert parts > sum(2 if layer.ffn == "moe" else 1 for layer in backend.spec.layers)
     decoded = [append_tokens(backend, [7 + step, 11], cache.rows(1, 3)) for step in range(parts)]
     following = append_tokens(backend, [3], cache.rows(0, 1))
 
@@ -226,7 +228,7 @@ def test_an_error_of_a_decode_step_within_a_tile_is_not_the_tiles(
     assert session.generate("b", image, max_tokens=5).token_ids == expected
 
 
-def test_tvm_leaves_a_tile_before_each_product_and_computes_the_same_bits(tvm_workshop: Path) -> None:
+def test_tvm_leaves_a_tile_between_its_parts_and_computes_the_same_bits(tvm_workshop: Path) -> None:
     folder = tvm_workshop / "bundles" / "int8"
     backend = TvmBackend(folder, open_manifest(folder).model, threads=2)
     spec = backend.spec
@@ -268,37 +270,12 @@ def test_tvm_leaves_no_step_where_another_would_move_the_cache(
     assert np.array_equal(logits, read_piece(backend, ids, none, cache.rows(1, 2), np.array([8])).logits[0])
 
 
-def test_a_piece_is_as_large_as_the_wait_for_two_parts_allows() -> None:
-    pace = Pace()
-    assert pace.piece_in_parts() == pace_module.LEAST_IN_PARTS
-    assert pace.part_seconds(1) is None
-    pace.decoded(0.1)
-    pace.read_parts(100, 20, 1.0)  # half a thousandth of a second for a token in a part, two of which a layer has
-    assert pace.piece_in_parts() == 100 * pace_module.STEPS_PER_PIECE
-    assert pace.part_seconds(100) == pytest.approx(0.05)
-    for _ in range(40):
-        pace.read_parts(100, 10, 1e-6)
-    assert pace.piece_in_parts() == PREFILL_PIECE
-    for _ in range(40):
-        pace.read_parts(100, 10, 100.0)
-    assert pace.piece_in_parts() == pace_module.LEAST_IN_PARTS
-
-
 def test_a_step_is_left_only_when_those_that_decode_have_waited() -> None:
-    pace, steps = Pace(), []
+    pace = Pace()
     assert pace.is_due(0.0)  # nothing is known
     pace.decoded(1000.0)
-
-    def decode() -> None:
-        steps.append(1)
-
-    interlude = Interlude(pace, 1200.0, decode)
-    interlude()
-    assert not steps
-    interlude = Interlude(pace, 1251.0, decode)
-    interlude()
-    interlude.check()
-    assert len(steps) == 1
+    assert not pace.is_due(1200.0)
+    assert pace.is_due(1251.0)
 
 
 def test_a_part_is_expected_to_take_as_long_as_those_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,9 +290,8 @@ def test_a_part_is_expected_to_take_as_long_as_those_before_it(monkeypatch: pyte
         now[0] += 100
 
     monkeypatch.setattr(Pace, "is_due", is_due)
-    interlude = Interlude(Pace(), None, decode)
+    interlude = Interlude(Pace(), decode)
     for seconds in (1, 5, 3, 7):
         now[0] += seconds
         interlude()
     assert asked == [1, 3, 3, 4]  # and not the hundred that the decode step took
-    assert (interlude.parts, interlude.seconds) == (4, 100)

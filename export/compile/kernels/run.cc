@@ -104,47 +104,64 @@ int32_t run(int64_t bytes, int64_t parts, const Steps&... steps) {
 // The cache of a table of experts; null where all of them are mapped.
 ExpertLayer* cache_of(const int64_t* experts) { return reinterpret_cast<ExpertLayer*>(experts[0]); }
 
-// What a step is left for, where nothing of its own is under way: before each attention and each dispatch to experts,
-// and before each product of a matrix. Null: nothing.
+// What a step is left for, where no thread is at work for it: before each block of rows of a product, each block of a
+// prompt's queries, and each expert. Null: nothing.
 void (*between_parts)() = nullptr;
-void (*between_products)() = nullptr;
 
-void leave_for(void (*&between)()) {
-    if (auto* const call = between) {
-        between = nullptr;  // a step that is taken meanwhile is not left in its turn
+void leave() {
+    if (auto* const call = between_parts) {
+        between_parts = nullptr;  // a step that is taken meanwhile is not left in its turn
         call();
-        between = call;
+        between_parts = call;
     }
 }
 
-int32_t set_between(void (*&between)(), const TaggedValue* arguments, TaggedValue* result) {
-    between = reinterpret_cast<void (*)()>(arguments[0].integer);
-    *result = {TAGGED_INTEGER, 0, 0};
+constexpr int64_t ROWS = 128;    // of a product that cannot be left
+constexpr int64_t QUERIES = 64;  // of a prompt, whose attention cannot be left
+
+// Runs `work`, a function of first and count, on blocks of `rows` that are of about one size, at most `most`, and leaves
+// the step before each. Gives 0, or -1 where it fails.
+template <class Work>
+int32_t in_blocks(int64_t rows, int64_t most, const Work& work) {
+    const int64_t blocks = (rows + most - 1) / most;
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t first = rows * block / blocks, end = rows * (block + 1) / blocks;
+        leave();
+        if (work(first, end - first)) return -1;
+    }
     return 0;
+}
+
+bool is_chosen(const int64_t* expert_id, int64_t rows, int64_t expert) {
+    for (int64_t row = 0; row < rows; ++row) {
+        if (expert_id[row] == expert) return true;
+    }
+    return false;
 }
 
 }  // namespace
 
 // (address of a function without arguments, or 0)
 extern "C" int __tvm_ffi_arriero_between_parts(void*, const TaggedValue* arguments, int32_t, TaggedValue* result) {
-    return set_between(between_parts, arguments, result);
-}
-
-extern "C" int __tvm_ffi_arriero_between_products(void*, const TaggedValue* arguments, int32_t, TaggedValue* result) {
-    return set_between(between_products, arguments, result);
+    between_parts = reinterpret_cast<void (*)()>(arguments[0].integer);
+    *result = {TAGGED_INTEGER, 0, 0};
+    return 0;
 }
 
 extern "C" int32_t arriero_run_linear(int64_t format, int64_t block, const float* x, const void* weight,
                                       const void* scales, float* y, int64_t T, int64_t N, int64_t K, int64_t parts) {
-    leave_for(between_products);
-    const auto prepare = [&](void* space, int64_t part) {
-        arriero_linear_prepare(format, block, x, T, K, space, part, parts);
+    const auto product = [&](int64_t first, int64_t count) {
+        const float* in = x + first * K;
+        const auto prepare = [&](void* space, int64_t part) {
+            arriero_linear_prepare(format, block, in, count, K, space, part, parts);
+        };
+        const auto multiply = [&](void* space, int64_t part) {
+            arriero_linear(format, block, in, weight, scales, y + first * N, count, N, K, space, part, parts);
+        };
+        const int64_t bytes = arriero_linear_workspace(format, block, count, N, K, parts);
+        return whole::is_integer(format) ? run(bytes, parts, prepare, multiply) : run(bytes, parts, multiply);
     };
-    const auto multiply = [&](void* space, int64_t part) {
-        arriero_linear(format, block, x, weight, scales, y, T, N, K, space, part, parts);
-    };
-    const int64_t bytes = arriero_linear_workspace(format, block, T, N, K, parts);
-    return whole::is_integer(format) ? run(bytes, parts, prepare, multiply) : run(bytes, parts, multiply);
+    return between_parts ? in_blocks(T, ROWS, product) : product(0, T);
 }
 
 extern "C" int32_t arriero_run_request(const int64_t* expert_id, const int64_t* experts, int64_t* requested, int64_t T,
@@ -159,10 +176,13 @@ extern "C" int32_t arriero_run_dispatch(int64_t gate_up_format, int64_t gate_up_
                                         int64_t down_at, int64_t down_scales_at, const float* x,
                                         const int64_t* expert_id, const float* score, const int64_t* experts, float* y,
                                         int64_t T, int64_t R, int64_t E, int64_t H, int64_t F, int64_t parts) {
-    leave_for(between_parts);
+    ExpertLayer* const cache = cache_of(experts);
+    const bool is_left = between_parts && !cache;
+    const int64_t bytes = arriero_dispatch_workspace(gate_up_format, gate_up_block, down_format, down_block, T, R, E,
+                                                     H, F, parts);
     const auto compute = [&](void* space) {
-        ExpertLayer* cache = cache_of(experts);
-        ExpertWave wave{reinterpret_cast<const void* const*>(experts + 1), true};
+        const auto* const records = reinterpret_cast<const void* const*>(experts + 1);
+        ExpertWave wave{records, true};
         const auto prepare = [&](int64_t part) {
             arriero_dispatch_prepare(gate_up_format, gate_up_block, down_format, down_block, x, expert_id, score, T, R,
                                      E, H, F, space, part, parts);
@@ -174,20 +194,37 @@ extern "C" int32_t arriero_run_dispatch(int64_t gate_up_format, int64_t gate_up_
         const auto outer = [&](int64_t part) {
             arriero_dispatch_down(gate_up_format, gate_up_block, down_format, down_block, wave.records, down_at,
                                   down_scales_at, y, T, R, E, H, F, space, part, parts);
-            if (!wave.last) return;
+        };
+        const auto sum = [&](int64_t part) {
             arriero_dispatch_sum(gate_up_format, gate_up_block, down_format, down_block, y, T, R, E, H, F, space, part,
                                  parts);
         };
+        const auto outer_and_sum = [&](int64_t part) {
+            outer(part);
+            if (wave.last) sum(part);
+        };
+        if (is_left) {
+            auto** const one = reinterpret_cast<const void**>(static_cast<char*>(space) + bytes);
+            wave.records = one;
+            if (launch(parts, prepare)) return -1;
+            for (int64_t e = 0; e < E; ++e) {
+                if (!is_chosen(expert_id, T * R, e)) continue;
+                leave();
+                __builtin_memset(one, 0, E * sizeof *one);
+                one[e] = records[e];
+                if (launch(parts, inner, outer)) return -1;
+            }
+            return launch(parts, sum);
+        }
         for (bool first = true;; first = false) {
             if (cache) wave = next_experts(cache);
             if (!wave.records) return -1;
-            const int32_t failed = first ? launch(parts, prepare, inner, outer) : launch(parts, inner, outer);
+            const int32_t failed =
+                first ? launch(parts, prepare, inner, outer_and_sum) : launch(parts, inner, outer_and_sum);
             if (failed || wave.last) return failed;
         }
     };
-    const int64_t bytes = arriero_dispatch_workspace(gate_up_format, gate_up_block, down_format, down_block, T, R, E,
-                                                     H, F, parts);
-    return with_workspace(bytes, compute);
+    return with_workspace(bytes + (is_left ? E * static_cast<int64_t>(sizeof(void*)) : 0), compute);
 }
 
 extern "C" int32_t arriero_run_attention(int64_t format, const float* q, const float* k, const float* v,
@@ -195,11 +232,26 @@ extern "C" int32_t arriero_run_attention(int64_t format, const float* q, const f
                                          void* value_cache, const float* key_steps, const float* value_steps,
                                          float* out, int64_t B, int64_t T, int64_t Q, int64_t G, int64_t C, int64_t D,
                                          int64_t chunk, int64_t parts) {
-    leave_for(between_parts);
+    const int64_t bytes = arriero_attention_workspace(B, T, Q, G, C, D, parts);
     const auto write = [&](void*, int64_t part) {
         arriero_cache_write(format, k, v, positions, starts, key_steps, value_steps, key_cache, value_cache, B, G, C, D,
                             chunk, part, parts);
     };
+    if (between_parts && B == 1 && T > 1) {
+        return with_workspace(bytes, [&](void* space) {
+            const auto write_all = [&](int64_t part) { write(space, part); };
+            if (launch(parts, write_all)) return -1;
+            return in_blocks(T, QUERIES, [&](int64_t first, int64_t count) {  // never of one token, which is no prompt
+                const int64_t here[] = {0, count};
+                const auto attend = [&](int64_t part) {
+                    arriero_attention(format, q + first * Q * D, positions + first, here, key_cache, value_cache,
+                                      key_steps, value_steps, out + first * Q * D, B, count, Q, G, C, D, chunk, space,
+                                      part, parts);
+                };
+                return launch(parts, attend);
+            });
+        });
+    }
     const auto attend = [&](void* space, int64_t part) {
         arriero_attention(format, q, positions, starts, key_cache, value_cache, key_steps, value_steps, out, B, T, Q, G,
                           C, D, chunk, space, part, parts);
@@ -207,7 +259,7 @@ extern "C" int32_t arriero_run_attention(int64_t format, const float* q, const f
     const auto merge = [&](void* space, int64_t part) {
         arriero_attention_merge(positions, starts, value_steps, out, B, Q, G, C, D, chunk, space, part, parts);
     };
-    return run(arriero_attention_workspace(B, T, Q, G, C, D, parts), parts, write, attend, merge);
+    return run(bytes, parts, write, attend, merge);
 }
 
 extern "C" int32_t arriero_run_add_lora(const float* x, const float* y, const int64_t* adapter, const int64_t* starts,
