@@ -110,6 +110,8 @@ class Server:
                 if not line.startswith("data: {"):
                     continue
                 event = json.loads(line.removeprefix("data: "))
+                if "error" in event:
+                    raise SystemExit(f"{self.name} ends a stream: {event['error']}")
                 # what ends an answer counts where it brings all the text, as of tokens that are no whole character
                 if event.get("choices") and (not answer.times or event["choices"][0].get("finish_reason") is None):
                     answer.times.append(time.monotonic())

@@ -10,7 +10,7 @@ prompt goes on from any token of a chunk whose blocks have them, else from that 
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -76,7 +76,7 @@ class PrefixCache:
         """Keep at most `most_bytes`."""
         self.spec, self.most_bytes, self.nbytes = spec, most_bytes, 0
         self._entries: OrderedDict[bytes, _Block | Floats] = OrderedDict()
-        self._short: dict[bytes, set[int]] = {}  # lengths of the short blocks behind a block
+        self._short: dict[bytes, Counter[int]] = {}  # how many short blocks of which lengths are behind a block
 
     # --- prefixes
 
@@ -140,8 +140,6 @@ class PrefixCache:
             chain.append((name, block))
             if not self._put(name, block, {of_chain for of_chain, _ in chain}):
                 break
-            if block.is_short(self._end(block.start)):
-                self._short.setdefault(block.before, set()).add(block.stop - block.start)
         self._touch(chain)
 
     def _edge(self, position: int) -> int:
@@ -205,8 +203,8 @@ class PrefixCache:
 
     def _put(self, name: bytes, entry: _Block | Floats, kept: set[bytes]) -> bool:
         """Add `entry` in the place of the oldest ones; gives whether it fits beside those that are `kept`."""
-        if (old := self._entries.pop(name, None)) is not None:
-            self.nbytes -= old.nbytes
+        if name in self._entries:
+            self._drop(name)
         while self.nbytes + entry.nbytes > self.most_bytes:
             oldest = next(iter(self._entries), None)
             if oldest is None or oldest in kept:
@@ -214,14 +212,18 @@ class PrefixCache:
             self._drop(oldest)
         self._entries[name] = entry
         self.nbytes += entry.nbytes
+        if isinstance(entry, _Block) and entry.is_short(self._end(entry.start)):
+            self._short.setdefault(entry.before, Counter())[entry.stop - entry.start] += 1
         return True
 
     def _drop(self, name: bytes) -> None:
         entry = self._entries.pop(name)
         self.nbytes -= entry.nbytes
         if isinstance(entry, _Block) and entry.is_short(self._end(entry.start)):
-            lengths = self._short[entry.before]
-            lengths.discard(entry.stop - entry.start)
+            lengths, length = self._short[entry.before], entry.stop - entry.start
+            lengths[length] -= 1
+            if not lengths[length]:
+                del lengths[length]
             if not lengths:
                 del self._short[entry.before]
 

@@ -42,8 +42,8 @@ def small_maverick(folder: Path, seed: int = 6) -> Path:
 
 
 def small_guard(folder: Path, seed: int = 7, **changes: Any) -> Path:
-    """Llama Guard 4's shape, text only: dense layers, all rotary and global; `changes` override keys of the config."""
-    sizes = _sizes(_copy_skeleton(folder, vision=False)) | {"attention_chunk_size": None}
+    """Llama Guard 4's shape, text only: two dense layers, rotary and global; `changes` override keys of the config."""
+    sizes = _sizes(_copy_skeleton(folder, vision=False)) | {"attention_chunk_size": None, "num_hidden_layers": 2}
     return make_guard_toy(folder, seed, **sizes | changes)
 
 

@@ -96,7 +96,6 @@ DENSE: dict[str, Any] = {
     "attn_temperature_tuning": False,
     "intermediate_size": 96,
     "intermediate_size_mlp": 96,
-    "num_hidden_layers": 2,  # all are alike
 }
 
 

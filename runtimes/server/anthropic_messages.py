@@ -16,7 +16,7 @@ from arriero.runtimes.server.answer_fields import AnswerFields, read_stops
 from arriero.runtimes.server.answers import Answers
 from arriero.runtimes.server.anthropic_blocks import BlockReader
 from arriero.runtimes.server.entry_limit import EntryLimit
-from arriero.runtimes.server.errors import RefusalError, refusal_of
+from arriero.runtimes.server.errors import STREAM, RefusalError, told_refusal
 from arriero.runtimes.server.fields import Fields
 from arriero.runtimes.server.models import Models
 from arriero.runtimes.server.options import ServerOptions
@@ -90,7 +90,7 @@ class AnthropicMessage:
             async for event in self._events(answers):
                 yield typed_event(event)
         except Exception as error:
-            yield typed_event(anthropic_error(refusal_of(error)))
+            yield typed_event(anthropic_error(told_refusal(error, STREAM)))
 
     async def _events(self, answers: Answers) -> AsyncIterator[dict[str, Any]]:
         text, begun, block = ToolText(self.tools), False, False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, suppress
@@ -25,7 +24,7 @@ from arriero.runtimes.server.bundles import Bundles
 from arriero.runtimes.server.chat_completions import ChatCompletion
 from arriero.runtimes.server.completions import Completion
 from arriero.runtimes.server.entry_limit import EntryLimit
-from arriero.runtimes.server.errors import RefusalError, refusal_of
+from arriero.runtimes.server.errors import RefusalError, told_refusal
 from arriero.runtimes.server.fields import Fields
 from arriero.runtimes.server.guard import Guard
 from arriero.runtimes.server.messages import MessageReader
@@ -43,7 +42,6 @@ from arriero.runtimes.server.workers import Workers
 from arriero.runtimes.settings import read_settings
 from arriero.strict_json import check_characters, parse_json
 
-log = logging.getLogger("arriero.server")
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 HALVES = re.compile(rb"\\u[dD][89a-fA-F]")  # of surrogate pairs, as JSON escapes them
 SLOW_SECONDS = 10.0  # for a client to read what is left of a stream whose time is over
@@ -206,10 +204,7 @@ def _refusing(handler: Handler, respond: Callable[[RefusalError], Response] = Re
         try:
             return await handler(request)
         except Exception as error:
-            refusal = refusal_of(error)
-            if refusal.status == 500:
-                log.exception("%s failed", request.state.request_id)
-            return respond(refusal)
+            return respond(told_refusal(error, request.state.request_id))
 
     return handle
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,9 @@ KINDS = {
     504: "timeout_error",
 }
 RETRY_SECONDS = 2
+STREAM = "an answer that was on its way"
+
+log = logging.getLogger("arriero.server")
 
 
 class RefusalError(Exception):
@@ -57,6 +61,14 @@ def refusal_of(error: BaseException) -> RefusalError:
             return RefusalError(503, "The server is stopping.", code="stopping")
         return RefusalError(400, str(error))
     return RefusalError(500, "The server failed to answer; its log says why.", code="internal_error")
+
+
+def told_refusal(error: BaseException, what: str) -> RefusalError:
+    """What a client is told of `error`, which ended `what`; a fault of ours is told to the log as well."""
+    refusal = refusal_of(error)
+    if refusal.status == 500:
+        log.error("%s failed", what, exc_info=error)
+    return refusal
 
 
 def failure_of(error: BaseException) -> str:

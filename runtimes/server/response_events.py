@@ -7,7 +7,7 @@ from typing import Any
 
 from arriero.runtimes.generation import TokenLogprobs
 from arriero.runtimes.server.answers import Answers
-from arriero.runtimes.server.errors import refusal_of
+from arriero.runtimes.server.errors import STREAM, told_refusal
 from arriero.runtimes.server.response_body import (
     ResponseBody,
     call_item,
@@ -31,7 +31,7 @@ async def response_events(body: ResponseBody, tools: Tools, answers: Answers) ->
             yield typed_event({**event, "sequence_number": number})
             number += 1
     except Exception as error:
-        failure = {"code": "server_error", "message": refusal_of(error).message}
+        failure = {"code": "server_error", "message": told_refusal(error, STREAM).message}
         failed = {"type": "response.failed", "response": body.now("failed", [], error=failure)}
         yield typed_event({**failed, "sequence_number": number})
 

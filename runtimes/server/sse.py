@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from arriero.runtimes.server.errors import refusal_of
+from arriero.runtimes.server.errors import STREAM, told_refusal
 
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -27,5 +27,5 @@ async def events(values: AsyncIterator[Any]) -> AsyncIterator[str]:
         async for value in values:
             yield event(value)
     except Exception as error:
-        yield event(refusal_of(error).body)
+        yield event(told_refusal(error, STREAM).body)
     yield "data: [DONE]\n\n"

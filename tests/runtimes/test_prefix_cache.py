@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -157,6 +158,36 @@ def test_bytes_are_bounded_and_the_newest_stay(toy_session: Callable[[int], Sess
         session.generate(prompts[seed], max_tokens=1)
         assert (session.stats().reused_tokens > before) == reused
     assert set(prefixes(session)._short) <= {b"0", *prefixes(session)._entries}
+
+
+def test_short_prompts_of_one_length_go_one_by_one(toy_session: Callable[[int], Session]) -> None:
+    """As of many conversations that have just begun: one that goes takes no other with it, and none goes twice."""
+    probe = toy_session(MANY)
+    probe.generate(Prompt(ids(3) % 256), max_tokens=1)
+    one = prefixes(probe).nbytes  # a third of it for each token
+    session = toy_session(4 * one)
+    prompts = [Prompt(ids(3, seed) % 256) for seed in range(4)]
+    for prompt in (*prompts, Prompt(ids(4, 4) % 256)):  # the last takes the places of two
+        session.generate(prompt, max_tokens=1)
+    for seed, reused in ((3, 2), (2, 2), (0, 0)):
+        before = session.stats().reused_tokens
+        session.generate(prompts[seed], max_tokens=1)
+        assert session.stats().reused_tokens == before + reused
+    session.generate(Prompt(ids(12, 5) % 256), max_tokens=1)  # and of all
+
+
+def test_what_is_known_of_short_blocks_is_what_is_there(toy_session: Callable[[int], Session]) -> None:
+    session, draw = toy_session(3000), np.random.default_rng(1)
+    for _ in range(300):
+        prompt = np.concatenate([ids(8, draw.integers(3)), ids(8, draw.integers(3))])[: draw.integers(1, 16)] % 256
+        session.generate(Prompt(prompt), max_tokens=int(draw.integers(1, 5)))
+        cache, there = prefixes(session), dict[bytes, Counter[int]]()
+        assert cache.nbytes == sum(entry.nbytes for entry in cache._entries.values()) <= cache.most_bytes
+        for block in cache._entries.values():
+            if block.is_short(cache._end(block.start)):
+                there.setdefault(block.before, Counter())[block.stop - block.start] += 1
+        assert cache._short == there
+    assert session.stats().reused_tokens > 100
 
 
 def test_a_prefix_larger_than_all_bytes_keeps_its_beginning(toy_session: Callable[[int], Session]) -> None:
