@@ -15,14 +15,15 @@ class Interlude:
         """Keep to `pace`; `decode` takes one step of all that decode."""
         self._pace, self._decode = pace, decode
         self._error: BaseException | None = None
-        self._own, self._left = 0.0, time.perf_counter()  # what the parts so far took; when the last one began
-        self._parts = 0
+        self._left = time.perf_counter()  # when the last part began
 
     def __call__(self) -> None:
-        """The next part is about to begin, and is expected to take as long as those so far did on average."""
-        self._parts += 1
-        self._own += time.perf_counter() - self._left
-        if self._error is None and self._pace.is_due(self._own / self._parts):
+        """The next part is about to begin, and is expected to take as long as the last one: most are alike in turn.
+
+        Whichever of before and after it is nearer to when the others' step is due is when it is taken.
+        """
+        part_s = time.perf_counter() - self._left
+        if self._error is None and self._pace.is_due(part_s / 2):
             try:
                 self._decode()
             except BaseException as error:  # through the library that calls there is no way for it

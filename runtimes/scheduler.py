@@ -233,6 +233,7 @@ class Scheduler:
         try:
             if self._rows.decoding and is_preemptible(backend):
                 logits = read_preempted(backend, ids, features, row, last, interlude)[0]
+                interlude()  # keeping what was read takes time, too
             else:
                 logits = read_piece(backend, ids, features, row, last).logits[0, 0]
                 self._pace.read(len(ids), time.perf_counter() - started)

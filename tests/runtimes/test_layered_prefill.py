@@ -66,7 +66,7 @@ def test_others_decode_between_the_layers_of_a_long_prompt(session: Session) -> 
     pieces = [number for number, (_, count) in enumerate(toy.steps) if count > 1][-8:]
     assert [toy.steps[number] for number in pieces] == [(1, 8)] * 8
     for one, following in pairwise(pieces):
-        assert toy.steps[one + 1 : following] == [(1, 1)] * 3  # after a piece, and before each layer of the next
+        assert toy.steps[one + 1 : following] == [(1, 1)] * 4  # twice after a piece, and before each layer of the next
     assert [1, 6] in toy.packed or [1, 0, 6] in toy.packed  # the rest, with the others' step: it is small
 
 
@@ -278,7 +278,7 @@ def test_a_step_is_left_only_when_those_that_decode_have_waited() -> None:
     assert pace.is_due(1251.0)
 
 
-def test_a_part_is_expected_to_take_as_long_as_those_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_is_expected_to_take_as_long_as_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
     now, asked = [0.0], []
     monkeypatch.setattr("arriero.runtimes.interlude.time.perf_counter", lambda: now[0])
 
@@ -294,4 +294,4 @@ def test_a_part_is_expected_to_take_as_long_as_those_before_it(monkeypatch: pyte
     for seconds in (1, 5, 3, 7):
         now[0] += seconds
         interlude()
-    assert asked == [1, 3, 3, 4]  # and not the hundred that the decode step took
+    assert asked == [0.5, 2.5, 1.5, 3.5]  # half of it, and nothing of the hundred that the decode step took

@@ -116,8 +116,8 @@ void leave() {
     }
 }
 
-constexpr int64_t ROWS = 128;    // of a product that cannot be left
-constexpr int64_t QUERIES = 64;  // of a prompt, whose attention cannot be left
+constexpr int64_t ROWS = 128;        // of a product that cannot be left
+constexpr int64_t QUERY_ROWS = 192;  // (query, head) rows of one key head, of a prompt's attention that cannot be left
 
 // Runs `work`, a function of first and count, on blocks of `rows` that are of about one size, at most `most`, and leaves
 // the step before each. Gives 0, or -1 where it fails.
@@ -241,7 +241,9 @@ extern "C" int32_t arriero_run_attention(int64_t format, const float* q, const f
         return with_workspace(bytes, [&](void* space) {
             const auto write_all = [&](int64_t part) { write(space, part); };
             if (launch(parts, write_all)) return -1;
-            return in_blocks(T, QUERIES, [&](int64_t first, int64_t count) {  // never of one token, which is no prompt
+            // from three on, blocks of about one size have two queries at least: one alone is summed in another way
+            const int64_t wanted = QUERY_ROWS * G / Q, queries = wanted > 3 ? wanted : 3;
+            return in_blocks(T, queries, [&](int64_t first, int64_t count) {
                 const int64_t here[] = {0, count};
                 const auto attend = [&](int64_t part) {
                     arriero_attention(format, q + first * Q * D, positions + first, here, key_cache, value_cache,

@@ -13,7 +13,7 @@ from arriero.runtimes.steps import append_tokens
 from tests.export.compile.test_packed_rows import compiled
 
 CHUNK = 512
-ROWS, QUERIES = 128, 64  # of a product, and of an attention, that are not left
+ROWS, QUERIES = 128, 192 // 2  # of a product, and of an attention of two heads to a key, that are not left
 FEW, PIECES = 20, (300, 212)
 
 

@@ -276,17 +276,19 @@ def test_the_log_names_requests_and_says_nothing_of_their_words(
     assert not any("secret" in line for line in lines)
 
 
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "responses", "messages"])
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_fault_of_the_server_is_told_to_the_log_alone(
-    served: Served, toy: Any, caplog: pytest.LogCaptureFixture
+    served: Served, toy: Any, caplog: pytest.LogCaptureFixture, path: str, stream: bool
 ) -> None:
     toy.forward = lambda *arguments, **named: 1 // 0
+    asked = {"completions": {"prompt": "a"}, "responses": {"input": "a"}}.get(path, {"messages": ASK["messages"]})
+    limit = "max_output_tokens" if path == "responses" else "max_tokens"
     with served.web() as web:
-        answer = web.post("/v1/chat/completions", json=ASK)
-        assert answer.status_code == 500
-        assert "division" not in answer.text
-        streamed = web.post("/v1/chat/completions", json={**ASK, "stream": True})
-        assert '"type":"server_error"' in streamed.text
-        assert "division" not in streamed.text
+        answer = web.post(f"/v1/{path}", json={"model": "toy", **asked, limit: 5, "stream": stream})
+    assert answer.status_code == (200 if stream else 500)
+    assert "The server failed to answer" in answer.text
+    assert "division" not in answer.text
     assert "ZeroDivisionError" in caplog.text
 
 
