@@ -70,6 +70,15 @@ def test_others_decode_between_the_layers_of_a_long_prompt(session: Session) -> 
     assert [1, 6] in toy.packed or [1, 0, 6] in toy.packed  # the rest, with the others' step: it is small
 
 
+def test_pieces_that_are_left_are_as_large_as_alone(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "piece", lambda _: 3)  # what may be read between two decode steps
+    toy = session.backend
+    toy.steps.clear()
+    for stream in start(session, 60):
+        stream.wait()
+    assert [step for step in toy.steps if step[1] > 1][-9:] == [*[(1, 8)] * 8, (1, 6)]
+
+
 def test_a_row_whose_decode_step_fails_between_layers_ends_alone(session: Session) -> None:
     expected, forward, toy = session.generate(LONG, max_tokens=5).token_ids, session.backend.forward, session.backend
     failing = len(session.encode("a").input_ids) + 8
@@ -279,7 +288,7 @@ def test_a_step_is_left_only_when_those_that_decode_have_waited() -> None:
 
 
 def test_a_part_is_expected_to_take_as_long_as_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, asked = [0.0], []
+    now, asked, taken = [0.0], [], []
     monkeypatch.setattr("arriero.runtimes.interlude.time.perf_counter", lambda: now[0])
 
     def is_due(self: Pace, seconds: float) -> bool:
@@ -288,10 +297,13 @@ def test_a_part_is_expected_to_take_as_long_as_the_last_one(monkeypatch: pytest.
 
     def decode() -> None:
         now[0] += 100
+        taken.append(len(asked))
 
     monkeypatch.setattr(Pace, "is_due", is_due)
     interlude = Interlude(Pace(), decode)
     for seconds in (1, 5, 3, 7):
         now[0] += seconds
         interlude()
+    interlude.check()
     assert asked == [0.5, 2.5, 1.5, 3.5]  # half of it, and nothing of the hundred that the decode step took
+    assert taken == [2]  # one step, where it was due

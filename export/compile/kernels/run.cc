@@ -132,11 +132,14 @@ int32_t in_blocks(int64_t rows, int64_t most, const Work& work) {
     return 0;
 }
 
-bool is_chosen(const int64_t* expert_id, int64_t rows, int64_t expert) {
-    for (int64_t row = 0; row < rows; ++row) {
-        if (expert_id[row] == expert) return true;
+// The first expert from `expert` on that one of the rows is routed to; E where there is none.
+int64_t chosen_from(int64_t expert, const int64_t* expert_id, int64_t rows, int64_t E) {
+    for (; expert < E; ++expert) {
+        for (int64_t row = 0; row < rows; ++row) {
+            if (expert_id[row] == expert) return expert;
+        }
     }
-    return false;
+    return E;
 }
 
 }  // namespace
@@ -182,7 +185,19 @@ extern "C" int32_t arriero_run_dispatch(int64_t gate_up_format, int64_t gate_up_
                                                      H, F, parts);
     const auto compute = [&](void* space) {
         const auto* const records = reinterpret_cast<const void* const*>(experts + 1);
-        ExpertWave wave{records, true};
+        auto** const alone = reinterpret_cast<const void**>(static_cast<char*>(space) + bytes);
+        int64_t expert = is_left ? chosen_from(0, expert_id, T * R, E) : E;
+        ExpertWave wave{};
+        // those that the cache has read, the next one where the step is left between them, or all at once
+        const auto next_wave = [&]() -> ExpertWave {
+            if (cache) return next_experts(cache);
+            if (!is_left) return {records, true};
+            leave();
+            __builtin_memset(alone, 0, E * sizeof *alone);
+            if (expert < E) alone[expert] = records[expert];
+            expert = chosen_from(expert + 1, expert_id, T * R, E);
+            return {alone, expert == E};
+        };
         const auto prepare = [&](int64_t part) {
             arriero_dispatch_prepare(gate_up_format, gate_up_block, down_format, down_block, x, expert_id, score, T, R,
                                      E, H, F, space, part, parts);
@@ -194,33 +209,14 @@ extern "C" int32_t arriero_run_dispatch(int64_t gate_up_format, int64_t gate_up_
         const auto outer = [&](int64_t part) {
             arriero_dispatch_down(gate_up_format, gate_up_block, down_format, down_block, wave.records, down_at,
                                   down_scales_at, y, T, R, E, H, F, space, part, parts);
-        };
-        const auto sum = [&](int64_t part) {
+            if (!wave.last) return;
             arriero_dispatch_sum(gate_up_format, gate_up_block, down_format, down_block, y, T, R, E, H, F, space, part,
                                  parts);
         };
-        const auto outer_and_sum = [&](int64_t part) {
-            outer(part);
-            if (wave.last) sum(part);
-        };
-        if (is_left) {
-            auto** const one = reinterpret_cast<const void**>(static_cast<char*>(space) + bytes);
-            wave.records = one;
-            if (launch(parts, prepare)) return -1;
-            for (int64_t e = 0; e < E; ++e) {
-                if (!is_chosen(expert_id, T * R, e)) continue;
-                leave();
-                __builtin_memset(one, 0, E * sizeof *one);
-                one[e] = records[e];
-                if (launch(parts, inner, outer)) return -1;
-            }
-            return launch(parts, sum);
-        }
         for (bool first = true;; first = false) {
-            if (cache) wave = next_experts(cache);
+            wave = next_wave();
             if (!wave.records) return -1;
-            const int32_t failed =
-                first ? launch(parts, prepare, inner, outer_and_sum) : launch(parts, inner, outer_and_sum);
+            const int32_t failed = first ? launch(parts, prepare, inner, outer) : launch(parts, inner, outer);
             if (failed || wave.last) return failed;
         }
     };

@@ -288,6 +288,8 @@ def test_a_fault_of_the_server_is_told_to_the_log_alone(
         answer = web.post(f"/v1/{path}", json={"model": "toy", **asked, limit: 5, "stream": stream})
     assert answer.status_code == (200 if stream else 500)
     assert "The server failed to answer" in answer.text
+    kind = '"type":"api_error"' if path == "messages" else '"type":"server_error"'
+    assert ('"code":"server_error"' if stream and path == "responses" else kind) in answer.text
     assert "division" not in answer.text
     assert "ZeroDivisionError" in caplog.text
 
