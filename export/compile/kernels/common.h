@@ -29,7 +29,6 @@ inline bool has_halves(int64_t format) { return format >= ARRIERO_INT8_F16; }
 // Asks for what a stream of weights will need in a moment: what fetches by itself stops at the end of each 4 KiB page,
 // and mapped files lie in such. GCC takes a function that only does this for one that does nothing, and drops its calls.
 __attribute__((always_inline)) inline void fetch(const void* at) { __builtin_prefetch(at, 0, 3); }
-constexpr int64_t FETCH_AHEAD = 2048;  // bytes; 1,024 to 3,072 are alike, below and above it is slower
 
 struct Range {
     int64_t begin, end;

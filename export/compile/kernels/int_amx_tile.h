@@ -47,7 +47,7 @@ inline void shape_tiles(int64_t count, int64_t depth) {
 }
 
 // `depth` features from `k` of `count` rows, zeros up to a tile's; gives where they lie, `stride` apart.
-inline const int8_t* tile_values(const Rounded& x, const int64_t* rows, int64_t count, bool together, int64_t k,
+inline const int8_t* tile_values(const Rounded& x, PickedRows rows, int64_t count, bool together, int64_t k,
                                  int64_t depth, int64_t tile_depth, int8_t (*copy)[AMX_DEPTH], int64_t* stride) {
     if (together && depth == tile_depth) {
         *stride = x.features;
@@ -105,12 +105,12 @@ inline void multiply_tiles(bool tall) {
 
 // What int_tile gives, for `count` rows.
 template <class CODES, int P>
-TILE void int_amx_tile(const Rounded& x, const int64_t* rows, int64_t count, const uint8_t* panel, BlockScales scale,
-                       int64_t next, float (*out)[16 * P]) {
+TILE void int_amx_tile(const Rounded& x, PickedRows rows, int64_t count, const uint8_t* panel, BlockScales scale,
+                       Ahead ahead, float (*out)[16 * P]) {
     constexpr int V = 16 / LANES;
     const int64_t features = x.features, block = x.block, blocks = x.blocks();
     const int64_t panel_bytes = features * 2 * CODES::BITS, panel_scales = blocks * 16;
-    const int64_t tile_depth = smaller(block, AMX_DEPTH), ahead = next * panel_bytes;
+    const int64_t tile_depth = smaller(block, AMX_DEPTH);
     const bool tall = count > 16;
     bool together = true;
     for (int64_t m = 1; m < count; ++m) together = together && rows[m] == rows[0] + m;
@@ -130,10 +130,12 @@ TILE void int_amx_tile(const Rounded& x, const int64_t* rows, int64_t count, con
             const int64_t depth = smaller(AMX_DEPTH, end - k), step_bytes = depth * 2 * CODES::BITS;
             const uint8_t* weights[P];
             UNROLL for (int p = 0; p < P; ++p) {
-                const uint8_t* step = at + p * panel_bytes;
-                for (int64_t line = 0; line < step_bytes; line += 64) fetch(step + ahead + line);
-                weights[p] = tile_weights<CODES>(step, depth, tile_depth, weights_copy[p]);
+                for (int64_t line = 0; line < step_bytes; line += 64) {
+                    fetch(ahead.weights + p * panel_bytes + line / 64 * ahead.stride);
+                }
+                weights[p] = tile_weights<CODES>(at + p * panel_bytes, depth, tile_depth, weights_copy[p]);
             }
+            ahead.weights += step_bytes * ahead.stride / 64;
             int64_t stride;
             const int8_t* values =
                 tile_values(x, rows, count, together, k, depth, tile_depth, values_copy, &stride);

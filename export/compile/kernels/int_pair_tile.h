@@ -10,7 +10,7 @@ namespace ARRIERO_LEVEL {
 
 // What int_tile gives, for M > 1 rows. An odd last row is paired with itself.
 template <class CODES, int M, int P>
-TILE void int_pair_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, BlockScales scale,
+TILE void int_pair_tile(const Rounded& x, PickedRows rows, const uint8_t* panel, BlockScales scale,
                         float out[M][16 * P]) {
     constexpr int PAIRS = (M + 1) / 2, Q = CODES::QUADS, QUADS = Q < 2 ? 2 : Q;
     const int64_t features = x.features, blocks = x.blocks();

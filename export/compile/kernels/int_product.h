@@ -13,10 +13,10 @@
 
 namespace ARRIERO_LEVEL {
 
-// out[m][16p + n] = product of row rows[m] with output n of panel p, for M rows and P panels. One panel is part of a
-// stream; of two, those that lie `next` panels after them are asked for.
+// out[m][16p + n] = product of row rows[m] with output n of panel p, for M rows and P panels. What comes after
+// them is asked for meanwhile.
 template <class CODES, int M, int P>
-TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, BlockScales scale, int64_t next,
+TILE void int_tile(const Rounded& x, PickedRows rows, const uint8_t* panel, BlockScales scale, Ahead ahead,
                    float out[M][16 * P]) {
     constexpr int V = 16 / LANES, PV = P * V;
     const int64_t features = x.features, block = x.block, blocks = x.blocks();
@@ -32,14 +32,11 @@ TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, 
     Float sums[M][PV];
     UNROLL for (int m = 0; m < M; ++m) { UNROLL for (int v = 0; v < PV; ++v) sums[m][v] = all(0.0f); }
     const uint8_t* at = panel;
-    const int64_t ahead = next * panel_bytes, scales_ahead = next * panel_scales;
+    const int64_t scales_ahead = ahead.stride ? P : 0;
     const auto ask = [&]() __attribute__((always_inline)) {
-        if constexpr (P == 1) {
-            fetch(at + FETCH_AHEAD);
-            if constexpr (STEP_BYTES<CODES> > 64) fetch(at + FETCH_AHEAD + 64);
-        } else {
-            UNROLL for (int p = 0; p < P; ++p) fetch(at + p * panel_bytes + ahead);
-        }
+        UNROLL for (int p = 0; p < P; ++p) fetch(ahead.weights + p * panel_bytes);
+        if constexpr (P == 1 && STEP_BYTES<CODES> > 64) fetch(ahead.weights + 64);
+        ahead.weights += ahead.stride * STEP_BYTES<CODES> / 64;
     };
     // the products with the next run of `count` features from k on
     const auto sum_run = [&](int64_t& k, int64_t count, Int (&totals)[M][PV]) __attribute__((always_inline)) {
@@ -68,7 +65,7 @@ TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, 
     };
     for (int64_t j = 0; j < blocks; ++j) {
         if constexpr (P > 1) {
-            UNROLL for (int p = 0; p < P; ++p) fetch(scale.at(p * panel_scales + j * 16 + scales_ahead));
+            UNROLL for (int p = 0; p < P; ++p) fetch(scale.at((p + scales_ahead) * panel_scales + j * 16));
         }
         Int totals[M][PV];
         int64_t k = j * block;
@@ -97,6 +94,9 @@ TILE void int_tile(const Rounded& x, const int64_t* rows, const uint8_t* panel, 
     UNROLL for (int m = 0; m < M; ++m) { UNROLL for (int v = 0; v < PV; ++v) store(out[m] + v * LANES, sums[m][v]); }
 }
 
+// So few rows read panel after panel, a single stream from memory; with more there is time for two panels.
+constexpr int64_t STREAM_ROWS = 4;
+
 // Columns [begin, end) of out = x W^T for `count` rows, picked from x and out by `order`
 // (null: the first). `begin` is a multiple of 16.
 template <class CODES>
@@ -105,19 +105,22 @@ inline void int_product(const Rounded& x, const int64_t* order, int64_t count, c
     const auto panels = [&](int64_t column, auto wide) {
         constexpr int P = decltype(wide)::value;
         const int64_t width = smaller<int64_t>(16 * P, columns.end - column);
-        const uint8_t* panel = weight + column * x.features * CODES::BITS / 8;
+        const int64_t panel_bytes = x.features * 2 * CODES::BITS;
+        const uint8_t* panel = weight + column / 16 * panel_bytes;
         const BlockScales scale = scales.from(column * x.blocks());
         for (int64_t i = 0; i < count;) {
-            // the first rows of these panels, when the next ones are to come from memory; they are read once
-            const int64_t next = i == 0 && column + 16 * P < columns.end ? P : 0;
+            const PickedRows rows{order, i};
+            const auto ahead = [&](int64_t M) -> Ahead {
+                if (P == 1 && count <= STREAM_ROWS) return {panel + FETCH_AHEAD, 64};
+                if (column + 16 * P >= columns.end) return {panel, 0};
+                return {panel + P * panel_bytes + panel_bytes * i / count, (64 * M + count - 1) / count};
+            };
 #ifdef __AMX_INT8__
             if (count >= AMX_LEAST_ROWS) {
                 // as many rows as the other tiles of this group have
                 const int64_t tiles = (count + AMX_ROWS - 1) / AMX_ROWS, M = smaller((count + tiles - 1) / tiles, count - i);
-                int64_t rows[AMX_ROWS];
-                for (int64_t m = 0; m < M; ++m) rows[m] = order ? order[i + m] : i + m;
                 alignas(64) float tile[AMX_ROWS][16 * P];
-                int_amx_tile<CODES, P>(x, rows, M, panel, scale, next, tile);
+                int_amx_tile<CODES, P>(x, rows, M, panel, scale, ahead(M), tile);
                 for (int64_t m = 0; m < M; ++m) copy_numbers<16 * P>(out[i + m] + column, tile[m], width);
                 i += M;
                 continue;
@@ -125,26 +128,27 @@ inline void int_product(const Rounded& x, const int64_t* order, int64_t count, c
 #endif
             i += with_rows<INT_ROWS>(count - i, [&](auto tall) {
                 constexpr int M = decltype(tall)::value;
-                int64_t rows[M];
-                for (int m = 0; m < M; ++m) rows[m] = order ? order[i + m] : i + m;
                 float tile[M][16 * P];
+                // to be written without a wait when the tile is done
+                UNROLL for (int m = 0; m < M; ++m) {
+                    UNROLL for (int p = 0; p < P; ++p) __builtin_prefetch(out[i + m] + column + 16 * p, 1, 3);
+                }
 #ifdef __ARM_FEATURE_MATMUL_INT8
                 if constexpr (M > 1) {
                     int_pair_tile<CODES, M, P>(x, rows, panel, scale, tile);
                 } else {
-                    int_tile<CODES, M, P>(x, rows, panel, scale, next, tile);
+                    int_tile<CODES, M, P>(x, rows, panel, scale, ahead(M), tile);
                 }
 #else
-                int_tile<CODES, M, P>(x, rows, panel, scale, next, tile);
+                int_tile<CODES, M, P>(x, rows, panel, scale, ahead(M), tile);
 #endif
                 for (int m = 0; m < M; ++m) copy_numbers<16 * P>(out[i + m] + column, tile[m], width);
             });
         }
     };
     int64_t column = columns.begin;
-    // few rows read panel after panel, a single stream from memory; with more there is time for two
     if constexpr (INT_PANELS == 2) {
-        for (; count > 4 && column + 16 < columns.end; column += 32) panels(column, Constant<2>{});
+        for (; count > STREAM_ROWS && column + 16 < columns.end; column += 32) panels(column, Constant<2>{});
     }
     for (; column < columns.end; column += 16) panels(column, Constant<1>{});
 }

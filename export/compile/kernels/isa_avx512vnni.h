@@ -23,6 +23,7 @@ constexpr int FLOAT_ROWS = 6;     // tile of the float product, in rows
 constexpr int FLOAT_VECTORS = 4;  // and in vectors of columns: its sums and one row of operands fill the registers
 constexpr int INT_ROWS = 6;       // tile of the integer product, in rows
 constexpr int INT_PANELS = 2;     // and in panels of 16 outputs
+constexpr int64_t FETCH_AHEAD = 4096;  // bytes that a stream is ahead of its use; 2,048 is slower, 8,192 no faster
 constexpr int INT8_OFFSET = 128;  // what a dot sees is the stored number and this
 constexpr bool DOTS_ARE_UNSIGNED = true;
 
@@ -90,7 +91,11 @@ inline Quad quad(const int8_t* p) {
     return _mm512_set1_epi32(bits);
 }
 inline Weights load_int8(const uint8_t* p) { return _mm512_loadu_si512(p); }
-inline Int dot8(Int sums, Weights w, Quad x) { return _mm512_dpbusd_epi32(sums, w, x); }
+// In the register of the sums: left alone, GCC copies them between dots, and there are not enough registers for that.
+inline Int dot8(Int sums, Weights w, Quad x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(w), "v"(x));
+    return sums;
+}
 // 4 * LANES bytes. Of the nibbles of 32 bytes, low ones first, the v-th 4 * LANES in the low halves of bytes; what the
 // high halves hold is open.
 inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -108,12 +113,12 @@ inline Weights look_up(const int8_t* table, Bytes nibbles) {
     const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(levels), nibbles);
 }
-inline Int dot7(Int sums, Weights w, Quad x) { return _mm512_dpbusd_epi32(sums, w, x); }
+inline Int dot7(Int sums, Weights w, Quad x) { return dot8(sums, w, x); }
 // Sums of dots of 4-bit weights, of RUN4 features at most: begun from a correction, which takes `offset` off weights
 // (`values` are the activations, LANES at a time added up), and ended.
 constexpr int64_t RUN4 = INT64_MAX;
 inline int32_t correction4(Int values, int32_t offset) { return -offset * sum_int(values); }
-inline Int dot4(Int sums, Weights w, Quad x) { return _mm512_dpbusd_epi32(sums, w, x); }
+inline Int dot4(Int sums, Weights w, Quad x) { return dot8(sums, w, x); }
 inline Int end4(Int sums) { return sums; }
 
 inline Int load_int(const int32_t* p) { return _mm512_loadu_si512(p); }

@@ -23,6 +23,7 @@ constexpr int INT_ROWS = 4;
 constexpr int INT_ROWS = 2;
 #endif
 constexpr int INT_PANELS = 2;
+constexpr int64_t FETCH_AHEAD = 2048;  // bytes that a stream is ahead of its use
 constexpr int INT8_OFFSET = 0;
 constexpr bool DOTS_ARE_UNSIGNED = false;
 
