@@ -5,6 +5,8 @@
 
 namespace ARRIERO_LEVEL {
 
+constexpr int64_t E4M3_AHEAD = 2048;  // bytes that a stream is asked for ahead of its use; 1,024 to 4,096 are alike
+
 // out[m][16p + n] = product of x[m] with output n of panel p, for M rows and P panels.
 template <int M, int P>
 TILE void e4m3_tile(const float* const* x, const uint8_t* panel, const float* scale, int64_t features,
@@ -14,7 +16,7 @@ TILE void e4m3_tile(const float* const* x, const uint8_t* panel, const float* sc
     UNROLL for (int m = 0; m < M; ++m) { UNROLL for (int v = 0; v < PV; ++v) sums[m][v] = all(0.0f); }
     for (int64_t k = 0; k < features; ++k) {
         if constexpr (M == 1) {
-            UNROLL for (int p = 0; p < P; ++p) fetch(panel + (p * features + k) * 16 + FETCH_AHEAD);
+            UNROLL for (int p = 0; p < P; ++p) fetch(panel + (p * features + k) * 16 + E4M3_AHEAD);
         }
         Float w[PV];
         UNROLL for (int v = 0; v < PV; ++v) w[v] = load_e4m3(panel + v / V * features * 16 + k * 16 + v % V * LANES);

@@ -19,6 +19,7 @@ template <class CODES, int M, int P>
 TILE void int_tile(const Rounded& x, PickedRows rows, const uint8_t* panel, BlockScales scale, Ahead ahead,
                    float out[M][16 * P]) {
     constexpr int V = 16 / LANES, PV = P * V;
+    constexpr bool TWO_CHAINS = M * PV == 1;  // where all dots of a block would wait for one another
     const int64_t features = x.features, block = x.block, blocks = x.blocks();
     const int64_t panel_bytes = features * 2 * CODES::BITS, panel_scales = blocks * 16;
     const int8_t* values[M];
@@ -40,7 +41,7 @@ TILE void int_tile(const Rounded& x, PickedRows rows, const uint8_t* panel, Bloc
     };
     // the products with the next run of `count` features from k on
     const auto sum_run = [&](int64_t& k, int64_t count, Int (&totals)[M][PV]) __attribute__((always_inline)) {
-        Int run[M][PV];
+        Int run[M][PV], odd = all_int(0);
         UNROLL for (int m = 0; m < M; ++m) {
             const Int correction = all_int(*corrections[m]++);
             UNROLL for (int v = 0; v < PV; ++v) run[m][v] = correction;
@@ -55,10 +56,14 @@ TILE void int_tile(const Rounded& x, PickedRows rows, const uint8_t* panel, Bloc
                 UNROLL for (int v = 0; v < PV; ++v) w[v] = CODES::template weights<Q>(raw[v]);
                 UNROLL for (int m = 0; m < M; ++m) {
                     const Quad a = quad(values[m] + k + 4 * Q);
-                    UNROLL for (int v = 0; v < PV; ++v) run[m][v] = CODES::dot(run[m][v], w[v], a);
+                    UNROLL for (int v = 0; v < PV; ++v) {
+                        Int& sum = TWO_CHAINS && Q % 2 == 1 ? odd : run[m][v];
+                        sum = CODES::dot(sum, w[v], a);
+                    }
                 }
             });
         }
+        if (TWO_CHAINS) run[0][0] = add_int(run[0][0], odd);
         UNROLL for (int m = 0; m < M; ++m) {
             UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = CODES::end(run[m][v]);
         }
@@ -111,7 +116,10 @@ inline void int_product(const Rounded& x, const int64_t* order, int64_t count, c
         for (int64_t i = 0; i < count;) {
             const PickedRows rows{order, i};
             const auto ahead = [&](int64_t M) -> Ahead {
-                if (P == 1 && count <= STREAM_ROWS) return {panel + FETCH_AHEAD, 64};
+                if (P == 1 && count <= STREAM_ROWS) {
+                    constexpr int64_t BYTES = FETCH_AHEAD<CODES::BITS>;
+                    return {panel + BYTES, BYTES > 0 ? 64 : 0};
+                }
                 if (column + 16 * P >= columns.end) return {panel, 0};
                 return {panel + P * panel_bytes + panel_bytes * i / count, (64 * M + count - 1) / count};
             };

@@ -21,7 +21,8 @@ constexpr int FLOAT_ROWS = 6;
 constexpr int FLOAT_VECTORS = 2;
 constexpr int INT_ROWS = 4;
 constexpr int INT_PANELS = 1;
-// Bytes that a stream is ahead of its use: 1,024 to 3,072 are alike, less and more are slower.
+// Bytes that a stream of codes is asked for ahead of its use: 1,024 to 3,072 are alike, less and more are slower.
+template <int>
 constexpr int64_t FETCH_AHEAD = 2048;
 constexpr int INT8_OFFSET = 0;  // what a dot sees is the stored number and this
 constexpr bool DOTS_ARE_UNSIGNED = true;

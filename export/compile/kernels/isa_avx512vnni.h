@@ -23,7 +23,10 @@ constexpr int FLOAT_ROWS = 6;     // tile of the float product, in rows
 constexpr int FLOAT_VECTORS = 4;  // and in vectors of columns: its sums and one row of operands fill the registers
 constexpr int INT_ROWS = 6;       // tile of the integer product, in rows
 constexpr int INT_PANELS = 2;     // and in panels of 16 outputs
-constexpr int64_t FETCH_AHEAD = 4096;  // bytes that a stream is ahead of its use; 2,048 is slower, 8,192 no faster
+// Bytes that a stream of codes is asked for ahead of its use. Of few bits 2,048 is slower and 8,192 no faster; of eight,
+// on Zen 4, whatever is asked for is slower than what the processor fetches by itself.
+template <int BITS>
+constexpr int64_t FETCH_AHEAD = BITS == 8 ? 0 : 4096;
 constexpr int INT8_OFFSET = 128;  // what a dot sees is the stored number and this
 constexpr bool DOTS_ARE_UNSIGNED = true;
 

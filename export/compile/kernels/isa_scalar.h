@@ -12,7 +12,9 @@ constexpr int FLOAT_ROWS = 2;
 constexpr int FLOAT_VECTORS = 4;
 constexpr int INT_ROWS = 1;
 constexpr int INT_PANELS = 1;
-constexpr int64_t FETCH_AHEAD = 2048;  // bytes that a stream is ahead of its use
+// Bytes that a stream of codes is asked for ahead of its use.
+template <int>
+constexpr int64_t FETCH_AHEAD = 2048;
 constexpr int INT8_OFFSET = 0;
 constexpr bool DOTS_ARE_UNSIGNED = false;
 
