@@ -2,8 +2,9 @@
 
 What TVM generates runs its blocks one after the other on the calling thread, each over all rows; norms, rotary, gates
 and sums so take the more of a prompt the more threads there are for its products. Here a function goes over the rows
-once, block after block within a row, so that what lies between blocks stays in cache. Alone or shared out, a row is the
-same code, and so has the same bits: LLVM contracts products and sums where it sees both at once.
+once, block after block within a row, so that what lies between blocks stays in cache. Sums over a row are taken in
+several lanes, as one number after the other waits for the last. Alone or shared out, a row is the same code, and so has
+the same bits: LLVM contracts products and sums where it sees both at once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from tvm import relax, s_tir, tirx
 from tvm.ir import GlobalVar
 
 ROW = 64  # numbers of a row; less is not worth a thread's while
+LANES = 16  # sums of a row, where they divide it and it has more
 MANY = 16  # rows; with fewer, threads would wait for each other longer than they work
 
 
@@ -60,13 +62,30 @@ def _over_rows(function: tirx.PrimFunc) -> tuple[tirx.PrimFunc, tirx.PrimFunc] |
         return None
     schedule = s_tir.Schedule(function)
     try:
+        partial = _take_lanes(schedule)
         blocks = schedule.get_child_blocks(schedule.get_sblock("root"))
         *_, last = blocks
         row = schedule.fuse(*schedule.get_loops(last)[: len(rows)])
         for block in reversed(blocks[:-1]):
             schedule.compute_at(block, row)
+        for block in partial:
+            *_, lane, step = schedule.get_loops(block)
+            schedule.reorder(step, lane)
+            schedule.vectorize(lane)
         alone = schedule.mod["main"]
         schedule.parallel(row)
     except s_tir.ScheduleError:  # one of our kernels, or blocks over other axes
         return None
     return alone, schedule.mod["main"]
+
+
+def _take_lanes(schedule: s_tir.Schedule) -> list[s_tir.schedule.SBlockRV]:
+    """Split sums over a row into those of `LANES` lanes; gives the blocks of the lanes."""
+    partial = []
+    for block in schedule.get_child_blocks(schedule.get_sblock("root")):
+        summed = [over.dom.extent for over in schedule.get(block).iter_vars if over.iter_type == tirx.IterVar.CommReduce]
+        if [size for size in summed if isinstance(size, tirx.IntImm) and size > LANES and size % LANES == 0]:
+            *outer, last = schedule.get_loops(block)
+            _, lane = schedule.split(last, [None, LANES])
+            partial.append(schedule.rfactor(lane, factor_axis=len(outer)))
+    return partial
