@@ -11,6 +11,7 @@ prompt goes on from any token of a chunk whose blocks have them, else from that 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -106,12 +107,17 @@ class PrefixCache:
             values.append(_joined([block.values[number] for block in parts], count))
         return Snapshot(self.spec, length, tuple(keys), tuple(values), tokens.adapter)
 
-    def save(self, tokens: Tokens, row: Cache) -> None:
-        """Keep what the one row of `row`, which holds `tokens`, has beyond the blocks that are there."""
-        length = len(tokens.ids)
-        self._save(tokens, row, length, self._edge(length), 0)
+    def save(self, tokens: Tokens, row: Cache, between: Callable[[], None] = lambda: None) -> None:
+        """Keep what the one row of `row`, which holds `tokens`, has beyond the blocks that are there.
 
-    def save_piece(self, tokens: Tokens, row: Cache, fresh: int, prompt: int) -> None:
+        `between` is called between blocks, and may take steps of other rows and save what these have.
+        """
+        length = len(tokens.ids)
+        self._save(tokens, row, length, self._edge(length), 0, between)
+
+    def save_piece(
+        self, tokens: Tokens, row: Cache, fresh: int, prompt: int, between: Callable[[], None] = lambda: None
+    ) -> None:
         """As `save`, the whole blocks alone, after `fresh` more tokens of a prompt of so many were read into `row`.
 
         What each piece brought is copied while others wait, and not a long prompt at once.
@@ -119,9 +125,11 @@ class PrefixCache:
         held = len(tokens.ids)
         length, before = (count - (count - self._edge(count)) % BLOCK for count in (held, held - fresh))
         if length > before:
-            self._save(tokens, row, length, self._edge(prompt), before)
+            self._save(tokens, row, length, self._edge(prompt), before, between)
 
-    def _save(self, tokens: Tokens, row: Cache, length: int, edge: int, least: int) -> None:
+    def _save(
+        self, tokens: Tokens, row: Cache, length: int, edge: int, least: int, between: Callable[[], None]
+    ) -> None:
         """Keep the first `length` of `tokens`, chunked layers from `edge` on, where the first `least` are there."""
         chain = self._chain(tokens)
         for count, (_, block) in enumerate(chain):
@@ -135,6 +143,9 @@ class PrefixCache:
             return
         snapshot = row.snapshot(0, at)
         while at < length:
+            between()
+            if chain and name not in self._entries:
+                break  # what was saved meanwhile has its place, and nobody would find what is behind it
             block = self._block(snapshot, name, at, min(self._end(at), length), edge)
             name, at = tokens.name(name, at, block.stop), block.stop
             chain.append((name, block))

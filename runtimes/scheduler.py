@@ -240,7 +240,7 @@ class Scheduler:
         except BaseException as error:
             self._fail_reading(request, error)
         else:
-            self._read_on(request, len(ids), logits)
+            self._read_on(request, len(ids), logits, interlude)
         interlude.check()
 
     def _read_tile(self, backend: Backend, request: Request) -> None:
@@ -291,17 +291,22 @@ class Scheduler:
         self._read_on(request, len(ids), logits[-1])
         return True
 
-    def _read_on(self, request: Request, count: int, logits: Floats) -> None:
-        """Go on after `count` more tokens of the prompt, which `logits` [V] follow; after the last it decodes."""
+    def _read_on(
+        self, request: Request, count: int, logits: Floats, between: Callable[[], None] = lambda: None
+    ) -> None:
+        """Go on after `count` more tokens of the prompt, which `logits` [V] follow; after the last it decodes.
+
+        `between` is called between the blocks of keys and values that are kept.
+        """
         try:
             check_finite(logits)
             request.position += count
             self.stats.prefilled_tokens += count
             if request.position < len(request.ids):
                 if (prefixes := self._shared(request)) is not None:
-                    prefixes.save_piece(request.tokens_held, self._rows.reading, count, len(request.ids))
+                    prefixes.save_piece(request.tokens_held, self._rows.reading, count, len(request.ids), between)
                 return
-            self._keep(request, self._rows.reading)
+            self._keep(request, self._rows.reading, between)
             news = self._take(request, [logits], [], self._rows.reading)
         except BaseException as error:
             self._fail_reading(request, error)
@@ -328,10 +333,10 @@ class Scheduler:
         request.skip(max(kept, length))
         self.stats.reused_tokens += request.position
 
-    def _keep(self, request: Request, row: Cache) -> None:
-        """Keep what `row` holds of `request` for others that begin like it."""
+    def _keep(self, request: Request, row: Cache, between: Callable[[], None] = lambda: None) -> None:
+        """Keep what `row` holds of `request` for others that begin like it; `between` is called between its blocks."""
         if (prefixes := self._shared(request)) is not None:
-            prefixes.save(request.tokens_held, row)
+            prefixes.save(request.tokens_held, row, between)
 
     def _shared(self, request: Request) -> PrefixCache | None:
         """Where what is read of `request` is kept for others; a conversation has its own place."""

@@ -15,7 +15,8 @@ from tests.toys import make_maverick_toy, make_scout_toy
 
 LAYER = "language_model.model.layers.0"
 # Blocks of 64 and 128.
-BIG_BLOCKS = ("int4", "int4-nl", "int4-b128", "int3", "int2.5", "int2.5-head4", "mixed", "gpu-int4")
+FAST = ("int4-nl-fast", "int2.5-head4", "int2.5-fast")
+BIG_BLOCKS = ("int4", "int4-nl", "int4-b128", "int3", "int2.5", *FAST, "mixed", "gpu-int4")
 START = "name: p\nversion: 1\ndescription: d\nthresholds: {}\n"
 MINIMAL = {"name": "p", "version": 1, "description": "d", "thresholds": {}}
 
@@ -141,6 +142,8 @@ def everywhere(label: str, *groups: str) -> dict[str, str]:
         ("int3", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL3, "head": "int8 block 32"}),
         ("int2.5", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL2, "head": "int8 block 32"}),
         ("int2.5-head4", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL2, "head": "nl4 block 32"}),
+        ("int2.5-fast", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL2, "head": "nl4 block 32"}),
+        ("int4-nl-fast", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL4, "head": "nl4 block 32"}),
         ("int4-b128", {**everywhere("int4 block 128 gptq", *GROUPS), **KEPT, "head": "int8 block 32"}),
         ("gpu-fp8", {**ON_GPU, **everywhere("fp8 per channel static observed")}),
         ("gpu-int8", {**ON_GPU, **everywhere("int8 per channel static observed smooth 0.95")}),
@@ -165,7 +168,7 @@ def test_a_profile_stores_each_group_so(name: str | Path, stored: dict[str, str]
     assert {group: assigned[tensor].label for group, tensor in one_of_each.items()} == stored
 
 
-@pytest.mark.parametrize("name", ["int4-experts", "int4-nl", "int2.5-head4"])
+@pytest.mark.parametrize("name", ["int4-experts", "int4-nl", *FAST])
 def test_what_is_timed_on_random_weights_is_the_shipped_profile_to_nearest(name: str) -> None:
     layers = [f"language_model.model.layers.{number}" for number in (0, 1)]
     matrices = ["self_attn.k_proj.weight", "self_attn.o_proj.weight", "feed_forward.router.weight"]

@@ -13,11 +13,11 @@ import arriero
 from arriero.export.proof.reference import TorchBackend
 from arriero.runtimes import prefix_cache
 from arriero.runtimes.backend import Backend
-from arriero.runtimes.prefix_cache import PrefixCache
+from arriero.runtimes.prefix_cache import PrefixCache, Tokens
 from arriero.runtimes.processor.processor import Processor, Prompt
 from arriero.runtimes.scheduler import EngineLimits
 from arriero.runtimes.session import Session
-from arriero.runtimes.steps import least_piece
+from arriero.runtimes.steps import least_piece, read_piece
 from arriero.runtimes.tvm import TvmBackend
 from tests.toys import load_reference
 
@@ -245,6 +245,46 @@ def test_a_prompt_too_long_to_be_kept_is_not_copied_again_with_each_piece(
     monkeypatch.setattr(PrefixCache, "_block", lambda self, *rest: (saved.append(rest), block(self, *rest))[1])
     session.generate(Prompt(np.concatenate([ids(16), ids(60, 1)]) % 256), max_tokens=1)
     assert len(saved) <= 76 // prefix_cache.BLOCK + 1
+
+
+def read_row(toy: Any, tokens: np.ndarray) -> Any:
+    """A cache of one row that holds `tokens`."""
+    row, nothing = toy.new_cache(1, 64), np.zeros((0, toy.spec.hidden_size), np.float32)
+    for at in range(0, len(tokens), toy.piece):
+        piece = tokens[at : at + toy.piece]
+        read_piece(toy, piece, nothing, row, np.array([len(piece) - 1]))
+    return row
+
+
+def test_steps_are_taken_between_the_blocks_that_are_saved(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_cache, "BLOCK", 4)
+    tokens = Tokens(ids(23) % 256, np.zeros(0, np.int64), (), 1, 0)
+    row, there = read_row(toy, tokens.ids), list[int]()
+    whole, left = PrefixCache(toy.spec, MANY), PrefixCache(toy.spec, MANY)
+    whole.save(tokens, row)
+    left.save(tokens, row, lambda: there.append(len(left._entries)))
+    assert there == [*range(6)]
+    assert [*left._entries] == [*whole._entries]
+
+
+def test_nothing_is_saved_behind_a_block_that_went_meanwhile(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_cache, "BLOCK", 4)
+    tokens, other = (Tokens(ids(23, seed) % 256, np.zeros(0, np.int64), (), 1, 0) for seed in (0, 1))
+    rows = {of: read_row(toy, of.ids) for of in (tokens, other)}
+    probe = PrefixCache(toy.spec, MANY)
+    probe.save(tokens, rows[tokens])
+    cache, left = PrefixCache(toy.spec, probe.nbytes), list[int]()
+
+    def save_another() -> None:
+        left.append(1)
+        if len(left) == 4:
+            cache.save(other, rows[other])
+
+    cache.save(tokens, rows[tokens], save_another)
+    assert len(left) == 4
+    blocks = {name: block for name, block in cache._entries.items() if isinstance(block, prefix_cache._Block)}
+    assert {block.before for block in blocks.values()} <= {tokens.root, *blocks}
+    assert cache.find(other) is not None
 
 
 def test_a_hash_covers_every_token_before(toy_session: Callable[[int], Session]) -> None:

@@ -83,7 +83,8 @@ def _take_lanes(schedule: s_tir.Schedule) -> list[s_tir.schedule.SBlockRV]:
     """Split sums over a row into those of `LANES` lanes; gives the blocks of the lanes."""
     partial = []
     for block in schedule.get_child_blocks(schedule.get_sblock("root")):
-        summed = [over.dom.extent for over in schedule.get(block).iter_vars if over.iter_type == tirx.IterVar.CommReduce]
+        axes = schedule.get(block).iter_vars
+        summed = [axis.dom.extent for axis in axes if axis.iter_type == tirx.IterVar.CommReduce]
         if [size for size in summed if isinstance(size, tirx.IntImm) and size > LANES and size % LANES == 0]:
             *outer, last = schedule.get_loops(block)
             _, lane = schedule.split(last, [None, LANES])
