@@ -44,6 +44,7 @@ def test_prompts_share_the_rows_of_norms_gates_sums_and_rotary(toy: Path, tmp_pa
     shared = {name for name in prompt if name.endswith("_rows")}
     for part in ("rms_norm", "sigmoid", "multiply", "add", "mean", "rotary"):
         assert any(part in name for name in shared), part
+    assert all("_rf" in module[name].script() for name in shared if "rms_norm" in name)  # sums in lanes
     alone = {name for name in prompt if name not in shared}
     assert not [name for name in alone if "rms_norm" in name or "sigmoid1_" in name]
     assert not [name for name in shared if "reshape" in name]  # which would be copied, where it is only looked at anew
