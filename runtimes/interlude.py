@@ -8,6 +8,10 @@ from collections.abc import Callable
 from arriero.runtimes.pace import Pace
 
 
+def no_step() -> None:
+    """What comes between where nobody waits."""
+
+
 class Interlude:
     """Takes decode steps when it is called, before each part of a piece or a tile; raises nothing there."""
 

@@ -18,6 +18,7 @@ from hashlib import blake2b
 import numpy as np
 
 from arriero.runtimes.backend import Cache, Floats, Ints, ModelSpec
+from arriero.runtimes.interlude import no_step
 from arriero.runtimes.snapshot import Buffer, Snapshot
 
 BLOCK = 64  # tokens; shorter ones share more, longer ones cost less to put together
@@ -107,7 +108,7 @@ class PrefixCache:
             values.append(_joined([block.values[number] for block in parts], count))
         return Snapshot(self.spec, length, tuple(keys), tuple(values), tokens.adapter)
 
-    def save(self, tokens: Tokens, row: Cache, between: Callable[[], None] = lambda: None) -> None:
+    def save(self, tokens: Tokens, row: Cache, between: Callable[[], None] = no_step) -> None:
         """Keep what the one row of `row`, which holds `tokens`, has beyond the blocks that are there.
 
         `between` is called between blocks, and may take steps of other rows and save what these have.
@@ -116,7 +117,7 @@ class PrefixCache:
         self._save(tokens, row, length, self._edge(length), 0, between)
 
     def save_piece(
-        self, tokens: Tokens, row: Cache, fresh: int, prompt: int, between: Callable[[], None] = lambda: None
+        self, tokens: Tokens, row: Cache, fresh: int, prompt: int, between: Callable[[], None] = no_step
     ) -> None:
         """As `save`, the whole blocks alone, after `fresh` more tokens of a prompt of so many were read into `row`.
 

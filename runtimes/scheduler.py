@@ -19,7 +19,7 @@ from arriero.runtimes.backend import Backend, Cache, CacheStatistics, Floats, Mo
 from arriero.runtimes.decode_step import Outcome, decode_rows, draft_tokens
 from arriero.runtimes.draft_length import DraftLength
 from arriero.runtimes.draft_model import DraftModel
-from arriero.runtimes.interlude import Interlude
+from arriero.runtimes.interlude import Interlude, no_step
 from arriero.runtimes.pace import Pace
 from arriero.runtimes.prefix_cache import PrefixCache
 from arriero.runtimes.prompt_lookup import PromptLookup
@@ -291,9 +291,7 @@ class Scheduler:
         self._read_on(request, len(ids), logits[-1])
         return True
 
-    def _read_on(
-        self, request: Request, count: int, logits: Floats, between: Callable[[], None] = lambda: None
-    ) -> None:
+    def _read_on(self, request: Request, count: int, logits: Floats, between: Callable[[], None] = no_step) -> None:
         """Go on after `count` more tokens of the prompt, which `logits` [V] follow; after the last it decodes.
 
         `between` is called between the blocks of keys and values that are kept.
@@ -333,7 +331,7 @@ class Scheduler:
         request.skip(max(kept, length))
         self.stats.reused_tokens += request.position
 
-    def _keep(self, request: Request, row: Cache, between: Callable[[], None] = lambda: None) -> None:
+    def _keep(self, request: Request, row: Cache, between: Callable[[], None] = no_step) -> None:
         """Keep what `row` holds of `request` for others that begin like it; `between` is called between its blocks."""
         if (prefixes := self._shared(request)) is not None:
             prefixes.save(request.tokens_held, row, between)

@@ -14,8 +14,8 @@ from arriero.profiles.schemes import Exact, Fp8, Fp8Static, Half, Int8Dynamic, I
 from tests.toys import make_maverick_toy, make_scout_toy
 
 LAYER = "language_model.model.layers.0"
-# Blocks of 64 and 128.
 FAST = ("int4-nl-fast", "int2.5-head4", "int2.5-fast")
+# Blocks of 64 and 128.
 BIG_BLOCKS = ("int4", "int4-nl", "int4-b128", "int3", "int2.5", *FAST, "mixed", "gpu-int4")
 START = "name: p\nversion: 1\ndescription: d\nthresholds: {}\n"
 MINIMAL = {"name": "p", "version": 1, "description": "d", "thresholds": {}}

@@ -139,7 +139,7 @@ inline void int_product(const Rounded& x, const int64_t* order, int64_t count, c
                 float tile[M][16 * P];
                 // to be written without a wait when the tile is done
                 UNROLL for (int m = 0; m < M; ++m) {
-                    UNROLL for (int p = 0; p < P; ++p) __builtin_prefetch(out[i + m] + column + 16 * p, 1, 3);
+                    UNROLL for (int p = 0; p < P; ++p) fetch(out[i + m] + column + 16 * p);
                 }
 #ifdef __ARM_FEATURE_MATMUL_INT8
                 if constexpr (M > 1) {
