@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -68,8 +69,10 @@ class RtxProduct(Product):
         if (kept := _kept(plan)) is not None:
             with suppress(OSError), open(kept, "rb", opener=_no_link) as file:
                 checksum, kernels = file.read(CHECKSUM_BYTES), file.read()
-                if checksum == hashlib.sha256(kernels).digest():  # else compiled anew, and kept again
-                    cache.deserialize(kernels)  # False for those of another driver or GPU: compiled anew
+                if checksum != hashlib.sha256(kernels).digest():
+                    _compiled_anew(kept, "they were changed or damaged")
+                elif not cache.deserialize(kernels):
+                    _compiled_anew(kept, "they are of another driver or GPU")
         config.set_runtime_cache(cache)
         # graphs are recorded by us, over copies and step together
         config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
@@ -109,6 +112,11 @@ def _libraries() -> list[Path]:
     spec = find_spec(LIBRARIES)
     folders = [] if spec is None else [Path(place) for place in spec.submodule_search_locations or ()]
     return [library for folder in folders for pattern in FILES for library in sorted(folder.glob(pattern))]
+
+
+def _compiled_anew(kept: Path, why: str) -> None:
+    """Say why the first steps take longer than those of the last process did."""
+    warnings.warn(f"the kernels in {kept} are compiled anew: {why}", RuntimeWarning, stacklevel=2)
 
 
 def _no_link(path: str, flags: int) -> int:

@@ -32,6 +32,7 @@ from arriero.export.pipeline.target_build import TargetBuild
 from arriero.export.samples.cases import describe_set, draw_cases
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
+from arriero.graphs.sources.content_hash import is_damaged
 from arriero.graphs.sources.runtime_adapters import RuntimeAdapters
 from arriero.profiles.journal import Tell, keep_silent
 from arriero.profiles.kv_cache import check_tokens
@@ -63,7 +64,7 @@ class Build:
         self.config, self.file, self.watch, self.dump, self.tell = config, file, watch, dump, tell
         self.submit, self.lowerings = submit, Lowerings(submit)
         self.targets: list[TargetBuild] = []
-        self.work = WorkDir(config.output, config.budgets.host_memory, watch)
+        self.work = WorkDir(config.output, config.budgets.host_memory, watch, tell)
         self.results: list[TargetResult] = []
         self._failed: dict[str, Exception] = {}
         self._records: dict[str | None, ReferenceRecord] = {}
@@ -169,6 +170,8 @@ class Build:
         """Hold the output folder; within, what every stage depends on is known."""
         with machine_limits("before the first stage", self.config.output), self.work.locked():
             memo = self.work.hash_memo
+            if is_damaged(memo):
+                self.tell(f"{memo}: it is not as it was written; every file of the checkpoint is hashed again")
             self.content = hash_checkpoint(self.checkpoint, self.watch, memo)
             self.contents = {
                 adapter: hash_checkpoint(one, self.watch, memo, adapter) for adapter, one in self.adapted.items()

@@ -26,6 +26,7 @@ from arriero.export.machine.memory_watch import MemoryWatch, release_memory
 from arriero.export.pipeline.kept_stages import KeptStages
 from arriero.export.pipeline.ownership import MARK, PARTIAL, is_owned, own, remove_owned
 from arriero.export.pipeline.publish import Publisher, sync
+from arriero.profiles.journal import Tell, keep_silent
 from arriero.runtimes.broken_package import naming_broken_packages
 from arriero.runtimes.manifest import FileRecord, file_sha256
 
@@ -66,12 +67,15 @@ def key_of(name: str, key_inputs: Mapping[str, Any]) -> str:
 class WorkDir:
     """The stages of one output folder, and the bundles published from them."""
 
-    def __init__(self, output: Path, memory: int | None = None, watch: Watch = no_watch) -> None:
+    def __init__(
+        self, output: Path, memory: int | None = None, watch: Watch = no_watch, tell: Tell = keep_silent
+    ) -> None:
         """Take the stages in `output`; `memory` is what one may hold at most while it runs, in bytes.
 
-        `watch` sees how much of a stage's files is hashed.
+        `watch` sees how much of a stage's files is hashed, `tell` is given a sentence for what was finished and has to
+        be made again.
         """
-        self.output, self.memory, self.watch = output, memory, watch
+        self.output, self.memory, self.watch, self.tell = output, memory, watch, tell
         self.root = output / ".work"
         self.ran: dict[str, float] = {}  # the seconds of each stage that this process ran or took from another build
         self.kept = KeptStages.of_user()
@@ -118,11 +122,11 @@ class WorkDir:
 
     def is_done(self, name: str, key: str) -> bool:
         """Whether the stage is finished and every file it wrote still has its size."""
-        return _is_whole(self.folder(name, key))
+        return _first_resized(self.folder(name, key)) is None
 
     def is_intact(self, name: str, key: str) -> bool:
         """Whether the stage is finished and every file it wrote has the content that it was given."""
-        return self._is_intact(name, self.folder(name, key))
+        return self._first_changed(name, self.folder(name, key)) is None
 
     def partial(self, name: str, key: str) -> Path:
         """The folder in which a stage is made, marked as ours."""
@@ -141,14 +145,14 @@ class WorkDir:
         a stage that holds more than the build's `memory` is stopped with `ArrieroError`.
         """
         final = self.folder(stage.name, stage.key)
-        if self.is_intact(stage.name, stage.key):
+        if self._is_usable(stage.name, final):
             return final
         partial = self._unfinished(stage.name, stage.key)
         remove_owned(final, RECORD)
         with machine_limits(f"in stage {stage.name}", self.output):
             # With its record a stage is complete: what a kill leaves after that is only cleaned and named.
             start, borrowed = time.monotonic(), False
-            if not (is_owned(partial) and self._is_intact(stage.name, partial)):
+            if not (is_owned(partial) and self._is_usable(stage.name, partial)):
                 borrowed = self._borrow(stage, partial)
                 if not borrowed:
                     self._write_stage(stage, partial)
@@ -167,7 +171,7 @@ class WorkDir:
             return False
         remove_owned(partial)
         own(partial)
-        if not (self.kept.lend(stage.name, stage.key, partial) and self._is_intact(stage.name, partial)):
+        if not (self.kept.lend(stage.name, stage.key, partial) and self._is_usable(stage.name, partial)):
             return False
         self.watch(f"{stage.name}: as an earlier build made it", 1, 1, "stages")
         return True
@@ -203,15 +207,23 @@ class WorkDir:
             os.fsync(file.fileno())
         scratch.replace(partial / RECORD)
 
-    def _is_intact(self, name: str, folder: Path) -> bool:
-        """Whether every file of the stage `name` in `folder` has the content too that the record says."""
-        if not _is_whole(folder):
-            return False
-        records = read_record(folder)["files"]
-        files = self._telling(f"{name}: check files", [folder / file for file in records])
-        return all(
-            file_sha256(file) == record.get("sha256") for file, record in zip(files, records.values(), strict=True)
-        )
+    def _is_usable(self, name: str, folder: Path) -> bool:
+        """Whether the stage `name` in `folder` is finished and intact; one that was finished and is not is told."""
+        changed = self._first_changed(name, folder)
+        if changed is not None and (folder / RECORD).is_file():
+            self.tell(f"{changed}: stage {name} left it otherwise; the stage is made again")
+        return changed is None
+
+    def _first_changed(self, name: str, folder: Path) -> Path | None:
+        """The first file of the stage `name` in `folder` without the content that the record says; the record itself
+        where there is none.
+        """
+        changed = _first_resized(folder)
+        if changed is None:
+            hashes = {folder / file: entry.get("sha256") for file, entry in read_record(folder)["files"].items()}
+            files = self._telling(f"{name}: check files", [*hashes])
+            changed = next((file for file in files if file_sha256(file) != hashes[file]), None)
+        return changed
 
     def _telling(self, step: str, files: Sequence[Path]) -> Iterator[Path]:
         """`files` in turn, and to the watcher how much of them is behind."""
@@ -274,13 +286,17 @@ def machine_limits(doing: str, output: Path) -> Iterator[None]:
         raise MachineLacks(what, where=str(output), expected="more free disk space", remedy=remedy) from error
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a stage's folder has its record and every file in it still its size."""
+def _first_resized(folder: Path) -> Path | None:
+    """The first file of a finished stage without the size that the record says; the record where there is none."""
+    at = folder / RECORD
     try:
-        files = read_record(folder)["files"]
-        return all((folder / file).stat().st_size == record["bytes"] for file, record in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        for file, entry in read_record(folder)["files"].items():
+            at = folder / file
+            if at.stat().st_size != entry["bytes"]:
+                return at
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return at
+    return None
 
 
 def _drop_others(folder: Path, names: Iterable[str]) -> None:

@@ -152,6 +152,11 @@ def known_content_hash(
     return None if len(known) < len(files) else _combine([(file.name, known[file].sha256) for file in files], texts)
 
 
+def is_damaged(memo: Path) -> bool:
+    """Whether there is a `memo`, and nothing in it can be used."""
+    return memo.exists() and not _read_memo(memo)
+
+
 def remember_links(files: Sequence[Path], memo: Path) -> None:
     """Remember that `files` have the bytes that they had, after a build that may have linked them."""
     known = _read_memo(memo)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from arriero.errors import ArrieroError, Problems
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.sources import content_hash as hashing
-from arriero.graphs.sources.content_hash import content_hash
+from arriero.graphs.sources.content_hash import content_hash, is_damaged
 from arriero.graphs.sources.ledger import check_ledger, group_names
 from arriero.graphs.sources.safetensors_header import read_header, to_float32
 
@@ -432,6 +432,7 @@ def test_a_memo_of_another_form_is_as_good_as_none(tmp_path):
     for text in ("[]", '{"a|1|2|3": "hash"}', '{"a": {"state": [1], "sha256": "", "checked": []}}', '{"a": null}'):
         for held in (text, f"{hashlib.sha256(text.encode()).hexdigest()} {text}"):
             memo.write_text(held)
+            assert is_damaged(memo)
             assert checkpoint.known_content_hash(memo) is None
             assert checkpoint.content_hash(memo) == checkpoint.known_content_hash(memo)
 
@@ -454,8 +455,9 @@ def test_known_hash_needs_a_fresh_memo_and_writes_nothing(tmp_path):
     memo = tmp_path / "hashes.jsonl"
     checkpoint = Checkpoint.open(make_single(tmp_path / "c"))
     assert checkpoint.known_content_hash(memo) is None
-    assert not memo.exists()
+    assert not memo.exists() and not is_damaged(memo)
     full = checkpoint.content_hash(memo)
+    assert not is_damaged(memo)
     assert checkpoint.known_content_hash(memo) == full
     (tmp_path / "c" / "config.json").write_text('{"model_type": "llama4", "a": 1}')
     assert checkpoint.known_content_hash(memo) is None

@@ -108,6 +108,7 @@ class FakeTensorRt:
         self.module = self.recorder.module
         self.cuda, self.model = cuda, model
         self.capturable = True
+        self.fitting = True  # kept kernels are of this GPU
         self.capture_works = True
         self.while_capturing: Callable[[], object] = lambda: None
         self.executions = 0
@@ -129,6 +130,7 @@ class FakeTensorRt:
             answer("IRuntimeConfig.get_runtime_cache", lambda config: config.__dict__.get("cache"))
             answer("IRuntimeConfig.set_runtime_cache", self._share)
             answer("IRuntimeCache.serialize", self._kernels)
+            answer("IRuntimeCache.deserialize", lambda cache, blob: self.fitting)
 
     def install(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> products.Product:
         """Let the backends find this module and its GPU, and keep kernels in `cache`; gives the product."""

@@ -55,9 +55,11 @@ def test_keys_follow_name_and_inputs_and_not_their_order():
 
 @pytest.mark.parametrize("damage", ["delete", "shorten", "record", "change"])
 def test_a_damaged_result_is_built_again(tmp_path, damage):
-    work, stage = WorkDir(tmp_path), Stage("a", {}, writer("hello"))
+    told: list[str] = []
+    work, stage = WorkDir(tmp_path, tell=told.append), Stage("a", {}, writer("hello"))
     with work.locked():
         folder = work.run_stage(stage)
+        assert not told
         if damage == "delete":
             (folder / "out.txt").unlink()
         elif damage == "shorten":
@@ -68,7 +70,12 @@ def test_a_damaged_result_is_built_again(tmp_path, damage):
             (folder / "out.txt").write_text("hallo")
         assert work.is_done("a", stage.key) == (damage == "change")
         assert not work.is_intact("a", stage.key)
+        assert not told
         assert (work.run_stage(stage) / "out.txt").read_text() == "hello"
+        changed = folder / ("stage.json" if damage == "record" else "out.txt")
+        assert told == [f"{changed}: stage a left it otherwise; the stage is made again"]
+        work.run_stage(stage)
+        assert len(told) == 1
 
 
 @pytest.mark.parametrize("size", [1, 1 << 20])

@@ -312,9 +312,21 @@ def test_rtx_kernels_that_were_changed_are_compiled_and_kept_anew(bench, tmp_pat
     sound = [path.read_bytes() for path in kept]
     kept[0].write_bytes(sound[0][:-1] + b"!")
     kept[1].write_bytes(b"cut")
-    one.open().close()
+    with pytest.warns(RuntimeWarning, match="compiled anew: they were changed or damaged") as warned:
+        one.open().close()
+    said = [str(one.message) for one in warned]
+    assert len(said) == 2 and all(any(str(path) in one for one in said) for path in kept)
     assert not one.trt.recorder.named("IRuntimeCache.deserialize")
     assert [path.read_bytes() for path in kept] == sound
+
+
+def test_rtx_kernels_of_another_gpu_are_compiled_anew_and_that_is_said(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("ARRIERO_CACHE", str(tmp_path / "cache"))
+    one = bench("tensorrt_rtx_1")
+    one.open().close()
+    one.trt.fitting = False
+    with pytest.warns(RuntimeWarning, match="compiled anew: they are of another driver or GPU"):
+        one.open().close()
 
 
 def test_rtx_kernels_behind_a_link_are_not_those_that_were_kept(bench, tmp_path, monkeypatch):
