@@ -13,7 +13,7 @@ from arriero.export.machine.budget import free_disk
 from arriero.export.store.layout import PUSH_AGAIN, SHOWN, Piece, chunk, pieces_of
 from arriero.export.store.objects import ObjectStore
 from arriero.export.store.transfer import Watch, digest_of, in_order, read_part
-from arriero.graphs.stored.link_file import link_file
+from arriero.graphs.stored.link_file import copy_file, link_file
 from arriero.runtimes.manifest import FileRecord, Manifest
 from arriero.sizes import human_bytes
 
@@ -29,28 +29,31 @@ class Arrival:
         copies: Sequence[Manifest],
         watch: Watch,
         step: str,
+        copied: bool,
     ) -> None:
+        """`copies` are bundles that are here. With `copied` none of their files is linked."""
+        self.put = copy_file if copied else link_file
         self.store, self.files, self.new, self.watch, self.step = store, files, new, watch, step
         self.fetched = self._done = 0
         self._total = sum(record.bytes for record in files.values())
         held = [(bundle.bundle / name, record) for bundle in copies for name, record in bundle.files.items()]
         self._twins = {record: path for path, record in held}
         self._parts = {piece.sha256: (path, piece) for path, record in held for piece in pieces_of(path.name, record)}
-        self._linked: set[str] = set()
+        self._taken: set[str] = set()
 
-    def link(self) -> None:
-        """Take the files that a local bundle has with the same content, without a copy where the disk allows it."""
+    def take_twins(self) -> None:
+        """Take the files that a local bundle has with the same content."""
         for name, record in self.files.items():
             twin, path = self._twins.get(record), self.new / name
             if twin is not None and _holds(twin, record):
                 path.unlink(missing_ok=True)
-                link_file(twin.resolve(), path)
-                self._linked.add(name)
+                self.put(twin.resolve(), path)
+                self._taken.add(name)
                 self._count(record.bytes)
 
     def fetch(self) -> None:
         """Write the other files chunk by chunk, each from where it lies nearest. Raises all damage together."""
-        files = {name: record for name, record in self.files.items() if name not in self._linked}
+        files = {name: record for name, record in self.files.items() if name not in self._taken}
         self._prepare(files)
         problems: list[ArrieroError] = []
         parts = in_order(self._part, (piece for name, record in files.items() for piece in pieces_of(name, record)))

@@ -20,6 +20,7 @@ from arriero.export.store.objects import ObjectStore
 from arriero.export.store.transfer import Watch
 from arriero.runtimes.integrity import open_manifest
 from arriero.runtimes.manifest import FILE, FileRecord, Manifest
+from arriero.traits import TRAITS
 
 PULLING = ".pulling"
 LOCK = "lock"
@@ -69,8 +70,10 @@ def pull_bundle(
         _drop_others(new, manifest.files)
         with contextlib.suppress(ArrieroError):  # a bundle that is damaged so has nothing to give
             copies.append(Manifest.read(folder))
-        arrival = Arrival(store, manifest.files, new, copies, watch, f"pull {name}")
-        arrival.link()
+        traits = TRAITS.get(manifest.target.backend)  # None for a later version's
+        copied = traits is not None and traits.is_onnx
+        arrival = Arrival(store, manifest.files, new, copies, watch, f"pull {name}", copied)
+        arrival.take_twins()
         arrival.fetch()
         (new / FILE).write_bytes(content)
         open_manifest(new, full=False)

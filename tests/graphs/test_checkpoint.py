@@ -455,7 +455,8 @@ def test_known_hash_needs_a_fresh_memo_and_writes_nothing(tmp_path):
     memo = tmp_path / "hashes.jsonl"
     checkpoint = Checkpoint.open(make_single(tmp_path / "c"))
     assert checkpoint.known_content_hash(memo) is None
-    assert not memo.exists() and not is_damaged(memo)
+    assert not memo.exists()
+    assert not is_damaged(memo)
     full = checkpoint.content_hash(memo)
     assert not is_damaged(memo)
     assert checkpoint.known_content_hash(memo) == full

@@ -26,15 +26,19 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "CHUNK_BYTES", CHUNK)
 
 
-def record_files(folder: Path) -> None:
-    """Write the manifest that fits the files in `folder`."""
-    (folder / "manifest.json").unlink(missing_ok=True)
+def record_files(folder: Path, backend: str | None = None) -> None:
+    """Write the manifest that fits the files in `folder`; for None of the backend that it had."""
+    manifest = folder / "manifest.json"
+    if backend is None:
+        backend = json.loads(manifest.read_text())["target"]["backend"]
+    manifest.unlink(missing_ok=True)
     files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
     records = {name: FileRecord.of(file).entry() for name, file in files.items()}
-    write_manifest(folder, files=json.loads(json.dumps(records)))
+    target = write_manifest(folder)["target"] | {"backend": backend}
+    write_manifest(folder, files=json.loads(json.dumps(records)), target=target)
 
 
-def make_bundle(folder: Path) -> Path:
+def make_bundle(folder: Path, backend: str = "tvm") -> Path:
     """Core weights of six chunks, experts of five and a bit, small files, an empty one, reports."""
     draw = random.Random(7)
     for name, size in {
@@ -46,7 +50,7 @@ def make_bundle(folder: Path) -> Path:
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(draw.randbytes(size))
-    record_files(folder)
+    record_files(folder, backend)
     return folder
 
 

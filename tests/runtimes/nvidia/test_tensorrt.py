@@ -315,7 +315,8 @@ def test_rtx_kernels_that_were_changed_are_compiled_and_kept_anew(bench, tmp_pat
     with pytest.warns(RuntimeWarning, match="compiled anew: they were changed or damaged") as warned:
         one.open().close()
     said = [str(one.message) for one in warned]
-    assert len(said) == 2 and all(any(str(path) in one for one in said) for path in kept)
+    assert len(said) == 2
+    assert all(any(str(path) in one for one in said) for path in kept)
     assert not one.trt.recorder.named("IRuntimeCache.deserialize")
     assert [path.read_bytes() for path in kept] == sound
 
