@@ -14,12 +14,13 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
+from operator import attrgetter
 
 import numpy as np
 
 from arriero.runtimes.backend import Cache, Floats, Ints, ModelSpec
 from arriero.runtimes.interlude import no_step
-from arriero.runtimes.snapshot import Buffer, Snapshot
+from arriero.runtimes.snapshot import Buffer, JoinedBuffers, Snapshot
 
 BLOCK = 64  # tokens; shorter ones share more, longer ones cost less to put together
 
@@ -99,14 +100,14 @@ class PrefixCache:
             return None
         blocks = [block for _, block in chain if block.start < length]
         current = [block for block in blocks if block.start >= self._edge(length)]
-        keys: list[Buffer] = []
-        values: list[Buffer] = []
-        for number, layer in enumerate(self.spec.layers):
-            chunked = layer.attention == "chunked"
-            parts, count = (current or blocks[:1], length - self._edge(length)) if chunked else (blocks, length)
-            keys.append(_joined([block.keys[number] for block in parts], count))
-            values.append(_joined([block.values[number] for block in parts], count))
-        return Snapshot(self.spec, length, tuple(keys), tuple(values), tokens.adapter)
+        chunked = [layer.attention == "chunked" for layer in self.spec.layers]
+        parts = [(current or blocks[:1]) if of_chunk else blocks for of_chunk in chunked]
+        slots = [length - self._edge(length) if of_chunk else length for of_chunk in chunked]
+        keys, values = (
+            JoinedBuffers([[held(block)[number] for block in one] for number, one in enumerate(parts)], slots)
+            for held in (attrgetter("keys"), attrgetter("values"))
+        )
+        return Snapshot(self.spec, length, keys, values, tokens.adapter)
 
     def save(self, tokens: Tokens, row: Cache, between: Callable[[], None] = no_step) -> None:
         """Keep what the one row of `row`, which holds `tokens`, has beyond the blocks that are there.
@@ -238,8 +239,3 @@ class PrefixCache:
                 del lengths[length]
             if not lengths:
                 del self._short[entry.before]
-
-
-def _joined(parts: list[Buffer], count: int) -> Buffer:
-    """The first `count` slots of [K, P, D] parts, one behind the other."""
-    return np.concatenate(parts, axis=1)[:, :count]

@@ -6,8 +6,9 @@ At a multiple of C the chunked layers hold nothing, so a snapshot taken there ha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,28 @@ if TYPE_CHECKING:
 Buffer = NDArray[Any]
 
 
+class JoinedBuffers(Sequence[Buffer]):
+    """Buffers [K, P, D] of layers, each put together of its parts when it is asked for: no two need memory at once."""
+
+    def __init__(self, layers: Sequence[Sequence[Buffer]], slots: Sequence[int]) -> None:
+        """Have so many `slots` of each layer, the first of its parts [K, .., D] laid one behind the other."""
+        self._layers, self._slots = layers, slots
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @overload
+    def __getitem__(self, number: int) -> Buffer: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[Buffer]: ...
+
+    def __getitem__(self, number: int | slice) -> Buffer | list[Buffer]:
+        if isinstance(number, slice):
+            return [self[one] for one in range(len(self))[number]]
+        return np.concatenate(self._layers[number], axis=1)[:, : self._slots[number]]
+
+
 @dataclass(frozen=True, eq=False)
 class Snapshot:
     """One row's tokens, apart from any cache: per layer keys and values [K, P, D] in the cache's own dtype.
@@ -30,8 +53,8 @@ class Snapshot:
 
     spec: ModelSpec
     length: int
-    keys: tuple[Buffer, ...]
-    values: tuple[Buffer, ...]
+    keys: Sequence[Buffer]
+    values: Sequence[Buffer]
     adapter: int = 0
     start: int = 0
 
