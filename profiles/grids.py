@@ -68,11 +68,19 @@ class Grid:
         """The level nearest to each of `values` (of the normal grid: to the half integer nearest to it), into `out`."""
         if self.name == "even":
             return np.clip(np.rint(values, out=out), self.low, self.high, out=out)
-        normal = _NORMAL[self.bits]
-        first, last = normal.halves[0], normal.halves[-1]
+        return np.take(_NORMAL[self.bits].rounded, self._halves(values, out), out=out)
+
+    def nearest_codes(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """The codes of those levels; `values` are overwritten."""
+        if self.name == "even":
+            return self.codes(self.round(values, values))
+        return np.take(_NORMAL[self.bits].number, self._halves(values, values))
+
+    def _halves(self, values: NDArray[np.float32], out: NDArray[np.float32] | None) -> NDArray[np.uint8]:
+        """Which of the normal grid's half integers is nearest to each of `values`; computed in `out`."""
+        first, last = _NORMAL[self.bits].halves[[0, -1]]
         halves = np.rint(np.multiply(values, np.float32(2), out=out), out=out)
-        numbers = (np.clip(halves, first, last, out=out) - first).astype(np.uint8)
-        return np.take(normal.rounded, numbers, out=out)
+        return (np.clip(halves, first, last, out=out) - first).astype(np.uint8)
 
     def for_loops(self) -> tuple[np.float32, np.float32, NDArray[np.float32]]:
         """What `compiled_loops.py` takes: its ends, as half integers where the levels of these follow."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from arriero.errors import ArrieroError
 from arriero.profiles.grids import Grid, GridName
 
-SLICE_BYTES = 16 << 20  # of a large matrix f32 that are rounded at once
+SLICE_BYTES = 2 << 20  # of a large matrix f32 that one thread rounds at a time
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ def _quantize_to_levels(
 ) -> Quantized:
     blocks = weight.reshape(*largest.shape, block)
     scales = half_scales(largest / np.float32(grid.reach), top=grid.reach, name=name)
-    scales[blocks.max(-1) == largest] *= -1  # the lowest level is the farthest one
+    scales[_block_maxima(weight, block) == largest] *= -1  # the lowest level is the farthest one
     steps = np.where(scales == 0, np.float32(1), scales)[..., None].astype(np.float32, copy=False)
-    levels = grid.round(blocks / steps).reshape(weight.shape)
-    return pack(levels, scales, bits=grid.bits, block=block, grid=grid.name)
+    codes = grid.nearest_codes(blocks / steps).reshape(weight.shape)
+    return Quantized(join_codes(codes, grid.bits), scales, grid.bits, block, grid.name)
 
 
 def half_scales(scales: NDArray[np.float32], *, top: int, name: str) -> NDArray[np.float32]:
@@ -105,7 +105,7 @@ def check_weight(weight: NDArray[np.float32], *, bits: int, block: int, name: st
     if bits not in (2, 3, 4, 8):
         raise ValueError(f"bits must be 2, 3, 4 or 8, not {bits}")
     check_block(weight.shape[-1], block, name)
-    largest = np.abs(weight.reshape(*weight.shape[:-1], weight.shape[-1] // block, block)).max(-1)
+    largest = _block_maxima(np.abs(weight), block)
     if not np.isfinite(largest).all():
         raise ArrieroError(
             f"{int(np.count_nonzero(~np.isfinite(weight)))} of {weight.size} values are NaN or infinite",
@@ -113,6 +113,13 @@ def check_weight(weight: NDArray[np.float32], *, bits: int, block: int, name: st
             remedy="The checkpoint is damaged: fetch it again",
         )
     return largest
+
+
+def _block_maxima(values: NDArray[np.float32], block: int) -> NDArray[np.float32]:
+    """The largest of each block [..., N, J]: as `max` along the blocks finds it, which takes twice as long."""
+    starts = np.arange(0, values.size, block)
+    largest: NDArray[np.float32] = np.maximum.reduceat(values.reshape(-1), starts)
+    return largest.reshape(*values.shape[:-1], values.shape[-1] // block)
 
 
 def check_block(features: int, block: int, name: str) -> None:

@@ -11,7 +11,6 @@ from functools import partial
 from weakref import ReferenceType, ref
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from arriero.export.proof.routed_rows import ExpertRows
@@ -27,6 +26,7 @@ from arriero.profiles.recipe import Calibration
 from arriero.profiles.schemes import IntBlock, Scheme, Static
 from arriero.profiles.static_scales import InputScale, fit_inputs
 from arriero.profiles.stored_values import nearest
+from arriero.profiles.turn import turned
 
 JUDGED = 1024  # rows of a matrix at most that show what rounding to nearest would cost
 
@@ -108,8 +108,7 @@ def expert_matrices(job: ExpertJob) -> Iterator[Matrix]:
 
 def read_expert(checkpoint: Checkpoint, tensor: str, expert: int) -> Floats:
     """The matrix [N, K] of one expert of the stack `tensor`."""
-    stored = torch.from_numpy(checkpoint.read_float32(tensor, expert, expert + 1)[0])
-    return np.asarray(stored.T.contiguous())  # turned about in blocks, where numpy goes line by line
+    return turned(checkpoint.read_float32(tensor, expert, expert + 1)[0])
 
 
 class Rounder:

@@ -20,6 +20,7 @@ from arriero.graphs.sources.stored_codes import Codes, StoredCodes
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.float8 import Float8
 from arriero.profiles.quantize import Quantized
+from arriero.profiles.turn import turned
 
 SPLIT = re.compile(r"(?P<stack>.+\.experts)\.(?P<expert>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj)\.weight")
 STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -90,10 +91,10 @@ def stack_experts(name: str, parts: Parts) -> MadeWeight:
 
     def make(start: int, stop: int) -> NDArray[Any]:
         stack = np.empty((stop - start, features, outputs), NUMPY_DTYPES[dtype])
-        for turned, expert in zip(stack, parts[start:stop], strict=True):
+        for made, expert in zip(stack, parts[start:stop], strict=True):
             column = 0
             for source in expert:
-                turned[:, column : column + source.shape[0]] = source.rows(0, source.shape[0]).T
+                turned(source.rows(0, source.shape[0]), made[:, column : column + source.shape[0]])
                 column += source.shape[0]
         return stack
 

@@ -17,6 +17,7 @@ from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.quantize import quantize
 from arriero.profiles.schemes import Fp8, Int8Dynamic, Int8Static
 from arriero.profiles.static_scales import InputScale, guess_inputs, quantize_static
+from arriero.profiles.turn import turned
 
 ByteScheme = Fp8 | Int8Dynamic | Int8Static
 Arrays = tuple[np.ndarray, ...]
@@ -87,7 +88,7 @@ def _round(
         floats = float8(store, name, scheme, start, stop)
         return (floats.bits[0], floats.scales[0]) if stacked else (floats.bits, floats.scales)
     rows = store.checkpoint.read_float32(name, start, stop)
-    rows = np.ascontiguousarray(rows[0].T) if stacked else rows
+    rows = turned(rows[0]) if stacked else rows
     if inputs is None:
         integers = quantize(rows, bits=8, block=rows.shape[1], name=name, scale_type=np.float32)
         return integers.packed, integers.scales[:, 0]
@@ -97,4 +98,4 @@ def _round(
 
 def _lay(packed: np.ndarray, scheme: ByteScheme) -> np.ndarray:
     """Bytes [N, K] in the order they are stored in."""
-    return packed if isinstance(scheme, Fp8) else np.ascontiguousarray(packed.T)
+    return packed if isinstance(scheme, Fp8) else turned(packed)

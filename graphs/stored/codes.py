@@ -18,6 +18,7 @@ from arriero.graphs.stored.weight_store import HALVES, WeightStore, narrow
 from arriero.profiles.quantize import Quantized
 from arriero.profiles.schemes import Int8Static, IntBlock, Static
 from arriero.profiles.static_scales import InputScale, guess_inputs, quantize_static, quantize_static_float8
+from arriero.profiles.turn import turned
 
 Arrays = tuple[np.ndarray, ...]
 
@@ -66,7 +67,7 @@ def store_static(store: WeightStore, name: str, new_name: str | None = None) -> 
             yield (*(np.concatenate([part[kind] for part in parts]) for kind in (0, 1)), parts[0][2])
             return
         for packed, factors, multiplier in static_experts(store, name, scheme):
-            yield np.ascontiguousarray(packed.T)[None], factors[None], multiplier[None]
+            yield turned(packed)[None], factors[None], multiplier[None]
 
     return store.promise(specs, scheme.label, pieces)
 
@@ -112,7 +113,7 @@ def rounded_experts(store: WeightStore, name: str, scheme: IntBlock) -> Iterator
 
 def _expert(store: WeightStore, name: str, expert: int) -> np.ndarray:
     """One expert's matrix f32 [N, K]."""
-    return np.ascontiguousarray(store.checkpoint.read_float32(name, expert, expert + 1)[0].T)
+    return turned(store.checkpoint.read_float32(name, expert, expert + 1)[0])
 
 
 def _columns(packed: np.ndarray) -> np.ndarray:

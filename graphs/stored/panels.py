@@ -23,9 +23,12 @@ from arriero.graphs.stored.packed_panels import (
 from arriero.graphs.stored.rounded import float8, quantized
 from arriero.graphs.stored.safetensors_writer import PIECE_BYTES, Spec
 from arriero.graphs.stored.weight_store import WeightStore
+from arriero.profiles.piecewise import piecewise
+from arriero.profiles.quantize import Quantized
 from arriero.profiles.schemes import Fp8, IntBlock
 
 Arrays = tuple[np.ndarray, np.ndarray]
+GROUP_NUMBERS = 1 << 19  # that one thread packs at a time: they stay in a processor's own cache
 EXACT = "exact"  # the format of a matrix that stays what it is
 
 
@@ -119,6 +122,30 @@ def _panels(store: WeightStore, name: str, scheme: IntBlock | Fp8, start: int, s
     codes = quantized(store, name, scheme, start, stop)
     if stacked:
         codes = replace(codes, packed=codes.packed[0], scales=codes.scales[0])
-    panels = (pack_gate_up_panels if gated else pack_panels)(codes)
+    panels = in_groups(codes, gated)
     narrow = np.float32 if scale_type(info.codes, scheme) == "F32" else np.float16
     return panels.packed, panels.scales.astype(narrow, copy=False)
+
+
+def in_groups(codes: Quantized, gated: bool) -> Quantized:
+    """What the packers of `packed_panels` make of rows [N, K], several groups of them at a time."""
+    halves = 2 if gated else 1
+    width, features = len(codes.packed) // halves, codes.packed.shape[1] * 8 // codes.bits
+    rows = max(1, GROUP_NUMBERS // (halves * features * PANEL)) * PANEL
+    pack = pack_gate_up_panels if gated else pack_panels
+
+    def pack_group(group: slice) -> Quantized:
+        packed, scales = (_of_each_half(values, halves, group) for values in (codes.packed, codes.scales))
+        return pack(replace(codes, packed=packed, scales=scales))
+
+    if width <= rows:
+        return pack_group(slice(0, width))
+    with piecewise() as each:
+        groups = each(pack_group, width, rows)
+    packed, scales = (np.concatenate([one.packed for one in groups]), np.concatenate([one.scales for one in groups]))
+    return replace(codes, packed=packed, scales=scales)
+
+
+def _of_each_half(values: np.ndarray, halves: int, rows: slice) -> np.ndarray:
+    """These rows of each half of [N, X], one half behind the other."""
+    return values.reshape(halves, -1, values.shape[-1])[:, rows].reshape(-1, values.shape[-1])

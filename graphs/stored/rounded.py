@@ -6,20 +6,27 @@ Legend: n rows or experts, N output features, K input features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
 from arriero.errors import ArrieroError
+from arriero.graphs.sources.safetensors_header import to_float32
 from arriero.graphs.sources.stored_codes import Codes
 from arriero.graphs.stored.safetensors_writer import Spec
 from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.float8 import Float8, quantize_float8
+from arriero.profiles.piecewise import piecewise
 from arriero.profiles.quantize import SLICE_BYTES, Quantized, check_block
 from arriero.profiles.schemes import Fp8, IntBlock
 from arriero.profiles.stored_values import nearest
+from arriero.profiles.turn import turned
+
+GROUP = 8
+Rounded = TypeVar("Rounded")
 
 
 def quantized(store: WeightStore, name: str, scheme: IntBlock, start: int, stop: int) -> Quantized:
@@ -30,8 +37,9 @@ def quantized(store: WeightStore, name: str, scheme: IntBlock, start: int, stop:
         return codes
     if scheme.rounding == "gptq":  # case 2
         return store.calibrated(name).read(name, scheme, start, stop)
-    parts = [nearest(rows, scheme, name=name) for rows in _rows(store, name, start, stop)]  # case 3
-    packed, scales = _joined([part.packed for part in parts]), _joined([part.scales for part in parts])
+    parts = _in_slices(store, name, start, stop, lambda rows: nearest(rows, scheme, name=name))  # case 3
+    axis = _outputs_axis(store, name)
+    packed, scales = _joined([part.packed for part in parts], axis), _joined([part.scales for part in parts], axis)
     return replace(parts[0], packed=packed, scales=scales)
 
 
@@ -41,8 +49,9 @@ def float8(store: WeightStore, name: str, scheme: Fp8, start: int, stop: int) ->
         codes = _stored(store, name, (8, 0), start, stop)
         assert isinstance(codes, Float8)
         return codes
-    parts = [quantize_float8(rows, name=name) for rows in _rows(store, name, start, stop)]  # case 3
-    return Float8(_joined([part.bits for part in parts]), _joined([part.scales for part in parts]))
+    parts = _in_slices(store, name, start, stop, lambda rows: quantize_float8(rows, name=name))  # case 3
+    axis = _outputs_axis(store, name)
+    return Float8(_joined([part.bits for part in parts], axis), _joined([part.scales for part in parts], axis))
 
 
 def store_rows(
@@ -87,17 +96,34 @@ def _stored(store: WeightStore, name: str, form: tuple[int, int], start: int, st
     return codes.read(start, stop)
 
 
-def _rows(store: WeightStore, name: str, start: int, stop: int) -> Iterator[np.ndarray]:
-    """Rows of a matrix f32 [n, K], or experts turned [n, N, K], some of the N at a time: rounding takes four copies."""
-    values = store.checkpoint.read_float32(name, start, stop)
-    if values.ndim == 2:
-        yield values
-        return
-    outputs = max(1, SLICE_BYTES // values[..., 0].nbytes)
-    for first in range(0, values.shape[2], outputs):
-        yield np.ascontiguousarray(values[..., first : first + outputs].transpose(0, 2, 1))
+def _in_slices(
+    store: WeightStore, name: str, start: int, stop: int, work: Callable[[np.ndarray], Rounded]
+) -> list[Rounded]:
+    """What `work` makes of some rows f32 [n, K] of a matrix at a time, or of experts' turned [n, N, K] some of the N.
+
+    Slices stay in a processor's own cache while they are gone over. Each thread turns `GROUP` of them at a time.
+    """
+    source = store.checkpoint.tensors[name]
+    stored = source.rows(start, stop)
+    axis = stored.ndim - 1 if stored.ndim == 3 else 0
+    outputs = stored.shape[axis]
+    at_once = max(1, SLICE_BYTES * outputs // (4 * stored.size))
+
+    def round_group(group: slice) -> list[Rounded]:
+        rows = turned(stored[..., group]) if stored.ndim == 3 else stored[group]
+        slices = (np.s_[..., at : at + at_once, :] for at in range(0, rows.shape[-2], at_once))
+        return [work(to_float32(rows[one], source.dtype)) for one in slices]
+
+    if outputs <= at_once:
+        return round_group(slice(0, outputs))
+    with piecewise() as each:
+        return [part for parts in each(round_group, outputs, GROUP * at_once) for part in parts]
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    """Parts of a matrix's rows, or of experts' [n, N, ..], as one."""
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+def _outputs_axis(store: WeightStore, name: str) -> int:
+    """Which axis of what is rounded has the output features: [N, ..], or of experts [n, N, ..]."""
+    return len(store.checkpoint.tensors[name].shape) - 2
+
+
+def _joined(parts: list[np.ndarray], axis: int) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
