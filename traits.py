@@ -42,6 +42,7 @@ class Footprint:
     compiler: int = 0  # the first time; half of it later
     runtime: int = 0
     stays: int = 0  # in the process once it was used, of its packages and of what it keeps for its next use
+    computes_in: float = 0.0  # how much of `step_bytes`, logits aside, a step really takes
     keeps_steps: bool = False  # what steps computed in, for steps of the same size: see `StepMemory`
     code: int = 0  # on disk, of each part that is compiled
     maps_weights: bool = False  # read where the file is mapped; else each is copied, a quantised one packed besides
@@ -93,7 +94,7 @@ TRAITS: dict[str, BackendTraits] = {
             head_multiple=8,
             packages=(Package("onnxruntime", "1.32", extra="onnxruntime", imports=("onnxruntime",)),),
             files=(".onnx",),
-            footprint=Footprint(compiler=30 << 20, stays=70 << 20),
+            footprint=Footprint(compiler=30 << 20, runtime=30 << 20, stays=10 << 20, computes_in=0.8),
             switches_adapters=True,
             forces_routing=True,
             no_cap="it copies every weight into memory of its own",
@@ -112,8 +113,9 @@ TRAITS: dict[str, BackendTraits] = {
             files=(".so", ".json"),
             footprint=Footprint(
                 compiler=70 << 20,
-                runtime=80 << 20,
+                runtime=45 << 20,
                 stays=80 << 20,
+                computes_in=0.15,
                 keeps_steps=True,
                 code=1536 << 10,
                 maps_weights=True,

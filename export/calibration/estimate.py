@@ -21,6 +21,7 @@ from arriero.runtimes.cpu import usable_cores
 REFERENCE_MEMORY = 345 << 20  # Python with torch and its mapped weights, after a graph was traced
 LINEAR_MEMORY, LINEAR_BYTES = 96 << 20, 32  # what the libraries of linear algebra keep: at most, and of a moment
 LOOPS = 64 << 20  # what compiles the loops of rounding, and they
+LEFT_LATER = 0.6
 FACTORING = 3.3  # of second moments in float64, beside themselves: in GPTQ's order, inverted, halves on their way
 ROUND_BYTES = 14  # of a number in a matrix: read, in float32, rounded, packed
 PIECE_BYTES = 10  # of a number in the rows that one thread rounds at a time
@@ -60,13 +61,15 @@ def calibration_memory(
         alone = max((_rounding_memory(*_features(info)) for info in layers if len(info.shape) == 2), default=0)
         stacked = max((_rounding_memory(*_features(info)) for info in layers if len(info.shape) > 2), default=0)
         walk = max(moments + walk, moments + alone, own + rows, own + stacked) + rounding_leaves(used)
-    tower = _tower(config.vision, tiles) if config.vision else 0
+    tower = 0
+    if config.vision is not None:  # and its widest matrix in float32
+        tower = tower_activations(config.vision, tiles) + 4 * config.vision.hidden_size * config.vision.ffn
     embedding, afterwards = decoded_memory(used, whole)
     return REFERENCE_MEMORY + max(embedding + tower, afterwards + walk)
 
 
 def rounding_leaves(used: Iterable[WeightSource]) -> int:
-    """Bytes that stay in a process which rounded by gptq, until it ends."""
+    """Bytes that stay in a process which rounded by gptq, as the next stage begins; `LEFT_LATER` of them to its end."""
     widest = max((_features(info)[1] for info in used if is_layer_matrix(info.name)), default=0)
     return LOOPS + min(LINEAR_MEMORY, LINEAR_BYTES * widest**2)
 
@@ -123,8 +126,7 @@ def _layer_moments(layers: Iterable[WeightSource], layer: int) -> int:
     return sum(shared.values())
 
 
-def _tower(vision: VisionConfig, tiles: int) -> int:
-    """Activations of one layer of the vision tower over all tiles of a sample, and its widest matrix in float32."""
+def tower_activations(vision: VisionConfig, tiles: int) -> int:
+    """Bytes of the activations of one layer of the vision tower over so many tiles."""
     patches = vision.grid**2 + 1
-    activations = 4 * tiles * patches * (8 * vision.hidden_size + 3 * vision.ffn)
-    return activations + 4 * vision.hidden_size * vision.ffn
+    return 4 * tiles * patches * (8 * vision.hidden_size + 3 * vision.ffn)

@@ -20,7 +20,6 @@ from arriero.graphs.config import ModelConfig
 from arriero.graphs.names import EMBEDDING, HEAD, TEXT_PREFIX
 from arriero.graphs.sources.stored_codes import scale_type
 from arriero.graphs.sources.weight_source import WeightSource
-from arriero.profiles.quantize import SLICE_BYTES
 from arriero.profiles.recipe import Profile, check_shapes
 from arriero.profiles.schemes import HALF_BYTES, Chosen, Exact, Fp8, IntBlock, Scheme
 from arriero.runtimes.cpu import usable_cores
@@ -33,9 +32,9 @@ COMPILER_MEMORY, COMPILERS = 306 << 20, 5  # one at work on our kernels, and how
 ENGINE_MEMORY, ENGINE_COPIES = 1 << 30, 3  # a builder, and the weights: mapped, in its network, serialized
 ENGINE_DISK = 64 << 20  # the code in three engines
 LARGEST_PIECE = 128 << 20  # pieces of a matrix on their way through
-EXPERT_COPIES = 1.25  # of an expert's float32: itself, and its codes
-SLICE_COPIES = 4.25  # of what is rounded of it at a time: turned, its magnitudes, over its scales, rounded, clipped
-CODE_COPIES = 2.5  # of an expert's codes that were chosen before, a byte each: taken apart, in order, packed
+EXPERT_COPIES = 1.25  # of an expert's float32 where it is not rounded in slices: itself, and its codes
+CODE_COPIES = 2  # of an expert's codes and scales that were chosen before: in groups as they are packed, and joined
+NEAREST_COPIES = 3  # of those that are rounded now: them besides
 PACKED_SHARE = 0.18  # of float32's bytes, of quantised matrices but the head
 RTN_LEFT = 30 << 20  # that lowering the RTN baseline leaves behind while it is measured
 
@@ -66,24 +65,26 @@ def estimate_needs(
     calibrated = estimate.walk_disk(config, sizes, calibrates=True) + estimate.roundings_disk(calibrates, used)
     walk = estimate.calibration_memory(config, used, sizes, second, chooses)
     left = estimate.rounding_leaves(used) if second else 0
+    layers = len(seen.text.layers) + (0 if seen.vision is None else seen.vision.layers)
+    # the first target that is proven has the record made, after calibration if it waits for that
+    before = left if targets and targets[0].name in waiting else 0
     needs = {
-        "graph": (TRACE_MEMORY + TRACE_LAYER * len(seen.text.layers), graphs_disk(seen)),
+        "graph": (TRACE_MEMORY + TRACE_LAYER * layers, graphs_disk(seen)),
         "calibrate": (walk, calibrated),
         **{
-            name: (left + record_memory(seen, used, case_sizes, answers), record_disk(seen, case_sizes))
+            name: (before + record_memory(seen, used, case_sizes, answers), record_disk(seen, case_sizes))
             for name in names
             if split_stage(name)[0] == "reference"
         },
     }
     held, used_before = REFERENCE_MEMORY, set[str]()  # what stays in the process, and which backends left it there
     compilers = min(COMPILERS, usable_cores()) * COMPILER_MEMORY
-    lengths = [size[0] for size in case_sizes]
     first_waiting = next((target.name for target in targets if target.name in waiting), None)
     for target in targets:
         takes = TRAITS[target.backend].footprint
         if target.name == first_waiting:
             needs["calibrate"] = (held - REFERENCE_MEMORY + walk, calibrated)
-            held += left
+            held += int(estimate.LEFT_LATER * left)
         first = target.backend not in used_before
         compiling = takes.compiler if first else takes.compiler // 2
         written = target.weights_bytes + graphs_disk(seen) + parts_of(seen) * takes.code + side
@@ -98,11 +99,11 @@ def estimate_needs(
         if first and not target.done:
             held += takes.stays
             used_before.add(target.backend)
-        parity = held + parity_memory(used, target, seen, lengths)
+        parity = held + parity_memory(used, target, seen, case_sizes)
         proof = (parity, report_disk(seen, len(case_sizes), calibrated=target.name in waiting))
         needs |= {name: proof for name in names if split_stage(name)[0] == f"parity-{target.name}"}
         # the baseline's weights lie beside the bundle's own while it is measured
-        baseline = held + compiling + _lower_memory(used, target, {})
+        baseline = held + compiling + _lower_memory(used, target, schemes[target.name], anew=True)
         needs[f"rtn-{target.name}"] = (max(baseline, parity + RTN_LEFT), written + proof[1])
     return needs
 
@@ -178,15 +179,17 @@ def _what_becomes_of(quantised: Iterable[str], schemes: Mapping[str, Scheme]) ->
     return counts
 
 
-def _lower_memory(used: Iterable[WeightSource], target: PlannedTarget, schemes: Mapping[str, Scheme]) -> int:
+def _lower_memory(
+    used: Iterable[WeightSource], target: PlannedTarget, schemes: Mapping[str, Scheme], anew: bool = False
+) -> int:
     """Estimate lowering: one piece of a matrix is written after another, and one expert; then it is loaded.
 
-    What `schemes` do not name is rounded to nearest. A backend that does not map weights packs what every token is
-    multiplied by as it is loaded, in float32 or for what is quantised in about as much for the head and in less for the
-    rest.
+    `anew`: what calibration rounded is rounded to nearest. A backend that does not map weights packs what every token
+    is multiplied by as it is loaded, in float32 or for what is quantised in about as much for the head and in less for
+    the rest.
     """
     takes = TRAITS[target.backend].footprint
-    pieces = int(max((_piece(info, schemes.get(info.name)) for info in used), default=0))
+    pieces = int(max((_piece(info, schemes[info.name], anew) for info in used), default=0))
     exact = target.is_exact
     if takes.maps_weights:
         linked = exact and TRAITS[target.backend].keeps_stored_dtype
@@ -197,11 +200,14 @@ def _lower_memory(used: Iterable[WeightSource], target: PlannedTarget, schemes: 
     return int(max(pieces, packed))
 
 
-def _piece(info: WeightSource, scheme: Scheme | None) -> float:
+def _piece(info: WeightSource, scheme: Scheme, anew: bool) -> float:
     """Bytes that the largest piece of a tensor takes on its way into a bundle."""
     numbers = math.prod(info.shape[-2:])
     if len(info.shape) <= 2:
         return min(4 * numbers, LARGEST_PIECE)
-    if isinstance(scheme, Chosen) or (isinstance(scheme, IntBlock | Fp8) and scheme.rounding != "nearest"):
-        return CODE_COPIES * numbers
-    return EXPERT_COPIES * 4 * numbers + SLICE_COPIES * min(4 * numbers, SLICE_BYTES)
+    if isinstance(scheme, Chosen):  # a byte for each code at most
+        return (NEAREST_COPIES if anew else CODE_COPIES) * numbers
+    if isinstance(scheme, IntBlock | Fp8):
+        nearest = anew or scheme.rounding == "nearest"
+        return (NEAREST_COPIES if nearest else CODE_COPIES) * scheme.stored_bytes(info.shape[-2:])
+    return EXPERT_COPIES * 4 * numbers

@@ -12,7 +12,7 @@ from tests.toys import make_scout_toy
 
 def planned(folder: Path, backend: str, lengths: list[int]) -> int:
     target = PlannedTarget(backend, backend, "any", "fp32", 256, 1, "float32", {"f32": 1000}, 1000, 0, {}, False)
-    return parity_memory([], target, ModelConfig.load(folder), lengths)
+    return parity_memory([], target, ModelConfig.load(folder), [(length, 0) for length in lengths])
 
 
 def test_steps_of_other_sizes_are_kept_on_tvm_up_to_two_of_the_largest(tmp_path: Path) -> None:
