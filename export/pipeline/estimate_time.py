@@ -15,7 +15,7 @@ from arriero.export.machine.speed import MachineSpeed
 from arriero.export.pipeline.planned import PlannedTarget
 from arriero.export.pipeline.stages import split_stage
 from arriero.graphs.config import ModelConfig
-from arriero.graphs.names import TEXT_PREFIX
+from arriero.graphs.names import EMBEDDING, TEXT_PREFIX
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.groups import is_layer_matrix
 from arriero.profiles.moments import FEW
@@ -32,7 +32,9 @@ STEP = 0.002  # of Python and PyTorch for a layer and a sample
 EFFICIENCY = 0.4  # of the measured product that small and ragged ones reach
 LARGE = 0.8  # and that of whole matrices, a panel at a time
 SEARCH = 2500  # operations for each number whose scale is searched and that is rounded by itself
-ROUNDED = 4  # times that a matrix is gone over while it is rounded and packed
+INTEGERS = 2.5  # times as fast as products of floats that those of rounded weights are on a processor
+# Bytes that are copied in the time that a number takes to be read, rounded to nearest and packed, or packed alone.
+NEAREST, PACKED = 42, 17
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class Work:
         """Those of the head; an embedding is looked up."""
         return self.config.text.vocab_size * self.config.text.hidden_size
 
+    @property
+    def rounded(self) -> int:
+        """Numbers that a bundle rounds where its profile rounds any."""
+        return sum(math.prod(one.shape) for one in self.used if len(one.shape) > 1 and one.name != EMBEDDING)
+
     def pass_seconds(self, sizes: Sequence[Size], parameters: float, speed: MachineSpeed) -> float:
         """The samples once through so many `parameters` of the decoder, and their pictures through the tower."""
         flops = 2.0 * parameters * sum(size[0] for size in sizes)
@@ -92,14 +99,19 @@ def estimate_seconds(
         "reference": TOOLS + proof + stored / speed.copied + work.answer_seconds(2, speed),
     }
     for target in targets:
-        write = target.weights_bytes * (ROUNDED / speed.copied + 2 / speed.hashed) + 4 * stored / speed.copied
+        write = (4 * stored + target.weights_bytes) / speed.copied + 2 * target.weights_bytes / speed.hashed
+        packed = 0.0 if target.is_exact else work.rounded * PACKED / speed.copied
+        nearest = 0.0 if target.is_exact else work.rounded * NEAREST / speed.copied
         if TRAITS[target.backend].compiles_for == "cpu":
             write += COMPILED_LAYER * layers
-        seconds[f"lower-{target.name}"] = TOOLS + write
+        calibrated = target.profile in {profile.name for profile in work.profiles}
+        seconds[f"lower-{target.name}"] = TOOLS + write + (packed if calibrated else nearest)
         each = target.weights_bytes / max(1, sum(math.prod(one.shape) for one in work.used))
         runs = 1 + (work.forced_routing and TRAITS[target.backend].forces_routing and bool(work.config.text.moe_layers))
-        seconds[f"parity-{target.name}"] = TOOLS + runs * proof + work.answer_seconds(each, speed)
-        seconds[f"rtn-{target.name}"] = TOOLS + write + proof
+        integers = not target.is_exact and TRAITS[target.backend].compiles_for == "cpu"
+        once = proof / INTEGERS if integers else proof
+        seconds[f"parity-{target.name}"] = TOOLS + runs * once + work.answer_seconds(each, speed)
+        seconds[f"rtn-{target.name}"] = TOOLS + write + nearest + once
     # with an adapter a stage takes as long as without
     return {name: KERNELS if name.startswith("kernels-") else seconds[split_stage(name)[0]] for name in names}
 
