@@ -5,7 +5,9 @@
     python benchmarks/serve_load.py tvm-int4=bundles/serving/tvm-int4 --gguf Q4_0=mini-Q4_0.gguf --llama-server PROGRAM
 
 Every server is started once and idle while another is asked; clients stream `/v1/completions` over HTTP from prompts of
-random tokens that no other prompt begins with. In each round every server shows
+random tokens that no other prompt begins with. Tokens that close an answer are forbidden, and so are those without text
+of their own, control tokens and parts of characters: with the next token a server makes one piece of them, and the time
+between two pieces would not be that between two tokens. In each round every server shows
 
 * throughput: generated tokens/s of all clients together, from the moment that the last of them has its first token to
   the moment that the first one ends, for one client and for `--clients`;
@@ -40,6 +42,7 @@ import numpy as np
 from free_port import free_port
 from roofline import build_probe
 from speed import make_buffer, read_anew, read_bandwidth, touched_bytes
+from tokenizers import Tokenizer
 
 from arriero.runtimes.manifest import Manifest
 
@@ -70,8 +73,8 @@ class Answer:
 class Server:
     """One server under test."""
 
-    def __init__(self, name: str, command: list[str], port: int, model: str, closing: list[int]) -> None:
-        self.name, self.model, self.closing = name, model, closing
+    def __init__(self, name: str, command: list[str], port: int, model: str, forbidden: list[int]) -> None:
+        self.name, self.model, self.forbidden = name, model, forbidden
         self.url = f"http://127.0.0.1:{port}"
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT)
@@ -92,7 +95,7 @@ class Server:
         self.process.wait()
 
     async def ask(self, client: httpx.AsyncClient, prompt: list[int], tokens: int) -> Answer:
-        """Stream a completion of `prompt`, greedily and to the last of its `tokens`."""
+        """Stream a completion of `prompt`, greedily and to the last of its `tokens`, each of them a piece."""
         body = {
             "model": self.model,
             "prompt": prompt,
@@ -100,7 +103,7 @@ class Server:
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
-            "logit_bias": {str(token): -100 for token in self.closing},
+            "logit_bias": {str(token): -100 for token in self.forbidden},
         }
         answer = Answer(time.monotonic())
         async with client.stream("POST", f"{self.url}/v1/completions", json=body) as response:
@@ -112,8 +115,7 @@ class Server:
                 event = json.loads(line.removeprefix("data: "))
                 if "error" in event:
                     raise SystemExit(f"{self.name} ends a stream: {event['error']}")
-                # what ends an answer counts where it brings all the text, as of tokens that are no whole character
-                if event.get("choices") and (not answer.times or event["choices"][0].get("finish_reason") is None):
+                if event.get("choices") and event["choices"][0].get("finish_reason") is None:
                     answer.times.append(time.monotonic())
                 if event.get("usage"):
                     answer.tokens = event["usage"]["completion_tokens"]
@@ -174,22 +176,25 @@ def start(options: argparse.Namespace) -> tuple[dict[str, Server], dict[str, Pat
     bundles = {name: Path(path) for name, _, path in (text.partition("=") for text in options.bundles)}
     files = {name: Path(path) for name, _, path in (text.partition("=") for text in options.gguf)}
     model = Manifest.read(next(iter(bundles.values()))).model
-    closing, servers = sorted(model.eos_token_ids), {}
+    words = Tokenizer.from_file(str(next(iter(bundles.values())) / "tokenizer" / "tokenizer.json"))
+    texts = enumerate(words.decode_batch([[token] for token in range(model.vocab_size)]))
+    no_piece = {token for token, text in texts if not text or "\ufffd" in text}
+    forbidden, servers = sorted(no_piece | set(model.eos_token_ids)), {}
     for name, bundle in bundles.items():
         read_anew(bundle)
         port = free_port()
         command = [sys.executable, "-m", "arriero.export", "serve", str(bundle), "--port", str(port)]
         command += ["--batch", str(options.clients), "--threads", str(options.threads)]
-        servers[name] = Server(name, command, port, bundle.name, closing)
+        servers[name] = Server(name, command, port, bundle.name, forbidden)
     for name, file in files.items():
         read_anew(file)
         port, context = free_port(), options.clients * (2 * options.length + 2048)
         command = [options.llama_server, "-m", str(file), "--port", str(port), "-t", str(options.threads)]
         command += ["-np", str(options.clients), "-c", str(context), *options.llama_option]
-        servers[name] = Server(name, command, port, name, closing)
+        servers[name] = Server(name, command, port, name, forbidden)
     for server in servers.values():
         server.wait()
-    return servers, bundles, Prompts(model.vocab_size, {*closing, model.image_token_id or 0})
+    return servers, bundles, Prompts(model.vocab_size, {*forbidden, model.image_token_id or 0})
 
 
 def show(rounds: list[dict[str, dict[str, float]]], bandwidth: list[float], bundles: dict[str, Path], n: int) -> None:

@@ -233,14 +233,13 @@ class Scheduler:
         try:
             if self._rows.decoding and is_preemptible(backend):
                 logits = read_preempted(backend, ids, features, row, last, interlude)[0]
-                interlude()  # keeping what was read takes time, too
             else:
                 logits = read_piece(backend, ids, features, row, last).logits[0, 0]
                 self._pace.read(len(ids), time.perf_counter() - started)
         except BaseException as error:
             self._fail_reading(request, error)
         else:
-            self._read_on(request, len(ids), logits, interlude)
+            self._read_on(request, len(ids), logits, interlude if self._rows.decoding else no_step)
         interlude.check()
 
     def _read_tile(self, backend: Backend, request: Request) -> None:
@@ -294,7 +293,7 @@ class Scheduler:
     def _read_on(self, request: Request, count: int, logits: Floats, between: Callable[[], None] = no_step) -> None:
         """Go on after `count` more tokens of the prompt, which `logits` [V] follow; after the last it decodes.
 
-        `between` is called between the blocks of keys and values that are kept.
+        `between` is called before keys and values are kept, and between the blocks of them.
         """
         try:
             check_finite(logits)
@@ -302,19 +301,23 @@ class Scheduler:
             self.stats.prefilled_tokens += count
             if request.position < len(request.ids):
                 if (prefixes := self._shared(request)) is not None:
+                    between()
                     prefixes.save_piece(request.tokens_held, self._rows.reading, count, len(request.ids), between)
                 return
-            self._keep(request, self._rows.reading, between)
-            news = self._take(request, [logits], [], self._rows.reading)
+            news = self._take(request, [logits], [], self._rows.reading, between)
+            if goes_on := request.answer.finished is None:
+                self._tell([news])  # the first token waits for nothing else
+                between()
+                self._keep(request, self._rows.reading, between)
         except BaseException as error:
             self._fail_reading(request, error)
             return
         self._reading = None
-        if request.answer.finished is None:
+        if goes_on:
             self._rows.join(request)
         else:
             self._rows.abandon_reading()
-        self._tell([news])
+            self._tell([news])
 
     def _reuse(self, backend: Backend, request: Request) -> None:
         """Begin where the conversation's own place, or the prefix cache, has the prompt read to."""
@@ -340,12 +343,12 @@ class Scheduler:
         """Where what is read of `request` is kept for others; a conversation has its own place."""
         return self._prefixes if request.place is None else None
 
-    def _end(self, request: Request, row: Cache) -> None:
-        """Keep what others, or the conversation itself, may go on from."""
+    def _end(self, request: Request, row: Cache, between: Callable[[], None]) -> None:
+        """Keep what others, or the conversation itself, may go on from; `between` as in `_keep`."""
         if request.keeps_place:
             request.kept = row.snapshot(0)
         else:
-            self._keep(request, row)
+            self._keep(request, row, between)
 
     def _see(self, look: Callable[[Floats], Floats], name: bytes, tile: Floats) -> Floats:
         """The features [M, H] of a tile f32 [1, 3, h, w]: those that `look` gives, where nobody has shown it lately."""
@@ -356,11 +359,18 @@ class Scheduler:
                 self._prefixes.save_features(name, features)
         return features
 
-    def _take(self, request: Request, logits: Iterable[Floats], drafted: Sequence[int], row: Cache) -> News:
+    def _take(
+        self,
+        request: Request,
+        logits: Iterable[Floats],
+        drafted: Sequence[int],
+        row: Cache,
+        between: Callable[[], None] = no_step,
+    ) -> News:
         """Choose the tokens that follow the last one in `row` before what is `drafted`, and each of those.
 
         `logits` [V] are taken in turn, up to the first token that is not what was drafted. Gives what hands the tokens
-        over.
+        over. `between` is called between the blocks that are kept of one that has ended.
         """
         deltas: list[Delta] = []
         for one, guess in zip(logits, [*drafted, None], strict=True):
@@ -370,7 +380,7 @@ class Scheduler:
         if drafted:
             self._cut_back(request, drafted, len(deltas), row)
         if request.answer.finished is not None:
-            self._end(request, row)
+            self._end(request, row, between)
         self.stats.generated_tokens += len(deltas)
         self.stats.finished += request.answer.finished is not None
         return partial(request.deliver, joined(deltas))

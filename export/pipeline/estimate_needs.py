@@ -20,6 +20,7 @@ from arriero.graphs.config import ModelConfig
 from arriero.graphs.names import EMBEDDING, HEAD, TEXT_PREFIX
 from arriero.graphs.sources.stored_codes import scale_type
 from arriero.graphs.sources.weight_source import WeightSource
+from arriero.graphs.stored.safetensors_writer import PIECE_BYTES
 from arriero.profiles.recipe import Profile, check_shapes
 from arriero.profiles.schemes import HALF_BYTES, Chosen, Exact, Fp8, IntBlock, Scheme
 from arriero.runtimes.cpu import usable_cores
@@ -35,7 +36,7 @@ LARGEST_PIECE = 128 << 20  # pieces of a matrix on their way through
 EXPERT_COPIES = 1.25  # of an expert's float32 where it is not rounded in slices: itself, and its codes
 CODE_COPIES = 2  # of an expert's codes and scales that were chosen before: in groups as they are packed, and joined
 NEAREST_COPIES = 3  # of those that are rounded now: them besides
-PACKED_SHARE = 0.18  # of float32's bytes, of quantised matrices but the head
+PACKED_SHARE, PACKING = 0.18, 40 << 20  # of float32's bytes, of quantised matrices but the head, and besides
 RTN_LEFT = 30 << 20  # that lowering the RTN baseline leaves behind while it is measured
 
 Need = tuple[int, int]  # of a stage: peak memory and disk, in bytes
@@ -196,7 +197,7 @@ def _lower_memory(
         return 0 if linked else pieces
     every = sum(4 * math.prod(info.shape) for info in used if len(info.shape) == 2 and info.name != EMBEDDING)
     head = sum(4 * math.prod(info.shape) for info in used if info.name == HEAD)
-    packed = every if exact else head + PACKED_SHARE * (every - head)
+    packed = every if exact else PACKING + head + PACKED_SHARE * (every - head)
     return int(max(pieces, packed))
 
 
@@ -204,7 +205,8 @@ def _piece(info: WeightSource, scheme: Scheme, anew: bool) -> float:
     """Bytes that the largest piece of a tensor takes on its way into a bundle."""
     numbers = math.prod(info.shape[-2:])
     if len(info.shape) <= 2:
-        return min(4 * numbers, LARGEST_PIECE)
+        rounded = isinstance(scheme, IntBlock | Fp8 | Chosen)
+        return min(4 * numbers, PIECE_BYTES if rounded else LARGEST_PIECE)
     if isinstance(scheme, Chosen):  # a byte for each code at most
         return (NEAREST_COPIES if anew else CODE_COPIES) * numbers
     if isinstance(scheme, IntBlock | Fp8):

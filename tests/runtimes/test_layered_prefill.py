@@ -14,7 +14,7 @@ from arriero.errors import ArrieroError
 from arriero.runtimes import pace as pace_module
 from arriero.runtimes.integrity import open_manifest
 from arriero.runtimes.interlude import Interlude
-from arriero.runtimes.pace import Pace
+from arriero.runtimes.pace import STEPS_PER_PIECE, Pace
 from arriero.runtimes.processor.processor import Processor, Prompt
 from arriero.runtimes.scheduler import EngineLimits, Scheduler
 from arriero.runtimes.session import Session
@@ -66,7 +66,7 @@ def test_others_decode_between_the_layers_of_a_long_prompt(session: Session) -> 
     pieces = [number for number, (_, count) in enumerate(toy.steps) if count > 1][-8:]
     assert [toy.steps[number] for number in pieces] == [(1, 8)] * 8
     for one, following in pairwise(pieces):
-        assert toy.steps[one + 1 : following] == [(1, 1)] * 4  # twice after a piece, and before each layer of the next
+        assert toy.steps[one + 1 : following] == [(1, 1)] * 3  # after a piece, and before each layer of the next
     assert [1, 6] in toy.packed or [1, 0, 6] in toy.packed  # the rest, with the others' step: it is small
 
 
@@ -283,8 +283,8 @@ def test_a_step_is_left_only_when_those_that_decode_have_waited() -> None:
     pace = Pace()
     assert pace.is_due(0.0)  # nothing is known
     pace.decoded(1000.0)
-    assert not pace.is_due(1200.0)
-    assert pace.is_due(1251.0)
+    assert not pace.is_due(1000.0 * STEPS_PER_PIECE - 50)
+    assert pace.is_due(1000.0 * STEPS_PER_PIECE + 1)
 
 
 def test_a_part_is_expected_to_take_as_long_as_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from arriero.runtimes import prefix_cache
 from arriero.runtimes.backend import Backend
 from arriero.runtimes.prefix_cache import PrefixCache, Tokens
 from arriero.runtimes.processor.processor import Processor, Prompt
+from arriero.runtimes.request import Request
 from arriero.runtimes.scheduler import EngineLimits
 from arriero.runtimes.session import Session
 from arriero.runtimes.steps import least_piece, read_piece
@@ -232,6 +233,21 @@ def test_a_prompt_is_kept_while_it_is_read_as_it_would_be_at_once(
         )
         for mine, whole in zip((*one.keys, *one.values), (*other.keys, *other.values), strict=True):
             np.testing.assert_allclose(mine, whole, atol=1e-5)  # float32, summed in another order
+
+
+def test_the_first_token_is_handed_over_before_what_was_read_is_kept(
+    toy_session: Callable[[int], Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    save, deliver = PrefixCache.save, Request.deliver
+    monkeypatch.setattr(PrefixCache, "save", lambda self, *rest: (order.append("kept"), save(self, *rest))[1])
+    monkeypatch.setattr(Request, "deliver", lambda self, delta: (order.append("told"), deliver(self, delta))[1])
+    session = toy_session(MANY)
+    session.generate(Prompt(ids(12) % 256), max_tokens=3)
+    assert order == ["told", "kept", "told", "kept", "told"]  # the answer's end is told with what others go on from
+    order.clear()
+    session.generate(Prompt(ids(12, 1) % 256), max_tokens=1)
+    assert order == ["kept", "told"]
 
 
 def test_a_prompt_too_long_to_be_kept_is_not_copied_again_with_each_piece(
