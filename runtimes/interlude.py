@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from arriero.runtimes.pace import Pace
 
+NEVER = 1e9  # seconds
+
 
 def no_step() -> None:
     """What comes between where nobody waits."""
@@ -21,10 +23,11 @@ class Interlude:
         self._error: BaseException | None = None
         self._left = time.perf_counter()  # when the last part began
 
-    def __call__(self) -> None:
+    def __call__(self) -> float:
         """The next part is about to begin, and is expected to take as long as the last one: most are alike in turn.
 
-        Whichever of before and after it is nearer to when the others' step is due is when it is taken.
+        Whichever of before and after it is nearer to when the others' step is due is when it is taken. Gives the
+        seconds to when the next one is.
         """
         part_s = time.perf_counter() - self._left
         if self._error is None and self._pace.is_due(part_s / 2):
@@ -33,6 +36,7 @@ class Interlude:
             except BaseException as error:  # through the library that calls there is no way for it
                 self._error = error
         self._left = time.perf_counter()
+        return NEVER if self._error else self._pace.rest()
 
     def check(self) -> None:
         """Raise what a decode step raised."""

@@ -50,9 +50,14 @@ class Pace:
 
     def is_due(self, seconds: float) -> bool:
         """Whether the next decode step would come too late after so many `seconds` more of something else."""
-        if self._step_s is None:
-            return True
-        return time.perf_counter() - self._decoded + seconds > STEPS_PER_PIECE * self._step_s
+        return self._step_s is None or seconds > self._wait()
+
+    def rest(self) -> float:
+        """Seconds to when the next decode step is due; 0 where it is, or nothing is known."""
+        return max(self._wait(), 0.0)
+
+    def _wait(self) -> float:
+        return self._decoded + STEPS_PER_PIECE * (self._step_s or 0.0) - time.perf_counter()
 
 
 def _expected(before: float | None, measured: float) -> float:

@@ -109,7 +109,7 @@ class PrefixCache:
         )
         return Snapshot(self.spec, length, keys, values, tokens.adapter)
 
-    def save(self, tokens: Tokens, row: Cache, between: Callable[[], None] = no_step) -> None:
+    def save(self, tokens: Tokens, row: Cache, between: Callable[[], object] = no_step) -> None:
         """Keep what the one row of `row`, which holds `tokens`, has beyond the blocks that are there.
 
         `between` is called between blocks, and may take steps of other rows and save what these have.
@@ -118,7 +118,7 @@ class PrefixCache:
         self._save(tokens, row, length, self._edge(length), 0, between)
 
     def save_piece(
-        self, tokens: Tokens, row: Cache, fresh: int, prompt: int, between: Callable[[], None] = no_step
+        self, tokens: Tokens, row: Cache, fresh: int, prompt: int, between: Callable[[], object] = no_step
     ) -> None:
         """As `save`, the whole blocks alone, after `fresh` more tokens of a prompt of so many were read into `row`.
 
@@ -130,7 +130,7 @@ class PrefixCache:
             self._save(tokens, row, length, self._edge(prompt), before, between)
 
     def _save(
-        self, tokens: Tokens, row: Cache, length: int, edge: int, least: int, between: Callable[[], None]
+        self, tokens: Tokens, row: Cache, length: int, edge: int, least: int, between: Callable[[], object]
     ) -> None:
         """Keep the first `length` of `tokens`, chunked layers from `edge` on, where the first `least` are there."""
         chain = self._chain(tokens)

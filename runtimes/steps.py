@@ -54,7 +54,7 @@ def read_piece(
 
 
 def read_preempted(
-    backend: Backend, ids: Ints, features: Floats, cache: Cache, logits_index: Ints, between: Callable[[], None]
+    backend: Backend, ids: Ints, features: Floats, cache: Cache, logits_index: Ints, between: Callable[[], float | None]
 ) -> Floats:
     """Append `ids` [S] as `read_piece` does, and call `between` between parts of layers; gives logits f32 [L, V]."""
     assert isinstance(backend, Preemptible)
@@ -63,7 +63,7 @@ def read_preempted(
     return backend.forward_preempted(embeds, positions, cache, logits_index, between)[0]
 
 
-def look_preempted(backend: Backend, tile: Floats, between: Callable[[], None]) -> Floats:
+def look_preempted(backend: Backend, tile: Floats, between: Callable[[], float | None]) -> Floats:
     """The features [M, H] of a tile f32 [1, 3, h, w], with `between` called between products of the tower."""
     assert isinstance(backend, Preemptible)
     return backend.vision_preempted(tile, between)

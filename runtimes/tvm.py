@@ -52,7 +52,8 @@ from arriero.traits import PREFILL_PIECE, install
 
 PANEL = 16  # output features in each row of a packed matrix
 CPU = 1, 0  # DLPack's device type and number
-# Of libraries: takes the address of what is called between parts of a step, some milliseconds of work each.
+# Of libraries: takes the address of what is called between parts of a step, some milliseconds of work each, and gives
+# the seconds in which it need not be called again.
 BETWEEN_PARTS = "arriero_between_parts"
 NAIVE, POOLED = 1, 2  # allocators: what keeps the memory of every size that was asked for is not for a cap
 
@@ -125,7 +126,7 @@ class TvmBackend:
         groups = (pixel_values[i : i + TILES_AT_ONCE] for i in range(0, len(pixel_values), TILES_AT_ONCE))
         return np.concatenate([vision.run({"pixel_values": aligned(group)})[0] for group in groups])
 
-    def vision_preempted(self, pixel_values: Floats, between: Callable[[], None]) -> Floats:
+    def vision_preempted(self, pixel_values: Floats, between: Callable[[], float | None]) -> Floats:
         """Turn one tile f32 [1, 3, h, w] into features f32 [M, H]: see `Preemptible.vision_preempted`."""
         with self._tower().left_for(between):
             return self.vision(pixel_values)
@@ -182,7 +183,12 @@ class TvmBackend:
         return logits.reshape(batch, len(logits_index), -1)
 
     def forward_preempted(
-        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, between: Callable[[], None]
+        self,
+        inputs_embeds: Floats,
+        positions: Ints,
+        cache: Cache,
+        logits_index: Ints,
+        between: Callable[[], float | None],
     ) -> Floats:
         """Run `inputs_embeds` [B, S, H] and call `between` in it: see `Preemptible.forward_preempted`."""
         assert isinstance(cache, CacheRows)
@@ -321,15 +327,15 @@ class _Graph:
         return [np.from_dlpack(item) for item in (results if isinstance(results, ffi.Array) else [results])]
 
     @contextmanager
-    def left_between_parts(self, between: Callable[[], None]) -> Iterator[None]:
+    def left_between_parts(self, between: Callable[[], float | None]) -> Iterator[None]:
         """Have a step in the block call `between` between its parts; the steps that it takes call nothing."""
         if self._meanwhile is None:
             self._meanwhile = self._new_machine(POOLED)
 
-        def leave() -> None:
+        def leave() -> float | None:
             self._machine, self._meanwhile = self._meanwhile, self._machine
             try:
-                between()
+                return between()
             finally:
                 self._machine, self._meanwhile = self._meanwhile, self._machine
 
@@ -337,13 +343,13 @@ class _Graph:
             yield
 
     @contextmanager
-    def left_for(self, between: Callable[[], None]) -> Iterator[None]:
+    def left_for(self, between: Callable[[], float | None]) -> Iterator[None]:
         """Have the library call `between` between parts of its steps in the block; those from before may not do so."""
         if not self.library.implements_function(BETWEEN_PARTS, True):
             yield
             return
         tell = self.library.get_function(BETWEEN_PARTS, True)
-        function = ctypes.CFUNCTYPE(None)(between)
+        function = ctypes.CFUNCTYPE(ctypes.c_double)(lambda: between() or 0.0)
         tell(ctypes.cast(function, ctypes.c_void_p).value)
         try:
             yield

@@ -254,7 +254,7 @@ class PreemptibleToy(PackingToy):
         super().__init__()
         self.looks: list[int] = []  # steps of others while a tile was seen
 
-    def vision_preempted(self, pixel_values: Floats, between: Callable[[], None]) -> Floats:
+    def vision_preempted(self, pixel_values: Floats, between: Callable[[], float | None]) -> Floats:
         before = len(self.steps)
         for _ in range(TOY_PRODUCTS):
             between()
@@ -262,7 +262,12 @@ class PreemptibleToy(PackingToy):
         return self.vision(pixel_values)
 
     def forward_preempted(
-        self, inputs_embeds: Floats, positions: Ints, cache: Any, logits_index: Ints, between: Callable[[], None]
+        self,
+        inputs_embeds: Floats,
+        positions: Ints,
+        cache: Any,
+        logits_index: Ints,
+        between: Callable[[], float | None],
     ) -> Floats:
         for _ in self.spec.layers:
             between()

@@ -174,6 +174,9 @@ def test_tvm_leaves_a_step_between_its_parts_and_computes_the_same_bits(tvm_work
     left: list[int] = []
     read_preempted(backend, prompts[0], none, backend.new_cache(1, 64), last, lambda: left.append(1))
     parts = len(left)
+    left.clear()
+    read_preempted(backend, prompts[0], none, backend.new_cache(1, 64), last, lambda: left.append(1) or 1e9)
+    assert len(left) == 1  # nobody is due meanwhile; the next step asks anew
     assert parts > sum(2 if layer.ffn == "moe" else 1 for layer in backend.spec.layers)
     decoded = [append_tokens(backend, [7 + step, 11], cache.rows(1, 3)) for step in range(parts)]
     following = append_tokens(backend, [3], cache.rows(0, 1))
@@ -285,6 +288,17 @@ def test_a_step_is_left_only_when_those_that_decode_have_waited() -> None:
     pace.decoded(1000.0)
     assert not pace.is_due(1000.0 * STEPS_PER_PIECE - 50)
     assert pace.is_due(1000.0 * STEPS_PER_PIECE + 1)
+    assert 0 < 1000.0 * STEPS_PER_PIECE - pace.rest() < 50  # since it ended
+
+
+def test_nobody_waits_who_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("arriero.runtimes.pace.time.perf_counter", lambda: now[0])
+    pace = Pace()
+    pace.decoded(1.0)
+    now[0] = 5.0
+    assert pace.is_due(0.0)
+    assert pace.rest() == 0
 
 
 def test_a_part_is_expected_to_take_as_long_as_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:

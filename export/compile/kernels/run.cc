@@ -9,6 +9,7 @@
 #include <immintrin.h>
 #endif
 #include <sched.h>
+#include <time.h>
 
 // Weak, so that the steps can be used where TVM's runtime is not loaded.
 extern "C" {
@@ -105,15 +106,29 @@ int32_t run(int64_t bytes, int64_t parts, const Steps&... steps) {
 ExpertLayer* cache_of(const int64_t* experts) { return reinterpret_cast<ExpertLayer*>(experts[0]); }
 
 // What a step is left for, where no thread is at work for it: before each block of rows of a product, each block of a
-// prompt's queries, and each expert. Null: nothing.
-void (*between_parts)() = nullptr;
+// prompt's queries, and each expert. It gives the seconds that the others can still wait. Null: nothing.
+double (*between_parts)() = nullptr;
+double part_began = 0, due = 0;  // seconds of `now`
 
+double now() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
+// Whichever of before and after the next part is nearer to when the others are due is when it is left; the next part is
+// expected to take as long as the last.
 void leave() {
-    if (auto* const call = between_parts) {
-        between_parts = nullptr;  // a step that is taken meanwhile is not left in its turn
-        call();
-        between_parts = call;
-    }
+    auto* const call = between_parts;
+    if (!call) return;
+    const double here = now(), part = here - part_began;
+    part_began = here;
+    if (here + part / 2 < due) return;
+    between_parts = nullptr;  // a step that is taken meanwhile is not left in its turn
+    const double seconds = call();
+    between_parts = call;
+    part_began = now();
+    due = part_began + seconds;
 }
 
 constexpr int64_t ROWS = 128;        // of a product that cannot be left
@@ -144,9 +159,10 @@ int64_t chosen_from(int64_t expert, const int64_t* expert_id, int64_t rows, int6
 
 }  // namespace
 
-// (address of a function without arguments, or 0)
+// (address of a function without arguments that gives a double, or 0)
 extern "C" int __tvm_ffi_arriero_between_parts(void*, const TaggedValue* arguments, int32_t, TaggedValue* result) {
-    between_parts = reinterpret_cast<void (*)()>(arguments[0].integer);
+    between_parts = reinterpret_cast<double (*)()>(arguments[0].integer);
+    due = 0;
     *result = {TAGGED_INTEGER, 0, 0};
     return 0;
 }
