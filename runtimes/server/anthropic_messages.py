@@ -1,4 +1,4 @@
-"""/v1/messages: Anthropic's API over the same answers."""
+"""/v1/messages and /v1/messages/count_tokens: Anthropic's API over the same answers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,37 @@ ERRORS = {
 }
 
 
-class AnthropicMessage:
+class AnthropicPrompt:
+    """What a request shows the model: messages, pictures and tools."""
+
+    def __init__(self, fields: Fields, models: Models, options: ServerOptions) -> None:
+        """Read those of the body's `fields`. Raises RefusalError for what cannot be shown."""
+        self.model = models.get(fields.text("model"))
+        entries = EntryLimit(self.model.bundle.context)
+        reader = BlockReader(options, entries)
+        self.messages = reader.read(fields.take("system"), fields.items("messages"))
+        self.pictures = reader.pictures
+        self.tools = _read_tools(fields, entries)
+        thinking = fields.fields("thinking")
+        if thinking is not None and thinking.text("type") != "disabled":
+            raise fields.refusal("thinking", "is not possible here")
+
+    def encode(self) -> list[Prompt]:
+        """The prompt's ids and tiles."""
+        return [self.model.session.encode(self.messages, **self.tools.options)]
+
+
+class AnthropicCount(AnthropicPrompt):
+    """One request for the number of its prompt's tokens."""
+
+    def __init__(self, body: Any, models: Models, options: ServerOptions) -> None:
+        """Read the body. Raises RefusalError for what cannot be counted."""
+        fields = Fields(body)
+        super().__init__(fields, models, options)
+        fields.refuse_others()
+
+
+class AnthropicMessage(AnthropicPrompt):
     """One request: read from its body, then answered."""
 
     operation = "chat"  # as OpenTelemetry's conventions have it
@@ -46,7 +76,7 @@ class AnthropicMessage:
     def __init__(self, body: Any, models: Models, options: ServerOptions) -> None:
         """Read the body. Raises RefusalError for what cannot be answered."""
         fields = Fields(body)
-        model = models.get(fields.text("model"))
+        super().__init__(fields, models, options)
         most = fields.integer("max_tokens", least=1)
         if most is None:
             raise fields.refusal("max_tokens", "is missing; expected a whole number of at least 1")
@@ -57,25 +87,13 @@ class AnthropicMessage:
             "top_k": fields.integer("top_k", least=1),
             "max_tokens": most if options.most_tokens is None else min(most, options.most_tokens),
             "stop": read_stops(fields, "stop_sequences"),
-            "adapter": model.adapter,
+            "adapter": self.model.adapter,
         }
-        entries = EntryLimit(model.bundle.context)
-        reader = BlockReader(options, entries)
-        self.messages = reader.read(fields.take("system"), fields.items("messages"))
-        self.pictures = reader.pictures
-        self.asked = AnswerFields(model, settings, 1, fields.flag("stream"), include_usage=True)
-        self.tools = _read_tools(fields, entries)
+        self.asked = AnswerFields(self.model, settings, 1, fields.flag("stream"), include_usage=True)
         self.shown: Settings = {**self.tools.form}  # type: ignore[typeddict-item]
-        thinking = fields.fields("thinking")
-        if thinking is not None and thinking.text("type") != "disabled":
-            raise fields.refusal("thinking", "is not possible here")
         fields.ignore(("metadata", "service_tier"))
         fields.refuse_others()
         self.id = f"msg_{uuid.uuid4().hex}"
-
-    def encode(self) -> list[Prompt]:
-        """The prompt's ids and tiles."""
-        return [self.asked.model.session.encode(self.messages, **self.tools.options)]
 
     def whole(self, answers: Answers, results: list[Generation]) -> dict[str, Any]:
         """The answer in one piece."""

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from arriero.runtimes.request import Request as EngineRequest
 from arriero.runtimes.server.answers import Answers, Load, engine_requests, until_gone
-from arriero.runtimes.server.anthropic_messages import AnthropicMessage, anthropic_response
+from arriero.runtimes.server.anthropic_messages import AnthropicCount, AnthropicMessage, anthropic_response
 from arriero.runtimes.server.bundles import Bundles
 from arriero.runtimes.server.chat_completions import ChatCompletion
 from arriero.runtimes.server.completions import Completion
@@ -105,6 +105,16 @@ class Server:
                     ids = (await self._encoding.run(partial(model.session.encode, read))).input_ids
         return JSONResponse({"tokens": ids.tolist(), "count": len(ids), "max_model_len": model.bundle.context})
 
+    async def count_tokens(self, request: Request) -> Response:
+        """How many tokens a prompt of Anthropic's API has."""
+        asked = AnthropicCount(await self._body(request), self.models, self.options)
+        with self.bundles.using(asked.model.bundle):
+            async with asyncio.timeout(self.options.request_seconds):
+                await self.bundles.open(asked.model.bundle)
+                await asked.pictures.fetch(self._fetcher)
+                (prompt,) = await self._encoding.run(asked.encode)
+        return JSONResponse({"input_tokens": len(prompt.input_ids)})
+
     def answering(self, kind: type[Asked]) -> Handler:
         """The handler of a path whose requests are of this `kind`."""
 
@@ -189,6 +199,7 @@ def create_app(bundles: Bundles, options: ServerOptions) -> tuple[ASGIApp, Serve
         Route("/v1/models/{name:path}", _refusing(server.show_model)),
         Route("/v1/chat/completions", _refusing(server.answering(ChatCompletion)), methods=["POST"]),
         Route("/v1/messages", _refusing(server.answering(AnthropicMessage), anthropic_response), methods=["POST"]),
+        Route("/v1/messages/count_tokens", _refusing(server.count_tokens, anthropic_response), methods=["POST"]),
         Route("/v1/responses", _refusing(server.answering(ResponseRequest)), methods=["POST"]),
         Route("/v1/completions", _refusing(server.answering(Completion)), methods=["POST"]),
     ]

@@ -22,6 +22,7 @@ POSTS = {
     "/v1/completions": "Goes on with texts as they stand",
     "/v1/responses": "Answers items as OpenAI's newer API has it; nothing is kept",
     "/v1/messages": "Answers messages as Anthropic's API has it",
+    "/v1/messages/count_tokens": "How many tokens the prompt of such messages has",
     "/tokenize": "The tokens of a text, or of messages in the chat template, unless they are far beyond the context",
 }
 GETS: dict[str, tuple[str, str, Schema]] = {
@@ -32,7 +33,7 @@ GETS: dict[str, tuple[str, str, Schema]] = {
     "/v1/models": ("The models", JSON, {"type": "object", "required": ["data"]}),
     "/v1/models/{name}": ("One model", JSON, {"type": "object", "required": ["id"]}),
 }
-UNSTREAMED = ("/tokenize",)
+UNSTREAMED = ("/tokenize", "/v1/messages/count_tokens")
 
 
 def openapi_document(models: Models, options: ServerOptions) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from arriero.runtimes.server.answer_fields import IGNORED
 from arriero.runtimes.server.completions import MOST_LOGPROBS
 from arriero.runtimes.server.messages import ROLES
 from arriero.runtimes.server.models import Models
-from arriero.runtimes.server.openapi_messages import messages_body
+from arriero.runtimes.server.openapi_messages import counted_body, messages_body
 from arriero.runtimes.server.openapi_responses import responses_body
 from arriero.runtimes.server.openapi_schemas import (
     ARGUMENTS,
@@ -104,6 +104,7 @@ def bodies(models: Models, options: ServerOptions) -> dict[str, Schema]:
             stream_options=("stream", True),
         ),
         "/v1/messages": messages_body(model, needed),
+        "/v1/messages/count_tokens": counted_body(model, needed),
         "/v1/responses": responses_body(model, needed),
         "/tokenize": {
             "oneOf": [

@@ -1,4 +1,4 @@
-"""The body of /v1/messages as a JSON schema."""
+"""The bodies of /v1/messages and of what counts their tokens, as JSON schemas."""
 
 from __future__ import annotations
 
@@ -21,6 +21,26 @@ from arriero.runtimes.server.openapi_schemas import (
 
 def messages_body(model: dict[str, Schema], needed: tuple[str, ...]) -> Schema:
     """Its schema, over the field `model`, which is `needed` or not."""
+    return record(
+        ("max_tokens", "messages", *needed),
+        **model,
+        **_prompt(),
+        max_tokens=COUNT,
+        **{name: SAMPLING[name] for name in ("temperature", "top_p", "top_k")},
+        stop_sequences=STOPS,
+        stream=FLAG,
+        metadata={},
+        service_tier={},
+    )
+
+
+def counted_body(model: dict[str, Schema], needed: tuple[str, ...]) -> Schema:
+    """That of /v1/messages/count_tokens."""
+    return record(("messages", *needed), **model, **_prompt())
+
+
+def _prompt() -> dict[str, Schema]:
+    """The fields of what the model is shown."""
     cached: dict[str, Schema] = {"cache_control": {}, "citations": {}}
     text = record(("type", "text"), type=one_of("text"), text=TEXT, **cached)
     source = [
@@ -43,18 +63,10 @@ def messages_body(model: dict[str, Schema], needed: tuple[str, ...]) -> Schema:
     content: Schema = {"anyOf": [TEXT, listed({"oneOf": blocks}, 1)]}
     choice = record(("type",), type=one_of("auto", "none", "any", "tool"), name=TEXT, disable_parallel_tool_use=FLAG)
     tool = record(("name",), name=TEXT, description=TEXT, input_schema=SCHEMA, type={}, cache_control={})
-    return record(
-        ("max_tokens", "messages", *needed),
-        **model,
-        max_tokens=COUNT,
-        messages=listed(record(("role", "content"), role=one_of("user", "assistant"), content=content), 1),
-        system={"anyOf": [TEXT, listed(text)]},
-        **{name: SAMPLING[name] for name in ("temperature", "top_p", "top_k")},
-        stop_sequences=STOPS,
-        stream=FLAG,
-        tools=listed(tool),
-        tool_choice=choice,
-        thinking=part("disabled"),
-        metadata={},
-        service_tier={},
-    )
+    return {
+        "messages": listed(record(("role", "content"), role=one_of("user", "assistant"), content=content), 1),
+        "system": {"anyOf": [TEXT, listed(text)]},
+        "tools": listed(tool),
+        "tool_choice": choice,
+        "thinking": part("disabled"),
+    }

@@ -43,6 +43,8 @@ def test_answers_whole_and_streamed_are_the_sessions_own(serve: Serve, small: Se
         expected = small.generate(own, images, max_tokens=9)
         fields: dict[str, Any] = {"model": "small", "max_tokens": 9, "messages": messages, "extra_body": COLD}
         answer = client.messages.create(system="Be brief.", **fields)
+        counted = client.messages.count_tokens(model="small", messages=messages, system="Be brief.")
+        assert counted.input_tokens == expected.prompt_tokens
         assert [block.text for block in answer.content] == [expected.text]
         assert answer.stop_reason == {"length": "max_tokens", "stop": "end_turn"}[expected.finish_reason]
         with client.messages.stream(system=[{"type": "text", "text": "Be brief."}], **fields) as stream:
@@ -75,6 +77,7 @@ def test_calls_of_tools_and_their_results_go_both_ways(served: Served, toy_sessi
     client = connect(served)
     fields: dict[str, Any] = {"model": "toy", "max_tokens": 40, "tools": [tool], "extra_body": COLD}
     answer = client.messages.create(messages=HELLO, **fields)
+    assert client.messages.count_tokens(model="toy", messages=HELLO, tools=[tool]).input_tokens == prompt
     (use,) = answer.content
     assert (answer.stop_reason, use.name, use.input) == ("tool_use", "add", {"a": 1})
     with client.messages.stream(messages=HELLO, **fields) as stream:

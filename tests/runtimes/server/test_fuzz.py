@@ -47,6 +47,7 @@ FIELDS = {
         *("messages", "system", "max_tokens", "temperature", "top_k", "top_p", "stop_sequences", "stream", "tools"),
         *("tool_choice", "thinking", "metadata", "model"),
     ),
+    "/v1/messages/count_tokens": ("messages", "system", "tools", "tool_choice", "thinking", "model"),
     "/v1/responses": (
         *("input", "instructions", "max_output_tokens", "text", "tools", "tool_choice", "parallel_tool_calls", "store"),
         *("include", "top_logprobs", "metadata", "stream", "stream_options", "truncation", "reasoning", "model"),
@@ -66,6 +67,8 @@ def test_no_body_makes_the_server_fail(served: Served, path: str) -> None:
         said = {"model": "toy", "max_output_tokens": 3, "input": "x"}
     elif path != "/tokenize":
         said["messages"] = [{"role": "user", "content": "x"}]
+    if path == "/v1/messages/count_tokens":
+        del said["max_tokens"]
     statuses = []
     with served.web() as web:
         for _ in range(250):

@@ -29,7 +29,7 @@ ASK: dict[str, Any] = {"model": "toy", "messages": [{"role": "user", "content": 
 KEYS = ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic right"}, {"X-Api-Key": "w"})
 JSON = "application/json"
 PATHS = ("/metrics", "/v1/models", "/v1/models/toy", "/v1/chat/completions", "/v1/completions", "/tokenize", "/", "/x")
-PATHS += ("/v1/messages", "/v1/responses", "/openapi.json")
+PATHS += ("/v1/messages", "/v1/messages/count_tokens", "/v1/responses", "/openapi.json")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "board.local"])

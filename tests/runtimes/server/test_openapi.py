@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from arriero.runtimes.server.anthropic_messages import AnthropicMessage
+from arriero.runtimes.server.anthropic_messages import AnthropicCount, AnthropicMessage
 from arriero.runtimes.server.chat_completions import ChatCompletion
 from arriero.runtimes.server.completions import Completion
 from arriero.runtimes.server.fields import Fields
@@ -26,6 +26,7 @@ BODIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "/v1/chat/completions": (ChatCompletion, {"messages": HELLO}),
     "/v1/completions": (Completion, {"prompt": "x"}),
     "/v1/messages": (AnthropicMessage, {"messages": HELLO, "max_tokens": 3}),
+    "/v1/messages/count_tokens": (AnthropicCount, {"messages": HELLO}),
     "/v1/responses": (ResponseRequest, {"input": "x"}),
 }
 

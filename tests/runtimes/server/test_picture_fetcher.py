@@ -135,7 +135,7 @@ def resolve(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
 def ask(served: Served, url: str, path: str = "/v1/chat/completions") -> httpx.Response:
     body: dict[str, Any] = {"model": "toy", "max_tokens": 4, "temperature": 0}
     text = "What is it?"
-    if path == "/v1/messages":
+    if path.startswith("/v1/messages"):
         parts: list[Any] = [{"type": "image", "source": {"type": "url", "url": url}}, {"type": "text", "text": text}]
     elif path == "/v1/responses":
         parts = [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": text}]
@@ -143,7 +143,7 @@ def ask(served: Served, url: str, path: str = "/v1/chat/completions") -> httpx.R
     else:
         parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
     field = "input" if path == "/v1/responses" else "messages"
-    if path == "/tokenize":
+    if path in ("/tokenize", "/v1/messages/count_tokens"):
         body = {"model": "toy"}
     with served.web() as web:
         return web.post(path, json={**body, field: [{"role": "user", "content": parts}]})
@@ -228,7 +228,7 @@ def test_a_client_that_leaves_ends_the_fetch(serve: Serve, toy_session: Session,
 
 
 def test_nothing_is_fetched_where_nothing_is_allowed(served: Served, pictures: str) -> None:
-    for path in ("/v1/chat/completions", "/v1/messages", "/v1/responses", "/tokenize"):
+    for path in ("/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens", "/v1/responses", "/tokenize"):
         answer = ask(served, f"https://{pictures}/ok", path)
         assert (answer.status_code, "this server fetches nothing" in answer.text) == (400, True)
     assert Handler.asked == []
