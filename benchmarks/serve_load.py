@@ -7,7 +7,8 @@
 Every server is started once and idle while another is asked; clients stream `/v1/completions` over HTTP from prompts of
 random tokens that no other prompt begins with. Tokens that close an answer are forbidden, and so are those without text
 of their own, control tokens and parts of characters: with the next token a server makes one piece of them, and the time
-between two pieces would not be that between two tokens. In each round every server shows
+between two pieces would not be that between two tokens. Clients share the servers' processors and do little: they note
+when a line came, and read it afterwards. In each round every server shows
 
 * throughput: generated tokens/s of all clients together, from the moment that the last of them has its first token to
   the moment that the first one ends, for one client and for `--clients`;
@@ -37,7 +38,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 from free_port import free_port
 from roofline import build_probe
@@ -49,7 +49,10 @@ from arriero.runtimes.manifest import Manifest
 SHORT = 32  # tokens of a prompt whose answer counts
 NEW = 32  # tokens of a second turn
 SETTLE_S = 3.0  # others decode so long before the long prompt comes
-FRESH = httpx.Limits(max_keepalive_connections=0)  # a server may close a connection just as it is used again
+HEAD = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    b"Connection: close\r\nContent-Length: %d\r\n\r\n"
+)
 
 
 @dataclass
@@ -75,14 +78,14 @@ class Server:
 
     def __init__(self, name: str, command: list[str], port: int, model: str, forbidden: list[int]) -> None:
         self.name, self.model, self.forbidden = name, model, forbidden
-        self.url = f"http://127.0.0.1:{port}"
+        self.port = port
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT)
 
     def wait(self) -> None:
         """Return once it takes requests. Raises SystemExit with what it printed where it ends instead."""
         while self.process.poll() is None:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health") as answer:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health") as answer:
                 if answer.status == 200:
                     return
             time.sleep(0.2)
@@ -94,7 +97,7 @@ class Server:
         self.process.terminate()
         self.process.wait()
 
-    async def ask(self, client: httpx.AsyncClient, prompt: list[int], tokens: int) -> Answer:
+    async def ask(self, prompt: list[int], tokens: int) -> Answer:
         """Stream a completion of `prompt`, greedily and to the last of its `tokens`, each of them a piece."""
         body = {
             "model": self.model,
@@ -105,20 +108,27 @@ class Server:
             "stream_options": {"include_usage": True},
             "logit_bias": {str(token): -100 for token in self.forbidden},
         }
-        answer = Answer(time.monotonic())
-        async with client.stream("POST", f"{self.url}/v1/completions", json=body) as response:
-            if response.status_code != 200:
-                raise SystemExit(f"{self.name} answers {response.status_code}: {(await response.aread()).decode()}")
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line.removeprefix("data: "))
-                if "error" in event:
-                    raise SystemExit(f"{self.name} ends a stream: {event['error']}")
-                if event.get("choices") and event["choices"][0].get("finish_reason") is None:
-                    answer.times.append(time.monotonic())
-                if event.get("usage"):
-                    answer.tokens = event["usage"]["completion_tokens"]
+        content = json.dumps(body).encode()
+        answer, came = Answer(time.monotonic()), list[tuple[float, bytes]]()
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            writer.write(HEAD % len(content) + content)
+            head = await reader.readuntil(b"\r\n\r\n")
+            if b" 200 " not in head.partition(b"\r\n")[0]:
+                raise SystemExit(f"{self.name} answers {head.decode()}{(await reader.read()).decode()}")
+            while line := await reader.readline():
+                if line.startswith(b"data: {"):
+                    came.append((time.monotonic(), line))
+        finally:
+            writer.close()
+        for at, line in came:  # read when nobody waits: clients share the servers' processors
+            event = json.loads(line.removeprefix(b"data: "))
+            if "error" in event:
+                raise SystemExit(f"{self.name} ends a stream: {event['error']}")
+            if event.get("choices") and event["choices"][0].get("finish_reason") is None:
+                answer.times.append(at)
+            if event.get("usage"):
+                answer.tokens = event["usage"]["completion_tokens"]
         return answer
 
 
@@ -136,8 +146,7 @@ class Prompts:
 
 async def throughput(server: Server, prompts: Prompts, clients: int, tokens: int) -> float:
     """Generated tokens/s of `clients` at once, after the prompts of all and before the first of them ends."""
-    async with httpx.AsyncClient(timeout=None, limits=FRESH) as http:
-        answers = await asyncio.gather(*(server.ask(http, prompts.make(SHORT), tokens) for _ in range(clients)))
+    answers = await asyncio.gather(*(server.ask(prompts.make(SHORT), tokens) for _ in range(clients)))
     start, stop = max(one.times[0] for one in answers), min(one.times[-1] for one in answers)
     return sum(one.tokens_between(start, stop) for one in answers) / (stop - start)
 
@@ -145,15 +154,14 @@ async def throughput(server: Server, prompts: Prompts, clients: int, tokens: int
 async def long_prompt(server: Server, prompts: Prompts, others: int, length: int) -> dict[str, float]:
     """What a prompt of `length` tokens does to `others`, they to it, and what a turn after it costs."""
     figures: dict[str, float] = {}
-    async with httpx.AsyncClient(timeout=None, limits=FRESH) as http:
-        alone = await server.ask(http, first := prompts.make(length), 2)
-        second = await server.ask(http, [*first, *prompts.make(NEW)], 2)
-        figures |= {"ttft": alone.ttft, "second_turn": second.ttft / alone.ttft}
-        # as long as the prompt is read: twice what it takes alone is allowed, tokens at half their usual time at most
-        running = [asyncio.create_task(server.ask(http, prompts.make(SHORT), 1024)) for _ in range(others)]
-        await asyncio.sleep(SETTLE_S)
-        shared = await server.ask(http, prompts.make(length), 2)
-        answers = await asyncio.gather(*running)
+    alone = await server.ask(first := prompts.make(length), 2)
+    second = await server.ask([*first, *prompts.make(NEW)], 2)
+    figures |= {"ttft": alone.ttft, "second_turn": second.ttft / alone.ttft}
+    # as long as the prompt is read: twice what it takes alone is allowed, tokens at half their usual time at most
+    running = [asyncio.create_task(server.ask(prompts.make(SHORT), 1024)) for _ in range(others)]
+    await asyncio.sleep(SETTLE_S)
+    shared = await server.ask(prompts.make(length), 2)
+    answers = await asyncio.gather(*running)
     came = shared.asked
     before = [gap for one in answers for at, gap in gaps(one) if at <= came]
     during = [gap for one in answers for at, gap in gaps(one) if came < at <= shared.times[0]]

@@ -36,7 +36,7 @@ class Interlude:
             except BaseException as error:  # through the library that calls there is no way for it
                 self._error = error
         self._left = time.perf_counter()
-        return NEVER if self._error else self._pace.rest()
+        return self._pace.rest() if self._error is None else NEVER
 
     def check(self) -> None:
         """Raise what a decode step raised."""

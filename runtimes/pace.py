@@ -12,9 +12,9 @@ import time
 from arriero.traits import PREFILL_PIECE
 
 # A piece, or the parts of one between two decode steps, may take so many times as long as such a step: the gap between
-# the others' tokens is then 2.35 steps, and a prompt whose pieces are as quick as large ones takes 1.74 times as long
+# the others' tokens is then 2.3 steps, and a prompt whose pieces are as quick as large ones takes 1.77 times as long
 # as alone.
-STEPS_PER_PIECE = 1.35
+STEPS_PER_PIECE = 1.3
 LEAST = 8  # tokens of a piece: below it the weights are read for too few of them
 GRAIN = 2  # what a piece grows by: in coarser steps it would fall short of what it may take by up to half
 NEWEST = 0.25  # the newest measurement's share of what is expected

@@ -21,7 +21,7 @@ from arriero.runtimes.cpu import usable_cores
 REFERENCE_MEMORY = 345 << 20  # Python with torch and its mapped weights, after a graph was traced
 LINEAR_MEMORY, LINEAR_BYTES = 96 << 20, 32  # what the libraries of linear algebra keep: at most, and of a moment
 LOOPS = 64 << 20  # what compiles the loops of rounding, and they
-LEFT_LATER = 0.6
+LEFT_LATER = 0.6  # of what rounding leaves, once another stage has run
 FACTORING = 3.3  # of second moments in float64, beside themselves: in GPTQ's order, inverted, halves on their way
 ROUND_BYTES = 14  # of a number in a matrix: read, in float32, rounded, packed
 PIECE_BYTES = 10  # of a number in the rows that one thread rounds at a time

@@ -25,7 +25,7 @@ from arriero.profiles.schemes import Fp8, IntBlock
 from arriero.profiles.stored_values import nearest
 from arriero.profiles.turn import turned
 
-GROUP = 8
+GROUP = 8  # slices whose rows are turned together: of too few columns at a time that is slow
 Rounded = TypeVar("Rounded")
 
 
