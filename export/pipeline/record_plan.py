@@ -23,7 +23,7 @@ from arriero.traits import SHARED_PACKAGES
 
 LAYOUTS = "graphs/sources"  # which are imported by name, so that only their folder shows what reads a checkpoint
 RECORDS = ("export/proof/write_record.py", "export/samples/cases.py", LAYOUTS)  # the sources that the stage begins in
-LOGITS_BESIDE = 85 << 20  # what else is held while logits are made and sorted: libraries, blocks in float64
+LOGITS_BESIDE = 60 << 20  # what else is held while logits are made and sorted: libraries, blocks in float64
 ENTRY_BYTES = 4 << 10  # of `record.json` for one case
 
 
