@@ -307,7 +307,6 @@ class Scheduler:
             news = self._take(request, [logits], [], self._rows.reading, between)
             if goes_on := request.answer.finished is None:
                 self._tell([news])  # the first token waits for nothing else
-                between()
                 self._keep(request, self._rows.reading, between)
         except BaseException as error:
             self._fail_reading(request, error)
@@ -335,8 +334,12 @@ class Scheduler:
         self.stats.reused_tokens += request.position
 
     def _keep(self, request: Request, row: Cache, between: Callable[[], object] = no_step) -> None:
-        """Keep what `row` holds of `request` for others that begin like it; `between` is called between its blocks."""
+        """Keep what `row` holds of `request` for others that begin like it.
+
+        `between` is called before that, and between its blocks.
+        """
         if (prefixes := self._shared(request)) is not None:
+            between()
             prefixes.save(request.tokens_held, row, between)
 
     def _shared(self, request: Request) -> PrefixCache | None:

@@ -99,13 +99,13 @@ def fault_of(question: Question, choice: Any) -> str | None:
     return None
 
 
-def ask(client: openai.OpenAI, question: Question, seed: int, bias: dict[str, float]) -> str | None:
+def ask(client: openai.OpenAI, question: Question, seed: int, bias: dict[str, float], most: int) -> str | None:
     """What is wrong with the answer to a question; None where it is a valid call."""
     fields: dict[str, Any] = {"messages": question.messages, "tools": question.tools, "tool_choice": "required"}
     fields["logit_bias"] = bias
     fields["parallel_tool_calls"] = question.name.startswith("parallel")
     try:
-        answer = client.chat.completions.create(model="model", max_tokens=MOST_TOKENS, seed=seed, **fields)
+        answer = client.chat.completions.create(model="model", max_tokens=most, seed=seed, **fields)
     except openai.APIStatusError as error:
         return f"{error.status_code}: {error.message:.300}"
     return fault_of(question, answer.choices[0])
@@ -119,6 +119,7 @@ def run(session: Session, each: int, clients: int, seed: int = 0) -> Iterator[tu
     template = session.processor._templates["default"]
     if "tools" not in template.source.text:
         object.__setattr__(template.source, "text", template.source.text + "{# tools #}")
+    most = min(MOST_TOKENS, session.context // 2)  # the rest is for the question
     bias = {str(session.processor.tokenize(text)[-1]): BIAS for text in CLOSING}
     served = Served(Bundles([open_bundle("model", session)]), ServerOptions(port=0))
     try:
@@ -127,7 +128,11 @@ def run(session: Session, each: int, clients: int, seed: int = 0) -> Iterator[tu
             questions = read_questions(name)
             drawn = random.Random(seed).sample(questions, min(each, len(questions)))
             with ThreadPoolExecutor(clients) as pool:
-                faults = list(pool.map(ask, [client] * len(drawn), drawn, range(len(drawn)), [bias] * len(drawn)))
+                faults = list(
+                    pool.map(
+                        ask, [client] * len(drawn), drawn, range(len(drawn)), [bias] * len(drawn), [most] * len(drawn)
+                    )
+                )
             wrong = [f"{question.name}: {fault}" for question, fault in zip(drawn, faults, strict=True) if fault]
             yield name, len(drawn), wrong
     finally:
