@@ -77,8 +77,7 @@ class Server:
     """One server under test."""
 
     def __init__(self, name: str, command: list[str], port: int, model: str, forbidden: list[int]) -> None:
-        self.name, self.model, self.forbidden = name, model, forbidden
-        self.port = port
+        self.name, self.port, self.model, self.forbidden = name, port, model, forbidden
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT)
 

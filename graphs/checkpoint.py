@@ -25,6 +25,7 @@ from arriero.graphs.sources.layout import SIDE_FILES, Layout
 from arriero.graphs.sources.open_layout import open_layout
 from arriero.graphs.sources.synthetic import SyntheticModel
 from arriero.graphs.sources.weight_source import WeightSource
+from arriero.profiles.turn import turned
 
 if TYPE_CHECKING:
     import torch
@@ -155,6 +156,10 @@ class Checkpoint:
         """Give a tensor, or rows `start:stop` of it, as a float32 array of its own."""
         source = self.source(name)
         return source.float32(start, (source.shape[0] if source.shape else 1) if stop is None else stop)
+
+    def read_expert(self, name: str, expert: int) -> np.ndarray:
+        """Give the matrix f32 [N, K] of one expert of the stack `name` [E, K, N]."""
+        return turned(self.read_float32(name, expert, expert + 1)[0])
 
     def torch_tensor(self, name: str) -> torch.Tensor:
         """Give a tensor in torch, zero-copy over a read-only map: writing to it would crash the process."""

@@ -111,6 +111,11 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     text_only: bool
 
+    @property
+    def layers(self) -> int:
+        """Of the decoder and of the tower."""
+        return len(self.text.layers) + (0 if self.vision is None else self.vision.layers)
+
     @classmethod
     def load(cls, folder: Path) -> ModelConfig:
         """Read `folder/config.json` (and the stop tokens of `generation_config.json`). Raises `ArrieroError`."""

@@ -43,6 +43,14 @@ def linear_algebra_threads() -> int:
     return max((one["num_threads"] for one in linear_algebra()), default=1)
 
 
+def in_pieces(work: Callable[[slice], T], rows: int, size: int) -> list[T]:
+    """What `work` makes of each `size` of so many `rows`, as `piecewise` has it; of no more than one here and now."""
+    if rows <= size:
+        return [work(slice(0, rows))]
+    with piecewise() as each:
+        return each(work, rows, size)
+
+
 @contextmanager
 def piecewise() -> Iterator[Each]:
     """Within, numpy multiplies on one thread, and what is given runs pieces on as many threads as it had before."""

@@ -24,6 +24,8 @@ ADAPTER = "adapter"  # the input i64 [B] of a text graph that has adapters to ch
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
+# What comes between parts of a step; gives the seconds in which it need not be called again, None for 0.
+Between = Callable[[], float | None]
 
 
 @dataclass(frozen=True)
@@ -276,23 +278,17 @@ class Preemptible(Protocol):
     preemptible: bool  # whether these weights' graph, as it was opened, can be
 
     def forward_preempted(
-        self,
-        inputs_embeds: Floats,
-        positions: Ints,
-        cache: Cache,
-        logits_index: Ints,
-        between: Callable[[], float | None],
+        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, between: Between
     ) -> Floats:
         """Run a step as `Backend.forward` does, and call `between` between its parts, some milliseconds of work each.
 
-        Gives logits f32 [B, L, V]. `between` gives the seconds in which it need not be called again, None for 0: it is
-        called before or after the part that these end in, whichever is nearer. It may take steps of other rows of the
-        cache's store, which change no bit of this one, and must raise nothing. It is not called where a step of others
-        would move the store's buffers.
+        Gives logits f32 [B, L, V]. `between` is called before or after the part in which the seconds end that it gave
+        last, whichever is nearer. It may take steps of other rows of the cache's store, which change no bit of this
+        one, and must raise nothing. It is not called where a step of others would move the store's buffers.
         """
         ...
 
-    def vision_preempted(self, pixel_values: Floats, between: Callable[[], float | None]) -> Floats:
+    def vision_preempted(self, pixel_values: Floats, between: Between) -> Floats:
         """Turn one tile f32 [1, 3, h, w] into its features f32 [M, H] as `Backend.vision` does, bit for bit.
 
         `between`, which may take steps and must raise nothing, is called between parts where the tower can be left.

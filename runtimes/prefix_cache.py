@@ -11,14 +11,13 @@ prompt goes on from any token of a chunk whose blocks have them, else from that 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 from operator import attrgetter
 
 import numpy as np
 
-from arriero.runtimes.backend import Cache, Floats, Ints, ModelSpec
+from arriero.runtimes.backend import Between, Cache, Floats, Ints, ModelSpec
 from arriero.runtimes.interlude import no_step
 from arriero.runtimes.snapshot import Buffer, JoinedBuffers, Snapshot
 
@@ -109,7 +108,7 @@ class PrefixCache:
         )
         return Snapshot(self.spec, length, keys, values, tokens.adapter)
 
-    def save(self, tokens: Tokens, row: Cache, between: Callable[[], object] = no_step) -> None:
+    def save(self, tokens: Tokens, row: Cache, between: Between = no_step) -> None:
         """Keep what the one row of `row`, which holds `tokens`, has beyond the blocks that are there.
 
         `between` is called between blocks, and may take steps of other rows and save what these have.
@@ -117,9 +116,7 @@ class PrefixCache:
         length = len(tokens.ids)
         self._save(tokens, row, length, self._edge(length), 0, between)
 
-    def save_piece(
-        self, tokens: Tokens, row: Cache, fresh: int, prompt: int, between: Callable[[], object] = no_step
-    ) -> None:
+    def save_piece(self, tokens: Tokens, row: Cache, fresh: int, prompt: int, between: Between = no_step) -> None:
         """As `save`, the whole blocks alone, after `fresh` more tokens of a prompt of so many were read into `row`.
 
         What each piece brought is copied while others wait, and not a long prompt at once.
@@ -129,9 +126,7 @@ class PrefixCache:
         if length > before:
             self._save(tokens, row, length, self._edge(prompt), before, between)
 
-    def _save(
-        self, tokens: Tokens, row: Cache, length: int, edge: int, least: int, between: Callable[[], object]
-    ) -> None:
+    def _save(self, tokens: Tokens, row: Cache, length: int, edge: int, least: int, between: Between) -> None:
         """Keep the first `length` of `tokens`, chunked layers from `edge` on, where the first `least` are there."""
         chain = self._chain(tokens)
         for count, (_, block) in enumerate(chain):

@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 
-from arriero.runtimes.backend import Backend, Cache, CacheStatistics, Floats, ModelSpec
+from arriero.runtimes.backend import Backend, Between, Cache, CacheStatistics, Floats, ModelSpec
 from arriero.runtimes.decode_step import Outcome, decode_rows, draft_tokens
 from arriero.runtimes.draft_length import DraftLength
 from arriero.runtimes.draft_model import DraftModel
@@ -290,7 +290,7 @@ class Scheduler:
         self._read_on(request, len(ids), logits[-1])
         return True
 
-    def _read_on(self, request: Request, count: int, logits: Floats, between: Callable[[], object] = no_step) -> None:
+    def _read_on(self, request: Request, count: int, logits: Floats, between: Between = no_step) -> None:
         """Go on after `count` more tokens of the prompt, which `logits` [V] follow; after the last it decodes.
 
         `between` is called before keys and values are kept, and between the blocks of them.
@@ -333,7 +333,7 @@ class Scheduler:
         request.skip(max(kept, length))
         self.stats.reused_tokens += request.position
 
-    def _keep(self, request: Request, row: Cache, between: Callable[[], object] = no_step) -> None:
+    def _keep(self, request: Request, row: Cache, between: Between = no_step) -> None:
         """Keep what `row` holds of `request` for others that begin like it.
 
         `between` is called before that, and between its blocks.
@@ -346,7 +346,7 @@ class Scheduler:
         """Where what is read of `request` is kept for others; a conversation has its own place."""
         return self._prefixes if request.place is None else None
 
-    def _end(self, request: Request, row: Cache, between: Callable[[], object]) -> None:
+    def _end(self, request: Request, row: Cache, between: Between) -> None:
         """Keep what others, or the conversation itself, may go on from; `between` as in `_keep`."""
         if request.keeps_place:
             request.kept = row.snapshot(0)
@@ -368,7 +368,7 @@ class Scheduler:
         logits: Iterable[Floats],
         drafted: Sequence[int],
         row: Cache,
-        between: Callable[[], object] = no_step,
+        between: Between = no_step,
     ) -> News:
         """Choose the tokens that follow the last one in `row` before what is `drafted`, and each of those.
 

@@ -5,13 +5,14 @@ Shapes: B batch rows, S new tokens of a row, H hidden, V vocabulary, M image pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from arriero.errors import ArrieroError
 from arriero.runtimes.backend import (
     Backend,
+    Between,
     Cache,
     Floats,
     ForcesRouting,
@@ -54,7 +55,7 @@ def read_piece(
 
 
 def read_preempted(
-    backend: Backend, ids: Ints, features: Floats, cache: Cache, logits_index: Ints, between: Callable[[], float | None]
+    backend: Backend, ids: Ints, features: Floats, cache: Cache, logits_index: Ints, between: Between
 ) -> Floats:
     """Append `ids` [S] as `read_piece` does, and call `between` between parts of layers; gives logits f32 [L, V]."""
     assert isinstance(backend, Preemptible)
@@ -63,7 +64,7 @@ def read_preempted(
     return backend.forward_preempted(embeds, positions, cache, logits_index, between)[0]
 
 
-def look_preempted(backend: Backend, tile: Floats, between: Callable[[], float | None]) -> Floats:
+def look_preempted(backend: Backend, tile: Floats, between: Between) -> Floats:
     """The features [M, H] of a tile f32 [1, 3, h, w], with `between` called between products of the tower."""
     assert isinstance(backend, Preemptible)
     return backend.vision_preempted(tile, between)

@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,7 @@ from arriero.runtimes.backend import (
     ADAPTER,
     TILES_AT_ONCE,
     BackendOptions,
+    Between,
     Cache,
     CacheStatistics,
     Floats,
@@ -126,7 +127,7 @@ class TvmBackend:
         groups = (pixel_values[i : i + TILES_AT_ONCE] for i in range(0, len(pixel_values), TILES_AT_ONCE))
         return np.concatenate([vision.run({"pixel_values": aligned(group)})[0] for group in groups])
 
-    def vision_preempted(self, pixel_values: Floats, between: Callable[[], float | None]) -> Floats:
+    def vision_preempted(self, pixel_values: Floats, between: Between) -> Floats:
         """Turn one tile f32 [1, 3, h, w] into features f32 [M, H]: see `Preemptible.vision_preempted`."""
         with self._tower().left_for(between):
             return self.vision(pixel_values)
@@ -183,12 +184,7 @@ class TvmBackend:
         return logits.reshape(batch, len(logits_index), -1)
 
     def forward_preempted(
-        self,
-        inputs_embeds: Floats,
-        positions: Ints,
-        cache: Cache,
-        logits_index: Ints,
-        between: Callable[[], float | None],
+        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints, between: Between
     ) -> Floats:
         """Run `inputs_embeds` [B, S, H] and call `between` in it: see `Preemptible.forward_preempted`."""
         assert isinstance(cache, CacheRows)
@@ -327,7 +323,7 @@ class _Graph:
         return [np.from_dlpack(item) for item in (results if isinstance(results, ffi.Array) else [results])]
 
     @contextmanager
-    def left_between_parts(self, between: Callable[[], float | None]) -> Iterator[None]:
+    def left_between_parts(self, between: Between) -> Iterator[None]:
         """Have a step in the block call `between` between its parts; the steps that it takes call nothing."""
         if self._meanwhile is None:
             self._meanwhile = self._new_machine(POOLED)
@@ -343,7 +339,7 @@ class _Graph:
             yield
 
     @contextmanager
-    def left_for(self, between: Callable[[], float | None]) -> Iterator[None]:
+    def left_for(self, between: Between) -> Iterator[None]:
         """Have the library call `between` between parts of its steps in the block; those from before may not do so."""
         if not self.library.implements_function(BETWEEN_PARTS, True):
             yield

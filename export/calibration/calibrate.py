@@ -27,7 +27,6 @@ from arriero.export.calibration.round_matrices import (
     Observed,
     Rounded,
     Rounder,
-    read_expert,
     round_expert,
 )
 from arriero.export.calibration.sensitivity import expert_errors, linear_error
@@ -206,7 +205,7 @@ class Calibration:
         """A matrix [N, K], or that of one expert."""
         if expert is None:
             return self.checkpoint.read_float32(tensor)
-        return read_expert(self.checkpoint, tensor, expert)
+        return self.checkpoint.read_expert(tensor, expert)
 
     def _widen_thin(self, key: str, layer: int, ranges: Mapping[str, Any]) -> None:
         """Give experts that too few tokens reached the widest range of inputs that an expert of `layer` saw."""

@@ -26,7 +26,6 @@ from arriero.profiles.recipe import Calibration
 from arriero.profiles.schemes import IntBlock, Scheme, Static
 from arriero.profiles.static_scales import InputScale, fit_inputs
 from arriero.profiles.stored_values import nearest
-from arriero.profiles.turn import turned
 
 JUDGED = 1024  # rows of a matrix at most that show what rounding to nearest would cost
 
@@ -102,13 +101,8 @@ def expert_matrices(job: ExpertJob) -> Iterator[Matrix]:
         for rows, samples in pieces():
             check_finite(rows, f"layer {job.layer}, expert {job.expert}, {name}", samples)
             seen.add(rows)
-        yield tensor, job.expert, partial(read_expert, job.checkpoint, tensor, job.expert), seen
+        yield tensor, job.expert, partial(job.checkpoint.read_expert, tensor, job.expert), seen
         del seen  # of no use while the next one is made
-
-
-def read_expert(checkpoint: Checkpoint, tensor: str, expert: int) -> Floats:
-    """The matrix [N, K] of one expert of the stack `tensor`."""
-    return turned(checkpoint.read_float32(tensor, expert, expert + 1)[0])
 
 
 class Rounder:

@@ -20,8 +20,7 @@ def parts_of(seen: ModelConfig) -> int:
 
 def graphs_disk(seen: ModelConfig) -> int:
     """Of all graphs of a model, traced or lowered."""
-    layers = len(seen.text.layers) + (0 if seen.vision is None else seen.vision.layers)
-    return parts_of(seen) * PART_DISK + layers * LAYER_DISK
+    return parts_of(seen) * PART_DISK + seen.layers * LAYER_DISK
 
 
 def report_disk(seen: ModelConfig, cases: int, *, calibrated: bool) -> int:

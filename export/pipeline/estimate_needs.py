@@ -66,11 +66,10 @@ def estimate_needs(
     calibrated = estimate.walk_disk(config, sizes, calibrates=True) + estimate.roundings_disk(calibrates, used)
     walk = estimate.calibration_memory(config, used, sizes, second, chooses)
     left = estimate.rounding_leaves(used) if second else 0
-    layers = len(seen.text.layers) + (0 if seen.vision is None else seen.vision.layers)
     # the first target that is proven has the record made, after calibration if it waits for that
     before = left if targets and targets[0].name in waiting else 0
     needs = {
-        "graph": (TRACE_MEMORY + TRACE_LAYER * layers, graphs_disk(seen)),
+        "graph": (TRACE_MEMORY + TRACE_LAYER * seen.layers, graphs_disk(seen)),
         "calibrate": (walk, calibrated),
         **{
             name: (before + record_memory(seen, used, case_sizes, answers), record_disk(seen, case_sizes))

@@ -89,8 +89,7 @@ def estimate_seconds(
     names: Iterable[str], work: Work, targets: Sequence[PlannedTarget], speed: MachineSpeed
 ) -> dict[str, float]:
     """Seconds of each of the stages `names`."""
-    vision, stored = work.config.vision, sum(one.nbytes for one in work.used)
-    layers = len(work.config.text.layers) + (0 if vision is None else vision.layers)
+    layers, stored = work.config.layers, sum(one.nbytes for one in work.used)
     proof = work.pass_seconds(work.cases, work.layers + work.head, speed)
     observed = work.pass_seconds(work.samples, work.layers, speed)
     seconds = {
@@ -100,8 +99,8 @@ def estimate_seconds(
     }
     for target in targets:
         write = (4 * stored + target.weights_bytes) / speed.copied + 2 * target.weights_bytes / speed.hashed
-        packed = 0.0 if target.is_exact else work.rounded * PACKED / speed.copied
-        nearest = 0.0 if target.is_exact else work.rounded * NEAREST / speed.copied
+        rounded = 0 if target.is_exact else work.rounded
+        packed, nearest = (rounded * copied / speed.copied for copied in (PACKED, NEAREST))
         if TRAITS[target.backend].compiles_for == "cpu":
             write += COMPILED_LAYER * layers
         calibrated = target.profile in {profile.name for profile in work.profiles}

@@ -87,8 +87,8 @@ def _round(
     if isinstance(scheme, Fp8):
         floats = float8(store, name, scheme, start, stop)
         return (floats.bits[0], floats.scales[0]) if stacked else (floats.bits, floats.scales)
-    rows = store.checkpoint.read_float32(name, start, stop)
-    rows = turned(rows[0]) if stacked else rows
+    checkpoint = store.checkpoint
+    rows = checkpoint.read_expert(name, start) if stacked else checkpoint.read_float32(name, start, stop)
     if inputs is None:
         integers = quantize(rows, bits=8, block=rows.shape[1], name=name, scale_type=np.float32)
         return integers.packed, integers.scales[:, 0]

@@ -77,7 +77,7 @@ def static_experts(store: WeightStore, name: str, scheme: Static) -> Iterator[Ar
     inputs = _inputs(store, name, scheme)
     for expert in range(store.checkpoint.tensors[name].shape[0]):
         own = InputScale(inputs.divisors[expert], inputs.largest[expert])
-        yield _round(_expert(store, name, expert), scheme, own, name)
+        yield _round(store.checkpoint.read_expert(name, expert), scheme, own, name)
 
 
 def _round(rows: np.ndarray, scheme: Static, inputs: InputScale, name: str) -> Arrays:
@@ -109,11 +109,6 @@ def rounded_experts(store: WeightStore, name: str, scheme: IntBlock) -> Iterator
     for expert in range(tensor[0]):
         codes = quantized(store, name, scheme, expert, expert + 1)
         yield replace(codes, packed=codes.packed[0], scales=codes.scales[0])
-
-
-def _expert(store: WeightStore, name: str, expert: int) -> np.ndarray:
-    """One expert's matrix f32 [N, K]."""
-    return turned(store.checkpoint.read_float32(name, expert, expert + 1)[0])
 
 
 def _columns(packed: np.ndarray) -> np.ndarray:

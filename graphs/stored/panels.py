@@ -23,7 +23,7 @@ from arriero.graphs.stored.packed_panels import (
 from arriero.graphs.stored.rounded import float8, quantized
 from arriero.graphs.stored.safetensors_writer import PIECE_BYTES, Spec
 from arriero.graphs.stored.weight_store import WeightStore
-from arriero.profiles.piecewise import piecewise
+from arriero.profiles.piecewise import in_pieces
 from arriero.profiles.quantize import Quantized
 from arriero.profiles.schemes import Fp8, IntBlock
 
@@ -138,10 +138,7 @@ def in_groups(codes: Quantized, gated: bool) -> Quantized:
         packed, scales = (_of_each_half(values, halves, group) for values in (codes.packed, codes.scales))
         return pack(replace(codes, packed=packed, scales=scales))
 
-    if width <= rows:
-        return pack_group(slice(0, width))
-    with piecewise() as each:
-        groups = each(pack_group, width, rows)
+    groups = in_pieces(pack_group, width, rows)
     packed, scales = (np.concatenate([one.packed for one in groups]), np.concatenate([one.scales for one in groups]))
     return replace(codes, packed=packed, scales=scales)
 

@@ -19,7 +19,7 @@ from arriero.graphs.sources.stored_codes import Codes
 from arriero.graphs.stored.safetensors_writer import Spec
 from arriero.graphs.stored.weight_store import WeightStore
 from arriero.profiles.float8 import Float8, quantize_float8
-from arriero.profiles.piecewise import piecewise
+from arriero.profiles.piecewise import in_pieces
 from arriero.profiles.quantize import SLICE_BYTES, Quantized, check_block
 from arriero.profiles.schemes import Fp8, IntBlock
 from arriero.profiles.stored_values import nearest
@@ -114,10 +114,7 @@ def _in_slices(
         slices = (np.s_[..., at : at + at_once, :] for at in range(0, rows.shape[-2], at_once))
         return [work(to_float32(rows[one], source.dtype)) for one in slices]
 
-    if outputs <= at_once:
-        return round_group(slice(0, outputs))
-    with piecewise() as each:
-        return [part for parts in each(round_group, outputs, GROUP * at_once) for part in parts]
+    return [part for parts in in_pieces(round_group, outputs, GROUP * at_once) for part in parts]
 
 
 def _outputs_axis(store: WeightStore, name: str) -> int:

@@ -8,7 +8,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from arriero.runtimes.backend import Ints
 from arriero.runtimes.request import Request as EngineRequest
 from arriero.runtimes.server.answers import Answers, Load, engine_requests, until_gone
 from arriero.runtimes.server.anthropic_messages import AnthropicCount, AnthropicMessage, anthropic_response
@@ -29,12 +30,13 @@ from arriero.runtimes.server.fields import Fields
 from arriero.runtimes.server.guard import Guard
 from arriero.runtimes.server.messages import MessageReader
 from arriero.runtimes.server.metrics import Metrics
-from arriero.runtimes.server.models import Models
+from arriero.runtimes.server.models import Model, Models
 from arriero.runtimes.server.openapi import openapi_document
 from arriero.runtimes.server.options import ServerOptions
 from arriero.runtimes.server.page import PATH as PAGE
 from arriero.runtimes.server.page import page_response
 from arriero.runtimes.server.picture_fetcher import PictureFetcher
+from arriero.runtimes.server.pictures import PictureReader
 from arriero.runtimes.server.responses import ResponseRequest
 from arriero.runtimes.server.spans import AnswerSpan
 from arriero.runtimes.server.sse import HEADERS
@@ -45,6 +47,7 @@ from arriero.strict_json import check_characters, parse_json
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 HALVES = re.compile(rb"\\u[dD][89a-fA-F]")  # of surrogate pairs, as JSON escapes them
 SLOW_SECONDS = 10.0  # for a client to read what is left of a stream whose time is over
+T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
 Asked = ChatCompletion | Completion | AnthropicMessage | ResponseRequest
 
@@ -94,25 +97,19 @@ class Server:
             raise fields.refusal("prompt", "or messages is expected, one of the two")
         reader = MessageReader(self.options, EntryLimit(model.bundle.context))
         read = [] if messages is None else reader.read(messages)
-        with self.bundles.using(model.bundle):
-            async with asyncio.timeout(self.options.request_seconds):
-                await self.bundles.open(model.bundle)
-                await reader.pictures.fetch(self._fetcher)
-                if prompt is not None:
-                    tokenize = partial(model.session.processor.tokenize, prompt, context=model.bundle.context)
-                    ids = await self._encoding.run(tokenize)
-                else:
-                    ids = (await self._encoding.run(partial(model.session.encode, read))).input_ids
+
+        def encode() -> Ints:
+            if prompt is not None:
+                return model.session.processor.tokenize(prompt, context=model.bundle.context)
+            return model.session.encode(read).input_ids
+
+        ids = await self._encode_alone(model, reader.pictures, encode)
         return JSONResponse({"tokens": ids.tolist(), "count": len(ids), "max_model_len": model.bundle.context})
 
     async def count_tokens(self, request: Request) -> Response:
         """How many tokens a prompt of Anthropic's API has."""
         asked = AnthropicCount(await self._body(request), self.models, self.options)
-        with self.bundles.using(asked.model.bundle):
-            async with asyncio.timeout(self.options.request_seconds):
-                await self.bundles.open(asked.model.bundle)
-                await asked.pictures.fetch(self._fetcher)
-                (prompt,) = await self._encoding.run(asked.encode)
+        (prompt,) = await self._encode_alone(asked.model, asked.pictures, asked.encode)
         return JSONResponse({"input_tokens": len(prompt.input_ids)})
 
     def answering(self, kind: type[Asked]) -> Handler:
@@ -143,13 +140,23 @@ class Server:
 
         None of it on the event loop; who asks for a form waits for others' forms, and nobody else does.
         """
-        await self.bundles.open(asked.asked.model.bundle)
-        if asked.pictures is not None:
-            await asked.pictures.fetch(self._fetcher)
-        prompts = await self._encoding.run(asked.encode)
+        prompts = await self._encode(asked.asked.model, asked.pictures, asked.encode)
         settings = [read_settings({**asked.asked.settings_of(n), **asked.shown}) for n in range(asked.asked.count)]
         workers = self._encoding if settings[0].form.is_free else self._compiling
         return await workers.run(partial(engine_requests, asked.asked.model, prompts, settings))
+
+    async def _encode_alone(self, model: Model, pictures: PictureReader, encode: Callable[[], T]) -> T:
+        """What `encode` makes of a request that asks for no answer."""
+        with self.bundles.using(model.bundle):
+            async with asyncio.timeout(self.options.request_seconds):
+                return await self._encode(model, pictures, encode)
+
+    async def _encode(self, model: Model, pictures: PictureReader | None, encode: Callable[[], T]) -> T:
+        """What `encode` makes of a request once its bundle is open and what it shows is here."""
+        await self.bundles.open(model.bundle)
+        if pictures is not None:
+            await pictures.fetch(self._fetcher)
+        return await self._encoding.run(encode)
 
     async def _body(self, request: Request) -> Any:
         """The JSON that a request brings and says it is: pages of other origins may not send such a body unasked."""

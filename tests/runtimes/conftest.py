@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import arriero
 from arriero.export.proof.reference import TorchBackend
-from arriero.runtimes.backend import Floats, Ints, ModelSpec, StepOutput
+from arriero.runtimes.backend import Between, Floats, Ints, ModelSpec, StepOutput
 from arriero.runtimes.manifest import FORMAT, REPORTS, FileRecord, file_sha256, link, manifest_digest, parity_digest
 from arriero.runtimes.processor.processor import IMAGE_TOKENS, PATCH, Processor
 from arriero.runtimes.session import Session
@@ -254,7 +254,7 @@ class PreemptibleToy(PackingToy):
         super().__init__()
         self.looks: list[int] = []  # steps of others while a tile was seen
 
-    def vision_preempted(self, pixel_values: Floats, between: Callable[[], float | None]) -> Floats:
+    def vision_preempted(self, pixel_values: Floats, between: Between) -> Floats:
         before = len(self.steps)
         for _ in range(TOY_PRODUCTS):
             between()
@@ -267,7 +267,7 @@ class PreemptibleToy(PackingToy):
         positions: Ints,
         cache: Any,
         logits_index: Ints,
-        between: Callable[[], float | None],
+        between: Between,
     ) -> Floats:
         for _ in self.spec.layers:
             between()
