@@ -24,8 +24,14 @@ ADAPTER = "adapter"  # the input i64 [B] of a text graph that has adapters to ch
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
-# What comes between parts of a step; gives the seconds in which it need not be called again, None for 0.
+# What comes between parts of a step; gives the seconds in which it need not be called again, None for 0. With less than
+# 0 the step is given up.
 Between = Callable[[], float | None]
+GIVE_UP = -1.0
+
+
+class StepGivenUp(Exception):
+    """What came between parts of a step wanted no more of it; its row of the cache holds a part of what was read."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +290,8 @@ class Preemptible(Protocol):
 
         Gives logits f32 [B, L, V]. `between` is called before or after the part in which the seconds end that it gave
         last, whichever is nearer. It may take steps of other rows of the cache's store, which change no bit of this
-        one, and must raise nothing. It is not called where a step of others would move the store's buffers.
+        one, and must raise nothing. It is not called where a step of others would move the store's buffers. Raises
+        StepGivenUp where `between` asks for it; the rows' `cache.lengths` are what they were then.
         """
         ...
 
@@ -292,6 +299,7 @@ class Preemptible(Protocol):
         """Turn one tile f32 [1, 3, h, w] into its features f32 [M, H] as `Backend.vision` does, bit for bit.
 
         `between`, which may take steps and must raise nothing, is called between parts where the tower can be left.
+        Raises StepGivenUp where it asks for it.
         """
         ...
 

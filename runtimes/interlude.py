@@ -1,13 +1,17 @@
-"""What comes between the parts of what is read: decode steps of the others, once they have waited enough."""
+"""What comes between the parts of what is read: decode steps of the others, once they have waited enough.
+
+And a look at whether anybody still wants what is read.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
+from arriero.runtimes.backend import GIVE_UP
 from arriero.runtimes.pace import Pace
 
-NEVER = 1e9  # seconds
+LOOK_S = 0.05  # seconds in which nobody looks, at most
 
 
 def no_step() -> None:
@@ -17,9 +21,13 @@ def no_step() -> None:
 class Interlude:
     """Takes decode steps when it is called, before each part of a piece or a tile; raises nothing there."""
 
-    def __init__(self, pace: Pace, decode: Callable[[], object]) -> None:
-        """Keep to `pace`; `decode` takes one step of all that decode."""
-        self._pace, self._decode = pace, decode
+    def __init__(self, pace: Pace, decode: Callable[[], bool], unwanted: Callable[[], bool]) -> None:
+        """Keep to `pace`; `decode` takes one step of all that decode, and gives whether anybody waits for the next.
+
+        What is read is given up once it is `unwanted`.
+        """
+        self._pace, self._decode, self._unwanted = pace, decode, unwanted
+        self._waited_for = True
         self._error: BaseException | None = None
         self._left = time.perf_counter()  # when the last part began
 
@@ -27,16 +35,19 @@ class Interlude:
         """The next part is about to begin, and is expected to take as long as the last one: most are alike in turn.
 
         Whichever of before and after it is nearer to when the others' step is due is when it is taken. Gives the
-        seconds to when the next one is.
+        seconds to when it is to be called again, or that the step is to be given up.
         """
         part_s = time.perf_counter() - self._left
-        if self._error is None and self._pace.is_due(part_s / 2):
+        if self._error is None and self._waited_for and self._pace.is_due(part_s / 2):
             try:
-                self._decode()
+                self._waited_for = self._decode()
             except BaseException as error:  # through the library that calls there is no way for it
                 self._error = error
         self._left = time.perf_counter()
-        return self._pace.rest() if self._error is None else NEVER
+        if self._unwanted():
+            return GIVE_UP
+        waits = self._waited_for and self._error is None
+        return min(self._pace.rest(), LOOK_S) if waits else LOOK_S
 
     def check(self) -> None:
         """Raise what a decode step raised."""

@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 
-from arriero.runtimes.backend import Backend, Between, Cache, CacheStatistics, Floats, ModelSpec
+from arriero.runtimes.backend import Backend, Between, Cache, CacheStatistics, Floats, ModelSpec, StepGivenUp
 from arriero.runtimes.decode_step import Outcome, decode_rows, draft_tokens
 from arriero.runtimes.draft_length import DraftLength
 from arriero.runtimes.draft_model import DraftModel
@@ -228,14 +228,17 @@ class Scheduler:
             self._fail_reading(request, error)
             return
         last, row = np.array([len(ids) - 1]), self._rows.reading
-        interlude = Interlude(self._pace, partial(self._decode_between, backend))
-        started = time.perf_counter()
+        interlude = self._interlude(backend, request)
+        alone, started = not self._rows.decoding, time.perf_counter()
         try:
-            if self._rows.decoding and is_preemptible(backend):
+            if is_preemptible(backend):
                 logits = read_preempted(backend, ids, features, row, last, interlude)[0]
             else:
                 logits = read_piece(backend, ids, features, row, last).logits[0, 0]
+            if alone or not is_preemptible(backend):
                 self._pace.read(len(ids), time.perf_counter() - started)
+        except StepGivenUp:
+            pass  # it is ended with all others that are cancelled
         except BaseException as error:
             self._fail_reading(request, error)
         else:
@@ -244,12 +247,13 @@ class Scheduler:
 
     def _read_tile(self, backend: Backend, request: Request) -> None:
         """Let the vision tower see the next tile of the prompt; where it can be left, rows get tokens meanwhile."""
-        interlude = Interlude(self._pace, partial(self._decode_between, backend))
-        look = backend.vision
-        if self._rows.decoding and is_preemptible(backend):
-            look = partial(look_preempted, backend, between=interlude)
+        interlude = self._interlude(backend, request)
+        preempted = partial(look_preempted, backend, between=interlude)
+        look = preempted if is_preemptible(backend) else backend.vision
         try:
             request.see_tile(partial(self._see, look))
+        except StepGivenUp:
+            pass  # as in `_read`
         except BaseException as error:
             self._fail_reading(request, error)
         interlude.check()
@@ -260,11 +264,16 @@ class Scheduler:
             return backend.piece
         return min(max(self._pace.piece(), least_piece(backend)), backend.piece)
 
-    def _decode_between(self, backend: Backend) -> None:
-        """Take a decode step between two parts of a piece of the prompt."""
+    def _interlude(self, backend: Backend, request: Request) -> Interlude:
+        """What comes between parts of what is read of `request`."""
+        return Interlude(self._pace, partial(self._decode_between, backend), lambda: request.cancelled)
+
+    def _decode_between(self, backend: Backend) -> bool:
+        """Take a decode step between two parts of a piece of the prompt; gives whether anybody waits for the next."""
         self._end_cancelled_rows()
         if self._rows.decoding and not self._lacks_room():
             self._decode(backend)
+        return bool(self._rows.decoding)
 
     def _read_beside(self, backend: Backend, request: Request) -> bool:
         """Read one piece of the prompt in the same step in which all others decode, where backend and prompt allow it.

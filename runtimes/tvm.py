@@ -35,6 +35,7 @@ from arriero.runtimes.backend import (
     Ints,
     MemoryCap,
     ModelSpec,
+    StepGivenUp,
     StepOutput,
     no_vision,
 )
@@ -340,15 +341,29 @@ class _Graph:
 
     @contextmanager
     def left_for(self, between: Between) -> Iterator[None]:
-        """Have the library call `between` between parts of its steps in the block; those from before may not do so."""
+        """Have the library call `between` between parts of its steps in the block; those from before may not do so.
+
+        Raises StepGivenUp where a step fails because `between` gave less than 0.
+        """
         if not self.library.implements_function(BETWEEN_PARTS, True):
             yield
             return
         tell = self.library.get_function(BETWEEN_PARTS, True)
-        function = ctypes.CFUNCTYPE(ctypes.c_double)(lambda: between() or 0.0)
+        seconds = 0.0
+
+        def call() -> float:
+            nonlocal seconds
+            seconds = between() or 0.0
+            return seconds
+
+        function = ctypes.CFUNCTYPE(ctypes.c_double)(call)
         tell(ctypes.cast(function, ctypes.c_void_p).value)
         try:
             yield
+        except Exception as error:
+            if seconds < 0:
+                raise StepGivenUp from error
+            raise
         finally:
             tell(0)
 

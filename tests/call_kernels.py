@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,12 @@ class Kernels:
         experts: Experts,
         width: int,
         waves: Sequence[Sequence[int]] | None = None,
+        cuts: Sequence[int] | None = None,
     ) -> Floats:
         """x [T, H], expert_id and score [T, R], experts of `width` F -> y [T, H].
 
-        With `waves` those experts are computed together that one of them names; else all of them.
+        With `waves` those experts are computed together that one of them names; else all of them. With `cuts` those
+        rows are, in the order of their experts, that lie between two of them; else all T * R.
         """
         tokens, hidden = x.shape
         form, sizes = experts.form, (tokens, expert_id.shape[1], len(experts.records), hidden, width)
@@ -137,8 +140,9 @@ class Kernels:
         for wave in [range(len(experts.records))] if waves is None else waves:
             table = np.zeros(len(experts.records), np.int64)
             table[list(wave)] = experts.table[list(wave)]
-            self._run("dispatch_gate_up", *form, table, *experts.at[:2], *sizes, space)
-            self._run("dispatch_down", *form, table, *experts.at[2:], y, *sizes, space)
+            for first, end in pairwise(cuts or (0, expert_id.size)):
+                self._run("dispatch_gate_up", *form, table, first, end, *experts.at[:2], *sizes, space)
+                self._run("dispatch_down", *form, table, first, end, *experts.at[2:], y, *sizes, space)
         self._run("dispatch_sum", *form, y, *sizes, space)
         return y
 

@@ -60,12 +60,12 @@ int main(int, char** arguments) {
                                      s[8], space, p, parts);
         }
         for (int64_t p = 0; p < parts; ++p) {
-            arriero_dispatch_gate_up(s[0], s[1], s[2], s[3], records.data(), s[9], s[10], s[4], s[5], s[6], s[7], s[8],
-                                     space, p, parts);
+            arriero_dispatch_gate_up(s[0], s[1], s[2], s[3], records.data(), 0, s[4] * s[5], s[9], s[10], s[4], s[5], s[6],
+                                     s[7], s[8], space, p, parts);
         }
         for (int64_t p = 0; p < parts; ++p) {
-            arriero_dispatch_down(s[0], s[1], s[2], s[3], records.data(), s[11], s[12], f(4), s[4], s[5], s[6], s[7],
-                                  s[8], space, p, parts);
+            arriero_dispatch_down(s[0], s[1], s[2], s[3], records.data(), 0, s[4] * s[5], s[11], s[12], f(4), s[4], s[5],
+                                  s[6], s[7], s[8], space, p, parts);
         }
         for (int64_t p = 0; p < parts; ++p) {
             arriero_dispatch_sum(s[0], s[1], s[2], s[3], f(4), s[4], s[5], s[6], s[7], s[8], space, p, parts);

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import arriero
 from arriero.export.proof.reference import TorchBackend
-from arriero.runtimes.backend import Between, Floats, Ints, ModelSpec, StepOutput
+from arriero.runtimes.backend import Between, Floats, Ints, ModelSpec, StepGivenUp, StepOutput
 from arriero.runtimes.manifest import FORMAT, REPORTS, FileRecord, file_sha256, link, manifest_digest, parity_digest
 from arriero.runtimes.processor.processor import IMAGE_TOKENS, PATCH, Processor
 from arriero.runtimes.session import Session
@@ -245,6 +245,11 @@ class PackingToy(ToyBackend):
 TOY_PRODUCTS = 3
 
 
+def _leave(between: Between) -> None:
+    if (between() or 0) < 0:
+        raise StepGivenUp
+
+
 class PreemptibleToy(PackingToy):
     """The toy as a backend whose steps are left before each of its layers, and whose tower is left before products."""
 
@@ -257,7 +262,7 @@ class PreemptibleToy(PackingToy):
     def vision_preempted(self, pixel_values: Floats, between: Between) -> Floats:
         before = len(self.steps)
         for _ in range(TOY_PRODUCTS):
-            between()
+            _leave(between)
         self.looks.append(len(self.steps) - before)
         return self.vision(pixel_values)
 
@@ -270,7 +275,7 @@ class PreemptibleToy(PackingToy):
         between: Between,
     ) -> Floats:
         for _ in self.spec.layers:
-            between()
+            _leave(between)
         return self.forward(inputs_embeds, positions, cache, logits_index).logits
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from arriero.errors import ArrieroError
 from arriero.runtimes import pace as pace_module
+from arriero.runtimes.backend import GIVE_UP, StepGivenUp
 from arriero.runtimes.integrity import open_manifest
-from arriero.runtimes.interlude import Interlude
+from arriero.runtimes.interlude import LOOK_S, Interlude
 from arriero.runtimes.pace import STEPS_PER_PIECE, Pace
 from arriero.runtimes.processor.processor import Processor, Prompt
 from arriero.runtimes.scheduler import EngineLimits, Scheduler
@@ -101,7 +102,9 @@ def test_an_error_of_no_row_ends_all_and_later_requests_are_answered(
     expected = session.generate("a", max_tokens=5).token_ids
     calls = []
 
-    def broken(*_: Any) -> None:
+    def broken(self: Scheduler, _: Any) -> bool:
+        if not self._rows.decoding:
+            return False  # the first is read alone
         calls.append(1)
         raise RuntimeError("of nobody")
 
@@ -132,6 +135,57 @@ def test_who_leaves_meanwhile_is_ended_between_layers(session: Session, monkeypa
     assert streams[0].wait().finish_reason == "cancelled"
     assert second.wait().token_ids == expected
     assert len(streams[0].wait().token_ids) == seen[3] - len(expected)  # none came after it left
+
+
+@pytest.mark.parametrize("decoding", [True, False])
+def test_a_prompt_that_nobody_wants_is_given_up_between_layers(session: Session, decoding: bool) -> None:
+    toy, seen = session.backend, list[int]()
+    expected = session.generate("a", max_tokens=30).token_ids
+    read_preempted = toy.forward_preempted
+
+    def left(embeds: Any, positions: Any, cache: Any, index: Any, between: Any) -> Any:
+        def counted() -> float | None:
+            if int(positions[0, 0]) >= 16:  # of the long one, in the first layer of its third piece
+                seen.append(len(toy.steps))
+                streams[-1].close()
+            return between()
+
+        return read_preempted(embeds, positions, cache, index, counted)
+
+    gate, streams = Gate(toy), list[Any]()
+    if decoding:
+        streams.append(session.stream("a", max_tokens=30))
+        gate.open(8)
+        next(streams[0])
+    toy.forward_preempted = left
+    streams.append(session.stream(LONG, max_tokens=5))
+    gate.open(10_000)
+    assert streams[-1].wait().finish_reason == "cancelled"
+    assert len(seen) == 1  # no second layer was begun
+    if decoding:
+        assert streams[0].wait().token_ids == expected
+    toy.forward_preempted = read_preempted
+    assert session.generate("a", max_tokens=30).token_ids == expected
+
+
+def test_a_tile_that_nobody_wants_is_given_up_between_products(session: Session) -> None:
+    interludes, preempted = list[int](), session.backend.vision_preempted
+
+    def left(tile: Any, between: Any) -> Any:
+        def counted() -> float | None:
+            interludes.append(1)
+            stream.close()
+            return between()
+
+        return preempted(tile, counted)
+
+    gate = Gate(session.backend)
+    session.backend.vision_preempted = left
+    image = np.random.default_rng(1).integers(0, 255, (8, 8, 3), np.uint8)
+    stream = session.stream("b", image, max_tokens=5)
+    gate.open(10_000)
+    assert stream.wait().finish_reason == "cancelled"
+    assert len(interludes) == 1
 
 
 def test_no_step_between_layers_takes_what_is_not_there(
@@ -195,6 +249,35 @@ def test_tvm_leaves_a_step_between_its_parts_and_computes_the_same_bits(tvm_work
     assert np.array_equal(append_tokens(backend, [3], cache.rows(0, 1)), following)
     assert cache.lengths.tolist() == [22, 5 + len(steps), 9 + len(steps)]
     assert len(steps) == parts  # an ordinary step is not left
+
+
+@pytest.mark.parametrize("after", [1, 7])
+def test_tvm_gives_a_step_up_and_goes_on_with_the_next(tvm_workshop: Path, after: int) -> None:
+    folder = tvm_workshop / "bundles" / "int8"
+    backend = TvmBackend(folder, open_manifest(folder).model, threads=2)
+    none, last, calls = np.zeros((0, backend.spec.hidden_size), np.float32), np.array([20]), list[np.ndarray]()
+    ids, cache = np.random.default_rng(1).integers(0, 500, 21), backend.new_cache(2, 64)
+    read_piece(backend, ids[:5], none, cache.rows(1, 2), np.array([4]))
+    alone = read_piece(backend, ids, none, cache.rows(0, 1), last).logits[0]
+    cache.truncate(0, 0)
+
+    def between() -> float:
+        calls.append(append_tokens(backend, [len(calls)], cache.rows(1, 2)))
+        return GIVE_UP if len(calls) == after else 0.0
+
+    with pytest.raises(StepGivenUp):
+        read_preempted(backend, ids, none, cache.rows(0, 1), last, between)
+    assert len(calls) == after  # nothing was begun after it
+    assert cache.lengths.tolist() == [0, 5 + after]
+    assert np.array_equal(read_preempted(backend, ids, none, cache.rows(0, 1), last, lambda: 0.0), alone)
+    cache.truncate(1, 5)
+    for number, call in enumerate(calls):
+        assert np.array_equal(append_tokens(backend, [number], cache.rows(1, 2)), call)
+    if backend.spec.vision is not None:
+        tile = np.zeros((1, 3, backend.spec.vision.image_size, backend.spec.vision.image_size), np.float32)
+        with pytest.raises(StepGivenUp):
+            look_preempted(backend, tile, lambda: GIVE_UP)
+        assert np.array_equal(look_preempted(backend, tile, lambda: 0.0), backend.vision(tile))
 
 
 def test_others_decode_while_the_tower_sees_a_tile(session: Session) -> None:
@@ -291,6 +374,14 @@ def test_a_step_is_left_only_when_those_that_decode_have_waited() -> None:
     assert 0 < 1000.0 * STEPS_PER_PIECE - pace.rest() < 50  # since it ended
 
 
+def test_who_reads_alone_is_looked_at_now_and_then_and_asked_for_steps_once() -> None:
+    asked = list[int]()
+    unwanted = [False, False, True]
+    interlude = Interlude(Pace(), lambda: bool(asked.append(1)), lambda: unwanted.pop(0))
+    assert [interlude() for _ in range(3)] == [LOOK_S, LOOK_S, GIVE_UP]
+    assert len(asked) == 1
+
+
 def test_nobody_waits_who_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("arriero.runtimes.pace.time.perf_counter", lambda: now[0])
@@ -309,12 +400,13 @@ def test_a_part_is_expected_to_take_as_long_as_the_last_one(monkeypatch: pytest.
         asked.append(seconds)
         return len(asked) == 2
 
-    def decode() -> None:
+    def decode() -> bool:
         now[0] += 100
         taken.append(len(asked))
+        return True
 
     monkeypatch.setattr(Pace, "is_due", is_due)
-    interlude = Interlude(Pace(), decode)
+    interlude = Interlude(Pace(), decode, lambda: False)
     for seconds in (1, 5, 3, 7):
         now[0] += seconds
         interlude()

@@ -79,8 +79,9 @@ int32_t arriero_linear(int64_t format, int64_t block, const float* x, const void
 /* --- Expert dispatch: y[t] = sum_r down_e(silu(gate_e(s x[t])) * up_e(s x[t])), e = expert_id[t,r], s = score[t,r] ---
  * Four steps: prepare, gate_up, down, sum. x [T,H], expert_id [T,R], score [T,R], y [T,H] (every element is written).
  * `records` [E] says where each expert's record lies, `at` where in it the matrix is, `scales_at` its scales. An expert
- * whose record is null is left out: gate_up and down may be run several times, each expert's rows in one pair of them, in
- * any order, before sum. Weights of experts that no token is routed to are not touched. An id outside 0 .. E-1 adds
+ * whose record is null is left out, and so are rows outside `first` .. end - 1, counted in the order of their experts, an
+ * expert's in the order in which they come: T * R in all. So gate_up and down may be run several times, each row in one
+ * pair of them, in any order, before sum. Weights of experts that no token is routed to are not touched. An id outside 0 .. E-1 adds
  * nothing. Where down is in integers, gate_up is cut into parts at multiples of its block, so a block of F leaves it to
  * one thread. */
 
@@ -96,13 +97,15 @@ int32_t arriero_dispatch_prepare(int64_t gate_up_format, int64_t gate_up_block, 
 
 /* silu(gate) * up of every row routed to one of `records`, into the workspace. */
 int32_t arriero_dispatch_gate_up(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
-                                 const void* const* records, int64_t at, int64_t scales_at, int64_t T, int64_t R,
-                                 int64_t E, int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts);
+                                 const void* const* records, int64_t first, int64_t end, int64_t at,
+                                 int64_t scales_at, int64_t T, int64_t R, int64_t E, int64_t H, int64_t F,
+                                 void* workspace, int64_t part, int64_t parts);
 
 /* The down projections of the same rows, into the workspace, or into y where a token has one expert. */
 int32_t arriero_dispatch_down(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
-                              const void* const* records, int64_t at, int64_t scales_at, float* y, int64_t T, int64_t R,
-                              int64_t E, int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts);
+                              const void* const* records, int64_t first, int64_t end, int64_t at, int64_t scales_at,
+                              float* y, int64_t T, int64_t R, int64_t E, int64_t H, int64_t F, void* workspace,
+                              int64_t part, int64_t parts);
 
 /* Their sums over each token's experts, into y. Part p needs part p of down alone, not all of them. */
 int32_t arriero_dispatch_sum(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,

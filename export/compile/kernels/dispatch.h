@@ -68,9 +68,16 @@ inline void combine_row(bool panels, const float* products, int64_t F, Range col
     }
 }
 
+// Those of an expert's rows in the order that are among `picked`.
+inline Range rows_among(const DispatchWorkspace& space, int64_t expert, Range picked) {
+    const int64_t first = space.start[expert];
+    return {first < picked.begin ? picked.begin : first, smaller(space.start[expert + 1], picked.end)};
+}
+
 inline int32_t dispatch_gate_up(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
-                                const void* const* records, int64_t at, int64_t scales_at, int64_t T, int64_t R,
-                                int64_t E, int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts) {
+                                const void* const* records, int64_t first, int64_t end, int64_t at, int64_t scales_at,
+                                int64_t T, int64_t R, int64_t E, int64_t H, int64_t F, void* workspace, int64_t part,
+                                int64_t parts) {
     const DispatchWorkspace space(workspace, gate_up_format, gate_up_block, down_format, down_block, T, R, E, H, F,
                                   parts);
     auto* piece = reinterpret_cast<float*>(space.pieces + part * PIECE_BYTES);
@@ -79,8 +86,9 @@ inline int32_t dispatch_gate_up(int64_t gate_up_format, int64_t gate_up_block, i
     const Input x{{space.scaled, H}, space.rounded};
     const Rows<float> out{space.products, space.wide};
     for (int64_t e = 0; e < E; ++e) {
-        const int64_t *order = space.order + space.start[e], count = space.start[e + 1] - space.start[e];
-        if (count == 0 || !records[e]) continue;
+        const Range rows = rows_among(space, e, {first, end});
+        const int64_t *order = space.order + rows.begin, count = rows.end - rows.begin;
+        if (count <= 0 || !records[e]) continue;
         // whole blocks of the next product's rounding
         int64_t unit = column_unit(gate_up_format, count);
         if (rounds && unit < down_block) unit = down_block;
@@ -102,8 +110,9 @@ inline int32_t dispatch_gate_up(int64_t gate_up_format, int64_t gate_up_block, i
 }
 
 inline int32_t dispatch_down(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format, int64_t down_block,
-                             const void* const* records, int64_t at, int64_t scales_at, float* y, int64_t T, int64_t R,
-                             int64_t E, int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts) {
+                             const void* const* records, int64_t first, int64_t end, int64_t at, int64_t scales_at,
+                             float* y, int64_t T, int64_t R, int64_t E, int64_t H, int64_t F, void* workspace,
+                             int64_t part, int64_t parts) {
     const DispatchWorkspace space(workspace, gate_up_format, gate_up_block, down_format, down_block, T, R, E, H, F,
                                   parts);
     auto* piece = reinterpret_cast<float*>(space.pieces + part * PIECE_BYTES);
@@ -111,8 +120,9 @@ inline int32_t dispatch_down(int64_t gate_up_format, int64_t gate_up_block, int6
     const Rows<float> out = down_rows(space, y, R, H);
     const Range columns = share(H, 64, part, parts);
     for (int64_t e = 0; e < E; ++e) {
-        const int64_t *order = space.order + space.start[e], count = space.start[e + 1] - space.start[e];
-        if (count == 0 || !records[e]) continue;
+        const Range rows = rows_among(space, e, {first, end});
+        const int64_t *order = space.order + rows.begin, count = rows.end - rows.begin;
+        if (count <= 0 || !records[e]) continue;
         product(in_record(down_format, records[e], at, scales_at, F, H), x, order, count, columns, out, piece);
     }
     return 0;

@@ -105,8 +105,9 @@ int32_t run(int64_t bytes, int64_t parts, const Steps&... steps) {
 // The cache of a table of experts; null where all of them are mapped.
 ExpertLayer* cache_of(const int64_t* experts) { return reinterpret_cast<ExpertLayer*>(experts[0]); }
 
-// What a step is left for, where no thread is at work for it: before each block of rows of a product, each block of a
-// prompt's queries, and each expert. It gives the seconds that the others can still wait. Null: nothing.
+// What a step is left for, where no thread is at work for it: before each block of rows of a product or of an expert,
+// and each block of a prompt's queries. It gives the seconds that the others can still wait; less than 0: the step is
+// given up, and fails. Null: nothing.
 double (*between_parts)() = nullptr;
 double part_began = 0, due = 0;  // seconds of `now`
 
@@ -117,44 +118,41 @@ double now() {
 }
 
 // Whichever of before and after the next part is nearer to when the others are due is when it is left; the next part is
-// expected to take as long as the last.
-void leave() {
+// expected to take as long as the last. Gives whether the step goes on.
+bool leave() {
     auto* const call = between_parts;
-    if (!call) return;
+    if (!call) return true;
     const double here = now(), part = here - part_began;
     part_began = here;
-    if (here + part / 2 < due) return;
+    if (here + part / 2 < due) return true;
     between_parts = nullptr;  // a step that is taken meanwhile is not left in its turn
     const double seconds = call();
     between_parts = call;
     part_began = now();
     due = part_began + seconds;
+    return seconds >= 0;
 }
 
-constexpr int64_t ROWS = 128;        // of a product that cannot be left
+constexpr int64_t ROWS = 128;        // of a product, or of an expert, that cannot be left
 constexpr int64_t QUERY_ROWS = 192;  // (query, head) rows of one key head, of a prompt's attention that cannot be left
 
 // Runs `work`, a function of first and count, on blocks of `rows` that are of about one size, at most `most`, and leaves
-// the step before each. Gives 0, or -1 where it fails.
+// the step before each. Gives 0, or -1 where it fails or is given up.
 template <class Work>
 int32_t in_blocks(int64_t rows, int64_t most, const Work& work) {
     const int64_t blocks = (rows + most - 1) / most;
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t first = rows * block / blocks, end = rows * (block + 1) / blocks;
-        leave();
-        if (work(first, end - first)) return -1;
+        if (!leave() || work(first, end - first)) return -1;
     }
     return 0;
 }
 
-// The first expert from `expert` on that one of the rows is routed to; E where there is none.
-int64_t chosen_from(int64_t expert, const int64_t* expert_id, int64_t rows, int64_t E) {
-    for (; expert < E; ++expert) {
-        for (int64_t row = 0; row < rows; ++row) {
-            if (expert_id[row] == expert) return expert;
-        }
-    }
-    return E;
+// How many of the rows are routed to `expert`.
+int64_t count_rows(int64_t expert, const int64_t* expert_id, int64_t rows) {
+    int64_t count = 0;
+    for (int64_t row = 0; row < rows; ++row) count += expert_id[row] == expert;
+    return count;
 }
 
 }  // namespace
@@ -196,47 +194,55 @@ extern "C" int32_t arriero_run_dispatch(int64_t gate_up_format, int64_t gate_up_
                                         const int64_t* expert_id, const float* score, const int64_t* experts, float* y,
                                         int64_t T, int64_t R, int64_t E, int64_t H, int64_t F, int64_t parts) {
     ExpertLayer* const cache = cache_of(experts);
-    const bool is_left = between_parts && !cache;
     const int64_t bytes = arriero_dispatch_workspace(gate_up_format, gate_up_block, down_format, down_block, T, R, E,
                                                      H, F, parts);
     const auto compute = [&](void* space) {
-        const auto* const records = reinterpret_cast<const void* const*>(experts + 1);
-        auto** const alone = reinterpret_cast<const void**>(static_cast<char*>(space) + bytes);
-        int64_t expert = is_left ? chosen_from(0, expert_id, T * R, E) : E;
-        ExpertWave wave{};
-        // those that the cache has read, the next one where the step is left between them, or all at once
-        const auto next_wave = [&]() -> ExpertWave {
-            if (cache) return next_experts(cache);
-            if (!is_left) return {records, true};
-            leave();
-            __builtin_memset(alone, 0, E * sizeof *alone);
-            if (expert < E) alone[expert] = records[expert];
-            expert = chosen_from(expert + 1, expert_id, T * R, E);
-            return {alone, expert == E};
-        };
+        ExpertWave wave{reinterpret_cast<const void* const*>(experts + 1), true};
+        int64_t first = 0, end = T * R;
         const auto prepare = [&](int64_t part) {
             arriero_dispatch_prepare(gate_up_format, gate_up_block, down_format, down_block, x, expert_id, score, T, R,
                                      E, H, F, space, part, parts);
         };
         const auto inner = [&](int64_t part) {
-            arriero_dispatch_gate_up(gate_up_format, gate_up_block, down_format, down_block, wave.records, gate_up_at,
-                                     gate_up_scales_at, T, R, E, H, F, space, part, parts);
+            arriero_dispatch_gate_up(gate_up_format, gate_up_block, down_format, down_block, wave.records, first,
+                                     end, gate_up_at, gate_up_scales_at, T, R, E, H, F, space, part, parts);
         };
         const auto outer = [&](int64_t part) {
-            arriero_dispatch_down(gate_up_format, gate_up_block, down_format, down_block, wave.records, down_at,
-                                  down_scales_at, y, T, R, E, H, F, space, part, parts);
-            if (!wave.last) return;
+            arriero_dispatch_down(gate_up_format, gate_up_block, down_format, down_block, wave.records, first,
+                                  end, down_at, down_scales_at, y, T, R, E, H, F, space, part, parts);
+        };
+        const auto sum = [&](int64_t part) {
             arriero_dispatch_sum(gate_up_format, gate_up_block, down_format, down_block, y, T, R, E, H, F, space, part,
                                  parts);
         };
-        for (bool first = true;; first = false) {
-            wave = next_wave();
-            if (!wave.records) return -1;
-            const int32_t failed = first ? launch(parts, prepare, inner, outer) : launch(parts, inner, outer);
-            if (failed || wave.last) return failed;
+        const auto outer_and_sum = [&](int64_t part) {  // which needs that part of the products alone
+            outer(part);
+            if (wave.last) sum(part);
+        };
+        if (cache) {
+            for (bool prepared = false;; prepared = true) {
+                wave = next_experts(cache);
+                if (!wave.records) return -1;
+                const int32_t failed =
+                    prepared ? launch(parts, inner, outer_and_sum) : launch(parts, prepare, inner, outer_and_sum);
+                if (failed || wave.last) return failed;
+            }
         }
+        if (!between_parts) return launch(parts, prepare, inner, outer_and_sum);
+        if (launch(parts, prepare)) return -1;
+        for (int64_t expert = 0, before = 0; expert < E; ++expert) {
+            const int64_t rows = count_rows(expert, expert_id, T * R);
+            const auto work = [&](int64_t row, int64_t count) {
+                first = before + row;
+                end = first + count;
+                return launch(parts, inner, outer);
+            };
+            if (in_blocks(rows, ROWS, work)) return -1;
+            before += rows;
+        }
+        return launch(parts, sum);
     };
-    return with_workspace(bytes + (is_left ? E * static_cast<int64_t>(sizeof(void*)) : 0), compute);
+    return with_workspace(bytes, compute);
 }
 
 extern "C" int32_t arriero_run_attention(int64_t format, const float* q, const float* k, const float* v,

@@ -132,19 +132,19 @@ extern "C" int32_t arriero_dispatch_prepare(int64_t gate_up_format, int64_t gate
 }
 
 extern "C" int32_t arriero_dispatch_gate_up(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format,
-                                            int64_t down_block, const void* const* records, int64_t at,
-                                            int64_t scales_at, int64_t T, int64_t R, int64_t E, int64_t H, int64_t F,
-                                            void* workspace, int64_t part, int64_t parts) {
-    return kernels().dispatch_gate_up(gate_up_format, gate_up_block, down_format, down_block, records, at, scales_at, T,
-                                      R, E, H, F, workspace, part, parts);
+                                            int64_t down_block, const void* const* records, int64_t first, int64_t end,
+                                            int64_t at, int64_t scales_at, int64_t T, int64_t R, int64_t E, int64_t H,
+                                            int64_t F, void* workspace, int64_t part, int64_t parts) {
+    return kernels().dispatch_gate_up(gate_up_format, gate_up_block, down_format, down_block, records, first, end, at,
+                                      scales_at, T, R, E, H, F, workspace, part, parts);
 }
 
 extern "C" int32_t arriero_dispatch_down(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format,
-                                         int64_t down_block, const void* const* records, int64_t at, int64_t scales_at,
-                                         float* y, int64_t T, int64_t R, int64_t E, int64_t H, int64_t F,
-                                         void* workspace, int64_t part, int64_t parts) {
-    return kernels().dispatch_down(gate_up_format, gate_up_block, down_format, down_block, records, at, scales_at, y, T,
-                                   R, E, H, F, workspace, part, parts);
+                                         int64_t down_block, const void* const* records, int64_t first, int64_t end,
+                                         int64_t at, int64_t scales_at, float* y, int64_t T, int64_t R, int64_t E,
+                                         int64_t H, int64_t F, void* workspace, int64_t part, int64_t parts) {
+    return kernels().dispatch_down(gate_up_format, gate_up_block, down_format, down_block, records, first, end, at,
+                                   scales_at, y, T, R, E, H, F, workspace, part, parts);
 }
 
 extern "C" int32_t arriero_dispatch_sum(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format,

@@ -272,6 +272,23 @@ def test_experts_may_be_computed_in_any_order_some_at_a_time(library, draw, form
     assert_array_equal(others, together)
 
 
+@pytest.mark.parametrize("form", ["bf16", "e4m3", *INTEGERS])
+@pytest.mark.parametrize("choices", [1, 2])
+def test_rows_of_an_expert_may_be_computed_some_at_a_time(library, draw, form, choices):
+    hidden, width, tokens = 96, 160, 90
+    stored, _ = experts(draw, form, form, 4, hidden, width, 32)
+    expert_id = draw.integers(-1, 5, (tokens, choices))  # some of no expert
+    x, score = normal(draw, tokens, hidden), draw.uniform(0.1, 1, expert_id.shape).astype(np.float32)
+    counts = [int((expert_id == expert).sum()) for expert in range(4)]
+    starts = np.cumsum([0, *counts])
+    cuts = sorted({*starts.tolist(), *(int(start + 8) for start in starts[:-1])})
+    together, cut = (
+        Guarded(library, 2).dispatch(x, expert_id, score, stored, width, cuts=some) for some in (None, cuts)
+    )
+    assert len(cuts) == 9
+    assert_array_equal(cut, together)
+
+
 def test_a_level_that_there_is_not_changes_nothing(library):
     kernels = Kernels(library)
     before = kernels.level()
