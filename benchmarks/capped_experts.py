@@ -2,11 +2,16 @@
 
     python benchmarks/capped_experts.py 'synthetic://maverick?layers=2' /scratch/maverick --profile int4
     python benchmarks/capped_experts.py bundles/mini /scratch/mini --shares 25 50 100 --tokens 64
+    python benchmarks/random_gguf.py maverick:4 maverick-4.gguf
+    python benchmarks/capped_experts.py 'synthetic://maverick?layers=4' /scratch/maverick --profile int4-nearest.yaml \
+        --cgroup --gguf maverick-4.gguf --llama-bench PROGRAM
 
 The text model is lowered and compiled for this machine into the folder, once; int4 is rounded to nearest, as speed does
 not depend on it. Then each share of the experts is measured in a process of its own, over random tokens: a prompt, then
 one token at a time. The drive is read with as many threads and pieces as large, right before. RssAnon is the most that
-the process had; "foretold" is what `arriero plan --memory` says of uniform routing.
+the process had; "foretold" is what `arriero plan --memory` says of uniform routing. With `--cgroup` each share runs in
+a control group whose memory, page cache included, is bounded by the cap and some for libraries; llama.cpp then decodes
+the GGUF file, mapped into memory, within the same bound.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from memory_cgroup import MemoryGroup, memory_group
 
 from arriero.errors import ArrieroError
 from arriero.export.build_file.locate import resolve_model
@@ -39,7 +45,7 @@ from arriero.graphs.names import TEXT_PREFIX
 from arriero.graphs.trace import trace_embed, trace_text
 from arriero.profiles.recipe import Profile, load_profile
 from arriero.runtimes.backend import MemoryCap
-from arriero.runtimes.cpu import architecture, describe_processor
+from arriero.runtimes.cpu import architecture, describe_processor, usable_cores
 from arriero.runtimes.memory import anonymous_memory
 from arriero.runtimes.memory_cap import RecordSize
 from arriero.runtimes.tvm import TvmBackend
@@ -48,6 +54,11 @@ from arriero.traits import TRAITS
 PARTS = {"text": trace_text, "embed": trace_embed}
 CONTEXT = 4096
 SPARE = 8 << 20  # what the process may have grown by meanwhile
+BOUNDED = {  # what a control group adds to a line: words, and what the number is divided by, and its unit
+    "group_peak": ("with page cache at most", 1 << 20, " MiB"),
+    "peer_tokens_per_second": ("llama.cpp's mapped file", 1, " tokens/s"),
+}
+LIBRARIES = 256 << 20  # mapped files of Python and its packages, which no cap counts and a control group does
 
 
 def make(checkpoint: Checkpoint, config: ModelConfig, profile: Profile, folder: Path) -> None:
@@ -65,7 +76,8 @@ def make(checkpoint: Checkpoint, config: ModelConfig, profile: Profile, folder: 
 
 
 def _show(done: int, total: int) -> None:
-    print(f"\rwriting weights: {done / 1e9:.1f} of {total / 1e9:.1f} GB", end="", flush=True)
+    if sys.stdout.isatty():
+        print(f"\rwriting weights: {done / 1e9:.1f} of {total / 1e9:.1f} GB", end="", flush=True)
 
 
 def layers_of(folder: Path) -> list[RecordSize]:
@@ -74,15 +86,19 @@ def layers_of(folder: Path) -> list[RecordSize]:
     return [RecordSize(len(entry["records"]), entry["bytes"]) for entry in entries]
 
 
-def measure(folder: Path, config: ModelConfig, options: argparse.Namespace) -> dict[str, Any]:
-    """What the options' share of the experts gives, in this process."""
-    spec, layers = model_spec(config), layers_of(folder)
+def cap_of(folder: Path, config: ModelConfig, share: int, threads: int | None) -> int:
+    """The smallest cap in bytes that has room for `share` per cent of the experts."""
     try:
-        TvmBackend(folder, spec, options.threads, memory=MemoryCap(1, CONTEXT, 1))
+        TvmBackend(folder, model_spec(config), threads, memory=MemoryCap(1, CONTEXT, 1))
     except ArrieroError as error:  # the smallest cap holds one expert of each layer
         least = int(re.findall(r"Give it (\d+)MiB", str(error))[0]) << 20
-    more = sum((max(1, layer.experts * options.share // 100) - 1) * layer.nbytes for layer in layers)
-    cap = MemoryCap(least + more + SPARE, CONTEXT, 1)
+    more = sum((max(1, layer.experts * share // 100) - 1) * layer.nbytes for layer in layers_of(folder))
+    return least + more + SPARE
+
+
+def measure(folder: Path, config: ModelConfig, options: argparse.Namespace) -> dict[str, Any]:
+    """What the options' cap gives, in this process."""
+    spec, cap = model_spec(config), MemoryCap(options.cap, CONTEXT, 1)
     file = next(iter(sorted(folder.glob("weights/text-experts-*"))))
     drive, buffered = drive_speed(file)
     backend = TvmBackend(folder, spec, options.threads, memory=cap)
@@ -128,6 +144,28 @@ def measure(folder: Path, config: ModelConfig, options: argparse.Namespace) -> d
     return result
 
 
+def run_capped(cap: int, options: argparse.Namespace) -> dict[str, Any]:
+    """What a process of its own measures under `cap`; where it is to be bounded by a control group, and so the peer."""
+    command = [sys.executable, *sys.argv, "--cap", str(cap)]
+    if not options.cgroup:
+        return dict(json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout))
+    with memory_group(cap + LIBRARIES) as group:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=group.enter)
+        one = dict(json.loads(done.stdout)) | {"group_peak": group.peak}
+    if options.gguf is not None:
+        with memory_group(cap + LIBRARIES) as group:
+            one["peer_tokens_per_second"] = peer_speed(options, group)
+    return one
+
+
+def peer_speed(options: argparse.Namespace, group: MemoryGroup) -> float:
+    """Tokens/s that llama.cpp decodes in `group`, in the second of two runs: caches are full by then."""
+    command = [options.llama_bench, "-m", options.gguf, "-p", "0", "-n", str(options.tokens), "-r", "2", "-o", "json"]
+    command += ["-t", str(options.threads or usable_cores()), "-lm", "mmap", "--repack", "0"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=group.enter)
+    return float(json.loads(done.stdout)[0]["samples_ts"][-1])
+
+
 def main() -> None:
     """Parse the command line; make the model, and measure each share in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -141,12 +179,15 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=32, help="tokens decoded before the clock starts")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--cgroup", action="store_true", help="bound each share's memory by a control group too")
+    parser.add_argument("--gguf", type=Path, help="the same shape for llama.cpp; with --cgroup")
+    parser.add_argument("--llama-bench", help="its program")
     parser.add_argument("--json", type=Path, help="also write all figures here")
-    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)  # what a process of its own measures
+    parser.add_argument("--cap", type=int, help=argparse.SUPPRESS)  # what a process of its own measures
     options = parser.parse_args()
     checkpoint = Checkpoint.open(resolve_model(options.model, Path.cwd()))
     config, profile = checkpoint.model_config(), load_profile(options.profile).rtn_baseline()
-    if options.share is not None:
+    if options.cap is not None:
         print(json.dumps(measure(options.folder, config, options)))
         return
     make(checkpoint, config, profile, options.folder)
@@ -155,10 +196,7 @@ def main() -> None:
     print(f"{options.model} as {options.profile} on {describe_processor()}; drive read by its own: see each line")
     results = {}
     for share in options.shares:
-        done = subprocess.run(
-            [sys.executable, *sys.argv, "--share", str(share)], stdout=subprocess.PIPE, text=True, check=True
-        )
-        one = json.loads(done.stdout)
+        one = run_capped(cap_of(options.folder, config, share, options.threads), options)
         own = ReadSpeed(speed.memory, one["drive_rate"], None)
         capped = foretell("", MemoryCap(one["cap"], CONTEXT, 1), weights, config, uniform_rates(config.text), own, 4)
         results[share] = one | {"foretold_tokens_per_second": capped.tokens_per_second}
@@ -168,7 +206,10 @@ def main() -> None:
             f"{one['piece']} ({one['prompt_bytes'] / 1e9:.2f} GB read), decode {one['tokens_per_second']:.2f} tokens/s "
             f"(foretold {capped.tokens_per_second:.2f}), hit rate {one['hit_rate']:.0%}, "
             f"{one['bytes_per_token'] / 1e6:.1f} MB a token, read at {one['read_rate'] / 1e9:.2f} GB/s of "
-            f"{one['drive_rate'] / 1e9:.2f}, {one['waited_share']:.0%} of the time waited",
+            f"{one['drive_rate'] / 1e9:.2f}, {one['waited_share']:.0%} of the time waited"
+            + "".join(
+                f"; {words} {one[key] / by:.2f}{unit}" for key, (words, by, unit) in BOUNDED.items() if key in one
+            ),
             flush=True,
         )
     if options.json:

@@ -36,6 +36,7 @@ def load(
     memory: int | str | None = None,
     speculate: int = 0,
     draft: str | os.PathLike[str] | None = None,
+    context: int | None = None,
 ) -> Session:
     """Open a bundle directory and give a `Session` that answers from it.
 
@@ -48,16 +49,18 @@ def load(
     0 for none, as under a cap. `memory`, a size such as "16GiB", is the most that the process may take: experts are
     then read as they are needed, and those used last are kept. With `speculate` up to so many tokens of an answer are
     drafted from what the prompt and it have said, and checked in one step: the tokens are those that would be chosen
-    without. `draft`, a smaller bundle with the same tokenizer, drafts them instead; `memory` has room for both. Raises
-    `ArrieroError` with what is wrong and what to do.
+    without. `draft`, a smaller bundle with the same tokenizer, drafts them instead; `memory` has room for both.
+    `context` is the most tokens of a sequence, prompt and answer together, where that is to be less than the bundle was
+    built for: a cap sets memory aside for it. Raises `ArrieroError` with what is wrong and what to do.
     """
     for name, folder in (("bundle", bundle), ("draft", draft)):
         if not isinstance(folder, str | os.PathLike) and (name, folder) != ("draft", None):
             raise ArrieroError(f"{name} is {folder!r:.60}", expected="the path of a bundle directory")
     _check_whole("prefix_cache", prefix_cache)
     _check_whole("batch", batch)
+    _check_whole("context", context)
     limit = None if memory is None else parse_bytes(memory)
-    manifest = open_manifest(Path(bundle), verify or None)
+    manifest = limit_context(open_manifest(Path(bundle), verify or None), context)
     drafting = None if draft is None else open_manifest(Path(draft), verify or None)
     if prefix_cache is None:
         most = 0 if limit is not None else MOST_PREFIXES
@@ -146,6 +149,21 @@ def _check_whole(name: str, value: object) -> None:
     """Refuse what is neither None nor a whole number."""
     if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
         raise ArrieroError(f"{name} is {value!r:.60}", expected="a whole number")
+
+
+def limit_context(manifest: Manifest, context: int | None) -> Manifest:
+    """The manifest of a bundle whose sequences have at most `context` tokens; as it is where that is None."""
+    target = manifest.target
+    if context is None:
+        return manifest
+    if not 1 <= context <= target.context:
+        raise ArrieroError(
+            f"context is {context}",
+            where=str(manifest.bundle),
+            expected=f"1 to {target.context} tokens, which the bundle was built for",
+            remedy=f"Build the target with `context: {context}`" if context > 0 else None,
+        )
+    return replace(manifest, target=replace(target, context=context))
 
 
 def check_batch(manifest: Manifest, batch: int | None) -> None:

@@ -57,7 +57,8 @@ def share_memory(
             expected=f"at least {human_bytes(needed)}: {human_bytes(core)} of weights that every token reads, "
             f"{human_bytes(fixed - held - MARGIN - core)} of keys and values, {human_bytes(least)} for one expert of "
             "each layer, the rest for the process and its steps",
-            remedy=f"Give it {-(-needed >> 20)}MiB or more, or build the bundle with a smaller `context` or `batch`",
+            remedy=f"Give it {-(-needed >> 20)}MiB or more, or a smaller `context` or `batch`, or build it with "
+            "a narrower `kv_cache`",
         )
     piece = PREFILL_PIECE
     if room < sum(layer.experts * layer.nbytes for layer in layers):

@@ -2,7 +2,8 @@
 
 Needs the packages `apache-tvm-ffi` and, of `apache-tvm`, the runtime library alone: no compiler is loaded. Weights are
 handed to the libraries where they lie, in memory-mapped files; what no step touches is never read from disk. Under a
-cap on memory those that every token reads are read once, and experts come and go in a cache of the library's own.
+cap on memory those that every token reads are read once, and experts come and go in a cache of the library's own; the
+embedding's table stays mapped.
 Shapes: B batch rows, S new tokens per row, T new tokens of all rows, H hidden, V vocabulary, K key/value heads, D head
 dimension, L slots that get logits, k experts per token, M image placeholder tokens.
 """
@@ -90,8 +91,10 @@ class TvmBackend:
                 memory, anonymous_memory(), self._core_bytes(), sizes, spec, self._step_bytes, item_bytes
             )
         self.piece = share.piece
-        for graph in self._graphs.values():
-            graph.bind(weights)
+        # of the embedding's table a token needs a row: it stays in its file, under a cap too
+        rows = weights if memory is None else MappedWeights(bundle)
+        for part, graph in self._graphs.items():
+            graph.bind(rows if part == "embed" else weights)
         # the tower is opened on the first image: a text-only app never pays for its memory
         for part in ("text", "embed"):
             self._graphs[part].open(POOLED if memory is None else NAIVE)
@@ -111,7 +114,7 @@ class TvmBackend:
 
     def _core_bytes(self) -> int:
         """Bytes of the weights that are read whole, each once, whatever graphs share it."""
-        entries = [entry for graph in self._graphs.values() for entry in graph.weights]
+        entries = [entry for part, graph in self._graphs.items() if part != "embed" for entry in graph.weights]
         return sum({(entry["file"], entry["offset"]): entry_bytes(entry) for entry in entries}.values())
 
     def _step_bytes(self, tokens: int) -> int:

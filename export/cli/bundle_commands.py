@@ -15,6 +15,7 @@ from arriero.export.cli.options import (
     SEED,
     Adapters,
     BundleFolder,
+    Context,
     Draft,
     ForcedRouting,
     Json,
@@ -231,6 +232,7 @@ def run(
     adapter: Annotated[str | None, typer.Option(help="The bundle's adapter to answer with, by its name.")] = None,
     threads: Threads = None,
     memory: Memory = None,
+    context: Context = None,
     speculate: Speculate = 0,
     draft: Draft = None,
     as_json: Json = False,
@@ -258,7 +260,9 @@ def run(
         raise ArrieroError("--logprobs is shown as JSON only", remedy="Add --json")
     text = sys.stdin.read() if prompt == "-" else prompt
     pictures: list[ImageLike] = list(image or ())
-    with load(bundle, threads, adapter=adapter, memory=memory, speculate=speculate, draft=draft) as session:
+    with load(
+        bundle, threads, adapter=adapter, memory=memory, speculate=speculate, draft=draft, context=context
+    ) as session:
         if (video or document) and session.spec.vision is None:
             raise no_vision()
         most = session.processor.most_pictures(session.context)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from arriero.errors import ArrieroError
-from arriero.export.cli.options import BundleFolder, Draft, Speculate, Threads, err
+from arriero.export.cli.options import BundleFolder, Context, Draft, Memory, Speculate, Threads, err
 
 if TYPE_CHECKING:
     from arriero.runtimes.chat_session import Chat
@@ -39,6 +39,8 @@ def chat(
     speculate: Speculate = 0,
     draft: Draft = None,
     threads: Threads = None,
+    memory: Memory = None,
+    context: Context = None,
 ) -> None:
     """Talk with a bundle. A turn reads its own words alone, however long the conversation is.
 
@@ -51,7 +53,9 @@ def chat(
     from arriero.runtimes.api import load
 
     settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    with load(bundle, threads, adapter=adapter, speculate=speculate, draft=draft) as session:
+    with load(
+        bundle, threads, adapter=adapter, memory=memory, speculate=speculate, draft=draft, context=context
+    ) as session:
         talk = _Talk(session, system, settings)
         if resume is not None:
             talk.load(str(resume))

@@ -55,6 +55,10 @@ Threads = Annotated[
     int | None, typer.Option(help="CPU threads to use; every core when left out.", min=1, max=MOST_THREADS)
 ]
 
+Context = Annotated[
+    int | None,
+    typer.Option(help="Most tokens of prompt and answer together; what the bundle was built for when left out.", min=1),
+]
 Memory = Annotated[
     str | None,
     typer.Option(

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from arriero.errors import ArrieroError, MachineLacks
-from arriero.export.cli.options import Draft, Speculate, Threads, err
+from arriero.export.cli.options import Context, Draft, Speculate, Threads, err
 from arriero.runtimes.server.options import ServerOptions
 from arriero.sizes import parse_bytes
 from arriero.traits import install
@@ -53,6 +53,7 @@ def serve(
     ] = ServerOptions.request_seconds,
     speculate: Speculate = 0,
     draft: Draft = None,
+    context: Context = None,
     threads: Threads = None,
 ) -> None:
     """Serve bundles over HTTP as OpenAI's and Anthropic's APIs have it, on this machine alone without --host.
@@ -83,7 +84,7 @@ def serve(
     room = None if prefix_cache is None else 0 if prefix_cache == "0" else parse_bytes(prefix_cache)
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     most = None if memory is None else parse_bytes(memory)
-    ready = open_bundles(bundles, threads, batch, room, most, speculate, draft)
+    ready = open_bundles(bundles, threads, batch, room, most, speculate, draft, context)
     url = f"http://{host}:{port}"
     serving = f"Serving {', '.join(ready.by_name)} at {url}/v1; chat in a browser at {url}/"
     err.print(serving, highlight=False, soft_wrap=True)

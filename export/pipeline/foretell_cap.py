@@ -77,11 +77,10 @@ def foretell_capped(build: BuildConfig, memory: int, trace: Path | None) -> tupl
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """Bytes of a bundle's weights: the embedding's table, of which a token reads a row, the rest of the core, one
-    record of each layer with experts, and the shared expert of each.
+    """Bytes of a bundle's weights: the core, without the embedding's table, of which a token reads a row in its file;
+    one record of each layer with experts, and the shared expert of each.
     """
 
-    table: int
     core: int
     records: tuple[int, ...]
     shared: tuple[int, ...]
@@ -99,7 +98,8 @@ class StoredWeights:
         shared = [_sum_under(sizes, names[0].replace(".experts.gate_up_proj", ".shared_expert.")) for names in stacks]
         records = tuple(-(-pool // text.experts // ALIGNMENT) * ALIGNMENT for pool in pools)
         table = sizes.pop(EMBEDDING)
-        return cls(table, sum(sizes.values()), records, tuple(shared))
+        head = table if text.tied_embeddings else 0  # the head is a copy
+        return cls(sum(sizes.values()) + head, records, tuple(shared))
 
 
 def _sum_under(sizes: Mapping[str, int], prefix: str) -> int:
@@ -136,7 +136,7 @@ def foretell(
     """What a bundle of `weights` does within `cap` on a machine of such `speed`; `item_bytes` as in `share_memory`."""
     text, spec = config.text, model_spec(config)
     layers = [RecordSize(text.experts, record) for record in weights.records]
-    core, largest = weights.table + weights.core, max(weights.records, default=0)
+    core, largest = weights.core, max(weights.records, default=0)
     target = CappedTarget(name, cap.nbytes, core, text.experts * sum(weights.records), largest, of=text.experts)
     step = partial(step_bytes, spec, max(text.expert_ffn, text.dense_ffn))
     try:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from arriero.errors import ArrieroError
-from arriero.runtimes.api import MOST_PREFIXES, check_batch, load, open_session
+from arriero.runtimes.api import MOST_PREFIXES, check_batch, limit_context, load, open_session
 from arriero.runtimes.backend import BackendOptions, MemoryCap
 from arriero.runtimes.bundle_memory import bundle_bytes, planned_tokens, session_bytes
 from arriero.runtimes.integrity import check_proven, open_manifest
@@ -31,10 +31,11 @@ class BundleSource:
     memory: int | None
     speculate: int
     draft: Path | None = None
+    context: int | None = None
 
     def at_once(self) -> Bundle:
         """The bundle, to be opened as `load` does."""
-        manifest = Manifest.read(self.folder)
+        manifest = limit_context(Manifest.read(self.folder), self.context)
         draft = None if self.draft is None else Manifest.read(self.draft)
         prefixes = MOST_PREFIXES if self.prefix_cache is None else self.prefix_cache
         rows = self._rows(manifest)
@@ -46,6 +47,7 @@ class BundleSource:
             prefix_cache=self.prefix_cache,
             speculate=self.speculate,
             draft=self.draft,
+            context=self.context,
         )
         return self._bundle(manifest, session_bytes(manifest, prefixes, draft), opener)
 
@@ -54,7 +56,7 @@ class BundleSource:
 
         One that is larger keeps below the process' cap, experts read as they are needed, where its backend can.
         """
-        manifest = open_manifest(self.folder)
+        manifest = limit_context(open_manifest(self.folder), self.context)
         check_proven(manifest)
         check_batch(manifest, self.batch)
         check_machine(manifest)
@@ -66,7 +68,7 @@ class BundleSource:
         return self._bundle(manifest, nbytes, partial(self._open, manifest.chain.artifact, prefixes, capped))
 
     def _open(self, identity: str, prefixes: int, capped: bool) -> Session:
-        manifest = open_manifest(self.folder)
+        manifest = limit_context(open_manifest(self.folder), self.context)
         if manifest.chain.artifact != identity:
             what = "the bundle was replaced since the server was started"
             raise ArrieroError(what, where=str(self.folder), remedy="Start the server again")

@@ -32,6 +32,7 @@ def open_bundles(
     memory: int | None = None,
     speculate: int = 0,
     draft: Path | None = None,
+    context: int | None = None,
 ) -> Bundles:
     """Make ready `bundles` by the names of their folders; see `load` for the rest.
 
@@ -40,7 +41,9 @@ def open_bundles(
     names = [bundle.resolve().name for bundle in bundles]
     if len(set(names)) < len(names):
         raise ArrieroError(f"two bundles are called {max(names, key=names.count)}", remedy="Rename one of the folders")
-    sources = [BundleSource(bundle, threads, batch, prefix_cache, memory, speculate, draft) for bundle in bundles]
+    sources = [
+        BundleSource(bundle, threads, batch, prefix_cache, memory, speculate, draft, context) for bundle in bundles
+    ]
     if memory is not None:
         room = max(memory - anonymous_memory(), 0)
         ready = [source.on_demand(room) for source in sources]
