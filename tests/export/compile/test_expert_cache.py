@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from arriero.runtimes.backend import MemoryCap
 from arriero.runtimes.memory import anonymous_memory
 from arriero.runtimes.memory_cap import RecordSize, share_memory
 from arriero.runtimes.tvm import TvmBackend
+from arriero.runtimes.weight_files import entry_bytes
 from arriero.traits import PREFILL_PIECE
 from tests.command import arriero as arriero_command
 from tests.toys import make_maverick_toy, make_scout_toy
@@ -176,6 +178,30 @@ def test_a_cap_that_is_too_small_is_refused_with_the_smallest_that_does(bundle):
     walk(capped)
     assert anonymous_memory() <= (least + 2) << 20
     capped.close()
+
+
+def test_the_embeddings_table_takes_no_memory_under_a_cap(bundle, monkeypatch):
+    folder, spec = bundle
+    (entry,) = json.loads((folder / "embed.json").read_text())["weights"]
+    shared, core = [], memory_cap.share_memory
+
+    def kept(cap, held, core_bytes, *rest):
+        shared.append(core_bytes)
+        return core(cap, held, core_bytes, *rest)
+
+    monkeypatch.setattr("arriero.runtimes.tvm.share_memory", kept)
+    capped = TvmBackend(folder, spec, 1, memory=MemoryCap(1 << 30, CONTEXT, BATCH))
+    others = json.loads((folder / "text.json").read_text())["weights"]
+    assert shared == [sum(entry_bytes(other) for other in others)]
+    assert entry["name"] not in {other["name"] for other in others}
+    table = capped._graphs["embed"]._arrays[0]
+    files = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [tuple(int(end, 16) for end in line[0].split("-")) for line in files if line[-1].endswith(entry["file"])]
+    assert any(start <= table.ctypes.data < stop for start, stop in spans)
+    ids = np.arange(9)[None]
+    whole = TvmBackend(folder, spec, 1)
+    none = np.zeros((0, spec.hidden_size), np.float32)
+    assert np.array_equal(capped.embed(ids, none), whole.embed(ids, none))
 
 
 def test_the_threads_that_read_end_with_the_session(bundle, monkeypatch):
