@@ -39,6 +39,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "wide": {"num_hidden_layers": 2, "hidden_size": 1024, "num_local_experts": 2, "intermediate_size": 3072},
     "dense": {"num_hidden_layers": 4, "moe_layers": [], "intermediate_size_mlp": 4096},
+    "deep": {
+        "num_hidden_layers": 48,
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "num_local_experts": 4,
+        "intermediate_size": 256,
+        "intermediate_size_mlp": 512,
+        "vocab_size": 8192,
+    },
     "large-vocabulary": {"num_hidden_layers": 2, "hidden_size": 512, "num_local_experts": 2, "vocab_size": 128000},
     "pictures": {"num_hidden_layers": 2, "hidden_size": 512, "num_local_experts": 4, "vocab_size": 1024},
 }
