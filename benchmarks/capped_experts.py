@@ -18,10 +18,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,7 @@ from arriero.graphs.lower.tvm import lower
 from arriero.graphs.names import TEXT_PREFIX
 from arriero.graphs.trace import trace_embed, trace_text
 from arriero.profiles.recipe import Profile, load_profile
-from arriero.runtimes.backend import MemoryCap
+from arriero.runtimes.backend import MemoryCap, ModelSpec
 from arriero.runtimes.cpu import architecture, describe_processor, usable_cores
 from arriero.runtimes.memory import anonymous_memory
 from arriero.runtimes.memory_cap import RecordSize
@@ -54,9 +57,12 @@ from arriero.traits import TRAITS
 PARTS = {"text": trace_text, "embed": trace_embed}
 CONTEXT = 4096
 SPARE = 8 << 20  # what the process may have grown by meanwhile
+DISK_BLOCK = 512  # bytes of what the system counts reads in
 BOUNDED = {  # what a control group adds to a line: words, and what the number is divided by, and its unit
     "group_peak": ("with page cache at most", 1 << 20, " MiB"),
     "peer_tokens_per_second": ("llama.cpp's mapped file", 1, " tokens/s"),
+    "peer_bytes": ("in all read", 1e9, " GB"),
+    "peer_group_peak": ("at most", 1 << 20, " MiB"),
 }
 LIBRARIES = 256 << 20  # mapped files of Python and its packages, which no cap counts and a control group does
 
@@ -80,6 +86,11 @@ def _show(done: int, total: int) -> None:
         print(f"\rwriting weights: {done / 1e9:.1f} of {total / 1e9:.1f} GB", end="", flush=True)
 
 
+def text_spec(config: ModelConfig) -> ModelSpec:
+    """The model without its vision tower, which is not made."""
+    return replace(model_spec(config), vision=None)
+
+
 def layers_of(folder: Path) -> list[RecordSize]:
     """The records of the layers' experts."""
     entries = json.loads((folder / "text.json").read_text())["experts"]
@@ -89,7 +100,7 @@ def layers_of(folder: Path) -> list[RecordSize]:
 def cap_of(folder: Path, config: ModelConfig, share: int, threads: int | None) -> int:
     """The smallest cap in bytes that has room for `share` per cent of the experts."""
     try:
-        TvmBackend(folder, model_spec(config), threads, memory=MemoryCap(1, CONTEXT, 1))
+        TvmBackend(folder, text_spec(config), threads, memory=MemoryCap(1, CONTEXT, 1))
     except ArrieroError as error:  # the smallest cap holds one expert of each layer
         least = int(re.findall(r"Give it (\d+)MiB", str(error))[0]) << 20
     more = sum((max(1, layer.experts * share // 100) - 1) * layer.nbytes for layer in layers_of(folder))
@@ -98,7 +109,7 @@ def cap_of(folder: Path, config: ModelConfig, share: int, threads: int | None) -
 
 def measure(folder: Path, config: ModelConfig, options: argparse.Namespace) -> dict[str, Any]:
     """What the options' cap gives, in this process."""
-    spec, cap = model_spec(config), MemoryCap(options.cap, CONTEXT, 1)
+    spec, cap = text_spec(config), MemoryCap(options.cap, CONTEXT, 1)
     file = next(iter(sorted(folder.glob("weights/text-experts-*"))))
     drive, buffered = drive_speed(file)
     backend = TvmBackend(folder, spec, options.threads, memory=cap)
@@ -154,16 +165,21 @@ def run_capped(cap: int, options: argparse.Namespace) -> dict[str, Any]:
         one = dict(json.loads(done.stdout)) | {"group_peak": group.peak}
     if options.gguf is not None:
         with memory_group(cap + LIBRARIES) as group:
-            one["peer_tokens_per_second"] = peer_speed(options, group)
+            one |= peer_speed(options, group)
     return one
 
 
-def peer_speed(options: argparse.Namespace, group: MemoryGroup) -> float:
-    """Tokens/s that llama.cpp decodes in `group`, in the second of two runs: caches are full by then."""
+def peer_speed(options: argparse.Namespace, group: MemoryGroup) -> dict[str, Any]:
+    """What llama.cpp does in `group`: tokens/s of the second of two runs, and the bytes of both."""
+    with options.gguf.open("rb") as file:  # what others read of it would not count in the group
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     command = [options.llama_bench, "-m", options.gguf, "-p", "0", "-n", str(options.tokens), "-r", "2", "-o", "json"]
     command += ["-t", str(options.threads or usable_cores()), "-lm", "mmap", "--repack", "0"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_inblock
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=group.enter)
-    return float(json.loads(done.stdout)[0]["samples_ts"][-1])
+    read = (resource.getrusage(resource.RUSAGE_CHILDREN).ru_inblock - before) * DISK_BLOCK
+    speed = float(json.loads(done.stdout)[0]["samples_ts"][-1])
+    return {"peer_tokens_per_second": speed, "peer_bytes": read, "peer_group_peak": group.peak}
 
 
 def main() -> None:

@@ -21,9 +21,11 @@ from rich.progress import track
 from arriero.graphs.sources.released_configs import released_config
 
 ARCHITECTURE = "llama4"
-SCALE = 0.002  # of every block of codes
+SCALE = 0.002  # of every block of codes,
+TABLE_SCALE = 0.1  # and of the embedding's: what a token is, and so its experts, is not lost in what its layers add
 LEAST_LAYERS = 4  # the fourth is the first NoPE layer; llama.cpp 0.25.3 aborts without one, whose tempering it sets
 Q4, Q8, F32 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0, GGMLQuantizationType.F32
+TABLE = "token_embd.weight"
 Shape = tuple[int, ...]
 
 
@@ -32,7 +34,7 @@ def tensors(text: dict[str, Any], layers: int) -> Iterator[tuple[str, Shape, GGM
     hidden, vocabulary = text["hidden_size"], text["vocab_size"]
     heads, groups = (text[name] * text["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
     experts, width, dense = text["num_local_experts"], text["intermediate_size"], text["intermediate_size_mlp"]
-    yield "token_embd.weight", (vocabulary, hidden), Q4
+    yield TABLE, (vocabulary, hidden), Q4
     yield "output_norm.weight", (hidden,), F32
     yield "output.weight", (vocabulary, hidden), Q8
     for layer in range(layers):
@@ -56,14 +58,19 @@ def tensors(text: dict[str, Any], layers: int) -> Iterator[tuple[str, Shape, GGM
                 yield f"{block}.ffn_{name}{suffix}.weight", (*stack, *matrix), Q4
 
 
-def draw(random: np.random.Generator, shape: Shape, kind: GGMLQuantizationType) -> np.ndarray:
+def draw(random: np.random.Generator, shape: Shape, kind: GGMLQuantizationType, scale: float) -> np.ndarray:
     """Random contents, the last axis in bytes where they are blocks of codes."""
     if kind == F32:
         return np.full(shape, 1.0, np.float32) if len(shape) == 1 else random.standard_normal(shape, np.float32)
     values, size = GGML_QUANT_SIZES[kind]
-    # drawn once and repeated: an expert's bytes are as far apart in memory as any others
-    blocks = random.integers(0, 256, (1 << 16, size), np.uint8)
-    blocks[:, :2] = np.array([SCALE], np.float16).view(np.uint8)
+    # Drawn once and repeated: an expert's bytes are as far apart in memory as any others. Without codes whose negative
+    # there is not, since a mean that all weights have would send every token to the same experts.
+    if kind == Q4:
+        low, high = random.integers(1, 16, (2, 1 << 16, size), np.uint8)
+        blocks = low | high << 4
+    else:
+        blocks = random.integers(-127, 128, (1 << 16, size), np.int8).view(np.uint8)
+    blocks[:, :2] = np.array([scale], np.float16).view(np.uint8)
     count = int(np.prod(shape)) // values
     codes = np.resize(blocks, (count, size))
     return codes.reshape(*shape[:-1], shape[-1] // values * size)
@@ -101,8 +108,8 @@ def write(path: Path, name: str, layers: int) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     random = np.random.default_rng(0)
-    for _, shape, kind in track(every, description=path.name):
-        writer.write_tensor_data(draw(random, shape, kind))
+    for tensor, shape, kind in track(every, description=path.name):
+        writer.write_tensor_data(draw(random, shape, kind, TABLE_SCALE if tensor == TABLE else SCALE))
     writer.close()
 
 
