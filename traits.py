@@ -41,6 +41,7 @@ class Footprint:
 
     compiler: int = 0  # the first time; half of it later
     runtime: int = 0
+    layer: int = 0  # and for each layer of what is loaded
     stays: int = 0  # in the process once it was used, of its packages and of what it keeps for its next use
     computes_in: float = 0.0  # how much of `step_bytes`, logits aside, a step really takes
     keeps_steps: bool = False  # what steps computed in, for steps of the same size: see `StepMemory`
@@ -113,7 +114,8 @@ TRAITS: dict[str, BackendTraits] = {
             files=(".so", ".json"),
             footprint=Footprint(
                 compiler=70 << 20,
-                runtime=45 << 20,
+                runtime=40 << 20,
+                layer=1_600_000,
                 stays=80 << 20,
                 computes_in=0.15,
                 keeps_steps=True,

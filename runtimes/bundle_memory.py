@@ -38,4 +38,5 @@ def bundle_bytes(manifest: Manifest, tokens: int) -> int:
     weights = sum(manifest.files[file].bytes for file in files)
     if not takes.maps_weights and any(weight.scheme != EXACT for weight in manifest.weights.values()):
         weights *= 2
-    return weights + tokens * token_bytes(manifest) + takes.runtime + takes.stays
+    fixed = takes.runtime + takes.layer * len(manifest.model.layers) + takes.stays
+    return weights + tokens * token_bytes(manifest) + fixed

@@ -249,7 +249,8 @@ class TvmBackend:
         function = function or ("prompt" if tokens >= self._graphs["text"].many else "step")
         if self._memory is not None:
             logits = len(feeds["logits_index"])
-            nbytes = self._token_bytes(tokens) + 4 * self.spec.vocab_size * logits
+            captured = 4 * self.spec.hidden_size * len(self.spec.layers) if function == "main" else 0
+            nbytes = self._token_bytes(tokens) + tokens * captured + 4 * self.spec.vocab_size * logits
             self._memory.before((function, tokens, logits, len(feeds["row_starts"])), nbytes)
         try:
             return self._graphs["text"].run(feeds, function)

@@ -18,7 +18,8 @@ from arriero.profiles.recipe import Profile
 from arriero.runtimes.cpu import usable_cores
 
 # From runs on small models, as `benchmarks/plan_accuracy.py` makes them.
-REFERENCE_MEMORY = 345 << 20  # Python with torch and its mapped weights, after a graph was traced
+REFERENCE_MEMORY = 336 << 20  # Python with torch and its mapped weights, after a graph was traced,
+TRACED_LAYER = 2_900_000  # and what is left of each of its layers
 LINEAR_MEMORY, LINEAR_BYTES = 96 << 20, 32  # what the libraries of linear algebra keep: at most, and of a moment
 LOOPS = 64 << 20  # what compiles the loops of rounding, and they
 LEFT_LATER = 0.6  # of what rounding leaves, once another stage has run
@@ -65,7 +66,12 @@ def calibration_memory(
     if config.vision is not None:  # and its widest matrix in float32
         tower = tower_activations(config.vision, tiles) + 4 * config.vision.hidden_size * config.vision.ffn
     embedding, afterwards = decoded_memory(used, whole)
-    return REFERENCE_MEMORY + max(embedding + tower, afterwards + walk)
+    return process_memory(config) + max(embedding + tower, afterwards + walk)
+
+
+def process_memory(config: ModelConfig) -> int:
+    """What the process of a build holds before a stage begins."""
+    return REFERENCE_MEMORY + TRACED_LAYER * config.layers
 
 
 def rounding_leaves(used: Iterable[WeightSource]) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from arriero.export.build_file.device import device_of
 from arriero.export.build_file.schema import BuildConfig, Target
 from arriero.export.calibration import estimate
-from arriero.export.calibration.estimate import REFERENCE_MEMORY
+from arriero.export.calibration.estimate import process_memory
 from arriero.export.pipeline.cache_plan import cache_bytes, cache_type, kv_bytes
 from arriero.export.pipeline.disk_plan import KERNELS_DISK, graphs_disk, parts_of, report_disk
 from arriero.export.pipeline.parity_plan import parity_memory
@@ -37,6 +37,7 @@ EXPERT_COPIES = 1.25  # of an expert's float32 where it is not rounded in slices
 CODE_COPIES = 2  # of an expert's codes and scales that were chosen before: in groups as they are packed, and joined
 NEAREST_COPIES = 3  # of those that are rounded now: them besides
 PACKED_SHARE, PACKING = 0.18, 40 << 20  # of float32's bytes, of quantised matrices but the head, and besides
+LOWERED_LAYER = 1_800_000  # a layer's graph as it is lowered and compiled
 RTN_LEFT = 30 << 20  # that lowering the RTN baseline leaves behind while it is measured
 
 Need = tuple[int, int]  # of a stage: peak memory and disk, in bytes
@@ -77,16 +78,17 @@ def estimate_needs(
             if split_stage(name)[0] == "reference"
         },
     }
-    held, used_before = REFERENCE_MEMORY, set[str]()  # what stays in the process, and which backends left it there
+    begun = held = process_memory(seen)  # what stays in the process
+    used_before = set[str]()  # and which backends left some of it there
     compilers = min(COMPILERS, usable_cores()) * COMPILER_MEMORY
     first_waiting = next((target.name for target in targets if target.name in waiting), None)
     for target in targets:
         takes = TRAITS[target.backend].footprint
         if target.name == first_waiting:
-            needs["calibrate"] = (held - REFERENCE_MEMORY + walk, calibrated)
+            needs["calibrate"] = (held - begun + walk, calibrated)
             held += int(estimate.LEFT_LATER * left)
         first = target.backend not in used_before
-        compiling = takes.compiler if first else takes.compiler // 2
+        compiling = (takes.compiler if first else takes.compiler // 2) + LOWERED_LAYER * seen.layers
         written = target.weights_bytes + graphs_disk(seen) + parts_of(seen) * takes.code + side
         lowering = (held + compiling + _lower_memory(used, target, schemes[target.name]), written)
         if target.on_gpu:  # an engine beside the weights that it is made of

@@ -9,7 +9,7 @@ from arriero.export.build_file.model_spec import model_spec
 from arriero.export.calibration.estimate import Size, tower_activations
 from arriero.export.pipeline.cache_plan import CACHE_BYTES, kv_bytes
 from arriero.export.pipeline.planned import FLOATS, PlannedTarget
-from arriero.graphs.config import ModelConfig
+from arriero.graphs.config import ModelConfig, TextConfig
 from arriero.graphs.names import EMBEDDING
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.runtimes.backend import TILES_AT_ONCE
@@ -30,14 +30,15 @@ def parity_memory(used: Iterable[WeightSource], target: PlannedTarget, seen: Mod
     takes, text = TRAITS[target.backend].footprint, seen.text
     lengths, tiles = [size[0] for size in sizes], max((size[1] for size in sizes), default=0)
     longest, most = max(lengths, default=0), min(PREFILL_PIECE, logits_piece(text.vocab_size))
-    held = takes.runtime + kv_bytes(text, longest, CACHE_BYTES[target.kv_cache])
+    held = takes.runtime + takes.layer * seen.layers + kv_bytes(text, longest, CACHE_BYTES[target.kv_cache])
     if seen.vision is not None:
         held += tower_activations(seen.vision, min(tiles, TILES_AT_ONCE))
     if takes.keeps_steps:
         held += _steps_memory(seen, lengths, most, takes.computes_in)
     else:
         token, _ = _step_memory(seen)
-        held += int(min(longest, most) * (takes.computes_in * token + LOGIT_COPIES * 4 * text.vocab_size))
+        outputs = LOGIT_COPIES * 4 * text.vocab_size + _captured(text)
+        held += int(min(longest, most) * (takes.computes_in * token + outputs))
     if not takes.maps_weights:
         exact = target.is_exact
         held += sum(size * (1 if label in FLOATS else 2) for label, size in target.weights.items())
@@ -57,20 +58,25 @@ def _step_memory(seen: ModelConfig) -> tuple[int, int]:
     return step_bytes(spec, width, 1) - fixed, fixed
 
 
+def _captured(text: TextConfig) -> int:
+    """Bytes of what a step gives of each token for proofs besides logits: the hidden state after each layer."""
+    return 4 * text.hidden_size * len(text.layers)
+
+
 def _steps_memory(seen: ModelConfig, lengths: Sequence[int], most: int, computes_in: float) -> int:
     """Bytes that are kept of the steps, of at most so many tokens, in which cases of these lengths are read.
 
     What a step gave is held until the next one has ended: two of the same size in turn have logits of their own.
     """
     token, fixed = _step_memory(seen)
-    logits = 4 * seen.text.vocab_size
+    logits, captured = 4 * seen.text.vocab_size, _captured(seen.text)
     kept, peak, before = dict[int, float](), 0.0, 0
     memory = StepMemory(token * PREFILL_PIECE, kept.clear)
     for length in lengths:
         for start in range(0, length, most):
             tokens = min(most, length - start)
-            memory.before(tokens, tokens * (token + logits))
-            needed = tokens * (computes_in * token + logits * (2 if tokens == before else 1))
+            memory.before(tokens, tokens * (token + captured + logits))
+            needed = tokens * (computes_in * token + (logits + captured) * (2 if tokens == before else 1))
             kept[tokens] = max(kept.get(tokens, 0.0), needed)
             peak, before = max(peak, sum(kept.values())), tokens
     return fixed + int(peak)

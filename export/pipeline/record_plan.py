@@ -81,4 +81,4 @@ def record_memory(
     head = 2 * 4 * rows * text.hidden_size + together * rows // text.vocab_size
     logits = together + max(head, largest)
     walked = estimate.calibration_memory(config, used, sizes, second=False, whole=answers == "generated")
-    return max(walked, estimate.REFERENCE_MEMORY + LOGITS_BESIDE + logits)
+    return max(walked, estimate.process_memory(config) + LOGITS_BESIDE + logits)

@@ -10,9 +10,9 @@ import pytest
 
 from arriero.export.calibration.calibrate import Calibration
 from arriero.export.calibration.estimate import (
-    REFERENCE_MEMORY,
     calibration_memory,
     embedded_size,
+    process_memory,
     rounding_leaves,
     walk_disk,
 )
@@ -48,7 +48,8 @@ def test_memory_is_estimated_from_above_and_not_far_off(layer: Path, tmp_path: P
     checkpoint = Checkpoint.open(layer)
     sizes = [(LENGTH, 0)] * SAMPLES
     infos = list(checkpoint.tensors.values())
-    said = calibration_memory(ModelConfig.load(layer), infos, sizes, second=True, whole=False) - REFERENCE_MEMORY
+    said = calibration_memory(ModelConfig.load(layer), infos, sizes, second=True, whole=False)
+    said -= process_memory(ModelConfig.load(layer))
     walk = walk_over(load_reference(layer), tmp_path / "stage")
     before = resident()
     with MemoryWatch(interval=0.002) as memory:
@@ -58,7 +59,8 @@ def test_memory_is_estimated_from_above_and_not_far_off(layer: Path, tmp_path: P
     assert taken < 1.1 * said
     moments = (2 * HIDDEN) ** 2
     assert said - rounding_leaves(infos) < 2 * (8 * 4.3 * moments)  # twice these and their factor
-    plain = calibration_memory(ModelConfig.load(layer), infos, sizes, second=False, whole=False) - REFERENCE_MEMORY
+    plain = calibration_memory(ModelConfig.load(layer), infos, sizes, second=False, whole=False)
+    plain -= process_memory(ModelConfig.load(layer))
     assert plain < said / 4
 
 
@@ -94,7 +96,7 @@ def test_the_records_logits_are_those_of_the_cases_that_go_through_the_head_toge
     vocabulary, hidden = config.text.vocab_size, config.text.hidden_size
     lengths = [400, *[100] * 99]
     sizes = [(length, 0) for length in lengths]
-    beside = REFERENCE_MEMORY + record_plan.LOGITS_BESIDE
+    beside = process_memory(config) + record_plan.LOGITS_BESIDE
     # what the head makes of its rows, all of them, before it is put where the group's logits are
     together = 4 * vocabulary * sum(lengths)
     assert record_memory(config, used, sizes, "forced") == beside + 2 * together + 8 * vocabulary * hidden
