@@ -195,8 +195,13 @@ class TvmBackend:
         assert isinstance(cache.store, KVCache)
         if not cache.store.has_all_slots:
             return self.forward(inputs_embeds, positions, cache, logits_index).logits
-        with self._graphs["text"].left_between_parts(between):
-            return self.forward(inputs_embeds, positions, cache, logits_index).logits
+        before = cache.lengths.copy()
+        try:
+            with self._graphs["text"].left_between_parts(between):
+                return self.forward(inputs_embeds, positions, cache, logits_index).logits
+        except StepGivenUp:
+            cache.lengths[:] = before
+            raise
 
     def forward_packed(self, inputs_embeds: Floats, counts: Ints, cache: Cache, logits_index: Ints) -> Floats:
         """Run `inputs_embeds` [T, H], of each row `counts` [B] tokens: see `PacksRows.forward_packed`."""
@@ -347,7 +352,8 @@ class _Graph:
     def left_for(self, between: Between) -> Iterator[None]:
         """Have the library call `between` between parts of its steps in the block; those from before may not do so.
 
-        Raises StepGivenUp where a step fails because `between` gave less than 0.
+        Raises StepGivenUp behind a step that computed nothing more because `between` gave less than 0. The library does
+        not fail there: of an error TVM's runtime would read all symbols of the process.
         """
         if not self.library.implements_function(BETWEEN_PARTS, True):
             yield
@@ -364,12 +370,10 @@ class _Graph:
         tell(ctypes.cast(function, ctypes.c_void_p).value)
         try:
             yield
-        except Exception as error:
-            if seconds < 0:
-                raise StepGivenUp from error
-            raise
         finally:
             tell(0)
+        if seconds < 0:
+            raise StepGivenUp
 
     @contextmanager
     def _refusal(self) -> Iterator[None]:

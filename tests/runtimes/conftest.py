@@ -267,12 +267,7 @@ class PreemptibleToy(PackingToy):
         return self.vision(pixel_values)
 
     def forward_preempted(
-        self,
-        inputs_embeds: Floats,
-        positions: Ints,
-        cache: Any,
-        logits_index: Ints,
-        between: Between,
+        self, inputs_embeds: Floats, positions: Ints, cache: Any, logits_index: Ints, between: Between
     ) -> Floats:
         for _ in self.spec.layers:
             _leave(between)

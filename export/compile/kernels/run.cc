@@ -107,9 +107,10 @@ ExpertLayer* cache_of(const int64_t* experts) { return reinterpret_cast<ExpertLa
 
 // What a step is left for, where no thread is at work for it: before each block of rows of a product or of an expert,
 // and each block of a prompt's queries. It gives the seconds that the others can still wait; less than 0: the step is
-// given up, and fails. Null: nothing.
+// given up, and nothing of these is computed any more. Null: nothing.
 double (*between_parts)() = nullptr;
 double part_began = 0, due = 0;  // seconds of `now`
+bool given_up = false;
 
 double now() {
     timespec time;
@@ -121,7 +122,7 @@ double now() {
 // expected to take as long as the last. Gives whether the step goes on.
 bool leave() {
     auto* const call = between_parts;
-    if (!call) return true;
+    if (given_up || !call) return !given_up;
     const double here = now(), part = here - part_began;
     part_began = here;
     if (here + part / 2 < due) return true;
@@ -130,20 +131,22 @@ bool leave() {
     between_parts = call;
     part_began = now();
     due = part_began + seconds;
-    return seconds >= 0;
+    given_up = seconds < 0;
+    return !given_up;
 }
 
 constexpr int64_t ROWS = 128;        // of a product, or of an expert, that cannot be left
 constexpr int64_t QUERY_ROWS = 192;  // (query, head) rows of one key head, of a prompt's attention that cannot be left
 
 // Runs `work`, a function of first and count, on blocks of `rows` that are of about one size, at most `most`, and leaves
-// the step before each. Gives 0, or -1 where it fails or is given up.
+// the step before each; none once it is given up. Gives 0, or -1 where it fails.
 template <class Work>
 int32_t in_blocks(int64_t rows, int64_t most, const Work& work) {
     const int64_t blocks = (rows + most - 1) / most;
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t first = rows * block / blocks, end = rows * (block + 1) / blocks;
-        if (!leave() || work(first, end - first)) return -1;
+        if (!leave()) return 0;
+        if (work(first, end - first)) return -1;
     }
     return 0;
 }
@@ -161,6 +164,7 @@ int64_t count_rows(int64_t expert, const int64_t* expert_id, int64_t rows) {
 extern "C" int __tvm_ffi_arriero_between_parts(void*, const TaggedValue* arguments, int32_t, TaggedValue* result) {
     between_parts = reinterpret_cast<double (*)()>(arguments[0].integer);
     due = 0;
+    given_up = false;
     *result = {TAGGED_INTEGER, 0, 0};
     return 0;
 }
