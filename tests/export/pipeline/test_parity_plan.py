@@ -29,10 +29,11 @@ def test_steps_of_other_sizes_are_kept_on_tvm_up_to_two_of_the_largest(tmp_path:
 
 def test_what_a_step_gave_lies_beside_a_step_of_the_same_size(tmp_path: Path) -> None:
     folder = make_scout_toy(tmp_path / "toy", seed=1)
-    vocabulary = ModelConfig.load(folder).text.vocab_size
+    text = ModelConfig.load(folder).text
+    given = 4 * (text.vocab_size + len(text.layers) * text.hidden_size)  # logits, and the hidden state after each layer
     once, again, others = (planned(folder, "tvm", lengths) for lengths in ([40], [40] * 5, [40, 39, 40, 39, 39]))
-    assert again - once == 4 * 40 * vocabulary
-    assert others - planned(folder, "tvm", [40, 39]) == 4 * 39 * vocabulary
+    assert again - once == 40 * given
+    assert others - planned(folder, "tvm", [40, 39]) == 39 * given
 
 
 def test_a_backend_without_a_pool_holds_the_largest_step_alone(tmp_path: Path) -> None:
