@@ -24,6 +24,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,14 +160,19 @@ def run_capped(cap: int, options: argparse.Namespace) -> dict[str, Any]:
     """What a process of its own measures under `cap`; where it is to be bounded by a control group, and so the peer."""
     command = [sys.executable, *sys.argv, "--cap", str(cap)]
     if not options.cgroup:
-        return dict(json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout))
+        return dict(printed(command))
     with memory_group(cap + LIBRARIES) as group:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=group.enter)
-        one = dict(json.loads(done.stdout)) | {"group_peak": group.peak}
+        one = dict(printed(command, group)) | {"group_peak": group.peak}
     if options.gguf is not None:
         with memory_group(cap + LIBRARIES) as group:
             one |= peer_speed(options, group)
     return one
+
+
+def printed(command: Sequence[str | Path], group: MemoryGroup | None = None) -> Any:
+    """The JSON that a process prints, which runs in `group` where there is one."""
+    enter = None if group is None else group.enter
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=enter).stdout)
 
 
 def peer_speed(options: argparse.Namespace, group: MemoryGroup) -> dict[str, Any]:
@@ -176,10 +182,9 @@ def peer_speed(options: argparse.Namespace, group: MemoryGroup) -> dict[str, Any
     command = [options.llama_bench, "-m", options.gguf, "-p", "0", "-n", str(options.tokens), "-r", "2", "-o", "json"]
     command += ["-t", str(options.threads or usable_cores()), "-lm", "mmap", "--repack", "0"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_inblock
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=group.enter)
+    (result,) = printed(command, group)
     read = (resource.getrusage(resource.RUSAGE_CHILDREN).ru_inblock - before) * DISK_BLOCK
-    speed = float(json.loads(done.stdout)[0]["samples_ts"][-1])
-    return {"peer_tokens_per_second": speed, "peer_bytes": read, "peer_group_peak": group.peak}
+    return {"peer_tokens_per_second": result["samples_ts"][-1], "peer_bytes": read, "peer_group_peak": group.peak}
 
 
 def main() -> None:

@@ -88,6 +88,11 @@ def step_bytes(spec: ModelSpec, width: int, tokens: int) -> int:
     return 4 * (tokens * rows + 4 * spec.vocab_size) + STEP_FIXED
 
 
+def captured_bytes(spec: ModelSpec) -> int:
+    """What a step that captures for proofs gives of each token besides logits: the hidden state after each layer."""
+    return 4 * spec.hidden_size * len(spec.layers)
+
+
 def cache_bytes(spec: ModelSpec, tokens: int, item_bytes: int) -> int:
     """Bytes of the keys and values of one sequence of `tokens`; a chunked layer holds at most its chunk."""
     slots = sum(

@@ -228,17 +228,17 @@ class Scheduler:
             self._fail_reading(request, error)
             return
         last, row = np.array([len(ids) - 1]), self._rows.reading
-        interlude = self._interlude(backend, request)
-        alone, started = not self._rows.decoding, time.perf_counter()
+        interlude, is_left = self._interlude(backend, request), is_preemptible(backend)
+        has_others, started = bool(self._rows.decoding), time.perf_counter()
         try:
-            if is_preemptible(backend):
+            if is_left:
                 logits = read_preempted(backend, ids, features, row, last, interlude)[0]
             else:
                 logits = read_piece(backend, ids, features, row, last).logits[0, 0]
-            if alone or not is_preemptible(backend):
+            if not (is_left and has_others):  # whose steps are in the time
                 self._pace.read(len(ids), time.perf_counter() - started)
         except StepGivenUp:
-            pass  # it is ended with all others that are cancelled
+            pass  # the next turn ends it with all others that are cancelled
         except BaseException as error:
             self._fail_reading(request, error)
         else:
@@ -247,13 +247,13 @@ class Scheduler:
 
     def _read_tile(self, backend: Backend, request: Request) -> None:
         """Let the vision tower see the next tile of the prompt; where it can be left, rows get tokens meanwhile."""
-        interlude = self._interlude(backend, request)
-        preempted = partial(look_preempted, backend, between=interlude)
-        look = preempted if is_preemptible(backend) else backend.vision
+        interlude, look = self._interlude(backend, request), backend.vision
+        if is_preemptible(backend):
+            look = partial(look_preempted, backend, between=interlude)
         try:
             request.see_tile(partial(self._see, look))
         except StepGivenUp:
-            pass  # as in `_read`
+            pass  # the next turn ends it, as in `_read`
         except BaseException as error:
             self._fail_reading(request, error)
         interlude.check()

@@ -47,7 +47,7 @@ from arriero.runtimes.cpu import usable_cores
 from arriero.runtimes.expert_cache import ExpertCache
 from arriero.runtimes.forced_routing import PREFIX, forced_inputs, takes_routing
 from arriero.runtimes.memory import anonymous_memory
-from arriero.runtimes.memory_cap import MemoryShare, RecordSize, share_memory, step_bytes
+from arriero.runtimes.memory_cap import MemoryShare, RecordSize, captured_bytes, share_memory, step_bytes
 from arriero.runtimes.private_library import PrivateLibrary
 from arriero.runtimes.step_memory import StepMemory
 from arriero.runtimes.weight_files import MappedWeights, ReadWeights, WeightFiles, aligned, entry_bytes
@@ -254,7 +254,7 @@ class TvmBackend:
         function = function or ("prompt" if tokens >= self._graphs["text"].many else "step")
         if self._memory is not None:
             logits = len(feeds["logits_index"])
-            captured = 4 * self.spec.hidden_size * len(self.spec.layers) if function == "main" else 0
+            captured = captured_bytes(self.spec) if function == "main" else 0
             nbytes = self._token_bytes(tokens) + tokens * captured + 4 * self.spec.vocab_size * logits
             self._memory.before((function, tokens, logits, len(feeds["row_starts"])), nbytes)
         try:

@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from arriero.export.build_file.device import device_of
 from arriero.export.build_file.schema import BuildConfig, Target
 from arriero.export.calibration import estimate
-from arriero.export.calibration.estimate import process_memory
 from arriero.export.pipeline.cache_plan import cache_bytes, cache_type, kv_bytes
 from arriero.export.pipeline.disk_plan import KERNELS_DISK, graphs_disk, parts_of, report_disk
 from arriero.export.pipeline.parity_plan import parity_memory
@@ -78,7 +77,7 @@ def estimate_needs(
             if split_stage(name)[0] == "reference"
         },
     }
-    begun = held = process_memory(seen)  # what stays in the process
+    begun = held = estimate.process_memory(seen)  # what stays in the process
     used_before = set[str]()  # and which backends left some of it there
     compilers = min(COMPILERS, usable_cores()) * COMPILER_MEMORY
     first_waiting = next((target.name for target in targets if target.name in waiting), None)

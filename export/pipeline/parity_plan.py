@@ -9,11 +9,11 @@ from arriero.export.build_file.model_spec import model_spec
 from arriero.export.calibration.estimate import Size, tower_activations
 from arriero.export.pipeline.cache_plan import CACHE_BYTES, kv_bytes
 from arriero.export.pipeline.planned import FLOATS, PlannedTarget
-from arriero.graphs.config import ModelConfig, TextConfig
+from arriero.graphs.config import ModelConfig
 from arriero.graphs.names import EMBEDDING
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.runtimes.backend import TILES_AT_ONCE
-from arriero.runtimes.memory_cap import step_bytes
+from arriero.runtimes.memory_cap import captured_bytes, step_bytes
 from arriero.runtimes.step_memory import StepMemory
 from arriero.runtimes.steps import logits_piece
 from arriero.traits import PREFILL_PIECE, TRAITS
@@ -37,7 +37,7 @@ def parity_memory(used: Iterable[WeightSource], target: PlannedTarget, seen: Mod
         held += _steps_memory(seen, lengths, most, takes.computes_in)
     else:
         token, _ = _step_memory(seen)
-        outputs = LOGIT_COPIES * 4 * text.vocab_size + _captured(text)
+        outputs = LOGIT_COPIES * 4 * text.vocab_size + captured_bytes(model_spec(seen))
         held += int(min(longest, most) * (takes.computes_in * token + outputs))
     if not takes.maps_weights:
         exact = target.is_exact
@@ -58,18 +58,13 @@ def _step_memory(seen: ModelConfig) -> tuple[int, int]:
     return step_bytes(spec, width, 1) - fixed, fixed
 
 
-def _captured(text: TextConfig) -> int:
-    """Bytes of what a step gives of each token for proofs besides logits: the hidden state after each layer."""
-    return 4 * text.hidden_size * len(text.layers)
-
-
 def _steps_memory(seen: ModelConfig, lengths: Sequence[int], most: int, computes_in: float) -> int:
     """Bytes that are kept of the steps, of at most so many tokens, in which cases of these lengths are read.
 
     What a step gave is held until the next one has ended: two of the same size in turn have logits of their own.
     """
     token, fixed = _step_memory(seen)
-    logits, captured = 4 * seen.text.vocab_size, _captured(seen.text)
+    logits, captured = 4 * seen.text.vocab_size, captured_bytes(model_spec(seen))
     kept, peak, before = dict[int, float](), 0.0, 0
     memory = StepMemory(token * PREFILL_PIECE, kept.clear)
     for length in lengths:

@@ -56,7 +56,7 @@ class BundleSource:
 
         One that is larger keeps below the process' cap, experts read as they are needed, where its backend can.
         """
-        manifest = limit_context(open_manifest(self.folder), self.context)
+        manifest = self._open_manifest()
         check_proven(manifest)
         check_batch(manifest, self.batch)
         check_machine(manifest)
@@ -68,7 +68,7 @@ class BundleSource:
         return self._bundle(manifest, nbytes, partial(self._open, manifest.chain.artifact, prefixes, capped))
 
     def _open(self, identity: str, prefixes: int, capped: bool) -> Session:
-        manifest = limit_context(open_manifest(self.folder), self.context)
+        manifest = self._open_manifest()
         if manifest.chain.artifact != identity:
             what = "the bundle was replaced since the server was started"
             raise ArrieroError(what, where=str(self.folder), remedy="Start the server again")
@@ -80,6 +80,9 @@ class BundleSource:
             cap = MemoryCap(self.memory - beside, manifest.target.context, rows or manifest.target.batch)
         options = BackendOptions(self.threads, memory=cap)
         return open_session(manifest, options, None, rows, prefixes, planned_tokens(manifest), self.speculate, draft)
+
+    def _open_manifest(self) -> Manifest:
+        return limit_context(open_manifest(self.folder), self.context)
 
     def _open_draft(self) -> Manifest | None:
         if self.draft is None:
