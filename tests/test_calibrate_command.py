@@ -70,6 +70,9 @@ def test_a_build_tells_of_each_step_once_under_its_own_name_and_of_every_byte_th
     assert list(told)[:2] == ["plan", "hash checkpoint"]
     for step in (f"{target}: write text weights", f"{target}-rtn: write text weights", f"{target}-rtn: load"):
         assert step in told
+    # the baseline is measured and gone before the bundle's own weights are written: there is never a second copy
+    steps = list(told)
+    assert steps.index(f"{target}: measure the RTN baseline") < steps.index(f"{target}: write embed weights")
     for step in ("hash checkpoint", "graph: hash files", "calibrate: hash files", f"lower-{target}: hash files"):
         done, total = told[step].split(" of ")
         assert total.endswith(("iB ", " B "))

@@ -43,7 +43,7 @@ Need = tuple[int, int]  # of a stage: peak memory and disk, in bytes
 
 
 def estimate_needs(
-    names: Iterable[str],
+    names: Collection[str],
     config: ModelConfig,
     seen: ModelConfig,
     used: Sequence[WeightSource],
@@ -86,26 +86,27 @@ def estimate_needs(
         if target.name == first_waiting:
             needs["calibrate"] = (held - begun + walk, calibrated)
             held += int(estimate.LEFT_LATER * left)
-        first = target.backend not in used_before
-        compiling = (takes.compiler if first else takes.compiler // 2) + LOWERED_LAYER * seen.layers
+        stays = 0 if target.backend in used_before or target.done else takes.stays
+        compiler = takes.compiler // 2 if target.backend in used_before else takes.compiler
         written = target.weights_bytes + graphs_disk(seen) + parts_of(seen) * takes.code + side
-        lowering = (held + compiling + _lower_memory(used, target, schemes[target.name]), written)
-        if target.on_gpu:  # an engine beside the weights that it is made of
-            engine = ENGINE_MEMORY + ENGINE_COPIES * target.weights_bytes
-            lowering = (max(lowering[0], engine), written + target.weights_bytes + ENGINE_DISK)
-        needs[f"lower-{target.name}"] = lowering
+        if target.on_gpu:  # engines beside the weights that they are made of
+            written += target.weights_bytes + ENGINE_DISK
         if TRAITS[target.backend].compiles_for == "cpu":
             kernels = {name for name in names if name.startswith("kernels-")} - needs.keys()
             needs |= dict.fromkeys(kernels, (held + compilers, KERNELS_DISK))
-        if first and not target.done:
-            held += takes.stays
-            used_before.add(target.backend)
-        parity = held + parity_memory(used, target, seen, case_sizes)
-        proof = (parity, report_disk(seen, len(case_sizes), calibrated=target.name in waiting))
+        code, proving = LOWERED_LAYER * seen.layers, parity_memory(used, target, seen, case_sizes)
+        if f"rtn-{target.name}" in names:  # the baseline comes first
+            baseline = held + compiler + code + _lower_memory(used, target, schemes[target.name], anew=True)
+            held, stays, compiler = held + stays, 0, takes.compiler // 2
+            needs[f"rtn-{target.name}"] = (max(baseline, held + proving + RTN_LEFT), written)
+        lowering = held + compiler + code + _lower_memory(used, target, schemes[target.name])
+        if target.on_gpu:
+            lowering = max(lowering, ENGINE_MEMORY + ENGINE_COPIES * target.weights_bytes)
+        needs[f"lower-{target.name}"] = (lowering, written)
+        held += stays
+        used_before |= set() if target.done else {target.backend}
+        proof = (held + proving, report_disk(seen, len(case_sizes), calibrated=target.name in waiting))
         needs |= {name: proof for name in names if split_stage(name)[0] == f"parity-{target.name}"}
-        # the baseline's weights lie beside the bundle's own while it is measured
-        baseline = held + compiling + _lower_memory(used, target, schemes[target.name], anew=True)
-        needs[f"rtn-{target.name}"] = (max(baseline, parity + RTN_LEFT), written + proof[1])
     return needs
 
 

@@ -62,7 +62,10 @@ class Lowerings:
             return
         for target in targets:
             if not target.is_lowered and target.may_be_lowered:
-                target.prepare_lowering()
+                try:
+                    target.prepare_lowering()
+                except Exception:  # the build remembers it, and the target's own turn ends with it
+                    continue
                 self._ask(target, target.lowering_folder)
 
     def files(self, target: TargetBuild, folder: Path) -> set[str]:

@@ -108,9 +108,13 @@ class Plan:
     @property
     def disk(self) -> int:
         """Bytes of disk that all stages still to be done take together, and the bundles that they are for."""
+        taken = {stage.name: stage.disk for stage in self.stages if not stage.done}
+        for lower, baseline in ((f"lower-{target.name}", f"rtn-{target.name}") for target in self.targets):
+            if lower in taken and baseline in taken:  # a baseline is gone before the bundle's own weights are written
+                taken[lower] = max(taken[lower], taken.pop(baseline))
         names = {stage.name for stage in self.stages}
         copied = sum(target.copied for target in self.targets if f"lower-{target.name}" in names)
-        return sum(stage.disk for stage in self.stages if not stage.done) + copied
+        return sum(taken.values()) + copied
 
     @property
     def seconds(self) -> float:

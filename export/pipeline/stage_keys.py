@@ -78,7 +78,7 @@ def stage_inputs(
     calibration = key_of("calibrate", stages["calibrate"])
     for target in build.targets:
         lower, parity = f"lower-{target.name}", f"parity-{target.name}"
-        stages[lower] = {
+        lowered: KeyInputs = {
             "checkpoint": content_hash,
             "graph": graph,
             "calibrate": calibration if reads_calibration(target, profiles) else None,
@@ -91,12 +91,13 @@ def stage_inputs(
             "source": source_hash(*_lowers(target)),
         }
         if adapted:
-            stages[lower]["adapters"] = dict(adapted)
-        proven = {"lower": key_of(lower, stages[lower]), "reference": key_of("reference", stages["reference"])}
+            lowered["adapters"] = dict(adapted)
+        proven = {"lower": key_of(lower, lowered), "reference": key_of("reference", stages["reference"])}
         source = source_hash(*PROVES, f"runtimes/{TRAITS[target.backend].module}.py")
         if profiles[target.profile].calibration is not None:
             own = kernels.get(f"kernels-{architecture()}")  # the baseline is measured here
             stages[f"rtn-{target.name}"] = {**proven, "kernels": own, "source": source}
+        stages[lower] = lowered
         judged = {
             "thresholds": thresholds(build, target, profiles[target.profile]),
             "forced_routing": build.parity.forced_routing,

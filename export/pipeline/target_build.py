@@ -64,6 +64,9 @@ if TYPE_CHECKING:
     from arriero.export.pipeline.build import Build
 
 
+OWN = ("lower-", "rtn-", "parity-")  # how the names of stages begin that one target has
+
+
 class TargetBuild:
     """One target at work, within a `Build` that holds the output folder."""
 
@@ -132,7 +135,8 @@ class TargetBuild:
         own = [name for name in self.build.inputs if split_stage(name)[0].endswith(f"-{self.target.name}")]
         ran = self.build.work.ran
         stages = {name: ran.get(name) for name in own if name in ran or result.state != "up to date"}
-        shared = {name: seconds for name, seconds in ran.items() if name not in before and name not in own}
+        # a target that was got ready ahead has stages of its own in `ran`
+        shared = {name: seconds for name, seconds in ran.items() if name not in before and not name.startswith(OWN)}
         return replace(result, seconds=time.monotonic() - start, stages={**shared, **stages})
 
     def _run(self) -> TargetResult:
@@ -201,8 +205,10 @@ class TargetBuild:
         return self.stage("lower", partial(self.build.lowerings.files, self), resumes=True)
 
     def prepare_lowering(self) -> None:
-        """Finish the stages that the stage `lower-*` reads: no stage runs within another."""
-        _ = self.build.graph, self.roundings, self.kernels
+        """Finish the stages before the stage `lower-*`: those that it reads, as no stage runs within another, and the
+        RTN baseline's, whose weights are gone before the bundle's own are written.
+        """
+        _ = self.build.graph, self.roundings, self.kernels, self.terms
 
     @property
     def is_lowered(self) -> bool:
@@ -334,38 +340,35 @@ class TargetBuild:
         forced = self.build.config.parity.forced_routing
         if self.decided.calibration is None:
             return ProofTerms(limits, forced_routing=forced)
-        if self.device is not None and target_gpu(self.target) is not None:
+        gpu = target_gpu(self.target)
+        if gpu is not None and gpu not in local_gpus():
             gone = {name: limit for name, limit in limits.items() if name != OVER_RTN}
             why = "the RTN baseline's engines run on the target's GPU alone"
             return ProofTerms(gone, unmeasured=why, forced_routing=forced)
-        _ = self.build.record, self.lowered, self.native_kernels
+        _ = self.build.graph, self.build.record, self.native_kernels
         return ProofTerms(limits, read_part(RtnKl, self.stage("rtn", self.measure_rtn)), forced_routing=forced)
 
     def measure_rtn(self, folder: Path) -> None:
         """Stage `rtn-*`: KL of the RTN baseline of the target's profile on the parity cases.
 
-        Its key/value cache is the target's own: it is the weights' calibration that is judged.
+        Its key/value cache is the target's own: it is the weights' calibration that is judged. What rounding costs is
+        the same on every processor, so it is measured on this one whatever the target is for.
         """
         from arriero.export.proof.rtn_baseline import measure_rtn_baseline
 
         step = f"{self.target.name}: measure the RTN baseline"
 
-        def lower_text(rtn: Path) -> None:
-            parts: tuple[str, ...] = ("text",)
-            target, kernels = self.target.model_copy(update={"name": f"{self.target.name}-rtn"}), self.kernels
-            arch = kernel_arch(target)
-            if arch is not None and (arch != architecture() or self.device is not None):
-                # What rounding costs is the same on every processor, so a foreign target's is measured on this one.
-                parts, target = self.build.parts, target.model_copy(update={"cpu": NATIVE})
-                kernels = self.native_kernels
-            self.lower_parts(target, parts, self.decided.rtn_baseline(), None, rtn)
-            self.compile(target, parts, kernels, rtn)
+        def lower(rtn: Path) -> None:
+            native = {"cpu": NATIVE} if kernel_arch(self.target) is not None else {}
+            target = self.target.model_copy(update={"name": f"{self.target.name}-rtn", **native})
+            self.lower_parts(target, self.build.parts, self.decided.rtn_baseline(), None, rtn)
+            copy_tokenizer(self.build.checkpoint.side_folder, rtn / "tokenizer")
+            self.compile(target, self.build.parts, self.native_kernels, rtn)
 
         kl = measure_rtn_baseline(
             self.build.record,
             self.target.backend,
-            self.lowered,
-            lower_text,
+            lower,
             folder,
             lambda done, total: self.build.watch(step, done, total, "samples"),
         )

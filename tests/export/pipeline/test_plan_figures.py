@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,10 +65,14 @@ def test_figures_of_other_shapes(tmp_path, shape):
     check_figures(build_file)
 
 
-def test_a_baseline_is_planned_with_weights_of_its_own(tmp_path):
-    """They lie beside the bundle's while both are measured, and are gone afterwards."""
+def test_a_baselines_weights_are_gone_before_the_bundles_are_written(tmp_path):
+    """So they take disk besides only where the bundle's own are there already, of a build with other cases, say."""
     build_file = write_build(tmp_path / "build.yaml", ROOT / "models" / "chasqui", "text", ("int4",), samples=3)
     plan = make_plan(load_build(build_file))
     disk = {stage.name: stage.disk for stage in plan.stages}
     assert disk["rtn-int4"] == pytest.approx(disk["lower-int4"], rel=0.15)
     assert disk["rtn-int4"] > plan.targets[0].weights_bytes
+    every = sum(disk.values()) + plan.targets[0].copied
+    assert plan.disk == every - min(disk["rtn-int4"], disk["lower-int4"])
+    stages = tuple(replace(stage, done=stage.name == "lower-int4") for stage in plan.stages)
+    assert replace(plan, stages=stages).disk == every - disk["lower-int4"]
