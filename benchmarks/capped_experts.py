@@ -8,10 +8,10 @@
 
 The text model is lowered and compiled for this machine into the folder, once; int4 is rounded to nearest, as speed does
 not depend on it. Then each share of the experts is measured in a process of its own, over random tokens: a prompt, then
-one token at a time. The drive is read with as many threads and pieces as large, right before. RssAnon is the most that
-the process had; "foretold" is what `arriero plan --memory` says of uniform routing. With `--cgroup` each share runs in
-a control group whose memory, page cache included, is bounded by the cap and some for libraries; llama.cpp then decodes
-the GGUF file, mapped into memory, within the same bound.
+one token at a time. The drive is read with as many threads and pieces as large, right before, memory before and after;
+"foretold" is what `arriero plan --memory` says of uniform routing at these speeds. RssAnon is the most that the process
+had. With `--cgroup` each share runs in a control group whose memory, page cache included, is bounded by the cap and
+some for libraries; llama.cpp then decodes the GGUF file, mapped into memory, within the same bound.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from arriero.export.build_file.model_spec import model_spec
 from arriero.export.compile import Device
 from arriero.export.compile.build_kernels import build_kernels
 from arriero.export.compile.tvm import compile_graphs
-from arriero.export.machine.read_speed import ReadSpeed, drive_speed, measure_read_speed
+from arriero.export.machine.read_speed import ReadSpeed, drive_speed, memory_speed
 from arriero.export.pipeline.foretell_cap import StoredWeights, foretell, uniform_rates
 from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.config import ModelConfig
@@ -213,19 +213,22 @@ def main() -> None:
         return
     make(checkpoint, config, profile, options.folder)
     used = [info for info in checkpoint.tensors.values() if info.name.startswith(TEXT_PREFIX)]
-    weights, speed = StoredWeights.of(config.text, used, profile, TRAITS["tvm"]), measure_read_speed(options.folder)
+    weights = StoredWeights.of(config.text, used, profile, TRAITS["tvm"])
     print(f"{options.model} as {options.profile} on {describe_processor()}; drive read by its own: see each line")
     results = {}
     for share in options.shares:
-        one = run_capped(cap_of(options.folder, config, share, options.threads), options)
-        own = ReadSpeed(speed.memory, one["drive_rate"], None)
+        cap, before = cap_of(options.folder, config, share, options.threads), memory_speed()
+        one = run_capped(cap, options)
+        one["memory_rate"] = (before + memory_speed()) / 2
+        own = ReadSpeed(one["memory_rate"], one["drive_rate"], None)
         capped = foretell("", MemoryCap(one["cap"], CONTEXT, 1), weights, config, uniform_rates(config.text), own, 4)
         results[share] = one | {"foretold_tokens_per_second": capped.tokens_per_second}
         print(
             f"{share:3} % of experts ({one['slots']} a layer), cap {one['cap'] / 2**20:.0f} MiB, RssAnon "
             f"{one['anonymous'] / 2**20:.0f} MiB: prompt {one['prompt_tokens_per_second']:.1f} tokens/s in pieces of "
             f"{one['piece']} ({one['prompt_bytes'] / 1e9:.2f} GB read), decode {one['tokens_per_second']:.2f} tokens/s "
-            f"(foretold {capped.tokens_per_second:.2f}), hit rate {one['hit_rate']:.0%}, "
+            f"(foretold {capped.tokens_per_second:.2f}, memory at {one['memory_rate'] / 1e9:.1f} GB/s), "
+            f"hit rate {one['hit_rate']:.0%}, "
             f"{one['bytes_per_token'] / 1e6:.1f} MB a token, read at {one['read_rate'] / 1e9:.2f} GB/s of "
             f"{one['drive_rate'] / 1e9:.2f}, {one['waited_share']:.0%} of the time waited"
             + "".join(

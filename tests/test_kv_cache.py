@@ -84,6 +84,22 @@ def test_a_saved_chat_goes_on_with_its_narrow_cache(compiled: Path, tmp_path: Pa
         assert session.load_chat(tmp_path / "chat").send("And 3 more?", max_tokens=9).token_ids == expected
 
 
+def test_a_bundle_of_rounded_weights_keeps_and_says_float16_without_being_asked(tmp_path: Path) -> None:
+    pytest.importorskip("tvm", reason="needs apache-tvm: pip install 'arriero[tvm]'")
+    small_scout(tmp_path / "scout", vision=False)
+    file = write_build(tmp_path / "build.yaml", Path("scout"), "text", ("int8",), 4, THRESHOLDS, backend="tvm")
+    assert "kv_cache" not in file.read_text()
+    done = arriero("build", file)
+    assert done.code == 0, done.err
+    (folder,) = (one.parent for one in (tmp_path / "bundles").glob("*/manifest.json"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["target"]["kv_cache"] == "float16"
+    assert json.loads((folder / "parity.json").read_text())["labels"]["KV cache"] == "float16"
+    with package.load(folder, threads=1) as session:
+        store = session.backend.new_cache(1, 64).store  # type: ignore[attr-defined]
+        assert {buffer.dtype for buffer in (*store.keys, *store.values)} == {np.dtype("float16")}
+
+
 @pytest.mark.parametrize("name", ["fp32", "int8"])
 def test_a_bundle_says_how_it_keeps_keys_and_values(built: Path, name: str) -> None:
     bundle = built / "bundles" / name

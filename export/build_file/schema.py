@@ -91,10 +91,11 @@ class Target(_Section):
     )
     context: Count = Field(default=4096, description="Tokens that one sequence may hold, prompt and answer together.")
     batch: Count = Field(default=1, description="Sequences decoded together.")
-    kv_cache: CacheType = Field(
-        default="float32",
-        description="How keys and values are kept, beside any profile: `float16` (`tvm`) takes half of the memory, "
-        "`int8` (`onnxruntime`, `tvm`) a quarter.",
+    kv_cache: CacheType | None = Field(
+        default=None,
+        description="How keys and values are kept, beside any profile: `float32`, `float16` (`tvm`) in half of the "
+        "memory, or `int8` (`onnxruntime`, `tvm`) in a quarter. Left out, it is `float16` where the backend has it and "
+        "the profile rounds weights, and `float32` elsewhere; only what is asked for here loosens thresholds.",
     )
     shard: Size = Field(
         default=SHARD, description="Most bytes of one file of weights. A weight that is larger has a file of its own."

@@ -42,7 +42,7 @@ def measure_read_speed(folder: Path) -> ReadSpeed:
         scratch.flush()
         os.fsync(scratch.fileno())
         drive, buffered = drive_speed(Path(scratch.name))
-    return ReadSpeed(_memory_speed(), drive, buffered)
+    return ReadSpeed(memory_speed(), drive, buffered)
 
 
 def drive_speed(file: Path) -> tuple[float, str | None]:
@@ -64,7 +64,8 @@ def drive_speed(file: Path) -> tuple[float, str | None]:
         os.close(descriptor)
 
 
-def _memory_speed() -> float:
+def memory_speed() -> float:
+    """Bytes per second that all cores read from memory together, the best of three times."""
     cores = usable_cores()
     blocks = [np.ones(MEMORY_BYTES // 8, np.int64) for _ in range(cores)]
     best = 0.0

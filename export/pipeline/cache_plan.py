@@ -6,9 +6,9 @@ from typing import Any
 
 from arriero.export.build_file.schema import Target
 from arriero.graphs.config import TextConfig
-from arriero.profiles.kv_cache import ITEM_BYTES
+from arriero.profiles.kv_cache import ITEM_BYTES, CacheType
 from arriero.profiles.recipe import Profile
-from arriero.profiles.schemes import Half
+from arriero.profiles.schemes import Exact, Half
 from arriero.traits import TRAITS
 
 CONTEXTS = {"8k": 1 << 13, "128k": 1 << 17, "1M": 1 << 20, "10M": 10 << 20}
@@ -22,9 +22,18 @@ def kv_bytes(text: TextConfig, tokens: int, item_bytes: int) -> int:
 
 
 def cache_type(target: Target, profile: Profile) -> str:
-    """The type of the target's keys and values: as it asks, on GPUs as the profile computes."""
+    """The type of the target's keys and values: on GPUs as the profile computes, elsewhere as its graphs keep them."""
     formats = [rule.scheme.format for rule in profile.rules if isinstance(rule.scheme, Half)]
-    return formats[0] if TRAITS[target.backend].compiles_for == "gpu" and formats else target.kv_cache
+    return formats[0] if TRAITS[target.backend].compiles_for == "gpu" and formats else graph_cache(target, profile)
+
+
+def graph_cache(target: Target, profile: Profile) -> CacheType:
+    """The type of keys and values in the target's graphs: what it asks for.
+
+    One that asks for none has float16 where the backend keeps it and the profile rounds weights anyway.
+    """
+    rounds = not all(isinstance(rule.scheme, Exact | Half) for rule in profile.rules)
+    return target.kv_cache or ("float16" if rounds and "float16" in TRAITS[target.backend].cache_types else "float32")
 
 
 def cache_bytes(target: Target, profile: Profile) -> int:

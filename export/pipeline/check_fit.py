@@ -43,7 +43,7 @@ def check_fit(build: BuildConfig, config: ModelConfig) -> None:
             what = f"the backend {target.backend} compiles for no processor: its bundles run on any"
             problems.append(ArrieroError(what, where=f"targets[{number}].cpu", remedy="Remove the key"))
         problems += _gpu_problems(target, f"targets[{number}].gpu")
-        if target.kv_cache not in traits.cache_types:
+        if target.kv_cache not in (None, *traits.cache_types):
             kept = "what the profile computes in" if traits.compiles_for == "gpu" else ", ".join(traits.cache_types)
             what = f"the backend {target.backend} keeps keys and values in {kept}"
             problems.append(ArrieroError(what, where=f"targets[{number}].kv_cache", remedy="Remove the key"))

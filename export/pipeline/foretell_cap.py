@@ -14,6 +14,7 @@ from arriero.errors import ArrieroError
 from arriero.export.build_file.model_spec import model_spec
 from arriero.export.build_file.schema import BuildConfig
 from arriero.export.machine.read_speed import ReadSpeed, measure_read_speed
+from arriero.export.pipeline.cache_plan import cache_bytes
 from arriero.export.pipeline.estimate_needs import is_used, stored_size
 from arriero.export.pipeline.fitted_profiles import fitted_profiles
 from arriero.graphs.checkpoint import Checkpoint
@@ -21,7 +22,6 @@ from arriero.graphs.config import ModelConfig, TextConfig
 from arriero.graphs.names import EMBEDDING, expert_tensors
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.graphs.stored.safetensors_writer import ALIGNMENT
-from arriero.profiles.kv_cache import ITEM_BYTES
 from arriero.profiles.recipe import Profile
 from arriero.runtimes.backend import MemoryCap
 from arriero.runtimes.memory_cap import RecordSize, share_memory, step_bytes
@@ -70,8 +70,9 @@ def foretell_capped(build: BuildConfig, memory: int, trace: Path | None) -> tupl
     foretold = []
     for target in capped:
         cap = MemoryCap(memory, target.context, target.batch)
+        item = cache_bytes(target, profiles[target.profile])
         weights = StoredWeights.of(config.text, used, profiles[target.profile], TRAITS[target.backend])
-        foretold.append(foretell(target.name, cap, weights, config, rates, speed, ITEM_BYTES[target.kv_cache]))
+        foretold.append(foretell(target.name, cap, weights, config, rates, speed, item))
     return foretold, speed
 
 

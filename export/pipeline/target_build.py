@@ -24,7 +24,7 @@ from arriero.export.compile.cpus import NATIVE
 from arriero.export.compile.nvidia.engine_shapes import Limits
 from arriero.export.compile.nvidia.gpus import local_gpus
 from arriero.export.pipeline.bundle import Parts, assemble, copy_licenses, copy_tokenizer, is_current, write_manifest
-from arriero.export.pipeline.cache_plan import cache_bytes
+from arriero.export.pipeline.cache_plan import cache_bytes, graph_cache
 from arriero.export.pipeline.explain_failure import explain_failures
 from arriero.export.pipeline.failure_page import FailurePage
 from arriero.export.pipeline.parts import read_part, write_part
@@ -256,9 +256,10 @@ class TargetBuild:
     @property
     def cache(self) -> StoredCache:
         """How the target keeps keys and values."""
-        if self.target.kv_cache != "int8":
-            return StoredCache(self.target.kv_cache)
-        return StoredCache("int8", cache_scales(json.loads((self.build.calibrated / "cache.json").read_text())))
+        kept = graph_cache(self.target, self.profile)
+        if kept != "int8":
+            return StoredCache(kept)
+        return StoredCache(kept, cache_scales(json.loads((self.build.calibrated / "cache.json").read_text())))
 
     def lower(self, folder: Path) -> set[str]:
         """Stage `lower-*`: the backend's graphs and weights, tokenizer, licences, and proof that it loads them."""
@@ -401,7 +402,7 @@ class TargetBuild:
         parts = Parts(
             model=model_spec(build.model),
             source=self.source(),
-            target=self.target.model_dump(),
+            target=self.target.model_dump() | {"kv_cache": graph_cache(self.target, self.profile)},
             tools=build.inputs["graph"]["tools"],
             lowered=read_part(LoweredPart, self.lowered),
             calibrated=self.calibrated,

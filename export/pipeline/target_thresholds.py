@@ -11,12 +11,14 @@ from arriero.thresholds import FORCED, OVER_RTN
 
 
 def thresholds(build: BuildConfig, target: Target, profile: Profile) -> dict[str, float]:
-    """The parity thresholds of `target`: its profile's, with what a narrower cache may cost, and the build file's own.
+    """The parity thresholds of `target`: its profile's, and the build file's own.
+
+    A profile's are loosened by what a cache may cost that the target asks for.
 
     A profile's threshold on generated answers holds for forced ones where the build has these; the build file's own are
     refused when they are of the other kind. What beats an RTN baseline is asked of profiles that calibrate alone.
     """
-    own = widen_thresholds(profile.thresholds, target.kv_cache)
+    own = widen_thresholds(profile.thresholds, target.kv_cache or "float32")
     forced = answer_mode(build) == "forced"
     other = set(FORCED) if forced else set(FORCED.values())
     for name in build.parity.thresholds:
