@@ -175,7 +175,7 @@ def test_a_float16_cache_is_a_half_and_needs_no_calibration(folder):
     ("backend", "profile", "kept"),
     [
         ("tvm", "int8", "float16"),
-        ("tvm", "int4", "float16"),
+        ("tvm", "int8-all", "float16"),
         ("tvm", "fp32", "float32"),
         ("onnxruntime", "int8", "float32"),
     ],
