@@ -93,6 +93,8 @@ class KVCache(RowStore):
     def reserve(self, tokens: int) -> None:
         """Make sure every layer has slots for rows of `tokens` tokens; refuses more than `capacity`."""
         check_room(tokens, self.capacity)
+        if self.has_all_slots:
+            return
         for number, layer in enumerate(self.spec.layers):
             limit = self._limit(layer)
             have = self.keys[number].shape[2]
@@ -128,10 +130,9 @@ def check_step(positions: Ints, cache: CacheRows[Any]) -> None:
     batch, steps = positions.shape
     chunk = cache.spec.attention_chunk_size
     first = cache.lengths
-    crosses = bool(np.any(first // chunk != (first + steps - 1) // chunk))
-    if (batch > 1 and steps > 1) or crosses:
+    if steps > 1 and (batch > 1 or first[0] // chunk != (first[0] + steps - 1) // chunk):
         raise ValueError("a step is one row inside one attention chunk, or one token per row")
-    if not np.array_equal(positions, first[:, None] + np.arange(steps)):
+    if len(first) != batch or (positions != first[:, None] + np.arange(steps)).any():
         raise ValueError("positions must continue the cache")
 
 

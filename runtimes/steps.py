@@ -1,5 +1,6 @@
 """The two steps of a sequence, each one call on the backend's own thread, and what may come out of them.
 
+What a backend can besides is asked by its attribute: `isinstance` of a protocol takes longer than a token may wait.
 Shapes: B batch rows, S new tokens of a row, H hidden, V vocabulary, M image placeholder tokens.
 """
 
@@ -72,7 +73,7 @@ def look_preempted(backend: Backend, tile: Floats, between: Between) -> Floats:
 
 def is_preemptible(backend: Backend) -> bool:
     """Whether a step of `backend` can be left between parts of its layers for steps of other rows."""
-    return isinstance(backend, Preemptible) and backend.preemptible
+    return bool(getattr(backend, "preemptible", False))
 
 
 def read_forced(backend: Backend, ids: Ints, features: Floats, cache: Cache, expert_ids: Mapping[int, Ints]) -> Floats:
@@ -86,7 +87,7 @@ def read_forced(backend: Backend, ids: Ints, features: Floats, cache: Cache, exp
 
 def forces_routing(backend: Backend) -> bool:
     """Whether tokens of `backend` can be sent to other experts than its routers choose."""
-    return isinstance(backend, ForcesRouting) and backend.forces_routing
+    return bool(getattr(backend, "forces_routing", False))
 
 
 def append_tokens(backend: Backend, tokens: Sequence[int], cache: Cache) -> Floats:
@@ -114,7 +115,7 @@ def append_rows(backend: Backend, tokens: Sequence[Sequence[int]], cache: Cache)
 
 def packs_rows(backend: Backend) -> bool:
     """Whether any rows may share a step of `backend` without a change of their bits."""
-    return isinstance(backend, PacksRows) and backend.packs
+    return bool(getattr(backend, "packs", False))
 
 
 def least_piece(backend: Backend) -> int:

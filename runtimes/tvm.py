@@ -11,12 +11,13 @@ dimension, L slots that get logits, k experts per token, M image placeholder tok
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import math
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,6 +60,9 @@ CPU = 1, 0  # DLPack's device type and number
 # the seconds in which it need not be called again.
 BETWEEN_PARTS = "arriero_between_parts"
 NAIVE, POOLED = 1, 2  # allocators: what keeps the memory of every size that was asked for is not for a cap
+
+
+Machine = Callable[[str], Any]  # of TVM: what runs each function of a library
 
 
 class TvmBackend:
@@ -291,8 +295,10 @@ class _Graph:
             # of keys and values; bundles from before they could be narrower do not say it
             self.cache = np.dtype(signature.get("cache") or "float32")
         self.library: Any = None
-        self._machine: Any = None
-        self._meanwhile: Any = None  # a second machine, for a step while one of the first is left: it can run but one
+        self._machine: Machine | None = None
+        self._meanwhile: Machine | None = (
+            None  # a second one, for a step while one of the first is left: it can run but one
+        )
 
     def sizes(self) -> list[RecordSize]:
         """The layers' experts."""
@@ -319,17 +325,18 @@ class _Graph:
         self._operands = [ffi.from_dlpack(array) for array in (*self.tables, *self._arrays)]
         self._machine = machine
 
-    def _new_machine(self, allocator: int) -> Any:
+    def _new_machine(self, allocator: int) -> Machine:
         machine = self.library["vm_load_executable"]()
         machine["vm_initialization"](*CPU, allocator)
-        return machine
+        return functools.cache(machine.__getitem__)  # which takes as long as a layer's norm
 
     def run(self, feeds: Mapping[str, np.ndarray], function: str = "main") -> list[np.ndarray]:
         """Give the outputs of `function` over `feeds` (by input name), in order."""
         ffi = self._ffi
         use_threads(self._threads)
         arguments = [self._parts if name == "threads" else ffi.from_dlpack(feeds[name]) for name in self.inputs]
-        results = self._machine[function](*arguments, *self._operands)
+        assert self._machine is not None
+        results = self._machine(function)(*arguments, *self._operands)
         return [np.from_dlpack(item) for item in (results if isinstance(results, ffi.Array) else [results])]
 
     @contextmanager

@@ -32,13 +32,16 @@ class Detokenizer:
         """Use `decode`; `skip_special_tokens` says which of its two wholes the pieces make, special ones left out."""
         self._decode, self._skip = decode, skip_special_tokens
         self._ids: list[int] = []
+        self._special: dict[int, bool] = {}
         # [_context, _done) is the last piece, decoded again with the new ids, since a tokenizer may treat the
         # first id of a list differently (a leading space, say)
         self._context, self._done = 0, 0
 
     def is_special(self, token: int) -> bool:
         """Whether `token` is a control token: text comes of it with special tokens, and none without them."""
-        return not self._decode([token]) and bool(self._decode([token], skip_special_tokens=False))
+        if token not in self._special:
+            self._special[token] = not self._decode([token]) and bool(self._decode([token], skip_special_tokens=False))
+        return self._special[token]
 
     def push(self, token: int) -> list[Piece]:
         """Take one more id and give the text that it completes: often one piece, none within a character."""

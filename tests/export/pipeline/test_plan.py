@@ -163,36 +163,6 @@ def test_context_prices(folder, scout):
     assert plan.targets[0].kv_bytes == 2 * kv_bytes(ModelConfig.load(scout).text, 128, 4)
 
 
-def test_a_float16_cache_is_a_half_and_needs_no_calibration(folder):
-    texts = [BUILD.replace("profile: fp32", f"profile: fp32, kv_cache: {cache}") for cache in ("float32", "float16")]
-    exact, half = (make_plan(load(folder, text.replace("backend: onnxruntime", "backend: tvm"))) for text in texts)
-    assert half.targets[1].kv_bytes * 2 == exact.targets[1].kv_bytes
-    assert half.targets[1].kv_cache == "float16"
-    assert {one.name for one in half.stages} == {one.name for one in exact.stages}
-
-
-@pytest.mark.parametrize(
-    ("backend", "profile", "kept"),
-    [
-        ("tvm", "int8", "float16"),
-        ("tvm", "int8-all", "float16"),
-        ("tvm", "fp32", "float32"),
-        ("onnxruntime", "int8", "float32"),
-    ],
-)
-def test_rounded_weights_have_a_float16_cache_where_there_is_one_within_their_own_thresholds(
-    folder, backend, profile, kept
-):
-    text = BUILD.replace("backend: onnxruntime, profile: fp32", f"backend: {backend}, profile: {profile}")
-    plain, asked = (load(folder, text.replace("context: 256", more)) for more in ("context: 256", f"kv_cache: {kept}"))
-    target = make_plan(plain).targets[1]
-    assert target.kv_cache == kept
-    assert target.kv_bytes == kv_bytes(ModelConfig.load(folder / "model").text, 256, 2 if kept == "float16" else 4)
-    own = load_profile(profile)
-    assert thresholds(plain, plain.targets[1], own) == own.thresholds
-    assert (thresholds(asked, asked.targets[1], own) == own.thresholds) == (kept == "float32")
-
-
 def test_an_int8_cache_is_a_quarter_and_has_keys_and_thresholds_of_its_own(folder):
     plain, other = load(folder), load(folder, BUILD.replace("profile: fp32", "profile: fp32, kv_cache: int8"))
     before, after = make_plan(plain), make_plan(other)
