@@ -58,7 +58,7 @@ GROUPS: dict[str, Group] = {
         "One small matrix that every image feature goes through.",
     ),
 }
-# The matrices of decoder layers: calibration sees their inputs, and no others'.
+# The matrices of decoder layers: calibration sees their inputs, and the head's, and no others'.
 LAYER_GROUPS = ("attention", "shared_expert", "mlp", "experts")
 
 _PATTERNS = {name: re.compile(group.names) for name, group in GROUPS.items()}
@@ -72,6 +72,11 @@ def group_of(tensor: str) -> str | None:
 def is_layer_matrix(tensor: str) -> bool:
     """Whether `tensor` is a matrix, or a stack of experts, of a decoder layer."""
     return group_of(tensor) in LAYER_GROUPS
+
+
+def is_head(tensor: str) -> bool:
+    """Whether `tensor` is the matrix that gives the logits."""
+    return group_of(tensor) == "head"
 
 
 def is_table(tensor: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, StrictFloat, StrictInt, model_validator
 
 from arriero.errors import ArrieroError, Problems
-from arriero.profiles.groups import is_layer_matrix, is_table
+from arriero.profiles.groups import is_head, is_layer_matrix, is_table
 from arriero.profiles.schemes import AsStored, Candidate, Chosen, Exact, Fp8, Half, IntBlock, Record, Scheme, Static
 from arriero.profiles.selectors import Keep, Rule, Selector, Text
 from arriero.profiles.validate import refusal, validated
@@ -197,7 +197,8 @@ def _settled(candidate: Scheme, rule: Rule) -> Scheme:
 def check_shapes(profile: Profile, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse, all at once and before anything runs, what `profile` asks of these tensors and cannot be done.
 
-    A matrix is [N, K], a stack of experts [E, K, N]; K must divide into blocks. Calibration sees the decoder's layers.
+    A matrix is [N, K], a stack of experts [E, K, N]; K must divide into blocks. Calibration sees the decoder's layers
+    and, for gptq, the head.
     """
     problems: list[ArrieroError] = []
     assigned = [pair for form in profile.forms for pair in form.assign(shapes).items()]
@@ -214,12 +215,12 @@ def check_shapes(profile: Profile, shapes: Mapping[str, tuple[int, ...]]) -> Non
             scheme.check(shapes[name], name)
         except ArrieroError as error:
             problems.append(error)
-        if scheme.calibrates and not is_layer_matrix(name):
+        if scheme.calibrates and not is_layer_matrix(name) and not (is_head(name) and isinstance(scheme, IntBlock)):
             problems.append(
                 ArrieroError(
                     "calibration sees no inputs of this tensor",
                     where=name,
-                    expected=f"{scheme.label} for matrices of the text decoder's layers only",
+                    expected=f"{scheme.label} for matrices of the text decoder's layers, and gptq for the head, only",
                     remedy="Give it a scheme that needs no calibration, or put it under `keep`",
                 )
             )

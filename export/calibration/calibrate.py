@@ -1,9 +1,9 @@
 """Stage `calibrate`: what the reference's layers and experts really see, and the roundings and scales that follow.
 
 Layer by layer: run all samples through it, count and measure the inputs of each matrix and each expert, round its
-matrices for every profile that calibrates (`round_matrices.py`), forget the inputs. A killed stage goes on after its
-last finished layer: the samples go through the next one again, and what was rounded of it stays. What was changed since
-it was written is made again, from the embeddings on where nothing nearer is left.
+matrices for every profile that calibrates (`round_matrices.py`), forget the inputs; at last the head (`round_head.py`).
+A killed stage goes on after its last finished layer: the samples go through the next one again, and what was rounded of
+it stays. What was changed since it was written is made again, from the embeddings on where nothing nearer is left.
 Legend: K input features, N output features.
 """
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from arriero.errors import ArrieroError
 from arriero.export.calibration.choice import CHOICE, decide, open_groups
+from arriero.export.calibration.round_head import round_head
 from arriero.export.calibration.round_matrices import (
     ExpertJob,
     Form,
@@ -34,7 +35,7 @@ from arriero.export.machine.jobs import Submit, do_here
 from arriero.export.proof.routed_rows import Routed
 from arriero.export.proof.walk_layers import LayerInputs, Walk
 from arriero.graphs.checkpoint import Checkpoint
-from arriero.graphs.names import expert_tensors
+from arriero.graphs.names import HEAD, expert_tensors
 from arriero.profiles.journal import Region, Tell, keep_silent
 from arriero.profiles.quantize import dequantize
 from arriero.profiles.quantized_weights import QuantizedWeights, RoundingRecord
@@ -87,6 +88,7 @@ class Calibration:
         layers = range(len(self.walk.text.layers))
         for layer in layers[self._resume() :]:
             self._layer(layer)
+        self._head()
         records = [json.loads(self._record(layer).read_text()) for layer in layers]
         coverage = {str(layer): one["coverage"] for layer, one in enumerate(records) if one["coverage"] is not None}
         ranges = {tensor: entry for one in records for tensor, entry in one["ranges"].items()}
@@ -119,7 +121,7 @@ class Calibration:
         """The first layer to do: the first that is not done, or 0, the samples embedded."""
         layers = len(self.walk.text.layers)
         start = next((layer for layer in range(layers) if not self._is_done(layer)), layers)
-        if start == layers or self.walk.has_hidden(start):
+        if self.walk.has_hidden(start) or (start == layers and not self._head_forms()):
             return start
         self.walk.embed(lambda done, total: self.watch("calibrate: embed samples", done, total, "samples"))
         return 0
@@ -176,6 +178,19 @@ class Calibration:
         file.write_text(json.dumps(record | {"errors": errors}))
         self.walk.journal.keep(file.name, Region.whole(self.folder, file.name))
         self.walk.drop_hidden(layer)
+
+    def _head_forms(self) -> dict[str, Form]:
+        """The forms that round the head by what it reads, and have not done so yet."""
+        return {
+            key: form
+            for key, form in self.forms.items()
+            if HEAD in form.schemes and form.schemes[HEAD].calibrates and (key, HEAD, None) not in self._rounded
+        }
+
+    def _head(self) -> None:
+        if forms := self._head_forms():
+            for one in round_head(self.walk, forms, lambda at, total: self.watch("calibrate: head", at, total, "rows")):
+                self.roundings[one.form].write(HEAD, None, 1, one.values, one.note)
 
     def _results(self, inputs: LayerInputs) -> Iterator[Rounded | Observed]:
         """What becomes of a layer's matrices: of those that all tokens read in this process, the experts' as jobs."""

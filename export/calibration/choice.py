@@ -54,6 +54,9 @@ def decide(profile: Profile, shapes: Shapes, errors: Mapping[str, Sequence[float
     )
     for tensors, number in zip(groups.values(), chosen, strict=True):
         kept.adopt(offered[number], tensors)
+    # what is calibrated without a choice is the same in every form
+    given = {name for name, scheme in profile.assign(list(shapes)).items() if scheme.calibrates}
+    kept.adopt(offered[0], given.difference(*groups.values()))
     rows = tuple(
         ChosenScheme(
             layer=layer,

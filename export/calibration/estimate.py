@@ -10,11 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from arriero.export.proof.decoded_memory import decoded_memory
 from arriero.graphs.config import ModelConfig, VisionConfig
+from arriero.graphs.names import HEAD
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.gptq import ROWS as GPTQ_ROWS
 from arriero.profiles.groups import is_layer_matrix
 from arriero.profiles.moments import ROWS
 from arriero.profiles.recipe import Profile
+from arriero.profiles.schemes import IntBlock
 from arriero.runtimes.cpu import usable_cores
 
 # From runs on small models, as `benchmarks/plan_accuracy.py` makes them.
@@ -28,6 +30,7 @@ ROUND_BYTES = 14  # of a number in a matrix: read, in float32, rounded, packed
 PIECE_BYTES = 10  # of a number in the rows that one thread rounds at a time
 EXPERT_BYTES = 6  # of a number in an expert on its way from 16 bits to float32
 SQUARE = 16  # bytes per pair of tokens: the attention's mask on its way from positions to float32
+HEAD_SLICE = 1 << 24  # numbers of the head that are rounded together
 EMBEDDED_TOKENS = 256  # words of a long embedded sample; its mean is 66 with the embedded model's tokenizer
 
 Size = tuple[int, int]  # of a sample: tokens, image tiles
@@ -40,12 +43,12 @@ def embedded_size(vision: VisionConfig | None) -> Size:
 
 
 def calibration_memory(
-    config: ModelConfig, used: Sequence[WeightSource], sizes: Sequence[Size], second: bool, whole: bool
+    config: ModelConfig, used: Sequence[WeightSource], sizes: Sequence[Size], second: bool, whole: bool, head: int = 0
 ) -> int:
     """Bytes that calibration holds at most: a sample's step, an expert at work, or a layer's moments and one matrix.
 
     `second`: whether a profile rounds by gptq, so that second moments are kept and matrices are rounded. `whole`:
-    whether whole layers are run, experts and all.
+    whether whole layers are run, experts and all. `head`: what rounding the head takes, as `head_memory` says.
     """
     layers = [info for info in used if is_layer_matrix(info.name)]
     text = config.text
@@ -61,7 +64,7 @@ def calibration_memory(
         own = 8 * (text.hidden_size**2 + text.expert_ffn**2) if text.moe_layers else 0
         alone = max((_rounding_memory(*_features(info)) for info in layers if len(info.shape) == 2), default=0)
         stacked = max((_rounding_memory(*_features(info)) for info in layers if len(info.shape) > 2), default=0)
-        walk = max(moments + walk, moments + alone, own + rows, own + stacked) + rounding_leaves(used)
+        walk = max(moments + walk, moments + alone, own + rows, own + stacked, head) + rounding_leaves(used)
     tower = 0
     if config.vision is not None:  # and its widest matrix in float32
         tower = tower_activations(config.vision, tiles) + 4 * config.vision.hidden_size * config.vision.ffn
@@ -86,6 +89,23 @@ def _rounding_memory(outputs: int, inputs: int) -> int:
     at_once = min(outputs, usable_cores() * GPTQ_ROWS)
     rounding = 4 * inputs**2 + ROUND_BYTES * numbers + PIECE_BYTES * at_once * inputs
     return int(max(8 * FACTORING * inputs**2 + 4 * numbers, rounding))
+
+
+def head_schemes(profiles: Iterable[Profile], used: Sequence[WeightSource]) -> list[IntBlock]:
+    """What the forms of `profiles` that round the head by what it reads make of it, a scheme of each."""
+    names = [info.name for info in used]
+    schemes = [form.assign(names).get(HEAD) for profile in profiles for form in profile.forms]
+    return [scheme for scheme in schemes if isinstance(scheme, IntBlock) and scheme.calibrates]
+
+
+def head_memory(profiles: Iterable[Profile], used: Sequence[WeightSource]) -> int:
+    """Bytes that rounding the head takes, 0 where it is not: moments, a slice of rows, all codes and their copy."""
+    schemes = head_schemes(profiles, used)
+    if not schemes:
+        return 0
+    outputs, inputs = next(info.shape for info in used if info.name == HEAD)
+    codes = 2 * max(scheme.calibrated_bytes((outputs, inputs)) for scheme in schemes)
+    return 8 * inputs**2 + _rounding_memory(min(outputs, HEAD_SLICE // inputs), inputs) + codes
 
 
 def walk_disk(config: ModelConfig, sizes: Sequence[Size], calibrates: bool) -> int:

@@ -64,7 +64,8 @@ def estimate_needs(
     second = any(profile.rounds_by_gptq for profile in calibrates)
     chooses = any(profile.choose is not None for profile in calibrates)
     calibrated = estimate.walk_disk(config, sizes, calibrates=True) + estimate.roundings_disk(calibrates, used)
-    walk = estimate.calibration_memory(config, used, sizes, second, chooses)
+    head = estimate.head_memory(calibrates, used)
+    walk = estimate.calibration_memory(config, used, sizes, second, chooses, head)
     left = estimate.rounding_leaves(used) if second else 0
     # the first target that is proven has the record made, after calibration if it waits for that
     before = left if targets and targets[0].name in waiting else 0

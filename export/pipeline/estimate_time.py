@@ -10,12 +10,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from arriero.export.calibration.estimate import Size
+from arriero.export.calibration.estimate import Size, head_schemes
 from arriero.export.machine.speed import MachineSpeed
 from arriero.export.pipeline.planned import PlannedTarget
 from arriero.export.pipeline.stages import split_stage
 from arriero.graphs.config import ModelConfig
-from arriero.graphs.names import EMBEDDING, TEXT_PREFIX
+from arriero.graphs.names import EMBEDDING, HEAD, TEXT_PREFIX
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.profiles.groups import is_layer_matrix
 from arriero.profiles.moments import FEW
@@ -121,9 +121,11 @@ def _rounding(work: Work, speed: MachineSpeed) -> float:
     if not gptq:
         return 0.0
     tokens = sum(size[0] for size in work.samples)
+    heads = len(head_schemes(gptq, work.used))
     flops = 0.0
     for one in work.used:
-        if is_layer_matrix(one.name):
+        forms = len(gptq) if is_layer_matrix(one.name) else heads if one.name == HEAD else 0
+        if forms:
             experts = one.shape[0] if len(one.shape) == 3 else 1
             inputs, outputs = (one.shape[1], one.shape[2]) if len(one.shape) == 3 else (one.shape[1], one.shape[0])
             rows = tokens * (work.config.text.experts_per_token / experts if experts > 1 else 1)
@@ -132,5 +134,5 @@ def _rounding(work: Work, speed: MachineSpeed) -> float:
                 factor, passed_on = 8 * rows**2 * inputs, 4 * rows * inputs * outputs
             else:
                 factor, passed_on = rows * inputs**2 + 4 / 3 * inputs**3, outputs * inputs**2
-            flops += experts * (factor + len(gptq) * (passed_on + SEARCH * inputs * outputs))
+            flops += experts * (factor + forms * (passed_on + SEARCH * inputs * outputs))
     return flops / (speed.flops * LARGE)

@@ -258,12 +258,24 @@ class Walk:
     @torch.inference_mode()
     def logits(self, hidden: Floats) -> Floats:
         """The logits f32 [S, V] of the hidden states [S, H] after the last layer, `VOCABULARY` of them at a time."""
-        last, vocabulary = self.model.model.norm(torch.from_numpy(hidden)).numpy(), self.text.vocab_size
+        last, vocabulary = self.normed(hidden), self.text.vocab_size
         logits = np.empty((len(hidden), vocabulary), np.float32)
         for start in range(0, vocabulary, VOCABULARY):
             stop = min(start + VOCABULARY, vocabulary)
-            logits[:, start:stop] = last @ self.session.backend.head(start, stop).numpy().T  # type: ignore[attr-defined]
+            logits[:, start:stop] = last @ self.head(start, stop).T
         return logits
+
+    @torch.inference_mode()
+    def normed(self, hidden: Floats) -> Floats:
+        """What the head reads of the hidden states [S, H] after the last layer: [S, H]."""
+        normed: Floats = self.model.model.norm(torch.from_numpy(hidden)).numpy()
+        return normed
+
+    @torch.inference_mode()
+    def head(self, start: int, stop: int) -> Floats:
+        """Rows `start` to `stop` of the head [V, H]."""
+        rows: Floats = self.session.backend.head(start, stop).numpy()  # type: ignore[attr-defined]
+        return rows
 
     def forget_routed(self) -> None:
         """Delete what the last layer sent to its experts."""
