@@ -20,6 +20,7 @@ from arriero.export.compile.cpus import LINUX_NAMES, NATIVE, Cpu, parse_cpu
 from arriero.export.compile.relax.import_graph import ANY_ALIGNMENT, Imported, import_graph
 from arriero.export.compile.relax.kernels import FEW_OUTPUTS
 from arriero.export.compile.relax.share_rows import MANY, share_rows
+from arriero.export.compile.relax.sort_shapes import sort_shapes
 from arriero.graphs.functions import ADD_LORA
 from arriero.graphs.passes.replace_linear_with_kernel import LINEAR
 from arriero.graphs.stored.panels import EXACT
@@ -45,7 +46,8 @@ def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Wa
         try:
             imported = import_graph(path)
             with target, tvm.transform.PassContext(opt_level=3):
-                built = relax.build(fuse(imported.module), target)
+                pipeline = tvm.transform.Sequential([relax.get_default_pipeline(target), sort_shapes])
+                built = relax.build(fuse(imported.module), target, relax_pipeline=pipeline)
             built.export_library(str(library), fcompile=link, addons=[str(device.kernels)])
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:  # TVM's own are of these
             raise ArrieroError(
