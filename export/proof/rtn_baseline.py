@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from arriero.export.machine.memory_watch import release_memory
 from arriero.runtimes.api import open_backend
 from arriero.runtimes.processor.processor import Processor
 from arriero.runtimes.proof.cases import Reference
@@ -30,6 +31,7 @@ def measure_rtn_baseline(
     shutil.rmtree(rtn, ignore_errors=True)
     rtn.mkdir()
     lower(rtn)
+    release_memory()
     progress(0, len(reference))
     spec = reference.spec
     with Session(open_backend(backend, rtn, spec), Processor(rtn / "tokenizer", spec)) as session:
