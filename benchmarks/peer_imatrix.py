@@ -3,8 +3,8 @@
     python benchmarks/peer_imatrix.py models/chasqui chasqui.imatrix.gguf
     llama-quantize --imatrix chasqui.imatrix.gguf chasqui-F16.gguf chasqui-Q4_K_M.gguf Q4_K_M
 
-llama.cpp's own `llama-imatrix` runs the model, but its format has no keys for all that a Llama 4 is: of the embedded one
-it computes another, at a perplexity of millions. So the sums come from the PyTorch reference, over the samples that
+llama.cpp's own `llama-imatrix` runs the model, but its format has no keys for all that a Llama 4 is: of the embedded
+one it computes another, at a perplexity of millions. So the sums come from the PyTorch reference, over the samples that
 calibrate the profiles to be compared: `in_sum2` of a matrix are the sums of squares of each input, `counts` the tokens,
 both for each expert where there are several.
 """
