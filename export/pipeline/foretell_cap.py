@@ -29,8 +29,9 @@ from arriero.runtimes.routing_trace import hit_rates, read_trace
 from arriero.traits import TRAITS, BackendTraits
 
 PROCESS = 60 << 20  # Python with the libraries that a bundle is opened with
-# Of what all cores read from memory, a decoded token reads so much; kernels alone 0.8 to 0.9 (docs/performance.md).
-KERNEL_SHARE = 0.7
+# Of what all cores read from memory a decoded token reads so much, of a model whose steps take far longer than to begin
+# them: 0.99 of Maverick at true width (docs/performance.md).
+KERNEL_SHARE = 0.9
 
 
 @dataclass(frozen=True)
