@@ -47,6 +47,11 @@ class _Scheme(Record):
         """Whether its numbers come from activations, so that the build must see some."""
         return False
 
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether it holds a checkpoint's own codes, so that nothing is lost in it."""
+        return False
+
     def rtn_baseline(self) -> Self:
         """The same storage with every scale the largest magnitude of the weights: what calibration has to beat."""
         return self
@@ -149,6 +154,11 @@ class IntBlock(_Scheme):
     def calibrates(self) -> bool:
         return self.rounding == "gptq"
 
+    @property
+    @override
+    def keeps_codes(self) -> bool:
+        return self.rounding == "stored"
+
     @override
     def rtn_baseline(self) -> Self:
         return self.model_copy(update={"rounding": "nearest"}) if self.calibrates else self
@@ -185,6 +195,11 @@ class Fp8(_PerChannel):
     kind: Literal["fp8"]
     activations: Literal["fp8", "float32"]
     rounding: Literal["nearest", "stored"] = "nearest"
+
+    @property
+    @override
+    def keeps_codes(self) -> bool:
+        return self.rounding == "stored"
 
     @property
     @override

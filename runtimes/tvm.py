@@ -60,9 +60,7 @@ CPU = 1, 0  # DLPack's device type and number
 # the seconds in which it need not be called again.
 BETWEEN_PARTS = "arriero_between_parts"
 NAIVE, POOLED = 1, 2  # allocators: what keeps the memory of every size that was asked for is not for a cap
-
-
-Machine = Callable[[str], Any]  # of TVM: what runs each function of a library
+Machine = Callable[[str], Any]  # of TVM: gives each function of a library, ready to run
 
 
 class TvmBackend:
@@ -296,9 +294,8 @@ class _Graph:
             self.cache = np.dtype(signature.get("cache") or "float32")
         self.library: Any = None
         self._machine: Machine | None = None
-        self._meanwhile: Machine | None = (
-            None  # a second one, for a step while one of the first is left: it can run but one
-        )
+        # a second one, for a step while one of the first is left: a machine can run but one
+        self._meanwhile: Machine | None = None
 
     def sizes(self) -> list[RecordSize]:
         """The layers' experts."""
@@ -328,7 +325,7 @@ class _Graph:
     def _new_machine(self, allocator: int) -> Machine:
         machine = self.library["vm_load_executable"]()
         machine["vm_initialization"](*CPU, allocator)
-        return functools.cache(machine.__getitem__)  # which takes as long as a layer's norm
+        return functools.cache(machine.__getitem__)  # which makes a new object of a function whenever it is asked
 
     def run(self, feeds: Mapping[str, np.ndarray], function: str = "main") -> list[np.ndarray]:
         """Give the outputs of `function` over `feeds` (by input name), in order."""

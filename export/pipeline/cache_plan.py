@@ -8,7 +8,7 @@ from arriero.export.build_file.schema import Target
 from arriero.graphs.config import TextConfig
 from arriero.profiles.kv_cache import ITEM_BYTES, CacheType
 from arriero.profiles.recipe import Profile
-from arriero.profiles.schemes import Exact, Fp8, Half, IntBlock, Scheme
+from arriero.profiles.schemes import Exact, Half
 from arriero.traits import TRAITS
 
 CONTEXTS = {"8k": 1 << 13, "128k": 1 << 17, "1M": 1 << 20, "10M": 10 << 20}
@@ -32,13 +32,8 @@ def graph_cache(target: Target, profile: Profile) -> CacheType:
 
     One that asks for none has float16 where the backend keeps it and the profile rounds weights anyway.
     """
-    rounds = any(_rounds(rule.scheme) for rule in profile.rules)
+    rounds = not all(rule.scheme.keeps_codes or isinstance(rule.scheme, Exact | Half) for rule in profile.rules)
     return target.kv_cache or ("float16" if rounds and "float16" in TRAITS[target.backend].cache_types else "float32")
-
-
-def _rounds(scheme: Scheme) -> bool:
-    """Whether weights lose something in it: a checkpoint's own codes do not."""
-    return scheme.rounding != "stored" if isinstance(scheme, IntBlock | Fp8) else not isinstance(scheme, Exact | Half)
 
 
 def cache_bytes(target: Target, profile: Profile) -> int:

@@ -176,8 +176,7 @@ def _what_becomes_of(quantised: Iterable[str], schemes: Mapping[str, Scheme]) ->
     """Of the tensors that the checkpoint quantises, how many a bundle keeps as they are, and what it does to others."""
     counts: dict[str, int] = {}
     for scheme in (schemes[name] for name in quantised):
-        stored = isinstance(scheme, IntBlock | Fp8) and scheme.rounding == "stored"
-        kind = "kept as stored" if stored else "exact" if isinstance(scheme, Exact) else "rounded anew"
+        kind = "kept as stored" if scheme.keeps_codes else "exact" if isinstance(scheme, Exact) else "rounded anew"
         counts[kind] = counts.get(kind, 0) + 1
     return counts
 

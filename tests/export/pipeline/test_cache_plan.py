@@ -6,24 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from arriero.export.build_file.read import load_build
-from arriero.export.build_file.schema import BuildConfig
 from arriero.export.pipeline.cache_plan import kv_bytes
 from arriero.export.pipeline.plan import make_plan
 from arriero.export.pipeline.target_thresholds import thresholds
 from arriero.graphs.config import ModelConfig
 from arriero.profiles.recipe import load_profile
+from tests.export.pipeline.test_plan import BUILD, load
 from tests.toys import make_scout_toy
-
-BUILD = """\
-version: 1
-model: model
-modalities: [text, image]
-output: out
-targets:
-  - {name: small, backend: onnxruntime, profile: int8, context: 128, batch: 2}
-  - {name: exact, backend: onnxruntime, profile: fp32, context: 256}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +20,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("caches")
     make_scout_toy(folder / "model", seed=3)
     return folder
-
-
-def load(folder: Path, text: str) -> BuildConfig:
-    (folder / "build.yaml").write_text(text)
-    return load_build(folder / "build.yaml")
 
 
 def test_a_float16_cache_is_a_half_and_needs_no_calibration(folder: Path) -> None:
