@@ -93,6 +93,16 @@ def captured_bytes(spec: ModelSpec) -> int:
     return 4 * spec.hidden_size * len(spec.layers)
 
 
+def pooled_bytes(spec: ModelSpec, width: int, tokens: int, logits: int, captures: bool) -> int:
+    """What a pool that keeps the memory of steps comes to keep of those with so many tokens and rows of logits.
+
+    What a step gives is there twice: the first is held until the next step has ended.
+    """
+    computed = step_bytes(spec, width, tokens) - step_bytes(spec, width, 0)
+    captured = tokens * captured_bytes(spec) if captures else 0
+    return computed + 2 * (captured + 4 * spec.vocab_size * logits)
+
+
 def cache_bytes(spec: ModelSpec, tokens: int, item_bytes: int) -> int:
     """Bytes of the keys and values of one sequence of `tokens`; a chunked layer holds at most its chunk."""
     slots = sum(

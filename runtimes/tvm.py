@@ -48,7 +48,7 @@ from arriero.runtimes.cpu import usable_cores
 from arriero.runtimes.expert_cache import ExpertCache
 from arriero.runtimes.forced_routing import PREFIX, forced_inputs, takes_routing
 from arriero.runtimes.memory import anonymous_memory
-from arriero.runtimes.memory_cap import MemoryShare, RecordSize, captured_bytes, share_memory, step_bytes
+from arriero.runtimes.memory_cap import MemoryShare, RecordSize, pooled_bytes, share_memory, step_bytes
 from arriero.runtimes.private_library import PrivateLibrary
 from arriero.runtimes.step_memory import StepMemory
 from arriero.runtimes.weight_files import MappedWeights, ReadWeights, WeightFiles, aligned, entry_bytes
@@ -100,7 +100,8 @@ class TvmBackend:
         # the tower is opened on the first image: a text-only app never pays for its memory
         for part in ("text", "embed"):
             self._graphs[part].open(POOLED if memory is None else NAIVE)
-        self._memory = StepMemory(self._token_bytes(self.piece), _empty_pool) if memory is None else None
+        largest = pooled_bytes(spec, self._widest, self.piece, 0, False)
+        self._memory = StepMemory(largest, _empty_pool) if memory is None else None
         self.packs, self.forces_routing = text.packs, takes_routing(spec, text.inputs)
         # a cap has room for one step, and bundles from before lack the function
         self.preemptible = memory is None and text.library.implements_function(BETWEEN_PARTS, True)
@@ -122,10 +123,6 @@ class TvmBackend:
     def _step_bytes(self, tokens: int) -> int:
         """What a step of so many tokens computes in, at most."""
         return step_bytes(self.spec, self._widest, tokens)
-
-    def _token_bytes(self, tokens: int) -> int:
-        """What of that there is for each token, without logits."""
-        return self._step_bytes(tokens) - self._step_bytes(0)
 
     def vision(self, pixel_values: Floats) -> Floats:
         """Turn tiles f32 [n, 3, h, w] into features f32 [n * tokens_per_tile, H]."""
@@ -256,8 +253,7 @@ class TvmBackend:
         function = function or ("prompt" if tokens >= self._graphs["text"].many else "step")
         if self._memory is not None:
             logits = len(feeds["logits_index"])
-            captured = captured_bytes(self.spec) if function == "main" else 0
-            nbytes = self._token_bytes(tokens) + tokens * captured + 4 * self.spec.vocab_size * logits
+            nbytes = pooled_bytes(self.spec, self._widest, tokens, logits, function == "main")
             self._memory.before((function, tokens, logits, len(feeds["row_starts"])), nbytes)
         try:
             return self._graphs["text"].run(feeds, function)

@@ -13,7 +13,7 @@ from arriero.graphs.config import ModelConfig
 from arriero.graphs.names import EMBEDDING
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.runtimes.backend import TILES_AT_ONCE
-from arriero.runtimes.memory_cap import captured_bytes, step_bytes
+from arriero.runtimes.memory_cap import captured_bytes, pooled_bytes, step_bytes
 from arriero.runtimes.step_memory import StepMemory
 from arriero.runtimes.steps import logits_piece
 from arriero.traits import PREFILL_PIECE, TRAITS
@@ -52,26 +52,35 @@ def parity_memory(used: Iterable[WeightSource], target: PlannedTarget, seen: Mod
 
 def _step_memory(seen: ModelConfig) -> tuple[int, int]:
     """The most bytes that a step computes in for each of its tokens, logits aside, and besides."""
-    text, spec = seen.text, model_spec(seen)
-    width = 2 * max(text.expert_ffn if layer.moe else text.dense_ffn for layer in text.layers)
-    fixed = step_bytes(spec, width, 0)
-    return step_bytes(spec, width, 1) - fixed, fixed
+    fixed = step_bytes(model_spec(seen), _widest(seen), 0)
+    return step_bytes(model_spec(seen), _widest(seen), 1) - fixed, fixed
+
+
+def _widest(seen: ModelConfig) -> int:
+    """The most features that a matrix of a layer gives."""
+    text = seen.text
+    return max(
+        max(text.expert_ffn if layer.moe else text.dense_ffn for layer in text.layers),
+        text.heads * text.head_dim,
+        text.hidden_size,
+    )
 
 
 def _steps_memory(seen: ModelConfig, lengths: Sequence[int], most: int, computes_in: float) -> int:
     """Bytes that are kept of the steps, of at most so many tokens, in which cases of these lengths are read.
 
-    What a step gave is held until the next one has ended: two of the same size in turn have logits of their own.
+    What a step gave is held until the next one has ended: two of the same size in turn have outputs of their own.
     """
+    spec, widest = model_spec(seen), _widest(seen)
     token, fixed = _step_memory(seen)
-    logits, captured = 4 * seen.text.vocab_size, captured_bytes(model_spec(seen))
+    outputs = 4 * seen.text.vocab_size + captured_bytes(spec)
     kept, peak, before = dict[int, float](), 0.0, 0
-    memory = StepMemory(token * PREFILL_PIECE, kept.clear)
+    memory = StepMemory(pooled_bytes(spec, widest, PREFILL_PIECE, 0, False), kept.clear)
     for length in lengths:
         for start in range(0, length, most):
             tokens = min(most, length - start)
-            memory.before(tokens, tokens * (token + captured + logits))
-            needed = tokens * (computes_in * token + (logits + captured) * (2 if tokens == before else 1))
+            memory.before(tokens, pooled_bytes(spec, widest, tokens, tokens, True))
+            needed = tokens * (computes_in * token + outputs * (2 if tokens == before else 1))
             kept[tokens] = max(kept.get(tokens, 0.0), needed)
             peak, before = max(peak, sum(kept.values())), tokens
     return fixed + int(peak)

@@ -44,7 +44,7 @@ with arriero.load(sys.argv[1], threads=1) as session:
         for row in range(rows):
             cache.truncate(row, 0)
 
-    one = backend._token_bytes(most) + 4 * backend.spec.vocab_size * most
+    one = backend._step_bytes(most) - backend._step_bytes(0) + 4 * backend.spec.vocab_size * most
     step(most)
     before = anonymous_memory()
     for rows in range(1, most):
