@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, model_validator
 from typing_extensions import override
 
+from arriero.errors import ArrieroError
 from arriero.profiles.grids import NORMAL_LEVELS, GridName
 from arriero.profiles.quantize import check_block
 
@@ -114,15 +115,16 @@ class IntBlock(_Scheme):
 
     A scale is a number that float16 holds, but for the checkpoint's own, and is kept so where the kernels take it.
 
-    `accuracy_level` is ONNX Runtime's: 4 rounds activations to int8 as well, 0 keeps them in float32. `rounding` says
-    how the integers are found: each value to its nearest, by GPTQ on the inputs that calibration saw, or `stored`: they
-    are the checkpoint's own, with its scales. `grid` normal: 4, 3 or 2 bits that number levels, see `grids`.
+    `accuracy_level` is ONNX Runtime's: 4 rounds activations to int8 as well, 0 keeps them in float32. 2 is float16's: a
+    matrix's activations are rounded in two steps, what the first leaves to int8 once more. `rounding` says how the
+    integers are found: each value to its nearest, by GPTQ on the inputs that calibration saw, or `stored`: they are the
+    checkpoint's own, with its scales. `grid` normal: 4, 3 or 2 bits that number levels, see `grids`.
     """
 
     kind: Literal["int_block"]
     bits: Literal[2, 3, 4, 8]
     block: Literal[16, 32, 64, 128, 256]
-    accuracy_level: Literal[0, 4]
+    accuracy_level: Literal[0, 2, 4]
     rounding: Literal["nearest", "gptq", "stored"] = "nearest"
     grid: GridName = "even"
 
@@ -144,7 +146,9 @@ class IntBlock(_Scheme):
     @property
     @override
     def description(self) -> str:
-        activations = "int8 activations" if self.accuracy_level == 4 else "float32 activations"
+        activations = {0: "float32 activations", 2: "activations in 16 bits", 4: "int8 activations"}[
+            self.accuracy_level
+        ]
         rounding = "" if self.rounding == "nearest" else f", {self.rounding}"
         word = f"int{self.bits}" if self.grid == "even" else f"{self.bits} bits of the normal grid"
         return f"{word} in blocks of {self.block}, {activations}{rounding}"
@@ -175,6 +179,13 @@ class IntBlock(_Scheme):
     @override
     def check(self, shape: Shape, name: str) -> None:
         check_block(shape[1], self.block, name)
+        if self.accuracy_level == 2 and len(shape) > 2:
+            raise ArrieroError(
+                "experts do not round their activations in two steps",
+                where=name,
+                expected="accuracy_level 4",
+                remedy="Give `accuracy_level: 2` to matrices that every token reads",
+            )
 
 
 class _PerChannel(_Scheme):

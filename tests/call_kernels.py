@@ -31,6 +31,7 @@ _NAMES = (
     "grid2_f16",
 )
 FORMATS = {name: number for number, name in enumerate(_NAMES) if name}
+TWICE = 64  # added to an integer format
 CACHE_FORMATS = {"float32": 0, "float16": 2, "int8": 6}  # by dtype
 ALIGNMENT = 64
 Floats = NDArray[np.float32]
@@ -106,10 +107,10 @@ class Kernels:
         """Switch to the instruction set `name`; False if this CPU lacks it."""
         return bool(self._library.arriero_use_level(name.encode()) == 0)
 
-    def linear(self, x: Floats, weight: Weight, outputs: int) -> Floats:
-        """x [T, K] -> y [T, outputs]."""
+    def linear(self, x: Floats, weight: Weight, outputs: int, twice: bool = False) -> Floats:
+        """x [T, K] -> y [T, outputs]; `twice`: activations are rounded in two steps."""
         tokens, features = x.shape
-        form = (FORMATS[weight.format], weight.block)
+        form = (FORMATS[weight.format] + TWICE * twice, weight.block)
         space = self._workspace("linear", *form, tokens, outputs, features)
         y = np.empty((tokens, outputs), np.float32)
         if weight.scales is not None:

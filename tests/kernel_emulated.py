@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from arriero.export.compile.build_kernels import SOURCES, find_compiler
-from tests.call_kernels import CACHE_FORMATS, FORMATS, Experts, Weight
+from tests.call_kernels import CACHE_FORMATS, FORMATS, TWICE, Experts, Weight
 
 RUNNER = Path(__file__).with_name("kernel_runner.cc")
 
@@ -27,9 +27,9 @@ class EmulatedKernels:
         self.command = [*emulator, str(runner), level, str(parts)]
         self.folder = folder
 
-    def linear(self, x: np.ndarray, weight: Weight, outputs: int) -> np.ndarray:
+    def linear(self, x: np.ndarray, weight: Weight, outputs: int, twice: bool = False) -> np.ndarray:
         y = np.empty((len(x), outputs), np.float32)
-        form = (FORMATS[weight.format], weight.block)
+        form = (FORMATS[weight.format] + TWICE * twice, weight.block)
         self._run(0, *form, len(x), outputs, x.shape[1], x, weight.data, weight.scales, y, written=[y])
         return y
 

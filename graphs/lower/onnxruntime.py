@@ -31,7 +31,8 @@ OPSET = (CONTRIB, 1)
 
 def lacks(scheme: Scheme) -> str | None:
     """What of `scheme` this backend does not compute; None when it does."""
-    if isinstance(scheme, IntBlock) and scheme.grid != "even":  # its products know integers alone
+    # its products know integers alone, and round activations once or not at all
+    if isinstance(scheme, IntBlock) and (scheme.grid != "even" or scheme.accuracy_level == 2):
         return scheme.description
     return None if scheme.kind in TRAITS["onnxruntime"].schemes else scheme.description
 

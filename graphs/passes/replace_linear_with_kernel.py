@@ -16,7 +16,8 @@ LINEAR = "Linear"
 def replace_linear_with_kernel(model: ir.Model, store: WeightStore) -> int:
     """Make each product with a matrix [N, K] of the checkpoint a Linear node; give how many.
 
-    Inputs: x [.., K], the weight (and its scales). Attributes: `format` and `block`, the weight's, and `features`, N.
+    Inputs: x [.., K], the weight (and its scales). Attributes: `format` and `block`, the weight's, `features`, N, and
+    `codes`, how many int8 codes each activation is rounded to.
     """
     count = 0
     for node in list(model.graph):
@@ -25,7 +26,8 @@ def replace_linear_with_kernel(model: ir.Model, store: WeightStore) -> int:
             continue
         weight, stored = store_matrix(store, name, TIED.get(name))
         features = store.checkpoint.tensors[name].shape[0]
-        attributes = {"format": stored.name, "block": stored.block, "features": features}
+        codes = 2 if getattr(store.schemes[name], "accuracy_level", None) == 2 else 1
+        attributes = {"format": stored.name, "block": stored.block, "features": features, "codes": codes}
         replace_node(node, LINEAR, [node.inputs[0], *weight], attributes, DOMAIN)
         count += 1
     return count

@@ -9,6 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from arriero.errors import ArrieroError
 from arriero.graphs.lower import onnxruntime, tensorrt, tvm
 from arriero.profiles.gptq import search_scales
 from arriero.profiles.grids import NORMAL_LEVELS, Grid
@@ -132,6 +133,17 @@ def test_backends_without_such_kernels_refuse_it_by_name(lowering: ModuleType) -
         scheme = IntBlock(kind="int_block", bits=4, block=32, accuracy_level=level, grid="normal")
         assert "4 bits of the normal grid" in str(lowering.lacks(scheme))
     assert tvm.lacks(scheme) is None
+
+
+def test_two_steps_of_rounding_are_for_matrices_on_tvm_alone() -> None:
+    fine = IntBlock(kind="int_block", bits=8, block=32, accuracy_level=2)
+    assert tvm.lacks(fine) is None
+    for other in (onnxruntime, tensorrt):
+        assert other.lacks(fine) == "int8 in blocks of 32, activations in 16 bits"
+    fine.check((16, 64), "w")
+    with pytest.raises(ArrieroError, match="experts do not round their activations in two steps") as refused:
+        fine.check((4, 64, 16), "layer.experts.down_proj")
+    assert refused.value.where == "layer.experts.down_proj"
 
 
 def test_a_checkpoints_own_codes_are_even_whatever_the_others_are_rounded_to() -> None:

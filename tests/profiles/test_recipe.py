@@ -16,7 +16,7 @@ from tests.toys import make_maverick_toy, make_scout_toy
 LAYER = "language_model.model.layers.0"
 FAST = ("int4-nl-fast", "int2.5-head4", "int2.5-fast")
 # Blocks of 64 and 128.
-BIG_BLOCKS = ("int4", "int4-nl", "int4-b128", "int3", "int2.5", *FAST, "mixed", "gpu-int4")
+BIG_BLOCKS = ("int4", "int4-fine", "int4-nl", "int4-b128", "int3", "int2.5", *FAST, "mixed", "gpu-int4")
 START = "name: p\nversion: 1\ndescription: d\nthresholds: {}\n"
 MINIMAL = {"name": "p", "version": 1, "description": "d", "thresholds": {}}
 
@@ -138,6 +138,7 @@ def everywhere(label: str, *groups: str) -> dict[str, str]:
         ("mixed", {**everywhere("chosen", *GROUPS), **KEPT, "head": "exact"}),
         ("int4", {**everywhere("int4 block 32 gptq", *GROUPS), **KEPT, **INT4, "head": "int8 block 32"}),
         ("int4-experts", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **EXPERTS4, "head": "int8 block 32"}),
+        ("int4-fine", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL4, "head": "int8 block 32"}),
         ("int4-nl", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL4, "head": "int8 block 32"}),
         ("int3", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL3, "head": "int8 block 32"}),
         ("int2.5", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL2, "head": "int8 block 32"}),
@@ -168,7 +169,7 @@ def test_a_profile_stores_each_group_so(name: str | Path, stored: dict[str, str]
     assert {group: assigned[tensor].label for group, tensor in one_of_each.items()} == stored
 
 
-@pytest.mark.parametrize("name", ["int4-experts", "int4-nl", *FAST])
+@pytest.mark.parametrize("name", ["int4-experts", "int4-fine", "int4-nl", *FAST])
 def test_what_is_timed_on_random_weights_is_the_shipped_profile_to_nearest(name: str) -> None:
     layers = [f"language_model.model.layers.{number}" for number in (0, 1)]
     matrices = ["self_attn.k_proj.weight", "self_attn.o_proj.weight", "feed_forward.router.weight"]
@@ -191,6 +192,22 @@ def test_int4_nl_has_eight_bits_for_the_first_layer_and_for_keys_and_values_but_
     eight = {name for name in names if assigned[name].label == "int8 block 32 gptq"}
     first = {name for name in names if ".layers.0." in name and ".experts." not in name}
     assert eight == first | {name for name in names if "v_proj" in name}
+
+
+def test_int4_fine_has_finer_activations_in_the_first_layer_and_before_every_down_projection() -> None:
+    layers = [f"language_model.model.layers.{number}" for number in (0, 1, 10, 20)]
+    matrices = ["self_attn.q_proj.weight", "self_attn.o_proj.weight", "feed_forward.gate_proj.weight"]
+    matrices += ["feed_forward.shared_expert.up_proj.weight", "feed_forward.experts.down_proj"]
+    fine = ["feed_forward.down_proj.weight", "feed_forward.shared_expert.down_proj.weight"]
+    names = [f"{layer}.{matrix}" for layer in layers for matrix in (*matrices, *fine)]
+    assigned = load_profile("int4-fine").assign([*names, "language_model.lm_head.weight"])
+    middle = [assigned[f"{layers[1]}.{matrix}"].label for matrix in matrices]
+    assert middle == [*2 * ["int8 block 32 gptq"], *2 * ["nl4 block 32 gptq"], "nl4 block 128 gptq"]
+    two_steps = {name for name in names if getattr(assigned[name], "accuracy_level", None) == 2}
+    assert two_steps == {
+        name for name in names if "experts." not in name and (".layers.0." in name or name.endswith("down_proj.weight"))
+    }
+    assert {assigned[name].label for name in two_steps} == {"int8 block 32 gptq"}
 
 
 def test_every_shipped_profile_is_in_the_table_and_short() -> None:

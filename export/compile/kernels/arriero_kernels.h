@@ -20,7 +20,8 @@
  *   (a multiple of 16 that divides K; K itself is one scale per output); ARRIERO_INT8_F16, ARRIERO_INT4_F16: the same
  *   with float16 scales. Activations are rounded to int8 per token and
  *   block: scale = absmax / 127, q = rint(x * (127 / absmax)); a block whose absmax is below 1e-30 counts as zeros.
- *   Products and their sum over a block are exact int32.
+ *   Products and their sum over a block are exact int32. A linear layer's format plus ARRIERO_TWICE rounds what this
+ *   leaves of an activation once more, with a scale of its own, and multiplies it too: 15 bits of the block's absmax.
  * ARRIERO_GRID4_F16: as ARRIERO_INT4_F16, but a code is the number of one of the 16 integers of GRID4 (see grids.h);
  *   ARRIERO_GRID3_F16 and ARRIERO_GRID2_F16: of 8 and of 4.
  * ARRIERO_E4M3: OCP FP8 E4M3 (no NaN codes) with one float32 scale per output feature, `block` is 0; activations stay
@@ -55,6 +56,7 @@ enum { ARRIERO_F32 = 0, ARRIERO_BF16 = 1, ARRIERO_F16 = 2, ARRIERO_E4M3 = 3, ARR
 enum { ARRIERO_CODES = 6 }; /* of a key/value cache alone */
 enum { ARRIERO_INT8_F16 = 7, ARRIERO_INT4_F16 = 8, ARRIERO_GRID4_F16 = 9 };
 enum { ARRIERO_GRID3_F16 = 10, ARRIERO_GRID2_F16 = 11 };
+enum { ARRIERO_TWICE = 64 }; /* of integers, in a linear layer */
 
 /* The instruction set in use: "amx", "avx512vnni", "avx2", "i8mm", "dotprod", "neon" or "scalar". */
 const char* arriero_level(void);

@@ -23,6 +23,10 @@ inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1)
 inline bool is_integer(int64_t format) {
     return format == ARRIERO_INT8 || format == ARRIERO_INT4 || format >= ARRIERO_INT8_F16;
 }
+// Whether a linear layer's activations are rounded in two steps, and the format without that.
+inline bool is_twice(int64_t format) { return format >= ARRIERO_TWICE; }
+inline int64_t plain(int64_t format) { return is_twice(format) ? format - ARRIERO_TWICE : format; }
+
 // Whether the scales of integers are float16.
 inline bool has_halves(int64_t format) { return format >= ARRIERO_INT8_F16; }
 

@@ -14,6 +14,11 @@ struct Rounded {
     int64_t features, block;
 
     int64_t blocks() const { return features / block; }
+    // The rows from `row` on, which were rounded for weights with such a `run`.
+    Rounded from(int64_t row, int64_t run) const {
+        const int64_t first = row * blocks();
+        return {values + row * features, scales + first, corrections + first * runs(run), features, block};
+    }
     int64_t runs(int64_t run) const { return run < block ? (block + run - 1) / run : 1; }
 };
 

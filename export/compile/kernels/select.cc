@@ -94,9 +94,9 @@ extern "C" int32_t arriero_use_level(const char* name) {
     return 1;
 }
 
-extern "C" int64_t arriero_linear_workspace(int64_t format, int64_t block, int64_t T, int64_t, int64_t K,
+extern "C" int64_t arriero_linear_workspace(int64_t format, int64_t block, int64_t T, int64_t N, int64_t K,
                                             int64_t parts) {
-    return selection::LinearWorkspace(nullptr, format, block, T, K, parts).bytes;
+    return selection::LinearWorkspace(nullptr, format, block, T, N, K, 0, parts).bytes;
 }
 
 extern "C" int64_t arriero_dispatch_workspace(int64_t gate_up_format, int64_t gate_up_block, int64_t down_format,

@@ -36,13 +36,22 @@ class Carver {
 };
 
 struct LinearWorkspace {
-    Rounded rounded{};
+    static constexpr int64_t TOKENS = 64;  // rounded twice, whose products lie side by side until they are added
+
+    Rounded rounded{};  // [T], or of each token two rows: what it is rounded to, and what that leaves
+    float* left = nullptr;      // of a token, one part's own: [K]
+    float* products = nullptr;  // of TOKENS: [2 TOKENS, N]
     uint8_t* pieces = nullptr;  // [parts, PIECE_BYTES]
     int64_t bytes;
 
-    LinearWorkspace(void* base, int64_t format, int64_t block, int64_t T, int64_t K, int64_t parts) {
+    LinearWorkspace(void* base, int64_t format, int64_t block, int64_t T, int64_t N, int64_t K, int64_t part,
+                    int64_t parts) {
         Carver carver(base);
-        if (is_integer(format)) {
+        if (is_twice(format)) {
+            rounded = carver.take_rounded(2 * T, K, block);
+            left = carver.take<float>(parts * K) + (base ? part * K : 0);
+            products = carver.take<float>(2 * smaller(T, TOKENS) * N);
+        } else if (is_integer(format)) {
             rounded = carver.take_rounded(T, K, block);
         } else {
             pieces = carver.take<uint8_t>(parts * PIECE_BYTES);

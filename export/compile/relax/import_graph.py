@@ -111,6 +111,7 @@ def convert_linear(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[
         form = kernels.exact_format(str(inputs[1].ty.dtype), str(inputs[1]))
     else:
         form = kernels.named_format(name, attr["block"], str(inputs[1]))
+        form = form.twice() if attr["codes"] == 2 else form
     compute = kernels.linear(form, attr["features"])
     return bb.emit_te(compute, nodes[THREADS], *inputs, primfunc_name_hint="linear")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tvm.tirx
@@ -41,12 +41,19 @@ FORMATS = {
 }
 
 
+TWICE = 64  # added to a format of integers: a linear layer's activations are rounded in two steps
+
+
 @dataclass(frozen=True)
 class Format:
     """A weight format: its number in the header, and its block (0 where there are none)."""
 
     number: int
     block: int = 0
+
+    def twice(self) -> Format:
+        """The same, for activations that are rounded in two steps."""
+        return replace(self, number=self.number + TWICE)
 
 
 def linear(form: Format, features: int) -> Callable[..., te.Tensor]:
