@@ -5,9 +5,10 @@
 
 Sources are `synthetic://NAME?layers=N`: true widths, drawn weights. Each is planned and built for TVM in a process of
 its own under `budgets.host_memory`, measured, and deleted; a line per stage goes into FOLDER/stages.jsonl, and what
-stands there is not built again. `--report` prints the table and, where one model was built with several layers, the
-slope per layer and what it comes to for the whole model, which is extrapolated and not measured. Memory is the peak
-that the process holds beside mapped files (RssAnon), disk what the stage leaves.
+stands there is not built again. `--report` prints the table, the slope per layer where one model was built with several
+numbers of layers, with what it comes to for the whole model, which is extrapolated and not measured, and the slope per
+thousand tokens where it was built with several numbers of these (of calibration for `calibrate`, of parity for the
+rest). Memory is the peak that the process holds beside mapped files (RssAnon), disk what the stage leaves.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def measure(folder: Path, model: str, layers: int, profile: str, options: argpar
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    """Print the rows, and per model, profile and stage the slope over layers with what the whole model would take."""
+    """Print the rows, and per model, profile and stage the slopes over layers and over tokens."""
     head = f"{'model':9} {'layers':>6} {'profile':8} {'stage':22} {'planned':>8} {'peak GiB':>8} {'ratio':>6}"
     print(f"{head} {'CPU-s':>8} {'seconds':>8} {'planned':>8} {'disk GB':>8} {'MB/s':>7}")
     for row in rows:
@@ -101,20 +102,30 @@ def report(rows: list[dict[str, Any]]) -> None:
             f"{memory[1]:8.2f} {ratio} {row['processor_seconds']:8.0f} {seconds[0]:8.0f} {seconds[1]:8.0f} "
             f"{disk:8.2f} {1000 * disk / max(seconds[0], 0.001):7.0f}"
         )
-    kinds = dict.fromkeys((row["model"], row["profile"], row["stage"]) for row in rows)
-    for model, profile, stage in kinds:
-        points = {
-            row["layers"]: row["processor_seconds"]
-            for row in rows
-            if (row["model"], row["profile"], row["stage"]) == (model, profile, stage)
-        }
+    by_layers = _series(rows, lambda row: (row["profile"], row["budget"], row["calibration"], row["parity"]), "layers")
+    for (model, stage, (profile, budget, *tokens)), points in by_layers.items():
         if len(points) > 1:
             slope, base = np.polyfit([*points], [*points.values()], 1)
             layers = released_config(model)["text_config"]["num_hidden_layers"]
-            print(
-                f"{model} {profile} {stage}: {base:.0f} + {slope:.1f} CPU-s a layer, extrapolated to {layers} layers "
-                f"{(base + slope * layers) / 3600:.2f} CPU-h"
-            )
+            of = f"{model} {profile} {stage} ({budget}, {tokens[0]} and {tokens[1]} tokens)"
+            whole = f"extrapolated to {layers} layers {(base + slope * layers) / 3600:.2f} CPU-h"
+            print(f"{of}: {base:.0f} + {slope:.1f} CPU-s a layer, {whole}")
+    by_tokens = _series(rows, lambda row: (row["profile"], row["budget"], row["layers"]), "calibration", "parity")
+    for (model, stage, (profile, budget, layers)), points in by_tokens.items():
+        if len(points) > 1:
+            counts = [tokens[0 if stage == "calibrate" else 1] / 1000 for tokens in points]
+            slope, base = np.polyfit(counts, [*points.values()], 1)
+            print(f"{model}:{layers} {profile} {stage} ({budget}): {base:.0f} + {slope:.1f} CPU-s a thousand tokens")
+
+
+def _series(rows: list[dict[str, Any]], alike: Callable[[dict], tuple], *by: str) -> dict[tuple, dict[Any, float]]:
+    """CPU-seconds of (model, stage, what is `alike`) by the values of what else a row has: one, or several of them."""
+    found: dict[tuple, dict[Any, float]] = {}
+    for row in rows:
+        values = tuple(row[name] for name in by)
+        points = found.setdefault((row["model"], row["stage"], alike(row)), {})
+        points[values if len(values) > 1 else values[0]] = row["processor_seconds"]
+    return found
 
 
 def main() -> None:
