@@ -12,7 +12,10 @@ inline void round_twice(const Rounded& to, int64_t t, const float* x, float* lef
     const int64_t row = 2 * t;
     round_row(to, row, x, 1.0f, format, 0, to.features);
     const int8_t* values = to.values + row * to.features;
-    for (int64_t i = 0; i < to.features; ++i) left[i] = x[i] - values[i] * to.scales[row * to.blocks() + i / to.block];
+    const float* scale = to.scales + row * to.blocks();
+    for (int64_t begin = 0; begin < to.features; begin += to.block, ++scale) {
+        for (int64_t i = begin; i < begin + to.block; ++i) left[i] = x[i] - values[i] * *scale;
+    }
     round_row(to, row + 1, left, 1.0f, format, 0, to.features);
 }
 
@@ -46,7 +49,8 @@ inline int32_t linear(int64_t format, int64_t block, const float* x, const void*
     const Range columns = share(N, column_unit(matrix.format, T), part, parts);
     for (int64_t first = 0; first < T; first += LinearWorkspace::TOKENS) {
         const int64_t count = smaller(LinearWorkspace::TOKENS, T - first);
-        product(matrix, {{}, space.rounded.from(2 * first, run)}, nullptr, 2 * count, columns, {space.products, N}, nullptr);
+        const Input rows{{}, space.rounded.from(2 * first, run)};
+        product(matrix, rows, nullptr, 2 * count, columns, {space.products, N}, nullptr);
         for (int64_t t = 0; t < count; ++t) {
             const float *one = space.products + 2 * t * N, *other = one + N;
             float* sum = y + (first + t) * N;
