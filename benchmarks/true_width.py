@@ -102,7 +102,9 @@ def report(rows: list[dict[str, Any]]) -> None:
             f"{memory[1]:8.2f} {ratio} {row['processor_seconds']:8.0f} {seconds[0]:8.0f} {seconds[1]:8.0f} "
             f"{disk:8.2f} {1000 * disk / max(seconds[0], 0.001):7.0f}"
         )
-    by_layers = _series(rows, lambda row: (row["profile"], row["budget"], row["calibration"], row["parity"]), "layers")
+    by_layers = _series(
+        rows, lambda row: row["layers"], lambda row: (row["profile"], row["budget"], row["calibration"], row["parity"])
+    )
     for (model, stage, (profile, budget, *tokens)), points in by_layers.items():
         if len(points) > 1:
             slope, base = np.polyfit([*points], [*points.values()], 1)
@@ -110,7 +112,11 @@ def report(rows: list[dict[str, Any]]) -> None:
             of = f"{model} {profile} {stage} ({budget}, {tokens[0]} and {tokens[1]} tokens)"
             whole = f"extrapolated to {layers} layers {(base + slope * layers) / 3600:.2f} CPU-h"
             print(f"{of}: {base:.0f} + {slope:.1f} CPU-s a layer, {whole}")
-    by_tokens = _series(rows, lambda row: (row["profile"], row["budget"], row["layers"]), "calibration", "parity")
+    by_tokens = _series(
+        rows,
+        lambda row: (row["calibration"], row["parity"]),
+        lambda row: (row["profile"], row["budget"], row["layers"]),
+    )
     for (model, stage, (profile, budget, layers)), points in by_tokens.items():
         if len(points) > 1:
             counts = [tokens[0 if stage == "calibrate" else 1] / 1000 for tokens in points]
@@ -118,13 +124,13 @@ def report(rows: list[dict[str, Any]]) -> None:
             print(f"{model}:{layers} {profile} {stage} ({budget}): {base:.0f} + {slope:.1f} CPU-s a thousand tokens")
 
 
-def _series(rows: list[dict[str, Any]], alike: Callable[[dict], tuple], *by: str) -> dict[tuple, dict[Any, float]]:
-    """CPU-seconds of (model, stage, what is `alike`) by the values of what else a row has: one, or several of them."""
+def _series(
+    rows: list[dict[str, Any]], by: Callable[[dict], Any], alike: Callable[[dict], tuple]
+) -> dict[tuple, dict[Any, float]]:
+    """CPU-seconds of each (model, stage, what is `alike`) over what a row is sorted `by`."""
     found: dict[tuple, dict[Any, float]] = {}
     for row in rows:
-        values = tuple(row[name] for name in by)
-        points = found.setdefault((row["model"], row["stage"], alike(row)), {})
-        points[values if len(values) > 1 else values[0]] = row["processor_seconds"]
+        found.setdefault((row["model"], row["stage"], alike(row)), {})[by(row)] = row["processor_seconds"]
     return found
 
 
