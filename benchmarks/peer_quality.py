@@ -68,7 +68,7 @@ def measure(checkpoint: Path, files: Sequence[Path], samples: int) -> dict[str, 
         sessions = {file.name: open_model(put_weights(checkpoint, file, Path(place) / file.name)) for file in files}
         for case in reference:
             for name, session in sessions.items():
-                found[name].append(compare_logits(session, case).token_kl)
+                found[name] += [figures.token_kl for figures in compare_logits(session, [case])]
     return found
 
 

@@ -268,11 +268,13 @@ class PacksRows(Protocol):
 
     packs: bool  # whether the bits of a row are then those that it has alone, for these weights
 
-    def forward_packed(self, inputs_embeds: Floats, counts: Ints, cache: Cache, logits_index: Ints) -> Floats:
+    def forward_packed(
+        self, inputs_embeds: Floats, counts: Ints, cache: Cache, logits_index: Ints, captures: bool = False
+    ) -> StepOutput:
         """Run `inputs_embeds` [T, H] after `cache`, of each of its B rows `counts` [B] tokens, one row after another.
 
-        Gives logits f32 [L, V] of the tokens `logits_index` [L] of T. A row may have no token; all of a row's lie
-        inside one attention chunk. The rows' `cache.lengths` grow by `counts`.
+        Gives logits f32 [1, L, V] of the tokens `logits_index` [L] of T, and captures of all T, as if of one row. A row
+        may have no token; all of a row's lie inside one attention chunk. The rows' `cache.lengths` grow by `counts`.
         """
         ...
 

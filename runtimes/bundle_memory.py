@@ -28,14 +28,19 @@ def session_bytes(manifest: Manifest, prefix_cache: int, draft: Manifest | None 
     return bundle_bytes(manifest, tokens) + prefix_cache + beside
 
 
+def weight_bytes(manifest: Manifest) -> int:
+    """Bytes of the files that hold a bundle's weights."""
+    files = {file for weight in manifest.weights.values() for file in weight.files}
+    return sum(manifest.files[file].bytes for file in files)
+
+
 def bundle_bytes(manifest: Manifest, tokens: int) -> int:
     """A bundle's weights, keys and values of so many tokens, and what its backend takes besides.
 
     A backend that does not map its weights copies them, and quantised ones a second time, packed.
     """
     takes = TRAITS[manifest.target.backend].footprint
-    files = {file for weight in manifest.weights.values() for file in weight.files}
-    weights = sum(manifest.files[file].bytes for file in files)
+    weights = weight_bytes(manifest)
     if not takes.maps_weights and any(weight.scheme != EXACT for weight in manifest.weights.values()):
         weights *= 2
     fixed = takes.runtime + takes.layer * len(manifest.model.layers) + takes.stays

@@ -93,6 +93,11 @@ def captured_bytes(spec: ModelSpec) -> int:
     return 4 * spec.hidden_size * len(spec.layers)
 
 
+def given_bytes(spec: ModelSpec) -> int:
+    """What a step that captures for proofs gives of each token: logits, and hidden states."""
+    return 4 * spec.vocab_size + captured_bytes(spec)
+
+
 def pooled_bytes(spec: ModelSpec, width: int, tokens: int, logits: int, captures: bool) -> int:
     """What a pool that keeps the memory of steps comes to keep of those with so many tokens and rows of logits.
 

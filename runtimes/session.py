@@ -30,7 +30,15 @@ from arriero.runtimes.processor.processor import Processor, Prompt
 from arriero.runtimes.request import Request
 from arriero.runtimes.scheduler import EngineLimits, Stats
 from arriero.runtimes.settings import AnswerSettings, Settings, chat_options, read_settings
-from arriero.runtimes.steps import append_tokens, check_finite, logits_piece, piece_end, read_forced, read_piece
+from arriero.runtimes.steps import (
+    append_tokens,
+    check_finite,
+    logits_piece,
+    piece_end,
+    read_forced,
+    read_piece,
+    read_together,
+)
 from arriero.runtimes.stream import Stream
 
 PromptLike = Prompt | str | Sequence[Message]
@@ -253,6 +261,17 @@ class Session:
         """The same piece by piece, of few enough tokens that the logits of one are no burden."""
         return self._steps_of(Prompt(input_ids, pixel_values), captures, every=True)
 
+    def together(self, prompts: Sequence[Prompt], captures: bool = False) -> list[StepOutput]:
+        """The logits of every position of several prompts that are read in one step, each as `logits` gives it.
+
+        The backend has to be one that `steps.shares_steps`, and each prompt to lie in one attention chunk.
+        """
+        fitting = [self._fitting(prompt) for prompt in prompts]
+        rows, features = [prompt.input_ids for prompt in fitting], [self._features(prompt) for prompt in fitting]
+        cache = self._new_cache(len(rows), max(map(len, rows)), self.adapter)
+        pictures = np.concatenate(features)
+        return self.engine.run(partial(read_together, rows=rows, features=pictures, cache=cache, captures=captures))
+
     def forced_logits(
         self, input_ids: Ints, pixel_values: Floats | None, expert_ids: Mapping[int, Ints]
     ) -> Iterator[Floats]:
@@ -348,10 +367,7 @@ class Session:
         """Give a prompt in pieces of about `most` tokens: ids [S] with their image features [M, H]; none crosses a
         chunk's edge.
         """
-        ids = prompt.input_ids
-        features = np.zeros((0, self.spec.hidden_size), np.float32)
-        if prompt.pixel_values is not None:
-            features = self.vision(prompt.pixel_values)
+        ids, features = prompt.input_ids, self._features(prompt)
         start = used = 0
         while start < len(ids):
             stop = piece_end(self.spec, start, len(ids), most, self.backend.few_rows)
@@ -359,6 +375,12 @@ class Session:
             placeholders = int(np.sum(piece == self.spec.image_token_id))
             yield piece, features[used : used + placeholders]
             start, used = stop, used + placeholders
+
+    def _features(self, prompt: Prompt) -> Floats:
+        """The features [M, H] of a prompt's pictures, or none."""
+        if prompt.pixel_values is None:
+            return np.zeros((0, self.spec.hidden_size), np.float32)
+        return self.vision(prompt.pixel_values)
 
     def _step(self, cache: Cache, tokens: Sequence[int]) -> Floats:
         """Append one token to each row and give the logits [B, V] that follow."""

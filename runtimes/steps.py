@@ -109,8 +109,36 @@ def append_rows(backend: Backend, tokens: Sequence[Sequence[int]], cache: Cache)
     if len(counts) == 1:
         return [read_piece(backend, ids, none, cache, every).logits[0]]
     assert isinstance(backend, PacksRows)
-    logits = backend.forward_packed(backend.embed(ids[None], none)[0], np.array(counts), cache, every)
+    logits = backend.forward_packed(backend.embed(ids[None], none)[0], np.array(counts), cache, every).logits[0]
     return np.split(logits, np.cumsum(counts)[:-1])
+
+
+def read_together(
+    backend: Backend, rows: Sequence[Ints], features: Floats, cache: Cache, captures: bool = False
+) -> list[StepOutput]:
+    """Append to each row of `cache` its ids [S] of `rows` in one step; gives each row's logits [1, S, V] and captures.
+
+    Image placeholders take `features` [M, H], row after row. The backend has to be one that `shares_steps`.
+    """
+    assert isinstance(backend, PacksRows)
+    ids, counts = np.concatenate(rows), np.array([len(row) for row in rows])
+    whole = backend.forward_packed(
+        backend.embed(ids[None], features)[0], counts, cache, np.arange(len(ids)), captures=captures
+    )
+    stops = np.cumsum(counts).tolist()
+    return [
+        StepOutput(
+            logits=whole.logits[:, start:stop],
+            expert_ids={layer: chosen[:, start:stop] for layer, chosen in whole.expert_ids.items()},
+            hiddens={layer: hidden[:, start:stop] for layer, hidden in whole.hiddens.items()},
+        )
+        for start, stop in zip([0, *stops], stops, strict=False)
+    ]
+
+
+def shares_steps(backend: Backend) -> bool:
+    """Whether rows of at least `least_piece` tokens may share a step of `backend` without a change of their bits."""
+    return hasattr(backend, "packs")
 
 
 def packs_rows(backend: Backend) -> bool:
@@ -133,7 +161,8 @@ def append_beside(backend: Backend, tokens: Sequence[int], ids: Ints, features: 
     embeds = backend.embed(np.concatenate([np.asarray(tokens, np.int64), ids])[None], features)
     counts = np.zeros(len(cache.lengths), np.int64)
     counts[:rows], counts[-1] = 1, len(ids)
-    return backend.forward_packed(embeds[0], counts, cache, np.append(np.arange(rows), rows + len(ids) - 1))
+    last = np.append(np.arange(rows), rows + len(ids) - 1)
+    return backend.forward_packed(embeds[0], counts, cache, last).logits[0]
 
 
 def check_finite(logits: Floats) -> Floats:

@@ -158,21 +158,12 @@ class TvmBackend:
         """Run `inputs_embeds` [B, S, H]; see `Backend.forward`. The cache must come from `new_cache`."""
         batch, steps = positions.shape
         feeds = self._even_feeds(inputs_embeds, positions, cache, logits_index)
-        if not captures:
-            (logits,) = self._step(feeds)
-            cache.lengths += steps
-            return StepOutput(logits.reshape(batch, len(logits_index), -1))
-        named = dict(zip(self._graphs["text"].outputs, self._step(feeds, "main"), strict=True))
+        step = self._output(feeds, captures)
         cache.lengths += steps
-        layers = range(len(self.spec.layers))
         return StepOutput(
-            logits=named["logits"].reshape(batch, len(logits_index), -1),
-            expert_ids={
-                number: named[name].reshape(batch, steps, -1)
-                for number in layers
-                if (name := f"expert_id.{number}") in named
-            },
-            hiddens={number: named[f"hidden.{number}"].reshape(batch, steps, -1) for number in layers},
+            logits=step.logits.reshape(batch, len(logits_index), -1),
+            expert_ids={number: ids.reshape(batch, steps, -1) for number, ids in step.expert_ids.items()},
+            hiddens={number: hidden.reshape(batch, steps, -1) for number, hidden in step.hiddens.items()},
         )
 
     def forward_forced(
@@ -202,11 +193,13 @@ class TvmBackend:
             cache.lengths[:] = before
             raise
 
-    def forward_packed(self, inputs_embeds: Floats, counts: Ints, cache: Cache, logits_index: Ints) -> Floats:
+    def forward_packed(
+        self, inputs_embeds: Floats, counts: Ints, cache: Cache, logits_index: Ints, captures: bool = False
+    ) -> StepOutput:
         """Run `inputs_embeds` [T, H], of each row `counts` [B] tokens: see `PacksRows.forward_packed`."""
-        (logits,) = self._step(self._feeds(inputs_embeds, counts, cache, logits_index))
+        step = self._output(self._feeds(inputs_embeds, counts, cache, logits_index), captures)
         cache.lengths += counts
-        return logits[0]
+        return step
 
     def _even_feeds(
         self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints
@@ -239,6 +232,19 @@ class TvmBackend:
             for kind, buffer in zip(("key", "value"), store.layer(number, cache.start, cache.stop), strict=True):
                 feeds[f"past_{kind}.{number}"] = buffer
         return feeds
+
+    def _output(self, feeds: Mapping[str, np.ndarray], captures: bool) -> StepOutput:
+        """What the text graph gives over `feeds`, all tokens as if of one row; without `captures` logits alone."""
+        if not captures:
+            (logits,) = self._step(feeds)
+            return StepOutput(logits)
+        named = dict(zip(self._graphs["text"].outputs, self._step(feeds, "main"), strict=True))
+        layers = range(len(self.spec.layers))
+        return StepOutput(
+            logits=named["logits"],
+            expert_ids={number: named[name] for number in layers if (name := f"expert_id.{number}") in named},
+            hiddens={number: named[f"hidden.{number}"] for number in layers},
+        )
 
     def close(self) -> None:
         """Drop the libraries and their memory."""

@@ -55,11 +55,13 @@ def estimate_needs(
     case_sizes: Sequence[estimate.Size],
     answers: AnswerMode,
     side: int,
+    memory: tuple[int | None, int | None],
 ) -> dict[str, Need]:
     """Peak memory and disk of each of the stages `names`; `seen` is the model as far as the modalities need it.
 
     `schemes` are each target's of every tensor, `waiting` the names of the targets that wait for calibration, `side`
-    the bytes of what bundles take from the checkpoint beside weights.
+    the bytes of what bundles take from the checkpoint beside weights, `memory` those that the build may use and those
+    that are free.
     """
     second = any(profile.rounds_by_gptq for profile in calibrates)
     chooses = any(profile.choose is not None for profile in calibrates)
@@ -95,7 +97,7 @@ def estimate_needs(
         if TRAITS[target.backend].compiles_for == "cpu":
             kernels = {name for name in names if name.startswith("kernels-")} - needs.keys()
             needs |= dict.fromkeys(kernels, (held + compilers, KERNELS_DISK))
-        code, proving = LOWERED_LAYER * seen.layers, parity_memory(used, target, seen, case_sizes)
+        code, proving = LOWERED_LAYER * seen.layers, parity_memory(used, target, seen, case_sizes, memory)
         if f"rtn-{target.name}" in names:  # the baseline comes first
             baseline = held + compiler + code + _lower_memory(used, target, schemes[target.name], anew=True)
             held, stays, compiler = held + stays, 0, takes.compiler // 2

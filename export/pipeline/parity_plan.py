@@ -13,7 +13,8 @@ from arriero.graphs.config import ModelConfig
 from arriero.graphs.names import EMBEDDING
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.runtimes.backend import TILES_AT_ONCE
-from arriero.runtimes.memory_cap import captured_bytes, pooled_bytes, step_bytes
+from arriero.runtimes.memory_cap import captured_bytes, given_bytes, pooled_bytes, step_bytes
+from arriero.runtimes.proof.shared_steps import share_steps, tokens_together
 from arriero.runtimes.step_memory import StepMemory
 from arriero.runtimes.steps import logits_piece
 from arriero.traits import PREFILL_PIECE, TRAITS
@@ -21,21 +22,32 @@ from arriero.traits import PREFILL_PIECE, TRAITS
 LOGIT_COPIES = 2  # of a piece's logits while they are measured
 
 
-def parity_memory(used: Iterable[WeightSource], target: PlannedTarget, seen: ModelConfig, sizes: Sequence[Size]) -> int:
-    """Estimate parity: cases of these `sizes`, their steps, the longest's cache, and the backend's copy of weights.
+def parity_memory(
+    used: Iterable[WeightSource],
+    target: PlannedTarget,
+    seen: ModelConfig,
+    sizes: Sequence[Size],
+    memory: tuple[int | None, int | None],
+) -> int:
+    """Estimate parity: cases of these `sizes`, their steps and caches, and the backend's copy of weights.
 
+    `memory` are the bytes that the build may use and those that are free, None where there is no limit.
     A backend that does not map weights keeps a copy of what it packs to multiply by, neither of the embedding's table
     nor of experts that are exact, and of quantised matrices the packed form beside what it was packed from.
     """
     takes, text = TRAITS[target.backend].footprint, seen.text
     lengths, tiles = [size[0] for size in sizes], max((size[1] for size in sizes), default=0)
     longest, most = max(lengths, default=0), min(PREFILL_PIECE, logits_piece(text.vocab_size))
-    held = takes.runtime + takes.layer * seen.layers + kv_bytes(text, longest, CACHE_BYTES[target.kv_cache])
+    held = takes.runtime + takes.layer * seen.layers
     if seen.vision is not None:
         held += tower_activations(seen.vision, min(tiles, TILES_AT_ONCE))
     if takes.keeps_steps:
-        held += _steps_memory(seen, lengths, most, takes.computes_in)
+        together = tokens_together(model_spec(seen), target.weights_bytes, *memory)
+        shared = list(share_steps(lengths, int, 1, min(together, text.chunk)))
+        held += max((kv_bytes(text, len(own) * max(own), CACHE_BYTES[target.kv_cache]) for own in shared), default=0)
+        held += _steps_memory(seen, shared, most, takes.computes_in)
     else:
+        held += kv_bytes(text, longest, CACHE_BYTES[target.kv_cache])
         token, _ = _step_memory(seen)
         outputs = LOGIT_COPIES * 4 * text.vocab_size + captured_bytes(model_spec(seen))
         held += int(min(longest, most) * (takes.computes_in * token + outputs))
@@ -66,19 +78,21 @@ def _widest(seen: ModelConfig) -> int:
     )
 
 
-def _steps_memory(seen: ModelConfig, lengths: Sequence[int], most: int, computes_in: float) -> int:
-    """Bytes that are kept of the steps, of at most so many tokens, in which cases of these lengths are read.
+def _steps_memory(seen: ModelConfig, shared: Iterable[Sequence[int]], most: int, computes_in: float) -> int:
+    """Bytes that are kept of the steps in which cases of the `shared` lengths are read, one alone `most` at a time.
 
     What a step gave is held until the next one has ended: two of the same size in turn have outputs of their own.
     """
     spec, widest = model_spec(seen), _widest(seen)
     token, fixed = _step_memory(seen)
-    outputs = 4 * seen.text.vocab_size + captured_bytes(spec)
+    outputs = given_bytes(spec)
     kept, peak, before = dict[int, float](), 0.0, 0
     memory = StepMemory(pooled_bytes(spec, widest, PREFILL_PIECE, 0, False), kept.clear)
-    for length in lengths:
-        for start in range(0, length, most):
-            tokens = min(most, length - start)
+    for lengths in shared:
+        whole = sum(lengths)
+        piece = most if len(lengths) == 1 else whole
+        for start in range(0, whole, piece):
+            tokens = min(piece, whole - start)
             memory.before(tokens, pooled_bytes(spec, widest, tokens, tokens, True))
             needed = tokens * (computes_in * token + outputs * (2 if tokens == before else 1))
             kept[tokens] = max(kept.get(tokens, 0.0), needed)

@@ -89,6 +89,7 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
         )
         for target in build.targets
     )
+    available = available_memory()
     needs = estimate_needs(
         keys,
         config,
@@ -102,6 +103,7 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
         case_sizes,
         answer_mode(build),
         side_disk(checkpoint),
+        (build.budgets.host_memory, available),
     )
     answered = sets.answered() if case_sizes and answer_mode(build) == "generated" else 0
     work_to_do = Work(seen, used, sizes, case_sizes, answered, calibrating(profiles), build.parity.forced_routing)
@@ -121,7 +123,7 @@ def make_plan(build: BuildConfig, only: Collection[str] | None = None) -> Plan:
         ),
         targets=targets,
         context_prices=tuple(price_context(config.text, label, tokens) for label, tokens in CONTEXTS.items()),
-        memory_available=available_memory(),
+        memory_available=available,
         memory_budget=build.budgets.host_memory,
         disk_available=free_disk(build.output),
         disk_budget=build.budgets.disk,

@@ -372,6 +372,7 @@ class TargetBuild:
             lower,
             folder,
             lambda done, total: self.build.watch(step, done, total, "samples"),
+            self.build.config.budgets.host_memory,
         )
         write_part(RtnKl(kl.mean, kl.error), folder)
 
@@ -385,7 +386,8 @@ class TargetBuild:
         from arriero.runtimes.proof.report import write_json
 
         record, terms = self.build.record_of(adapter), self.terms if adapter is None else own_terms(self.terms)
-        report = measure_bundle(bundle, record, terms, record.labels(), self.build.watch, adapter)
+        memory = self.build.config.budgets.host_memory
+        report = measure_bundle(bundle, record, terms, record.labels(), self.build.watch, adapter, memory=memory)
         write_json(report, folder / "parity.json")
         write_html(report, folder / "parity.html")
 

@@ -12,16 +12,19 @@ from arriero.errors import ArrieroError
 from arriero.export.machine.versions import installed_versions
 from arriero.export.proof.emulate import EmulatedBackend
 from arriero.runtimes.api import open_session
+from arriero.runtimes.bundle_memory import weight_bytes
 from arriero.runtimes.cpu import describe_processor
 from arriero.runtimes.integrity import open_manifest
 from arriero.runtimes.machine_fit import is_foreign
 from arriero.runtimes.manifest import Manifest, ProofTerms
+from arriero.runtimes.memory import available_memory
 from arriero.runtimes.processor.processor import Processor
 from arriero.runtimes.proof.cases import Reference
 from arriero.runtimes.proof.logits import KlSums
 from arriero.runtimes.proof.parity import measure
 from arriero.runtimes.proof.report import ParityReport
 from arriero.runtimes.proof.rows import judge
+from arriero.runtimes.proof.shared_steps import tokens_together
 from arriero.runtimes.session import Session
 from arriero.runtimes.steps import forces_routing
 from arriero.thresholds import OVER_RTN
@@ -42,10 +45,12 @@ def measure_bundle(
     watch: Watch,
     adapter: str | None = None,
     exact: Session | None = None,
+    memory: int | None = None,
 ) -> ParityReport:
     """Measure the bundle, answering with `adapter`, against a reference, by `terms`.
 
     `labels` name the reference in the report; `exact` is a session of the exact model to run with the bundle's routing.
+    `memory` are the bytes that this may use, None for what is free; they change no bit of the report.
     """
     rtn = None if terms.rtn is None else KlSums(terms.rtn.mean, terms.rtn.error**2, terms.rtn.mean, 1)
     step = f"{Manifest.read(bundle).name}: prove parity" + ("" if adapter is None else f" with {adapter}")
@@ -60,6 +65,7 @@ def measure_bundle(
             rtn_kl=rtn,
             forced_routing=terms.forced_routing,
             exact=exact,
+            together=tokens_together(manifest.model, weight_bytes(manifest), memory, available_memory()),
         )
     own = {"bundle": target.name, "profile": target.profile, "backend": target.backend, "KV cache": target.kv_cache}
     own |= {} if adapter is None else {"adapter": adapter}

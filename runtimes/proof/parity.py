@@ -10,7 +10,7 @@ B=1, S prompt and answer tokens, H hidden, V vocabulary, M image placeholder tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +22,7 @@ from arriero.runtimes.proof.given_routing import GivenRouting
 from arriero.runtimes.proof.logits import KlSums, LogitFigures
 from arriero.runtimes.proof.report import CaseResult, ParityReport
 from arriero.runtimes.proof.rtn_baseline import with_rtn_baseline
+from arriero.runtimes.proof.shared_steps import Forced, forced_cases
 from arriero.runtimes.proof.sketch import seeded_features
 from arriero.runtimes.proof.tally import Tally
 from arriero.runtimes.steps import NotFinite, check_finite
@@ -42,15 +43,16 @@ def measure(
     rtn_kl: KlSums | None = None,
     forced_routing: bool = False,
     exact: Session | None = None,
+    together: int | None = None,
 ) -> ParityReport:
     """Every row of the parity report; `progress(done, total, case name)` is called after each case.
 
     `near_tie` is the margin below which a choice of the reference counts as open: in logits for tokens, in router
     logits for experts. `rtn_kl`: KL of the RTN baseline against the same reference, which only a build can measure;
     None for a profile that does not calibrate. With `forced_routing` the candidate runs once more with the reference's
-    routing, and `exact`, a session of the exact model, with the candidate's. A threshold on something that could not be
-    measured fails. Raises ArrieroError for unknown thresholds, no cases, models that are not alike, and outputs that
-    are not of the reference's shape.
+    routing, and `exact`, a session of the exact model, with the candidate's. Cases of `together` tokens are read in one
+    step, see `forced_cases`. A threshold on something that could not be measured fails. Raises ArrieroError for unknown
+    thresholds, no cases, models that are not alike, and outputs that are not of the reference's shape.
     """
     check_thresholds(thresholds)
     if not len(reference):
@@ -59,46 +61,53 @@ def measure(
     forced = GivenRouting(candidate, near_tie) if forced_routing else None
     rerouted = None if exact is None else GivenRouting(exact, near_tie)
     tally = Tally(reference.spec, reference.answers, near_tie, forced, rerouted)
-    for done, case in enumerate(reference, 1):
+    for done, forced_case in enumerate(forced_cases(candidate, reference, together, captures=True), 1):
+        name = forced_case.case.case.name
         try:
-            _run_case(tally, candidate, case)
+            _run_case(tally, candidate, forced_case)
         except metrics.ShapesDiffer as error:
             raise ArrieroError(
                 str(error),
-                where=f"parity case {case.case.name}",
+                where=f"parity case {name}",
                 remedy="The candidate is not of this model; rebuild it",
             ) from error
         if progress:
-            progress(done, len(reference), case.case.name)
+            progress(done, len(reference), name)
     report = tally.report({name: value for name, value in thresholds.items() if name != OVER_RTN})
     return report if rtn_kl is None else with_rtn_baseline(report, tally.kl, rtn_kl, thresholds)
 
 
-def measure_kl(candidate: Session, reference: Reference, progress: Callable[[int, int], None]) -> KlSums:
-    """KL(reference || candidate) in nats over every fed token of the cases, and nothing else. Raises NotFinite."""
+def measure_kl(
+    candidate: Session, reference: Reference, progress: Callable[[int, int], None], together: int | None = None
+) -> KlSums:
+    """KL(reference || candidate) in nats over every fed token of the cases, and nothing else. Raises NotFinite.
+
+    Cases of `together` tokens are read in one step, see `forced_cases`.
+    """
     total = KlSums()
-    for done, case in enumerate(reference, 1):
-        total += compare_logits(candidate, case).kl
+    for done, figures in enumerate(compare_logits(candidate, reference, together), 1):
+        total += figures.kl
         progress(done, len(reference))
     return total
 
 
-def compare_logits(candidate: Session, case: ReferenceCase) -> LogitFigures:
-    """Figures of the candidate's logits over the tokens that are fed for a case. Raises NotFinite."""
-    prompt = candidate.encode(case.case.prompt, list(case.case.images))
-    meter = case.logits.meter(metrics.NEAR_TIE)
-    for step in candidate.steps(case.fed_ids, prompt.pixel_values):
-        meter.add(check_finite(step.logits[0]))
-    figures: LogitFigures = meter.figures()
-    return figures
+def compare_logits(
+    candidate: Session, cases: Iterable[ReferenceCase], together: int | None = None
+) -> Iterator[LogitFigures]:
+    """Figures of the candidate's logits over the tokens that are fed for each case. Raises NotFinite."""
+    for forced in forced_cases(candidate, cases, together, captures=False):
+        meter = forced.case.logits.meter(metrics.NEAR_TIE)
+        for step in forced.steps:
+            meter.add(check_finite(step.logits[0]))
+        yield meter.figures()
 
 
-def _run_case(tally: Tally, candidate: Session, case: ReferenceCase) -> None:
-    prompt = candidate.encode(case.case.prompt, list(case.case.images))
+def _run_case(tally: Tally, candidate: Session, forced: Forced) -> None:
+    case, prompt = forced.case, forced.prompt
     if not _same_prompt(prompt, case):
         tally.different_prompts.append(case.case.name)
     _measure_parts(tally, candidate, case, prompt.pixel_values)
-    figures, tops, router_flips, routed = _force(tally, candidate, case, prompt.pixel_values)
+    figures, tops, router_flips, routed = _compare(tally, forced)
     for run, expert_ids in ((tally.forced, case.expert_ids), (tally.rerouted, routed)):
         if run is not None and run.why_not is None and expert_ids.keys() == case.expert_ids.keys():
             bad = run.run(case, prompt.pixel_values, expert_ids)
@@ -127,19 +136,18 @@ def _run_case(tally: Tally, candidate: Session, case: ReferenceCase) -> None:
     )
 
 
-def _force(
-    tally: Tally, candidate: Session, case: ReferenceCase, pixels: Floats | None
-) -> tuple[LogitFigures, Ints, int | None, dict[int, Ints]]:
-    """Teacher forcing, piece by piece: figures of the logits, top tokens [S], choices of routers that changed.
+def _compare(tally: Tally, forced: Forced) -> tuple[LogitFigures, Ints, int | None, dict[int, Ints]]:
+    """What the forced ids gave, piece by piece: figures of the logits, top tokens [S], choices of routers that changed.
 
     And the candidate's experts [S, k] of each MoE layer.
     """
+    case, spec = forced.case, tally.spec
     logits, hiddens = case.logits.meter(tally.near_tie), {layer: one.meter() for layer, one in case.hiddens.items()}
     tops, routed = list[np.ndarray](), {layer: list[np.ndarray]() for layer in case.expert_ids}
-    for step in candidate.steps(case.fed_ids, pixels, captures=True):
+    for step in forced.steps:
         tally.watch("logits", step.logits)
         logits.add(step.logits[0])
-        tops.append(top_tokens(step.logits[0], candidate.spec.image_token_id))
+        tops.append(top_tokens(step.logits[0], spec.image_token_id))
         for layer, hidden in step.hiddens.items():
             tally.watch(f"layer {layer}", hidden)
             hiddens[layer].add(hidden)

@@ -227,7 +227,9 @@ class PackingToy(ToyBackend):
         super().__init__()
         self.packed: list[list[int]] = []
 
-    def forward_packed(self, inputs_embeds: Floats, counts: Ints, cache: Any, logits_index: Ints) -> Floats:
+    def forward_packed(
+        self, inputs_embeds: Floats, counts: Ints, cache: Any, logits_index: Ints, captures: bool = False
+    ) -> StepOutput:
         self.packed.append(counts.tolist())
         assert int((cache.lengths + counts).max()) <= cache.capacity
         hiddens, start = [], 0
@@ -239,7 +241,7 @@ class PackingToy(ToyBackend):
             start += count
         assert start == len(inputs_embeds)
         cache.lengths += counts
-        return np.concatenate(hiddens)[logits_index] @ self.weights.head
+        return StepOutput((np.concatenate(hiddens)[logits_index] @ self.weights.head)[None])
 
 
 TOY_PRODUCTS = 3

@@ -159,7 +159,7 @@ def test_rows_that_decode_and_one_that_is_read_share_a_step(toy):
     tokens = [
         rows[row][0, start : start + count] for row, (start, count) in enumerate(zip(starts, counts, strict=True))
     ]
-    logits = backend.forward_packed(np.concatenate(tokens), counts, cache, np.arange(11))
+    logits = backend.forward_packed(np.concatenate(tokens), counts, cache, np.arange(11)).logits[0]
     np.testing.assert_array_equal(logits, np.concatenate(alone))
     assert cache.lengths.tolist() == [17, 41, 20, 14]
 

@@ -72,7 +72,7 @@ def test_a_row_has_its_own_bits_beside_others_where_the_weights_say_so(tmp_path,
         if count:
             alone.append(read(row, single, start, start + count))
     tokens = [rows[row, start : start + count] for row, (start, count) in enumerate(zip(STARTS, COUNTS, strict=True))]
-    logits = backend.forward_packed(np.concatenate(tokens), COUNTS, cache, np.arange(COUNTS.sum()))
+    logits = backend.forward_packed(np.concatenate(tokens), COUNTS, cache, np.arange(COUNTS.sum())).logits[0]
     assert cache.lengths.tolist() == [start + count for start, count in zip(STARTS, COUNTS, strict=True)]
     if packs:
         np.testing.assert_array_equal(logits, np.concatenate(alone))

@@ -10,9 +10,11 @@ from arriero.graphs.config import ModelConfig
 from tests.toys import make_scout_toy
 
 
-def planned(folder: Path, backend: str, lengths: list[int]) -> int:
+def planned(
+    folder: Path, backend: str, lengths: list[int], memory: tuple[int | None, int | None] = (None, None)
+) -> int:
     target = PlannedTarget(backend, backend, "any", "fp32", 256, 1, "float32", {"f32": 1000}, 1000, 0, {}, False)
-    return parity_memory([], target, ModelConfig.load(folder), [(length, 0) for length in lengths])
+    return parity_memory([], target, ModelConfig.load(folder), [(length, 0) for length in lengths], memory)
 
 
 def test_steps_of_other_sizes_are_kept_on_tvm_up_to_two_of_the_largest(tmp_path: Path) -> None:
@@ -39,3 +41,16 @@ def test_what_a_step_gave_lies_beside_a_step_of_the_same_size(tmp_path: Path) ->
 def test_a_backend_without_a_pool_holds_the_largest_step_alone(tmp_path: Path) -> None:
     folder = make_scout_toy(tmp_path / "toy", seed=1)
     assert planned(folder, "onnxruntime", [40]) == planned(folder, "onnxruntime", [40, 39, 12])
+
+
+def test_what_is_larger_than_memory_is_planned_with_many_cases_in_a_step(tmp_path: Path) -> None:
+    folder = make_scout_toy(tmp_path / "toy", seed=1, attention_chunk_size=4096)
+    fits, streamed = (planned(folder, "tvm", [100] * 30, (None, free)) for free in (2000, 500))
+    assert fits == planned(folder, "tvm", [500] * 6)
+    assert streamed == fits  # of 500 bytes there are none to spare
+    text = ModelConfig.load(folder).text
+    given = 4 * (text.vocab_size + len(text.layers) * text.hidden_size)
+    budget = 4 * 1000 * given + 4
+    many = planned(folder, "tvm", [100] * 30, (budget, 500))
+    assert many == planned(folder, "tvm", [500] * 6, (budget, 500)) > fits
+    assert planned(folder, "tvm", [100] * 30, (budget, 2000)) == fits
