@@ -10,22 +10,13 @@ dimension, L slots that get logits, k experts per token, M image placeholder tok
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import json
-import math
-import os
-import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from importlib.util import find_spec
+import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from arriero.errors import ArrieroError, MachineLacks
 from arriero.runtimes.backend import (
     ADAPTER,
     TILES_AT_ONCE,
@@ -41,26 +32,20 @@ from arriero.runtimes.backend import (
     StepOutput,
     no_vision,
 )
-from arriero.runtimes.broken_package import does_not_load, naming_broken_packages
 from arriero.runtimes.cache import KVCache, check_step
 from arriero.runtimes.cache_rows import CacheRows
 from arriero.runtimes.cpu import usable_cores
 from arriero.runtimes.expert_cache import ExpertCache
 from arriero.runtimes.forced_routing import PREFIX, forced_inputs, takes_routing
 from arriero.runtimes.memory import anonymous_memory
-from arriero.runtimes.memory_cap import MemoryShare, RecordSize, pooled_bytes, share_memory, step_bytes
-from arriero.runtimes.private_library import PrivateLibrary
+from arriero.runtimes.memory_cap import MemoryShare, pooled_bytes, share_memory, step_bytes
 from arriero.runtimes.step_memory import StepMemory
+from arriero.runtimes.tvm_graph import BETWEEN_PARTS, NAIVE, POOLED, CompiledGraph, Feeds, load_runtime
 from arriero.runtimes.weight_files import MappedWeights, ReadWeights, WeightFiles, aligned, entry_bytes
-from arriero.traits import PREFILL_PIECE, install
+from arriero.traits import PREFILL_PIECE
 
 PANEL = 16  # output features in each row of a packed matrix
-CPU = 1, 0  # DLPack's device type and number
-# Of libraries: takes the address of what is called between parts of a step, some milliseconds of work each, and gives
-# the seconds in which it need not be called again.
-BETWEEN_PARTS = "arriero_between_parts"
-NAIVE, POOLED = 1, 2  # allocators: what keeps the memory of every size that was asked for is not for a cap
-Machine = Callable[[str], Any]  # of TVM: gives each function of a library, ready to run
+KNOWN_ROWS = 8  # of one cache, for which arguments are kept
 
 
 class TvmBackend:
@@ -80,7 +65,7 @@ class TvmBackend:
         self.spec = spec
         self.threads = threads or usable_cores()
         parts = ("text", "embed") if spec.vision is None else ("text", "embed", "vision")
-        self._graphs = {part: _Graph(bundle, part, self.threads, sha256 or {}) for part in parts}
+        self._graphs = {part: CompiledGraph(bundle, part, self.threads, sha256 or {}) for part in parts}
         text = self._graphs["text"]
         weights: WeightFiles = MappedWeights(bundle) if memory is None else ReadWeights(bundle)
         layers = [entry for entry in text.weights if ".layers." in entry["name"]]
@@ -104,9 +89,13 @@ class TvmBackend:
         self._memory = StepMemory(largest, _empty_pool) if memory is None else None
         self.packs, self.forces_routing = text.packs, takes_routing(spec, text.inputs)
         # a cap has room for one step, and bundles from before lack the function
+        if memory is None:  # threads that look would be in the way of what reads experts
+            text.keep_crew()
         self.preemptible = memory is None and text.library.implements_function(BETWEEN_PARTS, True)
         unforced = aligned(np.empty((0, spec.num_experts_per_tok), np.int64))
-        self._unforced = {name: unforced for name in text.inputs if name.startswith(PREFIX)}
+        self._unforced = text.as_arguments({name: unforced for name in text.inputs if name.startswith(PREFIX)})
+        # of a cache the rows that were stepped last: a token waits for every array that is handed over anew
+        self._known_rows = weakref.WeakKeyDictionary[KVCache, dict[tuple[int, int], Mapping[str, Any]]]()
         self._experts = (
             ExpertCache(bundle, text.library, text.experts, text.tables, share.slots) if share.slots else None
         )
@@ -135,7 +124,7 @@ class TvmBackend:
         with self._tower().left_for(between):
             return self.vision(pixel_values)
 
-    def _tower(self) -> _Graph:
+    def _tower(self) -> CompiledGraph:
         """The graph of the vision tower, opened. Raises ArrieroError for a model without one."""
         if self.spec.vision is None:
             raise no_vision()
@@ -173,7 +162,7 @@ class TvmBackend:
         batch, steps = positions.shape
         feeds = self._even_feeds(inputs_embeds, positions, cache, logits_index)
         forced = forced_inputs(self.spec, expert_ids, batch, steps)
-        (logits,) = self._step(feeds | {name: aligned(ids) for name, ids in forced.items()})
+        logits = self._logits({**feeds, **{name: aligned(ids) for name, ids in forced.items()}})
         cache.lengths += steps
         return logits.reshape(batch, len(logits_index), -1)
 
@@ -201,9 +190,7 @@ class TvmBackend:
         cache.lengths += counts
         return step
 
-    def _even_feeds(
-        self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints
-    ) -> dict[str, np.ndarray]:
+    def _even_feeds(self, inputs_embeds: Floats, positions: Ints, cache: Cache, logits_index: Ints) -> Feeds:
         """What the text graph takes for a step of S tokens of each row."""
         assert isinstance(cache, CacheRows)
         batch, steps = positions.shape
@@ -211,7 +198,7 @@ class TvmBackend:
         index = (steps * np.arange(batch)[:, None] + logits_index).reshape(-1)
         return self._feeds(inputs_embeds.reshape(batch * steps, -1), np.full(batch, steps), cache, index)
 
-    def _feeds(self, embeds: Floats, counts: Ints, cache: Cache, logits_index: Ints) -> dict[str, np.ndarray]:
+    def _feeds(self, embeds: Floats, counts: Ints, cache: Cache, logits_index: Ints) -> Feeds:
         """What the text graph takes for a step of `embeds` [T, H] after `cache`, of each row `counts` tokens."""
         assert isinstance(cache, CacheRows)
         store = cache.store
@@ -227,17 +214,28 @@ class TvmBackend:
         }
         if ADAPTER in self._graphs["text"].inputs:
             arguments[ADAPTER] = cache.adapters
-        feeds = self._unforced | {name: aligned(np.asarray(array)) for name, array in arguments.items()}
-        for number in range(len(self.spec.layers)):
-            for kind, buffer in zip(("key", "value"), store.layer(number, cache.start, cache.stop), strict=True):
-                feeds[f"past_{kind}.{number}"] = buffer
-        return feeds
+        feeds = {name: aligned(np.asarray(array)) for name, array in arguments.items()}
+        return {**self._unforced, **self._past(store, cache.start, cache.stop), **feeds}
 
-    def _output(self, feeds: Mapping[str, np.ndarray], captures: bool) -> StepOutput:
+    def _past(self, store: KVCache, start: int, stop: int) -> Mapping[str, Any]:
+        """The keys and values of rows as the text graph takes them; the same object for rows that are stepped again."""
+        known = self._known_rows.setdefault(store, {})
+        if (start, stop) not in known or not store.has_all_slots:
+            if len(known) == KNOWN_ROWS:
+                known.clear()
+            buffers = {
+                f"past_{kind}.{number}": buffer
+                for number in range(len(self.spec.layers))
+                for kind, buffer in zip(("key", "value"), store.layer(number, start, stop), strict=True)
+            }
+            known[start, stop] = self._graphs["text"].as_arguments(buffers)
+        return known[start, stop]
+
+    def _output(self, feeds: Feeds, captures: bool) -> StepOutput:
         """What the text graph gives over `feeds`, all tokens as if of one row; without `captures` logits alone."""
         if not captures:
-            (logits,) = self._step(feeds)
-            return StepOutput(logits)
+            alone = feeds["inputs_embeds"].shape[1] == 1 and len(feeds["row_starts"]) == 2
+            return StepOutput(self._logits(feeds, self._graphs["text"].for_a_token if alone else "step"))
         named = dict(zip(self._graphs["text"].outputs, self._step(feeds, "main"), strict=True))
         layers = range(len(self.spec.layers))
         return StepOutput(
@@ -253,10 +251,15 @@ class TvmBackend:
         self._graphs.clear()
         _empty_pool()
 
-    def _step(self, feeds: Mapping[str, np.ndarray], function: str | None = None) -> list[np.ndarray]:
-        """The outputs of `function` of the text graph; without one the logits alone, by that for so many tokens."""
+    def _logits(self, feeds: Feeds, few: str = "step") -> np.ndarray:
+        """What the text graph gives by that of its functions for so many tokens; `few` is the one for a few."""
+        function = "prompt" if feeds["inputs_embeds"].shape[1] >= self._graphs["text"].many else few
+        (logits,) = self._step(feeds, function)
+        return logits
+
+    def _step(self, feeds: Feeds, function: str) -> list[np.ndarray]:
+        """The outputs of `function` of the text graph."""
         tokens = feeds["inputs_embeds"].shape[1]
-        function = function or ("prompt" if tokens >= self._graphs["text"].many else "step")
         if self._memory is not None:
             logits = len(feeds["logits_index"])
             nbytes = pooled_bytes(self.spec, self._widest, tokens, logits, function == "main")
@@ -277,174 +280,3 @@ def _empty_pool() -> None:
 def open_backend(bundle: Path, spec: ModelSpec, options: BackendOptions) -> TvmBackend:
     """Open the libraries in `bundle` for the model `spec`."""
     return TvmBackend(bundle, spec, options.threads, options.sha256, options.memory)
-
-
-class _Graph:
-    """One library and its signature; `bind` gives it weights as they lie in the bundle then, `open` loads it."""
-
-    def __init__(self, bundle: Path, part: str, threads: int, sha256: Mapping[str, str]) -> None:
-        self._ffi, self._path, self._threads = load_runtime(), bundle / f"{part}.so", threads
-        with self._refusal():
-            signature = json.loads((bundle / f"{part}.json").read_text())
-            self._code = PrivateLibrary(self._path, sha256.get(self._path.name))
-            self.inputs, self.outputs = signature["inputs"], signature["outputs"]
-            self.weights, self.experts = signature["weights"], signature["experts"]
-            self.packs: bool = signature["packs"]
-            # the tokens from which on `prompt` is there for a step; bundles from before it do not say it
-            self.many: float = signature.get("many") or math.inf
-            # of keys and values; bundles from before they could be narrower do not say it
-            self.cache = np.dtype(signature.get("cache") or "float32")
-        self.library: Any = None
-        self._machine: Machine | None = None
-        # a second one, for a step while one of the first is left: a machine can run but one
-        self._meanwhile: Machine | None = None
-
-    def sizes(self) -> list[RecordSize]:
-        """The layers' experts."""
-        return [RecordSize(len(entry["records"]), entry["bytes"]) for entry in self.experts]
-
-    def bind(self, weights: WeightFiles) -> None:
-        """Take the weights, and the tables of experts."""
-        with self._refusal():
-            self._weights = weights  # the tables hold addresses of its memory
-            self.tables = [weights.table(entry) for entry in self.experts]
-            self._arrays = [weights.weight(entry) for entry in self.weights]
-
-    def open(self, allocator: int) -> None:
-        """Load the library and hand it its weights, unless that is done."""
-        if self._machine is not None:
-            return
-        ffi = self._ffi
-        with self._refusal():
-            # TVM's own `load_module` would keep it for as long as the process runs
-            load = ffi.get_global_func("ffi.Module.load_from_file.so")
-            self.library = self._code.open(lambda path: load(path, "so"))
-            machine = self._new_machine(allocator)
-        self._parts = ffi.from_dlpack(np.zeros(self._threads, np.uint8))
-        self._operands = [ffi.from_dlpack(array) for array in (*self.tables, *self._arrays)]
-        self._machine = machine
-
-    def _new_machine(self, allocator: int) -> Machine:
-        machine = self.library["vm_load_executable"]()
-        machine["vm_initialization"](*CPU, allocator)
-        return functools.cache(machine.__getitem__)  # which makes a new object of a function whenever it is asked
-
-    def run(self, feeds: Mapping[str, np.ndarray], function: str = "main") -> list[np.ndarray]:
-        """Give the outputs of `function` over `feeds` (by input name), in order."""
-        ffi = self._ffi
-        use_threads(self._threads)
-        arguments = [self._parts if name == "threads" else ffi.from_dlpack(feeds[name]) for name in self.inputs]
-        assert self._machine is not None
-        results = self._machine(function)(*arguments, *self._operands)
-        return [np.from_dlpack(item) for item in (results if isinstance(results, ffi.Array) else [results])]
-
-    @contextmanager
-    def left_between_parts(self, between: Between) -> Iterator[None]:
-        """Have a step in the block call `between` between its parts; the steps that it takes call nothing."""
-        if self._meanwhile is None:
-            self._meanwhile = self._new_machine(POOLED)
-
-        def leave() -> float | None:
-            self._machine, self._meanwhile = self._meanwhile, self._machine
-            try:
-                return between()
-            finally:
-                self._machine, self._meanwhile = self._meanwhile, self._machine
-
-        with self.left_for(leave):
-            yield
-
-    @contextmanager
-    def left_for(self, between: Between) -> Iterator[None]:
-        """Have the library call `between` between parts of its steps in the block; those from before may not do so.
-
-        Raises StepGivenUp behind a step that computed nothing more because `between` gave less than 0. The library does
-        not fail there: of an error TVM's runtime would read all symbols of the process.
-        """
-        if not self.library.implements_function(BETWEEN_PARTS, True):
-            yield
-            return
-        tell = self.library.get_function(BETWEEN_PARTS, True)
-        seconds = 0.0
-
-        def call() -> float:
-            nonlocal seconds
-            seconds = between() or 0.0
-            return seconds
-
-        function = ctypes.CFUNCTYPE(ctypes.c_double)(call)
-        tell(ctypes.cast(function, ctypes.c_void_p).value)
-        try:
-            yield
-        finally:
-            tell(0)
-        if seconds < 0:
-            raise StepGivenUp
-
-    @contextmanager
-    def _refusal(self) -> Iterator[None]:
-        """Make one of our errors of what goes wrong in the block."""
-        try:
-            yield
-        except ArrieroError:
-            raise
-        except Exception as error:
-            raise ArrieroError(
-                f"TVM's runtime refuses the library: {(str(error).splitlines() or [repr(error)])[0]}",
-                where=str(self._path),
-                remedy="Rebuild the bundle with `arriero build`",
-            ) from error
-
-
-_configured = threading.local()
-
-
-def use_threads(threads: int) -> None:
-    """Let the calling thread's next run use `threads` threads; TVM keeps a pool of workers per calling thread."""
-    if getattr(_configured, "threads", None) != threads:
-        import tvm_ffi
-
-        tvm_ffi.get_global_func("runtime.config_threadpool")(1, threads)
-        _configured.threads = threads
-
-
-def load_runtime() -> Any:
-    """The module `tvm_ffi` with TVM's runtime library loaded.
-
-    Raises MachineLacks with the package that is missing or does not load.
-    """
-    package = find_spec("tvm")
-    if package is None or find_spec("tvm_ffi") is None:
-        missing = "apache-tvm" if package is None else "apache-tvm-ffi"
-        raise MachineLacks(f"the package {missing} is not installed", remedy=f"Install it with `{install('tvm')}`")
-    # The pool would otherwise pin its threads to cores, which on an edge device are the app's cores too.
-    os.environ.setdefault("TVM_BIND_THREADS", "0")
-    # And on x86 it would use every second core only, taking the others for hyper-threads.
-    os.environ.setdefault("TVM_NUM_THREADS", str(usable_cores()))
-    # Between a step's operators workers look for the next task rather than sleep, but not for the 300,000 looks of
-    # TVM's own choice: a fifth of a second of every core after every answer, minutes where others compute, and as long
-    # until the threads of a session that is closed have ended.
-    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "1000")
-    with naming_broken_packages(), _unseen("torch"):
-        import tvm_ffi
-
-    if tvm_ffi.get_global_func("runtime.config_threadpool", allow_missing=True) is None:
-        folders = [Path(place) / "lib" for place in package.submodule_search_locations or ()]
-        try:
-            tvm_ffi.libinfo.load_lib_ctypes("tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=folders)
-        except Exception as error:  # what it raises is no part of its interface
-            raise does_not_load("tvm", error) from error
-    return tvm_ffi
-
-
-@contextmanager
-def _unseen(package: str) -> Iterator[None]:
-    """Hide an installed package that is not loaded yet: `tvm_ffi` imports PyTorch only because it is there."""
-    hide = package not in sys.modules
-    if hide:
-        sys.modules[package] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        if hide:
-            del sys.modules[package]

@@ -19,21 +19,25 @@ from arriero.export.compile.build_kernels import find_compiler
 from arriero.export.compile.cpus import LINUX_NAMES, NATIVE, Cpu, parse_cpu
 from arriero.export.compile.relax.import_graph import ANY_ALIGNMENT, Imported, import_graph
 from arriero.export.compile.relax.kernels import FEW_OUTPUTS
-from arriero.export.compile.relax.share_rows import MANY, share_rows
+from arriero.export.compile.relax.share_rows import MANY, calls_threads, share_rows
 from arriero.export.compile.relax.sort_shapes import sort_shapes
 from arriero.graphs.functions import ADD_LORA
 from arriero.graphs.passes.replace_linear_with_kernel import LINEAR
 from arriero.graphs.stored.panels import EXACT
 from arriero.runtimes.manifest import Compiled
 
+# What a step of one token of one row, on which no routing is forced, has of what others have any number of.
+TOKEN = {"batch": 1, "seq": 1, "logits": 1, "rows": 1, "row_edges": 2, "forced_tokens": 0}
+
 
 def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Watch = no_watch) -> Compiled:
     """Compile `<part>.onnx` of each of `parts` in `folder` for the device's processor, with its kernels linked in.
 
     Leaves `<part>.so` and `<part>.json` (the order of inputs, outputs, tables of experts and weights, the dtype of the
-    caches, the tokens from which on a step is `prompt`'s, and whether a row's sums are the same beside any others) in
-    the place of each graph. Raises ArrieroError for a processor that LLVM does not know, MachineLacks without a linker
-    for its architecture.
+    caches, the tokens from which on a step is `prompt`'s, whether a row's sums are the same beside any others; the
+    function for a single token, and whether nothing in it and in `step` calls threads but our kernels) in the place of
+    each graph. Raises ArrieroError for a processor that LLVM does not know, MachineLacks without a linker for its
+    architecture.
     """
     assert device.kernels is not None
     chosen = parse_cpu(device.cpu or NATIVE)
@@ -47,7 +51,8 @@ def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Wa
             imported = import_graph(path)
             with target, tvm.transform.PassContext(opt_level=3):
                 pipeline = tvm.transform.Sequential([relax.get_default_pipeline(target), sort_shapes])
-                built = relax.build(fuse(imported.module), target, relax_pipeline=pipeline)
+                module = fuse(imported.module)
+                built = relax.build(module, target, relax_pipeline=pipeline)
             built.export_library(str(library), fcompile=link, addons=[str(device.kernels)])
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:  # TVM's own are of these
             raise ArrieroError(
@@ -55,7 +60,10 @@ def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Wa
                 where=str(path),
                 remedy="Build again; if it stays so, report it together with this sentence",
             ) from error
-        (folder / f"{part}.json").write_text(json.dumps(_signature(imported), indent=1) + "\n")
+        signature = _signature(imported)
+        if "token" in module:
+            signature |= {"for_a_token": "token", "crew": not calls_threads(module, "step")}
+        (folder / f"{part}.json").write_text(json.dumps(signature, indent=1) + "\n")
         path.unlink()
     watch("compile", len(parts), len(parts), "graphs")
     known = (LINUX_NAMES.get(str(name)) for name in codegen.llvm_get_cpu_features(target))
@@ -65,18 +73,24 @@ def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Wa
 
 
 def fuse(module: tvm.IRModule) -> tvm.IRModule:
-    """The module with its entries, `main` and of text also `step` and `prompt`, and their operators fused.
+    """The module with its entries, `main` and of text also `step`, `prompt` and `token`, and their operators fused.
 
     `step` gives the first output alone, so that no step pays for what only a proof looks at; `prompt` is the same for
-    steps of many tokens. Functions that are equal become one, so that layers of one class share all of theirs: what is
-    left to generate does not grow with the number of layers.
+    steps of many tokens, and `token` for one token of one row, whose memory is planned beforehand. Functions that are
+    equal become one, so that layers of one class share all of theirs: what is left to generate does not grow with the
+    number of layers.
     """
     fused = relax.get_pipeline("zero")(_with_step(module))
     entries = ["main"]
     if "step" in fused:
         fused["prompt"] = relax.utils.copy_with_new_vars(fused["step"]).with_attr("global_symbol", "prompt")
         entries.append("prompt")
-    return share_rows(fused, entries)
+    shared = share_rows(fused, entries)
+    if "step" in shared:
+        token = relax.utils.copy_with_new_vars(shared["step"])
+        sizes = {size: TOKEN[size.name] for size in relax.analysis.defined_symbolic_vars(token) if size.name in TOKEN}
+        shared["token"] = token.bind_symbolic_vars(sizes).with_attr("global_symbol", "token")
+    return shared
 
 
 def llvm_target(cpu: Cpu) -> tvm.target.Target:

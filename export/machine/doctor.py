@@ -20,7 +20,7 @@ from arriero.runtimes.broken_package import does_not_load
 from arriero.runtimes.cpu import MACHINE_CLASSES, architecture, cpu_features, describe_processor
 from arriero.runtimes.load_onnxruntime import load_onnxruntime
 from arriero.runtimes.memory import available_memory, total_memory
-from arriero.runtimes.tvm import load_runtime
+from arriero.runtimes.tvm_graph import load_runtime
 from arriero.sizes import human_bytes
 from arriero.traits import BACKENDS, BUILD, RUN, SHARED_PACKAGES, TRAITS, Package, install, reinstall
 

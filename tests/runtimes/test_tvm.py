@@ -20,7 +20,7 @@ from arriero.export.machine.memory_watch import MemoryWatch, release_memory
 from arriero.export.proof.prove import prove_bundle
 from arriero.runtimes import cache as kvcache
 from arriero.runtimes import cpu
-from arriero.runtimes import tvm as runtime
+from arriero.runtimes import tvm_graph as runtime
 from arriero.runtimes.cpu import usable_cores
 from arriero.runtimes.integrity import open_manifest
 from arriero.runtimes.manifest import Manifest

@@ -2,13 +2,11 @@
 #define ARRIERO_LEVEL whole
 #include "arriero_kernels.h"
 #include "common.h"
+#include "crew.h"
 #include "expert_cache.h"
 #include "tagged_value.h"
+#include "workspace.h"
 
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
-#include <sched.h>
 #include <time.h>
 
 // Weak, so that the steps can be used where TVM's runtime is not loaded.
@@ -27,39 +25,9 @@ namespace {
 
 constexpr int CPU = 1;  // DLPack's number
 
-// Where tasks wait for each other. They look rather than sleep: a step of decode takes a few microseconds, and waking a
-// thread as much.
-class SpinBarrier {
-   public:
-    void wait(int32_t tasks) {
-        const int32_t round = __atomic_load_n(&round_, __ATOMIC_ACQUIRE);
-        if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == tasks) {
-            __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
-            __atomic_store_n(&round_, round + 1, __ATOMIC_RELEASE);
-            return;
-        }
-        for (int looks = 0; __atomic_load_n(&round_, __ATOMIC_ACQUIRE) == round; ++looks) {
-            if (looks < PATIENCE) {
-                pause();
-            } else {
-                sched_yield();  // the other may be waiting for this very processor
-            }
-        }
-    }
-
-   private:
-    static constexpr int PATIENCE = 2000;
-
-    static void pause() {
-#ifdef __x86_64__
-        _mm_pause();
-#elif defined(__aarch64__)
-        __asm__ volatile("yield");
-#endif
-    }
-
-    int32_t arrived_ = 0, round_ = 0;
-};
+// The threads that stay with the step that is taken now, and how many; null: each operator calls those of TVM's pool.
+Crew* crew = nullptr;
+int32_t crew_size = 0;
 
 // Runs all parts of each of `steps`, functions of a part, one step after the other. Gives 0, or -1 without threads.
 template <class... Steps>
@@ -78,11 +46,26 @@ int32_t launch(int64_t parts, const Steps&... steps) {
         work(0, 1);
         return 0;
     }
+    if (crew) {
+        const auto job = [](int32_t task, int32_t tasks, void* data) {
+            (*static_cast<decltype(work)*>(data))(task, tasks);
+        };
+        crew->run(job, &work, crew_size);
+        return 0;
+    }
     const auto job = [](int task, ParallelEnvironment* environment, void* data) {
         (*static_cast<decltype(work)*>(data))(task, environment->tasks);
         return 0;
     };
     return TVMBackendParallelLaunch(job, &work, 0) ? -1 : 0;
+}
+
+// The same of `prepare` and then `steps`; what there is to prepare of one token is this thread's: the others would wait.
+template <class Prepare, class... Steps>
+int32_t launch_prepared(int64_t tokens, int64_t parts, const Prepare& prepare, const Steps&... steps) {
+    if (tokens > 1) return launch(parts, prepare, steps...);
+    for (int64_t part = 0; part < parts; ++part) prepare(part);
+    return launch(parts, steps...);
 }
 
 // Gives what `work`, a function of a workspace of so many bytes, gives; -1 where there is none.
@@ -169,18 +152,48 @@ extern "C" int __tvm_ffi_arriero_between_parts(void*, const TaggedValue* argumen
     return 0;
 }
 
+// (address of a function without arguments): calls it while all threads of TVM's pool stay at hand, so that the operators
+// that it runs find them looking: calling them takes TVM several microseconds each time. Nothing in it may call TVM's pool,
+// and a step that is left for others calls them itself, as these may.
+extern "C" int __tvm_ffi_arriero_with_crew(void*, const TaggedValue* arguments, int32_t, TaggedValue* result) {
+    struct Together {
+        void (*work)();
+        Crew crew;
+    } together{reinterpret_cast<void (*)()>(arguments[0].integer), {}};
+    *result = {TAGGED_INTEGER, 0, 0};
+    if (crew || between_parts) {
+        together.work();
+        return 0;
+    }
+    const auto job = [](int task, ParallelEnvironment* environment, void* data) {
+        auto& together = *static_cast<Together*>(data);
+        if (task > 0) {
+            together.crew.serve(task, environment->tasks);
+            return 0;
+        }
+        crew = &together.crew;
+        crew_size = environment->tasks;
+        together.work();
+        crew = nullptr;
+        together.crew.dismiss();
+        return 0;
+    };
+    return TVMBackendParallelLaunch(job, &together, 0);
+}
+
 extern "C" int32_t arriero_run_linear(int64_t format, int64_t block, const float* x, const void* weight,
                                       const void* scales, float* y, int64_t T, int64_t N, int64_t K, int64_t parts) {
     const auto product = [&](int64_t first, int64_t count) {
         const float* in = x + first * K;
-        const auto prepare = [&](void* space, int64_t part) {
-            arriero_linear_prepare(format, block, in, count, K, space, part, parts);
-        };
-        const auto multiply = [&](void* space, int64_t part) {
-            arriero_linear(format, block, in, weight, scales, y + first * N, count, N, K, space, part, parts);
-        };
-        const int64_t bytes = arriero_linear_workspace(format, block, count, N, K, parts);
-        return whole::is_integer(format) ? run(bytes, parts, prepare, multiply) : run(bytes, parts, multiply);
+        return with_workspace(arriero_linear_workspace(format, block, count, N, K, parts), [&](void* space) {
+            const auto prepare = [&](int64_t part) {
+                arriero_linear_prepare(format, block, in, count, K, space, part, parts);
+            };
+            const auto multiply = [&](int64_t part) {
+                arriero_linear(format, block, in, weight, scales, y + first * N, count, N, K, space, part, parts);
+            };
+            return whole::is_integer(format) ? launch_prepared(count, parts, prepare, multiply) : launch(parts, multiply);
+        });
     };
     return between_parts ? in_blocks(T, ROWS, product) : product(0, T);
 }
@@ -227,12 +240,12 @@ extern "C" int32_t arriero_run_dispatch(int64_t gate_up_format, int64_t gate_up_
             for (bool prepared = false;; prepared = true) {
                 wave = next_experts(cache);
                 if (!wave.records) return -1;
-                const int32_t failed =
-                    prepared ? launch(parts, inner, outer_and_sum) : launch(parts, prepare, inner, outer_and_sum);
+                const int32_t failed = prepared ? launch(parts, inner, outer_and_sum)
+                                                : launch_prepared(T, parts, prepare, inner, outer_and_sum);
                 if (failed || wave.last) return failed;
             }
         }
-        if (!between_parts) return launch(parts, prepare, inner, outer_and_sum);
+        if (!between_parts) return launch_prepared(T, parts, prepare, inner, outer_and_sum);
         if (launch(parts, prepare)) return -1;
         for (int64_t expert = 0, before = 0; expert < E; ++expert) {
             const int64_t rows = count_rows(expert, expert_id, T * R);
@@ -254,15 +267,13 @@ extern "C" int32_t arriero_run_attention(int64_t format, const float* q, const f
                                          void* value_cache, const float* key_steps, const float* value_steps,
                                          float* out, int64_t B, int64_t T, int64_t Q, int64_t G, int64_t C, int64_t D,
                                          int64_t chunk, int64_t parts) {
-    const int64_t bytes = arriero_attention_workspace(B, T, Q, G, C, D, parts);
-    const auto write = [&](void*, int64_t part) {
-        arriero_cache_write(format, k, v, positions, starts, key_steps, value_steps, key_cache, value_cache, B, G, C, D,
-                            chunk, part, parts);
-    };
-    if (between_parts && B == 1 && T > 1) {
-        return with_workspace(bytes, [&](void* space) {
-            const auto write_all = [&](int64_t part) { write(space, part); };
-            if (launch(parts, write_all)) return -1;
+    return with_workspace(arriero_attention_workspace(B, T, Q, G, C, D, parts), [&](void* space) {
+        const auto write = [&](int64_t part) {
+            arriero_cache_write(format, k, v, positions, starts, key_steps, value_steps, key_cache, value_cache, B, G,
+                                C, D, chunk, part, parts);
+        };
+        if (between_parts && B == 1 && T > 1) {
+            if (launch(parts, write)) return -1;
             // from three on, blocks of about one size have two queries at least: one alone is summed in another way
             const int64_t wanted = QUERY_ROWS * G / Q, queries = wanted > 3 ? wanted : 3;
             return in_blocks(T, queries, [&](int64_t first, int64_t count) {
@@ -274,16 +285,18 @@ extern "C" int32_t arriero_run_attention(int64_t format, const float* q, const f
                 };
                 return launch(parts, attend);
             });
-        });
-    }
-    const auto attend = [&](void* space, int64_t part) {
-        arriero_attention(format, q, positions, starts, key_cache, value_cache, key_steps, value_steps, out, B, T, Q, G,
-                          C, D, chunk, space, part, parts);
-    };
-    const auto merge = [&](void* space, int64_t part) {
-        arriero_attention_merge(positions, starts, value_steps, out, B, Q, G, C, D, chunk, space, part, parts);
-    };
-    return run(bytes, parts, write, attend, merge);
+        }
+        const auto attend = [&](int64_t part) {
+            arriero_attention(format, q, positions, starts, key_cache, value_cache, key_steps, value_steps, out, B, T,
+                              Q, G, C, D, chunk, space, part, parts);
+        };
+        const auto merge = [&](int64_t part) {
+            arriero_attention_merge(positions, starts, value_steps, out, B, Q, G, C, D, chunk, space, part, parts);
+        };
+        bool in_spans = false;  // as the keys of some row may be
+        for (int64_t t = 0; t < T; ++t) in_spans |= positions[t] >= whole::AttentionWorkspace::SPAN;
+        return in_spans ? launch_prepared(T, parts, write, attend, merge) : launch_prepared(T, parts, write, attend);
+    });
 }
 
 extern "C" int32_t arriero_run_add_lora(const float* x, const float* y, const int64_t* adapter, const int64_t* starts,

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 
 import tvm
+import tvm_ffi
 from tvm import relax, s_tir, tirx
 from tvm.ir import GlobalVar
 
@@ -29,6 +30,16 @@ def share_rows(module: tvm.IRModule, entries: Sequence[str]) -> tvm.IRModule:
         name = module.get_global_var(entry)
         shared.builder_.update_func(name, shared.visit_expr(module[name]))
     return relax.transform.DeadCodeElimination(kept)(shared.builder_.get())
+
+
+def calls_threads(module: tvm.IRModule, entry: str) -> bool:
+    """Whether any function that `entry` calls shares a loop out among threads itself, which our kernels do not show."""
+    called = [module[name] for name in relax.analysis.all_global_vars(module[entry])]
+    shared = list[tirx.For]()
+    for function in called:
+        if isinstance(function, tirx.PrimFunc):
+            tvm_ffi.structural_walk(function.body, (tirx.For, shared.append))
+    return any(loop.kind == tirx.ForKind.PARALLEL for loop in shared)
 
 
 @relax.expr_functor.mutator
