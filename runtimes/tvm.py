@@ -94,6 +94,7 @@ class TvmBackend:
         self.preemptible = memory is None and text.library.implements_function(BETWEEN_PARTS, True)
         unforced = aligned(np.empty((0, spec.num_experts_per_tok), np.int64))
         self._unforced = text.as_arguments({name: unforced for name in text.inputs if name.startswith(PREFIX)})
+        self._no_pictures = aligned(np.empty((0, spec.hidden_size), np.float32))
         # of a cache the rows that were stepped last: a token waits for every array that is handed over anew
         self._known_rows = weakref.WeakKeyDictionary[KVCache, dict[tuple[int, int], Mapping[str, Any]]]()
         self._experts = (
@@ -134,8 +135,8 @@ class TvmBackend:
 
     def embed(self, input_ids: Ints, image_features: Floats) -> Floats:
         """Embed ids i64 [B, S], image placeholders taking `image_features` f32 [M, H] in order: f32 [B, S, H]."""
-        feeds = {"input_ids": aligned(input_ids), "image_features": aligned(image_features)}
-        return self._graphs["embed"].run(feeds)[0]
+        pictures = aligned(image_features) if len(image_features) else self._no_pictures
+        return self._graphs["embed"].run({"input_ids": aligned(input_ids), "image_features": pictures})[0]
 
     def new_cache(self, batch: int, capacity: int) -> CacheRows[KVCache]:
         """Give an empty cache for `batch` rows of at most `capacity` tokens."""
@@ -186,7 +187,9 @@ class TvmBackend:
         self, inputs_embeds: Floats, counts: Ints, cache: Cache, logits_index: Ints, captures: bool = False
     ) -> StepOutput:
         """Run `inputs_embeds` [T, H], of each row `counts` [B] tokens: see `PacksRows.forward_packed`."""
-        step = self._output(self._feeds(inputs_embeds, counts, cache, logits_index), captures)
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        positions = np.arange(len(inputs_embeds)) + np.repeat(cache.lengths - starts[:-1], counts)
+        step = self._output(self._feeds(inputs_embeds[None], starts, positions[None], cache, logits_index), captures)
         cache.lengths += counts
         return step
 
@@ -195,20 +198,22 @@ class TvmBackend:
         assert isinstance(cache, CacheRows)
         batch, steps = positions.shape
         check_step(positions, cache)
-        index = (steps * np.arange(batch)[:, None] + logits_index).reshape(-1)
-        return self._feeds(inputs_embeds.reshape(batch * steps, -1), np.full(batch, steps), cache, index)
+        starts = np.arange(0, batch * steps + 1, steps)
+        index = (starts[:-1, None] + logits_index).reshape(-1)
+        return self._feeds(inputs_embeds.reshape(1, batch * steps, -1), starts, positions.reshape(1, -1), cache, index)
 
-    def _feeds(self, embeds: Floats, counts: Ints, cache: Cache, logits_index: Ints) -> Feeds:
-        """What the text graph takes for a step of `embeds` [T, H] after `cache`, of each row `counts` tokens."""
+    def _feeds(self, embeds: Floats, starts: Ints, positions: Ints, cache: Cache, logits_index: Ints) -> Feeds:
+        """What the text graph takes for a step of `embeds` [1, T, H] at `positions` [1, T] after `cache`.
+
+        Each row's tokens begin where `starts` [B + 1] says.
+        """
         assert isinstance(cache, CacheRows)
         store = cache.store
         assert isinstance(store, KVCache)
-        store.reserve(int((cache.lengths + counts).max()))
-        starts = np.concatenate([[0], np.cumsum(counts)])
-        positions = np.arange(len(embeds)) + np.repeat(cache.lengths - starts[:-1], counts)
+        store.reserve(1 + int(positions.max()))
         arguments = {
-            "inputs_embeds": embeds[None],
-            "positions": positions[None],
+            "inputs_embeds": embeds,
+            "positions": positions,
             "logits_index": logits_index,
             "row_starts": starts,
         }
