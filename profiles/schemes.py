@@ -53,6 +53,11 @@ class _Scheme(Record):
         """Whether it holds a checkpoint's own codes, so that nothing is lost in it."""
         return False
 
+    @property
+    def codes(self) -> int:
+        """How many int8 codes each activation is rounded to, where the kernels round them at all."""
+        return 1
+
     def rtn_baseline(self) -> Self:
         """The same storage with every scale the largest magnitude of the weights: what calibration has to beat."""
         return self
@@ -163,6 +168,11 @@ class IntBlock(_Scheme):
     def keeps_codes(self) -> bool:
         return self.rounding == "stored"
 
+    @property
+    @override
+    def codes(self) -> int:
+        return 2 if self.accuracy_level == 2 else 1
+
     @override
     def rtn_baseline(self) -> Self:
         return self.model_copy(update={"rounding": "nearest"}) if self.calibrates else self
@@ -179,7 +189,7 @@ class IntBlock(_Scheme):
     @override
     def check(self, shape: Shape, name: str) -> None:
         check_block(shape[1], self.block, name)
-        if self.accuracy_level == 2 and len(shape) > 2:
+        if self.codes > 1 and len(shape) > 2:
             raise ArrieroError(
                 "experts do not round their activations in two steps",
                 where=name,

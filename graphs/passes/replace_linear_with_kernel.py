@@ -26,7 +26,7 @@ def replace_linear_with_kernel(model: ir.Model, store: WeightStore) -> int:
             continue
         weight, stored = store_matrix(store, name, TIED.get(name))
         features = store.checkpoint.tensors[name].shape[0]
-        codes = 2 if getattr(store.schemes[name], "accuracy_level", None) == 2 else 1
+        codes = store.schemes[name].codes
         attributes = {"format": stored.name, "block": stored.block, "features": features, "codes": codes}
         replace_node(node, LINEAR, [node.inputs[0], *weight], attributes, DOMAIN)
         count += 1

@@ -203,7 +203,7 @@ def test_int4_fine_has_finer_activations_in_the_first_layer_and_before_every_dow
     assigned = load_profile("int4-fine").assign([*names, "language_model.lm_head.weight"])
     middle = [assigned[f"{layers[1]}.{matrix}"].label for matrix in matrices]
     assert middle == [*2 * ["int8 block 32 gptq"], *2 * ["nl4 block 32 gptq"], "nl4 block 128 gptq"]
-    two_steps = {name for name in names if getattr(assigned[name], "accuracy_level", None) == 2}
+    two_steps = {name for name in names if assigned[name].codes == 2}
     assert two_steps == {
         name for name in names if "experts." not in name and (".layers.0." in name or name.endswith("down_proj.weight"))
     }
