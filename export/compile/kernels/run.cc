@@ -60,7 +60,7 @@ int32_t launch(int64_t parts, const Steps&... steps) {
     return TVMBackendParallelLaunch(job, &work, 0) ? -1 : 0;
 }
 
-// The same of `prepare` and then `steps`; what there is to prepare of one token is this thread's: the others would wait.
+// The same of `prepare` and then `steps`; of one token this thread prepares all: the others would wait.
 template <class Prepare, class... Steps>
 int32_t launch_prepared(int64_t tokens, int64_t parts, const Prepare& prepare, const Steps&... steps) {
     if (tokens > 1) return launch(parts, prepare, steps...);
@@ -152,9 +152,9 @@ extern "C" int __tvm_ffi_arriero_between_parts(void*, const TaggedValue* argumen
     return 0;
 }
 
-// (address of a function without arguments): calls it while all threads of TVM's pool stay at hand, so that the operators
-// that it runs find them looking: calling them takes TVM several microseconds each time. Nothing in it may call TVM's pool,
-// and a step that is left for others calls them itself, as these may.
+// (address of a function without arguments): calls it while all threads of TVM's pool stay at hand, so that the
+// operators that it runs find them looking: to call them takes TVM one to four microseconds each time. Nothing in it may
+// call TVM's pool. A step that is left for others calls them itself, as these may.
 extern "C" int __tvm_ffi_arriero_with_crew(void*, const TaggedValue* arguments, int32_t, TaggedValue* result) {
     struct Together {
         void (*work)();
@@ -192,7 +192,8 @@ extern "C" int32_t arriero_run_linear(int64_t format, int64_t block, const float
             const auto multiply = [&](int64_t part) {
                 arriero_linear(format, block, in, weight, scales, y + first * N, count, N, K, space, part, parts);
             };
-            return whole::is_integer(format) ? launch_prepared(count, parts, prepare, multiply) : launch(parts, multiply);
+            if (!whole::is_integer(format)) return launch(parts, multiply);
+            return launch_prepared(count, parts, prepare, multiply);
         });
     };
     return between_parts ? in_blocks(T, ROWS, product) : product(0, T);
