@@ -57,3 +57,31 @@ def test_stores_are_sorted_unless_one_reads_what_another_writes() -> None:
 
     assert stored(apart) == [3, 5, 7]
     assert stored(chained) == [7, 3]
+
+
+def test_functions_that_are_equal_once_sorted_become_one_whatever_names_there_were() -> None:
+    @T.prim_func(s_tir=True)
+    def one(H: T.Buffer((T.int64(8),), "int64")):  # type: ignore[valid-type]
+        H[T.int64(7)] = H[T.int64(0)] * T.int64(2)
+        H[T.int64(5)] = T.int64(4)
+
+    @T.prim_func(s_tir=True)
+    def turned(H: T.Buffer((T.int64(8),), "int64")):  # type: ignore[valid-type]
+        H[T.int64(5)] = T.int64(4)
+        H[T.int64(7)] = H[T.int64(0)] * T.int64(2)
+
+    @T.prim_func(s_tir=True)
+    def other(H: T.Buffer((T.int64(8),), "int64")):  # type: ignore[valid-type]
+        H[T.int64(7)] = H[T.int64(0)] * T.int64(3)
+        H[T.int64(5)] = T.int64(4)
+
+    def names(*functions: tvm.tirx.PrimFunc) -> list[tuple[str, tvm.tirx.PrimFunc]]:
+        made = sort_shapes(tvm.IRModule({f"f{number or ''}": one for number, one in enumerate(functions)})).functions
+        return sorted((name.name_hint, function) for name, function in made.items())
+
+    expected = names(one, other)
+    assert [name for name, _ in expected] == ["f", "f1"]
+    for functions in ((one, turned, other), (turned, one, other, turned), (turned, other, one)):
+        for (name, function), (known, right) in zip(names(*functions), expected, strict=True):
+            assert name == known
+            tvm.ir.assert_structural_equal(function, right)
