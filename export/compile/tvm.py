@@ -26,13 +26,16 @@ from arriero.graphs.passes.replace_linear_with_kernel import LINEAR
 from arriero.graphs.stored.panels import EXACT
 from arriero.runtimes.manifest import Compiled
 
+# What a step of one token of one row, on which no routing is forced, has of what others have any number of.
+TOKEN = {"batch": 1, "seq": 1, "logits": 1, "rows": 1, "row_edges": 2, "forced_tokens": 0}
+
 
 def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Watch = no_watch) -> Compiled:
     """Compile `<part>.onnx` of each of `parts` in `folder` for the device's processor, with its kernels linked in.
 
     Leaves `<part>.so` and `<part>.json` (the order of inputs, outputs, tables of experts and weights, the dtype of the
-    caches, the tokens from which on a step is `prompt`'s, whether a row's sums are the same beside any others; whether
-    nothing in a `step` calls threads but our kernels) in the place of
+    caches, the tokens from which on a step is `prompt`'s, whether a row's sums are the same beside any others; the
+    function for a single token, and whether nothing in it and in `step` calls threads but our kernels) in the place of
     each graph. Raises ArrieroError for a processor that LLVM does not know, MachineLacks without a linker for its
     architecture.
     """
@@ -58,8 +61,8 @@ def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Wa
                 remedy="Build again; if it stays so, report it together with this sentence",
             ) from error
         signature = _signature(imported)
-        if "step" in module:
-            signature |= {"crew": not calls_threads(module, "step")}
+        if "token" in module:
+            signature |= {"for_a_token": "token", "crew": not calls_threads(module, "step")}
         (folder / f"{part}.json").write_text(json.dumps(signature, indent=1) + "\n")
         path.unlink()
     watch("compile", len(parts), len(parts), "graphs")
@@ -70,10 +73,10 @@ def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Wa
 
 
 def fuse(module: tvm.IRModule) -> tvm.IRModule:
-    """The module with its entries, `main` and of text also `step` and `prompt`, and their operators fused.
+    """The module with its entries, `main` and of text also `step`, `prompt` and `token`, and their operators fused.
 
     `step` gives the first output alone, so that no step pays for what only a proof looks at; `prompt` is the same for
-    steps of many tokens. Functions that are
+    steps of many tokens, and `token` for one token of one row, whose memory is planned beforehand. Functions that are
     equal become one, so that layers of one class share all of theirs: what is left to generate does not grow with the
     number of layers.
     """
@@ -82,7 +85,12 @@ def fuse(module: tvm.IRModule) -> tvm.IRModule:
     if "step" in fused:
         fused["prompt"] = relax.utils.copy_with_new_vars(fused["step"]).with_attr("global_symbol", "prompt")
         entries.append("prompt")
-    return share_rows(fused, entries)
+    shared = share_rows(fused, entries)
+    if "step" in shared:
+        token = relax.utils.copy_with_new_vars(shared["step"])
+        sizes = {size: TOKEN[size.name] for size in relax.analysis.defined_symbolic_vars(token) if size.name in TOKEN}
+        shared["token"] = token.bind_symbolic_vars(sizes).with_attr("global_symbol", "token")
+    return shared
 
 
 def llvm_target(cpu: Cpu) -> tvm.target.Target:

@@ -29,7 +29,7 @@ def test_a_token_is_the_same_with_a_crew_and_without_by_either_function(backend:
     """One row and three, the rows' tokens after a prompt; with other numbers of threads too."""
     graph = backend._graphs["text"]
     crew, taken, run = graph._crew, list[str](), graph.run
-    assert (graph.for_a_token, crew is not None) == ("step", True)
+    assert (graph.for_a_token, crew is not None) == ("token", True)
     hidden = np.random.default_rng(0).standard_normal((3, SLOTS, backend.spec.hidden_size), np.float32)
 
     def note(feeds: Any, function: str = "main") -> list[np.ndarray]:
@@ -47,7 +47,7 @@ def test_a_token_is_the_same_with_a_crew_and_without_by_either_function(backend:
             found.append(step.logits)
         return found
 
-    for rows, function in ((1, "step"), (3, "step")):
+    for rows, function in ((1, "token"), (3, "step")):
         taken.clear()
         expected = answer(rows)
         assert set(taken) == {"prompt", function}
@@ -61,7 +61,7 @@ def test_a_token_is_the_same_with_a_crew_and_without_by_either_function(backend:
             monkeypatch.setattr(graph, "_threads", threads)
             monkeypatch.setattr(graph, "_parts", graph._ffi.from_dlpack(np.zeros(threads, np.uint8)))
             np.testing.assert_array_equal(answer(rows), expected)
-        monkeypatch.setattr(graph, "for_a_token", "step")
+        monkeypatch.setattr(graph, "for_a_token", "token")
 
 
 def test_what_goes_wrong_in_a_step_passes_through_the_crew(backend: TvmBackend, monkeypatch: Any) -> None:

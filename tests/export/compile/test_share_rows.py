@@ -45,7 +45,8 @@ def test_prompts_share_the_rows_of_norms_gates_sums_and_rotary(toy: Path, tmp_pa
     shared = {name for name in prompt if name.endswith("_rows")}
     for part in ("rms_norm", "sigmoid", "multiply", "add", "mean", "rotary"):
         assert any(part in name for name in shared), part
-    assert [calls_threads(module, entry) for entry in ("step", "prompt", "main")] == [False, True, True]
+    assert [calls_threads(module, entry) for entry in ("step", "token", "prompt", "main")] == [False, False, True, True]
+    assert called(module, "token") == step
     assert all("_rf" in module[name].script() for name in shared if "rms_norm" in name)  # sums in lanes
     alone = {name for name in prompt if name not in shared}
     assert not [name for name in alone if "rms_norm" in name or "sigmoid1_" in name]
