@@ -104,13 +104,11 @@ def append_rows(backend: Backend, tokens: Sequence[Sequence[int]], cache: Cache)
     counts = [len(row) for row in tokens]
     if max(counts) == 1:
         return list(append_tokens(backend, [row[0] for row in tokens], cache)[:, None])
-    ids = np.concatenate([np.asarray(row, np.int64) for row in tokens])
-    none, every = np.zeros((0, backend.spec.hidden_size), np.float32), np.arange(len(ids))
-    if len(counts) == 1:
-        return [read_piece(backend, ids, none, cache, every).logits[0]]
-    assert isinstance(backend, PacksRows)
-    logits = backend.forward_packed(backend.embed(ids[None], none)[0], np.array(counts), cache, every).logits[0]
-    return np.split(logits, np.cumsum(counts)[:-1])
+    rows = [np.asarray(row, np.int64) for row in tokens]
+    none = np.zeros((0, backend.spec.hidden_size), np.float32)
+    if len(rows) == 1:
+        return [read_piece(backend, rows[0], none, cache, np.arange(counts[0])).logits[0]]
+    return [step.logits[0] for step in read_together(backend, rows, none, cache)]
 
 
 def read_together(

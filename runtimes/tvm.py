@@ -88,9 +88,9 @@ class TvmBackend:
         largest = pooled_bytes(spec, self._widest, self.piece, 0, False)
         self._memory = StepMemory(largest, _empty_pool) if memory is None else None
         self.packs, self.forces_routing = text.packs, takes_routing(spec, text.inputs)
-        # a cap has room for one step, and bundles from before lack the function
         if memory is None:  # threads that look would be in the way of what reads experts
             text.keep_crew()
+        # a cap has room for one step, and bundles from before lack the function
         self.preemptible = memory is None and text.library.implements_function(BETWEEN_PARTS, True)
         unforced = aligned(np.empty((0, spec.num_experts_per_tok), np.int64))
         self._unforced = text.as_arguments({name: unforced for name in text.inputs if name.startswith(PREFIX)})

@@ -149,7 +149,7 @@ class CompiledGraph:
             return seconds
 
         function = ctypes.CFUNCTYPE(ctypes.c_double)(call)
-        tell(ctypes.cast(function, ctypes.c_void_p).value)
+        tell(_address(function))
         try:
             yield
         finally:
@@ -183,10 +183,15 @@ def _with_crew(crew: Callable[[int | None], object], compute: Callable[[], Any])
             raised.append(error)
 
     function = ctypes.CFUNCTYPE(None)(work)
-    crew(ctypes.cast(function, ctypes.c_void_p).value)
+    crew(_address(function))
     if raised:
         raise raised[0]
     return given[0]
+
+
+def _address(function: Any) -> int | None:
+    """Of a function of `ctypes`, which has to be kept for as long as a library knows it."""
+    return ctypes.cast(function, ctypes.c_void_p).value
 
 
 _configured = threading.local()

@@ -14,9 +14,8 @@ from arriero.graphs.names import EMBEDDING
 from arriero.graphs.sources.weight_source import WeightSource
 from arriero.runtimes.backend import TILES_AT_ONCE
 from arriero.runtimes.memory_cap import captured_bytes, given_bytes, pooled_bytes, step_bytes
-from arriero.runtimes.proof.shared_steps import share_steps, tokens_together
+from arriero.runtimes.proof.shared_steps import share_steps, tokens_together, usual_tokens
 from arriero.runtimes.step_memory import StepMemory
-from arriero.runtimes.steps import logits_piece
 from arriero.traits import PREFILL_PIECE, TRAITS
 
 LOGIT_COPIES = 2  # of a piece's logits while they are measured
@@ -37,7 +36,7 @@ def parity_memory(
     """
     takes, text = TRAITS[target.backend].footprint, seen.text
     lengths, tiles = [size[0] for size in sizes], max((size[1] for size in sizes), default=0)
-    longest, most = max(lengths, default=0), min(PREFILL_PIECE, logits_piece(text.vocab_size))
+    longest, most = max(lengths, default=0), usual_tokens(model_spec(seen))
     held = takes.runtime + takes.layer * seen.layers
     if seen.vision is not None:
         held += tower_activations(seen.vision, min(tiles, TILES_AT_ONCE))

@@ -25,13 +25,18 @@ MOST = 2 << 30  # bytes of it at most
 T = TypeVar("T")
 
 
+def usual_tokens(spec: ModelSpec) -> int:
+    """Tokens of a usual piece of a prompt that gives the logits of every position."""
+    return min(PREFILL_PIECE, logits_piece(spec.vocab_size))
+
+
 def tokens_together(spec: ModelSpec, weights: int, memory: int | None, available: int | None) -> int:
     """Tokens of all cases in a step at most: a usual piece of a prompt, or more where each step reads the drive.
 
     That is where the bytes of the `weights` are more than the `available` memory: steps may then take a good part of
     `memory`, what the measurement may use of it.
     """
-    usual = min(PREFILL_PIECE, logits_piece(spec.vocab_size))
+    usual = usual_tokens(spec)
     if available is None or weights <= available:
         return usual
     room = min(MOST, (available if memory is None else memory) // SHARE)
@@ -53,7 +58,8 @@ def share_steps(items: Iterable[T], tokens: Callable[[T], int], least: int, most
         if alone:
             yield [item]
         else:
-            held, count = [*held, item], count + size
+            held.append(item)
+            count += size
     if held:
         yield held
 
@@ -75,8 +81,7 @@ def forced_cases(
     The bits of a case are the same whatever it shares a step with.
     """
     spec = candidate.spec
-    if most is None:
-        most = tokens_together(spec, 0, None, None)
+    most = usual_tokens(spec) if most is None else most
     limit = min(most, spec.attention_chunk_size) if shares_steps(candidate.backend) else 0
     for held in share_steps(cases, lambda case: len(case.fed_ids), least_piece(candidate.backend), limit):
         yield from _forced(candidate, held, captures)
