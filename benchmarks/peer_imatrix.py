@@ -19,7 +19,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from arriero.export.build_file.schema import Calibration
+from arriero.export.build_file.schema import EMBEDDED, Calibration
 from arriero.export.calibration.round_head import head_moments
 from arriero.export.proof.reference import open_reference
 from arriero.export.proof.routed_rows import Routed
@@ -27,6 +27,7 @@ from arriero.export.proof.walk_layers import Walk
 from arriero.export.samples.cases import draw_cases
 from arriero.graphs.checkpoint import Checkpoint
 
+SAMPLES = 400  # of the embedded set
 Sums = tuple[str, np.ndarray, np.ndarray]  # llama.cpp's name of a matrix, sums of squares [.., K], tokens [.., 1]
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -86,10 +87,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("file", type=Path, help="the importance matrix to write")
-    parser.add_argument("--samples", type=int, default=400, help="calibration samples")
+    parser.add_argument("--set", default=EMBEDDED, help="a file of calibration samples, in place of the embedded set")
+    parser.add_argument("--samples", type=int, help=f"of them; left out: {SAMPLES} of the embedded set, or the file's")
     options = parser.parse_args()
     reference = open_reference(Checkpoint.open(options.checkpoint), text_only=True)
-    samples = draw_cases(Calibration(samples=options.samples), ("text",))
+    count = options.samples or (SAMPLES if options.set == EMBEDDED else None)
+    samples = draw_cases(Calibration(set=options.set, samples=count), ("text",))
     with tempfile.TemporaryDirectory() as place:
         walk, sums = Walk(reference, samples, Path(place)), list[Sums]()
         walk.embed()

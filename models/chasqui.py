@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def write_skeleton(folder: Path) -> Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     # A tokenizer that is there stays: weights trained on its ids would mean nothing under another one.
     if not (folder / "tokenizer.json").exists():
-        train_tokenizer().save(str(folder / "tokenizer.json"))
+        train_tokenizer(_texts(), VOCABULARY).save(str(folder / "tokenizer.json"))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     vocabulary = tokenizer.get_vocab()
     ids = {name: vocabulary[name] for name in SPECIAL}
@@ -157,8 +157,8 @@ def config(ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def train_tokenizer() -> Tokenizer:
-    """Byte-level BPE over the generated text, where every word of the families becomes one token."""
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Byte-level BPE over `texts`, and tokens that are reserved where these give fewer than `vocabulary`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -168,12 +168,12 @@ def train_tokenizer() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL),
+        vocab_size=vocabulary - len(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(), trainer)
-    reserved = VOCABULARY - tokenizer.get_vocab_size() - len(SPECIAL)
+    tokenizer.train_from_iterator(texts, trainer)
+    reserved = vocabulary - tokenizer.get_vocab_size() - len(SPECIAL)
     names = [*SPECIAL, *(f"<|reserved_{number}|>" for number in range(reserved))]
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     return tokenizer

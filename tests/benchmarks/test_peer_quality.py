@@ -34,7 +34,7 @@ def test_few_bits_lose_more_than_halves(
     halves, eight, four = (float(re.search(r"mean KL (\S+) ±", line)[1]) for line in lines)  # type: ignore[index]
     assert halves < 1e-5
     assert halves < eight < four / 10
-    assert " tokens" in lines[0]
+    assert re.search(r" tokens, \d of 8 answers right$", lines[0])
 
 
 def test_a_file_of_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
