@@ -28,7 +28,7 @@ def test_a_short_run_writes_a_checkpoint_and_resumes(tmp_path, monkeypatch, caps
 
 
 def test_a_short_run_over_records_writes_a_checkpoint_and_resumes(tmp_path, monkeypatch, capsys):
-    for name, value in {"COUNT": 8, "ROWS": 4, "SAVE_EVERY": 1, "LOG_EVERY": 1}.items():
+    for name, value in {"COUNT": 8, "ROWS": 4, "WARMUP": 1, "SAVE_EVERY": 1, "LOG_EVERY": 1}.items():
         monkeypatch.setattr(train_quipu, name, value)
     out = tmp_path / "model"
     train_quipu.train(out, 1, seed=3)
