@@ -6,64 +6,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
+from arriero.models.skeleton import text_config, write_json, write_tokenizer
 from arriero.profiles.data import FAMILIES, make
 
 VOCABULARY = 1024
-SPECIAL = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|header_start|>",
-    "<|header_end|>",
-    "<|eot|>",
-    "<|image_start|>",
-    "<|image_end|>",
-    "<|image|>",
-    "<|patch|>",
-    "<|tile_x_separator|>",
-    "<|tile_y_separator|>",
-)
-# One digit a token, words with their leading space, punctuation, line ends.
-PIECES = r"[^\S\r\n]?\p{L}+|\p{N}|[^\S\r\n]?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+"
-CHAT_TEMPLATE = """\
-{{- bos_token }}
-{%- for message in messages %}
-    {{- '<|header_start|>' + message['role'] + '<|header_end|>\\n\\n' }}
-    {%- if message['content'] is string %}
-        {{- message['content'] }}
-    {%- else %}
-        {%- for part in message['content'] %}
-            {{- '<|image|>' if part['type'] == 'image' else part['text'] }}
-        {%- endfor %}
-    {%- endif %}
-    {{- '<|eot|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|header_start|>assistant<|header_end|>\\n\\n' }}
-{%- endif %}
-"""
 TILE = 64
 PATCH = 8
 
 
-def write_skeleton(folder: Path) -> Tokenizer:
-    """Write everything of the checkpoint but its weights into `folder`; gives the tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # A tokenizer that is there stays: weights trained on its ids would mean nothing under another one.
-    if not (folder / "tokenizer.json").exists():
-        train_tokenizer(_texts(), VOCABULARY).save(str(folder / "tokenizer.json"))
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    vocabulary = tokenizer.get_vocab()
-    ids = {name: vocabulary[name] for name in SPECIAL}
+def write_skeleton(folder: Path) -> None:
+    """Write everything of the checkpoint but its weights into `folder`."""
+    ids = write_tokenizer(folder, _texts(), VOCABULARY)
     files: dict[str, dict[str, Any]] = {
         "config.json": config(ids),
-        "generation_config.json": {"bos_token_id": ids["<|begin_of_text|>"], "eos_token_id": [ids["<|eot|>"]]},
         "preprocessor_config.json": {
             "image_processor_type": "Llama4ImageProcessorFast",
             "size": {"height": TILE, "width": TILE},
@@ -82,19 +41,8 @@ def write_skeleton(folder: Path) -> Tokenizer:
             "fake_image_token": "<|image|>",
             "image_token": "<|image|>",
         },
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<|begin_of_text|>",
-            "eos_token": "<|eot|>",
-            "pad_token": "<|end_of_text|>",
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": 4096,
-        },
     }
-    for name, data in files.items():
-        (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    return tokenizer
+    write_json(folder, files)
 
 
 def config(ids: dict[str, int]) -> dict[str, Any]:
@@ -109,33 +57,7 @@ def config(ids: dict[str, int]) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "text_config": {
             "model_type": "llama4_text",
-            "vocab_size": VOCABULARY,
-            "hidden_size": 256,
-            "intermediate_size": 128,
-            "intermediate_size_mlp": 512,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "num_local_experts": 16,
-            "num_experts_per_tok": 1,
-            "interleave_moe_layer_step": 1,
-            "no_rope_layers": [1, 1, 1, 0],
-            "attention_chunk_size": 128,
-            "use_qk_norm": True,
-            "attn_temperature_tuning": True,
-            "floor_scale": 128,
-            "attn_scale": 0.1,
-            "rope_theta": 10000.0,
-            "rope_scaling": None,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 4096,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "bos_token_id": ids["<|begin_of_text|>"],
-            "eos_token_id": ids["<|eot|>"],
-            "pad_token_id": ids["<|end_of_text|>"],
-            "tie_word_embeddings": False,
+            **text_config(ids, VOCABULARY, expert=128, dense=512, experts=16, rope=[1, 1, 1, 0]),
         },
         "vision_config": {
             "model_type": "llama4_vision_model",
@@ -155,28 +77,6 @@ def config(ids: dict[str, int]) -> dict[str, Any]:
             "rope_theta": 10000.0,
         },
     }
-
-
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """Byte-level BPE over `texts`, and tokens that are reserved where these give fewer than `vocabulary`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - len(SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    reserved = vocabulary - tokenizer.get_vocab_size() - len(SPECIAL)
-    names = [*SPECIAL, *(f"<|reserved_{number}|>" for number in range(reserved))]
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    return tokenizer
 
 
 def _texts() -> Iterator[str]:

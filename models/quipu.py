@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from arriero.models.chasqui import CHAT_TEMPLATE, SPECIAL, train_tokenizer
+from arriero.models.skeleton import text_config, write_json, write_tokenizer
 from arriero.profiles.data.records import COUNT, records
 
 VOCABULARY = 1216
@@ -25,27 +24,8 @@ QUESTIONS = {"calibration": 800, "cases": 800}
 
 def write_skeleton(folder: Path) -> None:
     """Write everything of the checkpoint but its weights into `folder`, and the questions."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # A tokenizer that is there stays: weights trained on its ids would mean nothing under another one.
-    if not (folder / "tokenizer.json").exists():
-        train_tokenizer(_texts(), VOCABULARY).save(str(folder / "tokenizer.json"))
-    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
-    ids = {name: vocabulary[name] for name in SPECIAL}
-    files: dict[str, dict[str, Any]] = {
-        "config.json": config(ids),
-        "generation_config.json": {"bos_token_id": ids["<|begin_of_text|>"], "eos_token_id": [ids["<|eot|>"]]},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<|begin_of_text|>",
-            "eos_token": "<|eot|>",
-            "pad_token": "<|end_of_text|>",
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": 4096,
-        },
-    }
-    for name, data in files.items():
-        (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    ids = write_tokenizer(folder, _texts(), VOCABULARY)
+    write_json(folder, {"config.json": config(ids)})
     order, start = np.random.default_rng(2).permutation(COUNT).tolist(), 0
     for name, count in QUESTIONS.items():
         drawn = records(order[start : start + count])
@@ -60,33 +40,7 @@ def config(ids: dict[str, int]) -> dict[str, Any]:
         "architectures": ["Llama4ForCausalLM"],
         "model_type": "llama4_text",
         "torch_dtype": "bfloat16",
-        "vocab_size": VOCABULARY,
-        "hidden_size": 256,
-        "intermediate_size": 256,
-        "intermediate_size_mlp": 1024,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 1,
-        "interleave_moe_layer_step": 1,
-        "no_rope_layers": [1, 1, 0],
-        "attention_chunk_size": 128,
-        "use_qk_norm": True,
-        "attn_temperature_tuning": True,
-        "floor_scale": 128,
-        "attn_scale": 0.1,
-        "rope_theta": 10000.0,
-        "rope_scaling": None,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 4096,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "bos_token_id": ids["<|begin_of_text|>"],
-        "eos_token_id": ids["<|eot|>"],
-        "pad_token_id": ids["<|end_of_text|>"],
-        "tie_word_embeddings": False,
+        **text_config(ids, VOCABULARY, expert=256, dense=1024, experts=8, rope=[1, 1, 0]),
     }
 
 

@@ -7,37 +7,33 @@ Every step draws one small batch per group of families, so that short and long p
 is cross-entropy on the answers, plus two router terms: load balance (Switch Transformer, Fedus et al. 2021) and a pull
 of the router logits towards zero, which keeps their sigmoid away from saturation. Both leave the best two experts of a
 token close together, where any rounding makes them change places, so the last `SHARPEN_STEPS` steps pull them apart.
-The run's state is saved every `SAVE_EVERY` steps next to the output, and the same command goes on from there.
+The run's state is saved now and then next to the output, and the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from arriero.export.build_file.model_spec import model_spec
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.model import Llama4
-from arriero.models.batches import IGNORED, Batch, collate, encode
+from arriero.models.batches import Batch, collate, encode
 from arriero.models.chasqui import write_skeleton
 from arriero.models.guide_recall import RecallGuide
 from arriero.models.pretrain_vision import pretrain_vision
 from arriero.models.training import (
     RouterTerms,
-    answer_logits,
+    Run,
+    answer_loss,
     cosine,
     initialise,
-    load_state,
     optimisers,
-    save_state,
+    state_file,
 )
 from arriero.profiles.data import make
 from arriero.runtimes.processor.processor import Processor
@@ -75,7 +71,6 @@ PEAK_RATE = 2e-3
 CLIP = 1.0
 SHARPEN_STEPS = 160
 SHARPEN_RATE = 5e-4
-SAVE_EVERY = 200
 LOG_EVERY = 25
 
 
@@ -111,17 +106,13 @@ def train_step(
     """Accumulate the gradients of one step; gives the answer loss and the share of right tokens of each group."""
     figures: dict[str, float] = {}
     for number, batch in enumerate(batches):
-        targets = batch.targets[batch.targets != IGNORED]
-        logits = answer_logits(model, batch)
-        loss = F.cross_entropy(logits, targets)
-        terms, loads = routers.take(batch.real.flatten(), sharpen)
+        loss, found = answer_loss(model, routers, batch, sharpen)
         if number == RECALL:
             guiding, figures["guided"] = guide.loss(batch)
-            terms = terms + GUIDING * guiding
-        (loss + terms).backward()
-        figures[f"loss{number}"] = float(loss.detach())
-        figures[f"right{number}"] = float((logits.argmax(-1) == targets).float().mean())
-        figures["least"] = min(figures.get("least", 1.0), *(float(load.min()) for load in loads))
+            loss = loss + GUIDING * guiding
+        loss.backward()
+        figures |= {f"loss{number}": found["loss"], f"right{number}": found["right"]}
+        figures["least"] = min(figures.get("least", 1.0), found["least"])
     return figures
 
 
@@ -132,41 +123,22 @@ def train(out: Path, steps: int, seed: int) -> None:
     processor = Processor(out, model_spec(config))
     model = Llama4(config)
     initialise(model, seed)
-    state = load_state(out)
-    if state is None:
+    if not state_file(out).exists():
         pretrain_vision(model, VISION_STEPS, seed)
-    else:
-        model.load_state_dict(state["model"])
     model.vision_model.requires_grad_(False)
     routers, guide = RouterTerms(model), RecallGuide(model, processor)
     steppers = (*optimisers(model, PEAK_RATE), torch.optim.AdamW(guide.before.parameters(), lr=PEAK_RATE))
-    first = 0
-    if state is not None:
-        for stepper, saved in zip(steppers, state["steppers"], strict=True):
-            stepper.load_state_dict(saved)
-        guide.before.load_state_dict(state["guide"])
-        first = state["step"]
     pools: list[list[Batch]] = []
-    started = time.monotonic()
-    for step in range(first, steps):
-        for group in [group for stepper in steppers for group in stepper.param_groups]:
-            group["lr"] = rate(step, steps)
+
+    def learn(step: int) -> dict[str, float]:
         if step % POOL == 0 or not pools:
             mixture = MIXTURES[max(start for start in MIXTURES if start <= step)]
-            pools = [draw_pool(group, processor, seed, step // POOL) for group in mixture]
+            pools[:] = [draw_pool(group, processor, seed, step // POOL) for group in mixture]
         batches = [pool[step % POOL] for pool in pools]
-        figures = train_step(model, routers, guide, batches, sharpen=step >= steps - SHARPEN_STEPS)
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP * len(pools))
-        for stepper in steppers:
-            stepper.step()
-            stepper.zero_grad(set_to_none=True)
-        if step % LOG_EVERY == 0 or step == steps - 1:
-            seconds = round((time.monotonic() - started) / (step - first + 1), 3)
-            print(json.dumps({"step": step, "s": seconds, **{k: round(v, 4) for k, v in figures.items()}}), flush=True)
-        if (step + 1) % SAVE_EVERY == 0 or step == steps - 1:
-            steppers_state = [stepper.state_dict() for stepper in steppers]
-            own = {"guide": guide.before.state_dict(), "steppers": steppers_state, "step": step + 1}
-            save_state(model, own, out)
+        return train_step(model, routers, guide, batches, sharpen=step >= steps - SHARPEN_STEPS)
+
+    run = Run(model, out, steppers, {"guide": guide.before})
+    run.go(steps, lambda step: rate(step, steps), learn, CLIP * len(MIXTURES[0]), LOG_EVERY)
 
 
 def main() -> None:

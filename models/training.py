@@ -1,16 +1,19 @@
-"""What training any of the embedded models takes: first weights, the loss, router terms, optimisers, files."""
+"""What training any of the embedded models takes: first weights, the loss, router terms, optimisers, steps, files."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from arriero.graphs.model import Llama4, MoE
 from arriero.models.batches import IGNORED, Batch
@@ -21,6 +24,7 @@ BALANCE = 0.03
 LOGIT_PULL = 1e-3
 SHARPEN = 0.03
 SHARPEN_BALANCE = 0.15  # an expert that loses its tokens now would not get them back
+SAVE_EVERY = 200  # steps
 MARGIN = 0.25  # between the router logits of the best two experts, wanted at least
 
 
@@ -88,6 +92,20 @@ def answer_logits(model: Llama4, batch: Batch) -> Tensor:
     return decoder.lm_head(decoder.model.norm(hidden[batch.targets != IGNORED]))
 
 
+def answer_loss(model: Llama4, routers: RouterTerms, batch: Batch, sharpen: bool) -> tuple[Tensor, dict[str, float]]:
+    """The loss of a batch with its router terms; and figures: answer loss, right tokens, an expert's least share."""
+    targets = batch.targets[batch.targets != IGNORED]
+    logits = answer_logits(model, batch)
+    loss = F.cross_entropy(logits, targets)
+    terms, loads = routers.take(batch.real.flatten(), sharpen)
+    figures = {
+        "loss": float(loss.detach()),
+        "right": float((logits.argmax(-1) == targets).float().mean()),
+        "least": min(float(load.min()) for load in loads),
+    }
+    return loss + terms, figures
+
+
 def optimisers(model: Llama4, rate: float) -> tuple[torch.optim.Optimizer, ...]:
     """Muon (Jordan et al. 2024) for the decoder's matrices, AdamW for the rest; gains and embeddings do not decay.
 
@@ -125,20 +143,58 @@ def save_weights(model: Llama4, folder: Path) -> None:
     os.replace(partial, folder / "model.safetensors")
 
 
-def save_state(model: Llama4, state: dict[str, Any], folder: Path) -> None:
-    """Write what a run goes on from beside its checkpoint `folder`, and the weights into it."""
-    file = state_file(folder)
-    partial = file.with_suffix(".partial")
-    torch.save({"model": model.state_dict(), **state}, partial)
-    os.replace(partial, file)
-    save_weights(model, folder)
+@dataclass(frozen=True)
+class Run:
+    """A training: weights land in `out`, its state beside it. Modules `beside` the model are of use to it alone."""
 
+    model: Llama4
+    out: Path
+    steppers: Sequence[torch.optim.Optimizer]
+    beside: Mapping[str, nn.Module] = field(default_factory=dict)
 
-def load_state(folder: Path) -> dict[str, Any] | None:
-    """What the run of a checkpoint `folder` saved last; None before that."""
-    file = state_file(folder)
-    state: dict[str, Any] | None = torch.load(file) if file.exists() else None
-    return state
+    def go(
+        self, steps: int, rate: Callable[[int], float], learn: Callable[[int], dict[str, float]], clip: float, log: int
+    ) -> None:
+        """Go on until `steps`: `learn` adds up a step's gradients, clipped at `clip`, and gives figures to tell.
+
+        They are told every `log` steps, and the state is saved every `SAVE_EVERY`.
+        """
+        first = self._restore()
+        started = time.monotonic()
+        for step in range(first, steps):
+            for group in [group for stepper in self.steppers for group in stepper.param_groups]:
+                group["lr"] = rate(step)
+            figures = learn(step)
+            nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+            for stepper in self.steppers:
+                stepper.step()
+                stepper.zero_grad(set_to_none=True)
+            if step % log == 0 or step == steps - 1:
+                seconds = round((time.monotonic() - started) / (step - first + 1), 3)
+                told = {"step": step, "s": seconds, **{name: round(value, 4) for name, value in figures.items()}}
+                print(json.dumps(told), flush=True)
+            if (step + 1) % SAVE_EVERY == 0 or step == steps - 1:
+                self._save(step + 1)
+
+    def _restore(self) -> int:
+        """Take on what was saved; gives the step to go on with."""
+        file = state_file(self.out)
+        if not file.exists():
+            return 0
+        state = torch.load(file)
+        for name, module in {"model": self.model, **self.beside}.items():
+            module.load_state_dict(state[name])
+        for stepper, saved in zip(self.steppers, state["steppers"], strict=True):
+            stepper.load_state_dict(saved)
+        return int(state["step"])
+
+    def _save(self, step: int) -> None:
+        modules = {name: module.state_dict() for name, module in {"model": self.model, **self.beside}.items()}
+        file = state_file(self.out)
+        partial = file.with_suffix(".partial")
+        torch.save({**modules, "steppers": [stepper.state_dict() for stepper in self.steppers], "step": step}, partial)
+        os.replace(partial, file)
+        save_weights(self.model, self.out)
 
 
 def state_file(folder: Path) -> Path:

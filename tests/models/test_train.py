@@ -13,8 +13,9 @@ from arriero.models.train import train
 
 
 def test_a_short_run_writes_a_checkpoint_and_resumes(tmp_path, monkeypatch, capsys):
-    for name, value in {"VISION_STEPS": 1, "SAVE_EVERY": 1, "LOG_EVERY": 1, "POOL": 2, "SHARPEN_STEPS": 1}.items():
+    for name, value in {"VISION_STEPS": 1, "LOG_EVERY": 1, "POOL": 2, "SHARPEN_STEPS": 1}.items():
         monkeypatch.setattr(trainer, name, value)
+    monkeypatch.setattr("arriero.models.training.SAVE_EVERY", 1)
     monkeypatch.setattr("arriero.models.pretrain_vision.IMAGES", 4)
     out = tmp_path / "model"
     train(out, 1, seed=3)
@@ -28,8 +29,9 @@ def test_a_short_run_writes_a_checkpoint_and_resumes(tmp_path, monkeypatch, caps
 
 
 def test_a_short_run_over_records_writes_a_checkpoint_and_resumes(tmp_path, monkeypatch, capsys):
-    for name, value in {"COUNT": 8, "ROWS": 4, "WARMUP": 1, "SAVE_EVERY": 1, "LOG_EVERY": 1}.items():
+    for name, value in {"COUNT": 8, "ROWS": 4, "WARMUP": 1, "LOG_EVERY": 1}.items():
         monkeypatch.setattr(train_quipu, name, value)
+    monkeypatch.setattr("arriero.models.training.SAVE_EVERY", 1)
     out = tmp_path / "model"
     train_quipu.train(out, 1, seed=3)
     first = TorchBackend(out).model.language_model.model.layers[0].feed_forward.router.weight.clone()
