@@ -2,7 +2,7 @@
 
 Matrices that read the same inputs share one.
 Legend: n rows of a matrix, K its input features, C columns of a panel, t tokens, H [K, K] = sum over inputs of x xᵀ,
-D = H + `added` on its diagonal, features in `order`; U upper triangular with UᵀU = D⁻¹.
+A = `added` on a diagonal, D = H + A, features in `order`; U upper triangular with UᵀU = D⁻¹.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from arriero.profiles.piecewise import Each, piecewise
 from arriero.profiles.triangular import SMALL, inverse_factor
 
 PANEL = 256  # columns whose errors are passed on to the rest of a matrix at once
+# Moments of t tokens seem to have correlations of a size that falls with t / K and that the next tokens have not. As much
+# of the diagonal is added for each K / t of an expert, whose tokens are a few of a layer's; what it gains and where it was
+# measured is told with the figures for few tokens (docs/performance.md).
+EXPERTS_SHRINKAGE = 0.7
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
@@ -42,20 +46,26 @@ class InputFactor(ABC):
 
     order: NDArray[np.int64]  # [K], falling by the moment ("act-order")
     importance: NDArray[np.float64]  # [K], the diagonal of D, features in their own order
-    added: float
+    added: Doubles  # [K], in `order`
 
     @staticmethod
-    def of(seen: Moments, damping: float) -> InputFactor:
-        """Factor the second moments H; `damping` is the share of their mean diagonal that is added to the diagonal."""
+    def of(seen: Moments, damping: float, shrinkage: float = 0.0) -> InputFactor:
+        """Factor the second moments H of t tokens, with something added to the diagonal.
+
+        That is `damping` times their mean diagonal, and `shrinkage` * K / t times each feature's own: H shrunk towards
+        its diagonal, as Schäfer and Strimmer do with covariances of few samples (2005, "A Shrinkage Approach to
+        Large-Scale Covariance Matrix Estimation", target D), by a share set before.
+        """
         diagonal = seen.diagonal
         mean = float(np.mean(diagonal))
         # never active features count as barely active; without any input all are alike
-        added = damping * mean if mean > 0 else 1.0
+        own = shrinkage * len(diagonal) / max(seen.count, 1) * diagonal
+        added = own + damping * mean if mean > 0 else np.ones(len(diagonal))
         order = np.argsort(-diagonal, kind="stable")
         rows = seen.rows
         if rows is None:
-            return _whole_factor(order, diagonal + added, added, seen.moment)
-        return _panel_factors(order, diagonal + added, added, rows)
+            return _whole_factor(order, diagonal + added, added[order], seen.moment)
+        return _panel_factors(order, diagonal + added, added[order], rows)
 
     @abstractmethod
     def upper(self, panel: slice) -> Floats:
@@ -93,8 +103,7 @@ class _PassedOn:
     def leave(self, panel: slice, rounded: Floats, errors: Floats) -> None:
         self.rest[panel.stop :] -= self.inputs.factor[panel, panel.stop :].T @ errors
         lost = np.subtract(self.weight[panel], rounded, out=rounded)
-        for squares, times in ((errors, 1.0), (lost, -self.inputs.added)):
-            self.sum += times * float(np.sum(np.square(squares, out=squares), dtype=np.float64))
+        self.sum += float(np.sum(_squares(errors)) - self.inputs.added[panel] @ _squares(lost))
 
     def error(self) -> float:
         return self.sum
@@ -102,15 +111,15 @@ class _PassedOn:
 
 @dataclass(frozen=True)
 class PanelFactors(InputFactor):
-    """Of few tokens X [t, K], D = XᵀX + added: what a panel's errors change in later columns goes by way of the tokens.
+    """Of few tokens X [t, K], D = XᵀX + A: what a panel's errors change in later columns goes by way of the tokens.
 
     Where the columns before a panel P are rounded, and R is P with all columns after it, the weights of R that lose
-    least are w + Xᵣᵀ G⁻¹ e, with e [t] what the tokens' outputs have lost so far and G = added + Xᵣ Xᵣᵀ [t, t]: the
-    minimum of |e - Xᵣ d|² + added |d|² over changes d. GPTQ's recurrence arrives at the same.
+    least are w + A⁻¹ Xᵣᵀ G⁻¹ e, with e [t] what the tokens' outputs have lost so far and G = 1 + Xᵣ A⁻¹ Xᵣᵀ [t, t]: the
+    minimum of |e - Xᵣ d|² + dᵀA d over changes d. GPTQ's recurrence arrives at the same.
     """
 
     inputs: Floats  # Xᵀ [K, t]
-    onto: Floats  # of each panel Xₚᵀ G⁻¹, together [K, t]
+    onto: Floats  # of each panel A⁻¹ Xₚᵀ G⁻¹, together [K, t]
     uppers: tuple[Floats, ...]  # of each panel U's square
 
     def upper(self, panel: slice) -> Floats:
@@ -137,28 +146,33 @@ class _ThroughTokens:
         return float(np.sum(np.square(self.lost), dtype=np.float64))
 
 
+def _squares(values: Floats) -> Doubles:
+    """Sums of squares [C] of `values` [C, n], which are written over."""
+    return np.asarray(np.sum(np.square(values, out=values), axis=1, dtype=np.float64))
+
+
 def _whole_factor(
-    order: NDArray[np.int64], importance: NDArray[np.float64], added: float, moment: NDArray[np.float64]
+    order: NDArray[np.int64], importance: Doubles, added: Doubles, moment: NDArray[np.float64]
 ) -> WholeFactor:
     turned = order[::-1]
     matrix = moment[np.ix_(turned, turned)]
-    matrix[np.diag_indices(len(matrix))] += added
+    matrix[np.diag_indices(len(matrix))] += added[::-1]
     with piecewise() as each:
         return WholeFactor(order, importance, added, inverse_factor(matrix, each))
 
 
-def _panel_factors(
-    order: NDArray[np.int64], importance: NDArray[np.float64], added: float, rows: Floats
-) -> PanelFactors:
+def _panel_factors(order: NDArray[np.int64], importance: Doubles, added: Doubles, rows: Floats) -> PanelFactors:
     inputs = np.ascontiguousarray(rows.T[order])
     onto, uppers = np.empty_like(inputs), list[Floats]()
-    inverse = np.eye(len(rows)) / added
+    inverse, size = np.eye(len(rows)), 1 / np.sqrt(added)
     with piecewise() as each:
         for start in reversed(range(0, len(inputs), PANEL)):
             panel = slice(start, start + PANEL)
-            onto[panel], square = _add_panel(inputs[panel].astype(np.float64), inverse, each)
+            scale = size[panel, None]  # of inputs so divided A is 1
+            after, square = _add_panel(inputs[panel] * scale, inverse, each)
+            onto[panel] = after * scale
             # of the inverse of D over R, the part that P sees of itself
-            uppers.append(inverse_factor(added * square[::-1, ::-1], each))
+            uppers.append(inverse_factor(square[::-1, ::-1], each) * scale.T.astype(np.float32))
     return PanelFactors(order, importance, added, inputs, onto, tuple(reversed(uppers)))
 
 

@@ -18,7 +18,7 @@ from arriero.graphs.checkpoint import Checkpoint
 from arriero.graphs.names import expert_tensors
 from arriero.profiles.gptq import gptq
 from arriero.profiles.grids import Grid
-from arriero.profiles.input_factor import InputFactor
+from arriero.profiles.input_factor import EXPERTS_SHRINKAGE, InputFactor
 from arriero.profiles.moments import Moments, check_finite
 from arriero.profiles.quantize import Quantized, dequantize
 from arriero.profiles.quantized_weights import RoundingRecord
@@ -142,7 +142,8 @@ class Rounder:
         rounded, rounding, gain = None, "nearest", None
         if seen.count >= form.rule.minimum_tokens:
             assert form.rule.damping is not None
-            calibrated, error = gptq(weight, self._factor(seen, form.rule.damping), grid=grid, block=block, name=tensor)
+            factor = self._factor(seen, form.rule.damping, 0.0 if expert is None else EXPERTS_SHRINKAGE)
+            calibrated, error = gptq(weight, factor, grid=grid, block=block, name=tensor)
             some = weight[:: -(-len(weight) // JUDGED)]  # of a large matrix evenly spread rows, for all of them
             plain = dequantize(nearest(some, scheme, name=tensor))
             without = seen.output_error(some - plain) * len(weight) / len(some)
@@ -154,9 +155,9 @@ class Rounder:
         largest = float(seen.largest.max(initial=0))
         return rounded, RoundingRecord(tensor, expert, rounding, seen.count, largest, gain)
 
-    def _factor(self, seen: Moments, damping: float) -> InputFactor:
+    def _factor(self, seen: Moments, damping: float, shrinkage: float) -> InputFactor:
         """The factor of the moments `seen`; the last one is kept for other matrices and forms that ask for it."""
         if self._factored is None or self._factored[0]() is not seen or self._factored[1] != damping:
             self._factored = None  # gone before its successor is made
-            self._factored = ref(seen), damping, InputFactor.of(seen, damping)
+            self._factored = ref(seen), damping, InputFactor.of(seen, damping, shrinkage)
         return self._factored[2]
