@@ -43,6 +43,9 @@ METRICS: dict[str, Metric] = {
     "logits_kl_past_chunk": Metric(
         "Logits, mean KL past the first attention chunk", "max", "nat", "Over tokens that chunked layers see less of."
     ),
+    "logits_kl_answers": Metric(
+        "Logits, mean KL of answers", "max", "nat", "Over the tokens of the expected answers, without their prompts."
+    ),
     "logits_kl_forced_routing": Metric(
         "Logits, mean KL, routing forced", "max", "nat", "Tokens sent to the reference's experts: what rounding costs."
     ),

@@ -19,9 +19,8 @@ from arriero.profiles.piecewise import Each, piecewise
 from arriero.profiles.triangular import SMALL, inverse_factor
 
 PANEL = 256  # columns whose errors are passed on to the rest of a matrix at once
-# Moments of t tokens seem to have correlations of a size that falls with t / K and that the next tokens have not. As much
-# of the diagonal is added for each K / t of an expert, whose tokens are a few of a layer's; what it gains and where it was
-# measured is told with the figures for few tokens (docs/performance.md).
+# Moments of few tokens have correlations, the larger the fewer, that the next tokens have not. An expert has a few of a
+# layer's tokens: so much of its diagonal is added for each input per token. What that gains: docs/performance.md.
 EXPERTS_SHRINKAGE = 0.7
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]

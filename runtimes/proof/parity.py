@@ -154,7 +154,7 @@ def _compare(tally: Tally, forced: Forced) -> tuple[LogitFigures, Ints, int | No
         for layer, ids in step.expert_ids.items():
             routed[layer].append(ids[0])
     figures = logits.figures()
-    tally.add_logits(figures)
+    tally.add_logits(figures, len(case.expected_ids))
     for layer, meter in hiddens.items():
         if layer in step.hiddens:
             tally.add_hidden(layer, meter.errors())

@@ -42,6 +42,7 @@ class Tally:
     largest_error: float = 0.0
     kl: KlSums = field(default_factory=KlSums)
     token_kl: list[NDArray[np.float64]] = field(default_factory=list)  # of each case
+    answers_kl: list[NDArray[np.float64]] = field(default_factory=list)  # of each case that expects an answer
     tops: list[Agreement] = field(default_factory=list)  # of each case
     hidden: dict[int, ErrorSums] = field(default_factory=dict)
     routers: dict[int, list[Agreement]] = field(default_factory=dict)  # of each layer, of each case
@@ -56,11 +57,13 @@ class Tally:
         if bad:
             self.nonfinite[what] = self.nonfinite.get(what, 0) + bad
 
-    def add_logits(self, figures: LogitFigures) -> None:
-        """Add the logits of one case."""
+    def add_logits(self, figures: LogitFigures, answer: int) -> None:
+        """Add the logits of one case, whose last `answer` positions lead to the tokens of the expected answer."""
         self.logits, self.kl = self.logits + figures.sums, self.kl + figures.kl
         self.tops.append(figures.top)
         self.token_kl.append(figures.token_kl)
+        if answer:
+            self.answers_kl.append(figures.token_kl[-answer:])
         self.largest_error = float(np.maximum(self.largest_error, figures.largest_error))  # keeps a NaN
 
     def add_hidden(self, layer: int, errors: ErrorSums) -> None:
@@ -156,16 +159,17 @@ class Tally:
         return [n for n in self._moe if f"expert_id.{n}" in self.uncaptured or n not in self.routers]
 
     def _spread(self) -> dict[str, Value]:
-        """How the tokens' KL is spread, and its mean where chunked layers no longer see the beginning."""
+        """How the tokens' KL is spread, and its mean in answers and where chunked layers no longer see the beginning."""
         every, chunk = np.concatenate(self.token_kl), self.spec.attention_chunk_size
         late = [one[chunk:] for one in self.token_kl if len(one) > chunk]
         shares = {"logits_kl_median": 0.5, "logits_kl_p99": 0.99, "logits_kl_p999": 0.999}
         chunked = any(layer.attention == "chunked" for layer in self.spec.layers)
         past = Value(None, f"no case has more than {chunk} tokens", applies=chunked)
         if chunked and late:
-            tokens = np.concatenate(late)
-            where = f"{len(tokens)} tokens at positions from {chunk} on"
-            past = Value(float(tokens.mean()), where + told(mean_error(late), len(late), "nat"))
+            past = _mean_kl(late, f"tokens at positions from {chunk} on")
+        answers = Value(None, "no case has an expected answer")
+        if self.answers_kl:
+            answers = _mean_kl(self.answers_kl, "tokens of expected answers, closing ones included")
         with np.errstate(invalid="ignore"):  # between infinite ones lies no number
             quantiles = np.quantile(every, [*shares.values()])
         errors: Sequence[float | None] = quantile_errors(self.token_kl, [*shares.values()]) or [None] * len(shares)
@@ -173,7 +177,7 @@ class Tally:
             name: Value(float(value), f"{len(every)} tokens" + told(error, len(self.token_kl), "nat"))
             for name, value, error in zip(shares, quantiles, errors, strict=True)
         }
-        return spread | {"logits_kl_past_chunk": past}
+        return spread | {"logits_kl_past_chunk": past, "logits_kl_answers": answers}
 
     def _parts(self) -> dict[str, Value]:
         unseen = Value(None, "no image cases")
@@ -261,6 +265,12 @@ def _agreed(cases: Sequence[Agreement], before: str = "") -> Value:
     whole = sum(cases, Agreement())
     error = ratio_error([case.real_flips for case in cases], [case.clear for case in cases])
     return Value(whole.fraction, before + str(whole) + told(error, len(cases), "share"))
+
+
+def _mean_kl(cases: Sequence[NDArray[np.float64]], of: str) -> Value:
+    """The mean over tokens of some of each case's, and its error."""
+    tokens = np.concatenate(cases)
+    return Value(float(tokens.mean()), f"{len(tokens)} {of}" + told(mean_error(cases), len(cases), "nat"))
 
 
 def _part(sums: ErrorSums) -> Value:

@@ -140,7 +140,7 @@ def test_an_honest_candidate_passes_every_row(reference, cases):
     assert [case.image_tiles for case in report.cases] == [0, 0, 2]
 
 
-def test_how_the_tokens_kl_is_spread_and_what_it_is_past_the_chunk(reference, cases):
+def test_how_the_tokens_kl_is_spread_and_what_it_is_past_the_chunk_and_in_answers(reference, cases):
     backend = twin(reference)
     with torch.no_grad():
         backend.model.language_model.lm_head.weight += 0.02 * torch.randn(
@@ -148,11 +148,13 @@ def test_how_the_tokens_kl_is_spread_and_what_it_is_past_the_chunk(reference, ca
         )
     candidate = session(backend)
     report = run(reference, candidate, cases, {})
-    token_kl = []
+    token_kl, answers_kl = [], []
     for case in LiveReference(reference, cases):
         pixels = reference.encode(case.case.prompt, list(case.case.images)).pixel_values
         both = [one.logits(case.fed_ids, pixels).logits[0] for one in (reference, candidate)]
         token_kl.append(kl_per_token(*both))
+        prompt = len(reference.encode(case.case.prompt, list(case.case.images)).input_ids)
+        answers_kl.append(token_kl[-1][prompt - 1 :])  # from the prompt's last token on
     every = np.concatenate(token_kl)
     chunk = reference.spec.attention_chunk_size
     expected = {
@@ -162,12 +164,13 @@ def test_how_the_tokens_kl_is_spread_and_what_it_is_past_the_chunk(reference, ca
         "logits_kl_p99": np.quantile(every, 0.99),
         "logits_kl_p999": np.quantile(every, 0.999),
         "logits_kl_past_chunk": np.concatenate([one[chunk:] for one in token_kl]).mean(),
+        "logits_kl_answers": np.concatenate(answers_kl).mean(),
     }
     assert {name: row(report, name).value for name in expected} == pytest.approx(expected, rel=1e-6)
     assert row(report, "logits_kl_past_chunk").detail.startswith(f"{sum(len(one) - chunk for one in token_kl)} tokens")
     assert row(report, "router_agreement").value == 1.0
     assert "standard error" not in row(report, "router_agreement").detail  # where no choice differs, none is known
-    for name in ("logits_kl_median", "logits_kl_p99", "logits_kl_past_chunk", "same_top_token"):
+    for name in ("logits_kl_median", "logits_kl_p99", "logits_kl_past_chunk", "logits_kl_answers", "same_top_token"):
         unit = "nat" if name.startswith("logits") else "points"
         assert re.search(rf"; ± \S+ {unit}, standard error over {len(cases)} cases$", row(report, name).detail), name
 
