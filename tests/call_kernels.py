@@ -92,7 +92,7 @@ class Kernels:
         """Load `library`, made by `link_shared`."""
         self._library = ctypes.CDLL(str(library))
         self._library.arriero_level.restype = ctypes.c_char_p
-        for name in ("linear", "dispatch", "attention"):
+        for name in ("linear", "dispatch", "attention", "full_attention"):
             self._library[f"arriero_{name}_workspace"].restype = ctypes.c_int64
         self.parts = parts
         self._pool = ThreadPoolExecutor(parts) if parts > 1 else None
@@ -173,6 +173,12 @@ class Kernels:
         self._run("cache_write", form, k, v, *rows, *steps, *caches, batch, *sizes)
         self._run("attention", form, q, *rows, *caches, *steps, out, batch, positions.size, heads, *sizes, space)
         self._run("attention_merge", *rows, steps[1], out, batch, heads, *sizes, space)
+        return out
+
+    def full_attention(self, q: Floats, k: Floats, v: Floats) -> Floats:
+        """q, k and v [B, L, D] -> out [B, L, D]."""
+        space, out = self._workspace("full_attention", *q.shape[1:]), np.empty_like(q)
+        self._run("full_attention", q, k, v, out, *q.shape, space)
         return out
 
     def _workspace(self, name: str, *sizes: int) -> NDArray[np.uint8]:

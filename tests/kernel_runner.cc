@@ -1,8 +1,9 @@
 // Runs kernel calls that Python wrote to a file, for machines that are emulated and have no Python.
 //
 // runner LEVEL PARTS IN OUT. IN: i64 count of arguments, then each as i64 kind and its value: 0 a scalar i64, 1 a
-// buffer as i64 size and its bytes. The first argument is the operation: 0 linear, 1 dispatch, 2 attention, with the
-// rest in the order that tests/kernel_emulated.py writes. OUT: the bytes of the buffers that the operation writes.
+// buffer as i64 size and its bytes. The first argument is the operation: 0 linear, 1 dispatch, 2 attention, 3 full
+// attention, with the rest in the order that tests/kernel_emulated.py writes. OUT: the bytes of the buffers that the
+// operation writes.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -71,6 +72,12 @@ int main(int, char** arguments) {
             arriero_dispatch_sum(s[0], s[1], s[2], s[3], f(4), s[4], s[5], s[6], s[7], s[8], space, p, parts);
         }
         written = {4};
+    } else if (scalars[0] == 3) {  // B, L, D; q, k, v, out
+        void* space = workspace(arriero_full_attention_workspace(s[1], s[2], parts));
+        for (int64_t p = 0; p < parts; ++p) {
+            arriero_full_attention(f(0), f(1), f(2), f(3), s[0], s[1], s[2], space, p, parts);
+        }
+        written = {3};
     } else {  // format, B, T, Q, G, C, D, chunk; q, k, v, positions, key cache, value cache, their steps, out, starts
         void* space = workspace(arriero_attention_workspace(s[1], s[2], s[3], s[4], s[5], s[6], parts));
         const int64_t *positions = buffer<int64_t>(3), *starts = buffer<int64_t>(9);

@@ -147,6 +147,16 @@ int32_t arriero_attention_merge(const int64_t* positions, const int64_t* starts,
                                 int64_t B, int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk, void* workspace,
                                 int64_t part, int64_t parts);
 
+/* --- Attention without a cache --------------------------------------------------------------------------------------
+ * softmax(q k^T D**-0.5) v within each of B sequences of L tokens (the heads of a picture's tiles), which all see one
+ * another. q, k, v and out [B,L,D]; D is any size. */
+
+/* Bytes of workspace of one such attention. */
+int64_t arriero_full_attention_workspace(int64_t L, int64_t D, int64_t parts);
+
+int32_t arriero_full_attention(const float* q, const float* k, const float* v, float* out, int64_t B, int64_t L,
+                               int64_t D, void* workspace, int64_t part, int64_t parts);
+
 /* --- Whole operators, as a graph compiled by TVM calls them ---------------------------------------------------------
  * Each takes its workspace from TVM's runtime and runs all its steps, in `parts`, in one launch of the calling thread's
  * workers. Only where TVM's runtime is loaded. They give 0, or -1 if it refuses. */
@@ -171,6 +181,9 @@ int32_t arriero_run_attention(int64_t format, const float* q, const float* k, co
                               const int64_t* starts, void* key_cache, void* value_cache, const float* key_steps,
                               const float* value_steps, float* out, int64_t B, int64_t T, int64_t Q, int64_t G,
                               int64_t C, int64_t D, int64_t chunk, int64_t parts);
+
+int32_t arriero_run_full_attention(const float* q, const float* k, const float* v, float* out, int64_t B, int64_t L,
+                                   int64_t D, int64_t parts);
 
 /* The change of a linear layer by LoRA adapters: out[t] = y[t] + B_i A_i x[t], i = adapter[b] of the row b that token t
  * is of, by `starts` as in attention. x [T,K], y and out [T,N], adapter int64 [rows], a stack A [adapters,R,K] and a

@@ -6,10 +6,11 @@
 
 namespace ARRIERO_LEVEL {
 
-// scores[m][j] = q[m] . keys[j]: keys are widened and transposed once, into `piece`. Scores from `count` on are zero.
+// scores[m][j] = q[m] . keys[j], with `stride` from one q to the next: keys are widened and transposed once, into `piece`.
+// Scores from `count` on are zero.
 template <int FORMAT, class T>
-inline void score_block(const float* q, int64_t rows, const T* keys, int64_t count, int64_t D, float* scores,
-                        float* piece) {
+inline void score_block(const float* q, int64_t stride, int64_t rows, const T* keys, int64_t count, int64_t D,
+                        float* scores, float* piece) {
     for (int64_t j = 0; j < count; j += TILE_COLUMNS) {
         unpack_rows<FORMAT>(keys + j * D, D, smaller<int64_t>(TILE_COLUMNS, count - j), D, piece);
         for (int64_t i = 0; i < rows;) {
@@ -18,7 +19,7 @@ inline void score_block(const float* q, int64_t rows, const T* keys, int64_t cou
                 const float* a[M];
                 float* to[M];
                 for (int m = 0; m < M; ++m) {
-                    a[m] = q + (i + m) * D;
+                    a[m] = q + (i + m) * stride;
                     to[m] = scores + (i + m) * AttentionWorkspace::KEYS + j;
                 }
                 float_tile<M>(a, piece, TILE_COLUMNS, D, to, false);
@@ -98,7 +99,7 @@ inline void attend_blocks(const float* q, int64_t position, int64_t count, const
         __builtin_memset(space.sums, 0, rows * D * sizeof(float));
         for (int64_t key = 0; key < held; key += KEYS) {
             const int64_t some = smaller(KEYS, held - key);
-            score_block<FORMAT>(space.asked, rows, keys + key * D, some, D, space.scores, space.piece);
+            score_block<FORMAT>(space.asked, D, rows, keys + key * D, some, D, space.scores, space.piece);
             for (int64_t i = 0; i < rows; ++i) {
                 const int64_t seen = smaller(some, slot + i / heads + 1 - key);
                 online_softmax_update(space.scores + i * KEYS, seen > 0 ? seen : 0, space.most[i], space.total[i],

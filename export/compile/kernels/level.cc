@@ -21,12 +21,12 @@ using avx512vnni::attention_kernels;
 }
 
 #else
-#include "attention.h"
+#include "full_attention.h"
 
 namespace ARRIERO_LEVEL {
 
 extern const AttentionKernels attention_kernels;
-const AttentionKernels attention_kernels{cache_write, attention, attention_merge};
+const AttentionKernels attention_kernels{cache_write, attention, attention_merge, full_attention};
 
 }  // namespace ARRIERO_LEVEL
 

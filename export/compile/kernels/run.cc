@@ -300,6 +300,13 @@ extern "C" int32_t arriero_run_attention(int64_t format, const float* q, const f
     });
 }
 
+extern "C" int32_t arriero_run_full_attention(const float* q, const float* k, const float* v, float* out, int64_t B,
+                                              int64_t L, int64_t D, int64_t parts) {
+    return run(arriero_full_attention_workspace(L, D, parts), parts, [&](void* space, int64_t part) {
+        arriero_full_attention(q, k, v, out, B, L, D, space, part, parts);
+    });
+}
+
 extern "C" int32_t arriero_run_add_lora(const float* x, const float* y, const int64_t* adapter, const int64_t* starts,
                                         const float* a, const float* b, float* out, int64_t rows, int64_t T, int64_t N,
                                         int64_t K, int64_t R, int64_t adapters, int64_t parts) {

@@ -112,6 +112,10 @@ extern "C" int64_t arriero_attention_workspace(int64_t B, int64_t T, int64_t Q, 
     return selection::attention_bytes(B, T, Q, G, C, D, parts);
 }
 
+extern "C" int64_t arriero_full_attention_workspace(int64_t L, int64_t D, int64_t parts) {
+    return selection::full_workspace(nullptr, 0, L, D).bytes * parts;
+}
+
 extern "C" int32_t arriero_linear_prepare(int64_t format, int64_t block, const float* x, int64_t T, int64_t K,
                                           void* workspace, int64_t part, int64_t parts) {
     return kernels().linear_prepare(format, block, x, T, K, workspace, part, parts);
@@ -176,4 +180,9 @@ extern "C" int32_t arriero_attention_merge(const int64_t* positions, const int64
                                            int64_t chunk, void* workspace, int64_t part, int64_t parts) {
     return kernels().attention->merge(positions, starts, value_steps, out, B, Q, G, C, D, chunk, workspace, part,
                                       parts);
+}
+
+extern "C" int32_t arriero_full_attention(const float* q, const float* k, const float* v, float* out, int64_t B,
+                                          int64_t L, int64_t D, void* workspace, int64_t part, int64_t parts) {
+    return kernels().attention->full(q, k, v, out, B, L, D, workspace, part, parts);
 }

@@ -7,6 +7,7 @@ struct AttentionKernels {
     decltype(&arriero_cache_write) cache_write;
     decltype(&arriero_attention) attention;
     decltype(&arriero_attention_merge) merge;
+    decltype(&arriero_full_attention) full;
 };
 
 struct Kernels {

@@ -131,6 +131,11 @@ struct PromptWorkspace {
     }
 };
 
+// The same of sequences of L tokens that all see one another; D is any size, and rows lie as far apart as LANES make it.
+inline PromptWorkspace full_workspace(void* base, int64_t part, int64_t L, int64_t D) {
+    return PromptWorkspace(base, part, L, 1, 1, round_up(D, 16));
+}
+
 // Of one token per row.
 struct DecodeWorkspace {
     int64_t spans;                     // of a row whose cache is full

@@ -165,9 +165,7 @@ def convert_route(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[s
 
 def convert_full(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:
     """Attention(q, k, v) of 4 axes, without mask."""
-    q, k, v = inputs
-    transposed = bb.emit(relax.op.permute_dims(k, [0, 1, 3, 2]))
-    return bb.emit_te(ops.full_attention, q, transposed, v, primfunc_name_hint="attention")
+    return bb.emit_te(kernels.full_attention, nodes[THREADS], *inputs, primfunc_name_hint="full_attention")
 
 
 def convert_sigmoid(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:

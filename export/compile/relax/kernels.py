@@ -122,6 +122,17 @@ def attention(heads: int, kv_heads: int, chunk: int) -> Callable[..., te.Tensor]
     return compute
 
 
+def full_attention(threads: te.Tensor, q: te.Tensor, k: te.Tensor, v: te.Tensor) -> te.Tensor:
+    """Give softmax(q k^T / sqrt(D)) v of q, k, v [n, heads, L, D], as q."""
+
+    def body(ins: Sequence[Any], outs: Sequence[Any]) -> None:
+        tiles, heads, length, size = q.shape
+        sizes = (tiles * heads, length, size, threads.shape[0])
+        _run("arriero_run_full_attention", *_pointers(ins[1:]), *_pointers(outs), *sizes)
+
+    return _extern(q.shape, [threads, q, k, v], body, "full_attention")
+
+
 def add_lora(threads: te.Tensor, *inputs: te.Tensor) -> te.Tensor:
     """Give y [.., N] with the change of each row's adapter, of x [.., K], y, adapter [B], row_starts and two stacks."""
     x, y, adapter, _, a, b = inputs

@@ -1,6 +1,6 @@
 """Operators that TVM generates code for, as tensor expressions: those its ONNX importer lacks or lowers badly on CPUs.
 
-Legend: B batch, S sequence, D head size, E experts, n tiles, L patches of a tile.
+Legend: B batch, S sequence, D head size, E experts.
 """
 
 from __future__ import annotations
@@ -144,43 +144,3 @@ def route(count: int) -> Callable[[te.Tensor, te.Tensor], list[te.Tensor]]:
         return te.extern([shape, shape], inputs, body, "route", dtype=dtypes, in_buffers=buffers, out_buffers=outs)
 
     return compute
-
-
-def full_attention(q: te.Tensor, k: te.Tensor, v: te.Tensor) -> te.Tensor:
-    """softmax(q k^T / sqrt(D)) v of every head: q [n, heads, L, D], k transposed [n, heads, D, L], v [n, heads, L, D].
-
-    Both inner loops run along contiguous memory without a reduction, which is what a compiler can vectorise.
-    """
-    tiles, heads, length, size = q.shape
-    kinds = {"q": q, "k": k, "v": v}
-
-    def body(ins: Any, outs: Any) -> Any:
-        with IRBuilder() as builder:
-            queries, keys, values = map(T.buffer_proxy, ins)
-            (out,) = map(T.buffer_proxy, outs)
-            with T.parallel(0, tiles * heads * length) as row:
-                n, h, i = row // (heads * length), row // length % heads, row % length
-                scores = T.buffer_proxy(T.alloc_buffer((length,), "float32"))
-                running = T.buffer_proxy(T.alloc_buffer((2,), "float32"))  # the largest score, the sum of the weights
-                running[0] = tvm.tirx.min_value("float32")
-                running[1] = _f32(0.0)
-                with T.serial(0, length) as j:
-                    scores[j] = _f32(0.0)
-                with T.serial(0, size) as d, T.serial(0, length) as j:
-                    scores[j] = scores[j] + queries[n, h, i, d] * keys[n, h, d, j]
-                with T.serial(0, length) as j:
-                    running[0] = tvm.tirx.max(running[0], scores[j])
-                scale = _f32(int(size) ** -0.5)
-                with T.serial(0, length) as j:
-                    scores[j] = exponential((scores[j] - running[0]) * scale)
-                with T.serial(0, length) as j:
-                    running[1] = running[1] + scores[j]
-                with T.serial(0, size) as d:
-                    out[n, h, i, d] = _f32(0.0)
-                with T.serial(0, length) as j, T.serial(0, size) as d:
-                    out[n, h, i, d] = out[n, h, i, d] + scores[j] / running[1] * values[n, h, j, d]
-            return builder.get()
-
-    buffers = [tvm.tirx.decl_buffer(tensor.shape, "float32", name) for name, tensor in kinds.items()]
-    out = tvm.tirx.decl_buffer(q.shape, "float32", "out")
-    return te.extern([q.shape], [q, k, v], body, "attention", dtype="float32", in_buffers=buffers, out_buffers=[out])
