@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+TOWER_LAYERS = r"vision_model\.model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.fc[12])\.weight"
 LAYER = r"language_model\.model\.layers\.(?P<layer>\d+)"
 
 
@@ -49,8 +50,15 @@ GROUPS: dict[str, Group] = {
         r"language_model\.lm_head\.weight",
         "Its rounding goes into the logits undamped.",
     ),
+    "vision_layers": Group(
+        "the matrices of the vision tower's layers",
+        TOWER_LAYERS,
+        "They run once per image tile, so they are not on the decode path.",
+    ),
     "vision": Group(
-        "the vision tower", r"vision_model\..*", "Runs once per image tile, so it is not on the decode path."
+        "the rest of the vision tower: patches, positions, norms, biases, adapter",
+        rf"(?!{TOWER_LAYERS}$)vision_model\..*",
+        "A small part of the tower, which every image feature goes through.",
     ),
     "projector": Group(
         "the matrix from image features to the text decoder",

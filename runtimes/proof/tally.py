@@ -159,7 +159,7 @@ class Tally:
         return [n for n in self._moe if f"expert_id.{n}" in self.uncaptured or n not in self.routers]
 
     def _spread(self) -> dict[str, Value]:
-        """How the tokens' KL is spread, and its mean in answers and where chunked layers no longer see the beginning."""
+        """How the tokens' KL is spread; its mean in answers, and where chunked layers no longer see the beginning."""
         every, chunk = np.concatenate(self.token_kl), self.spec.attention_chunk_size
         late = [one[chunk:] for one in self.token_kl if len(one) > chunk]
         shares = {"logits_kl_median": 0.5, "logits_kl_p99": 0.99, "logits_kl_p999": 0.999}

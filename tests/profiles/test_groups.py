@@ -19,7 +19,7 @@ def test_every_tensor_is_in_one_group(tmp_path: Path, make) -> None:
     tensors = Checkpoint.open(make(tmp_path, 0)).tensors
     for tensor in tensors:
         assert [name for name, group in GROUPS.items() if re.fullmatch(group.names, tensor)] == [group_of(tensor)]
-    missing = {"mlp"} if make is make_scout_toy else {"vision", "projector"}
+    missing = {"mlp"} if make is make_scout_toy else {"vision", "vision_layers", "projector"}
     assert {group_of(tensor) for tensor in tensors} == set(GROUPS) - missing
 
 

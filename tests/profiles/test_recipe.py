@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from arriero.errors import ArrieroError, Problems
-from arriero.profiles.groups import GROUPS
+from arriero.profiles.groups import GROUPS, group_of
 from arriero.profiles.recipe import Profile, check_shapes, load_profile, shipped
 from arriero.profiles.schemes import Exact, Fp8, Fp8Static, Half, Int8Dynamic, Int8Static, IntBlock, Scheme
 from tests.toys import make_maverick_toy, make_scout_toy
@@ -48,13 +48,14 @@ def test_a_shipped_profile_decides_every_tensor_of_every_shape(tmp_path: Path, t
         check_shapes(profile, shapes)
     if name in ("fp32", "as-stored") or isinstance(profile.rules[0].scheme, Half):
         return
-    kept = ["router", "norm", "embed", "vision_model", "multi_modal_projector"]
+    kept = ["router", "norm", "embed", "multi_modal_projector"]
     on_gpu = name.startswith("gpu-")  # what is kept is kept in 16 bits there, but for router and norms
     kept += [] if name in (*BIG_BLOCKS, "int8-all", "int4-experts") and not on_gpu else ["self_attn"]
-    kept += [] if name.startswith(("int4", "int3", "int2", "int8-all")) else ["lm_head"]
+    kept += [] if name.startswith(("int4", "int3", "int2", "int8-all")) else ["lm_head", "vision_model"]
     quantized = {tensor for tensor, scheme in assigned.items() if not isinstance(scheme, Exact | Half)}
     assert any(isinstance(scheme, Half) for scheme in assigned.values()) == on_gpu
-    assert quantized == {tensor for tensor in names if not any(word in tensor for word in kept)}
+    others = {tensor for tensor in names if group_of(tensor) != "vision"}
+    assert quantized == {tensor for tensor in others if not any(word in tensor for word in kept)}
 
 
 def test_shipped_profiles_carry_their_name_and_thresholds() -> None:
@@ -109,7 +110,9 @@ def test_idle_selectors_and_undecided_tensors_are_listed_together() -> None:
 
 
 KEPT = {"router": "exact", "norms": "exact", "embeddings": "exact", "vision": "exact", "projector": "exact"}
-EXACT = {**KEPT, "attention": "exact", "head": "exact"}
+TOWER8 = {"vision_layers": "int8 block 32"}
+ALL_KEPT = {**KEPT, "vision_layers": "exact"}
+EXACT = {**ALL_KEPT, "attention": "exact", "head": "exact"}
 ON_GPU = {**dict.fromkeys(EXACT, "f16"), "router": "exact", "norms": "exact"}
 INT4 = {"experts": "int4 block 64 gptq"}
 NL4 = {"experts": "nl4 block 128 gptq"}
@@ -134,22 +137,34 @@ def everywhere(label: str, *groups: str) -> dict[str, str]:
         ("int8-all", {**everywhere("int8 block 32", *GROUPS), **KEPT}),
         ("int8-dynamic", {**EXACT, **everywhere("int8 per channel dynamic")}),
         ("int8-static", {**EXACT, **everywhere("int8 per channel static observed smooth 0.95")}),
-        ("as-stored", {**everywhere("as stored", *GROUPS), **KEPT}),
-        ("mixed", {**everywhere("chosen", *GROUPS), **KEPT, "head": "exact"}),
-        ("int4", {**everywhere("int4 block 32 gptq", *GROUPS), **KEPT, **INT4, "head": "int8 block 32"}),
-        ("int4-experts", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **EXPERTS4, "head": "int8 block 32"}),
-        ("int4-fine", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL4, "head": "int8 block 32"}),
-        ("int4-nl", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL4, "head": "int8 block 32"}),
-        ("int3", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL3, "head": "int8 block 32"}),
-        ("int2.5", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL2, "head": "int8 block 32"}),
-        ("int2.5-head4", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL2, "head": "nl4 block 32 gptq"}),
-        ("int2.5-fast", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL2, "head": "nl4 block 32 gptq"}),
-        ("int4-nl-fast", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **NL4, "head": "nl4 block 32 gptq"}),
-        ("int4-b128", {**everywhere("int4 block 128 gptq", *GROUPS), **KEPT, "head": "int8 block 32"}),
+        ("as-stored", {**everywhere("as stored", *GROUPS), **ALL_KEPT}),
+        ("mixed", {**everywhere("chosen", *GROUPS), **ALL_KEPT, "head": "exact"}),
+        ("int4", {**everywhere("int4 block 32 gptq", *GROUPS), **KEPT, **TOWER8, **INT4, "head": "int8 block 32"}),
+        (
+            "int4-experts",
+            {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **TOWER8, **EXPERTS4, "head": "int8 block 32"},
+        ),
+        ("int4-fine", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **TOWER8, **NL4, "head": "int8 block 32"}),
+        ("int4-nl", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **TOWER8, **NL4, "head": "int8 block 32"}),
+        ("int3", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **TOWER8, **NL3, "head": "int8 block 32"}),
+        ("int2.5", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **TOWER8, **NL2, "head": "int8 block 32"}),
+        (
+            "int2.5-head4",
+            {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **TOWER8, **NL2, "head": "nl4 block 32 gptq"},
+        ),
+        (
+            "int2.5-fast",
+            {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **TOWER8, **NL2, "head": "nl4 block 32 gptq"},
+        ),
+        (
+            "int4-nl-fast",
+            {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **TOWER8, **NL4, "head": "nl4 block 32 gptq"},
+        ),
+        ("int4-b128", {**everywhere("int4 block 128 gptq", *GROUPS), **KEPT, **TOWER8, "head": "int8 block 32"}),
         ("gpu-fp8", {**ON_GPU, **everywhere("fp8 per channel static observed")}),
         ("gpu-int8", {**ON_GPU, **everywhere("int8 per channel static observed smooth 0.95")}),
         ("gpu-int4", {**ON_GPU, **everywhere("int4 block 128 gptq")}),
-        (NEAREST, {**everywhere("int4 block 32", *GROUPS), **KEPT, "head": "int8 block 32"}),
+        (NEAREST, {**everywhere("int4 block 32", *GROUPS), **ALL_KEPT, "head": "int8 block 32"}),
     ],
 )
 def test_a_profile_stores_each_group_so(name: str | Path, stored: dict[str, str]) -> None:
@@ -162,6 +177,7 @@ def test_a_profile_stores_each_group_so(name: str | Path, stored: dict[str, str]
         "norms": "language_model.model.norm.weight",
         "embeddings": "language_model.model.embed_tokens.weight",
         "head": "language_model.lm_head.weight",
+        "vision_layers": "vision_model.model.layers.0.mlp.fc1.weight",
         "vision": "vision_model.class_embedding",
         "projector": "multi_modal_projector.linear_1.weight",
     }
