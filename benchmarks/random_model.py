@@ -1,10 +1,12 @@
 """A Llama 4 text checkpoint of 1.38 B parameters with random weights: for speed and memory, never for quality.
 
     python benchmarks/random_model.py bundles/mini
+    python benchmarks/random_model.py bundles/tower --tower
 
 12 layers (every fourth NoPE and global), hidden 1,024, 16 experts of 2,048 top-1 and a shared one, 16 query and 4
 key/value heads of 64, vocabulary 32,000, bf16. The same seed gives the same bytes; the tokenizer is that of the
-embedded model, whose vocabulary has a word for every further id, so that each token of an answer is some text.
+embedded model, whose vocabulary has a word for every further id, so that each token of an answer is some text. With
+`--tower` it has a released model's vision tower at its true size, 0.86 B parameters, and 4 layers with 2 experts.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ from safetensors.torch import save_file
 
 from arriero.graphs.config import ModelConfig
 from arriero.graphs.names import TEXT_PREFIX, expected_tensors
+from arriero.graphs.sources.released_configs import released_config
 
 CHASQUI = Path(__file__).parents[1] / "models" / "chasqui"
 TOKENIZER = "tokenizer.json"
 BESIDE = ("tokenizer_config.json", "chat_template.jinja")
-PICTURES = ("preprocessor_config.json", "processor_config.json")  # which a multimodal one has too
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"  # which a multimodal one has too
 CONFIG = {
     "architectures": ["Llama4ForCausalLM"],
     "model_type": "llama4_text",
@@ -65,12 +68,15 @@ def write_model(
     `changes` are to `CONFIG`. With `tower` it is multimodal: those are the changes to the embedded model's own.
     """
     folder.mkdir(parents=True)
-    for name in BESIDE if tower is None else (*BESIDE, *PICTURES):
+    for name in BESIDE:
         shutil.copy(CHASQUI / name, folder)
     embedded = json.loads((CHASQUI / "config.json").read_text())
     ids = embedded["text_config"]
     text = CONFIG | dict(changes or {}) | {key: ids[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = text if tower is None else _multimodal(embedded, text, tower)
+    config = text
+    if tower is not None:
+        config = {**embedded, "text_config": text, "vision_config": embedded["vision_config"] | dict(tower)}
+        _write_picture_files(folder, config["vision_config"])
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     tokenizer = json.loads((CHASQUI / TOKENIZER).read_text())
     words = tokenizer["model"]["vocab"]
@@ -93,9 +99,14 @@ def write_model(
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}, indent=1))
 
 
-def _multimodal(embedded: Mapping[str, Any], text: Mapping[str, Any], tower: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the embedded model with `text` and a changed tower in the place of its own."""
-    return {**embedded, "text_config": dict(text), "vision_config": embedded["vision_config"] | dict(tower)}
+def _write_picture_files(folder: Path, tower: Mapping[str, Any]) -> None:
+    """How pictures become tiles: as with the embedded model, in tiles and patches of this tower's sizes."""
+    side = tower["image_size"]
+    for name, changes in (
+        (PREPROCESSOR, {"size": {"height": side, "width": side}}),
+        (PROCESSOR, {key: tower[key] for key in ("patch_size", "pixel_shuffle_ratio")}),
+    ):
+        (folder / name).write_text(json.dumps(json.loads((CHASQUI / name).read_text()) | changes))
 
 
 def main() -> None:
@@ -103,10 +114,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a folder that is not there yet")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--tower", action="store_true", help="with a released model's vision tower, and few text layers"
+    )
     arguments = parser.parse_args()
     if arguments.folder.exists():
         parser.error(f"{arguments.folder} is there already")
-    write_model(arguments.folder, arguments.seed)
+    tower = released_config("scout")["vision_config"] if arguments.tower else None
+    changes = {"num_hidden_layers": 4, "num_local_experts": 2} if arguments.tower else None
+    write_model(arguments.folder, arguments.seed, changes, tower)
 
 
 if __name__ == "__main__":
