@@ -94,7 +94,7 @@ def unproven(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = shipped()["int4"].read_text()
     changes = {
         "kl_over_rtn: 0.5": "kl_over_rtn: 0.99",
-        "minimum_tokens: 64": "minimum_tokens: 1",
+        "minimum_tokens: 16": "minimum_tokens: 1",
         "block: 64": "block: 32",
     }
     for old, new in changes.items():

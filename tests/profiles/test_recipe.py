@@ -110,7 +110,7 @@ def test_idle_selectors_and_undecided_tensors_are_listed_together() -> None:
 
 
 KEPT = {"router": "exact", "norms": "exact", "embeddings": "exact", "vision": "exact", "projector": "exact"}
-TOWER8 = {"vision_layers": "int8 block 32"}
+EIGHT = {"vision_layers": "int8 block 32", "head": "int8 block 32"}
 ALL_KEPT = {**KEPT, "vision_layers": "exact"}
 EXACT = {**ALL_KEPT, "attention": "exact", "head": "exact"}
 ON_GPU = {**dict.fromkeys(EXACT, "f16"), "router": "exact", "norms": "exact"}
@@ -126,6 +126,9 @@ def everywhere(label: str, *groups: str) -> dict[str, str]:
     return dict.fromkeys(groups or ("experts", "shared_expert", "mlp"), label)
 
 
+GPTQ8 = {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **EIGHT}  # but for what a profile has in fewer
+
+
 @pytest.mark.parametrize(
     ("name", "stored"),
     [
@@ -139,28 +142,16 @@ def everywhere(label: str, *groups: str) -> dict[str, str]:
         ("int8-static", {**EXACT, **everywhere("int8 per channel static observed smooth 0.95")}),
         ("as-stored", {**everywhere("as stored", *GROUPS), **ALL_KEPT}),
         ("mixed", {**everywhere("chosen", *GROUPS), **ALL_KEPT, "head": "exact"}),
-        ("int4", {**everywhere("int4 block 32 gptq", *GROUPS), **KEPT, **TOWER8, **INT4, "head": "int8 block 32"}),
-        (
-            "int4-experts",
-            {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **TOWER8, **EXPERTS4, "head": "int8 block 32"},
-        ),
-        ("int4-fine", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **TOWER8, **NL4, "head": "int8 block 32"}),
-        ("int4-nl", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **TOWER8, **NL4, "head": "int8 block 32"}),
-        ("int3", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **TOWER8, **NL3, "head": "int8 block 32"}),
-        ("int2.5", {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **TOWER8, **NL2, "head": "int8 block 32"}),
-        (
-            "int2.5-head4",
-            {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **TOWER8, **NL2, "head": "nl4 block 32 gptq"},
-        ),
-        (
-            "int2.5-fast",
-            {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **TOWER8, **NL2, "head": "nl4 block 32 gptq"},
-        ),
-        (
-            "int4-nl-fast",
-            {**everywhere("int8 block 32 gptq", *GROUPS), **KEPT, **TOWER8, **NL4, "head": "nl4 block 32 gptq"},
-        ),
-        ("int4-b128", {**everywhere("int4 block 128 gptq", *GROUPS), **KEPT, **TOWER8, "head": "int8 block 32"}),
+        ("int4", {**everywhere("int4 block 32 gptq", *GROUPS), **KEPT, **INT4, **EIGHT}),
+        ("int4-experts", {**GPTQ8, **EXPERTS4}),
+        ("int4-fine", {**GPTQ8, **NL4}),
+        ("int4-nl", {**GPTQ8, **NL4}),
+        ("int3", {**GPTQ8, **NL3}),
+        ("int2.5", {**GPTQ8, **NL2}),
+        ("int2.5-head4", {**GPTQ8, **NL2, "head": "nl4 block 32 gptq"}),
+        ("int2.5-fast", {**GPTQ8, **NL2, "head": "nl4 block 32 gptq"}),
+        ("int4-nl-fast", {**GPTQ8, **NL4, "head": "nl4 block 32 gptq"}),
+        ("int4-b128", {**everywhere("int4 block 128 gptq", *GROUPS), **KEPT, **EIGHT}),
         ("gpu-fp8", {**ON_GPU, **everywhere("fp8 per channel static observed")}),
         ("gpu-int8", {**ON_GPU, **everywhere("int8 per channel static observed smooth 0.95")}),
         ("gpu-int4", {**ON_GPU, **everywhere("int4 block 128 gptq")}),

@@ -30,7 +30,7 @@ def test_every_shipped_profile_is_listed() -> None:
 def test_show_gives_every_selector_its_reason() -> None:
     shown = json.loads(run("show", "int4", "--json"))
     assert all(one["reason"] for one in shown["keep"] + shown["rules"])
-    assert "experts below 64 tokens" in run("show", "int4").replace("\n", " ")
+    assert "experts below 16 tokens" in run("show", "int4").replace("\n", " ")
 
 
 def test_explain_names_selector_and_reason() -> None:
@@ -74,5 +74,5 @@ def test_diff_shows_what_differs_and_nothing_else() -> None:
     assert "blocks of 32" in changed["left"]
     assert "blocks of 128" in changed["right"]
     only = {one["what"]: one for one in diff(load_profile("int8"), load_profile("int4"))}
-    assert only["calibration.minimum_tokens"] == {"what": "calibration.minimum_tokens", "left": None, "right": "64"}
+    assert only["calibration.minimum_tokens"] == {"what": "calibration.minimum_tokens", "left": None, "right": "16"}
     assert "no difference" in run("diff", "int8", "int8")
