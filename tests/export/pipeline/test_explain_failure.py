@@ -12,8 +12,8 @@ from arriero.runtimes.proof.paired import Pairs
 from arriero.runtimes.proof.report import FamilyScore, LayerSeries, ParityReport
 from arriero.runtimes.proof.rows import Row, judge, judge_drop
 
-THIN = {"0": [64] * 24, "1": [10] * 30 + [500] * 2, "2": [63] * 10 + [64] * 30}
-ENOUGH = {"0": [64] * 24}
+THIN = {"0": [16] * 24, "1": [10] * 30 + [500] * 2, "2": [15] * 10 + [16] * 30}
+ENOUGH = {"0": [16] * 24}
 LAYER = LayerSeries(3, "chunked", "moe", 0.25, 12.0, 0.9, 0, 0, 4)
 FAMILIES = (FamilyScore("recall", 20, 19, 12, 8, 1), FamilyScore("sum", 20, 20, 19, 1, 0))
 
@@ -27,7 +27,7 @@ def test_calibration_that_too_few_tokens_reached() -> None:
     (failure,) = explain_failures({None: failed}, load_profile("int4"), THIN)
     assert str(failure) == (
         "KL 50.20 % of the RTN baseline's, limit at most 50 %; 40 of 96 experts had fewer than "
-        "64 calibration tokens, most in layer 1 (30): add samples to `calibration`, or others that reach them"
+        "16 calibration tokens, most in layer 1 (30): add samples to `calibration`, or others that reach them"
     )
 
 
