@@ -45,7 +45,6 @@ class InputFactor(ABC):
 
     order: NDArray[np.int64]  # [K], falling by the moment ("act-order")
     importance: NDArray[np.float64]  # [K], the diagonal of D, features in their own order
-    added: Doubles  # [K], in `order`
 
     @staticmethod
     def of(seen: Moments, damping: float, shrinkage: float = 0.0) -> InputFactor:
@@ -79,6 +78,7 @@ class InputFactor(ABC):
 class WholeFactor(InputFactor):
     """U as a whole: the errors of a panel change all columns after it."""
 
+    added: Doubles  # [K], in `order`
     factor: Floats  # U [K, K]
 
     def upper(self, panel: slice) -> Floats:
@@ -172,7 +172,7 @@ def _panel_factors(order: NDArray[np.int64], importance: Doubles, added: Doubles
             onto[panel] = after * scale
             # of the inverse of D over R, the part that P sees of itself
             uppers.append(inverse_factor(square[::-1, ::-1], each) * scale.T.astype(np.float32))
-    return PanelFactors(order, importance, added, inputs, onto, tuple(reversed(uppers)))
+    return PanelFactors(order, importance, inputs, onto, tuple(reversed(uppers)))
 
 
 def _add_panel(panel: Doubles, inverse: Doubles, each: Each) -> tuple[Doubles, Doubles]:

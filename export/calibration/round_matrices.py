@@ -110,7 +110,7 @@ class Rounder:
 
     def __init__(self, forms: Mapping[str, Form], done: Done) -> None:
         self.forms, self.done = forms, done
-        self._factored: tuple[ReferenceType[Moments], float, InputFactor] | None = None
+        self._factored: tuple[ReferenceType[Moments], tuple[float, float], InputFactor] | None = None
 
     def round(
         self, tensor: str, expert: int | None, weight: Callable[[], Floats], seen: Moments
@@ -157,7 +157,8 @@ class Rounder:
 
     def _factor(self, seen: Moments, damping: float, shrinkage: float) -> InputFactor:
         """The factor of the moments `seen`; the last one is kept for other matrices and forms that ask for it."""
-        if self._factored is None or self._factored[0]() is not seen or self._factored[1] != damping:
+        shares = damping, shrinkage
+        if self._factored is None or self._factored[0]() is not seen or self._factored[1] != shares:
             self._factored = None  # gone before its successor is made
-            self._factored = ref(seen), damping, InputFactor.of(seen, damping, shrinkage)
+            self._factored = ref(seen), shares, InputFactor.of(seen, *shares)
         return self._factored[2]

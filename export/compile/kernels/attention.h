@@ -73,6 +73,36 @@ inline void online_softmax_update(float* scores, int64_t seen, float& most, floa
     most = now;
 }
 
+// Leaves in space.sums and space.total what `rows` queries of space.asked, `wide` apart, make of the first `held` keys and
+// values, of which row i sees the first seen(i): `wide` is D, or what LANES make of it.
+template <int FORMAT, class T, class Seen>
+inline void attend_keys(int64_t rows, const T* keys, const T* values, int64_t held, int64_t D, int64_t wide,
+                        const PromptWorkspace& space, const Seen& seen) {
+    constexpr int64_t KEYS = AttentionWorkspace::KEYS;
+    for (int64_t i = 0; i < rows; ++i) {
+        space.most[i] = -__builtin_inff();
+        space.total[i] = 0.0f;
+    }
+    __builtin_memset(space.sums, 0, rows * wide * sizeof(float));
+    for (int64_t key = 0; key < held; key += KEYS) {
+        const int64_t some = smaller(KEYS, held - key);
+        score_block<FORMAT>(space.asked, wide, rows, keys + key * D, some, D, space.scores, space.piece);
+        for (int64_t i = 0; i < rows; ++i) {
+            const int64_t here = smaller(some, seen(i) - key);
+            online_softmax_update(space.scores + i * KEYS, here > 0 ? here : 0, space.most[i], space.total[i],
+                                  space.sums + i * wide, wide);
+        }
+        const float* widened = space.values;
+        if constexpr (FORMAT == ARRIERO_F32) {
+            if (wide == D) widened = values + key * D;
+        }
+        for (int64_t j = 0; widened == space.values && j < some; ++j) {
+            widen_row<FORMAT>(values + (key + j) * D, D, space.values + j * wide);
+        }
+        add_values(space.scores, rows, widened, some, wide, space.sums);
+    }
+}
+
 // Row b's `count` tokens, whose first one's query and output are `q` and `out` [Q,D]: the units [unit, unit + step, ..)
 // of G times its blocks of queries.
 template <int FORMAT>
@@ -80,7 +110,6 @@ inline void attend_blocks(const float* q, int64_t position, int64_t count, const
                           int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk, const PromptWorkspace& space,
                           int64_t unit, int64_t step) {
     using T = typename Stored<FORMAT>::Type;
-    constexpr int64_t KEYS = AttentionWorkspace::KEYS;
     const int64_t heads = Q / G, blocks = (count + space.queries - 1) / space.queries;
     const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(D));
     for (; unit < G * blocks; unit += step) {
@@ -93,25 +122,8 @@ inline void attend_blocks(const float* q, int64_t position, int64_t count, const
         const auto at = [&](int64_t i) { return ((first + i / heads) * Q + g * heads + i % heads) * D; };
         for (int64_t i = 0; i < rows; ++i) {
             scale_row_to(q + at(i), scale, cache.steps_of_keys(g, D), D, space.asked + i * D);
-            space.most[i] = -__builtin_inff();
-            space.total[i] = 0.0f;
         }
-        __builtin_memset(space.sums, 0, rows * D * sizeof(float));
-        for (int64_t key = 0; key < held; key += KEYS) {
-            const int64_t some = smaller(KEYS, held - key);
-            score_block<FORMAT>(space.asked, D, rows, keys + key * D, some, D, space.scores, space.piece);
-            for (int64_t i = 0; i < rows; ++i) {
-                const int64_t seen = smaller(some, slot + i / heads + 1 - key);
-                online_softmax_update(space.scores + i * KEYS, seen > 0 ? seen : 0, space.most[i], space.total[i],
-                                      space.sums + i * D, D);
-            }
-            if constexpr (FORMAT == ARRIERO_F32) {
-                add_values(space.scores, rows, values + key * D, some, D, space.sums);
-            } else {
-                widen_row<FORMAT>(values + key * D, some * D, space.values);
-                add_values(space.scores, rows, space.values, some, D, space.sums);
-            }
-        }
+        attend_keys<FORMAT>(rows, keys, values, held, D, D, space, [&](int64_t i) { return slot + i / heads + 1; });
         for (int64_t i = 0; i < rows; ++i) {
             scale_row_to(space.sums + i * D, 1.0f / space.total[i], cache.steps_of_values(g, D), D, out + at(i));
         }

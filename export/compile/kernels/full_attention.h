@@ -7,7 +7,6 @@ namespace ARRIERO_LEVEL {
 
 inline int32_t full_attention(const float* q, const float* k, const float* v, float* out, int64_t B, int64_t L,
                               int64_t D, void* workspace, int64_t part, int64_t parts) {
-    constexpr int64_t KEYS = AttentionWorkspace::KEYS;
     const PromptWorkspace space = full_workspace(workspace, part, L, D);
     const int64_t wide = round_up(D, LANES), blocks = (L + space.queries - 1) / space.queries;
     const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(D));
@@ -16,23 +15,9 @@ inline int32_t full_attention(const float* q, const float* k, const float* v, fl
         const int64_t at = unit / blocks * L * D, asked = at + first * D;
         for (int64_t i = 0; i < rows; ++i) {
             widen_row<ARRIERO_F32>(q + asked + i * D, D, space.asked + i * wide);
-            space.most[i] = -__builtin_inff();
-            space.total[i] = 0.0f;
         }
         scale_in_place(space.asked, scale, rows * wide);
-        __builtin_memset(space.sums, 0, rows * wide * sizeof(float));
-        for (int64_t key = 0; key < L; key += KEYS) {
-            const int64_t some = smaller(KEYS, L - key);
-            score_block<ARRIERO_F32>(space.asked, wide, rows, k + at + key * D, some, D, space.scores, space.piece);
-            for (int64_t i = 0; i < rows; ++i) {
-                online_softmax_update(space.scores + i * KEYS, some, space.most[i], space.total[i],
-                                      space.sums + i * wide, wide);
-            }
-            for (int64_t j = 0; j < some; ++j) {
-                widen_row<ARRIERO_F32>(v + at + (key + j) * D, D, space.values + j * wide);
-            }
-            add_values(space.scores, rows, space.values, some, wide, space.sums);
-        }
+        attend_keys<ARRIERO_F32>(rows, k + at, v + at, L, D, wide, space, [&](int64_t) { return L; });
         for (int64_t i = 0; i < rows; ++i) {
             scale_in_place(space.sums + i * wide, 1.0f / space.total[i], wide);
             __builtin_memcpy(out + asked + i * D, space.sums + i * wide, D * sizeof(float));
