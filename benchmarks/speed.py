@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from contenders import Worker, in_turn, named
 from rich.console import Console
 from rich.table import Table
 from roofline import build_probe, read_sum
@@ -45,9 +46,8 @@ class Bundle:
     """A bundle in a worker process."""
 
     def __init__(self, path: Path, threads: int) -> None:
-        command = [sys.executable, __file__, "--worker", str(path), "--threads", str(threads)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.ready = self._answer()
+        self.worker = Worker(__file__, "--worker", str(path), "--threads", str(threads))
+        self.ready: dict[str, float] = self.worker.ready
         self.manifest = Manifest.read(path)
 
     def bytes_per_token(self, depth: int) -> int:
@@ -56,16 +56,7 @@ class Bundle:
 
     def measure(self, prefill: int, decode: int, depth: int) -> dict[str, float]:
         """Tokens per second of one round."""
-        assert self.process.stdin is not None
-        print(json.dumps([prefill, decode, depth]), file=self.process.stdin, flush=True)
-        return self._answer()
-
-    def _answer(self) -> dict[str, float]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"the worker of {self.process.args} ended")
-        answer: dict[str, float] = json.loads(line)
+        answer: dict[str, float] = self.worker.ask([prefill, decode, depth])
         return answer
 
 
@@ -218,15 +209,13 @@ def main() -> None:
         serve(arguments.worker, arguments.threads)
         return
     contenders: dict[str, Any] = {}
-    for text in arguments.bundles:
-        name, _, path = text.partition("=")
-        read_anew(Path(path))
-        contenders[name] = Bundle(Path(path), arguments.threads)
-    for text in arguments.gguf:
-        name, _, path = text.partition("=")
-        read_anew(Path(path))
+    for name, path in named(arguments.bundles):
+        read_anew(path)
+        contenders[name] = Bundle(path, arguments.threads)
+    for name, path in named(arguments.gguf):
+        read_anew(path)
         for suffix, options in [("", []), *([(" no repack", ["--repack", "0"])] if arguments.no_repack else [])]:
-            contenders[name + suffix] = LlamaCpp(arguments.llama_bench, Path(path), arguments.threads, options)
+            contenders[name + suffix] = LlamaCpp(arguments.llama_bench, path, arguments.threads, options)
     if not contenders:
         parser.error("name at least one bundle or --gguf")
     with tempfile.TemporaryDirectory() as folder:
@@ -235,11 +224,8 @@ def main() -> None:
     rounds, bandwidth = [], []
     for number in range(arguments.rounds):
         bandwidth.append(read_bandwidth(probe, buffer, arguments.threads))
-        names = list(contenders)
-        turned = names[number % len(names) :] + names[: number % len(names)]
-        rounds.append(
-            {name: contenders[name].measure(arguments.prefill, arguments.decode, arguments.depth) for name in turned}
-        )
+        wanted = (arguments.prefill, arguments.decode, arguments.depth)
+        rounds.append({name: contenders[name].measure(*wanted) for name in in_turn(contenders, number)})
     Console().print(table(rounds, contenders, bandwidth, arguments.depth))
     if arguments.json:
         arguments.json.write_text(json.dumps({"bandwidth": bandwidth, "rounds": rounds}, indent=1))

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from contenders import Worker, in_turn, named
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -48,36 +49,22 @@ def serve(bundle: Path, picture: Path, threads: int) -> None:
             f"the picture is {len(pixels)} tiles to this bundle; expected {TILES}: build benchmarks/vision.yaml"
         )
     session.vision(pixels)
-    print("ready", flush=True)
+    print("true", flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         session.vision(pixels)
         print(time.perf_counter() - start, flush=True)
 
 
-def bundle(path: str, picture: Path, threads: int) -> Callable[[], float]:
+def bundle(path: Path, picture: Path, threads: int) -> Callable[[], float]:
     """Give the seconds of a bundle in a worker process."""
-    command = [sys.executable, __file__, "--worker", path, "--picture", str(picture), "--threads", str(threads)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def ask() -> str:
-        assert process.stdout is not None
-        if not (line := process.stdout.readline()):
-            raise SystemExit(f"the worker of {path} ended")
-        return line
-
-    ask()
-
-    def measure() -> float:
-        print(file=process.stdin, flush=True)
-        return float(ask())
-
-    return measure
+    worker = Worker(__file__, "--worker", str(path), "--picture", str(picture), "--threads", str(threads))
+    return lambda: float(worker.ask(None))
 
 
-def llama_cpp(program: str, text: Path, mmproj: str, picture: Path, threads: int) -> Callable[[], float]:
+def llama_cpp(program: str, text: Path, mmproj: Path, picture: Path, threads: int) -> Callable[[], float]:
     """Give the seconds of llama.cpp's tower, in a process for each round."""
-    command = [program, "-m", str(text), "--mmproj", mmproj, "--image", str(picture), "-t", str(threads)]
+    command = [program, "-m", str(text), "--mmproj", str(mmproj), "--image", str(picture), "-t", str(threads)]
 
     def measure() -> float:
         options = ["-p", "What is this?", "-n", "1", "-c", "4096", "--no-warmup"]
@@ -111,17 +98,13 @@ def main() -> None:
         picture = Path(folder) / "picture.png"
         draw_picture(picture)
         contenders = {}
-        for named in arguments.bundles:
-            name, _, path = named.partition("=")
+        for name, path in named(arguments.bundles):
             contenders[name] = bundle(path, picture, arguments.threads)
-        for named in arguments.mmproj:
-            name, _, path = named.partition("=")
+        for name, path in named(arguments.mmproj):
             contenders[name] = llama_cpp(arguments.mtmd_cli, arguments.text, path, picture, arguments.threads)
         rounds: list[dict[str, float]] = []
         for number in range(arguments.rounds):
-            names = list(contenders)
-            turn = number % len(names)
-            rounds.append({name: contenders[name]() for name in names[turn:] + names[:turn]})
+            rounds.append({name: contenders[name]() for name in in_turn(contenders, number)})
     base = next(iter(contenders))
     shown = Table(title=f"{TILES} tiles, {arguments.threads} threads, {len(rounds)} rounds")
     for column in ("", "seconds", f"÷ {base}", "lowest", "highest"):
