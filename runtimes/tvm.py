@@ -163,7 +163,8 @@ class TvmBackend:
         batch, steps = positions.shape
         feeds = self._even_feeds(inputs_embeds, positions, cache, logits_index)
         forced = forced_inputs(self.spec, expert_ids, batch, steps)
-        logits = self._logits({**feeds, **{name: aligned(ids) for name, ids in forced.items()}})
+        # of the entries the one whose last layer has all tokens, as the ids are of all
+        logits, *_ = self._step({**feeds, **{name: aligned(ids) for name, ids in forced.items()}}, "main")
         cache.lengths += steps
         return logits.reshape(batch, len(logits_index), -1)
 

@@ -21,6 +21,7 @@ from arriero.export.compile.relax.import_graph import ANY_ALIGNMENT, Imported, i
 from arriero.export.compile.relax.kernels import FEW_OUTPUTS
 from arriero.export.compile.relax.share_rows import MANY, calls_threads, share_rows
 from arriero.export.compile.relax.sort_shapes import sort_shapes
+from arriero.export.compile.relax.take_early import take_early
 from arriero.graphs.functions import ADD_LORA
 from arriero.graphs.passes.replace_linear_with_kernel import LINEAR
 from arriero.graphs.stored.panels import EXACT
@@ -75,10 +76,10 @@ def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Wa
 def fuse(module: tvm.IRModule) -> tvm.IRModule:
     """The module with its entries, `main` and of text also `step`, `prompt` and `token`, and their operators fused.
 
-    `step` gives the first output alone, so that no step pays for what only a proof looks at; `prompt` is the same for
-    steps of many tokens, and `token` for one token of one row, whose memory is planned beforehand. Functions that are
-    equal become one, so that layers of one class share all of theirs: what is left to generate does not grow with the
-    number of layers.
+    `step` gives the first output alone, so that no step pays for what only a proof looks at, nor for its last layer's
+    experts but of the tokens that get logits; `prompt` is the same for steps of many tokens, and `token` for one token
+    of one row, whose memory is planned beforehand. Functions that are equal become one, so that layers of one class
+    share all of theirs: what is left to generate does not grow with the number of layers.
     """
     fused = relax.get_pipeline("zero")(_with_step(module))
     entries = ["main"]
@@ -110,7 +111,7 @@ def llvm_target(cpu: Cpu) -> tvm.target.Target:
 
 
 def _with_step(module: tvm.IRModule) -> tvm.IRModule:
-    """Add `step`: `main` with its first output alone."""
+    """Add `step`: `main` with its first output alone, which is computed for the tokens alone that it is of."""
     main = module["main"]
     *before, last = main.body.blocks
     *bindings, output = last.bindings
@@ -120,7 +121,7 @@ def _with_step(module: tvm.IRModule) -> tvm.IRModule:
     result = relax.Var("first", first.ty)
     body = relax.SeqExpr([*before, relax.DataflowBlock([*bindings, relax.VarBinding(result, first)])], result)
     step = relax.Function(main.params, body, first.ty, attrs=main.attrs)
-    module["step"] = relax.utils.copy_with_new_vars(step).with_attr("global_symbol", "step")
+    module["step"] = relax.utils.copy_with_new_vars(take_early(step)).with_attr("global_symbol", "step")
     return relax.transform.DeadCodeElimination(["main", "step"])(module)
 
 

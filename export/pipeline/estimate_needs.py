@@ -37,7 +37,7 @@ CODE_COPIES = 2  # of an expert's codes and scales that were chosen before: in g
 NEAREST_COPIES = 3  # of those that are rounded now: them besides
 PACKED_SHARE, PACKING = 0.18, 40 << 20  # of float32's bytes, of quantised matrices but the head, and besides
 LOWERED_LAYER = 1_800_000  # a layer's graph as it is lowered and compiled
-RTN_LEFT = 30 << 20  # that lowering the RTN baseline leaves behind while it is measured
+RTN_LEFT = 50 << 20  # that lowering and measuring the RTN baseline leave behind, beside what a backend does
 
 Need = tuple[int, int]  # of a stage: peak memory and disk, in bytes
 
@@ -100,8 +100,8 @@ def estimate_needs(
         code, proving = LOWERED_LAYER * seen.layers, parity_memory(used, target, seen, case_sizes, memory)
         if f"rtn-{target.name}" in names:  # the baseline comes first
             baseline = held + compiler + code + _lower_memory(used, target, schemes[target.name], anew=True)
-            held, stays, compiler = held + stays, 0, takes.compiler // 2
-            needs[f"rtn-{target.name}"] = (max(baseline, held + proving + RTN_LEFT), written)
+            held, stays, compiler = held + stays + RTN_LEFT, 0, takes.compiler // 2
+            needs[f"rtn-{target.name}"] = (max(baseline, held + proving), written)
         lowering = held + compiler + code + _lower_memory(used, target, schemes[target.name])
         if target.on_gpu:
             lowering = max(lowering, ENGINE_MEMORY + ENGINE_COPIES * target.weights_bytes)
