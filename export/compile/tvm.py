@@ -76,8 +76,8 @@ def compile_graphs(folder: Path, parts: Sequence[str], device: Device, watch: Wa
 def fuse(module: tvm.IRModule) -> tvm.IRModule:
     """The module with its entries, `main` and of text also `step`, `prompt` and `token`, and their operators fused.
 
-    `step` gives the first output alone, so that no step pays for what only a proof looks at, nor for its last layer's
-    experts but of the tokens that get logits; `prompt` is the same for steps of many tokens, and `token` for one token
+    `step` gives the first output alone, so that no step pays for what only a proof looks at, nor for what its last
+    layer makes of tokens that get no logits; `prompt` is the same for steps of many tokens, and `token` for one token
     of one row, whose memory is planned beforehand. Functions that are equal become one, so that layers of one class
     share all of theirs: what is left to generate does not grow with the number of layers.
     """

@@ -177,10 +177,11 @@ int32_t arriero_run_dispatch(int64_t gate_up_format, int64_t gate_up_block, int6
  * cache, nothing is to be done. `requested` [T,R] becomes a copy of the ids: so that graphs say what comes first. */
 int32_t arriero_run_request(const int64_t* expert_id, const int64_t* experts, int64_t* requested, int64_t T, int64_t R);
 
+/* `wanted` [W] are the tokens whose outcome is read; none means all. Of a row alone, what others have is left as it was. */
 int32_t arriero_run_attention(int64_t format, const float* q, const float* k, const float* v, const int64_t* positions,
                               const int64_t* starts, void* key_cache, void* value_cache, const float* key_steps,
-                              const float* value_steps, float* out, int64_t B, int64_t T, int64_t Q, int64_t G,
-                              int64_t C, int64_t D, int64_t chunk, int64_t parts);
+                              const float* value_steps, const int64_t* wanted, float* out, int64_t B, int64_t T,
+                              int64_t Q, int64_t G, int64_t C, int64_t D, int64_t chunk, int64_t W, int64_t parts);
 
 int32_t arriero_run_full_attention(const float* q, const float* k, const float* v, float* out, int64_t B, int64_t L,
                                    int64_t D, int64_t parts);

@@ -266,27 +266,37 @@ extern "C" int32_t arriero_run_dispatch(int64_t gate_up_format, int64_t gate_up_
 extern "C" int32_t arriero_run_attention(int64_t format, const float* q, const float* k, const float* v,
                                          const int64_t* positions, const int64_t* starts, void* key_cache,
                                          void* value_cache, const float* key_steps, const float* value_steps,
-                                         float* out, int64_t B, int64_t T, int64_t Q, int64_t G, int64_t C, int64_t D,
-                                         int64_t chunk, int64_t parts) {
+                                         const int64_t* wanted, float* out, int64_t B, int64_t T, int64_t Q, int64_t G,
+                                         int64_t C, int64_t D, int64_t chunk, int64_t W, int64_t parts) {
+    // of a row alone, the tokens from the first to the last that is wanted: two at least, as one is summed in another way
+    const bool chosen = B == 1 && T > 1 && W > 0;
+    int64_t begin = chosen ? T - 2 : 0, end = chosen ? 0 : T;
+    for (int64_t w = 0; chosen && w < W; ++w) {
+        if (wanted[w] < begin) begin = wanted[w];
+        if (wanted[w] >= end) end = wanted[w] + 1;
+    }
+    if (chosen && end < begin + 2) end = begin + 2;
     return with_workspace(arriero_attention_workspace(B, T, Q, G, C, D, parts), [&](void* space) {
         const auto write = [&](int64_t part) {
             arriero_cache_write(format, k, v, positions, starts, key_steps, value_steps, key_cache, value_cache, B, G,
                                 C, D, chunk, part, parts);
         };
+        int64_t first = begin;
+        int64_t here[] = {0, end - begin};
+        const auto attend_row = [&](int64_t part) {
+            arriero_attention(format, q + first * Q * D, positions + first, here, key_cache, value_cache, key_steps,
+                              value_steps, out + first * Q * D, 1, here[1], Q, G, C, D, chunk, space, part, parts);
+        };
         if (between_parts && B == 1 && T > 1) {
             if (launch(parts, write)) return -1;
-            // from three on, blocks of about one size have two queries at least: one alone is summed in another way
-            const int64_t wanted = QUERY_ROWS * G / Q, queries = wanted > 3 ? wanted : 3;
-            return in_blocks(T, queries, [&](int64_t first, int64_t count) {
-                const int64_t here[] = {0, count};
-                const auto attend = [&](int64_t part) {
-                    arriero_attention(format, q + first * Q * D, positions + first, here, key_cache, value_cache,
-                                      key_steps, value_steps, out + first * Q * D, B, count, Q, G, C, D, chunk, space,
-                                      part, parts);
-                };
-                return launch(parts, attend);
+            // from three on, blocks of about one size have two queries at least
+            const int64_t most = QUERY_ROWS * G / Q;
+            return in_blocks(end - begin, most > 3 ? most : 3, [&](int64_t before, int64_t count) {
+                first = begin + before, here[1] = count;
+                return launch(parts, attend_row);
             });
         }
+        if (B == 1 && T > 1) return launch_prepared(T, parts, write, attend_row);
         const auto attend = [&](int64_t part) {
             arriero_attention(format, q, positions, starts, key_cache, value_cache, key_steps, value_steps, out, B, T,
                               Q, G, C, D, chunk, space, part, parts);

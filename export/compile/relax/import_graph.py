@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import tvm
 from onnx_ir.passes import common as tidy
@@ -29,6 +30,7 @@ from arriero.graphs.passes.replace_lookup import LOOKUP
 from arriero.graphs.stored.panels import EXACT
 
 THREADS = "threads"
+INDEX = "logits_index"  # the graph's input of the tokens that get logits
 # Operators that read their weights at any alignment; all other code is generated for 64 bytes.
 ANY_ALIGNMENT = (LINEAR, LOOKUP, ADD_LORA)
 Convert = Callable[..., relax.Expr]
@@ -139,12 +141,14 @@ def convert_add_lora(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dic
 
 
 def convert_attention(bb: relax.BlockBuilder, inputs: list[relax.Expr], attr: dict[str, Any], nodes: Any) -> relax.Expr:
-    """CachedAttention(q, k, v, key_cache, value_cache, positions, row_starts, scales..), in place."""
+    """CachedAttention(q, k, v, key_cache, value_cache, positions, row_starts, scales..), in place, for all tokens."""
     compute = kernels.attention(attr["num_heads"], attr["kv_heads"], attr["chunk"])
-    call = bb.call_te(compute, nodes[THREADS], *inputs, primfunc_name_hint="cached_attention")
+    call = bb.call_te(compute, nodes[THREADS], *inputs, nodes[INDEX], primfunc_name_hint="cached_attention")
     # `threads`, q, k, v come before the two caches; the result is new memory, of the queries' shape
     outputs = [inputs[index].ty for index in (0, 3, 4)]
-    both = bb.emit(relax.op.call_tir_inplace(call.args[0], list(call.args[1]), [-1, 4, 5], outputs))
+    *arguments, _ = call.args[1]
+    every = relax.const(np.empty(0, np.int64), "int64")
+    both = bb.emit(relax.op.call_tir_inplace(call.args[0], [*arguments, every], [-1, 4, 5], outputs))
     return bb.emit(relax.TupleGetItem(both, 0))
 
 

@@ -101,9 +101,10 @@ def request(expert_id: te.Tensor, experts: te.Tensor) -> te.Tensor:
 
 
 def attention(heads: int, kv_heads: int, chunk: int) -> Callable[..., te.Tensor]:
-    """Give f(threads, q, k, v, key_cache, value_cache, positions, row_starts, scales..) -> out like q.
+    """Give f(threads, q, k, v, key_cache, value_cache, positions, row_starts, scales.., wanted) -> out like q.
 
-    It writes k and v into the caches. The two scales are those of an int8 cache.
+    It writes k and v into the caches. The two scales are those of an int8 cache. `wanted` [W] are the tokens whose
+    outcome is read; none means all.
     """
 
     def compute(threads: te.Tensor, q: te.Tensor, k: te.Tensor, *rest: te.Tensor) -> te.Tensor:
@@ -111,11 +112,11 @@ def attention(heads: int, kv_heads: int, chunk: int) -> Callable[..., te.Tensor]
         form = CACHE_FORMATS[str(rest[1].dtype)]
 
         def body(ins: Sequence[Any], outs: Sequence[Any]) -> None:
-            query, key, value, keys, values, positions, starts, *scales = _pointers(ins[1:])
+            query, key, value, keys, values, positions, starts, *scales, wanted = _pointers(ins[1:])
             caches = (keys, values, *(scales or (_null(), _null())))
-            sizes = (rows, _rows(q), heads, kv_heads, slots, size)
+            sizes = (rows, _rows(q), heads, kv_heads, slots, size, chunk, rest[-1].shape[0], threads.shape[0])
             new = (query, key, value, positions, starts)
-            _run("arriero_run_attention", form, *new, *caches, *_pointers(outs), *sizes, chunk, threads.shape[0])
+            _run("arriero_run_attention", form, *new, *caches, wanted, *_pointers(outs), *sizes)
 
         return _extern(q.shape, [threads, q, k, *rest], body, "cached_attention")
 

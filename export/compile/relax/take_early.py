@@ -1,30 +1,33 @@
-"""Has what follows a step's last look at other tokens computed for those alone that get logits.
+"""Has the last layer computed, but for its keys and values, for those tokens alone that get logits.
 
-Of a prompt that is its last token. The last layer's keys and values are for whoever comes later; what its output
-projection, its router and its experts make of another token nobody reads.
+Of a prompt that is its last one. Keys and values are for whoever comes later; what attention, the output projection,
+the router and the experts of the last layer make of another token nobody reads.
 """
 
 from __future__ import annotations
 
 from tvm import relax
 
+from arriero.export.compile.relax.import_graph import INDEX
 from arriero.graphs.passes.cache_in_place import ROW_STARTS
 
-EMBEDS, INDEX = "inputs_embeds", "logits_index"
+EMBEDS = "inputs_embeds"
 
 
 def take_early(function: relax.Function) -> relax.Function:
     """The function, whose only result is logits, with the tokens of these taken after the last use of `ROW_STARTS`.
 
-    What uses that wants tokens as they lie in rows, attention and adapters; whatever else a text graph does is done to
-    each token by itself, along the axis that is taken from.
+    What uses that wants tokens as they lie in rows: attention, which is told whose outcome is wanted, and adapters.
+    Whatever else a text graph does is done to each token by itself, along the axis that is taken from.
     """
     named = {str(var.name): var for var in function.params}
     rows, index = named[ROW_STARTS], named[INDEX]
     sequence, wanted = named[EMBEDS].ty.shape[1], index.ty.shape[0]
     *blocks, block = function.body.blocks
     bindings = list(block.bindings)
-    edge = 1 + max(number for number, binding in enumerate(bindings) if _uses(binding, rows))
+    last = max(number for number, binding in enumerate(bindings) if _uses(binding, rows))
+    bindings[last] = _for_some(bindings[last], index)
+    edge = last + 1
     while isinstance(bindings[edge].value, relax.TupleGetItem):  # of the attention that writes into its cache
         edge += 1
     tail = relax.SeqExpr([relax.DataflowBlock(bindings[edge:])], function.body.body)
@@ -43,6 +46,16 @@ def take_early(function: relax.Function) -> relax.Function:
 
 def _uses(binding: relax.Binding, var: relax.Var) -> bool:
     return any(used.same_as(var) for used in relax.analysis.free_vars(binding.value))
+
+
+def _for_some(binding: relax.Binding, wanted: relax.Var) -> relax.Binding:
+    """An attention for those tokens alone that are `wanted`; anything else as it is."""
+    call = binding.value
+    if call.op.name != "relax.call_tir_inplace":
+        return binding
+    function, arguments = call.args
+    some = relax.Tuple([*arguments.fields[:-1], wanted])
+    return relax.VarBinding(binding.var, relax.Call(call.op, [function, some], call.attrs, call.ty_args))
 
 
 def _without_take(binding: relax.Binding) -> relax.Binding:

@@ -1,4 +1,4 @@
-"""What follows the last attention is computed for the tokens alone that get logits, and gives them the same ones."""
+"""The last layer is computed, but for keys and values, for the tokens alone that get logits: they get the same ones."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def test_tokens_have_the_logits_that_they_have_among_all(tmp_path: Path, kernels
     sizes = {"attention_chunk_size": CHUNK, "max_position_embeddings": 2 * CHUNK}
     backend = compiled(tmp_path, kernels, profile, **sizes, **widths)
     draw = np.random.default_rng(1)
-    for batch, count, wanted in ((1, 1, [0]), (1, 12, [11]), (1, 50, [49]), (1, 50, [7, 30, 31]), (20, 1, [0])):
+    steps = [(1, 1, [0]), (20, 1, [0]), (1, 12, [11])]  # rows, the tokens of each, and those that get logits
+    steps += [(1, 50, wanted) for wanted in ([49], [0], [20], [31, 7, 30])]
+    for batch, count, wanted in steps:
         given = draw.standard_normal((batch, count, backend.spec.hidden_size), np.float32)
         positions = np.tile(np.arange(count), (batch, 1))
         every, some = (
