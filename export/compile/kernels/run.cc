@@ -272,8 +272,9 @@ extern "C" int32_t arriero_run_attention(int64_t format, const float* q, const f
     const bool chosen = B == 1 && T > 1 && W > 0;
     int64_t begin = chosen ? T - 2 : 0, end = chosen ? 0 : T;
     for (int64_t w = 0; chosen && w < W; ++w) {
-        if (wanted[w] < begin) begin = wanted[w];
-        if (wanted[w] >= end) end = wanted[w] + 1;
+        const int64_t token = wanted[w] < 0 ? 0 : whole::smaller(wanted[w], T - 1);
+        begin = whole::smaller(begin, token);
+        if (end <= token) end = token + 1;
     }
     if (chosen && end < begin + 2) end = begin + 2;
     return with_workspace(arriero_attention_workspace(B, T, Q, G, C, D, parts), [&](void* space) {
