@@ -286,6 +286,16 @@ class Session:
             yield self.engine.run(partial(read_forced, ids=ids, features=features, cache=cache, expert_ids=own))
             start += len(ids)
 
+    def served_logits(self, input_ids: Ints, pixel_values: Floats | None, token: int | None) -> list[Floats]:
+        """The logits f32 [V] after a prompt and, if there is one, after a `token`: as `prefill` and `decode` give them.
+
+        The cache has room for so much alone.
+        """
+        prompt = self._fitting(Prompt(input_ids, pixel_values))
+        cache = self._new_cache(1, prompt.input_ids.size + (token is not None), self.adapter)
+        logits = [self._read(prompt, cache)]
+        return logits if token is None else [*logits, self._step(cache, [token])[0]]
+
     def routes(self, prompt: Prompt) -> dict[int, Ints]:
         """The experts i64 [S, k] that each MoE layer routes the S tokens of `prompt` to, by the layer's number."""
         steps = [step.expert_ids for step in self._steps_of(prompt, True, every=False)]

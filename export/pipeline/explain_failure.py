@@ -11,6 +11,7 @@ from arriero.runtimes.proof.given_routing import ROUTING_SHARE
 from arriero.runtimes.proof.pages import show, show_limit
 from arriero.runtimes.proof.report import ParityReport
 from arriero.runtimes.proof.rows import Row
+from arriero.runtimes.proof.served import SERVED_KL
 from arriero.thresholds import FORCED, OVER_RTN
 
 DROPS = ("task_accuracy_drop", FORCED["task_accuracy_drop"])
@@ -62,6 +63,8 @@ def _cause(row: Row, report: ParityReport, profile: Profile, coverage: Mapping[s
         return row.detail, "the bundle's tokenizer or processor is not the checkpoint's: build anew"
     if name == "nonfinite_values":
         return row.detail, "choose a profile of a wider number format"
+    if name == SERVED_KL:
+        return "the functions that answer do not give what the captured ones do", "report it with the bundle's manifest"
     if name in REFERENCES:
         what = "the checkpoint itself answers these cases wrong"
         return what, "check its chat template and the cases' answers, or lower the threshold knowingly"

@@ -3,7 +3,8 @@
 Three looks per case. Teacher forcing: the forced ids of prompt and answer go through the candidate, with captures.
 Parts: vision tower and embeddings alone, the embeddings with seeded features in the pictures' places, so that an error
 shows where it arises. Answers: generated token by token, or, where the reference's are `forced`, read off the top
-tokens of the forced pass. Where it is asked for, they go through once more with given routing (`given_routing.py`).
+tokens of the forced pass. Where it is asked for, they go through once more with given routing (`given_routing.py`). The
+first case is read as an app reads it, too (`served.py`).
 The reference is a record (`record.py`), which needs no PyTorch, or a checkpoint's own model.
 B=1, S prompt and answer tokens, H hidden, V vocabulary, M image placeholder tokens, k experts per token.
 """
@@ -11,6 +12,7 @@ B=1, S prompt and answer tokens, H hidden, V vocabulary, M image placeholder tok
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +24,7 @@ from arriero.runtimes.proof.given_routing import GivenRouting
 from arriero.runtimes.proof.logits import KlSums, LogitFigures
 from arriero.runtimes.proof.report import CaseResult, ParityReport
 from arriero.runtimes.proof.rtn_baseline import with_rtn_baseline
+from arriero.runtimes.proof.served import CASES, keep_rows, served_kl, served_positions
 from arriero.runtimes.proof.shared_steps import Forced, forced_cases
 from arriero.runtimes.proof.sketch import seeded_features
 from arriero.runtimes.proof.tally import Tally
@@ -107,7 +110,13 @@ def _run_case(tally: Tally, candidate: Session, forced: Forced) -> None:
     if not _same_prompt(prompt, case):
         tally.different_prompts.append(case.case.name)
     _measure_parts(tally, candidate, case, prompt.pixel_values)
-    figures, tops, router_flips, routed = _compare(tally, forced)
+    places = served_positions(case, candidate.context) if len(tally.served) < CASES else ()
+    proven = list[np.ndarray]()
+    figures, tops, router_flips, routed = _compare(
+        tally, replace(forced, steps=keep_rows(forced.steps, places, proven))
+    )
+    if places:
+        tally.served.append(served_kl(candidate, case, prompt, proven))
     for run, expert_ids in ((tally.forced, case.expert_ids), (tally.rerouted, routed)):
         if run is not None and run.why_not is None and expert_ids.keys() == case.expert_ids.keys():
             bad = run.run(case, prompt.pixel_values, expert_ids)

@@ -16,6 +16,7 @@ from arriero.runtimes.proof.logits import KlSums, LogitFigures
 from arriero.runtimes.proof.metrics import Agreement, ErrorSums
 from arriero.runtimes.proof.report import CaseResult, FamilyScore, LayerSeries, ParityReport
 from arriero.runtimes.proof.sampling_error import mean_error, quantile_errors, ratio_error, told
+from arriero.runtimes.proof.served import SERVED_KL
 from arriero.runtimes.proof.value import Value
 from arriero.thresholds import ALWAYS, FORCED, PER_FAMILY, AnswerMode
 
@@ -47,6 +48,7 @@ class Tally:
     hidden: dict[int, ErrorSums] = field(default_factory=dict)
     routers: dict[int, list[Agreement]] = field(default_factory=dict)  # of each layer, of each case
     uncaptured: set[str] = field(default_factory=set)
+    served: list[NDArray[np.float64]] = field(default_factory=list)  # KL of each case that is read as an app reads it
 
     def watch(self, what: str, array: np.ndarray) -> None:
         """Count the values of the candidate's `array` that are not finite."""
@@ -122,6 +124,7 @@ class Tally:
                 float(sum(self.nonfinite.values())),
                 "; ".join(f"{what}: {count}" for what, count in self.nonfinite.items()),
             ),
+            SERVED_KL: Value(float(np.max(self.served)), f"{len(self.served[0])} of the first case's tokens"),
             "logits_max_abs_error": Value(self.largest_error, f"worst case {worst_error.name}"),
             "logits_relative_l2": Value(
                 self.logits.relative_l2,

@@ -248,13 +248,33 @@ def test_a_fault_of_decode_alone_fails_by_the_greedy_rows(reference, cases):
     limits = {**EXACT, "greedy_prefix_length": 1.0, "task_accuracy_drop": 0.01}
     report = run(reference, session(Wrapped(backend, forward=forward)), cases, limits)
     # two lost of three are too few to show a drop of more than a point, four lost of six are enough
-    assert failed(report) == {"greedy_prefix_length"}
+    assert failed(report) == {"greedy_prefix_length", "served_kl_highest"}
     assert row(report, "task_accuracy_drop").value == pytest.approx(2 / 3)
     twice = run(reference, session(Wrapped(backend, forward=forward)), [*cases, *cases], limits)
-    assert failed(twice) == {"greedy_prefix_length", "task_accuracy_drop"}
+    assert failed(twice) == {"greedy_prefix_length", "task_accuracy_drop", "served_kl_highest"}
     told = row(twice, "task_accuracy_drop").detail
     assert told.startswith("4 right before, 0 now of 6: 4 lost, 0 gained; a drop from ")
     assert "fails from 50.0 points on" in told
+
+
+@pytest.mark.parametrize("wrong", ["prompts", "decode"])
+def test_what_an_app_is_given_is_looked_at_where_answers_are_forced(reference, cases, wrong):
+    """The forced pass has captures, an app's steps have none: what is wrong in these alone shows in one row."""
+    backend = twin(reference)
+
+    def forward(embeds, positions, cache, index, captures=False):
+        output = backend.forward(embeds, positions, cache, index, captures)
+        spoilt = not captures and (positions.shape[1] == 1) == (wrong == "decode")
+        return StepOutput(output.logits + 20 * np.eye(1, output.logits.shape[-1], 7)) if spoilt else output
+
+    honest, spoilt = (
+        measure(session(one), LiveReference(reference, cases, "forced"), EXACT)
+        for one in (backend, Wrapped(backend, forward=forward))
+    )
+    assert not failed(honest)
+    assert row(honest, "served_kl_highest").value < 1e-9
+    assert row(honest, "served_kl_highest").detail == "2 of the first case's tokens"
+    assert failed(spoilt) == {"served_kl_highest"}
 
 
 def test_images_merged_in_the_wrong_order_fail_by_the_embeddings(reference, cases):
