@@ -121,7 +121,7 @@ PER_FAMILY = tuple(name for pair in FORCED.items() for name in pair if name.star
 REFERENCE_FLOOR = 0.25
 OVER_RTN = "kl_over_rtn"  # a threshold that only a build, or what it recorded, can judge
 # A bundle that breaks these is broken at any precision. What is served differs by the order of sums, 2e-10 at most on
-# the embedded model's bundles for CPUs; there is room for a large model's router whose near tie falls otherwise.
+# six bundles of the embedded model for CPUs; there is room for a large model's router whose near tie falls otherwise.
 ALWAYS = {"same_prompt": 1.0, "nonfinite_values": 0.0, "served_kl_highest": 0.05}
 SETTABLE = tuple(metric for metric in METRICS if metric not in ALWAYS)
 

@@ -24,7 +24,7 @@ from arriero.runtimes.proof.given_routing import GivenRouting
 from arriero.runtimes.proof.logits import KlSums, LogitFigures
 from arriero.runtimes.proof.report import CaseResult, ParityReport
 from arriero.runtimes.proof.rtn_baseline import with_rtn_baseline
-from arriero.runtimes.proof.served import CASES, keep_rows, served_kl, served_positions
+from arriero.runtimes.proof.served import keep_rows, served_kl, served_positions
 from arriero.runtimes.proof.shared_steps import Forced, forced_cases
 from arriero.runtimes.proof.sketch import seeded_features
 from arriero.runtimes.proof.tally import Tally
@@ -110,13 +110,13 @@ def _run_case(tally: Tally, candidate: Session, forced: Forced) -> None:
     if not _same_prompt(prompt, case):
         tally.different_prompts.append(case.case.name)
     _measure_parts(tally, candidate, case, prompt.pixel_values)
-    places = served_positions(case, candidate.context) if len(tally.served) < CASES else ()
     proven = list[np.ndarray]()
-    figures, tops, router_flips, routed = _compare(
-        tally, replace(forced, steps=keep_rows(forced.steps, places, proven))
-    )
-    if places:
-        tally.served.append(served_kl(candidate, case, prompt, proven))
+    if not tally.results:  # the first case
+        places = served_positions(case, candidate.context)
+        forced = replace(forced, steps=keep_rows(forced.steps, places, proven))
+    figures, tops, router_flips, routed = _compare(tally, forced)
+    if proven:
+        tally.served = served_kl(candidate, case, prompt, proven)
     for run, expert_ids in ((tally.forced, case.expert_ids), (tally.rerouted, routed)):
         if run is not None and run.why_not is None and expert_ids.keys() == case.expert_ids.keys():
             bad = run.run(case, prompt.pixel_values, expert_ids)

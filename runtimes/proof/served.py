@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from arriero.runtimes.session import Session
 
 SERVED_KL = "served_kl_highest"
-CASES = 1  # that are read so
 
 
 def served_positions(case: ReferenceCase, context: int) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ class Tally:
     hidden: dict[int, ErrorSums] = field(default_factory=dict)
     routers: dict[int, list[Agreement]] = field(default_factory=dict)  # of each layer, of each case
     uncaptured: set[str] = field(default_factory=set)
-    served: list[NDArray[np.float64]] = field(default_factory=list)  # KL of each case that is read as an app reads it
+    served: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))  # KL of what an app is given, `served.py`
 
     def watch(self, what: str, array: np.ndarray) -> None:
         """Count the values of the candidate's `array` that are not finite."""
@@ -124,7 +124,7 @@ class Tally:
                 float(sum(self.nonfinite.values())),
                 "; ".join(f"{what}: {count}" for what, count in self.nonfinite.items()),
             ),
-            SERVED_KL: Value(float(np.max(self.served)), f"{len(self.served[0])} of the first case's tokens"),
+            SERVED_KL: Value(float(self.served.max()), f"{len(self.served)} of the first case's tokens"),
             "logits_max_abs_error": Value(self.largest_error, f"worst case {worst_error.name}"),
             "logits_relative_l2": Value(
                 self.logits.relative_l2,

@@ -269,14 +269,17 @@ extern "C" int32_t arriero_run_attention(int64_t format, const float* q, const f
                                          const int64_t* wanted, float* out, int64_t B, int64_t T, int64_t Q, int64_t G,
                                          int64_t C, int64_t D, int64_t chunk, int64_t W, int64_t parts) {
     // of a row alone, the tokens from the first to the last that is wanted: two at least, as one is summed in another way
-    const bool chosen = B == 1 && T > 1 && W > 0;
-    int64_t begin = chosen ? T - 2 : 0, end = chosen ? 0 : T;
-    for (int64_t w = 0; chosen && w < W; ++w) {
-        const int64_t token = wanted[w] < 0 ? 0 : whole::smaller(wanted[w], T - 1);
-        begin = whole::smaller(begin, token);
-        if (end <= token) end = token + 1;
+    const bool alone = B == 1 && T > 1;
+    int64_t begin = 0, end = T;
+    if (alone && W > 0) {
+        begin = T - 2, end = 0;
+        for (int64_t w = 0; w < W; ++w) {
+            const int64_t token = wanted[w] < 0 ? 0 : whole::smaller(wanted[w], T - 1);
+            begin = whole::smaller(begin, token);
+            if (end <= token) end = token + 1;
+        }
+        if (end < begin + 2) end = begin + 2;
     }
-    if (chosen && end < begin + 2) end = begin + 2;
     return with_workspace(arriero_attention_workspace(B, T, Q, G, C, D, parts), [&](void* space) {
         const auto write = [&](int64_t part) {
             arriero_cache_write(format, k, v, positions, starts, key_steps, value_steps, key_cache, value_cache, B, G,
@@ -288,7 +291,7 @@ extern "C" int32_t arriero_run_attention(int64_t format, const float* q, const f
             arriero_attention(format, q + first * Q * D, positions + first, here, key_cache, value_cache, key_steps,
                               value_steps, out + first * Q * D, 1, here[1], Q, G, C, D, chunk, space, part, parts);
         };
-        if (between_parts && B == 1 && T > 1) {
+        if (between_parts && alone) {
             if (launch(parts, write)) return -1;
             // from three on, blocks of about one size have two queries at least
             const int64_t most = QUERY_ROWS * G / Q;
@@ -297,7 +300,7 @@ extern "C" int32_t arriero_run_attention(int64_t format, const float* q, const f
                 return launch(parts, attend_row);
             });
         }
-        if (B == 1 && T > 1) return launch_prepared(T, parts, write, attend_row);
+        if (alone) return launch_prepared(T, parts, write, attend_row);
         const auto attend = [&](int64_t part) {
             arriero_attention(format, q, positions, starts, key_cache, value_cache, key_steps, value_steps, out, B, T,
                               Q, G, C, D, chunk, space, part, parts);
