@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,16 @@ def in_turn(names: Iterable[str], number: int) -> list[str]:
     listed = list(names)
     first = number % len(listed)
     return listed[first:] + listed[:first]
+
+
+def read_anew(path: Path) -> None:
+    """Have the system forget what it holds of the files under `path`, and read them in one go."""
+    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+        with file.open("rb", buffering=0) as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while opened.read(1 << 24):
+                pass
 
 
 class Worker:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from speed import read_anew
+from contenders import read_anew
 
 from arriero import load
 from arriero.runtimes.processor.processor import Prompt

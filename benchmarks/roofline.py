@@ -5,11 +5,20 @@ from __future__ import annotations
 import ctypes
 import platform
 import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from arriero.export.compile.build_kernels import find_compiler
+
+LINE = 8  # words of a cache line
+READ = 1 << 30  # bytes of the buffer whose reading is the roofline, beyond any cache
+TRIES = 4  # the first after something else has been seen at a fifth to two thirds of the next ones
+DOTS = 10_000_000  # rounds of the loop of dots, a tenth of a second or more
 
 
 def build_probe(folder: Path) -> ctypes.CDLL:
@@ -30,3 +39,38 @@ def read_sum(probe: ctypes.CDLL, words: np.ndarray) -> int:
     Other Python threads run meanwhile.
     """
     return int(probe.read_sum(ctypes.c_void_p(words.ctypes.data), ctypes.c_int64(words.nbytes)))
+
+
+def make_buffer() -> np.ndarray:
+    """The buffer u64 [n] whose reading is the roofline, aligned to a cache line as numpy's own is not."""
+    room = np.ones(READ // 8 + LINE, np.uint64)
+    return room[-room.ctypes.data % 64 // 8 :][: READ // 8]
+
+
+def read_bandwidth(probe: ctypes.CDLL, buffer: np.ndarray, threads: int) -> float:
+    """Bytes per second with which `threads` read `buffer` u64 [n], n a multiple of `LINE`: the best of `TRIES`."""
+    # in whole rows of 64 bytes, so that no part begins within one
+    parts = [part.reshape(-1) for part in np.array_split(buffer.reshape(-1, LINE), threads)]
+    return buffer.nbytes / _least_seconds(lambda part: read_sum(probe, part), parts)
+
+
+def dot_rate(probe: ctypes.CDLL, threads: int) -> float:
+    """Operations per second of `threads` that do nothing but dots of int8, two a product: the best of `TRIES`."""
+    done: list[int] = []
+    seconds = _least_seconds(lambda rounds: done.append(probe.int8_dots(ctypes.c_int64(rounds))), [DOTS] * threads)
+    return threads * done[0] / seconds
+
+
+def _least_seconds(work: Callable[[Any], object], parts: Sequence[Any]) -> float:
+    """The least time, of `TRIES`, of `work` on every part, each on a thread of its own."""
+
+    def seconds() -> float:
+        workers = [threading.Thread(target=work, args=(part,)) for part in parts]
+        start = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return time.perf_counter() - start
+
+    return min(seconds() for _ in range(TRIES))

@@ -39,9 +39,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from contenders import read_anew
 from free_port import free_port
-from roofline import build_probe
-from speed import make_buffer, read_anew, read_bandwidth, touched_bytes
+from roofline import build_probe, make_buffer, read_bandwidth
+from timed_bundle import touched_bytes
 from tokenizers import Tokenizer
 
 from arriero.runtimes.manifest import Manifest

@@ -185,18 +185,36 @@ def decoder_bytes(weights: Mapping[str, StoredWeight], of_experts: float = 1) ->
 
 def decoder_bits(weights: Mapping[str, StoredWeight]) -> float:
     """Bits per weight of the decoder layers' matrices in a manifest's weight table, scales counted."""
-    bits, values = 0.0, 0
-    for name, entry in weights.items():
-        if ".layers." not in name or not name.startswith("language_model.") or "router" in name or "norm" in name:
-            continue
-        count = prod(entry.shape)
-        bits += 8 * count * ITEM_BYTES[entry.dtype]
-        if name.endswith(".packed"):
-            width = int(re.findall(r"\d+", entry.scheme)[0])
-            values += int(8 * count * ITEM_BYTES[entry.dtype]) // width
-        elif not name.endswith((".scales", ".multiplier")):
-            values += count
-    return bits / values
+    matrices = _layer_matrices(weights)
+    bits = sum(8 * prod(entry.shape) * ITEM_BYTES[entry.dtype] for entry in matrices.values())
+    return bits / layer_weights(weights)
+
+
+def layer_weights(weights: Mapping[str, StoredWeight], of_experts: float = 1) -> int:
+    """How many weights the decoder layers' matrices have in a manifest's weight table, `of_experts` as above."""
+    return round(
+        sum(
+            _count(name, entry) * (of_experts if ".experts." in name else 1)
+            for name, entry in _layer_matrices(weights).items()
+        )
+    )
+
+
+def _layer_matrices(weights: Mapping[str, StoredWeight]) -> dict[str, StoredWeight]:
+    """The entries of the decoder layers' matrices and their scales; routers and norms are left out."""
+    return {
+        name: entry
+        for name, entry in weights.items()
+        if ".layers." in name and name.startswith("language_model.") and "router" not in name and "norm" not in name
+    }
+
+
+def _count(name: str, entry: StoredWeight) -> int:
+    """The weights in an entry, none in one of scales."""
+    if name.endswith(".packed"):
+        width = int(re.findall(r"\d+", entry.scheme)[0])
+        return int(8 * prod(entry.shape) * ITEM_BYTES[entry.dtype]) // width
+    return 0 if name.endswith((".scales", ".multiplier")) else prod(entry.shape)
 
 
 def _line(bundle: Path, manifest: Manifest, measured: ParityReport, speed: float) -> Compared:

@@ -68,33 +68,40 @@ TILE void int_tile(const Rounded& x, PickedRows rows, const uint8_t* panel, Bloc
             UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = CODES::end(run[m][v]);
         }
     };
-    for (int64_t j = 0; j < blocks; ++j) {
-        if constexpr (P > 1) {
-            UNROLL for (int p = 0; p < P; ++p) fetch(scale.at((p + scales_ahead) * panel_scales + j * 16));
-        }
-        Int totals[M][PV];
-        int64_t k = j * block;
-        const int64_t end = k + block;
-        sum_run(k, smaller(end - k, CODES::RUN), totals);
-        if constexpr (CODES::RUN < INT64_MAX) {
-            while (k < end) {
-                Int more[M][PV];
-                sum_run(k, smaller(end - k, CODES::RUN), more);
-                UNROLL for (int m = 0; m < M; ++m) {
-                    UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = add_int(totals[m][v], more[m][v]);
+    const auto add_blocks = [&](int64_t length) __attribute__((always_inline)) {
+        for (int64_t j = 0; j < blocks; ++j) {
+            if constexpr (P > 1) {
+                UNROLL for (int p = 0; p < P; ++p) fetch(scale.at((p + scales_ahead) * panel_scales + j * 16));
+            }
+            Int totals[M][PV];
+            int64_t k = j * length;
+            const int64_t end = k + length;
+            sum_run(k, smaller(end - k, CODES::RUN), totals);
+            if constexpr (CODES::RUN < INT64_MAX) {
+                while (k < end) {
+                    Int more[M][PV];
+                    sum_run(k, smaller(end - k, CODES::RUN), more);
+                    UNROLL for (int m = 0; m < M; ++m) {
+                        UNROLL for (int v = 0; v < PV; ++v) totals[m][v] = add_int(totals[m][v], more[m][v]);
+                    }
+                }
+            }
+            Float scales[PV];
+            UNROLL for (int v = 0; v < PV; ++v) {
+                scales[v] = scale.load_at(v / V * panel_scales + j * 16 + v % V * LANES);
+            }
+            UNROLL for (int m = 0; m < M; ++m) {
+                const Float row_scale = all(row_scales[m][j]);
+                UNROLL for (int v = 0; v < PV; ++v) {
+                    sums[m][v] = fma(mul(scales[v], row_scale), to_float(totals[m][v]), sums[m][v]);
                 }
             }
         }
-        Float scales[PV];
-        UNROLL for (int v = 0; v < PV; ++v) {
-            scales[v] = scale.load_at(v / V * panel_scales + j * 16 + v % V * LANES);
-        }
-        UNROLL for (int m = 0; m < M; ++m) {
-            const Float row_scale = all(row_scales[m][j]);
-            UNROLL for (int v = 0; v < PV; ++v) {
-                sums[m][v] = fma(mul(scales[v], row_scale), to_float(totals[m][v]), sums[m][v]);
-            }
-        }
+    };
+    if (UNROLLS_BLOCKS && (M <= 2 || CODES::RUN < INT64_MAX) && block == 32) {
+        add_blocks(32);
+    } else {
+        add_blocks(block);
     }
     UNROLL for (int m = 0; m < M; ++m) { UNROLL for (int v = 0; v < PV; ++v) store(out[m] + v * LANES, sums[m][v]); }
 }

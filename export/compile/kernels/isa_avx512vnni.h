@@ -23,6 +23,7 @@ constexpr int FLOAT_ROWS = 6;     // tile of the float product, in rows
 constexpr int FLOAT_VECTORS = 4;  // and in vectors of columns: its sums and one row of operands fill the registers
 constexpr int INT_ROWS = 6;       // tile of the integer product, in rows
 constexpr int INT_PANELS = 2;     // and in panels of 16 outputs
+constexpr bool UNROLLS_BLOCKS = false;
 // Bytes that a stream of codes is asked for ahead of its use. Of few bits 2,048 is slower and 8,192 no faster; of eight,
 // on Zen 4, whatever is asked for is slower than what the processor fetches by itself.
 template <int BITS>

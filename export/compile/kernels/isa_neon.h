@@ -23,6 +23,7 @@ constexpr int INT_ROWS = 4;
 constexpr int INT_ROWS = 2;
 #endif
 constexpr int INT_PANELS = 2;
+constexpr bool UNROLLS_BLOCKS = false;
 // Bytes that a stream of codes is asked for ahead of its use.
 template <int>
 constexpr int64_t FETCH_AHEAD = 2048;

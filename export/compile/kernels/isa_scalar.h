@@ -12,6 +12,7 @@ constexpr int FLOAT_ROWS = 2;
 constexpr int FLOAT_VECTORS = 4;
 constexpr int INT_ROWS = 1;
 constexpr int INT_PANELS = 1;
+constexpr bool UNROLLS_BLOCKS = false;
 // Bytes that a stream of codes is asked for ahead of its use.
 template <int>
 constexpr int64_t FETCH_AHEAD = 2048;
