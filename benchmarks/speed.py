@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from contenders import in_turn, named, read_anew
-from llama_cpp import LlamaCpp, Program
+from llama_bench import LlamaCpp, Program
 from rich.console import Console
 from rich.table import Table
 from roofline import build_probe, dot_rate, make_buffer, read_bandwidth

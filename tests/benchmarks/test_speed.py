@@ -106,7 +106,7 @@ def test_a_bundle_answers_every_case_and_counts_what_it_takes(timed, workshop):
 def test_llama_cpp_is_asked_in_every_setting_in_its_own_words(
     benchmark, timed, tmp_path, shown, on, off, batched_on, batched_off, deep
 ):
-    peer = benchmark("llama_cpp")
+    peer = benchmark("llama_bench")
     path = program(tmp_path / "llama-bench", shown, 'some log\n[\n  {"avg_ts": 12.5}\n]')
     program(tmp_path / "llama-batched-bench", "", BATCHED)
     built = peer.Program(path)
@@ -136,7 +136,7 @@ def test_a_peer_that_fails_is_told_with_what_it_said(benchmark, timed, tmp_path,
     path.write_text("#!/bin/sh\necho no such model >&2\nexit 3\n")
     path.chmod(0o755)
     program(tmp_path / "llama-batched-bench", "", "|    PP |     TG |\n|-------|--------|")  # too small a context
-    peer = benchmark("llama_cpp")
+    peer = benchmark("llama_bench")
     built = peer.Program(path)
     (setting,) = built.settings(every=False)
     contender = peer.LlamaCpp(built, tmp_path / "a.gguf", 2, setting)
@@ -147,7 +147,7 @@ def test_a_peer_that_fails_is_told_with_what_it_said(benchmark, timed, tmp_path,
 
 
 def test_ratios_are_taken_within_rounds_against_the_best_of_each_program(benchmark, timed):
-    speed, peer = benchmark("speed"), benchmark("llama_cpp")
+    speed, peer = benchmark("speed"), benchmark("llama_bench")
     ours = object.__new__(timed.Bundle)
     ours.bytes_per_step = lambda case: 1000
     contenders = {"ours": ours}

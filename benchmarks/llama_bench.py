@@ -10,8 +10,10 @@ import itertools
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +40,8 @@ class Program:
     """`llama-bench` of one build, with `llama-batched-bench` beside it for steps of several rows."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        shown = subprocess.run([path, "--help"], capture_output=True, text=True)
+        self.path = Path(shutil.which(path) or path).absolute()
+        shown = subprocess.run([self.path, "--help"], capture_output=True, text=True)
         self.help = shown.stdout + shown.stderr  # some end it as an error
         self.repack = next((option for option in REPACK if re.search(f"{option}[ ,]", self.help)), None)
 
@@ -74,7 +76,7 @@ class LlamaCpp:
 
     def __init__(self, program: Program, gguf: Path, threads: int, setting: Setting) -> None:
         self.program, self.setting = program, setting
-        self.common = ["-m", str(gguf), "-t", str(threads)]
+        self.common = ["-m", str(gguf.absolute()), "-t", str(threads)]
 
     def measure(self, case: Case) -> float:
         """Tokens per second; NaN where the program fails, which is told with what it said."""
@@ -85,7 +87,8 @@ class LlamaCpp:
         else:
             options = program.bench(self.setting, case)
         command = [str(path), *self.common, *options]
-        done = subprocess.run(command, capture_output=True, text=True)
+        with tempfile.TemporaryDirectory() as folder:  # where ik_llama.cpp leaves its log
+            done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         rate = None
         if not done.returncode:
             rate = batched_rate(done.stdout + done.stderr) if case.rows > 1 else rate_of_run(done.stdout)
