@@ -22,7 +22,7 @@ constexpr int FLOAT_VECTORS = 2;
 constexpr int INT_ROWS = 4;
 constexpr int INT_PANELS = 1;
 // Whether tiles of one or two rows, or of short sums, are compiled for blocks of 32 apart, whose loop is unrolled then: a
-// twentieth to a seventh quicker. With more rows there are not the registers for it.
+// twentieth to a seventh quicker from cache. With more rows there are not the registers for it.
 constexpr bool UNROLLS_BLOCKS = true;
 // Bytes that a stream of codes is asked for ahead of its use: 1,024 to 3,072 are alike, less and more are slower.
 template <int>
